@@ -1,0 +1,100 @@
+"""Every error that this package raises on purpose.
+
+Each one says what went wrong, where, what was got, what was expected and how to fix it; each is also a subclass of the
+standard-library error that a caller would expect; each survives pickling, because Ray sends errors between processes.
+"""
+
+from __future__ import annotations
+
+
+class GrpoLatentError(Exception):
+    """Base of all errors of this package.
+
+    Args:
+        what: one clause that names the problem.
+        where: file, row, field, config key, process or step.
+        got: the offending value; kept as a short `repr`.
+        expected: what would have been right, in words.
+        fix: what the user can do now.
+    """
+
+    MAX_GOT_CHARS = 300
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        got: object = None,
+        expected: str | None = None,
+        fix: str | None = None,
+    ):
+        self.what, self.where, self.expected, self.fix = what, where, expected, fix
+        self.got = None if got is None else _short(got, self.MAX_GOT_CHARS)
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        parts = [self.what if self.where is None else f"{self.where}: {self.what}"]
+        if self.got is not None:
+            parts.append(f"got {self.got}")
+        if self.expected is not None:
+            parts.append(f"expected {self.expected}")
+        message = "; ".join(parts) + "."
+        return message if self.fix is None else f"{message} {self.fix}"
+
+    def __reduce__(self):
+        return _rebuild, (type(self), self.what, self.where, self.got, self.expected, self.fix)
+
+
+def _short(value: object, limit: int) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def _rebuild(cls, what, where, got, expected, fix):
+    return cls(what, where=where, got=got, expected=expected, fix=fix)
+
+
+class ConfigError(GrpoLatentError, ValueError):
+    """A configuration value, or a combination of them, is not usable."""
+
+
+class DataError(GrpoLatentError, ValueError):
+    """A row or file of a data set is malformed."""
+
+
+class CheckpointError(GrpoLatentError, ValueError):
+    """A checkpoint folder lacks something, or disagrees with itself."""
+
+
+class LatentMismatchError(GrpoLatentError, RuntimeError):
+    """Recorded latents do not fit the positions they are meant for."""
+
+
+class RolloutError(GrpoLatentError, RuntimeError):
+    """A rollout engine cannot serve a request."""
+
+
+class ReplayGapError(GrpoLatentError, RuntimeError):
+    """Replayed log-probs differ from the rollout's by more than the configured bound."""
+
+
+class RewardError(GrpoLatentError, RuntimeError):
+    """A reward function failed: `kind` is one of exception, nan, inf, type or timeout."""
+
+    KINDS = ("exception", "nan", "inf", "type", "timeout")
+
+    def __init__(self, what: str, *, kind: str = "exception", **fields):
+        self.kind = kind
+        super().__init__(what, **fields)
+
+    def __reduce__(self):
+        return _rebuild_reward, (type(self), self.kind, self.what, self.where, self.got, self.expected, self.fix)
+
+
+def _rebuild_reward(cls, kind, what, where, got, expected, fix):
+    return cls(what, kind=kind, where=where, got=got, expected=expected, fix=fix)
+
+
+class PluginError(GrpoLatentError, RuntimeError):
+    """The verl plug-in is not loaded in a process, or verl changed under it."""

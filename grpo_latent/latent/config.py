@@ -1,0 +1,147 @@
+"""`LatentConfig`: what a checkpoint's latents are. Stored beside the weights as `latent_config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo_latent.errors import CheckpointError, ConfigError
+
+LATENT_CONFIG_FILE = "latent_config.json"
+LATENT_CONFIG_VERSION = 1
+EXITS = ("steps", "latent_end", "end_token")
+HEADS = ("none", "mlp", "glu")
+VISIBILITIES = ("full", "latents_only")
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Mechanism, tokens, span rules and head of a latent model.
+
+    Attributes:
+        start_id, latent_id, end_id: token ids; `latent_id` is only a placeholder.
+        latent_end_id: id whose learned embedding ends a span by distance (exit `latent_end`), else None.
+        steps: latent steps of a span (exit `steps`), or their cap (the other exits).
+        exit: `steps` (exactly `steps`), `latent_end` (a fed vector within `latent_end_threshold` mean squared distance of
+            the learned end vector is the span's last), `end_token` (the arg-max token at a latent position is the end).
+        max_spans: spans a completion may open, None for no bound; `start` cannot be sampled after the last one.
+        head: module applied to h before it is fed back (LVR section 3: `mlp` is LayerNorm-Linear-GELU-Linear).
+        visibility: `full` (published) or `latents_only` (text sees question and latents only).
+        start_is_action: whether emitting `start` counts as an action of the policy.
+    """
+
+    start_token: str
+    latent_token: str
+    end_token: str
+    start_id: int
+    latent_id: int
+    end_id: int
+    mechanism: str = "lvr"
+    latent_end_token: str | None = None
+    latent_end_id: int | None = None
+    steps: int = 8
+    exit: str = "steps"
+    latent_end_threshold: float = 0.02
+    max_spans: int | None = None
+    head: str = "none"
+    visibility: str = "full"
+    start_is_action: bool = True
+    version: int = LATENT_CONFIG_VERSION
+
+    def __post_init__(self):
+        for name, allowed in (("exit", EXITS), ("head", HEADS), ("visibility", VISIBILITIES), ("mechanism", ("lvr",))):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError("unknown value", where=f"latent.{name}", got=value, expected=f"one of {allowed}")
+        for name, minimum in (("steps", 1), ("max_spans", 0)):
+            value = getattr(self, name)
+            optional = name == "max_spans" and value is None
+            if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
+                raise ConfigError("not a valid count", where=f"latent.{name}", got=value, expected=f"int >= {minimum}")
+        if not self.latent_end_threshold > 0:
+            raise ConfigError(
+                "not a distance", where="latent.latent_end_threshold", got=self.latent_end_threshold, expected="> 0"
+            )
+        ids = [self.start_id, self.latent_id, self.end_id]
+        if len(set(ids)) != 3 or min(ids) < 0:
+            raise ConfigError(
+                "start, latent and end need three different ids",
+                where="latent",
+                got=dict(zip(("start_id", "latent_id", "end_id"), ids, strict=True)),
+                expected="distinct ids >= 0",
+            )
+        if self.exit == "latent_end" and self.latent_end_id is None:
+            raise ConfigError(
+                "exit by distance needs the learned end vector",
+                where="latent.exit",
+                got="latent_end without latent_end_id",
+                expected="latent_end_id set",
+                fix="Train SFT with loss.end=latent_end, or set latent.exit=steps.",
+            )
+        if self.visibility == "latents_only" and self.exit != "steps":
+            # the last latent of a span must be known when it is fed (it is a blind row), which only `steps` allows
+            raise ConfigError(
+                "visibility latents_only needs spans of known length",
+                where="latent.exit",
+                got=self.exit,
+                expected="steps",
+                fix="Set latent.exit=steps, or latent.visibility=full.",
+            )
+
+    def replace(self, **changes) -> LatentConfig:
+        """A copy with `changes`; unknown fields raise `ConfigError`."""
+        unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(self)})
+        if unknown:
+            raise ConfigError("unknown field", where="latent", got=unknown, expected="fields of LatentConfig")
+        return dataclasses.replace(self, **changes)
+
+    def save(self, folder: str | Path) -> Path:
+        path = Path(folder) / LATENT_CONFIG_FILE
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        return path
+
+    @classmethod
+    def from_dict(cls, values: dict, where: str) -> LatentConfig:
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        version = values.get("version")
+        if version != LATENT_CONFIG_VERSION:
+            raise CheckpointError(
+                "unknown version of latent_config.json",
+                where=where,
+                got=version,
+                expected=str(LATENT_CONFIG_VERSION),
+                fix="Use the release of grpo_latent that wrote it, or write the file anew.",
+            )
+        missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
+        unknown = sorted(set(values) - set(fields))
+        if missing or unknown:
+            raise CheckpointError(
+                "fields do not match",
+                where=where,
+                got=f"missing {missing}, unknown {unknown}",
+                expected="the fields of LatentConfig",
+            )
+        return cls(**values)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> LatentConfig:
+        """Reads `latent_config.json` of a checkpoint folder.
+
+        Raises:
+            CheckpointError: the file is missing, is no JSON, or its fields do not match.
+        """
+        path = Path(folder) / LATENT_CONFIG_FILE
+        if not path.is_file():
+            raise CheckpointError(
+                "no latent_config.json",
+                where=str(folder),
+                expected="a folder written by grpo_latent.sft",
+                fix="Run SFT first; a plain Hugging Face model has no latents.",
+            )
+        try:
+            values = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise CheckpointError("not valid JSON", where=str(path), got=str(error), expected="a JSON object") from error
+        return cls.from_dict(values, where=str(path))

@@ -1,0 +1,142 @@
+"""The noun of this package: a completion as a list of typed positions.
+
+A trajectory of LVR with two latent steps, prompt left out:
+
+    position      0        1         2         3       4       5       6
+    token         <start>  <latent>  <latent>  <end>   ans     7       <eos>
+    kind          START    LATENT    LATENT    FORCED  TEXT    TEXT    TEXT
+    input vector  e(start) z_0       z_1       e(end)  e(ans)  e(7)    -
+    action        yes      no        no        no      yes     yes     yes
+
+Masks, replay and rewards derive from `kinds`, never from token ids: the id at a latent position is a placeholder that
+may be any id at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from grpo_latent.errors import LatentMismatchError
+
+
+class PositionKind(IntEnum):
+    """What a position of a sequence is. `PROMPT` and `VISION` occur in prompts, the others in completions."""
+
+    PROMPT = 0  # text of the prompt
+    VISION = 1  # image placeholders of the prompt and their delimiters
+    TEXT = 2  # sampled token, fed as its embedding
+    START = 3  # sampled token that opens a latent span, fed as its embedding
+    LATENT = 4  # latent step: the input is a recorded vector
+    FORCED = 5  # token that the mechanism appended, such as the end of a span
+
+
+@dataclass(frozen=True)
+class LatentSpan:
+    """Consecutive latent steps: `start` and `length` in completion coordinates."""
+
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One completion with all that replaying it needs. T completion positions, N latent steps, H hidden size.
+
+    Attributes:
+        prompt_ids: int64 [P].
+        token_ids: int64 [T]; a placeholder at latent positions.
+        kinds: int64 [T], values of `PositionKind`.
+        latents: float32 [N, H], the vectors as they were fed, in order of position.
+        rollout_log_probs: float32 [T], nats; log-density of each sampled token under the *full* distribution at the
+            sampling temperature, the one that a replay can recompute, hence the one that enters ratios; 0 where nothing
+            was sampled.
+        sampling_log_probs: float32 [T], nats; the same under the distribution actually drawn from (after top-k, top-p
+            and banned ids). Its gap to `rollout_log_probs` measures what truncation hides from the ratio.
+        stop_reason: "eos" or "length".
+        group_id: of the prompt row.
+        seed: the trajectory's sampling seed.
+        policy_version: training step of the weights that acted.
+    """
+
+    prompt_ids: Tensor
+    token_ids: Tensor
+    kinds: Tensor
+    latents: Tensor
+    rollout_log_probs: Tensor
+    sampling_log_probs: Tensor
+    stop_reason: str
+    group_id: str = ""
+    seed: int = 0
+    policy_version: int = 0
+    extra: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        lengths = {
+            name: getattr(self, name).shape[0]
+            for name in ("token_ids", "kinds", "rollout_log_probs", "sampling_log_probs")
+        }
+        if len(set(lengths.values())) != 1:
+            raise LatentMismatchError("fields of a trajectory differ in length", got=lengths, expected="one length T")
+        num_latents = int(self.latent_mask.sum())
+        if self.latents.ndim != 2 or self.latents.shape[0] != num_latents:
+            raise LatentMismatchError(
+                "recorded latents do not match the latent positions",
+                where=f"trajectory of group {self.group_id!r}",
+                got=f"latents of shape {tuple(self.latents.shape)}",
+                expected=f"[{num_latents}, hidden]",
+            )
+
+    @property
+    def latent_mask(self) -> Tensor:
+        """bool [T], True at latent positions."""
+        return self.kinds == PositionKind.LATENT
+
+    def response_mask(self, start_is_action: bool = True) -> Tensor:
+        """bool [T], True where the policy acted."""
+        return response_mask(self.kinds, start_is_action)
+
+    @property
+    def spans(self) -> list[LatentSpan]:
+        return latent_spans(self.kinds)
+
+    @property
+    def text_ids(self) -> list[int]:
+        """Ids outside latent spans and their delimiters: what a reward may see."""
+        return self.token_ids[self.kinds == PositionKind.TEXT].tolist()
+
+    @property
+    def num_forced_ends(self) -> int:
+        return int((self.kinds == PositionKind.FORCED).sum())
+
+
+def response_mask(kinds: Tensor, start_is_action: bool = True) -> Tensor:
+    """bool, True where the policy acted: at sampled text and, if `start_is_action`, at emitted span starts.
+
+    Args:
+        kinds: integer tensor of any shape, values of `PositionKind`.
+    """
+    acted = kinds == PositionKind.TEXT
+    return acted | (kinds == PositionKind.START) if start_is_action else acted
+
+
+def latent_spans(kinds: Tensor) -> list[LatentSpan]:
+    """Maximal runs of latent positions of one sequence, `kinds` [T].
+
+    >>> K = PositionKind
+    >>> latent_spans(torch.tensor([K.START, K.LATENT, K.LATENT, K.FORCED, K.TEXT]))
+    [LatentSpan(start=1, length=2)]
+    """
+    is_latent = torch.nn.functional.pad((kinds == PositionKind.LATENT).long(), (1, 1))
+    edges = is_latent.diff()
+    starts, ends = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
+    return [LatentSpan(s, e - s) for s, e in zip(starts, ends, strict=True)]
+
+
+def prompt_kinds(input_ids: Tensor, vision_ids: frozenset[int] | set[int]) -> Tensor:
+    """int64, same shape: `VISION` at image placeholders and their delimiters, `PROMPT` elsewhere."""
+    is_vision = torch.isin(input_ids, torch.tensor(sorted(vision_ids), dtype=input_ids.dtype, device=input_ids.device))
+    return torch.where(is_vision, int(PositionKind.VISION), int(PositionKind.PROMPT))

@@ -1,0 +1,46 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+setup(
+    name="grpo_latent",
+    version="0.1.0",
+    description="GRPO over latent trajectories: an RL research toolkit on verl and Ray",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["grpo_latent", "grpo_latent.*", "reward", "reward.*"]),
+    package_data={"grpo_latent.config": ["*.yaml", "*/*.yaml"]},
+    # torch is unpinned on purpose: requirements/ pins a whole tested set for CPU and for CUDA. An unpinned requirement that
+    # is already met makes pip fetch nothing, so a CPU build of torch stays.
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.9,<5.18",
+        "numpy>=2",
+        "safetensors",
+        "pillow",
+        "rich",
+        "hydra-core>=1.3",
+    ],
+    extras_require={
+        "rl": [
+            "verl>=0.9.1,<0.10",
+            "TransferQueue==0.1.11",
+            "ray[default]>=2.50",
+            "wandb",
+            "tensorboard",
+            "uvicorn",
+            "fastapi",
+            "cachetools",
+            "qwen-vl-utils",
+            "av",
+        ],
+        "sft": ["accelerate", "datasets", "peft"],
+        "reward": ["math-verify"],
+        "embedded": ["scikit-learn", "matplotlib", "pyarrow", "pandas"],
+        "dev": ["pytest", "hypothesis", "ruff"],
+    },
+    entry_points={"verl.plugins": ["grpo_latent = grpo_latent.verl_plugin"]},
+)
