@@ -1,0 +1,93 @@
+"""Latents enter a model through a forward hook on its input-embedding module.
+
+Passing `inputs_embeds` would not do: verl's patched vision-language forward overwrites them, and Hugging Face's own
+forward then cannot tell image positions from text. The hook sees what the embedding module returns, padded or packed,
+and writes the recorded vectors over the latent positions; images are scattered in afterwards, elsewhere.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from grpo_latent.errors import LatentMismatchError
+
+_ATTRIBUTE = "_grpo_latent_injector"
+
+
+class LatentInjector:
+    """Owns the hook of one model. Outside `inject(...)` it does nothing."""
+
+    def __init__(self):
+        self._mask_BT: Tensor | None = None
+        self._latents_NH: Tensor | None = None
+        self._num_uses = 0
+
+    @classmethod
+    def install(cls, model: nn.Module) -> LatentInjector:
+        """The model's injector; installs the hook the first time, before any FSDP wrapping."""
+        embedding = model.get_input_embeddings()
+        injector = getattr(embedding, _ATTRIBUTE, None)
+        if injector is None:
+            injector = cls()
+            embedding.register_forward_hook(injector._hook)
+            # object.__setattr__: the injector is no module state and must not enter state_dict
+            object.__setattr__(embedding, _ATTRIBUTE, injector)
+        return injector
+
+    @contextmanager
+    def inject(self, mask_BT: Tensor, latents_NH: Tensor):
+        """Within the block, the model's next forward reads `latents_NH` at the True positions of `mask_BT`.
+
+        Args:
+            mask_BT: bool [B, T] (packed: [1, T]), the shape of the `input_ids` of the forward.
+            latents_NH: [N, H], N = number of True positions, in row-major order. Gradients flow into it.
+
+        Raises:
+            LatentMismatchError: counts or shapes differ, or the block ran no forward of the embedding module.
+        """
+        self.arm(mask_BT, latents_NH)
+        try:
+            yield self
+            self.check_used()
+        finally:
+            self.disarm()
+
+    def arm(self, mask_BT: Tensor, latents_NH: Tensor) -> None:
+        """`inject` without the block, for engines whose forward lies in code that is not ours. Pair with `disarm`."""
+        num_positions = int(mask_BT.sum())
+        if mask_BT.dtype != torch.bool or latents_NH.ndim != 2 or latents_NH.shape[0] != num_positions:
+            raise LatentMismatchError(
+                "latents do not match the latent mask",
+                got=f"mask {mask_BT.dtype} with {num_positions} positions, latents {tuple(latents_NH.shape)}",
+                expected=f"a bool mask and latents of shape [{num_positions}, hidden]",
+                fix="The mask and the vectors must come from the same recorded trajectories.",
+            )
+        self._mask_BT, self._latents_NH, self._num_uses = mask_BT, latents_NH, 0
+
+    def check_used(self) -> None:
+        if self._num_uses == 0:
+            raise LatentMismatchError(
+                "the forward did not read the latents",
+                got="no call of the input-embedding module",
+                expected="one forward with input_ids",
+                fix="Call the model with input_ids, not with inputs_embeds.",
+            )
+
+    def disarm(self) -> None:
+        self._mask_BT = self._latents_NH = None
+
+    def _hook(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        if self._mask_BT is None:
+            return None
+        if self._mask_BT.shape != output.shape[:-1] or self._latents_NH.shape[-1] != output.shape[-1]:
+            raise LatentMismatchError(
+                "latents do not fit the embedded sequence",
+                got=f"mask {tuple(self._mask_BT.shape)}, latents {tuple(self._latents_NH.shape)}",
+                expected=f"mask {tuple(output.shape[:-1])}, hidden size {output.shape[-1]}",
+            )
+        self._num_uses += 1
+        mask = self._mask_BT.to(output.device).unsqueeze(-1)
+        return output.masked_scatter(mask, self._latents_NH.to(output.device, output.dtype))
