@@ -1,58 +1,77 @@
-"""The optional head on the hidden state inside a latent span (LVR, 2509.24251 section 3: off by default, and worse)."""
+"""Parameters that a latent model has beyond its base model: the head on h, and the learned end vector.
+
+Both are submodules or parameters of the Hugging Face model, so that optimizers, FSDP, `state_dict` and `save_pretrained`
+see them; their names are those of the published LVR checkpoints, which therefore load without a mapping.
+"""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from grpo_latent.errors import ConfigError
+from grpo_latent.latent.config import LatentConfig
 
-HEAD_ATTRIBUTE = "lvr_head"  # also the weights' prefix in the published LVR checkpoints
+HEAD_ATTRIBUTE = "lvr_head"
+END_VECTOR_ATTRIBUTE = "lvr_latent_end_emb"
+LATENT_PARAMETER_PREFIXES = (f"{HEAD_ATTRIBUTE}.", END_VECTOR_ATTRIBUTE)
 
 
 class MLPHead(nn.Module):
-    """LayerNorm-Linear-GELU-Linear."""
+    """LayerNorm-Linear-GELU-Linear (LVR, 2509.24251 section 3: off by default, and worse)."""
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, text_config):
         super().__init__()
-        self.norm = nn.LayerNorm(hidden_size)
-        self.up = nn.Linear(hidden_size, hidden_size)
-        self.down = nn.Linear(hidden_size, hidden_size)
+        hidden_size = text_config.hidden_size
+        self.ln_q = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(self.norm(hidden))))
+        return self.mlp(self.ln_q(hidden))
 
 
 class GLUHead(nn.Module):
-    """LayerNorm, then a SiLU-gated linear unit."""
+    """Gated linear unit of the decoder's own MLP size (LVR's second variant)."""
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, text_config):
         super().__init__()
-        self.norm = nn.LayerNorm(hidden_size)
-        self.gate = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.up = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.down = nn.Linear(hidden_size, hidden_size, bias=False)
+        hidden_size, inner_size = text_config.hidden_size, text_config.intermediate_size
+        self.gate_proj = nn.Linear(hidden_size, inner_size)
+        self.up_proj = nn.Linear(hidden_size, inner_size)
+        self.down_proj = nn.Linear(inner_size, hidden_size)
+        self.act_fn = ACT2FN[text_config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        hidden = self.norm(hidden)
-        return self.down(F.silu(self.gate(hidden)) * self.up(hidden))
+        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
 _HEADS = {"mlp": MLPHead, "glu": GLUHead}
 
 
-def attach_head(model: nn.Module, kind: str) -> None:
-    """Makes the head a submodule of `model`, so that optimizers, FSDP and `state_dict` see it. `none` attaches nothing."""
-    if kind == "none":
-        return
-    if kind not in _HEADS:
-        raise ConfigError("unknown head", where="latent.head", got=kind, expected=f"none or one of {sorted(_HEADS)}")
+def attach_latent_modules(model: nn.Module, config: LatentConfig) -> None:
+    """Adds the head and the end vector that `config` names, freshly initialised, in the model's dtype and device."""
     weight = model.get_input_embeddings().weight
-    head = _HEADS[kind](model.config.get_text_config().hidden_size)
-    setattr(model, HEAD_ATTRIBUTE, head.to(device=weight.device, dtype=weight.dtype))
+    text_config = model.config.get_text_config()
+    if config.head != "none":
+        if config.head not in _HEADS:
+            raise ConfigError("unknown head", where="latent.head", got=config.head, expected=f"{sorted(_HEADS)}")
+        head = _HEADS[config.head](text_config)
+        setattr(model, HEAD_ATTRIBUTE, head.to(device=weight.device, dtype=weight.dtype))
+    if config.latent_end_id is not None:
+        end_vector = torch.empty(text_config.hidden_size, device=weight.device, dtype=weight.dtype)
+        nn.init.normal_(end_vector, std=text_config.initializer_range)
+        setattr(model, END_VECTOR_ATTRIBUTE, nn.Parameter(end_vector))
 
 
 def feedback(model: nn.Module, hidden: Tensor) -> Tensor:
-    """The vector that a latent step feeds: h itself, or the head's output where the model has one. Same shape as `hidden`."""
+    """The vector that a latent step feeds: h itself, or the head's output where the model has one; same shape."""
     head = getattr(model, HEAD_ATTRIBUTE, None)
     return hidden if head is None else head(hidden)
+
+
+def end_vector(model: nn.Module) -> Tensor:
+    """The learned end vector [H] of exit `latent_end`."""
+    return getattr(model, END_VECTOR_ATTRIBUTE)

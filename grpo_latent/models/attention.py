@@ -1,0 +1,52 @@
+"""Attention of one new position: query heads that share a key head are folded, so keys and values are never repeated.
+
+Hugging Face's `sdpa` repeats keys and values to the number of query heads at each step and layer whenever a mask is
+given. For a single query position the heads of a group can stand in the query dimension instead: the same products,
+no copy.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+FOLDED_SDPA = "grpo_latent_folded_sdpa"
+
+
+def folded_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Hugging Face attention interface; [B, heads, T, head dim] -> [B, T, heads, head dim]."""
+    num_groups = getattr(module, "num_key_value_groups", 1)
+    batch_size, num_heads, length, head_dim = query.shape
+    if length != 1 or num_groups == 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    folded = query.reshape(batch_size, num_heads // num_groups, num_groups, head_dim)
+    output = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
+    return output.reshape(batch_size, 1, num_heads, head_dim), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(FOLDED_SDPA, folded_sdpa)
+
+
+@contextmanager
+def folded_attention(text_config):
+    """Decodes with `folded_sdpa` where the model is configured for `sdpa`; other implementations stay as they are."""
+    configured = text_config._attn_implementation
+    if configured == "sdpa":
+        text_config._attn_implementation = FOLDED_SDPA
+    try:
+        yield
+    finally:
+        text_config._attn_implementation = configured
