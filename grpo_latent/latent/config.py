@@ -143,5 +143,7 @@ class LatentConfig:
         try:
             values = json.loads(path.read_text())
         except json.JSONDecodeError as error:
-            raise CheckpointError("not valid JSON", where=str(path), got=str(error), expected="a JSON object") from error
+            raise CheckpointError(
+                "not valid JSON", where=str(path), got=str(error), expected="a JSON object"
+            ) from error
         return cls.from_dict(values, where=str(path))

@@ -123,7 +123,9 @@ class ModelAdapter:
         inputs = {}
         if images is not None:
             if not self.has_vision:
-                raise RolloutError("images for a text-only model", where=type(self.model).__name__, expected="no images")
+                raise RolloutError(
+                    "images for a text-only model", where=type(self.model).__name__, expected="no images"
+                )
             inputs = {"pixel_values": images.pixel_values, "image_grid_thw": images.image_grid_thw}
         return self.base(
             input_ids=input_ids_BT,

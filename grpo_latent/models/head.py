@@ -25,9 +25,7 @@ class MLPHead(nn.Module):
         super().__init__()
         hidden_size = text_config.hidden_size
         self.ln_q = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.mlp = nn.Sequential(
-            nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.mlp(self.ln_q(hidden))

@@ -1,0 +1,191 @@
+"""Replay: a forward that feeds recorded latents, and `recompute_latents`: a forward that makes the current model's own.
+
+    trajectories ──collate──▶ ReplayBatch ──replay──▶ log_probs [B, T], hidden [B, T, H]
+
+Everything is label-aligned: `log_probs_BT[b, t]` scores the token at position t given those before it, and the latent at
+position t is the hidden state (through the head) at position t - 1. The shift is made here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from grpo_latent.errors import ConfigError, LatentMismatchError
+from grpo_latent.models.adapter import ImageInputs, ModelAdapter
+from grpo_latent.models.head import feedback
+from grpo_latent.models.injection import LatentInjector
+from grpo_latent.models.visibility import attention_bias
+from grpo_latent.trajectory import PositionKind, Trajectory, response_mask
+
+
+@dataclass(frozen=True)
+class ReplayBatch:
+    """Whole sequences, prompt and completion, padded to one length T.
+
+    Attributes:
+        input_ids_BT: int64 [B, T].
+        kinds_BT: int64 [B, T], `PositionKind`.
+        valid_BT: bool [B, T], False at padding.
+        latents_NH: float [N, H], row-major over the latent positions.
+        images: pixels of all rows in order, or None.
+    """
+
+    input_ids_BT: Tensor
+    kinds_BT: Tensor
+    valid_BT: Tensor
+    latents_NH: Tensor
+    images: ImageInputs | None = None
+
+    def __post_init__(self):
+        num_latents = int(self.latent_mask_BT.sum())
+        if self.latents_NH.ndim != 2 or self.latents_NH.shape[0] != num_latents:
+            raise LatentMismatchError(
+                "recorded latents do not match the latent positions",
+                where="ReplayBatch",
+                got=f"latents of shape {tuple(self.latents_NH.shape)}",
+                expected=f"[{num_latents}, hidden]",
+            )
+
+    @property
+    def latent_mask_BT(self) -> Tensor:
+        return (self.kinds_BT == PositionKind.LATENT) & self.valid_BT
+
+    def action_mask_BT(self, start_is_action: bool = True) -> Tensor:
+        """bool [B, T], positions whose log-prob counts."""
+        return response_mask(self.kinds_BT, start_is_action) & self.valid_BT
+
+
+def collate(
+    trajectories: list[Trajectory], images: list[ImageInputs | None], adapter: ModelAdapter, padding_side: str = "right"
+) -> ReplayBatch:
+    """Pads trajectories to one batch on the adapter's device.
+
+    Args:
+        images: of each trajectory's prompt, as in its request.
+        padding_side: `right`, `left`, or `both`: prompts padded left and completions right, so that all completions
+            begin in one column.
+    """
+    if padding_side not in ("left", "right", "both"):
+        raise ConfigError("unknown value", where="padding_side", got=padding_side, expected="left, right or both")
+    lengths = [len(t.prompt_ids) + len(t.token_ids) for t in trajectories]
+    longest_prompt = max(len(t.prompt_ids) for t in trajectories)
+    length = max(lengths)
+    if padding_side == "both":
+        length = longest_prompt + max(len(t.token_ids) for t in trajectories)
+    starts = {
+        "left": [length - n for n in lengths],
+        "right": [0] * len(lengths),
+        "both": [longest_prompt - len(t.prompt_ids) for t in trajectories],
+    }[padding_side]
+    input_ids_BT = torch.zeros(len(trajectories), length, dtype=torch.long)
+    kinds_BT = torch.zeros_like(input_ids_BT)
+    valid_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
+    for row, trajectory in enumerate(trajectories):
+        ids = torch.cat([trajectory.prompt_ids, trajectory.token_ids])
+        where = slice(starts[row], starts[row] + len(ids))
+        input_ids_BT[row, where] = ids
+        kinds_BT[row, where] = torch.cat([adapter.prompt_kinds(trajectory.prompt_ids), trajectory.kinds])
+        valid_BT[row, where] = True
+    device = adapter.device
+    latents_NH = torch.cat([t.latents for t in trajectories]).to(device)
+    pixels = ImageInputs.concat(images)
+    if pixels is not None:
+        pixels = ImageInputs(pixels.pixel_values.to(device), pixels.image_grid_thw.to(device))
+    return ReplayBatch(input_ids_BT.to(device), kinds_BT.to(device), valid_BT.to(device), latents_NH, pixels)
+
+
+def replay_hidden(adapter: ModelAdapter, batch: ReplayBatch, visibility: str) -> Tensor:
+    """Hidden states [B, T, H] of the recorded sequences, latents as recorded. Gradients flow, into the latents too."""
+    position_ids = adapter.position_ids(batch.input_ids_BT, batch.valid_BT, batch.images)
+    # `full` leaves the mask to the model, which may then use its fastest causal kernel
+    mask = (
+        batch.valid_BT.long()
+        if visibility == "full"
+        else attention_bias(batch.kinds_BT, batch.valid_BT, visibility, adapter.dtype)
+    )
+    injector = LatentInjector.install(adapter.model)
+    with injector.inject(batch.latent_mask_BT, batch.latents_NH):
+        return adapter.forward_hidden(batch.input_ids_BT, mask, position_ids, batch.images)
+
+
+def token_log_probs(
+    adapter: ModelAdapter, batch: ReplayBatch, hidden_BTH: Tensor, temperature: float, mask_BT: Tensor
+) -> Tensor:
+    """log softmax(logits / temperature) of each token at the True positions of `mask_BT`, 0 elsewhere; float32 [B, T].
+
+    Logits are made at those positions only.
+    """
+    rows, columns = mask_BT.nonzero(as_tuple=True)
+    if bool((columns == 0).any()):
+        raise LatentMismatchError("position 0 has no predecessor", where="mask", got="an action at 0", expected=">= 1")
+    logits_MV = adapter.logits(hidden_BTH[rows, columns - 1]).float() / temperature
+    picked_M = logits_MV.log_softmax(-1).gather(1, batch.input_ids_BT[rows, columns][:, None])[:, 0]
+    return torch.zeros(mask_BT.shape, device=picked_M.device).index_put((rows, columns), picked_M)
+
+
+def replay(
+    adapter: ModelAdapter,
+    batch: ReplayBatch,
+    visibility: str,
+    temperature: float = 1.0,
+    start_is_action: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs [B, T] of the actions (0 elsewhere) and hidden states [B, T, H] of the recorded sequences."""
+    hidden_BTH = replay_hidden(adapter, batch, visibility)
+    mask_BT = batch.action_mask_BT(start_is_action)
+    return token_log_probs(adapter, batch, hidden_BTH, temperature, mask_BT), hidden_BTH
+
+
+def recompute_latents(adapter: ModelAdapter, batch: ReplayBatch, visibility: str, gradient: bool = False) -> Tensor:
+    """The latents [N, H] that the current model would feed at the recorded latent positions, tokens as recorded.
+
+    LVR's RL makes them so, without a gradient (2509.24251 section 3.3); with `gradient=True` it flows through the whole
+    chain. Positions are decoded one at a time, over a cache, from the first latent position of the batch to the last.
+    """
+    latent_mask_BT = batch.latent_mask_BT
+    columns = latent_mask_BT.any(0).nonzero()[:, 0]
+    if columns.numel() == 0:
+        return batch.latents_NH
+    first, last = int(columns[0]), int(columns[-1])
+    if bool((batch.kinds_BT[:, first:] == PositionKind.VISION).any()):
+        raise LatentMismatchError(
+            "an image stands after the first latent column",
+            where="recompute_latents",
+            expected="completions aligned to one column",
+            fix="Collate with padding_side='both'.",
+        )
+    position_ids = adapter.position_ids(batch.input_ids_BT, batch.valid_BT, batch.images)
+    bias = attention_bias(batch.kinds_BT, batch.valid_BT, visibility, adapter.dtype)
+    cache = DynamicCache(config=adapter.text_config)
+    fed: list[Tensor] = []
+    with nullcontext() if gradient else torch.no_grad():
+        hidden_BTH = adapter.forward_hidden(
+            batch.input_ids_BT[:, :first],
+            bias[:, :, :first, :first],
+            position_ids[..., :first],
+            batch.images,
+            cache,
+        )
+        hidden_BH = hidden_BTH[:, -1]
+        for column in range(first, last + 1):
+            is_latent_B1 = latent_mask_BT[:, column, None]
+            latents_BH = feedback(adapter.model, hidden_BH)
+            fed.append(latents_BH)
+            embeds_BH = torch.where(is_latent_B1, latents_BH, adapter.embed(batch.input_ids_BT[:, column]))
+            hidden_BH = adapter.decode_hidden(
+                embeds_BH,
+                bias[:, :, column : column + 1, : column + 1],
+                position_ids[..., column : column + 1],
+                cache,
+            )
+    return torch.stack(fed, 1)[latent_mask_BT[:, first : last + 1]]
+
+
+def with_latents(batch: ReplayBatch, latents_NH: Tensor) -> ReplayBatch:
+    """The same sequences with other vectors at the latent positions."""
+    return replace(batch, latents_NH=latents_NH)
