@@ -1,0 +1,220 @@
+"""Latent checkpoints on disk: a plain Hugging Face folder plus `latent_config.json`.
+
+`load_latent_model` reads ours and the official LVR layout (`lvr_*` fields in config.json) and never writes to the folder;
+`save_latent_model` writes ours. A folder that disagrees with itself raises `CheckpointError`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from grpo_latent.errors import CheckpointError
+from grpo_latent.latent.config import LATENT_CONFIG_FILE, LatentConfig
+from grpo_latent.models import processing  # noqa: F401  (registers the images-only processors where they are needed)
+from grpo_latent.models.head import LATENT_PARAMETER_PREFIXES, attach_latent_modules
+
+# fields of the official checkpoints' config.json (SYSTEMS: LVR, "Checkpoint")
+_OFFICIAL_IDS = {"lvr_start_id": "start", "lvr_id": "latent", "lvr_end_id": "end", "lvr_latent_end_id": "latent_end"}
+_OFFICIAL_HEADS = {"simple": "mlp", "glu": "glu"}
+
+
+@dataclass(frozen=True)
+class LatentModel:
+    """A model with all that rolling it out needs. `processor` is None for text-only models."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    processor: ProcessorMixin | None
+    config: LatentConfig
+    eos_ids: tuple[int, ...]
+
+
+def load_latent_model(
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    attn_implementation: str = "sdpa",
+    overrides: dict | None = None,
+) -> LatentModel:
+    """Model, tokenizer, processor and latent config of a checkpoint folder.
+
+    Args:
+        overrides: fields of `LatentConfig` to replace, such as `{"visibility": "full", "steps": 4}`.
+
+    Raises:
+        CheckpointError: weights are missing or unknown, or tokenizer and `latent_config.json` disagree.
+    """
+    folder = Path(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = read_latent_config(folder, tokenizer)
+    check_tokens(config, tokenizer, where=str(folder))
+    if overrides:
+        config = config.replace(**overrides)
+    hf_config = AutoConfig.from_pretrained(folder)
+    has_vision = type(hf_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto_class = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+    with _latent_parameters_expected(auto_class._model_mapping[type(hf_config)]):
+        model, info = auto_class.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+        )
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise CheckpointError(
+            "weights do not match the architecture",
+            where=str(folder),
+            got=f"missing {sorted(info['missing_keys'])[:5]}, unknown {sorted(info['unexpected_keys'])[:5]}",
+            expected=f"the weights of {type(model).__name__}",
+        )
+    attach_latent_modules(model, config)
+    load_latent_parameters(model, folder)
+    processor = AutoProcessor.from_pretrained(folder) if has_vision else None
+    model = model.to(device).eval()
+    return LatentModel(model, tokenizer, processor, config, find_eos_ids(model, tokenizer))
+
+
+@contextmanager
+def _latent_parameters_expected(model_class: type[PreTrainedModel]):
+    """Keeps transformers from reporting the head and end vector, which `load_latent_parameters` reads, as unexpected."""
+    known = model_class._keys_to_ignore_on_load_unexpected
+    model_class._keys_to_ignore_on_load_unexpected = [*(known or []), *(f"^{p}" for p in LATENT_PARAMETER_PREFIXES)]
+    try:
+        yield
+    finally:
+        model_class._keys_to_ignore_on_load_unexpected = known
+
+
+def save_latent_model(
+    folder: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: ProcessorMixin | None,
+    config: LatentConfig,
+) -> None:
+    """Writes a folder that `load_latent_model`, and any Hugging Face program, can read."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    check_tokens(config, tokenizer, where=str(folder))
+    model.save_pretrained(folder)
+    (processor or tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config.save(folder)
+
+
+def read_latent_config(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> LatentConfig:
+    """`latent_config.json`, or the same read out of the `lvr_*` fields of an official LVR checkpoint's config.json."""
+    folder = Path(folder)
+    config_path = folder / "config.json"
+    if (folder / LATENT_CONFIG_FILE).is_file() or not config_path.is_file():
+        return LatentConfig.load(folder)
+    fields = json.loads(config_path.read_text())
+    if "lvr_start_id" not in fields:
+        return LatentConfig.load(folder)  # raises: a plain model has no latents
+    missing = [name for name in ("lvr_id", "lvr_end_id") if not isinstance(fields.get(name), int)]
+    if missing:
+        raise CheckpointError(
+            "not an LVR checkpoint", where=str(config_path), got=f"no {missing}", expected="token ids"
+        )
+    ids = {role: fields[name] for name, role in _OFFICIAL_IDS.items() if isinstance(fields.get(name), int)}
+    tokens = {role: tokenizer.convert_ids_to_tokens(token_id) for role, token_id in ids.items()}
+    head = "none"
+    if fields.get("lvr_head"):
+        head_type = fields.get("lvr_head_type", "simple")
+        if head_type not in _OFFICIAL_HEADS:
+            raise CheckpointError(
+                "unknown head type", where=f"{config_path}: lvr_head_type", got=head_type, expected="simple or glu"
+            )
+        head = _OFFICIAL_HEADS[head_type]
+    has_end_vector = bool(fields.get("latent_end_token")) and "latent_end" in ids
+    return LatentConfig(
+        start_token=tokens["start"],
+        latent_token=tokens["latent"],
+        end_token=tokens["end"],
+        start_id=ids["start"],
+        latent_id=ids["latent"],
+        end_id=ids["end"],
+        latent_end_token=tokens["latent_end"] if has_end_vector else None,
+        latent_end_id=ids["latent_end"] if has_end_vector else None,
+        head=head,
+    )
+
+
+def check_tokens(config: LatentConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Raises `CheckpointError` unless the tokenizer maps each latent token to the id that `config` names."""
+    for role in ("start", "latent", "end", "latent_end"):
+        token, token_id = getattr(config, f"{role}_token"), getattr(config, f"{role}_id")
+        if token is None and token_id is None:
+            continue
+        actual = None if token is None else tokenizer.get_vocab().get(token)
+        if actual != token_id:
+            raise CheckpointError(
+                f"the tokenizer disagrees with {LATENT_CONFIG_FILE} on the {role} token",
+                where=where,
+                got=f"{token!r} -> {actual}",
+                expected=f"{token!r} -> {token_id}",
+                fix="Tokenizer and latent_config.json must come from the same SFT run.",
+            )
+
+
+def load_latent_parameters(model: nn.Module, folder: str | Path) -> None:
+    """Fills the modules of `attach_latent_modules` from the folder's safetensors.
+
+    Raises:
+        CheckpointError: a parameter of the head or end vector is not in the folder, or has another shape.
+    """
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(LATENT_PARAMETER_PREFIXES)}
+    for name, tensor in read_tensors(folder, LATENT_PARAMETER_PREFIXES):
+        if name in own:
+            if own[name].shape != tensor.shape:
+                raise CheckpointError(
+                    "weight does not fit",
+                    where=f"{folder}: {name}",
+                    got=tuple(tensor.shape),
+                    expected=str(own[name].shape),
+                )
+            own.pop(name).copy_(tensor)
+    if own:
+        raise CheckpointError(
+            "weights of the latent head are missing",
+            where=str(folder),
+            got=f"no {sorted(own)}",
+            expected="the parameters that latent_config.json names",
+        )
+
+
+def read_tensors(folder: str | Path, prefixes: tuple[str, ...]) -> Iterable[tuple[str, Tensor]]:
+    """Tensors of the folder's safetensors files whose names start with one of `prefixes`."""
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                if name.startswith(prefixes):
+                    yield name, file.get_tensor(name)
+
+
+def find_eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """All end-of-sequence ids: the generation config's and the tokenizer's."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
+    ids.discard(None)
+    if not ids:
+        raise CheckpointError(
+            "no end-of-sequence token", where="generation_config and tokenizer", expected="eos_token_id"
+        )
+    return tuple(sorted(ids))

@@ -1,0 +1,23 @@
+"""Adding the latent tokens to a base model's tokenizer, in memory."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LVR_START, LVR_LATENT, LVR_LATENT_END, LVR_END = "<|lvr_start|>", "<|lvr|>", "<|lvr_latent_end|>", "<|lvr_end|>"
+LVR_TOKENS = (LVR_START, LVR_LATENT, LVR_LATENT_END, LVR_END)  # in the order in which LVR adds them
+
+
+def add_latent_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...] = LVR_TOKENS
+) -> dict[str, int]:
+    """Ids of the latent tokens; those that are missing are added as special tokens, and the embeddings grow if needed.
+
+    The published code renames the input checkpoint's own tokenizer files; nothing on disk is touched here.
+    """
+    missing = [token for token in tokens if token not in tokenizer.get_vocab()]
+    if missing:
+        tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    return {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
