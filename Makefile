@@ -1,0 +1,38 @@
+# Needs Python 3.11, pip and make. `make quickstart` and `make test` build the same .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# 1 thread a process: OpenMP threads that spin on shared cores made runs ten times slower
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: install quickstart controls test test-fast lint clean
+
+install: $(STAMP)
+
+$(STAMP): requirements/torch-cpu.txt requirements/cpu.txt setup.py
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else f"Python 3.11 is needed, this is {v}: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --retries 1 -r requirements/torch-cpu.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/cpu.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+quickstart: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/quickstart/run.sh
+
+controls: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/quickstart/controls.sh
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) outputs
