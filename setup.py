@@ -13,10 +13,10 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["grpo_latent", "grpo_latent.*", "reward", "reward.*"]),
     package_data={"grpo_latent.config": ["*.yaml", "*/*.yaml"]},
-    # torch is unpinned on purpose: requirements/ pins a whole tested set for CPU and for CUDA. An unpinned requirement that
-    # is already met makes pip fetch nothing, so a CPU build of torch stays.
+    # requirements/ pins whole tested sets for CPU and CUDA; these are the ranges that the code supports. The upper bound of
+    # torch is exact so that an installed or local CPU build of 2.13.0 satisfies it and pip fetches no CUDA build.
     install_requires=[
-        "torch>=2.11",
+        "torch>=2.11,<=2.13.0",
         "transformers>=5.9,<5.18",
         "numpy>=2",
         "safetensors",
