@@ -98,3 +98,7 @@ def _rebuild_reward(cls, kind, what, where, got, expected, fix):
 
 class PluginError(GrpoLatentError, RuntimeError):
     """The verl plug-in is not loaded in a process, or verl changed under it."""
+
+
+class PreflightError(GrpoLatentError, RuntimeError):
+    """A check before a run found that the run would fail."""
