@@ -1,0 +1,92 @@
+"""Boxes to visual tokens, against exact rational overlap."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo_latent.data.boxes import box_to_visual_tokens, check_box
+from grpo_latent.errors import DataError
+
+
+def brute_force(x0, y0, x1, y1, rows, columns):
+    """Tokens of a rows x columns grid whose open cell meets the open box, in exact arithmetic."""
+    return [
+        row * columns + column
+        for row in range(rows)
+        for column in range(columns)
+        if max(x0, Fraction(column, columns)) < min(x1, Fraction(column + 1, columns))
+        and max(y0, Fraction(row, rows)) < min(y1, Fraction(row + 1, rows))
+    ]
+
+
+def interval():
+    def ordered(denominator):
+        pair = st.tuples(st.integers(0, denominator), st.integers(0, denominator)).filter(lambda ab: ab[0] != ab[1])
+        return pair.map(lambda ab: tuple(Fraction(value, denominator) for value in sorted(ab)))
+
+    return st.integers(1, 500).flatmap(ordered)
+
+
+@given(interval(), interval(), st.integers(1, 20), st.integers(1, 20), st.integers(1, 3))
+def test_equals_brute_force_overlap(xs, ys, rows, columns, merge_size):
+    grid_thw = (1, rows * merge_size, columns * merge_size)
+    box = tuple(float(value) for value in (xs[0], ys[0], xs[1], ys[1]))
+    assert box_to_visual_tokens(box, grid_thw, merge_size) == brute_force(xs[0], ys[0], xs[1], ys[1], rows, columns)
+
+
+@given(interval(), interval(), st.integers(1, 98), st.integers(1, 98))
+def test_grid_lines_are_exact_for_unmerged_patches(xs, ys, rows, columns):
+    box = tuple(float(value) for value in (xs[0], ys[0], xs[1], ys[1]))
+    assert box_to_visual_tokens(box, (1, rows, columns), 1) == brute_force(*(xs[0], ys[0], xs[1], ys[1]), rows, columns)
+
+
+@pytest.mark.parametrize(
+    ("box", "grid_thw", "expected"),
+    [
+        ((0, 0, 1, 1), (1, 4, 4), [0, 1, 2, 3]),
+        ((0.5, 0.5, 1, 1), (1, 4, 4), [3]),
+        ((0.49, 0.5, 1, 1), (1, 4, 4), [2, 3]),
+        ((1 - 1e-9, 0, 1, 1e-9), (1, 4, 4), [1]),  # a sliver is still one token
+        ((1 / 49, 0, 2 / 49, 1), (1, 2, 98), [1]),  # 1 / 49 * 98 is not exactly 2
+        (
+            (0.382, 0.456, 0.718, 0.656),
+            (1, 24, 36),
+            [5 * 18 + 6 + i for i in range(7)]
+            + [6 * 18 + 6 + i for i in range(7)]
+            + [7 * 18 + 6 + i for i in range(7)],
+        ),
+    ],
+)
+def test_worked_examples(box, grid_thw, expected):
+    assert box_to_visual_tokens(box, grid_thw, 2) == expected
+
+
+@pytest.mark.parametrize(
+    ("box", "what"),
+    [
+        ((0.1, 0.1, 1.2, 0.5), "outside the image"),
+        ((-0.1, 0.1, 0.2, 0.5), "outside the image"),
+        ((120, 40, 180, 90), "outside the image"),
+        ((0.5, 0.1, 0.5, 0.5), "no area"),
+        ((0.5, 0.4, 0.6, 0.3), "no area"),
+        ((float("nan"), 0.1, 0.2, 0.5), "not finite"),
+        ((0.1, 0.1, float("inf"), 0.5), "not finite"),
+        ((0.1, 0.1, 0.5), "four numbers"),
+        (("a", 0.1, 0.5, 0.5), "four numbers"),
+        (None, "four numbers"),
+        (7, "four numbers"),
+    ],
+)
+def test_bad_boxes_are_typed_errors(box, what):
+    with pytest.raises(DataError, match=what) as caught:
+        check_box(box, where="a.json row 3: bboxes[0]")
+    error = caught.value
+    assert error.where == "a.json row 3: bboxes[0]" and error.expected.startswith("[x0") and error.fix
+
+
+@pytest.mark.parametrize("grid_thw", [(2, 4, 4), (1, 3, 4), (1, 4, 0)])
+def test_bad_grids_are_typed_errors(grid_thw):
+    with pytest.raises(DataError, match="not the grid of an image"):
+        box_to_visual_tokens((0, 0, 1, 1), grid_thw, 2)
