@@ -1,0 +1,95 @@
+"""The `latent:` group of the training config, as each process reads it.
+
+It travels as `actor_rollout_ref.rollout.custom.latent`, verl's free-form field of the rollout config, because that is the
+part of the config that reaches workers, rollout servers and agent loops alike. `grpo_latent.train` copies the top-level
+`latent:` there; with stock `verl.trainer.main_ppo` it is set directly, or left out for the defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grpo_latent.errors import ConfigError
+from grpo_latent.latent.config import LatentConfig
+from grpo_latent.models.loading import check_tokens, read_latent_config
+
+CHECKPOINT_FIELDS = ("visibility", "steps", "exit", "max_spans", "start_is_action")
+
+
+@dataclass(frozen=True)
+class LatentOptions:
+    """Options of latent training.
+
+    Attributes:
+        seed: of sampling; a trajectory's own seed is made of it, the step, the row and its index in the group.
+        visibility, steps, exit, max_spans, start_is_action: override the checkpoint's `latent_config.json`; None keeps it.
+        replay_logp_gap_bound: largest |rollout - replayed log-prob| over actions, in nats, before the run stops; None
+            never stops it. bf16 needs a larger one than fp32.
+        dump_every: dump rollouts each so many steps; 0 never.
+        dump_dir: where; `rollouts` beside the checkpoints by default.
+        cpu_threads: torch threads of each process on CPU. More than one is slower as soon as processes share cores.
+        max_batch_rows: trajectories that engine `hf` decodes together.
+        share_images: encode an image that several rows of a micro-batch have only once.
+        rollout_timeout_s: a rollout wave that is incomplete for so long fails the run.
+        output_dir: of train.log; None where the driver does not collect logs.
+        reward: settings of the reward manager.
+    """
+
+    seed: int = 0
+    visibility: str | None = None
+    steps: int | None = None
+    exit: str | None = None
+    max_spans: int | None = None
+    start_is_action: bool | None = None
+    replay_logp_gap_bound: float | None = 1e-3
+    dump_every: int = 0
+    dump_dir: str | None = None
+    cpu_threads: int = 1
+    max_batch_rows: int = 512
+    share_images: bool = True
+    rollout_timeout_s: float = 1800.0
+    output_dir: str | None = None
+    reward: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        minima = {"dump_every": 0, "cpu_threads": 1, "max_batch_rows": 1}
+        for name, minimum in minima.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+                raise ConfigError("not a valid count", where=f"latent.{name}", got=value, expected=f"int >= {minimum}")
+        for name in ("replay_logp_gap_bound", "rollout_timeout_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError("not a valid bound", where=f"latent.{name}", got=value, expected="> 0")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any] | None) -> LatentOptions:
+        """Raises `ConfigError` at an unknown key."""
+        values = dict(values or {})
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError("unknown key", where="latent", got=unknown, expected=f"one of {sorted(known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_rollout(cls, rollout_config: Any) -> LatentOptions:
+        """From verl's rollout config, as DictConfig or dataclass."""
+        custom = rollout_config.get("custom", None) or {}
+        return cls.from_mapping(custom.get("latent", None))
+
+    def latent_config(self, folder: str | Path, tokenizer) -> LatentConfig:
+        """The checkpoint's latents with these overrides.
+
+        Raises:
+            CheckpointError: the folder has no latents, or its tokenizer disagrees.
+            ConfigError: an override is not usable with this checkpoint.
+        """
+        config = read_latent_config(folder, tokenizer)
+        check_tokens(config, tokenizer, where=str(folder))
+        changes = {name: getattr(self, name) for name in CHECKPOINT_FIELDS}
+        return config.replace(**{name: value for name, value in changes.items() if value is not None})

@@ -1,0 +1,46 @@
+"""Ray workers: verl's, with the latent engine, one thread a process on CPU, and gloo."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+import torch
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+
+from grpo_latent.verl_plugin import compat
+from grpo_latent.verl_plugin.options import LatentOptions
+from grpo_latent.verl_plugin.registration import NAME, verify
+
+
+def prepare_process(options: LatentOptions) -> None:
+    """Selects the latent engine and, on CPU, limits threads and starts gloo; idempotent."""
+    os.environ["VERL_ENGINE_VENDOR"] = NAME
+    if compat.is_cpu():
+        torch.set_num_threads(options.cpu_threads)
+        compat.init_cpu_process_group()
+
+
+class LatentTrainingWorker(TrainingWorker):
+    """One model of one role on one rank."""
+
+    def __init__(self, config, options: LatentOptions | None = None, freeze_vision: bool = False):
+        verify(f"training worker, rank {os.environ.get('RANK', 0)}")
+        options = options or LatentOptions()
+        prepare_process(options)
+        super().__init__(config)
+        self.engine.configure(options, freeze_vision)
+
+
+class LatentActorRolloutRefWorker(ActorRolloutRefWorker):
+    """Actor, reference and rollout adapter of one rank."""
+
+    def __init__(self, config, role, distillation_config=None, **kwargs):
+        verify(f"{role} worker, rank {os.environ.get('RANK', 0)}")
+        options = LatentOptions.from_rollout(config.rollout)
+        prepare_process(options)
+        # verl 0.9.1 has `freeze_vision_tower` in its config and reads it nowhere; the merger is frozen with the tower
+        freeze_vision = bool(config.actor.get("freeze_vision_tower", False))
+        self.actor_worker_cls = partial(LatentTrainingWorker, options=options, freeze_vision=freeze_vision)
+        self.ref_worker_cls = partial(LatentTrainingWorker, options=options, freeze_vision=freeze_vision)
+        super().__init__(config, role, distillation_config, **kwargs)

@@ -1,0 +1,31 @@
+import gc
+
+import pytest
+import torch.distributed as dist
+from engine_helpers import start_process_group
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+from transformers.models.qwen2_vl import modeling_qwen2_vl
+from transformers.models.qwen3_vl import modeling_qwen3_vl
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unpatched_transformers():
+    """verl replaces methods of transformers' classes; other tests of this process need them back."""
+    saved = []
+    for module in (modeling_qwen2_vl, modeling_qwen2_5_vl, modeling_qwen3_vl):
+        for name, value in vars(module).items():
+            if isinstance(value, type) and "forward" in vars(value):
+                saved.append((value, {k: v for k, v in vars(value).items() if callable(v) and not k.startswith("__")}))
+    yield
+    for owner, attributes in saved:
+        for name, value in attributes.items():
+            setattr(owner, name, value)
+
+
+@pytest.fixture(scope="module")
+def gloo():
+    """A process group of one rank."""
+    start_process_group()
+    yield
+    gc.collect()
+    dist.destroy_process_group()

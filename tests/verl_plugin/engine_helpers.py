@@ -1,0 +1,204 @@
+"""Tiny checkpoints, recorded trajectories and engine batches, shared by the tests of this folder."""
+
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+from verl.trainer.config import CheckpointConfig
+from verl.utils import tensordict_utils as tu
+from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+from verl.workers.engine import EngineRegistry
+
+from grpo_latent.latent.config import LatentConfig
+from grpo_latent.models import tiny
+from grpo_latent.models.adapter import ImageInputs, ModelAdapter
+from grpo_latent.models.head import attach_latent_modules
+from grpo_latent.models.loading import load_latent_model, save_latent_model
+from grpo_latent.models.replay import collate, replay
+from grpo_latent.rollout.hf import HFRolloutEngine
+from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
+from grpo_latent.rollout.sampling import trajectory_seed
+from grpo_latent.verl_plugin.options import LatentOptions
+from grpo_latent.verl_plugin.registration import register_all
+
+TEMPERATURE = 0.9
+WORDS = ("read", "red", "blue", "?")
+
+
+def latent_config(tokenizer, **changes) -> LatentConfig:
+    ids = {role: tokenizer.convert_tokens_to_ids(token) for role, token in zip(ROLES, tiny.LVR_TOKENS, strict=True)}
+    return LatentConfig(
+        start_token="<|lvr_start|>",
+        latent_token="<|lvr|>",
+        end_token="<|lvr_end|>",
+        start_id=ids["start"],
+        latent_id=ids["latent"],
+        end_id=ids["end"],
+        **{"steps": 3, "max_spans": 2, **changes},
+    )
+
+
+ROLES = ("start", "latent", "latent_end", "end")
+
+
+def make_checkpoint(folder, build=tiny.tiny_qwen2_5_vl, **changes) -> str:
+    """A random tiny model whose policy opens spans often enough to be tested."""
+    model, tokenizer, processor = build(words=WORDS)
+    config = latent_config(tokenizer, **changes)
+    attach_latent_modules(model, config)
+    with torch.no_grad():
+        head = model.get_output_embeddings().weight
+        head.mul_(4.0)  # random logits are nearly flat; steeper ones make a wrong latent visible
+        head[config.start_id] = 2 * head.abs().mean(0)
+    save_latent_model(folder, model, tokenizer, processor, config)
+    return str(folder)
+
+
+def make_requests(loaded, num_prompts=3, group_size=2, seed=0) -> list[RolloutRequest]:
+    """Prompts of different lengths, each with its own image if the model has vision."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(seed)
+    requests = []
+    for row in range(num_prompts):
+        text = " ".join(["read", "red", "?"][: 1 + row % 3])
+        content = text
+        images = None
+        if loaded.processor is not None:
+            content = [{"type": "text", "text": text}, {"type": "image"}]
+        prompt = loaded.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        if loaded.processor is None:
+            ids = loaded.tokenizer(prompt).input_ids
+        else:
+            pixels = torch.randint(0, 255, (28, 28 + 14 * (row % 2), 3), generator=generator, dtype=torch.uint8)
+            inputs = loaded.processor(text=[prompt], images=[Image.fromarray(pixels.numpy())], return_tensors="pt")
+            ids = inputs["input_ids"][0].tolist()
+            images = ImageInputs(inputs["pixel_values"], inputs["image_grid_thw"])
+        seeds = [trajectory_seed(seed, 0, row, i) for i in range(group_size)]
+        requests.append(RolloutRequest(torch.tensor(ids), seeds, images, group_id=str(row)))
+    return requests
+
+
+def roll_out(folder, visibility="full", **kwargs):
+    """(loaded model, trajectories, images of each, replayed log-probs of each completion).
+
+    The replay here is the package's own on the plain Hugging Face model, run before verl patches its classes.
+    """
+    loaded = load_latent_model(folder, overrides={"visibility": visibility})
+    requests = make_requests(loaded, **kwargs)
+    engine = HFRolloutEngine(loaded.model, loaded.config, loaded.eos_ids)
+    groups = engine.generate(requests, SamplingParams(max_new_tokens=14, temperature=TEMPERATURE))
+    trajectories = [t for group in groups for t in group]
+    images = [r.images for r, group in zip(requests, groups, strict=True) for _ in group]
+    adapter = ModelAdapter(loaded.model)
+    with torch.no_grad():
+        log_probs_BT, _ = replay(adapter, collate(trajectories, images, adapter), visibility, TEMPERATURE)
+    rows = [log_probs_BT[i, len(t.prompt_ids) :][: len(t.token_ids)] for i, t in enumerate(trajectories)]
+    positions = [row_positions(adapter, t, image) for t, image in zip(trajectories, images, strict=True)]
+    return loaded, trajectories, images, rows, positions
+
+
+def row_positions(adapter, trajectory, images):
+    """int64 [L] or, for mRoPE, [4, L] with the text positions first, as verl's agent loop makes them."""
+    ids = torch.cat([trajectory.prompt_ids, trajectory.token_ids])[None]
+    positions = adapter.position_ids(ids, torch.ones_like(ids, dtype=torch.bool), images)
+    if not adapter.has_mrope:
+        return positions[0]
+    return torch.cat([torch.arange(ids.shape[1])[None], positions[:, 0]])
+
+
+def make_batch(trajectories, images, positions, adapter, **meta):
+    """The TensorDict that verl's workers get from TransferQueue."""
+    rows, mm_inputs = [], []
+    for t, image, position_ids in zip(trajectories, images, positions, strict=True):
+        mask = t.response_mask().long()
+        row = {
+            "prompts": t.prompt_ids,
+            "responses": t.token_ids,
+            "input_ids": torch.cat([t.prompt_ids, t.token_ids]),
+            "position_kinds": torch.cat([adapter.prompt_kinds(t.prompt_ids), t.kinds]),
+            "latent_embeds": t.latents,
+            "response_mask": mask,
+            "loss_mask": mask,
+            "position_ids": position_ids,
+        }
+        rows.append(row)
+        pixels = {} if image is None else {"pixel_values": image.pixel_values, "image_grid_thw": image.image_grid_thw}
+        mm_inputs.append(pixels)
+    fields = {name: torch.nested.as_nested_tensor([r[name] for r in rows], layout=torch.jagged) for name in rows[0]}
+    if positions[0].ndim == 2:
+        fields["position_ids"] = tu.nested_tensor_from_tensor_list(positions, ragged_idx=2)
+    meta = {"temperature": TEMPERATURE, "compute_loss": False, "calculate_entropy": False, "pad_token_id": 0, **meta}
+    batch = tu.get_tensordict(fields, meta)
+    from tensordict.tensorclass import NonTensorStack
+
+    if any(mm_inputs):
+        batch["multi_modal_inputs"] = NonTensorStack(*mm_inputs)
+    return batch
+
+
+def start_process_group(rank=0, world_size=1, port=None):
+    if dist.is_initialized():
+        return
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(port or free_port())
+    dist.init_process_group("cpu:gloo", rank=rank, world_size=world_size)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def make_engine(
+    folder, packed=False, forward_only=False, freeze_vision=False, dtype="fp32", micro=2, lr=1e-2, **options
+):
+    """verl's way to an engine, without Ray."""
+    register_all()
+    os.environ["VERL_ENGINE_VENDOR"] = "latent"
+    model_config = HFModelConfig(
+        path=folder,
+        use_remove_padding=packed,
+        enable_gradient_checkpointing=False,
+        override_config={"attn_implementation": "sdpa"},
+    )
+    engine_config = FSDPEngineConfig(
+        strategy="fsdp2",
+        forward_only=forward_only,
+        use_torch_compile=False,
+        use_dynamic_bsz=False,
+        micro_batch_size_per_gpu=micro,
+        infer_micro_batch_size_per_gpu=micro,
+        mixed_precision={"param_dtype": dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+    )
+    engine = EngineRegistry.new(
+        "language_model",
+        "fsdp2",
+        model_config=model_config,
+        engine_config=engine_config,
+        optimizer_config=None if forward_only else FSDPOptimizerConfig(lr=lr, total_training_steps=10, clip_grad=1e6),
+        checkpoint_config=CheckpointConfig(save_contents=["model", "optimizer", "extra", "hf_model"]),
+    )
+    engine.configure(LatentOptions.from_mapping(options), freeze_vision)
+    engine.initialize()
+    return engine
+
+
+def infer(engine, batch, packed=False, micro=2):
+    """Log-probs of each row, label-aligned over its completion."""
+    tu.assign_non_tensor(
+        batch, use_remove_padding=packed, use_dynamic_bsz=False, micro_batch_size_per_gpu=micro, use_fused_kernels=False
+    )
+    with engine.eval_mode(disable_auto_offload=True):
+        output = engine.infer_batch(batch)
+    rows = output["model_output"]["log_probs"].unbind()
+    prompt_lengths = batch["prompts"].offsets().diff().tolist()
+    return [row[length - 1 : -1] for row, length in zip(rows, prompt_lengths, strict=True)]
+
+
+def gap(rows, expected, trajectories) -> float:
+    """Largest difference over actions."""
+    pairs = zip(rows, expected, trajectories, strict=True)
+    return max((a - b)[t.response_mask()].abs().max().item() for a, b, t in pairs)
