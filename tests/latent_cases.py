@@ -1,0 +1,120 @@
+"""Tiny latent models whose numbers react to every input, and requests for them.
+
+A freshly initialised tiny model is nearly constant: its embeddings are 1/50 of its hidden states, its logits are almost
+uniform. `build_case` scales its weights up, so that a wrong latent, position or mask moves log-probs by nats, not by 1e-3.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from grpo_latent.latent.config import LatentConfig
+from grpo_latent.models import tiny
+from grpo_latent.models.adapter import ImageInputs, ModelAdapter
+from grpo_latent.models.head import attach_latent_modules
+from grpo_latent.rollout.hf import HFRolloutEngine
+from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
+
+VL_NAMES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+TEXT_NAMES = ("qwen2", "qwen3")
+ALL_NAMES = VL_NAMES + TEXT_NAMES
+WORDS = ("read", "red", "blue", "green", "?")
+SAMPLED = ("<|lvr_start|>", "<|im_end|>", "<answer>", "3", "7")  # the tokens that `engine` may draw
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    processor: ProcessorMixin | None
+    adapter: ModelAdapter
+
+    def token_id(self, token: str) -> int:
+        return self.tokenizer.get_vocab()[token]
+
+    @property
+    def eos_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def sampled_ids(self) -> list[int]:
+        return [self.token_id(token) for token in SAMPLED]
+
+    def config(self, **changes) -> LatentConfig:
+        values = dict(
+            start_token="<|lvr_start|>", latent_token="<|lvr|>", end_token="<|lvr_end|>", steps=3, visibility="full"
+        )
+        values |= changes
+        ids = {f"{role}_id": self.token_id(values[f"{role}_token"]) for role in ("start", "latent", "end")}
+        if values.get("exit") == "latent_end":
+            values |= dict(latent_end_token="<|lvr_latent_end|>", latent_end_id=self.token_id("<|lvr_latent_end|>"))
+        return LatentConfig(**ids, **values)
+
+    def engine(self, config: LatentConfig | None = None, sampled: tuple[str, ...] = SAMPLED, **kwargs):
+        """An engine that draws only the tokens of `sampled`, so that spans and ends are frequent."""
+        allowed = {self.token_id(token) for token in sampled}
+        banned = set(range(len(self.tokenizer))) - allowed
+        return HFRolloutEngine(self.model, config or self.config(), [self.eos_id], banned, **kwargs)
+
+    def images(self, num_images: int, seed: int = 0, size: tuple[int, int] = (28, 42)) -> ImageInputs | None:
+        """Random images of `size` (height, width): 2 x 3 merged tokens each."""
+        if num_images == 0:
+            return None
+        rng = np.random.default_rng(seed)
+        pictures = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for _ in range(num_images)]
+        batch = self.processor.image_processor(images=pictures, return_tensors="pt")
+        return ImageInputs(batch["pixel_values"], batch["image_grid_thw"])
+
+    def request(
+        self, text: str = "read red ?", images: ImageInputs | None = None, seeds=(1,), image_first=False, **kwargs
+    ) -> RolloutRequest:
+        """`<|im_start|> text image… <|im_end|>`, or the images first."""
+        merge = 4
+        counts = [] if images is None else [int(grid.prod()) // merge for grid in images.image_grid_thw]
+        pictures = " ".join(f"<|vision_start|> {'<|image_pad|> ' * count}<|vision_end|>" for count in counts)
+        body = f"{pictures} {text}" if image_first else f"{text} {pictures}"
+        ids = self.tokenizer(f"<|im_start|> {body} <|im_end|>", return_tensors="pt").input_ids[0]
+        assert self.tokenizer.unk_token_id not in ids
+        return RolloutRequest(prompt_ids=ids, seeds=list(seeds), images=images, **kwargs)
+
+
+def build_case(name: str, head: str = "none", seed: int = 0) -> Case:
+    """A case of its own, for tests that change the model."""
+    model, tokenizer, processor = getattr(tiny, f"tiny_{name}")(WORDS, seed=seed)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "lm_head" in parameter_name:
+                parameter.mul_(20.0)
+            elif "embed_tokens" in parameter_name:
+                parameter.mul_(40.0)
+            elif parameter.ndim >= 2:
+                parameter.mul_(10.0)
+        # spans frequent, ends rare: short rollouts then hold several spans, and rows of one batch differ
+        bias = torch.zeros(len(tokenizer))
+        bias[tokenizer.get_vocab()["<|lvr_start|>"]] = 3.0
+        bias[tokenizer.eos_token_id] = -0.5
+        model.lm_head.bias = torch.nn.Parameter(bias)
+    adapter = ModelAdapter(model)
+    case = Case(name, model, tokenizer, processor, adapter)
+    if head != "none":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            attach_latent_modules(model, case.config(head=head))
+    return case
+
+
+@functools.cache
+def case(name: str, head: str = "none") -> Case:
+    """A shared case: do not change its model."""
+    return build_case(name, head)
+
+
+def sampling(max_new_tokens: int = 14, **kwargs) -> SamplingParams:
+    return SamplingParams(max_new_tokens=max_new_tokens, **kwargs)
