@@ -8,11 +8,11 @@ position t is the hidden state (through the head) at position t - 1. The shift i
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from grpo_latent.errors import ConfigError, LatentMismatchError
@@ -54,6 +54,12 @@ class ReplayBatch:
     @property
     def latent_mask_BT(self) -> Tensor:
         return (self.kinds_BT == PositionKind.LATENT) & self.valid_BT
+
+    @property
+    def fed_ids_BT(self) -> Tensor:
+        """`input_ids_BT` as a model may read them: 0 at latent positions, where a recorded placeholder may be any id,
+        an image placeholder or one outside the vocabulary included."""
+        return self.input_ids_BT.masked_fill(self.latent_mask_BT, 0)
 
     def action_mask_BT(self, start_is_action: bool = True) -> Tensor:
         """bool [B, T], positions whose log-prob counts."""
@@ -101,7 +107,8 @@ def collate(
 
 def replay_hidden(adapter: ModelAdapter, batch: ReplayBatch, visibility: str) -> Tensor:
     """Hidden states [B, T, H] of the recorded sequences, latents as recorded. Gradients flow, into the latents too."""
-    position_ids = adapter.position_ids(batch.input_ids_BT, batch.valid_BT, batch.images)
+    input_ids_BT = batch.fed_ids_BT
+    position_ids = adapter.position_ids(input_ids_BT, batch.valid_BT, batch.images)
     # `full` leaves the mask to the model, which may then use its fastest causal kernel
     mask = (
         batch.valid_BT.long()
@@ -110,7 +117,7 @@ def replay_hidden(adapter: ModelAdapter, batch: ReplayBatch, visibility: str) ->
     )
     injector = LatentInjector.install(adapter.model)
     with injector.inject(batch.latent_mask_BT, batch.latents_NH):
-        return adapter.forward_hidden(batch.input_ids_BT, mask, position_ids, batch.images)
+        return adapter.forward_hidden(input_ids_BT, mask, position_ids, batch.images)
 
 
 def token_log_probs(
@@ -159,13 +166,14 @@ def recompute_latents(adapter: ModelAdapter, batch: ReplayBatch, visibility: str
             expected="completions aligned to one column",
             fix="Collate with padding_side='both'.",
         )
-    position_ids = adapter.position_ids(batch.input_ids_BT, batch.valid_BT, batch.images)
+    input_ids_BT = batch.fed_ids_BT
+    position_ids = adapter.position_ids(input_ids_BT, batch.valid_BT, batch.images)
     bias = attention_bias(batch.kinds_BT, batch.valid_BT, visibility, adapter.dtype)
     cache = DynamicCache(config=adapter.text_config)
     fed: list[Tensor] = []
-    with nullcontext() if gradient else torch.no_grad():
+    with nullcontext() if gradient else torch.no_grad(), caching_layers(adapter.model):
         hidden_BTH = adapter.forward_hidden(
-            batch.input_ids_BT[:, :first],
+            input_ids_BT[:, :first],
             bias[:, :, :first, :first],
             position_ids[..., :first],
             batch.images,
@@ -176,7 +184,7 @@ def recompute_latents(adapter: ModelAdapter, batch: ReplayBatch, visibility: str
             is_latent_B1 = latent_mask_BT[:, column, None]
             latents_BH = feedback(adapter.model, hidden_BH)
             fed.append(latents_BH)
-            embeds_BH = torch.where(is_latent_B1, latents_BH, adapter.embed(batch.input_ids_BT[:, column]))
+            embeds_BH = torch.where(is_latent_B1, latents_BH, adapter.embed(input_ids_BT[:, column]))
             hidden_BH = adapter.decode_hidden(
                 embeds_BH,
                 bias[:, :, column : column + 1, : column + 1],
@@ -184,6 +192,20 @@ def recompute_latents(adapter: ModelAdapter, batch: ReplayBatch, visibility: str
                 cache,
             )
     return torch.stack(fed, 1)[latent_mask_BT[:, first : last + 1]]
+
+
+@contextmanager
+def caching_layers(model: nn.Module):
+    """Switches gradient checkpointing off within the block: in training, transformers drops the cache of a checkpointed
+    layer with no more than a warning."""
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in checkpointed:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True
 
 
 def with_latents(batch: ReplayBatch, latents_NH: Tensor) -> ReplayBatch:
