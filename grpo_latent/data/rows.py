@@ -1,4 +1,4 @@
-"""Rows on disk and in memory: verl's parquet schema, and `LvrExample`, what SFT reads from any format.
+"""Rows in verl's parquet schema: writing, checking, reading.
 
 A verl row (what a field means, and what a reader insists on):
 
@@ -14,90 +14,34 @@ A verl row (what a field means, and what a reader insists on):
 from __future__ import annotations
 
 import io
+import itertools
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from grpo_latent.data.examples import (
+    ImageRef,
+    LvrExample,
+    build_example,
+    check_images,
+    response_template,
+    split_content,
+)
 from grpo_latent.errors import DataError
 
-IMAGE_PLACEHOLDER, LVR_PLACEHOLDER = "<image>", "<lvr>"
-ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
-ROLES = ("system", "user", "assistant")
-
-
-@dataclass(frozen=True)
-class ImageRef:
-    """An image that is decoded when it is wanted. Exactly one of `path` and `data` is set; `where` names the row."""
-
-    where: str
-    path: Path | None = None
-    data: bytes | None = None
-
-    def open(self) -> Image.Image:
-        """The RGB image.
-
-        Raises:
-            DataError: missing file, or bytes that are no image.
-        """
-        source = self.path if self.data is None else io.BytesIO(self.data)
-        try:
-            return Image.open(source).convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise DataError(
-                "not a readable image",
-                where=self.where,
-                got=str(self.path) if self.data is None else f"{len(self.data)} bytes: {error}",
-                expected="a PNG, JPEG or other file that Pillow decodes",
-                fix="Write the file's bytes as they are, or drop the row.",
-            ) from error
-
-    def check(self) -> None:
-        """Raises `DataError` unless the file exists, or the bytes start like an image; decodes no pixels."""
-        if self.data is None:
-            if not self.path.is_file():
-                raise DataError(
-                    "no such image file",
-                    where=self.where,
-                    got=str(self.path),
-                    expected="a file below the image folder",
-                    fix="Pass the folder that the paths are relative to.",
-                )
-            return
-        try:
-            Image.open(io.BytesIO(self.data)).verify()
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
-            self.open()  # raises with the details
-
-
-@dataclass(frozen=True)
-class LvrExample:
-    """One supervised example, whatever file it came from.
-
-    Attributes:
-        messages: before the response; contents are lists of {"type": "text", "text"} and {"type": "image"} in order.
-        images: in the order of the image parts.
-        boxes: normalised, one per `<lvr>` of the response, in order.
-        box_images: index into `images`, one per box.
-        response: template with `<lvr>` where a span stands. Complete, to be followed by EOS, if `has_answer`;
-            otherwise it stops where the answer would begin, and no EOS follows.
-        has_answer: whether the answer is known.
-        answer: its text, "" if unknown.
-        where: file and row, for messages.
-    """
-
-    messages: tuple[dict, ...]
-    images: tuple[ImageRef, ...]
-    boxes: tuple[tuple[float, float, float, float], ...]
-    box_images: tuple[int, ...]
-    response: str
-    has_answer: bool
-    answer: str
-    data_source: str
-    where: str
+REQUIRED_COLUMNS = ("data_source", "prompt", "reward_model")
+ROWS_PER_GROUP = 1024
+_FIELDS = {
+    "messages": "prompt",
+    "bboxes": "extra_info.bboxes",
+    "bbox_images": "extra_info.bbox_images",
+    "response": "extra_info.response",
+    "has_answer": "extra_info.has_answer",
+    "answer": "reward_model.ground_truth",
+}
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -105,16 +49,6 @@ def encode_png(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def response_template(num_spans: int, answer: str | None) -> str:
-    """The default response: its spans, then the answer, or an open answer tag if the answer is unknown.
-
-    >>> response_template(1, "7"), response_template(2, None)
-    ('<lvr> <answer> 7 </answer>', '<lvr> <lvr> <answer>')
-    """
-    spans = [LVR_PLACEHOLDER] * num_spans
-    return " ".join([*spans, ANSWER_OPEN] if answer is None else [*spans, ANSWER_OPEN, answer, ANSWER_CLOSE])
 
 
 def verl_row(
@@ -179,14 +113,150 @@ def _schema():
     )
 
 
-def write_verl_parquet(path: str | Path, rows: Sequence[dict]) -> Path:
-    """Writes rows of `verl_row`; the schema is fixed, so that files concatenate. A failed write leaves no file."""
+def write_verl_parquet(path: str | Path, rows: Iterable[dict]) -> int:
+    """Writes rows of `verl_row`, streaming; the schema is fixed, so that files concatenate. Returns their number.
+
+    A failed write leaves no file.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=_schema()), part, compression="zstd", row_group_size=1024)
-    os.replace(part, path)
-    return path
+    num_rows, rows = 0, iter(rows)
+    try:
+        with pq.ParquetWriter(part, _schema(), compression="zstd") as writer:
+            while group := list(itertools.islice(rows, ROWS_PER_GROUP)):
+                writer.write_table(pa.Table.from_pylist(group, schema=_schema()))
+                num_rows += len(group)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return num_rows
+
+
+def read_verl_parquet(path: str | Path) -> Iterator[LvrExample]:
+    """Checked examples of a file, row by row.
+
+    Raises:
+        DataError: not a parquet file, columns missing, no rows, or a malformed row (see `parse_verl_row`).
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = Path(path)
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(
+            "not a readable parquet file",
+            where=str(path),
+            got=str(error),
+            expected="a file in verl's schema",
+            fix="Check the path; `python -m grpo_latent.data.lvr_json to-parquet` converts LVR JSON.",
+        ) from error
+    missing = [name for name in REQUIRED_COLUMNS if name not in file.schema_arrow.names]
+    if missing or file.metadata.num_rows == 0:
+        raise DataError(
+            f"columns {missing} are missing" if missing else "no rows",
+            where=str(path),
+            got=f"columns {file.schema_arrow.names}, {file.metadata.num_rows} rows",
+            expected=f"columns {list(REQUIRED_COLUMNS)}, and images and extra_info where they apply",
+            fix="Rename or add the columns; see the schema in grpo_latent/data/rows.py.",
+        )
+    columns = [name for name in (*REQUIRED_COLUMNS, "images", "extra_info") if name in file.schema_arrow.names]
+    index = 0
+    for batch in file.iter_batches(ROWS_PER_GROUP, columns=columns):
+        for row in batch.to_pylist():
+            yield parse_verl_row(row, where=f"{path} row {index}")
+            index += 1
+
+
+def check_prompt(row: dict, where: str) -> tuple[list[dict], list[ImageRef]]:
+    """(messages with split contents, images) of a row, checked as far as RL needs it: any ground truth will do.
+
+    Raises:
+        DataError: names row, field, what was got and expected, and a fix.
+    """
+    problem = _problem(where)
+    data_source = row.get("data_source")
+    if not isinstance(data_source, str) or not data_source:
+        raise problem("data_source", repr(data_source), "a non-empty string", "It picks the reward; name the data set.")
+    reward_model = row.get("reward_model")
+    if not isinstance(reward_model, dict) or reward_model.get("ground_truth") is None:
+        raise problem(
+            "reward_model", reward_model, '{"style": "rule", "ground_truth": ...}', "Store what the reward compares to."
+        )
+    messages = _messages(row.get("prompt"), problem)
+    images = _images(row.get("images"), where, problem)
+    check_images(messages, images, f"{where}: prompt")
+    return messages, images
+
+
+def parse_verl_row(row: dict, where: str) -> LvrExample:
+    """A checked example of one row, as SFT needs it.
+
+    Raises:
+        DataError: names row, field, what was got and expected, and a fix.
+    """
+    problem = _problem(where)
+    messages, images = check_prompt(row, where)
+    ground_truth = row["reward_model"]["ground_truth"]
+    if not isinstance(ground_truth, str | int | float):
+        raise problem("reward_model.ground_truth", ground_truth, "the answer's text", "SFT needs one answer.")
+    extra_info = row.get("extra_info") or {}
+    if not isinstance(extra_info, dict):
+        raise problem("extra_info", extra_info, "a struct", "Store extra_info as a struct, not as text.")
+    return build_example(
+        messages=messages,
+        images=images,
+        bboxes=extra_info.get("bboxes"),
+        bbox_images=extra_info.get("bbox_images"),
+        response=extra_info.get("response"),
+        has_answer=True if extra_info.get("has_answer") is None else extra_info["has_answer"],
+        answer=str(ground_truth),
+        data_source=row["data_source"],
+        where=where,
+        fields=_FIELDS,
+    )
+
+
+def _problem(where: str):
+    def problem(field: str, got: object, expected: str, fix: str) -> DataError:
+        return DataError("malformed row", where=f"{where}: {field}", got=got, expected=expected, fix=fix)
+
+    return problem
+
+
+def _messages(prompt: object, problem) -> list[dict]:
+    expected = 'a list of {"role", "content"}, content a string with <image> placeholders, the last role "user"'
+    if not isinstance(prompt, list) or not prompt:
+        raise problem("prompt", prompt, expected, "Store chat messages, not a string.")
+    messages = []
+    for index, message in enumerate(prompt):
+        valid = isinstance(message, dict) and message.get("role") in ("system", "user", "assistant")
+        if not valid or not isinstance(message.get("content"), str):
+            raise problem(f"prompt[{index}]", message, expected, "Use the roles system, user and assistant.")
+        messages.append({"role": message["role"], "content": split_content(message["content"])})
+    if messages[-1]["role"] != "user":
+        raise problem(
+            f"prompt[{len(prompt) - 1}].role", messages[-1]["role"], expected, "End the prompt with the user."
+        )
+    return messages
+
+
+def _images(images: object, where: str, problem) -> list[ImageRef]:
+    expected = 'a list of {"bytes": <file content>, "path": null} or of paths'
+    if not isinstance(images, list | None):
+        raise problem("images", images, expected, "Store a list, also for one image.")
+    refs = []
+    for index, image in enumerate(images or []):
+        ref_where = f"{where}: images[{index}]"
+        if isinstance(image, str):
+            refs.append(ImageRef(ref_where, path=Path(image)))
+        elif isinstance(image, dict) and isinstance(image.get("bytes"), bytes) and image["bytes"]:
+            refs.append(ImageRef(ref_where, data=image["bytes"]))
+        else:
+            raise problem(f"images[{index}]", image, expected, "Store the file's bytes; verl does not read `path`.")
+    return refs

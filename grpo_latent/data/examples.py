@@ -1,0 +1,297 @@
+"""`LvrExample`: what SFT reads from any format, with the checks that all formats share."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from grpo_latent.data.boxes import check_box
+from grpo_latent.errors import DataError
+
+IMAGE_PLACEHOLDER, LVR_PLACEHOLDER = "<image>", "<lvr>"
+ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
+_ANSWER = re.compile(re.escape(ANSWER_OPEN) + r"(.*?)" + re.escape(ANSWER_CLOSE), re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """An image that is decoded when it is wanted. Exactly one of `path` and `data` is set; `where` names the row."""
+
+    where: str
+    path: Path | None = None
+    data: bytes | None = None
+
+    def read_bytes(self) -> bytes:
+        """The file's content, undecoded. Raises `DataError` if there is no such file."""
+        if self.data is not None:
+            return self.data
+        self._check_exists()
+        return self.path.read_bytes()
+
+    def _check_exists(self) -> None:
+        if not self.path.is_file():
+            raise DataError(
+                "no such image file",
+                where=self.where,
+                got=str(self.path),
+                expected="a file below the image folder",
+                fix="Pass the folder that the paths are relative to, or drop the row.",
+            )
+
+    def open(self) -> Image.Image:
+        """The RGB image; transparency over white.
+
+        Raises:
+            DataError: missing file, or bytes that are no image.
+        """
+        data = self.read_bytes()
+        try:
+            return to_rgb(Image.open(io.BytesIO(data)))
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            raise self._unreadable(data, error) from error
+
+    def check(self) -> None:
+        """Raises `DataError` unless the file exists, or the bytes in memory are an image by header and checksums.
+
+        Decodes no pixels and reads no file, which would take hours over a large data set.
+        """
+        if self.data is None:
+            self._check_exists()
+            return
+        try:
+            Image.open(io.BytesIO(self.data)).verify()
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            raise self._unreadable(self.data, error) from error
+
+    def _unreadable(self, data: bytes, error: Exception) -> DataError:
+        return DataError(
+            "not a readable image",
+            where=self.where,
+            got=f"{self.path or ''} {len(data)} bytes that start with {data[:8]!r}: {type(error).__name__}".strip(),
+            expected="a PNG, JPEG or other file that Pillow decodes",
+            fix="Write the file's bytes as they are, or drop the row.",
+        )
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB; transparent images over white, as verl's image loader does it."""
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+
+@dataclass(frozen=True)
+class LvrExample:
+    """One supervised example, whatever file it came from.
+
+    Attributes:
+        messages: before the response; contents are lists of {"type": "text", "text"} and {"type": "image"} in order.
+        images: in the order of the image parts.
+        boxes: normalised, one per `<lvr>` of the response, in order.
+        box_images: index into `images`, one per box.
+        response: template with `<lvr>` where a span stands. Complete, to be followed by EOS, if `has_answer`;
+            otherwise it stops where the answer would begin, and no EOS follows.
+        has_answer: whether the answer is known.
+        answer: its text, "" if unknown.
+        where: file and row, for messages.
+    """
+
+    messages: tuple[dict, ...]
+    images: tuple[ImageRef, ...]
+    boxes: tuple[tuple[float, float, float, float], ...]
+    box_images: tuple[int, ...]
+    response: str
+    has_answer: bool
+    answer: str
+    data_source: str
+    where: str
+
+
+def response_template(num_spans: int, answer: str | None) -> str:
+    """The default response: its spans, then the answer, or an open answer tag if the answer is unknown.
+
+    >>> response_template(1, "7"), response_template(2, None)
+    ('<lvr> <answer> 7 </answer>', '<lvr> <lvr> <answer>')
+    """
+    spans = [LVR_PLACEHOLDER] * num_spans
+    return " ".join([*spans, ANSWER_OPEN] if answer is None else [*spans, ANSWER_OPEN, answer, ANSWER_CLOSE])
+
+
+def split_content(text: str) -> list[dict]:
+    """Content parts of a text with `<image>` placeholders, split as verl's data set does.
+
+    >>> split_content("read red ?<image>")
+    [{'type': 'text', 'text': 'read red ?'}, {'type': 'image'}]
+    """
+    segments = re.split(f"({re.escape(IMAGE_PLACEHOLDER)})", text)
+    return [
+        {"type": "image"} if segment == IMAGE_PLACEHOLDER else {"type": "text", "text": segment}
+        for segment in segments
+        if segment
+    ]
+
+
+def join_content(content: Sequence[dict]) -> str:
+    """The inverse of `split_content`."""
+    return "".join(IMAGE_PLACEHOLDER if part["type"] == "image" else part["text"] for part in content)
+
+
+def find_answers(response: str) -> list[str]:
+    """The stripped texts between answer tags."""
+    return [text.strip() for text in _ANSWER.findall(response)]
+
+
+def check_images(messages: Sequence[dict], images: Sequence[ImageRef], where: str) -> None:
+    """Checks that the messages have one placeholder per image, and `ImageRef.check`s the images.
+
+    Raises:
+        DataError: they do not match, an image is missing or malformed, or there is video or audio.
+    """
+
+    def problem(what: str, got: str, expected: str, fix: str) -> DataError:
+        return DataError(what, where=where, got=got, expected=expected, fix=fix)
+
+    texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+    for placeholder in ("<video>", "<audio>"):
+        if any(placeholder in text for text in texts):
+            raise problem(f"{placeholder} is not supported", " ".join(texts), "text and images", "Drop the row.")
+    num_placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if num_placeholders != len(images):
+        raise problem(
+            "placeholders do not match the images",
+            f"{num_placeholders} {IMAGE_PLACEHOLDER} for {len(images)} images",
+            f"one {IMAGE_PLACEHOLDER} per image",
+            "Put one where each image belongs.",
+        )
+    for image in images:
+        image.check()
+
+
+def build_example(
+    *,
+    messages: list[dict],
+    images: list[ImageRef],
+    bboxes: object,
+    bbox_images: object,
+    response: object,
+    has_answer: object,
+    answer: str,
+    data_source: str,
+    where: str,
+    fields: dict[str, str],
+) -> LvrExample:
+    """Checks what all formats share, and builds the example.
+
+    Args:
+        messages: with split contents.
+        bboxes, bbox_images, response, has_answer: as read; None means absent, and gives no boxes, image 0, the default
+            response.
+        answer: "" if unknown.
+        fields: how the format calls messages, bboxes, bbox_images, response, has_answer and answer.
+
+    Raises:
+        DataError: see the messages.
+    """
+
+    def problem(field: str, what: str, got: object, expected: str, fix: str) -> DataError:
+        return DataError(what, where=f"{where}: {fields[field]}", got=got, expected=expected, fix=fix)
+
+    check_images(messages, images, f"{where}: {fields['messages']}")
+    boxes = _check_boxes(bboxes, where, fields["bboxes"], problem)
+    box_images = _check_box_images(bbox_images, len(boxes), len(images), problem)
+    if not isinstance(has_answer, bool):
+        raise problem("has_answer", "not a truth value", has_answer, "true or false", "Leave it out if all are known.")
+    if has_answer != (answer != ""):
+        raise problem(
+            "answer",
+            "the answer contradicts has_answer",
+            f"has_answer {has_answer}, answer {answer!r}",
+            "an answer if and only if has_answer is true",
+            "Fill in the answer, or empty it and set has_answer to false.",
+        )
+    if response is None:
+        response = response_template(len(boxes), answer if has_answer else None)
+    _check_response(response, len(boxes), has_answer, problem)
+    return LvrExample(
+        messages=tuple(messages),
+        images=tuple(images),
+        boxes=boxes,
+        box_images=box_images,
+        response=response,
+        has_answer=has_answer,
+        answer=answer,
+        data_source=data_source,
+        where=where,
+    )
+
+
+def _check_boxes(bboxes: object, where: str, field: str, problem) -> tuple[tuple[float, float, float, float], ...]:
+    if bboxes is None:
+        return ()
+    if not isinstance(bboxes, list | tuple):
+        raise problem("bboxes", "not a list of boxes", bboxes, "[[x0, y0, x1, y1], ...]", "Write a list of lists.")
+    return tuple(check_box(box, f"{where}: {field}[{index}]") for index, box in enumerate(bboxes))
+
+
+def _check_box_images(bbox_images: object, num_boxes: int, num_images: int, problem) -> tuple[int, ...]:
+    if num_boxes and not num_images:
+        raise problem("bboxes", "boxes without an image", f"{num_boxes} boxes", "an image", "Add the image.")
+    if bbox_images is None and num_boxes and num_images > 1:
+        raise problem(
+            "bbox_images",
+            "several images, and it is not said which a box belongs to",
+            f"{num_images} images, {num_boxes} boxes",
+            "one image index per box",
+            "Add the field, for example [0, 1].",
+        )
+    indices = (0,) * num_boxes if bbox_images is None else bbox_images
+    valid = isinstance(indices, list | tuple) and len(indices) == num_boxes
+    if not valid or not all(type(index) is int and 0 <= index < num_images for index in indices):
+        raise problem(
+            "bbox_images",
+            "not one image index per box",
+            bbox_images,
+            f"{num_boxes} integers in [0, {num_images})",
+            "Count images from 0.",
+        )
+    return tuple(indices)
+
+
+def _check_response(response: object, num_boxes: int, has_answer: bool, problem) -> None:
+    if not isinstance(response, str) or not response.strip():
+        raise problem("response", "no response", response, "a non-empty text", "Add the response that SFT imitates.")
+    num_spans = response.count(LVR_PLACEHOLDER)
+    if num_spans != num_boxes:
+        raise problem(
+            "response",
+            "spans do not match the boxes",
+            f"{num_spans} {LVR_PLACEHOLDER} for {num_boxes} boxes in {response!r}",
+            f"one {LVR_PLACEHOLDER} per box",
+            "Add the missing boxes or placeholders.",
+        )
+    num_answers = len(find_answers(response))
+    closed_tags = response.count(ANSWER_CLOSE)
+    if has_answer and (num_answers, closed_tags) != (1, 1):
+        raise problem(
+            "response",
+            "no single answer",
+            response,
+            f"one {ANSWER_OPEN} ... {ANSWER_CLOSE}",
+            "Tag the final answer; where it is unknown, set has_answer to false.",
+        )
+    if not has_answer and closed_tags:
+        raise problem(
+            "response",
+            "an answer where has_answer is false",
+            response,
+            f"a response that stops at or before {ANSWER_OPEN}",
+            "Cut the response there, or set has_answer to true.",
+        )
