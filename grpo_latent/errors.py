@@ -47,7 +47,7 @@ class GrpoLatentError(Exception):
 
 
 def _short(value: object, limit: int) -> str:
-    text = value if isinstance(value, str) else repr(value)
+    text = value if isinstance(value, str) and value else repr(value)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 

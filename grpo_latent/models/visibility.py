@@ -38,7 +38,8 @@ def attention_bias(
 
     Args:
         kinds_BT: int [B, T], `PositionKind` of each position.
-        valid_BT: bool [B, T], False at padding. A padded row sees itself only, since a row of minima only is undefined.
+        valid_BT: bool [B, T], False at padding, which no other row sees. Each row sees itself, so that no row is all minima,
+            whose softmax would be uniform.
         visibility: `full` or `latents_only`.
         query_start: rows query_start..T-1 are returned.
 
