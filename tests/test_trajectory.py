@@ -54,7 +54,8 @@ def test_spans_of_random_sequences_equal_groupby():
     generator = random.Random(0)
     for _ in range(200):
         kinds = [generator.choice([K.TEXT, K.LATENT]) for _ in range(generator.randint(0, 12))]
-        runs = [list(run) for key, run in itertools.groupby(range(len(kinds)), lambda i: kinds[i]) if key == K.LATENT]
+        pairs = itertools.groupby(enumerate(kinds), key=lambda pair: pair[1])
+        runs = [[idx for idx, _ in run] for kind, run in pairs if kind == K.LATENT]
         expected = [LatentSpan(run[0], len(run)) for run in runs]
         assert latent_spans(torch.tensor(kinds, dtype=torch.long)) == expected
 

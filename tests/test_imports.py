@@ -1,0 +1,141 @@
+"""Imports point one way; read from the AST, function-level ones too. Not covered: `importlib.import_module(name)`."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "grpo_latent"
+
+# layer -> layers of grpo_latent that it may import, itself aside. `entry` is every module at the top of the package that has
+# no row of its own: `python -m grpo_latent.<entry>`.
+_TYPES = {"errors", "trajectory"}
+_CORE = _TYPES | {"latent", "algo"}
+_MODELS = _CORE | {"models"}
+ALLOWED = {
+    "errors": set(),
+    "trajectory": {"errors"},
+    "latent": _TYPES,
+    "algo": _TYPES,
+    "rewards": _TYPES,  # runs a user's function in a process of its own: needs no model
+    "models": _CORE,
+    "rollout": _MODELS,
+    "data": _MODELS,  # rows, and the tiny models' vision pretraining
+    "sft": _MODELS | {"data"},
+    "eval": _MODELS | {"data", "rewards", "rollout"},
+    "verl_plugin": _MODELS | {"data", "rewards", "rollout", "eval"},
+    "config": set(),
+    "entry": _MODELS | {"data", "rewards", "rollout", "sft", "eval", "verl_plugin", "config", "entry"},
+}
+# third-party roots that only these layers may import
+ONLY_IN = {
+    "ray": {"verl_plugin", "entry"},
+    "verl": {"verl_plugin"},
+    "vllm": {"verl_plugin"},
+    "tensordict": {"verl_plugin"},
+    "transfer_queue": {"verl_plugin"},
+}
+FORBIDDEN_EVERYWHERE = {"recipes", "reward", "tests", "benchmarks"}
+
+
+def layer_of(module: str) -> str:
+    """`grpo_latent.models.tiny` -> models; `grpo_latent.evaluate` -> entry."""
+    parts = module.split(".")
+    name = parts[1] if len(parts) > 1 else ""
+    return name if name in ALLOWED else "entry"
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or path.is_dir()
+
+
+def imported_modules(source: str, module: str, is_package: bool = False) -> set[str]:
+    """Absolute names of all modules that `source` imports; `from package import name` counts `package.name` if a module."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = module.split(".")
+            parent = parts[: len(parts) - node.level + is_package] if node.level else []
+            base = ".".join([*parent, *([node.module] if node.module else [])])
+            for alias in node.names:
+                child = f"{base}.{alias.name}"
+                names.add(child if is_module(child) else base)
+    return names
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    layer, found = layer_of(module), []
+    for name in sorted(imported_modules(source, module, is_package)):
+        root = name.split(".")[0]
+        if root == "grpo_latent" and name != "grpo_latent":
+            target = layer_of(name)
+            if target != layer and target not in ALLOWED[layer]:
+                found.append(f"{module} ({layer}) imports {name} ({target})")
+        elif root in FORBIDDEN_EVERYWHERE or layer not in ONLY_IN.get(root, {layer}):
+            found.append(f"{module} ({layer}) imports {name}")
+    return found
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_module_imports_lower_layers_only(path):
+    if path == PACKAGE / "__init__.py":
+        return
+    assert violations(path.read_text(), module_name(path), path.name == "__init__.py") == []
+
+
+def test_the_package_itself_imports_nothing():
+    """`import grpo_latent` must work, and be cheap, where only Python is installed."""
+    assert imported_modules((PACKAGE / "__init__.py").read_text(), "grpo_latent", True) <= {"__future__"}
+
+
+def test_every_package_has_a_row():
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert folders <= set(ALLOWED), f"no row for {folders - set(ALLOWED)}"
+
+
+def test_the_table_has_no_cycle():
+    done = set()
+    while len(done) < len(ALLOWED):
+        free = {layer for layer, allowed in ALLOWED.items() if layer not in done and allowed - {layer} <= done}
+        assert free, f"a cycle among {set(ALLOWED) - done}"
+        done |= free
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "reward").glob("*.py")), ids=lambda path: path.name)
+def test_reward_functions_use_types_and_errors_only(path):
+    own = {name for name in imported_modules(path.read_text(), module_name(path)) if name.startswith("grpo_latent")}
+    assert own <= {"grpo_latent.errors", "grpo_latent.trajectory"}
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "num_violations"),
+    [
+        ("grpo_latent.latent.x", "from grpo_latent.models import tiny", 1),
+        ("grpo_latent.latent.x", "def f():\n    import grpo_latent.models.tiny", 1),
+        ("grpo_latent.latent.x", "from ..models.tiny import word_tokenizer", 1),
+        ("grpo_latent.models.x", "from grpo_latent.latent.config import LatentConfig", 0),
+        ("grpo_latent.models.x", "from . import tiny", 0),
+        ("grpo_latent.models.x", "import ray", 1),
+        ("grpo_latent.rollout.hf", "from verl.utils import x", 1),
+        ("grpo_latent.verl_plugin.x", "from verl.utils import x\nimport ray", 0),
+        ("grpo_latent.eval.x", "from grpo_latent.rollout.hf import HFRolloutEngine", 0),
+        ("grpo_latent.eval.x", "from grpo_latent.verl_plugin import engine", 1),
+        ("grpo_latent.evaluate", "from grpo_latent.eval import evaluate", 0),
+        ("grpo_latent.eval.x", "from grpo_latent.evaluate import main", 1),
+        ("grpo_latent.train", "from reward.digits import compute_score", 1),
+        ("grpo_latent.train", "import recipes.quickstart", 1),
+    ],
+)
+def test_the_rule_catches(module, source, num_violations):
+    assert len(violations(source, module)) == num_violations
