@@ -1,0 +1,57 @@
+"""From messages and images to the prompt ids and pixels that models, rollouts and SFT take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from grpo_latent.errors import DataError
+from grpo_latent.models.adapter import ImageInputs
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`ids` int64 [P], image placeholders expanded; `images` in the order of their placeholders, or None."""
+
+    ids: Tensor
+    images: ImageInputs | None
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    processor: ProcessorMixin | None,
+    messages: Sequence[dict],
+    images: Sequence[Image.Image],
+    where: str,
+) -> Prompt:
+    """The prompt as the model sees it before its response: chat template, then the processor.
+
+    Args:
+        messages: contents are lists of {"type": "text", "text": ...} and {"type": "image"}.
+        images: one per image part, in order.
+        where: file and row, for errors.
+
+    Raises:
+        DataError: the numbers of images and of image parts differ, or images for a model without a processor.
+    """
+    num_parts = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if num_parts != len(images):
+        raise DataError(
+            "images do not match the prompt",
+            where=where,
+            got=f"{len(images)} image(s), {num_parts} <image> in the prompt",
+            expected="one <image> per image",
+        )
+    if images and processor is None:
+        raise DataError("an image for a text-only model", where=where, got=f"{len(images)} image(s)", expected="none")
+    text = (processor or tokenizer).apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    if not images:
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+        return Prompt(ids, None)
+    batch = processor(text=[text], images=list(images), add_special_tokens=False, return_tensors="pt")
+    return Prompt(batch["input_ids"][0].to(torch.long), ImageInputs(batch["pixel_values"], batch["image_grid_thw"]))
