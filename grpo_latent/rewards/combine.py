@@ -1,0 +1,76 @@
+"""Several reward functions, one reward: the weighted sum, with every term under its own name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from grpo_latent.errors import RewardError
+from grpo_latent.rewards.functions import FunctionSpec
+from grpo_latent.rewards.outcome import Outcome
+
+
+@dataclass(frozen=True)
+class Combined:
+    """Attributes:
+    score: Σ weight · score; None if a function failed.
+    terms: unweighted score by term, None for a function that failed.
+    extras: what dict results carried beside their score: `<key>` from a single function, `<term>/<key>` from several.
+    failures: (term, outcome) of each function that failed.
+    """
+
+    score: float | None
+    terms: dict[str, float | None]
+    extras: dict[str, float | str | None]
+    failures: list[tuple[str, Outcome]]
+
+
+def combine(specs: Sequence[FunctionSpec], outcomes: Sequence[Outcome]) -> Combined:
+    """One outcome a spec, in the same order.
+
+    >>> specs = [FunctionSpec("a.py", weight=2.0), FunctionSpec("b.py", weight=0.5)]
+    >>> combine(specs, [Outcome("ok", 1.0), Outcome("ok", 3.0, {"n": 7.0})])
+    Combined(score=3.5, terms={'a': 1.0, 'b': 3.0}, extras={'b/n': 7.0}, failures=[])
+    """
+    failures = [(spec.term, outcome) for spec, outcome in zip(specs, outcomes, strict=True) if not outcome.is_ok]
+    terms = {spec.term: outcome.score for spec, outcome in zip(specs, outcomes, strict=True)}
+    extras = {
+        key if len(specs) == 1 else f"{spec.term}/{key}": value
+        for spec, outcome in zip(specs, outcomes, strict=True)
+        for key, value in outcome.extras.items()
+    }
+    if failures:
+        return Combined(None, terms, extras, failures)
+    score = math.fsum(spec.weight * terms[spec.term] for spec in specs)
+    if not math.isfinite(score):
+        failures = [("+".join(terms), Outcome("inf", detail=f"the weighted sum of {terms}"))]
+        return Combined(None, terms, extras, failures)
+    return Combined(score, terms, extras, [])
+
+
+def reward_metrics(infos: Sequence[dict]) -> dict[str, float]:
+    """Metrics of a batch from its trajectories' `RewardResult.info()`.
+
+        rewards/<name>/mean, rewards/<name>/std     over the trajectories that have the term; std with ddof 0
+        rewards/errors/<kind>                       number of trajectories on which a function failed so
+        rewards/dropped                             number of trajectories left out of training
+
+    `score` of a dropped trajectory is a stand-in and enters no mean.
+    """
+    metrics = {f"rewards/errors/{kind}": 0.0 for kind in RewardError.KINDS}
+    metrics["rewards/dropped"] = float(sum(info.get("dropped", 0.0) for info in infos))
+    values: dict[str, list[float]] = {}
+    for info in infos:
+        if info.get("reward_error"):
+            metrics[f"rewards/errors/{info['reward_error']}"] += 1
+        for key, value in info.items():
+            is_number = isinstance(value, int | float)
+            if key in ("dropped", "acc") or not is_number or (key == "score" and info.get("dropped")):
+                continue
+            values.setdefault(key, []).append(float(value))
+    for key, numbers in values.items():
+        mean = math.fsum(numbers) / len(numbers)
+        metrics[f"rewards/{key}/mean"] = mean
+        metrics[f"rewards/{key}/std"] = math.sqrt(math.fsum((x - mean) ** 2 for x in numbers) / len(numbers))
+    return metrics

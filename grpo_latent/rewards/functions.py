@@ -1,0 +1,157 @@
+"""Which reward functions to call, with which weight, and how to load them from a file."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from grpo_latent.errors import ConfigError
+
+DEFAULT_NAME = "compute_score"
+PACKAGE_PREFIX = "pkg://"  # verl's way to name a module of an installed package
+ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
+SPEC_KEYS = ("path", "name", "weight", "term", "kwargs")
+
+
+@dataclass(frozen=True)
+class FunctionSpec:
+    """One reward function of a run.
+
+    Attributes:
+        path: a Python file, or `pkg://package.module`.
+        name: of the function in it.
+        weight: of its score in the reward.
+        term: name under which its score is logged (`rewards/<term>/mean`); the file's name where the function is called
+            `compute_score`, else the function's.
+        kwargs: passed to each call.
+    """
+
+    path: str
+    name: str = DEFAULT_NAME
+    weight: float = 1.0
+    term: str = ""
+    kwargs: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not isinstance(self.path, str) or not self.path:
+            raise ConfigError("a reward function needs a file", where="latent.reward.functions.path", got=self.path)
+        is_number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
+        if not is_number or not math.isfinite(self.weight):
+            raise ConfigError(
+                "a weight is no finite number",
+                where=f"reward function {self.path}",
+                got=self.weight,
+                expected="a float",
+            )
+        if not isinstance(self.kwargs, Mapping):
+            raise ConfigError("kwargs are no mapping", where=f"reward function {self.path}", got=self.kwargs)
+        if not self.term:
+            stem = self.path.removeprefix(PACKAGE_PREFIX).replace("/", ".").removesuffix(".py").rpartition(".")[2]
+            object.__setattr__(self, "term", stem if self.name == DEFAULT_NAME else self.name)
+
+
+def specs_from_config(entries: Iterable[Mapping]) -> list[FunctionSpec]:
+    """`latent.reward.functions`, a list of {path, name, weight, term, kwargs}, all but `path` optional.
+
+    Raises:
+        ConfigError: no function, an unknown key, or two functions under one term.
+    """
+    specs = []
+    for i, entry in enumerate(entries):
+        where = f"latent.reward.functions[{i}]"
+        if not isinstance(entry, Mapping) or "path" not in entry:
+            raise ConfigError(
+                "not a reward function", where=where, got=entry, expected="{path, name, weight, term, kwargs}"
+            )
+        unknown = sorted(set(entry) - set(SPEC_KEYS))
+        if unknown:
+            raise ConfigError("unknown key", where=where, got=unknown, expected=f"some of {SPEC_KEYS}")
+        specs.append(FunctionSpec(**{k: dict(v) if k == "kwargs" else v for k, v in entry.items() if v is not None}))
+    if not specs:
+        raise ConfigError(
+            "no reward function",
+            where="latent.reward.functions",
+            got="an empty list",
+            expected="at least one function",
+            fix="Set reward.custom_reward_function.path=<file>, or list functions under latent.reward.functions.",
+        )
+    terms = [spec.term for spec in specs]
+    repeated = sorted({t for t in terms if terms.count(t) > 1})
+    if repeated:
+        raise ConfigError(
+            "two reward functions have the same name in the log",
+            where="latent.reward.functions",
+            got=repeated,
+            expected="a term of its own for each",
+            fix="Give each function a `term`.",
+        )
+    return specs
+
+
+def load_function(spec: FunctionSpec) -> Callable:
+    """Imports the file (which runs it) and takes the function out of it.
+
+    Raises:
+        ConfigError: the file is missing or fails to import, lacks the function, or the function cannot be called as
+            `f(data_source=…, solution_str=…, ground_truth=…, extra_info=…, **kwargs)`.
+    """
+    module = _load_module(spec.path)
+    function = getattr(module, spec.name, None)
+    if not callable(function):
+        names = sorted(n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__)
+        raise ConfigError(
+            f"no function {spec.name!r} in the file",
+            where=spec.path,
+            got=f"functions {names}",
+            expected=spec.name,
+            fix="Name it with `name`, or reward.custom_reward_function.name.",
+        )
+    signature = inspect.signature(function)
+    try:
+        signature.bind(**dict.fromkeys(ARGUMENTS), **spec.kwargs)
+    except TypeError as error:
+        raise ConfigError(
+            f"{spec.name} cannot be called as verl calls a reward: {error}",
+            where=spec.path,
+            got=f"{spec.name}{signature}",
+            expected=f"{spec.name}(data_source, solution_str, ground_truth, extra_info=None, **kwargs)",
+        ) from error
+    return function
+
+
+def _load_module(path: str):
+    try:
+        if path.startswith(PACKAGE_PREFIX):
+            return importlib.import_module(path.removeprefix(PACKAGE_PREFIX).replace("/", "."))
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise ConfigError(
+                "no such reward file",
+                where=path,
+                got=f"nothing at {file.absolute()}",
+                expected="a Python file, or pkg://package.module",
+            )
+        name = f"grpo_latent_reward_{file.stem}"
+        module_spec = importlib.util.spec_from_file_location(name, file)
+        if module_spec is None or module_spec.loader is None:
+            raise ConfigError("not a Python file", where=path, got=file.name, expected="a name that ends in .py")
+        module = importlib.util.module_from_spec(module_spec)
+        sys.modules[name] = module  # dataclasses and pickle look their module up there
+        module_spec.loader.exec_module(module)
+        return module
+    except ConfigError:
+        raise
+    except BaseException as error:  # the file runs foreign code, which may even call exit()
+        raise ConfigError(
+            "the reward file fails to import",
+            where=path,
+            got=f"{type(error).__name__}: {error}",
+            expected="a file that imports",
+            fix="Run it with python to see the whole traceback.",
+        ) from error

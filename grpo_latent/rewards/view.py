@@ -1,0 +1,47 @@
+"""What a reward may see of a trajectory: its text without latent spans, and a summary of what was left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from grpo_latent.trajectory import PositionKind, Trajectory
+
+
+@dataclass(frozen=True)
+class RewardView:
+    """Attributes:
+    solution_str: text of the completion; no latent, delimiter or EOS in it, whatever the tokenizer calls special.
+    latent: {"num_spans", "num_steps", "num_forced_ends", "span_offsets", "stop_reason"}, the `extra_info["latent"]` of
+        reward functions; `span_offsets` are characters of `solution_str`.
+    """
+
+    solution_str: str
+    latent: dict
+
+
+def reward_view(trajectory: Trajectory, decode: Callable[[Sequence[int]], str], eos_ids: Collection[int]) -> RewardView:
+    """Builds the view from position kinds, so no token id or special-token flag has a say.
+
+    Args:
+        decode: ids to text *without* skipping special tokens: `<answer>` may be one.
+        eos_ids: dropped where they end the completion.
+    """
+    kinds, is_text = trajectory.kinds, trajectory.kinds == PositionKind.TEXT
+    text_ids = trajectory.text_ids
+    if text_ids and text_ids[-1] in eos_ids:
+        text_ids = text_ids[:-1]
+    solution_str = decode(text_ids) if text_ids else ""
+    num_text_before = is_text.cumsum(0)
+    offsets = []
+    for span in trajectory.spans:
+        prefix = text_ids[: int(num_text_before[span.start])]
+        offsets.append(min(len(decode(prefix)) if prefix else 0, len(solution_str)))
+    latent = {
+        "num_spans": len(offsets),
+        "num_steps": int((kinds == PositionKind.LATENT).sum()),
+        "num_forced_ends": trajectory.num_forced_ends,
+        "span_offsets": offsets,
+        "stop_reason": trajectory.stop_reason,
+    }
+    return RewardView(solution_str, latent)

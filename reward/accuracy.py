@@ -1,0 +1,97 @@
+"""1.0 where the text of `<answer>…</answer>` equals the ground truth, else 0.0: math-verify first, then as text.
+
+As LVR's accuracy reward (arXiv 2509.24251), with two differences. The answer is read from the answer tags only, where LVR
+lets math-verify search the whole completion. And math-verify decides only where it read *all* digits of both texts: it
+stops at the first number that it finds, so it takes `12:45` for `12:30`, and `4 or 5` for `4`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+
+from math_verify import parse, verify
+
+from grpo_latent.errors import DataError, RewardError
+
+MATH_TIMEOUT_S = 2
+MAX_MATH_CHARS = 1000  # no published answer is longer; a policy's endless one is compared as text
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+BOXED = re.compile(r"\\boxed\{(.*)\}", re.DOTALL)
+
+# it warns that its time-out is off, which is the caller's business here: the reward runner has its own
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> float:
+    """Args:
+        data_source: name of the data set, used in errors.
+        solution_str: completion without latent spans.
+        ground_truth: the answer, text or number; `\\boxed{…}` is taken off.
+        extra_info: `index` of the row, used in errors.
+
+    Raises:
+        DataError: the ground truth is no text or number, or is blank.
+        RewardError: `solution_str` is no text.
+
+    >>> compute_score("geo", "<answer> 0.5 </answer>", "1/2")
+    1.0
+    """
+    gold = _ground_truth_text(ground_truth, data_source, extra_info)
+    answer = answer_text(solution_str)
+    if answer is None:
+        return 0.0
+    return float(_equal_as_maths(gold, answer) or _normalise(gold) == _normalise(answer))
+
+
+def answer_text(solution_str: str) -> str | None:
+    """The text between the tags, if there is exactly one pair of them.
+
+    >>> answer_text("so <answer> 4 </answer>"), answer_text("<answer>4</answer> <answer>5</answer>")
+    ('4', None)
+    """
+    if not isinstance(solution_str, str):
+        raise RewardError("solution_str is no text", kind="type", got=solution_str, expected="str")
+    if solution_str.count("<answer>") != 1 or solution_str.count("</answer>") != 1:
+        return None
+    match = ANSWER.search(solution_str)
+    return match.group(1).strip() if match else None
+
+
+def _equal_as_maths(gold: str, answer: str) -> bool:
+    if max(len(gold), len(answer)) > MAX_MATH_CHARS:
+        return False
+    # its time-outs are signals, which only the main thread may set; elsewhere the caller must be able to kill
+    timeout_s = MATH_TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
+    parsed = [parse(text, parsing_timeout=timeout_s) for text in (gold, answer)]
+    for text, found in zip((gold, answer), parsed, strict=True):
+        if not found or _digits(str(found[-1])) != _digits(text):
+            return False
+    return verify(*parsed, timeout_seconds=timeout_s)
+
+
+def _digits(text: str) -> str:
+    return re.sub(r"\D", "", text)
+
+
+def _normalise(text: str) -> str:
+    """Without `\\boxed`, `$`, brackets around an option letter, a closing full stop, case and runs of spaces."""
+    boxed = BOXED.fullmatch(text.strip())
+    text = (boxed.group(1) if boxed else text).strip().strip("$").strip()
+    option = re.fullmatch(r"\(?([A-Za-z])[).]?", text)
+    text = option.group(1) if option else text.removesuffix(".")
+    return " ".join(text.split()).casefold()
+
+
+def _ground_truth_text(ground_truth, data_source, extra_info) -> str:
+    is_number = isinstance(ground_truth, int | float) and not isinstance(ground_truth, bool)
+    text = str(ground_truth) if is_number or isinstance(ground_truth, str) else ""
+    if not _normalise(text) or text in ("nan", "inf", "-inf"):
+        raise DataError(
+            "the ground truth is no answer",
+            where=f"data source {data_source!r}, row {(extra_info or {}).get('index')}, reward_model.ground_truth",
+            got=repr(ground_truth),
+            expected="a text that is not blank, or a finite number",
+        )
+    return text

@@ -1,0 +1,102 @@
+"""`reward/accuracy.py` against answers judged by hand."""
+
+import threading
+
+import pytest
+
+from grpo_latent.errors import DataError, RewardError
+from reward.accuracy import answer_text, compute_score
+
+
+def score(answer, truth):
+    return compute_score("geometry", f"<answer> {answer} </answer>", truth, {"index": 3})
+
+
+@pytest.mark.parametrize(
+    "answer, truth",
+    [
+        ("4", "4"),
+        ("4.0", "4"),
+        ("4", 4),
+        ("0.5", 0.5),
+        ("1/2", "0.5"),
+        (r"\frac{1}{2}", "0.5"),
+        ("0.5", r"\boxed{\frac{1}{2}}"),
+        ("50%", "0.5"),
+        ("1,234", "1234"),
+        ("x = 4", "4"),
+        ("12", "12 cm"),
+        ("B", "B"),
+        ("(b)", "B"),
+        ("B.", r"\boxed{B}"),
+        ("Red  car.", "red car"),
+        ("12:30", "12:30"),
+        ("七", "七"),
+    ],
+)
+def test_equal(answer, truth):
+    assert score(answer, truth) == 1.0
+
+
+@pytest.mark.parametrize(
+    "answer, truth",
+    [
+        ("5", "4"),
+        ("A", "B"),
+        ("", "4"),
+        ("4 or 5", "4"),
+        ("12:45", "12:30"),
+        ("3 apples and 2 pears", "3 apples and 5 pears"),
+        ("3", "3 apples and 2 pears"),
+        ("red", "green"),
+        ("4" * 5000, "4"),
+        ("2^{10}", "4"),
+    ],
+)
+def test_different(answer, truth):
+    assert score(answer, truth) == 0.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "4",
+        "<answer> 4",
+        "4 </answer>",
+        "</answer> 4 <answer>",
+        "<answer>4</answer><answer>4</answer>",
+        "<answer><answer>4</answer></answer>",
+        "&lt;answer&gt;4&lt;/answer&gt;",
+        "<ANSWER>4</ANSWER>",
+    ],
+)
+def test_only_one_pair_of_tags_is_an_answer(text):
+    assert answer_text(text) is None
+    assert compute_score("x", text, "4") == 0.0
+
+
+def test_answer_may_span_lines_and_stand_anywhere():
+    assert compute_score("x", "first\n<answer>\n 4 \n</answer> done", "4") == 1.0
+
+
+@pytest.mark.parametrize("truth", [None, "", "  ", "\\boxed{}", [], ["4"], {"a": 1}, True, float("nan"), float("inf")])
+def test_malformed_ground_truth_is_an_error_that_names_the_row(truth):
+    with pytest.raises(DataError, match=r"'geometry', row 3.*ground_truth"):
+        score("4", truth)
+
+
+@pytest.mark.parametrize("text", [None, 4, b"<answer>4</answer>", ["<answer>4</answer>"]])
+def test_solution_that_is_no_text_is_an_error(text):
+    with pytest.raises(RewardError, match="no text") as caught:
+        compute_score("x", text, "4")
+    assert caught.value.kind == "type"
+
+
+def test_works_outside_the_main_thread():
+    """math-verify's own time-outs are signals, which raise ValueError in any other thread."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(score("1/2", "0.5")))
+    thread.start()
+    thread.join()
+    assert results == [1.0]
