@@ -102,3 +102,7 @@ class PluginError(GrpoLatentError, RuntimeError):
 
 class PreflightError(GrpoLatentError, RuntimeError):
     """A check before a run found that the run would fail."""
+
+
+class TrainingError(GrpoLatentError, RuntimeError):
+    """An update cannot be made, for example because the loss is not finite."""

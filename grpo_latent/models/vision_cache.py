@@ -112,7 +112,9 @@ class VisionCache:
         """What features depend on besides the image. In-place updates of a parameter raise its version."""
         device = self._visual.patch_embed.proj.weight.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return autocast, tuple((parameter.data_ptr(), parameter._version) for parameter in self._visual.parameters())
+        # under FSDP a parameter may be a DTensor, whose data lie in its local tensor
+        local = (getattr(parameter, "_local_tensor", parameter) for parameter in self._visual.parameters())
+        return autocast, tuple((tensor.data_ptr(), tensor._version) for tensor in local)
 
     def _forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs):
         asks_for_more = any(isinstance(value, Tensor) for value in kwargs.values()) or any(
@@ -131,7 +133,8 @@ class VisionCache:
         )
 
     def _encode(self, pixel_values: Tensor, grid: Tensor, kwargs: dict) -> list[_Encoded]:
-        state = (torch.is_grad_enabled(), *self._state())
+        remembers = self.max_bytes > 0 or self._block is not None
+        state = (torch.is_grad_enabled(), *self._state()) if remembers else ()
         if self._last_call is not None:
             pixels, last_state, encoded = self._last_call
             if pixels is pixel_values and last_state == state:
