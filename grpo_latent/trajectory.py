@@ -34,6 +34,10 @@ class PositionKind(IntEnum):
     FORCED = 5  # token that the mechanism appended, such as the end of a span
 
 
+COMPLETION_KINDS = frozenset(int(kind) for kind in PositionKind if kind >= PositionKind.TEXT)
+STOP_REASONS = ("eos", "length")
+
+
 @dataclass(frozen=True)
 class LatentSpan:
     """Consecutive latent steps: `start` and `length` in completion coordinates."""
@@ -81,6 +85,14 @@ class Trajectory:
         }
         if len(set(lengths.values())) != 1:
             raise LatentMismatchError("fields of a trajectory differ in length", got=lengths, expected="one length T")
+        unknown = set(self.kinds.tolist()) - COMPLETION_KINDS
+        if unknown or self.stop_reason not in STOP_REASONS:
+            raise LatentMismatchError(
+                "not a completion",
+                where=f"trajectory of group {self.group_id!r}",
+                got=f"kinds {sorted(unknown)}, stop_reason {self.stop_reason!r}",
+                expected=f"kinds in {sorted(COMPLETION_KINDS)}, stop_reason in {STOP_REASONS}",
+            )
         num_latents = int(self.latent_mask.sum())
         if self.latents.ndim != 2 or self.latents.shape[0] != num_latents:
             raise LatentMismatchError(

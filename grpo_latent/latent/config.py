@@ -60,18 +60,14 @@ class LatentConfig:
             optional = name == "max_spans" and value is None
             if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
                 raise ConfigError("not a valid count", where=f"latent.{name}", got=value, expected=f"int >= {minimum}")
-        if not self.latent_end_threshold > 0:
+        threshold = self.latent_end_threshold
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold > 0:
+            raise ConfigError("not a distance", where="latent.latent_end_threshold", got=threshold, expected="> 0")
+        if not isinstance(self.start_is_action, bool):
             raise ConfigError(
-                "not a distance", where="latent.latent_end_threshold", got=self.latent_end_threshold, expected="> 0"
+                "not a switch", where="latent.start_is_action", got=self.start_is_action, expected="true or false"
             )
-        ids = [self.start_id, self.latent_id, self.end_id]
-        if len(set(ids)) != 3 or min(ids) < 0:
-            raise ConfigError(
-                "start, latent and end need three different ids",
-                where="latent",
-                got=dict(zip(("start_id", "latent_id", "end_id"), ids, strict=True)),
-                expected="distinct ids >= 0",
-            )
+        self._check_ids()
         if self.exit == "latent_end" and self.latent_end_id is None:
             raise ConfigError(
                 "exit by distance needs the learned end vector",
@@ -90,6 +86,14 @@ class LatentConfig:
                 fix="Set latent.exit=steps, or latent.visibility=full.",
             )
 
+    def _check_ids(self) -> None:
+        ids = {name: getattr(self, name) for name in ("start_id", "latent_id", "end_id", "latent_end_id")}
+        if ids["latent_end_id"] is None:
+            del ids["latent_end_id"]
+        are_ids = all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in ids.values())
+        if not are_ids or len(set(ids.values())) != len(ids):
+            raise ConfigError("latent tokens need different ids", where="latent", got=ids, expected="distinct ids >= 0")
+
     def replace(self, **changes) -> LatentConfig:
         """A copy with `changes`; unknown fields raise `ConfigError`."""
         unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(self)})
@@ -105,6 +109,8 @@ class LatentConfig:
     @classmethod
     def from_dict(cls, values: dict, where: str) -> LatentConfig:
         fields = {f.name: f for f in dataclasses.fields(cls)}
+        if not isinstance(values, dict):
+            raise CheckpointError("not a JSON object", where=where, got=values, expected="an object")
         version = values.get("version")
         if version != LATENT_CONFIG_VERSION:
             raise CheckpointError(
@@ -123,7 +129,12 @@ class LatentConfig:
                 got=f"missing {missing}, unknown {unknown}",
                 expected="the fields of LatentConfig",
             )
-        return cls(**values)
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise CheckpointError(
+                error.what, where=f"{where}: {error.where}", got=error.got, expected=error.expected, fix=error.fix
+            ) from error
 
     @classmethod
     def load(cls, folder: str | Path) -> LatentConfig:

@@ -85,6 +85,39 @@ class ModelAdapter:
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 
+    def check_prompt(self, prompt_ids: Tensor, images: ImageInputs | None, where: str) -> None:
+        """Raises `RolloutError` unless ids [P] lie in the vocabulary and image placeholders fit the pixels.
+
+        Hugging Face compares the totals of a batch only, and reads placeholders without any image as words.
+        """
+        vocab_size = self.model.get_input_embeddings().num_embeddings
+        if int(prompt_ids.min()) < 0 or int(prompt_ids.max()) >= vocab_size:
+            got = f"ids in {int(prompt_ids.min())}..{int(prompt_ids.max())}"
+            raise RolloutError("ids outside the vocabulary", where=where, got=got, expected=f"0..{vocab_size - 1}")
+        if images is None and not self.has_vision:
+            return
+        if not self.has_vision:
+            model = type(self.model).__name__
+            raise RolloutError("images for a text-only model", where=where, got=model, expected="no images")
+        num_placeholders = int((prompt_ids == self.image_token_id).sum())
+        num_patches = 0 if images is None else int(images.image_grid_thw.prod(-1).sum())
+        if images is not None and num_patches != images.pixel_values.shape[0]:
+            raise RolloutError(
+                "pixels do not fit the image grid",
+                where=where,
+                got=f"{images.pixel_values.shape[0]} patches, image_grid_thw {images.image_grid_thw.tolist()}",
+                expected=f"{num_patches} patches",
+            )
+        num_tokens = num_patches // self.model.config.vision_config.spatial_merge_size**2
+        if num_placeholders != num_tokens:
+            raise RolloutError(
+                "image placeholders do not fit the images",
+                where=where,
+                got=f"{num_placeholders} placeholders",
+                expected=f"{num_tokens}, one for each merged visual token",
+                fix="Expand placeholders with the model's own processor.",
+            )
+
     def prompt_kinds(self, input_ids: Tensor) -> Tensor:
         return prompt_kinds(input_ids, self.vision_ids)
 
@@ -122,10 +155,9 @@ class ModelAdapter:
         """
         inputs = {}
         if images is not None:
-            if not self.has_vision:
-                raise RolloutError(
-                    "images for a text-only model", where=type(self.model).__name__, expected="no images"
-                )
+            if not self.has_vision:  # a text model would ignore the pixels without a word
+                model = type(self.model).__name__
+                raise RolloutError("images for a text-only model", where=model, got="images", expected="no images")
             inputs = {"pixel_values": images.pixel_values, "image_grid_thw": images.image_grid_thw}
         return self.base(
             input_ids=input_ids_BT,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -64,30 +64,57 @@ def load_latent_model(
         CheckpointError: weights are missing or unknown, or tokenizer and `latent_config.json` disagree.
     """
     folder = Path(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not folder.is_dir():
+        raise CheckpointError("no such folder", where=str(folder), expected="a folder written by grpo_latent.sft")
+    with reading("tokenizer", folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     config = read_latent_config(folder, tokenizer)
     check_tokens(config, tokenizer, where=str(folder))
     if overrides:
         config = config.replace(**overrides)
-    hf_config = AutoConfig.from_pretrained(folder)
+    with reading("config.json", folder):
+        hf_config = AutoConfig.from_pretrained(folder)
     has_vision = type(hf_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     auto_class = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
-    with _latent_parameters_expected(auto_class._model_mapping[type(hf_config)]):
+    with reading("weights", folder), _latent_parameters_expected(auto_class._model_mapping[type(hf_config)]):
         model, info = auto_class.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+            folder,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported in `info`, and refused below by name and shape
         )
-    if info["missing_keys"] or info["unexpected_keys"]:
+    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
+        found = {name.removesuffix("_keys"): sorted(map(str, names))[:5] for name, names in info.items() if names}
         raise CheckpointError(
             "weights do not match the architecture",
             where=str(folder),
-            got=f"missing {sorted(info['missing_keys'])[:5]}, unknown {sorted(info['unexpected_keys'])[:5]}",
+            got=found,
             expected=f"the weights of {type(model).__name__}",
         )
     attach_latent_modules(model, config)
     load_latent_parameters(model, folder)
-    processor = AutoProcessor.from_pretrained(folder) if has_vision else None
+    with reading("processor", folder):
+        processor = AutoProcessor.from_pretrained(folder) if has_vision else None
     model = model.to(device).eval()
     return LatentModel(model, tokenizer, processor, config, find_eos_ids(model, tokenizer))
+
+
+@contextmanager
+def reading(part: str, folder: Path):
+    """Turns what transformers and safetensors raise on a damaged folder into `CheckpointError`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot read the {part}",
+            where=str(folder),
+            got=f"{type(error).__name__}: {error}",
+            expected="a Hugging Face folder",
+            fix="Copy or write the checkpoint again.",
+        ) from error
 
 
 @contextmanager

@@ -8,6 +8,7 @@ position t is the hidden state (through the head) at position t - 1. The shift i
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -78,6 +79,13 @@ def collate(
     """
     if padding_side not in ("left", "right", "both"):
         raise ConfigError("unknown value", where="padding_side", got=padding_side, expected="left, right or both")
+    if not trajectories or len(trajectories) != len(images):
+        got = f"{len(trajectories)} trajectories, {len(images)} entries of images"
+        raise LatentMismatchError(
+            "nothing to collate", where="collate", got=got, expected="one entry each, at least one"
+        )
+    for row, (trajectory, pixels) in enumerate(zip(trajectories, images, strict=True)):
+        adapter.check_prompt(trajectory.prompt_ids, pixels, f"trajectory {row} (group {trajectory.group_id!r})")
     lengths = [len(t.prompt_ids) + len(t.token_ids) for t in trajectories]
     longest_prompt = max(len(t.prompt_ids) for t in trajectories)
     length = max(lengths)
@@ -127,6 +135,8 @@ def token_log_probs(
 
     Logits are made at those positions only.
     """
+    if not 0 < temperature < math.inf:
+        raise ConfigError("not a temperature", where="replay", got=temperature, expected="finite, > 0")
     rows, columns = mask_BT.nonzero(as_tuple=True)
     if bool((columns == 0).any()):
         raise LatentMismatchError("position 0 has no predecessor", where="mask", got="an action at 0", expected=">= 1")

@@ -68,16 +68,47 @@ class HFRolloutEngine:
         eos_ids = sorted(set(eos_ids))
         if not eos_ids:
             raise ConfigError("no end-of-sequence token", where="eos_ids", expected="at least one id")
+        if max_batch_rows < 1:
+            raise ConfigError("not a batch size", where="max_batch_rows", got=max_batch_rows, expected=">= 1")
         latent_ids = {config.latent_id, config.end_id, config.latent_end_id} - {None}
         banned = (set(banned_ids) | latent_ids | self.adapter.vision_ids) - set(eos_ids)
+        self._check_ids(config, eos_ids, banned)
         device = self.adapter.device
         self._eos_ids = torch.tensor(eos_ids, device=device)
         self._banned_V = torch.zeros(model.get_output_embeddings().weight.shape[0], dtype=torch.bool, device=device)
         self._banned_V[sorted(banned)] = True
 
+    def _check_ids(self, config: LatentConfig, eos_ids: list[int], banned: set[int]) -> None:
+        special = {config.start_id, config.latent_id, config.end_id}
+        if special & set(eos_ids):
+            expected = f"none of {sorted(special)}"
+            raise ConfigError(
+                "an end-of-sequence token is a latent token", where="eos_ids", got=eos_ids, expected=expected
+            )
+        vocab_size = self.model.get_output_embeddings().weight.shape[0]
+        outside = sorted(token_id for token_id in {*banned, *special, *eos_ids} if not 0 <= token_id < vocab_size)
+        if outside:
+            raise ConfigError(
+                "ids outside the vocabulary",
+                where="latent config, eos_ids or banned_ids",
+                got=outside[:5],
+                expected=f"ids in 0..{vocab_size - 1}",
+                fix="Model and latent_config.json must come from the same checkpoint.",
+            )
+
+    def _check_request(self, request: RolloutRequest) -> None:
+        where = f"request of group {request.group_id!r}"
+        self.adapter.check_prompt(request.prompt_ids, request.images, where)
+        table = request.latent_override
+        if table is not None and (table.ndim != 2 or table.shape[1] != self.adapter.hidden_size):
+            shape, expected = tuple(table.shape), f"[K, {self.adapter.hidden_size}]"
+            raise RolloutError("not a latent_override", where=where, got=f"shape {shape}", expected=expected)
+
     @torch.no_grad()
     def generate(self, requests: list[RolloutRequest], sampling: SamplingParams) -> list[list[Trajectory]]:
         """One list of trajectories a request, in the order of its seeds."""
+        for request in requests:
+            self._check_request(request)
         was_training = self.model.training
         self.model.eval()
         try:

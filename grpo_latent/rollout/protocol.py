@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from grpo_latent.errors import ConfigError, RolloutError
@@ -24,8 +26,9 @@ class SamplingParams:
 
     def __post_init__(self):
         checks = (
-            ("max_new_tokens", self.max_new_tokens >= 1, ">= 1"),
-            ("temperature", self.temperature >= 0, ">= 0"),
+            ("max_new_tokens", isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1, "an int >= 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "finite, >= 0"),
+            ("top_k", isinstance(self.top_k, int), "an int"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
         )
         for name, holds, expected in checks:
@@ -55,15 +58,16 @@ class RolloutRequest:
     latent_override: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self):
-        if self.prompt_ids.ndim != 1 or self.prompt_ids.shape[0] == 0:
-            raise RolloutError(
-                "not a prompt",
-                where=f"request of group {self.group_id!r}",
-                got=f"prompt_ids of shape {tuple(self.prompt_ids.shape)}",
-                expected="[P] with P >= 1",
-            )
+        ids, where = self.prompt_ids, f"request of group {self.group_id!r}"
+        if ids.ndim != 1 or ids.shape[0] == 0 or ids.dtype != torch.int64:
+            got = f"prompt_ids {ids.dtype} of shape {tuple(ids.shape)}"
+            raise RolloutError("not a prompt", where=where, got=got, expected="int64 [P] with P >= 1")
         if not self.seeds:
-            raise RolloutError("no trajectories wanted", where=f"request of group {self.group_id!r}", expected="seeds")
+            raise RolloutError("no trajectories wanted", where=where, got=self.seeds, expected="a seed for each")
+        if not all(isinstance(seed, int) and 0 <= seed < 2**64 for seed in self.seeds):
+            raise RolloutError("not seeds", where=where, got=self.seeds, expected="ints in [0, 2**64)")
+        if self.steps is not None and not (isinstance(self.steps, int) and self.steps >= 1):
+            raise RolloutError("not a number of latent steps", where=where, got=self.steps, expected="int >= 1 or None")
 
 
 class RolloutEngine(Protocol):
