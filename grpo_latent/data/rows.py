@@ -140,7 +140,17 @@ def read_verl_parquet(path: str | Path) -> Iterator[LvrExample]:
     """Checked examples of a file, row by row.
 
     Raises:
-        DataError: not a parquet file, columns missing, no rows, or a malformed row (see `parse_verl_row`).
+        DataError: as `iter_verl_rows`, or a malformed row (see `parse_verl_row`).
+    """
+    for row, where in iter_verl_rows(path):
+        yield parse_verl_row(row, where)
+
+
+def iter_verl_rows(path: str | Path) -> Iterator[tuple[dict, str]]:
+    """(row as it is stored, file and row for messages) of a file; the rows are not checked.
+
+    Raises:
+        DataError: not a parquet file, columns missing, or no rows.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -169,7 +179,7 @@ def read_verl_parquet(path: str | Path) -> Iterator[LvrExample]:
     index = 0
     for batch in file.iter_batches(ROWS_PER_GROUP, columns=columns):
         for row in batch.to_pylist():
-            yield parse_verl_row(row, where=f"{path} row {index}")
+            yield row, f"{path} row {index}"
             index += 1
 
 
