@@ -1,0 +1,144 @@
+"""The published ILVR records (2512.05665): text and helper images in turn, one JSON object a line.
+
+    {"text_input": "Q", "image_input": ["q.png"],
+     "sequence_plan": [{"type": "text", "content": "Look at the sign."}, {"type": "latent", "helper_image": "h1.png"},
+                       {"type": "text", "content": "The answer is B."}],
+     "original_final_answer": "B"}
+
+Each helper image becomes one latent span; the momentum teacher picks its targets from that image's visual tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo_latent.data.examples import IMAGE_PLACEHOLDER, ImageRef, check_images, split_content
+from grpo_latent.errors import DataError
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of the response: a text, or the helper image of a latent span. Exactly one is set."""
+
+    text: str | None = None
+    helper_image: ImageRef | None = None
+
+
+@dataclass(frozen=True)
+class InterleavedExample:
+    """One supervised example of ILVR.
+
+    Attributes:
+        messages: before the response; contents are lists of {"type": "text", "text"} and {"type": "image"} in order.
+        images: in the order of the image parts.
+        segments: of the response; the last one is a text.
+        answer: the final answer, as a reward compares it.
+        where: file and row, for messages.
+    """
+
+    messages: tuple[dict, ...]
+    images: tuple[ImageRef, ...]
+    segments: tuple[Segment, ...]
+    answer: str
+    where: str
+
+
+def read_ilvr_jsonl(path: str | Path, image_folder: str | Path | None = None) -> Iterator[InterleavedExample]:
+    """Checked examples of a file, line by line; the file is never held in memory as a whole.
+
+    Args:
+        image_folder: what image paths are relative to; by default the file's folder.
+
+    Raises:
+        DataError: not JSON lines, no records, or a malformed record.
+    """
+    path = Path(path)
+    image_folder = path.parent if image_folder is None else Path(image_folder)
+    expected = "one JSON object a line"
+    num_records = 0
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line_idx, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                num_records += 1
+                yield parse_ilvr_record(json.loads(line), f"{path} line {line_idx}", image_folder)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        where = f"{path} after {num_records} records"
+        raise DataError(
+            "not a readable JSONL file", where=where, got=str(error), expected=expected, fix="Check path and syntax."
+        ) from error
+    if num_records == 0:
+        raise DataError("no records", where=str(path), got="an empty file", expected=expected)
+
+
+def parse_ilvr_record(record: object, where: str, image_folder: Path) -> InterleavedExample:
+    """A checked example of one published record.
+
+    Raises:
+        DataError: names row, field, what was got and expected, and a fix.
+    """
+
+    def problem(field: str, what: str, got: object, expected: str, fix: str) -> DataError:
+        return DataError(what, where=f"{where}: {field}", got=got, expected=expected, fix=fix)
+
+    if not isinstance(record, dict):
+        raise problem("record", "not a record", record, "a JSON object", "One object a line.")
+    texts = {}
+    for field in ("text_input", "original_final_answer"):
+        texts[field] = record.get(field)
+        if not isinstance(texts[field], str) or not texts[field].strip():
+            raise problem(field, "not a text", texts[field], "a non-empty string", "Fill it in, or drop the row.")
+    paths = record.get("image_input")
+    if not isinstance(paths, list) or not paths or not all(isinstance(item, str) and item for item in paths):
+        raise problem("image_input", "no images", paths, "a list of image paths", "Name the question's image files.")
+    images = [ImageRef(f"{where}: image_input[{i}]", path=image_folder / item) for i, item in enumerate(paths)]
+    question = texts["text_input"]
+    if IMAGE_PLACEHOLDER not in question:
+        question = IMAGE_PLACEHOLDER * len(images) + question
+    messages = [{"role": "user", "content": split_content(question)}]
+    check_images(messages, images, f"{where}: text_input")
+    return InterleavedExample(
+        messages=tuple(messages),
+        images=tuple(images),
+        segments=_segments(record.get("sequence_plan"), where, image_folder, problem),
+        answer=texts["original_final_answer"].strip(),
+        where=where,
+    )
+
+
+def _segments(plan: object, where: str, image_folder: Path, problem) -> tuple[Segment, ...]:
+    if not isinstance(plan, list) or not plan:
+        raise problem("sequence_plan", "no plan", plan, "a list of text and latent items", "Add the response.")
+    segments = []
+    for index, item in enumerate(plan):
+        field = f"sequence_plan[{index}]"
+        kind = item.get("type") if isinstance(item, dict) else None
+        if kind == "text":
+            content = item.get("content")
+            if not isinstance(content, str) or not content.strip():
+                raise problem(f"{field}.content", "not a text", content, "a non-empty string", "Drop empty items.")
+            segments.append(Segment(text=content))
+        elif kind == "latent":
+            helper = item.get("helper_image")
+            if not isinstance(helper, str) or not helper:
+                raise problem(
+                    f"{field}.helper_image",
+                    "a latent span without a helper image",
+                    helper,
+                    "an image path",
+                    "Name the image that the span stands for, or drop the item.",
+                )
+            image = ImageRef(f"{where}: {field}.helper_image", path=image_folder / helper)
+            image.check()
+            segments.append(Segment(helper_image=image))
+        else:
+            raise problem(field, "unknown item", item, 'type "text" or "latent"', "Use the published item types.")
+    if segments[-1].text is None:
+        raise problem(
+            f"sequence_plan[{len(plan) - 1}]", "no text after the last span", "latent", "text", "Add the answer's text."
+        )
+    return tuple(segments)
