@@ -1,0 +1,160 @@
+"""Strict graders: the answer is parsed from the completion alone, never searched for in it.
+
+    completion ──committed answer──▶ text ──as an option / as a number──▶ letter or text ──equals the truth?──▶ grade
+
+A completion commits to an answer in one of three forms: one pair of answer tags; a last line such as
+"The answer is (B)." or one `\\boxed{B}`; or nothing but the answer. Everything else is *unparsed*, which is wrong and
+counted apart: a letter that occurs somewhere, two different answers, or an option's letter beside another option's text
+never scores. Parsing does not see the truth, so that it cannot lean towards it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from grpo_latent.errors import DataError
+
+MAX_LINE_CHARS = 2000  # no answer takes more; the search is quadratic in it
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\\text\{[^{}]*\})*)\}")
+_STATED = re.compile(
+    r"(?:\A|(?<=[.!?;,:]))[ \t]*(?:(?:so|thus|therefore|hence)[ \t]*,?[ \t]*)?(?:the |my )?(?:final |correct )?"
+    r"(?:answer|option|choice)(?: is:?[ \t]+|[ \t]*:[ \t]*)(?P<answer>\S.*)\Z",
+    re.IGNORECASE,
+)
+_LETTER = re.compile(r"(?:(?:option|choice)\s+)?[(\[]?([A-Za-z])[)\]]?[.:]?", re.IGNORECASE)
+_LETTER_AND_TEXT = re.compile(r"[(\[]?([A-Za-z])(?:[)\]][.:]?|[.:])\s+(.+)", re.DOTALL)
+_NUMBER = re.compile(r"-?[0-9]{1,18}")
+
+
+@dataclass(frozen=True)
+class Grade:
+    """Attributes:
+    correct: whether the parsed answer equals the truth.
+    answer: what was parsed (a letter for options), None if the completion commits to no answer.
+    reason: in words, for tables.
+    """
+
+    correct: bool
+    answer: str | None
+    reason: str
+
+
+def committed_answer(completion: str) -> str | None:
+    """The text that a completion gives as its answer, or None.
+
+    Special tokens such as `<|im_end|>` are left out; tags win over a stated answer, which must end the completion.
+
+    >>> committed_answer("It is red. <answer> B </answer>"), committed_answer("The answer is (B)."), committed_answer("A B")
+    ('B', '(B)', 'A B')
+    """
+    text = re.sub(r"<\|[^|>]*\|>", " ", completion).strip()
+    if "<answer>" in text or "</answer>" in text:
+        # counted first: the regular expression is quadratic in repeated opening tags
+        pair = _TAGS.search(text) if text.count("<answer>") == text.count("</answer>") == 1 else None
+        if pair is None:
+            return None
+        text = pair[1].strip()
+    boxed = {_tidy(found) for found in _BOXED.findall(text)}
+    if boxed:
+        return boxed.pop() if len(boxed) == 1 else None
+    last_line = text.rsplit("\n", 1)[-1]
+    stated = _STATED.search(last_line) if len(last_line) <= MAX_LINE_CHARS else None
+    return _tidy(stated["answer"] if stated else text)
+
+
+def parse_option(answer: str | None, options: Sequence[str]) -> str | None:
+    """The letter that an answer names, or None: `B`, `(b)`, `B.`, `option B`, `(B) its text`, or exactly its text.
+
+    >>> parse_option("(b) Closed", ["Open", "Closed"]), parse_option("(a) Closed", ["Open", "Closed"])
+    ('B', None)
+    """
+    if answer is None:
+        return None
+    texts = [_normalise(option) for option in options]
+    named = {LETTERS[i] for i, text in enumerate(texts) if text == _normalise(answer)}
+    # an option whose text is itself a letter must not be mistaken for the option of that letter
+    letter = _LETTER.fullmatch(answer)
+    if letter is not None and letter[1].upper() in LETTERS[: len(options)]:
+        named |= {letter[1].upper()}
+    both = _LETTER_AND_TEXT.fullmatch(answer)
+    if both is not None and not named:
+        idx = LETTERS.find(both[1].upper())
+        if 0 <= idx < len(texts) and texts[idx] == _normalise(both[2]):
+            named = {LETTERS[idx]}
+    return named.pop() if len(named) == 1 else None
+
+
+def grade_option(completion: str, options: Sequence[str], truth: str) -> Grade:
+    """Grades a multiple-choice completion.
+
+    Args:
+        options: texts in the order of their letters.
+        truth: the right letter.
+
+    Raises:
+        DataError: the truth names no option.
+    """
+    if truth not in LETTERS[: len(options)] or len(truth) != 1:
+        raise DataError(
+            "the truth names no option", where="grade_option", got=truth, expected=f"one of {LETTERS[: len(options)]}"
+        )
+    answer = parse_option(committed_answer(completion), options)
+    if answer is None:
+        return Grade(False, None, "unparsed: the completion commits to no single option")
+    return Grade(answer == truth, answer, f"answered {answer}, truth {truth}")
+
+
+def grade_number(completion: str, truth: str) -> Grade:
+    """Grades an integer answer (the embedded task): the committed answer is the number and nothing else."""
+    if _NUMBER.fullmatch(str(truth).strip()) is None:
+        raise DataError("the truth is no integer", where="grade_number", got=truth, expected="digits")
+    answer = committed_answer(completion)
+    if answer is None or _NUMBER.fullmatch(answer) is None:
+        return Grade(False, None, "unparsed: the completion commits to no single number")
+    return Grade(int(answer) == int(truth), str(int(answer)), f"answered {int(answer)}, truth {int(truth)}")
+
+
+def grade(completion: str, options: Sequence[str], truth: str) -> Grade:
+    """`grade_option`, or `grade_number` where there are no options.
+
+    Raises:
+        DataError: the truth does not fit, or the completion is no text.
+    """
+    if not isinstance(completion, str):
+        raise DataError("a completion is no text", where="grade", got=completion, expected="str")
+    return grade_option(completion, options, truth) if options else grade_number(completion, truth)
+
+
+def pair_accuracy(correct: Sequence[bool | float], pair_ids: Sequence[str]) -> float:
+    """MMVP's score: the fraction of pairs of which every question is right.
+
+    >>> pair_accuracy([True, True, True, False], ["1", "1", "2", "2"])
+    0.5
+
+    Raises:
+        DataError: lengths differ, or a pair has not two questions.
+    """
+    pairs: dict[str, list[float]] = {}
+    if len(correct) != len(pair_ids):
+        raise DataError("grades and pairs differ in number", where="pair_accuracy", got=(len(correct), len(pair_ids)))
+    for value, pair_id in zip(correct, pair_ids, strict=True):
+        pairs.setdefault(pair_id, []).append(float(value))
+    odd = [pair_id for pair_id, values in pairs.items() if len(values) != 2]
+    if odd or not pairs:
+        raise DataError("not pairs", where="pair_accuracy", got=odd[:5], expected="two questions a pair")
+    return sum(all(value == 1.0 for value in values) for values in pairs.values()) / len(pairs)
+
+
+def _tidy(text: str) -> str | None:
+    """Without white space, bold or maths marks and the closing full stop; None where nothing is left."""
+    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip().strip("*$ \n").strip()
+    text = re.sub(r"(?<=[^.])\.\Z", "", text)
+    return text or None
+
+
+def _normalise(text: str) -> str:
+    return " ".join(text.split()).casefold().removesuffix(".")
