@@ -202,8 +202,9 @@ SEAMS = (
     ),
     Seam("trainer registry", "verl.trainer.ppo.v1.trainer_base:TRAINER_REGISTRY", "checked at start"),
     Seam("agent registry", f"{_AGENT}:_agent_loop_registry", "checked at start"),
-    Seam("task runner", "verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__", "subclassed for the progress line"),
-    Seam("driver", "verl.trainer.main_ppo:run_ppo", "called by grpo_latent.train", ("config", "task_runner_class")),
+    Seam(
+        "task runner", "verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__.run", "started by us", ("self", "config")
+    ),
 )
 
 
@@ -214,6 +215,14 @@ def check_verl_version() -> None:
     version = importlib.metadata.version("verl")
     if not version.startswith(tuple(f"{prefix}." for prefix in SUPPORTED_VERL)):
         raise PluginError("unsupported verl", where="verl.__version__", got=version, expected="0.9.x", fix=_FIX)
+
+
+def select_platform(device: str) -> None:
+    """Makes the driver's platform the configured one: composing the config has imported verl, before VERL_PLATFORM was set."""
+    from verl.plugin.platform import PlatformRegistry, get_platform, set_platform
+
+    if get_platform().device_name != device:
+        set_platform(PlatformRegistry.get("cpu" if device == "cpu" else "nvidia")())
 
 
 def is_cpu() -> bool:

@@ -25,10 +25,10 @@ from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.head import attach_latent_modules
 from grpo_latent.models.injection import LatentInjector
 from grpo_latent.models.loading import load_latent_parameters
+from grpo_latent.models.vision_cache import VisionCache
 from grpo_latent.models.visibility import attention_bias
 from grpo_latent.trajectory import PositionKind
 from grpo_latent.verl_plugin import compat
-from grpo_latent.verl_plugin.image_sharing import ImageSharing
 from grpo_latent.verl_plugin.options import LatentOptions
 from grpo_latent.verl_plugin.registration import NAME
 
@@ -57,7 +57,8 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         visual = getattr(getattr(module, "model", None), "visual", None)
         if visual is not None and self.freeze_vision:
             visual.requires_grad_(False)
-        self.image_sharing = ImageSharing(visual) if visual is not None and self.options.share_images else None
+        # within a forward only: features kept across forwards would make ranks call the tower's collectives unequally often
+        self.vision_cache = VisionCache.install(module) if visual is not None and self.options.share_images else None
         self.injector = LatentInjector.install(module)
         return module
 

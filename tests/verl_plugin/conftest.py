@@ -13,7 +13,7 @@ def unpatched_transformers():
     """verl replaces methods of transformers' classes; other tests of this process need them back."""
     saved = []
     for module in (modeling_qwen2_vl, modeling_qwen2_5_vl, modeling_qwen3_vl):
-        for name, value in vars(module).items():
+        for value in list(vars(module).values()):
             if isinstance(value, type) and "forward" in vars(value):
                 saved.append((value, {k: v for k, v in vars(value).items() if callable(v) and not k.startswith("__")}))
     yield

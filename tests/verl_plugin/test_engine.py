@@ -166,7 +166,8 @@ def test_sharing_images_changes_no_gradient(recorded, gloo):
     shared, separate = (helpers.make_engine(folder, micro=4, share_images=on) for on in (True, False))
     batches = [helpers.make_batch(trajectories, images, positions, adapter) for _ in range(2)]
     first, second = gradients(shared, batches[0], 4), gradients(separate, batches[1], 4)
-    assert shared.image_sharing.num_encoded == 2 and separate.image_sharing is None
+    assert (shared.vision_cache.num_encoded, shared.vision_cache.num_requested) == (2, 4)
+    assert separate.vision_cache is None
     assert first.keys() == second.keys() and any("visual" in name for name in first)
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-6)

@@ -1,0 +1,204 @@
+"""`python -m grpo_latent.train`: latent GRPO on verl's trainer, from two CPU cores to a Ray cluster.
+
+config (hydra: verl's keys plus `latent:`) ──check──▶ Ray (own, or the running cluster) ──▶ verl's TaskRunner
+                                                          │ reports
+                                                          ▼
+                                        one progress bar, one line a step; the rest in train.log
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from grpo_latent.errors import CheckpointError, ConfigError, DataError, GrpoLatentError
+
+LOG_FILE, METRICS_FILE, CONFIG_FILE = "train.log", "metrics.jsonl", "config.yaml"
+PLUGIN = "grpo_latent.verl_plugin"
+
+
+@hydra.main(config_path="pkg://grpo_latent.config", config_name="grpo", version_base=None)
+def main(config: DictConfig) -> None:
+    try:
+        train(config)
+    except GrpoLatentError as error:  # a message for the user, not a traceback of ours
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def train(config: DictConfig) -> None:
+    """Runs training to its end.
+
+    Raises:
+        GrpoLatentError: the config, the data or the checkpoint cannot be used, or training stopped on a typed error.
+        RuntimeError: training failed otherwise; the log has the traceback.
+    """
+    resolve_paths(config)
+    output_dir = Path(config.latent.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    set_environment(config, output_dir)
+    from grpo_latent.verl_plugin.console import output_to_file  # after the environment: this imports verl
+
+    with output_to_file(output_dir / LOG_FILE) as console:
+        check(config)
+        OmegaConf.save(config, output_dir / CONFIG_FILE, resolve=True)
+        console.print(f"output {output_dir}  log {LOG_FILE}")
+        _run(config, console, output_dir / LOG_FILE)
+        console.print(f"done: {config.trainer.default_local_dir}")
+
+
+def resolve_paths(config: DictConfig) -> None:
+    """Makes the output folder absolute: workers may have another working directory."""
+    with open_dict(config):
+        config.latent.output_dir = str(Path(config.latent.output_dir).absolute())
+
+
+def environment(config: DictConfig, output_dir: Path) -> dict[str, str]:
+    """Environment of the driver and of every worker; what the user has set stays."""
+    wanted = {
+        "VERL_FILE_LOGGER_PATH": str(output_dir / METRICS_FILE),
+        "TENSORBOARD_DIR": str(output_dir / "tensorboard"),
+        "WANDB_DIR": str(output_dir),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HYDRA_FULL_ERROR": "1",
+    }
+    if config.trainer.device == "cpu":
+        # idle OpenMP threads spin, which costs more than they give as soon as processes share cores
+        wanted["OMP_NUM_THREADS"] = str(config.latent.cpu_threads)
+    values = {name: os.environ.get(name, value) for name, value in wanted.items()}
+    values["VERL_PLATFORM"] = "cpu" if config.trainer.device == "cpu" else "nvidia"
+    modules = [name for name in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",") if name]
+    values["VERL_USE_EXTERNAL_MODULES"] = ",".join(dict.fromkeys([PLUGIN, *modules]))
+    values |= {name: os.environ[name] for name in ("WANDB_MODE", "WANDB_API_KEY", "HF_HOME") if name in os.environ}
+    return values
+
+
+def set_environment(config: DictConfig, output_dir: Path) -> None:
+    os.environ.update(environment(config, output_dir))
+
+
+def check(config: DictConfig) -> None:
+    """Everything that can be found out before any worker starts.
+
+    Raises:
+        ConfigError, DataError, CheckpointError.
+    """
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    from grpo_latent.verl_plugin import compat
+    from grpo_latent.verl_plugin.config_check import check_config
+    from grpo_latent.verl_plugin.registration import verify, verify_device
+
+    compat.select_platform(config.trainer.device)
+    verify("driver")
+    verify_device("driver", config.trainer.device)
+    options = check_config(config)
+    _check_files(config)
+    if not str(config.actor_rollout_ref.model.path).startswith(("hdfs://", "s3://")):
+        from transformers import AutoTokenizer
+
+        folder = config.actor_rollout_ref.model.path
+        latent = options.latent_config(folder, AutoTokenizer.from_pretrained(folder))
+        if latent.visibility == "latents_only" and config.actor_rollout_ref.model.use_remove_padding:
+            raise ConfigError(
+                "visibility latents_only needs the padded layout",
+                where="actor_rollout_ref.model.use_remove_padding",
+                got=True,
+                expected="False",
+            )
+    try:
+        validate_config(config, need_reference_policy(config), need_critic(config))
+    except (AssertionError, ValueError) as error:
+        raise ConfigError("verl refuses the config", got=str(error), expected="see verl's message") from error
+
+
+def _check_files(config: DictConfig) -> None:
+    for key in ("train_files", "val_files"):
+        files = config.data[key]
+        for path in [files] if isinstance(files, str) else files:
+            if "://" not in path and not Path(path).expanduser().is_file():
+                raise DataError("no such file", where=f"data.{key}", got=path, expected="a parquet or json file")
+    folder = config.actor_rollout_ref.model.path
+    if "://" not in folder and not (Path(folder).expanduser() / "config.json").is_file():
+        raise CheckpointError(
+            "not a Hugging Face folder",
+            where="actor_rollout_ref.model.path",
+            got=folder,
+            expected="a folder with config.json and latent_config.json",
+            fix="Run python -m grpo_latent.sft first.",
+        )
+
+
+def is_attached() -> bool:
+    """Whether a Ray cluster is there already: inside `ray job submit`, or RAY_ADDRESS is set."""
+    return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
+
+
+def stay_on_loopback() -> None:
+    """Keeps a Ray of our own off the network. To be called before anything imports ray, which reads it on import.
+
+    Ray replaces 127.0.0.1 by the machine's address, except where it believes that it cannot form clusters.
+    """
+    if not is_attached():
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
+def ray_arguments(config: DictConfig) -> dict:
+    """Arguments of `ray.init`. On a running cluster its resources are not ours to state."""
+    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
+
+    given = OmegaConf.to_container(config.ray_kwargs.get("ray_init", {}), resolve=True)
+    runtime_env = get_ppo_ray_runtime_env(config)
+    runtime_env.update({k: v for k, v in (given.pop("runtime_env", None) or {}).items() if v is not None})
+    own = environment(config, Path(config.latent.output_dir))
+    env_vars = {**runtime_env.get("env_vars", {}), "TRANSFER_QUEUE_ENABLE": "1", **own}
+    runtime_env["env_vars"] = env_vars
+    arguments = {"runtime_env": runtime_env, "log_to_driver": True}
+    if is_attached():
+        return arguments
+    # loopback only (see `stay_on_loopback`); token authentication is Ray's default, it makes the token file itself
+    return {"_node_ip_address": "127.0.0.1", "include_dashboard": False, **arguments, **given}
+
+
+def _run(config: DictConfig, console, log_path: Path) -> None:
+    import ray
+    from verl.trainer.main_ppo import TaskRunnerV1
+
+    from grpo_latent.verl_plugin.cluster_resources import check_cpus
+    from grpo_latent.verl_plugin.console import StepPrinter
+    from grpo_latent.verl_plugin.progress import drain, start_board
+
+    ray.init(**ray_arguments(config))
+    try:
+        check_cpus(config)
+        board = start_board()
+        runner = TaskRunnerV1.remote()
+        run_ref = runner.run.remote(config)
+        with StepPrinter(console) as on_report:
+            drain(board, run_ref, on_report)
+        try:
+            ray.get(run_ref)
+        except ray.exceptions.RayTaskError as error:
+            print(error, flush=True)  # the log has the worker's traceback
+            cause = error.cause
+            if isinstance(cause, GrpoLatentError):
+                raise cause from None
+            raise RuntimeError(f"training failed: {_last_line(error)}; see {log_path}") from None
+    finally:
+        ray.shutdown()
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+if __name__ == "__main__":
+    stay_on_loopback()
+    main()

@@ -1,0 +1,154 @@
+"""What verl would only find out an hour in, or never: combinations of options that latent training refuses at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from grpo_latent.errors import ConfigError
+from grpo_latent.verl_plugin.options import LatentOptions
+from grpo_latent.verl_plugin.registration import AGENT_LOOP_NAME, ROLLOUT_NAME, TRAINER_MODE
+
+MANAGER = "grpo_latent.verl_plugin.agent_loop.LatentAgentLoopManager"
+
+
+def check_config(config: DictConfig) -> LatentOptions:
+    """Raises `ConfigError` at the first unusable value, naming its key.
+
+    Returns:
+        the `latent:` group, parsed.
+    """
+    options = LatentOptions.from_rollout(config.actor_rollout_ref.rollout)
+    _check_parts(config)
+    _check_groups(config)
+    _check_batches(config)
+    _check_layout(config, options)
+    return options
+
+
+def _require(config: DictConfig, key: str, allowed: tuple, what: str, fix: str | None = None) -> Any:
+    value = OmegaConf.select(config, key)
+    if value not in allowed:
+        raise ConfigError(what, where=key, got=value, expected=" or ".join(map(str, allowed)), fix=fix)
+    return value
+
+
+def _check_parts(config: DictConfig) -> None:
+    """Trainer mode, engine, rollout and agent loop belong together."""
+    rollout = "actor_rollout_ref.rollout"
+    modes = (TRAINER_MODE, "sync")  # the trainer itself poses as verl's sync
+    _require(config, "trainer.v1.trainer_mode", modes, "not a trainer for latents")
+    _require(config, "actor_rollout_ref.actor.strategy", ("fsdp2",), "the latent engine is FSDP2")
+    if config.actor_rollout_ref.ref.strategy != config.actor_rollout_ref.actor.strategy:
+        raise ConfigError(
+            "actor and reference differ", where="actor_rollout_ref.ref.strategy", expected="the actor's strategy"
+        )
+    _require(config, f"{rollout}.name", (ROLLOUT_NAME,), "not a rollout backend for latents")
+    _require(config, f"{rollout}.agent.default_agent_loop", (AGENT_LOOP_NAME,), "not an agent loop for latents")
+    _require(config, f"{rollout}.agent.agent_loop_manager_class", (MANAGER,), "not a manager for latents")
+    _require(config, f"{rollout}.tensor_model_parallel_size", (1,), "engine hf runs on one device")
+    _require(config, f"{rollout}.calculate_log_probs", (True,), "the replay gap needs the rollout's log-probs")
+    unsupported = {
+        "algorithm.filter_groups.enable": "refills depend on timing, so runs would not repeat",
+        "trainer.v1.sampler.sync_refill_failed_groups": "failed rollouts stop the run",
+        "actor_rollout_ref.model.use_fused_kernels": "the latent engine reads logits",
+        "actor_rollout_ref.actor.use_prefix_grouper": "rows are replayed one by one",
+        "critic.enable": "advantages are group-relative",
+        "reward.reward_model.enable_resource_pool": "not tried with latents",
+        "data.apply_chat_template_kwargs": "prompts are made as SFT makes them",
+        "data.mm_processor_kwargs": "prompts are made as SFT makes them",
+    }
+    for key, reason in unsupported.items():
+        if OmegaConf.select(config, key, default=None):
+            got = OmegaConf.select(config, key)
+            raise ConfigError("not supported with latents", where=key, got=got, expected=f"unset ({reason})")
+    if int(OmegaConf.select(config, "actor_rollout_ref.actor.ulysses_sequence_parallel_size", default=1)) > 1:
+        raise ConfigError(
+            "not supported with latents",
+            where="actor_rollout_ref.actor.ulysses_sequence_parallel_size",
+            got=config.actor_rollout_ref.actor.ulysses_sequence_parallel_size,
+            expected="1",
+        )
+    lora_rank = OmegaConf.select(config, "actor_rollout_ref.model.lora_rank", default=0)
+    if lora_rank > 0 and not OmegaConf.select(config, "actor_rollout_ref.model.lora.merge", default=False):
+        raise ConfigError(
+            "engine hf takes merged weights only",
+            where="actor_rollout_ref.model.lora.merge",
+            got=False,
+            expected="True with lora_rank > 0",
+        )
+
+
+def _check_groups(config: DictConfig) -> None:
+    group_size = config.actor_rollout_ref.rollout.n
+    if group_size < 2:
+        raise ConfigError(
+            "a group of one has no baseline",
+            where="actor_rollout_ref.rollout.n",
+            got=group_size,
+            expected=">= 2",
+            fix="verl would give the only trajectory of a group its raw reward as advantage.",
+        )
+    temperature = config.actor_rollout_ref.rollout.temperature
+    if not temperature > 0:
+        raise ConfigError(
+            "greedy rollouts make equal trajectories",
+            where="actor_rollout_ref.rollout.temperature",
+            got=temperature,
+            expected="> 0",
+        )
+
+
+def _check_batches(config: DictConfig) -> None:
+    """verl pads a batch that does not divide with synthetic rows, which have no latents."""
+    actor, group_size = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
+    world_size = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    prompts, mini = config.data.train_batch_size, actor.ppo_mini_batch_size
+    generated = config.data.get("gen_batch_size", None) or prompts
+    checks = [
+        ("data.train_batch_size", prompts, "actor_rollout_ref.actor.ppo_mini_batch_size", mini),
+        (
+            "actor_rollout_ref.actor.ppo_mini_batch_size * rollout.n",
+            mini * group_size,
+            "the number of ranks",
+            world_size,
+        ),
+        ("data.train_batch_size", prompts, "data.gen_batch_size", generated),
+    ]
+    if not actor.use_dynamic_bsz:
+        rows_of_rank = mini * group_size // world_size
+        micro = actor.ppo_micro_batch_size_per_gpu
+        log_prob_micro = config.actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu
+        checks += [
+            (
+                "rows of a mini-batch a rank",
+                rows_of_rank,
+                "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
+                micro,
+            ),
+            (
+                "rows of a batch a rank",
+                prompts * group_size // world_size,
+                "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu",
+                log_prob_micro,
+            ),
+        ]
+    for what, number, divisor_key, divisor in checks:
+        if divisor is None:
+            raise ConfigError("not set", where=divisor_key, expected=f"a divisor of {what}={number}")
+        if number % divisor:
+            raise ConfigError(
+                f"does not divide {what}", where=divisor_key, got=divisor, expected=f"a divisor of {number}"
+            )
+
+
+def _check_layout(config: DictConfig, options: LatentOptions) -> None:
+    if options.visibility == "latents_only" and config.actor_rollout_ref.model.use_remove_padding:
+        raise ConfigError(
+            "visibility latents_only needs the padded layout",
+            where="actor_rollout_ref.model.use_remove_padding",
+            got=True,
+            expected="False",
+            fix="Set actor_rollout_ref.model.use_remove_padding=False, or latent.visibility=full.",
+        )

@@ -1,0 +1,110 @@
+"""Step reports from the trainer, which runs in some Ray worker, to the driver, which owns the console."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import ray
+
+BOARD_NAME = "grpo_latent_progress"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happened last: `kind` is start, step or validation."""
+
+    kind: str
+    step: int
+    total_steps: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class ProgressBoard:
+    """A Ray actor beside the driver that keeps reports until they are read."""
+
+    def __init__(self):
+        self._reports: list[Report] = []
+
+    def put(self, report: Report) -> None:
+        self._reports.append(report)
+
+    def take(self) -> list[Report]:
+        reports, self._reports = self._reports, []
+        return reports
+
+
+def start_board():
+    """The board of this job, on the driver's node."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=True)
+    return ray.remote(ProgressBoard).options(name=BOARD_NAME, num_cpus=0, scheduling_strategy=here).remote()
+
+
+class Reporter:
+    """The trainer's end. Without a board (stock `verl.trainer.main_ppo`) reports go nowhere."""
+
+    def __init__(self):
+        try:
+            self._board = ray.get_actor(BOARD_NAME)
+        except ValueError:
+            self._board = None
+
+    def report(self, kind: str, step: int, total_steps: int, metrics: dict[str, float]) -> None:
+        if self._board is not None:
+            self._board.put.remote(Report(kind, step, total_steps, metrics))
+
+
+SHORT_NAMES = {
+    "reward": ("critic/score/mean",),
+    "kl": ("actor/kl_loss", "actor/ppo_kl"),
+    "entropy": ("actor/entropy",),
+    "latent": ("latent/steps_mean",),
+    "gap": ("latent/replay_logp_gap_max",),
+}
+
+
+def held_out(metrics: dict[str, float]) -> float | None:
+    """verl's main validation metric, averaged over the data sources."""
+    values = [value for name, value in metrics.items() if name.startswith("val-core/")]
+    return sum(values) / len(values) if values else None
+
+
+def short_line(report: Report, seconds: float | None = None) -> str:
+    """One line a step.
+
+    >>> short_line(Report("step", 3, 60, {"critic/score/mean": 0.5, "latent/steps_mean": 1.0, "timing_s/step": 1.25}))
+    'step 3/60  reward 0.500  latent 1.0  1.2 s'
+    """
+    metrics = report.metrics
+    if report.kind == "validation":
+        value = held_out(metrics)
+        return f"step {report.step}/{report.total_steps}  held-out {'none' if value is None else f'{value:.3f}'}"
+    parts = [f"step {report.step}/{report.total_steps}"]
+    formats = {"reward": "{:.3f}", "kl": "{:.4f}", "entropy": "{:.3f}", "latent": "{:.1f}", "gap": "{:.1e}"}
+    for name, keys in SHORT_NAMES.items():
+        value = next((metrics[key] for key in keys if key in metrics), None)
+        if value is not None:
+            parts.append(f"{name} {formats[name].format(value)}")
+        if name == "reward" and held_out(metrics) is not None:
+            parts.append(f"held-out {held_out(metrics):.3f}")
+    seconds = metrics.get("timing_s/step", seconds)
+    if seconds is not None:
+        parts.append(f"{seconds:.1f} s")
+    return "  ".join(parts)
+
+
+def drain(board, run_ref, on_report, interval_s: float = 0.5) -> None:
+    """Hands reports to `on_report` until the job behind `run_ref` has ended, then the last ones.
+
+    Args:
+        run_ref: object reference that is ready when the job has ended, well or not.
+    """
+    done = False
+    while not done:
+        started = time.monotonic()
+        done = bool(ray.wait([run_ref], timeout=interval_s)[0])
+        for report in ray.get(board.take.remote()):
+            on_report(report)
+        time.sleep(max(0.0, 0.05 - (time.monotonic() - started)))

@@ -1,0 +1,121 @@
+"""The trajectories of one training step, read back from TransferQueue: metrics and dumps are made of them.
+
+Pure functions of what verl stored; the trainer calls them in its own order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from grpo_latent.errors import ReplayGapError
+
+# of reward_extra_info: bookkeeping, no reward terms
+NOT_REWARD_TERMS = ("score", "acc", "dropped")
+
+
+@dataclass(frozen=True)
+class ReplayGap:
+    """Differences of rollout and replayed log-probs over the actions of a batch, in nats."""
+
+    maximum: float
+    mean: float
+    row: int
+    position: int
+
+    def check(self, bound: float | None, step: int, describe: str) -> None:
+        """Raises `ReplayGapError` above `bound`, and at a NaN."""
+        if bound is None or self.maximum <= bound:
+            return
+        raise ReplayGapError(
+            "replayed log-probs differ from the rollout's",
+            where=f"step {step}, {describe}, completion position {self.position}",
+            got=f"{self.maximum:.3g} nats",
+            expected=f"<= latent.replay_logp_gap_bound={bound:g}",
+            fix="The trained policy is not the one that acted. If the gap is rounding (bf16), raise the bound.",
+        )
+
+
+def replay_gap(rollout_rows: Iterable[Tensor], old_rows: Iterable[Tensor], mask_rows: Iterable[Tensor]) -> ReplayGap:
+    """The gap over all rows; each row is one completion [T], `mask` nonzero at actions. No action at all: a gap of 0."""
+    total, count, worst = 0.0, 0, ReplayGap(0.0, 0.0, 0, 0)
+    for row, (rollout, old, mask) in enumerate(zip(rollout_rows, old_rows, mask_rows, strict=True)):
+        gaps = (rollout.double() - old.double()).abs().masked_fill(mask == 0, 0.0)
+        # a NaN is the worst gap of all; comparisons with it are False
+        gaps = gaps.nan_to_num(nan=torch.inf)
+        total, count = total + float(gaps.sum()), count + int((mask != 0).sum())
+        if gaps.numel() and float(gaps.max()) > worst.maximum:
+            worst = ReplayGap(float(gaps.max()), 0.0, row, int(gaps.argmax()))
+    return ReplayGap(worst.maximum, total / max(count, 1), worst.row, worst.position)
+
+
+def is_dropped(extra_fields: dict) -> bool:
+    """Whether the reward manager took this trajectory out of training."""
+    return float(extra_fields.get("reward_extra_info", {}).get("dropped", 0) or 0) == 1.0
+
+
+def latent_metrics(extra_fields: list[dict]) -> dict[str, float]:
+    """`latent/*` over a batch of trajectories."""
+    summaries = [fields["latent"] for fields in extra_fields]
+    spans = torch.tensor([float(s["num_spans"]) for s in summaries])
+    steps = torch.tensor([float(s["num_steps"]) for s in summaries])
+    forced = sum(s["num_forced_ends"] for s in summaries)
+    norms = torch.cat([torch.as_tensor(fields["latent_norms"], dtype=torch.float64) for fields in extra_fields])
+    return {
+        "latent/frac_rollouts": float((spans > 0).double().mean()),
+        "latent/spans_mean": float(spans.mean()),
+        "latent/steps_mean": float(steps.mean()),
+        "latent/steps_max": float(steps.max()),
+        "latent/forced_end_frac": forced / max(float(spans.sum()), 1.0),
+        "latent/norm_mean": float(norms.mean()) if norms.numel() else 0.0,
+        "latent/stopped_at_length_frac": sum(f["stop_reason"] == "length" for f in extra_fields) / len(extra_fields),
+    }
+
+
+def reward_metrics(extra_fields: list[dict], rewards_N: Tensor, group_ids: list[str]) -> dict[str, float]:
+    """`rewards/<name>/{mean,std}` of each numeric reward term, and the fraction of groups without any signal."""
+    terms: dict[str, list[float]] = {}
+    kept = [not is_dropped(fields) for fields in extra_fields]
+    for fields, keep in zip(extra_fields, kept, strict=True):
+        for name, value in fields.get("reward_extra_info", {}).items():
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if keep and is_number and name not in NOT_REWARD_TERMS:
+                terms.setdefault(name, []).append(float(value))
+    metrics = {}
+    for name, values in terms.items():
+        values_N = torch.tensor(values, dtype=torch.float64)
+        metrics[f"rewards/{name}/mean"] = float(values_N.mean())
+        metrics[f"rewards/{name}/std"] = float(values_N.std(correction=0))
+    groups: dict[str, set[float]] = {}
+    for reward, group_id, keep in zip(rewards_N.tolist(), group_ids, kept, strict=True):
+        if keep:
+            groups.setdefault(group_id, set()).add(reward)
+    metrics["frac_reward_zero_std"] = sum(len(v) == 1 for v in groups.values()) / max(len(groups), 1)
+    metrics["rewards/dropped_frac"] = 1 - sum(kept) / len(kept)
+    for fields in extra_fields:
+        kind = fields.get("reward_extra_info", {}).get("reward_error")
+        if kind:
+            metrics[f"rewards/errors/{kind}"] = metrics.get(f"rewards/errors/{kind}", 0.0) + 1.0
+    return metrics
+
+
+def dump_rollouts(folder: str | Path, step: int, rows: list[dict], latents: dict[str, Tensor]) -> None:
+    """Writes `step_<n>.jsonl`, one trajectory a line, and `step_<n>.safetensors`, its latents, both whole or not at all.
+
+    Args:
+        latents: float [n, H] by the trajectory's `id`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, text = folder / f"step_{step}.safetensors", folder / f"step_{step}.jsonl"
+    save_file({name: tensor.contiguous() for name, tensor in latents.items()}, f"{tensors}.partial")
+    Path(f"{text}.partial").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(f"{tensors}.partial", tensors)
+    os.replace(f"{text}.partial", text)

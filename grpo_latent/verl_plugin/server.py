@@ -1,0 +1,124 @@
+"""The rollout server: a Ray actor that holds engine `hf` and serves whole groups, wave by wave."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import ray
+import torch
+from torch import Tensor
+
+from grpo_latent.models.adapter import ImageInputs
+from grpo_latent.models.loading import load_latent_model
+from grpo_latent.rollout.hf import HFRolloutEngine
+from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
+from grpo_latent.trajectory import Trajectory
+from grpo_latent.verl_plugin.options import CHECKPOINT_FIELDS, LatentOptions
+from grpo_latent.verl_plugin.registration import verify
+from grpo_latent.verl_plugin.waves import Ticket, Waves
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    """The group of one prompt. G trajectories, prompt length P.
+
+    Attributes:
+        prompt_kinds: int64 [P].
+        prompt_positions: int64 [P], or [3, P] for mRoPE.
+        eos_ids: of the model.
+    """
+
+    trajectories: list[Trajectory]
+    prompt_kinds: Tensor
+    prompt_positions: Tensor
+    eos_ids: tuple[int, ...]
+
+
+class LatentRolloutServer:
+    """Serves one replica. All methods are coroutines, so that control calls pass while the engine runs.
+
+    Args:
+        folder: local checkpoint, for architecture and tokenizer; the weights are replaced before the first wave.
+        rollout_config: verl's, as a plain dict.
+        device: "cpu", or "cuda" with the worker's device made visible.
+    """
+
+    def __init__(self, folder: str, rollout_config: dict, replica_rank: int, device: str, attn_implementation: str):
+        name = f"rollout server {replica_rank}"
+        verify(name)
+        self.options = LatentOptions.from_rollout(rollout_config)
+        self._set_threads()
+        overrides = {n: getattr(self.options, n) for n in CHECKPOINT_FIELDS}
+        loaded = load_latent_model(
+            folder,
+            dtype=parse_dtype(rollout_config["dtype"]),
+            device=device,
+            attn_implementation=attn_implementation,
+            overrides={n: value for n, value in overrides.items() if value is not None},
+        )
+        self.device, self.eos_ids = torch.device(device), loaded.eos_ids
+        self.engine = HFRolloutEngine(
+            loaded.model, loaded.config, loaded.eos_ids, max_batch_rows=self.options.max_batch_rows
+        )
+        self.waves = Waves(self._generate, self.options.rollout_timeout_s, name, initializer=self._set_threads)
+
+    def _set_threads(self) -> None:
+        # OpenMP keeps the number of threads by thread: the executor's thread has to set its own
+        if not torch.cuda.is_available():
+            torch.set_num_threads(self.options.cpu_threads)
+
+    def _generate(self, payloads: list[tuple[RolloutRequest, SamplingParams]]) -> list[GroupResult]:
+        """One engine call for each run of equal sampling parameters (a wave has one)."""
+        groups = []
+        for sampling, run in itertools.groupby(payloads, key=lambda payload: payload[1]):
+            groups += self.engine.generate([request for request, _ in run], sampling)
+        return [self._result(request, group) for (request, _), group in zip(payloads, groups, strict=True)]
+
+    def _result(self, request: RolloutRequest, group: list[Trajectory]) -> GroupResult:
+        adapter = self.engine.adapter
+        ids, images = request.prompt_ids[None].to(self.device), request.images
+        if images is not None:
+            images = ImageInputs(images.pixel_values.to(self.device), images.image_grid_thw.to(self.device))
+        positions = adapter.position_ids(ids, torch.ones_like(ids, dtype=torch.bool), images).cpu()
+        positions = positions[:, 0] if positions.ndim == 3 else positions[0]
+        return GroupResult(group, adapter.prompt_kinds(request.prompt_ids), positions.contiguous(), self.eos_ids)
+
+    async def generate_group(self, ticket: Ticket, request: RolloutRequest, sampling: SamplingParams) -> GroupResult:
+        return await self.waves.join(ticket, (request, sampling))
+
+    async def fail_wave(self, wave_id: str, error: BaseException) -> None:
+        self.waves.fail(wave_id, error)
+
+    async def load_weights(self, bucket_refs: list, policy_version: int) -> None:
+        """Replaces all weights, after any wave that is running.
+
+        Args:
+            bucket_refs: object references of lists of (name, tensor); fetched one after the other.
+        """
+        await self.waves.run_alone(self._load_weights, bucket_refs, policy_version)
+
+    def _load_weights(self, bucket_refs: list, policy_version: int) -> None:
+        self.engine.model.to(self.device)
+        self.engine.load_weights((weight for ref in bucket_refs for weight in ray.get(ref)), policy_version)
+
+    async def wake_up(self) -> None:
+        self.engine.model.to(self.device)
+
+    async def sleep(self) -> None:
+        """Frees the accelerator for training; the next `load_weights` or `wake_up` takes it back."""
+        if self.device.type != "cpu":
+            self.engine.model.to("cpu")
+            torch.cuda.empty_cache()
+
+    async def nothing(self, *args, **kwargs) -> None:
+        """Control calls of verl that have no meaning here: no cache outlives a wave, no wave can be aborted."""
+
+    abort_all_requests = resume_generation = clear_kv_cache = release_kv_cache = resume_kv_cache = nothing
+    start_profile = stop_profile = nothing
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    from verl.utils.torch_dtypes import PrecisionType
+
+    return PrecisionType.to_dtype(name)
