@@ -1,0 +1,210 @@
+"""Files in each published schema, written here; the real files are not at hand, so that their oddities are not covered."""
+
+import base64
+import csv
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from grpo_latent.data.digits import generate, to_rows
+from grpo_latent.data.rows import write_verl_parquet
+from grpo_latent.errors import ConfigError, DataError
+from grpo_latent.eval.benchmarks import BENCHMARKS, load_benchmark
+from grpo_latent.eval.graders import pair_accuracy
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+
+def png(color="red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 3), color).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def stored(color="red") -> dict:
+    return {"bytes": png(color), "path": "x.png"}
+
+
+def write_parquet(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def write_table(path, rows, delimiter=","):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_mmvp(root, **changes):
+    (root / "MMVP Images").mkdir()
+    rows = []
+    for index in (1, 2, 3, 4):
+        (root / "MMVP Images" / f"{index}.jpg").write_bytes(png())
+        answer = "(a)" if index % 2 else "(b)"
+        row = {"Index": index, "Question": "Is it open?", "Options": "(a) Open (b) Closed", "Correct Answer": answer}
+        rows.append(row | changes)
+    write_table(root / "Questions.csv", rows)
+
+
+def write_vstar(root, **changes):
+    (root / "direct_attributes").mkdir()
+    (root / "direct_attributes" / "sa_1.jpg").write_bytes(png())
+    text = (
+        "What is the colour?\n(A) red\n(B) dark red\nAnswer with the option's letter from the given choices directly."
+    )
+    row = {"image": "direct_attributes/sa_1.jpg", "text": text, "category": "direct_attributes", "label": "B"}
+    (root / "test_questions.jsonl").write_text(json.dumps({**row, "question_id": 0, **changes}) + "\n\n")
+
+
+def write_blink(root, **changes):
+    for subset in ("Counting", "Jigsaw"):
+        row = {"idx": f"val_{subset}_1", "question": "How many?", "sub_task": subset, "choices": ["1", "2", "3"]}
+        row |= {"answer": "(C)", "image_1": stored(), "image_2": stored("blue"), "image_3": None, "image_4": None}
+        write_parquet(root / subset / "val-00000-of-00001.parquet", [row | changes])
+
+
+def write_hrbench(root, **changes):
+    row = {"index": 0, "question": "What is written?", "A": "one", "B": "two", "C": "three", "D": "four"}
+    row |= {"answer": "D", "category": "single", "cycle_category": "cycle 0", "image": base64.b64encode(png()).decode()}
+    rotated = row | {"index": 1, "A": "four", "D": "one", "answer": "A"}
+    write_table(root / "hr_bench_4k.tsv", [row | changes, rotated | changes], "\t")
+
+
+def write_m3cot(root, **changes):
+    row = {"id": "physics-1", "category": "x", "question": "Which?", "choices": ["north", "south"], "context": "A map."}
+    row |= {"answer": "A", "rationale": "Because.", "image": stored(), "domain": "science", "topic": "geo"}
+    write_parquet(root / "data" / "test-00000-of-00001.parquet", [row | changes])
+
+
+def write_scienceqa(root, **changes):
+    row = {"image": None, "question": "Which conducts?", "choices": ["wood", "iron"], "answer": 1, "hint": "Think."}
+    row |= {"subject": "natural science", "topic": "physics"}
+    write_parquet(root / "data" / "test-00000-of-00001.parquet", [row | changes, {**row, "image": stored()}])
+
+
+def write_digits(root, **changes):
+    write_verl_parquet(root / "heldout.parquet", to_rows(generate(3, stream="heldout", seed=0), "heldout"))
+
+
+WRITERS = {name: globals()[f"write_{name}"] for name in BENCHMARKS}
+# name -> (number of items, right letter, options, number of images, category) of the first item
+FIRST = {
+    "mmvp": (4, "A", ("Open", "Closed"), 1, ""),
+    "vstar": (1, "B", ("red", "dark red"), 1, "direct_attributes"),
+    "blink": (2, "C", ("1", "2", "3"), 2, "Counting"),
+    "hrbench": (2, "D", ("one", "two", "three", "four"), 1, "single"),
+    "m3cot": (1, "A", ("north", "south"), 1, "science"),
+    "scienceqa": (2, "B", ("wood", "iron"), 0, "natural science"),
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_published_schema(name, tmp_path):
+    WRITERS[name](tmp_path)
+    items = load_benchmark(name, tmp_path)
+    item = items[0]
+    assert (len(items), item.answer, item.options, len(item.images), item.category) == FIRST[name]
+    parts = item.messages[0]["content"]
+    assert [part["type"] for part in parts] == ["image"] * len(item.images) + ["text"]
+    assert all(image.open().size == (4, 3) for image in item.images)
+    letters = "ABCD"[: len(item.options)]
+    assert [item.grade(f"({letter})").correct for letter in letters] == [letter == item.answer for letter in letters]
+    assert all(option in parts[-1]["text"] for option in item.options)
+    assert item.chance == 1 / len(item.options)
+
+
+def test_embedded_task(tmp_path):
+    write_digits(tmp_path)
+    examples = generate(3, stream="heldout", seed=0)
+    items = load_benchmark("digits", tmp_path)
+    assert [item.answer for item in items] == [example.answer for example in examples]
+    assert items[0].grade(f"<answer> {items[0].answer} </answer>").correct and items[0].chance == 0
+
+
+def test_mmvp_pairs(tmp_path):
+    write_mmvp(tmp_path)
+    items = load_benchmark("mmvp", tmp_path / "Questions.csv")
+    pairs = [item.group_id for item in items]
+    assert pairs == ["pair 1", "pair 1", "pair 2", "pair 2"]
+    assert pair_accuracy([item.grade("(a)").correct for item in items], pairs) == 0
+
+
+def test_hrbench_groups_the_rotations_of_a_question(tmp_path):
+    write_hrbench(tmp_path)
+    first, second = load_benchmark("hrbench", tmp_path)
+    assert first.group_id == second.group_id and first.item_id != second.item_id
+
+
+def test_subset(tmp_path):
+    write_blink(tmp_path)
+    assert [item.category for item in load_benchmark("blink", tmp_path, "Jigsaw")] == ["Jigsaw"]
+    with pytest.raises(DataError, match="no rows of subset 'Chess'"):
+        load_benchmark("blink", tmp_path, "Chess")
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_missing_file_says_what_and_where_from(name, tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(DataError) as caught:
+        load_benchmark(name, tmp_path)
+    benchmark = BENCHMARKS[name]
+    for part in (str(tmp_path), "notes.txt", benchmark.source, *benchmark.files, *benchmark.columns):
+        assert part in str(caught.value)
+
+
+MALFORMED = [
+    ("mmvp", {"Options": "Open or Closed"}, "Options"),
+    ("mmvp", {"Correct Answer": "(c)"}, "answer"),
+    ("mmvp", {"Index": 7}, "7.jpg"),
+    ("vstar", {"label": "E"}, "answer"),
+    ("vstar", {"text": "no options"}, "text"),
+    ("vstar", {"image": "direct_attributes/none.jpg"}, "none.jpg"),
+    ("blink", {"answer": "hidden"}, "test split"),
+    ("blink", {"choices": []}, "choices"),
+    ("hrbench", {"image": "%%%"}, "base64"),
+    ("hrbench", {"answer": "E"}, "answer"),
+    ("m3cot", {"answer": "C"}, "answer"),
+    ("m3cot", {"image": None, "choices": ["one"]}, "choices"),
+    ("scienceqa", {"answer": 2}, "answer"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "named"), MALFORMED)
+def test_malformed_row_is_named(name, changes, named, tmp_path):
+    WRITERS[name](tmp_path, **changes)
+    with pytest.raises(DataError, match=f"row 0.*{named}"):
+        load_benchmark(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_missing_column_is_named(name, tmp_path):
+    WRITERS[name](tmp_path)
+    (file,) = [
+        next(iter(sorted(tmp_path.glob(f"**/{p}")))) for p in BENCHMARKS[name].files if list(tmp_path.glob(f"**/{p}"))
+    ]
+    column = BENCHMARKS[name].columns[-1]
+    if file.suffix == ".parquet":
+        write_parquet(file, pq.read_table(file).drop_columns([column]).to_pylist())
+    else:
+        file.write_text(file.read_text().replace(column, "other", 1))
+    with pytest.raises(DataError, match=f"row 0: columns .'{column}'. are missing"):
+        load_benchmark(name, file)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_corrupt_file_is_named(name, tmp_path):
+    WRITERS[name](tmp_path)
+    file = next(f for p in BENCHMARKS[name].files for f in sorted(tmp_path.glob(f"**/{p}")))
+    file.write_bytes(b"\xff\xfe\x00 not a table {")
+    with pytest.raises(DataError, match=file.name):
+        load_benchmark(name, file)
+
+
+def test_unknown_benchmark():
+    with pytest.raises(ConfigError, match="mmvp"):
+        load_benchmark("mmpv", ".")
