@@ -1,0 +1,152 @@
+"""The model that SFT starts from, and the folder that it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from grpo_latent.errors import CheckpointError, ConfigError
+from grpo_latent.latent.config import LATENT_CONFIG_FILE, LatentConfig
+from grpo_latent.models.head import END_VECTOR_ATTRIBUTE, attach_latent_modules
+from grpo_latent.models.loading import LatentModel, find_eos_ids, load_latent_model, reading, save_latent_model
+from grpo_latent.models.tokens import add_latent_tokens
+from grpo_latent.sft.settings import DTYPES, LatentSettings, ModelSettings
+
+
+def is_latent_checkpoint(folder: Path) -> bool:
+    """Whether the folder already has latents: one of ours, or an official LVR checkpoint."""
+    if (folder / LATENT_CONFIG_FILE).is_file():
+        return True
+    path = folder / "config.json"
+    try:
+        return path.is_file() and "lvr_start_id" in json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError("not valid JSON", where=str(path), got=str(error), expected="a JSON object") from error
+
+
+def load_for_sft(settings: ModelSettings, latent: LatentSettings, trains_end_vector: bool) -> LatentModel:
+    """The input checkpoint with latent tokens, head and end vector, in memory; the folder is only read.
+
+    A folder that already has latents keeps its tokens and head, and takes the other fields of `latent`. New embeddings
+    and modules draw from torch's global generator.
+
+    Raises:
+        CheckpointError: not an image-text-to-text model with a chat template, or damaged.
+        ConfigError: `latent.head` is not the one that the checkpoint has.
+    """
+    dtype, attention = DTYPES[settings.dtype], settings.attn_implementation
+    folder = Path(settings.path)
+    if folder.is_dir() and is_latent_checkpoint(folder):
+        bundle = _load_latent(folder, dtype, attention, latent, trains_end_vector)
+    else:
+        bundle = _load_plain(settings.path, dtype, attention, latent, trains_end_vector)
+    if bundle.processor is None:
+        raise CheckpointError(
+            "LVR's SFT needs a vision tower",
+            where=settings.path,
+            got=type(bundle.model).__name__,
+            expected="a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model",
+        )
+    if not (bundle.processor.chat_template or bundle.tokenizer.chat_template):
+        raise CheckpointError(
+            "no chat template",
+            where=settings.path,
+            expected="chat_template.jinja, or chat_template in tokenizer_config.json",
+            fix="Copy it from the model that this one comes from; base models without one cannot be prompted.",
+        )
+    return bundle
+
+
+def _load_plain(path: str, dtype, attention: str, latent: LatentSettings, trains_end_vector: bool) -> LatentModel:
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        raise CheckpointError(
+            "no such folder",
+            where="model.path",
+            got=path,
+            expected="a Hugging Face folder, or owner/name of a model on the hub",
+        )
+    with reading("config.json", path):
+        hf_config = AutoConfig.from_pretrained(path)
+    if type(hf_config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise CheckpointError(
+            "LVR's SFT needs a vision tower",
+            where=path,
+            got=type(hf_config).__name__,
+            expected="a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model",
+        )
+    with reading("tokenizer and processor", path):
+        tokenizer, processor = AutoTokenizer.from_pretrained(path), AutoProcessor.from_pretrained(path)
+    with reading("weights", path):
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, output_loading_info=True
+        )
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise CheckpointError(
+            "weights do not match the architecture",
+            where=path,
+            got=f"missing {sorted(info['missing_keys'])[:5]}, unknown {sorted(info['unexpected_keys'])[:5]}",
+            expected=f"the weights of {type(model).__name__}",
+        )
+    ids = add_latent_tokens(model, tokenizer, latent.tokens)
+    processor.tokenizer = tokenizer
+    config = LatentConfig(
+        start_token=latent.start_token,
+        latent_token=latent.latent_token,
+        end_token=latent.end_token,
+        start_id=ids[latent.start_token],
+        latent_id=ids[latent.latent_token],
+        end_id=ids[latent.end_token],
+        latent_end_token=latent.latent_end_token if trains_end_vector else None,
+        latent_end_id=ids[latent.latent_end_token] if trains_end_vector else None,
+        head=latent.head,
+        **_rules(latent),
+    )
+    attach_latent_modules(model, config)
+    return LatentModel(model, tokenizer, processor, config, find_eos_ids(model, tokenizer))
+
+
+def _load_latent(folder: Path, dtype, attention: str, latent: LatentSettings, trains_end_vector: bool) -> LatentModel:
+    # with exit `steps` first: the exit that is asked for may need an end vector that the folder lacks
+    bundle = load_latent_model(
+        folder, dtype, attn_implementation=attention, overrides=_rules(latent) | {"exit": "steps"}
+    )
+    if bundle.config.head != latent.head:
+        raise ConfigError(
+            "the checkpoint has another head",
+            where="latent.head",
+            got=latent.head,
+            expected=bundle.config.head,
+            fix=f"Set latent.head={bundle.config.head}, or start from the model before its first SFT.",
+        )
+    config = bundle.config
+    if trains_end_vector and not hasattr(bundle.model, END_VECTOR_ATTRIBUTE):
+        ids = add_latent_tokens(bundle.model, bundle.tokenizer, (latent.latent_end_token,))
+        config = config.replace(latent_end_token=latent.latent_end_token, latent_end_id=ids[latent.latent_end_token])
+        attach_latent_modules(bundle.model, config.replace(head="none"))
+    return LatentModel(
+        bundle.model, bundle.tokenizer, bundle.processor, config.replace(exit=latent.exit), bundle.eos_ids
+    )
+
+
+def _rules(latent: LatentSettings) -> dict:
+    names = ("steps", "exit", "latent_end_threshold", "max_spans", "visibility", "start_is_action")
+    return {name: getattr(latent, name) for name in names}
+
+
+def save_for_rl(folder: str | Path, latent: LatentModel) -> Path:
+    """Writes the folder that RL starts from; one that was there before is replaced only once the new one is complete."""
+    folder = Path(folder)
+    part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    save_latent_model(part, latent.model, latent.tokenizer, latent.processor, latent.config)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(part, folder)
+    shutil.rmtree(old, ignore_errors=True)
+    return folder

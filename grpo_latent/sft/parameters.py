@@ -1,0 +1,97 @@
+"""Which parameters SFT trains: freezing, LoRA, and the embeddings of new tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from grpo_latent.errors import ConfigError
+from grpo_latent.models.adapter import ModelAdapter
+from grpo_latent.models.head import LATENT_PARAMETER_PREFIXES
+
+_MERGERS = ("merger.", "deepstack_merger_list.")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters on the linear layers of the text decoder whose last name is in `target_modules`."""
+
+    enabled: bool = False
+    r: int = 64
+    alpha: int = 128
+    dropout: float = 0.05
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def freeze_vision(model: nn.Module, tower: bool = True, merger: bool = True) -> None:
+    """Freezes the vision tower, its mergers, or both; the published stage 1 freezes both."""
+    for name, parameter in ModelAdapter(model).base.visual.named_parameters():
+        parameter.requires_grad_(not (merger if name.startswith(_MERGERS) else tower))
+
+
+def vision_is_frozen(model: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in ModelAdapter(model).base.visual.parameters())
+
+
+def add_lora(model: nn.Module, settings: LoraSettings, new_token_ids: Sequence[int]) -> None:
+    """Puts adapters into the decoder in place; the base is frozen, except the head, the end vector and new tokens' rows.
+
+    In place, not as a `PeftModel`: the model keeps its class, its names and its latent hooks. The embedding matrices
+    stay trainable as a whole and the gradient of old rows is set to 0, so the optimizer holds state for all of them.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    decoder = ModelAdapter(model).decoder
+    in_decoder = {id(module) for module in decoder.modules()}
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) in in_decoder and name.split(".")[-1] in settings.target_modules
+    ]
+    unmatched = sorted(set(settings.target_modules) - {name.split(".")[-1] for name in targets})
+    if unmatched or not targets:
+        raise ConfigError(
+            "no such linear layer in the decoder",
+            where="model.lora.target_modules",
+            got=unmatched,
+            expected="last names of linear layers, such as q_proj",
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    config = LoraConfig(
+        r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets, bias="none"
+    )
+    inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        if name.startswith(LATENT_PARAMETER_PREFIXES):
+            parameter.requires_grad_(True)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if new_token_ids and not module.weight.requires_grad:  # tied weights come twice
+            _train_rows(module.weight, new_token_ids)
+
+
+def _train_rows(weight: nn.Parameter, rows: Sequence[int]) -> None:
+    keep_V1 = torch.zeros(weight.shape[0], 1, dtype=weight.dtype)
+    keep_V1[list(rows)] = 1
+    weight.requires_grad_(True)
+
+    def only_rows(gradient: Tensor) -> Tensor:
+        return gradient * keep_V1.to(gradient.device)
+
+    weight.register_hook(only_rows)
+    weight.no_weight_decay = True  # decoupled decay would move the old rows all the same
+
+
+def merge_lora(model: nn.Module) -> int:
+    """Adds the adapters to the weights and takes them out, in place; returns how many layers had one."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    for name, module in layers:
+        module.merge(safe_merge=True)  # refuses NaN
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, module.get_base_layer())
+    return len(layers)

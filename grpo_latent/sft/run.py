@@ -1,0 +1,216 @@
+"""One SFT run from its settings: load, train, save.
+
+<output_dir>/model/            what RL starts from
+             checkpoint-N/     what a resumed run starts from
+             metrics.jsonl  settings.json  summary.json  sft.log
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+from transformers import set_seed
+
+from grpo_latent.data.examples import LvrExample
+from grpo_latent.data.lvr_json import read_lvr_json
+from grpo_latent.data.rows import read_verl_parquet
+from grpo_latent.errors import ConfigError
+from grpo_latent.models.adapter import ModelAdapter
+from grpo_latent.models.injection import LatentInjector
+from grpo_latent.models.loading import LatentModel
+from grpo_latent.sft.callbacks import JsonlLog, ProgressBar
+from grpo_latent.sft.dataset import RowEncoder, SFTDataset, set_image_tokens
+from grpo_latent.sft.loading import load_for_sft, save_for_rl
+from grpo_latent.sft.parameters import add_lora, freeze_vision, merge_lora
+from grpo_latent.sft.settings import DataSettings, SFTSettings
+from grpo_latent.sft.trainer import LatentSFTTrainer
+
+# a resumed run may differ in these: how long it goes on, and what it writes
+_FREE_ON_RESUME = {"max_steps", "num_train_epochs", "save_steps", "save_strategy", "save_total_limit", "output_dir"}
+
+
+@dataclass(frozen=True)
+class SFTResult:
+    """`metrics` are the last that were logged."""
+
+    model_path: Path
+    steps: int
+    seconds: float
+    metrics: dict[str, float]
+
+
+def run_sft(settings: SFTSettings) -> SFTResult:
+    """Trains and writes `settings.model.save_path`.
+
+    Raises:
+        GrpoLatentError: what is wrong with config, data or checkpoint, and how to fix it.
+    """
+    start = time.perf_counter()
+    args = settings.training_arguments()
+    output_dir, save_path = Path(args.output_dir), Path(settings.model.save_path)
+    if Path(settings.model.path).resolve() in (save_path.resolve(), output_dir.resolve()):
+        raise ConfigError(
+            "the input checkpoint would be overwritten",
+            where="model.save_path",
+            got=str(save_path),
+            expected="another folder than model.path",
+        )
+    log_to_file(output_dir / "sft.log", args.should_save)
+    checkpoint = find_checkpoint(settings, output_dir)
+    set_seed(args.seed)
+    latent = load_for_sft(settings.model, settings.latent, trains_end_vector=settings.loss.end == "latent_end")
+    set_image_tokens(latent.processor, settings.data.min_image_tokens, settings.data.max_image_tokens)
+    choose_parameters(latent, settings)
+    dataset = build_dataset(latent, settings)
+    if args.should_save:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "settings.json").write_text(json.dumps(as_dict(settings), indent=2) + "\n")
+    bar = ProgressBar()
+    trainer = LatentSFTTrainer(
+        latent,
+        args,
+        dataset,
+        settings.loss,
+        labelled_per_batch=settings.data.labelled_per_batch,
+        horizon_steps=settings.horizon_steps,
+        vision_cache_bytes=settings.model.vision_cache_bytes,
+        callbacks=[bar, JsonlLog(output_dir / "metrics.jsonl")],
+    )
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        bar.close()
+        trainer.release()
+    metrics = {}
+    for line in trainer.state.log_history:
+        metrics |= {name: line[name] for name in ("ce", "latent_loss", "latent_hit", "end_loss") if name in line}
+    trainer.accelerator.wait_for_everyone()
+    if args.should_save:
+        merge_lora(latent.model)
+        save_for_rl(save_path, latent)
+    result = SFTResult(save_path, trainer.state.global_step, time.perf_counter() - start, metrics)
+    if args.should_save:
+        summary = {"model": str(save_path), "steps": result.steps, "seconds": round(result.seconds, 2), **metrics}
+        (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return result
+
+
+def choose_parameters(latent: LatentModel, settings: SFTSettings) -> None:
+    """Freezes and adapts; installs the latent hook, which must be there before anything wraps the model."""
+    model = latent.model
+    if settings.model.lora.enabled:
+        config = latent.config
+        new_ids = [config.start_id, config.latent_id, config.end_id, config.latent_end_id]
+        add_lora(model, settings.model.lora, [token_id for token_id in new_ids if token_id is not None])
+    freeze_vision(model, settings.model.freeze_vision, settings.model.freeze_merger)
+    LatentInjector.install(model)
+
+
+def build_dataset(latent: LatentModel, settings: SFTSettings) -> SFTDataset:
+    """The rows of all files. Each row is checked when it is read; images are decoded when they are used."""
+    data, adapter = settings.data, ModelAdapter(latent.model)
+    encoder = RowEncoder(
+        tokenizer=latent.tokenizer,
+        processor=latent.processor,
+        config=latent.config,
+        eos_id=latent.tokenizer.eos_token_id,
+        vision_ids=adapter.vision_ids,
+        merge_size=latent.processor.image_processor.merge_size,
+        has_end_vector=settings.loss.end == "latent_end",
+        max_length=data.max_length,
+    )
+    return SFTDataset(list(itertools.islice(read_examples(data), data.max_rows)), encoder, data.cache_bytes)
+
+
+def read_examples(data: DataSettings) -> Iterator[LvrExample]:
+    """Checked examples of all files in order."""
+    for path in data.train_files:
+        yield from read_lvr_json(path, data.image_folder) if data.format == "lvr_json" else read_verl_parquet(path)
+
+
+def find_checkpoint(settings: SFTSettings, output_dir: Path) -> Path | None:
+    """The checkpoint to resume: `auto` takes the last complete one of `output_dir`, a path that folder, null none.
+
+    Raises:
+        ConfigError: the run in `output_dir` had other settings, or the path is no complete checkpoint.
+    """
+    if settings.resume is None:
+        return None
+    if settings.resume != "auto":
+        checkpoint = Path(settings.resume)
+        if not is_complete(checkpoint):
+            raise ConfigError(
+                "not a complete checkpoint",
+                where="trainer.resume_from_checkpoint",
+                got=settings.resume,
+                expected="auto, null, or a folder checkpoint-N",
+            )
+        return checkpoint
+    checkpoints = [folder for folder in output_dir.glob("checkpoint-*") if is_complete(folder)]
+    if not checkpoints:
+        return None
+    check_same_run(settings, output_dir)
+    return max(checkpoints, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether saving it ended: the Trainer writes its state after everything else."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return checkpoint.name.removeprefix("checkpoint-").isdigit()
+
+
+def check_same_run(settings: SFTSettings, output_dir: Path) -> None:
+    """Raises `ConfigError` if `output_dir` holds a run with other settings than those that may change on resuming."""
+    path = output_dir / "settings.json"
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        before = {}
+    now = as_dict(settings)
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    changed = [name for name in changed if name.removeprefix("trainer.") not in _FREE_ON_RESUME]
+    changed = [name for name in changed if name not in ("resume", "model.save_path")]
+    if changed:
+        raise ConfigError(
+            "the run to resume had other settings",
+            where=str(path),
+            got={name: (before.get(name), now.get(name)) for name in changed[:5]},
+            expected="the same settings",
+            fix="Set trainer.resume_from_checkpoint=null to begin anew, or another trainer.output_dir.",
+        )
+
+
+def as_dict(settings: SFTSettings) -> dict:
+    """Flat and JSON-able: {"model.path": …}."""
+
+    def flatten(value: object, prefix: str) -> dict:
+        if isinstance(value, dict) and value:
+            items = (flatten(item, f"{prefix}.{name}" if prefix else name) for name, item in value.items())
+            return {name: item for part in items for name, item in part.items()}
+        return {prefix: list(value) if isinstance(value, tuple) else value}
+
+    return flatten(json.loads(json.dumps(dataclasses.asdict(settings))), "")
+
+
+def log_to_file(path: Path, is_main: bool) -> None:
+    """The libraries' own messages go to the log file; the console keeps the bar."""
+    transformers.utils.logging.disable_progress_bar()
+    if not is_main:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name in ("transformers", "accelerate", "peft"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False

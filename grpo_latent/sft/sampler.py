@@ -1,0 +1,70 @@
+"""Which rows make a batch: a function of (seed, epoch) alone, so that a resumed run reads the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from grpo_latent.errors import ConfigError
+
+
+class SeededBatchSampler(Sampler[list[int]]):
+    """Batches of a seeded permutation of the rows, drawn anew each epoch; the incomplete last batch is left out.
+
+    With `labelled_per_batch`, each batch has that many rows with an answer and the rest without: an epoch is one pass over
+    the rows without, while the few with an answer come round as often as needed.
+
+    Args:
+        has_answer: one truth value per row.
+    """
+
+    def __init__(
+        self, has_answer: Sequence[bool], batch_size: int, seed: int = 0, labelled_per_batch: int | None = None
+    ):
+        rows = np.arange(len(has_answer))
+        labelled = np.asarray(has_answer, dtype=bool)
+        self.batch_size, self.drop_last, self.seed, self.epoch = batch_size, True, seed, 0
+        # (rows, how many of them a batch takes), the pool that makes the epoch first
+        self._pools = [(rows, batch_size)]
+        if labelled_per_batch is not None:
+            self._pools = [
+                (rows[~labelled], batch_size - labelled_per_batch),
+                (rows[labelled], labelled_per_batch),
+            ]
+        for pool, share in self._pools:
+            self._check(pool, share, labelled_per_batch)
+        pool, share = self._pools[0]
+        self._num_batches = len(pool) // share
+
+    def _check(self, pool: np.ndarray, share: int, labelled_per_batch: int | None) -> None:
+        if share >= 1 and len(pool) >= (share if pool is self._pools[0][0] else 1):
+            return
+        raise ConfigError(
+            "not enough rows for one batch",
+            where="data.labelled_per_batch, trainer.per_device_train_batch_size",
+            got=f"{labelled_per_batch} labelled of {self.batch_size}, from a pool of {len(pool)} rows",
+            expected="at least one batch of rows, of both kinds if labelled_per_batch is set",
+            fix="Lower the batch size, or leave data.labelled_per_batch null.",
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the training loop before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        streams = []
+        for pool, share in self._pools:
+            num_passes = -(-self._num_batches * share // len(pool))
+            streams.append(np.concatenate([rng.permutation(pool) for _ in range(num_passes)]))
+        for batch_idx in range(self._num_batches):
+            batch = [
+                stream[batch_idx * share : (batch_idx + 1) * share]
+                for stream, (_, share) in zip(streams, self._pools, strict=True)
+            ]
+            yield np.concatenate(batch).tolist()

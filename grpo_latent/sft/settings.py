@@ -1,0 +1,196 @@
+"""The settings of an SFT run as types, built strictly from a plain dict (what hydra resolves to)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from grpo_latent.errors import ConfigError
+from grpo_latent.sft.losses import LossConfig
+from grpo_latent.sft.parameters import LoraSettings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FORMATS = ("lvr_json", "parquet")
+_REQUIRED = "???"
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The input checkpoint, never written to, and what of it trains.
+
+    Attributes:
+        path: a plain Hugging Face folder, an official LVR checkpoint, or an output of SFT.
+        save_path: where the trained model goes.
+        dtype: of weights and optimizer state; `trainer.bf16` computes in bfloat16 over float32 weights instead.
+    """
+
+    path: str
+    save_path: str
+    dtype: str = "float32"
+    attn_implementation: str = "sdpa"
+    freeze_vision: bool = True
+    freeze_merger: bool = True
+    vision_cache_bytes: int = 0
+    lora: LoraSettings = field(default_factory=LoraSettings)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is read and how it is batched.
+
+    Attributes:
+        image_folder: what the image paths of an LVR JSON are relative to; None for the file's folder.
+        max_rows: read no more than this many rows.
+        max_length: longest row in positions; a longer one is an error.
+        min_image_tokens, max_image_tokens: bounds of the image processor; None leaves the checkpoint's.
+        labelled_per_batch: rows with an answer in each batch; None mixes all rows.
+        cache_bytes: pixels kept in memory after their first use.
+    """
+
+    train_files: tuple[str, ...]
+    format: str
+    image_folder: str | None = None
+    max_rows: int | None = None
+    max_length: int | None = None
+    min_image_tokens: int | None = None
+    max_image_tokens: int | None = None
+    labelled_per_batch: int | None = None
+    cache_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class LatentSettings:
+    """The latents of the checkpoint that SFT writes; see `LatentConfig`. Tokens that the tokenizer lacks are added."""
+
+    start_token: str = "<|lvr_start|>"
+    latent_token: str = "<|lvr|>"
+    latent_end_token: str = "<|lvr_latent_end|>"
+    end_token: str = "<|lvr_end|>"
+    steps: int = 8
+    exit: str = "steps"
+    latent_end_threshold: float = 0.02
+    max_spans: int | None = None
+    head: str = "none"
+    visibility: str = "full"
+    start_is_action: bool = True
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """In the order in which they are added."""
+        return self.start_token, self.latent_token, self.latent_end_token, self.end_token
+
+
+@dataclass(frozen=True)
+class SFTSettings:
+    """All of a run. `trainer` holds the arguments of `transformers.TrainingArguments`."""
+
+    model: ModelSettings
+    data: DataSettings
+    latent: LatentSettings
+    loss: LossConfig
+    trainer: dict[str, Any]
+    horizon_steps: int | None = None
+    resume: str | None = "auto"
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> SFTSettings:
+        """Settings of a resolved config.
+
+        Raises:
+            ConfigError: a key is unknown or missing, or a value cannot be used.
+        """
+        sections = ("model", "data", "latent", "loss", "trainer", "schedule")
+        _check_keys(config, set(sections), set(sections), where="config")
+        model = dict(config["model"])
+        model["lora"] = _build(LoraSettings, model.get("lora") or {}, "model.lora", sequences=("target_modules",))
+        trainer = dict(config["trainer"])
+        schedule = dict(config["schedule"] or {})
+        _check_keys(schedule, {"horizon_steps"}, set(), where="schedule")
+        settings = cls(
+            model=_build(ModelSettings, model, "model"),
+            data=_build(DataSettings, config["data"], "data", sequences=("train_files",)),
+            latent=_build(LatentSettings, config["latent"], "latent"),
+            loss=_build(LossConfig, config["loss"], "loss"),
+            resume=trainer.pop("resume_from_checkpoint", "auto"),
+            trainer=trainer,
+            horizon_steps=schedule.get("horizon_steps"),
+        )
+        for where, value, allowed in (
+            ("model.dtype", settings.model.dtype, tuple(DTYPES)),
+            ("data.format", settings.data.format, FORMATS),
+        ):
+            if value not in allowed:
+                raise ConfigError("unknown value", where=where, got=value, expected=f"one of {allowed}")
+        return settings
+
+    def training_arguments(self) -> TrainingArguments:
+        """Raises `ConfigError` where transformers refuses an argument."""
+        known = {item.name for item in dataclasses.fields(TrainingArguments)}
+        _check_keys(self.trainer, known, {"output_dir"}, where="trainer")
+        values = {"report_to": [], "use_cpu": not torch.cuda.is_available(), **self.trainer}
+        # the bar and the log of this package replace the Trainer's; a loss that is not finite stops the run
+        values |= {"disable_tqdm": True, "logging_nan_inf_filter": False}
+        try:
+            return TrainingArguments(**values)
+        except (TypeError, ValueError, ImportError) as error:
+            raise ConfigError(
+                "transformers refuses the arguments",
+                where="trainer",
+                got=f"{type(error).__name__}: {error}",
+                expected="arguments of transformers.TrainingArguments",
+            ) from error
+
+
+def _check_keys(values: object, known: set[str], required: set[str], where: str) -> None:
+    if not isinstance(values, dict):
+        raise ConfigError("not a section", where=where, got=values, expected=f"keys {sorted(known)}")
+    unknown = sorted(set(values) - known)
+    if unknown:
+        near = [name for key in unknown for name in difflib.get_close_matches(str(key), known)]
+        raise ConfigError("unknown key", where=where, got=unknown, expected=f"among {near or sorted(known)[:20]}")
+    missing = sorted(name for name in required if values.get(name, _REQUIRED) == _REQUIRED)
+    if missing:
+        raise ConfigError(
+            "missing value",
+            where=where,
+            got=f"no {', '.join(missing)}",
+            expected="a value",
+            fix=f"Set {where}.{missing[0]}=… on the command line.",
+        )
+
+
+def _build(cls, values: object, where: str, sequences: Sequence[str] = ()):
+    fields = {item.name: item for item in dataclasses.fields(cls)}
+    required = {
+        name
+        for name, item in fields.items()
+        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+    }
+    _check_keys(values, set(fields), required, where)
+    values = dict(values)
+    for name in sequences:
+        if name in values:
+            value = values[name]
+            values[name] = (value,) if isinstance(value, str) else tuple(value)
+    for name, value in values.items():
+        _check_type(fields[name], value, f"{where}.{name}")
+    return cls(**values)
+
+
+_TYPES = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+
+
+def _check_type(item: dataclasses.Field, value: object, where: str) -> None:
+    names = [name.strip() for name in str(item.type).split("|")]
+    allowed = tuple(kind for name in names for kind in _TYPES.get(name, ()))
+    if not allowed or (value is None and "None" in names):
+        return
+    is_bool = isinstance(value, bool)
+    if not isinstance(value, allowed) or (is_bool and bool not in allowed):
+        raise ConfigError("wrong type", where=where, got=repr(value), expected=str(item.type))
