@@ -67,6 +67,8 @@ def test_different(answer, truth):
         "</answer> 4 <answer>",
         "<answer>4</answer><answer>4</answer>",
         "<answer><answer>4</answer></answer>",
+        "<answer>5 <answer>4</answer>",
+        "<answer>4</answer> 5</answer>",
         "&lt;answer&gt;4&lt;/answer&gt;",
         "<ANSWER>4</ANSWER>",
     ],
