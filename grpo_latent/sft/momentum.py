@@ -1,0 +1,139 @@
+"""The momentum teacher of ILVR: an exponential moving average of the student (2512.05665 section 3).
+
+    after each optimizer step:   teacher ← decay · teacher + (1 - decay) · student
+
+The published code has the update in a hook that its trainer never calls, so that its teacher stays the initial model.
+Here a callback makes it after every optimizer step, counts it, and refuses to train on where a resumed run lost some.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from grpo_latent.errors import CheckpointError, ConfigError
+
+TEACHER_FOLDER = "teacher"  # below a checkpoint: beside its weights they would be taken for weights of the model
+_FILE, _NUM_UPDATES = "ema.safetensors", "num_updates"
+
+
+class MomentumTeacher:
+    """A frozen copy of the student whose trained parameters follow it. Parameters that the student does not train are
+    shared, not copied.
+
+    Args:
+        student: before it is wrapped for training, with its frozen parameters already frozen.
+        decay: 0.999 published.
+    """
+
+    def __init__(self, student: nn.Module, decay: float = 0.999):
+        if not 0 <= decay < 1:
+            raise ConfigError("not a decay", where="teacher.decay", got=decay, expected="in [0, 1)")
+        self.student, self.decay, self.num_updates = student, decay, 0
+        trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+        if not trained:
+            raise ConfigError(
+                "a teacher of a model that does not train", where="teacher", expected="a parameter to train"
+            )
+        frozen = [parameter for parameter in student.parameters() if not parameter.requires_grad]
+        self.model = copy.deepcopy(student, {id(parameter): parameter for parameter in frozen}).eval()
+        own = dict(self.model.named_parameters())
+        for name in trained:
+            own[name].requires_grad_(False)
+        self._followed = {name: own[name] for name in trained}
+        # half precision would round the small updates away: the average is kept in float32 beside the weights
+        self._averages = {
+            name: parameter.data if parameter.dtype in (torch.float32, torch.float64) else parameter.data.float()
+            for name, parameter in self._followed.items()
+        }
+
+    @torch.no_grad()
+    def update(self) -> None:
+        student = dict(self.student.named_parameters())
+        for name, average in self._averages.items():
+            average.lerp_(student[name].detach().to(average.dtype), 1 - self.decay)
+            self._publish(name)
+        self.num_updates += 1
+
+    def _publish(self, name: str) -> None:
+        if self._averages[name].dtype != self._followed[name].dtype:
+            self._followed[name].data.copy_(self._averages[name])
+
+    def save(self, checkpoint: str | Path) -> None:
+        """Writes the average below a checkpoint folder."""
+        folder = Path(checkpoint) / TEACHER_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: average.detach().cpu().contiguous().clone() for name, average in self._averages.items()}
+        save_file(tensors, folder / _FILE, metadata={_NUM_UPDATES: str(self.num_updates)})
+
+    @torch.no_grad()
+    def load(self, checkpoint: str | Path) -> None:
+        """Reads what `save` wrote.
+
+        Raises:
+            CheckpointError: no teacher in the checkpoint, or one of another model.
+        """
+        path = Path(checkpoint) / TEACHER_FOLDER / _FILE
+        if not path.is_file():
+            raise CheckpointError(
+                "no momentum teacher in the checkpoint",
+                where=str(checkpoint),
+                expected=f"{TEACHER_FOLDER}/{_FILE}",
+                fix="Resume from a checkpoint of this training, or start anew.",
+            )
+        with safe_open(path, framework="pt") as file:
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}
+            self.num_updates = int(file.metadata()[_NUM_UPDATES])
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        own_shapes = {name: tuple(average.shape) for name, average in self._averages.items()}
+        if shapes != own_shapes:
+            differing = sorted(name for name in {*shapes, *own_shapes} if shapes.get(name) != own_shapes.get(name))
+            raise CheckpointError(
+                "the teacher is that of another model",
+                where=str(path),
+                got=differing[:5],
+                expected="the parameters that this run trains",
+            )
+        for name, average in self._averages.items():
+            average.copy_(tensors[name])
+            self._publish(name)
+
+
+class MomentumCallback(TrainerCallback):
+    """Updates the teacher after each optimizer step."""
+
+    def __init__(self, teacher: MomentumTeacher):
+        self.teacher = teacher
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.teacher.num_updates != state.global_step:
+            raise CheckpointError(
+                "the momentum teacher does not belong to this step",
+                where=f"step {state.global_step}",
+                got=f"{self.teacher.num_updates} updates",
+                expected=f"{state.global_step}",
+                fix="Resume with a trainer that restores the teacher (`KeepsTeacher`).",
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.teacher.update()
+
+
+class KeepsTeacher:
+    """Mixin of a Hugging Face Trainer with `self.teacher`: the teacher goes into each checkpoint and comes back from it."""
+
+    teacher: MomentumTeacher
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        self.teacher.save(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.teacher.load(resume_from_checkpoint)
