@@ -168,6 +168,13 @@ class ModelAdapter:
             **inputs,
         ).last_hidden_state
 
+    def encode_images(self, images: ImageInputs) -> Tensor:
+        """Image embeddings after the merger, [M, H], of all images in order: what stands at image placeholders."""
+        features = self.base.get_image_features(
+            images.pixel_values.to(self.device), images.image_grid_thw.to(self.device)
+        )
+        return torch.cat(tuple(features.pooler_output))
+
     def decode_hidden(self, embeds_NH: Tensor, bias_N11S: Tensor, position_ids: Tensor, cache) -> Tensor:
         """One decoding step from input vectors: last hidden states [N, H]."""
         return self.decoder(

@@ -57,7 +57,7 @@ def test_prefilled_cache_is_not_written_to():
     assert torch.equal(prefilled.layers[0].keys, random(1, 2, 4, 8))
 
 
-@pytest.mark.parametrize(("num_heads", "num_key_heads"), [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize(("num_heads", "num_key_heads"), [(4, 4), (4, 2), (6, 2), (6, 1)])
 @pytest.mark.parametrize("length", [1, 3])
 @pytest.mark.parametrize("with_mask", [True, False])
 def test_folded_equals_sdpa_and_plain_softmax(num_heads, num_key_heads, length, with_mask):
