@@ -20,7 +20,8 @@ ALLOWED = {
     "algo": _TYPES,
     "rewards": _TYPES,  # runs a user's function in a process of its own: needs no model
     "models": _CORE,
-    "rollout": _MODELS,
+    "torchvision_ops": set(),  # declares operator schemas so that torchvision imports beside a CPU torch
+    "rollout": _MODELS | {"torchvision_ops"},
     "data": _MODELS,  # rows, and the tiny models' vision pretraining
     "sft": _MODELS | {"data"},
     "eval": _MODELS | {"data", "rewards", "rollout"},
