@@ -103,6 +103,21 @@ def test_equals_the_mean_of_full_maps_cached_and_uncached(name):
     assert text_config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3", "chameleon"])
+@torch.no_grad()
+def test_kept_queries_and_keys_make_the_last_layers_map(name):
+    text_config, decoder, hidden_size = decoder_of(name)
+    embeds_BTH, _, bias = inputs(hidden_size)
+    with recording_last_row(text_config, keep_last_layer=True) as recorder:
+        decoder(inputs_embeds=embeds_BTH, attention_mask=bias)
+    queries, keys = recorder.queries_BATD, recorder.keys_BASD
+    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
+    found = (queries @ keys.transpose(2, 3) * recorder.scaling + bias).softmax(-1)
+    text_config._attn_implementation = "eager"
+    expected = decoder(inputs_embeds=embeds_BTH, attention_mask=bias, output_attentions=True).attentions[-1]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
 @torch.no_grad()
 def test_two_forwards_without_take_are_an_error():
     text_config, decoder, hidden_size = decoder_of("qwen2")
