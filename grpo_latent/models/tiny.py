@@ -204,7 +204,11 @@ def tiny_qwen2(
     seed: int = 0,
     latent_tokens: Sequence[str] = LVR_TOKENS,
 ) -> TinyModel:
-    """Qwen2, text only; arguments as `tiny_qwen2_5_vl`."""
+    """Qwen2, text only; arguments as `tiny_qwen2_5_vl`.
+
+    `AutoTokenizer` forces its byte-level tokenizer on folders of this model type, whatever they say; where a saved
+    folder must load, use `tiny_qwen3`.
+    """
     return _tiny_text("Qwen2", words, sizes, seed, latent_tokens)
 
 

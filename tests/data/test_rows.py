@@ -103,6 +103,8 @@ def test_several_images_turns_and_unknown_answers(folder):
     assert example.messages[1]["content"] == split_content("<image> and <image> ?")
     assert example.box_images == (1, 0) and example.response == "<lvr> <lvr> <answer>"
     assert (example.answer, example.has_answer) == ("", False)
+    again = parse_verl_row(lvr_json.to_verl_row(example, 0, "sft"), where="row 0")
+    assert (again.messages, again.boxes, again.box_images) == (example.messages, example.boxes, (1, 0))
 
 
 def test_virl_records_become_verl_rows(folder):

@@ -110,6 +110,16 @@ def test_token_ids_and_positions(loaded, dataset_file):
     assert position_ids[0, 1:, 21:].tolist() == [list(range(9, 18))] * 3, "text goes on after the larger side"
 
 
+def test_text_models_load_without_a_processor(tmp_path):
+    model, tokenizer, _ = tiny.tiny_qwen3(digits.WORDS)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert hf_processor(str(tmp_path)) is None
+    loaded = hf_tokenizer(str(tmp_path))
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert loaded.decode(loaded("read red ?<|im_end|>").input_ids) == "read red ? <|im_end|>"
+
+
 def test_an_image_with_other_proportions_counts_its_own_tokens(loaded):
     _, _, processor = loaded
     image = digits.generate(1, stream="rl", seed=0)[0].image[:28]
