@@ -49,14 +49,23 @@ class GLUHead(nn.Module):
 _HEADS = {"mlp": MLPHead, "glu": GLUHead}
 
 
+def build_head(kind: str, text_config) -> nn.Module:
+    """A head of `kind`, freshly initialised.
+
+    Raises:
+        ConfigError: `kind` is neither `mlp` nor `glu`.
+    """
+    if kind not in _HEADS:
+        raise ConfigError("unknown head", where="latent.head", got=kind, expected=f"{sorted(_HEADS)}")
+    return _HEADS[kind](text_config)
+
+
 def attach_latent_modules(model: nn.Module, config: LatentConfig) -> None:
     """Adds the head and the end vector that `config` names, freshly initialised, in the model's dtype and device."""
     weight = model.get_input_embeddings().weight
     text_config = model.config.get_text_config()
     if config.head != "none":
-        if config.head not in _HEADS:
-            raise ConfigError("unknown head", where="latent.head", got=config.head, expected=f"{sorted(_HEADS)}")
-        head = _HEADS[config.head](text_config)
+        head = build_head(config.head, text_config)
         setattr(model, HEAD_ATTRIBUTE, head.to(device=weight.device, dtype=weight.dtype))
     if config.latent_end_id is not None:
         end_vector = torch.empty(text_config.hidden_size, device=weight.device, dtype=weight.dtype)

@@ -22,10 +22,10 @@ def trajectory_seed(run_seed: int, step: int, row_id: str | int, trajectory_idx:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
-def uniforms(seeds_N: np.ndarray, position: int) -> Tensor:
+def uniforms(seeds_N: np.ndarray, position: int | np.ndarray) -> Tensor:
     """float64 [N] in [0, 1): splitmix64 (Steele et al. 2014) of seed + (position + 1) * golden ratio."""
     with np.errstate(over="ignore"):
-        x = seeds_N.astype(np.uint64) + np.uint64(position + 1) * _GOLDEN
+        x = seeds_N.astype(np.uint64) + (np.asarray(position) + 1).astype(np.uint64) * _GOLDEN
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x ^= x >> np.uint64(31)
