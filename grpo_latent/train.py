@@ -8,18 +8,30 @@ config (hydra: verl's keys plus `latent:`) ──check──▶ Ray (own, or the
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
 
 import hydra
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from grpo_latent.errors import CheckpointError, ConfigError, DataError, GrpoLatentError
 
 LOG_FILE, METRICS_FILE, CONFIG_FILE = "train.log", "metrics.jsonl", "config.yaml"
 PLUGIN = "grpo_latent.verl_plugin"
+
+
+class VerlConfigs(SearchPathPlugin):
+    """Lets every config find verl's: hydra takes `hydra.searchpath` from a primary config only, and recipes are primary."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("verl", "pkg://verl.trainer.config")
+
+
+Plugins.instance().register(VerlConfigs)
 
 
 @hydra.main(config_path="pkg://grpo_latent.config", config_name="grpo", version_base=None)

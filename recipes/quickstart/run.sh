@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# The embedded experiment end to end on two CPU cores: vision pretraining, LVR SFT with ten answers, latent GRPO,
+# evaluation with ablations. Starts anew each time.
+#
+#   SEED=0 OUT=outputs/quickstart bash recipes/quickstart/run.sh [hydra overrides of the GRPO stage]
+#
+# Result: $OUT/summary.json, $OUT/learning_curve.png, $OUT/grpo/config.yaml
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+SEED=${SEED:-0}
+OUT=${OUT:-outputs/quickstart}
+HERE=recipes/quickstart
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+
+rm -rf "$OUT"
+mkdir -p "$OUT"
+STARTED=$(date +%s)
+
+echo "== data and vision tower (seed $SEED)"
+python -m grpo_latent.data.digits --out "$OUT/data" --seed "$SEED"
+python -m grpo_latent.data.vision_pretrain --out "$OUT/vision" --seed "$SEED" --log-every 100
+
+echo "== SFT: boxes on 4096 images, the answer on ten of them"
+python -m grpo_latent.sft --config-dir $HERE --config-name digits_sft \
+  model.path="$OUT/vision" data.train_files="$OUT/data/train_sft.parquet" \
+  trainer.output_dir="$OUT/sft" trainer.seed="$SEED"
+
+evaluate() { # checkpoint, output
+  python -m grpo_latent.evaluate --config-dir $HERE --config-name digits_evaluate \
+    model.path="$1" data.val_files="$OUT/data/heldout.parquet" output="$2" seed="$SEED"
+}
+evaluate "$OUT/sft/model" "$OUT/evaluation_sft.json"
+
+echo "== GRPO over latent trajectories"
+GRPO_STARTED=$(date +%s)
+python -m grpo_latent.train --config-dir $HERE --config-name digits_grpo \
+  actor_rollout_ref.model.path="$OUT/sft/model" \
+  data.train_files="$OUT/data/train_rl.parquet" data.val_files="$OUT/data/dev.parquet" \
+  latent.output_dir="$OUT/grpo" latent.seed="$SEED" "$@"
+GRPO_SECONDS=$(($(date +%s) - GRPO_STARTED))
+
+STEP=$(cat "$OUT/grpo/checkpoints/latest_checkpointed_iteration.txt")
+evaluate "$OUT/grpo/checkpoints/global_step_$STEP/actor/huggingface" "$OUT/evaluation_grpo.json"
+
+python $HERE/summarize.py "$OUT" --seed "$SEED" --grpo-seconds "$GRPO_SECONDS" \
+  --seconds-total $(($(date +%s) - STARTED))
