@@ -236,8 +236,14 @@ def scarce_labels(examples: Sequence[DigitExample], per_answer: int | None) -> l
     return keep
 
 
-def to_rows(examples: Sequence[DigitExample], split: str, has_answer: Sequence[bool] | None = None) -> list[dict]:
-    """verl rows. A row without its answer has an empty ground truth, so that no stage can read it by accident."""
+def to_rows(
+    examples: Sequence[DigitExample], split: str, has_answer: Sequence[bool] | None = None, boxes: bool = True
+) -> list[dict]:
+    """verl rows. A row without its answer has an empty ground truth, so that no stage can read it by accident.
+
+    Args:
+        boxes: False leaves them out, and with them the spans of the response: the control without latents.
+    """
     has_answer = [True] * len(examples) if has_answer is None else has_answer
     return [
         verl_row(
@@ -245,7 +251,7 @@ def to_rows(examples: Sequence[DigitExample], split: str, has_answer: Sequence[b
             prompt=f"{example.question}<image>",
             images=[encode_png(example.image)],
             answer=example.answer if keeps_answer else None,
-            bboxes=example.boxes,
+            bboxes=example.boxes if boxes else [],
             index=index,
             split=split,
             kind=example.kind,
@@ -268,6 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rl", type=int, default=1920)
     parser.add_argument("--dev", type=int, default=512, help="rows for choosing and for curves")
     parser.add_argument("--heldout", type=int, default=1024, help="rows for reporting")
+    parser.add_argument("--no-boxes", action="store_true", help="leave boxes out: rows for a control without latents")
     options = parser.parse_args(arguments)
     sizes = {"sft": options.sft, "rl": options.rl, "dev": options.dev, "heldout": options.heldout}
     for stream, num in sizes.items():
@@ -277,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         per_answer = None if stream != "sft" or options.labels_per_answer < 0 else options.labels_per_answer
         has_answer = scarce_labels(examples, per_answer)
         path = options.out / (f"train_{stream}.parquet" if training else f"{stream}.parquet")
-        write_verl_parquet(path, to_rows(examples, stream, has_answer))
+        write_verl_parquet(path, to_rows(examples, stream, has_answer, boxes=not options.no_boxes))
         print(f"{path}: {num} rows, {sum(has_answer)} with an answer")
 
 
