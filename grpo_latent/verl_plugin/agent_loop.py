@@ -67,7 +67,7 @@ class LatentAgentLoop(AgentLoopBase):
     """Prompt to group."""
 
     def __init__(self, trainer_config, server_manager, tokenizer, processor, dataset_cls, data_config, latent_config):
-        # not verl's __init__: that builds a token builder for multi-turn chats, which asks for family tokens such as a newline
+        # not verl's __init__: its token builder for multi-turn chats insists on tokens such as a newline
         self.config = trainer_config.config
         self.rollout_config = self.config.actor_rollout_ref.rollout
         self.server_manager: LatentRolloutClient = server_manager

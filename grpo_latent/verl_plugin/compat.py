@@ -188,18 +188,6 @@ SEAMS = (
         "replaced: one request a group",
         ("self", "prompt", "sampling_params", "trajectory", "trace"),
     ),
-    Seam(
-        "agent loop: images",
-        f"{_AGENT}:AgentLoopWorker._compute_multi_modal_inputs",
-        "called once a group",
-        ("self", "output", "input_ids"),
-    ),
-    Seam(
-        "agent loop: positions",
-        f"{_AGENT}:AgentLoopWorker._compute_position_ids",
-        "called on the prompt only",
-        ("self", "input_ids", "attention_mask", "multi_modal_inputs", "mm_processor_kwargs"),
-    ),
     Seam("trainer registry", "verl.trainer.ppo.v1.trainer_base:TRAINER_REGISTRY", "checked at start"),
     Seam("agent registry", f"{_AGENT}:_agent_loop_registry", "checked at start"),
     Seam(
@@ -218,7 +206,7 @@ def check_verl_version() -> None:
 
 
 def select_platform(device: str) -> None:
-    """Makes the driver's platform the configured one: composing the config has imported verl, before VERL_PLATFORM was set."""
+    """Makes the driver's platform the configured one; composing the config imported verl before VERL_PLATFORM was set."""
     from verl.plugin.platform import PlatformRegistry, get_platform, set_platform
 
     if get_platform().device_name != device:

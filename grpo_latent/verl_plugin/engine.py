@@ -25,8 +25,8 @@ from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.head import attach_latent_modules
 from grpo_latent.models.injection import LatentInjector
 from grpo_latent.models.loading import load_latent_parameters
-from grpo_latent.models.vision_cache import VisionCache
 from grpo_latent.models.visibility import attention_bias
+from grpo_latent.models.vision_cache import VisionCache
 from grpo_latent.trajectory import PositionKind
 from grpo_latent.verl_plugin import compat
 from grpo_latent.verl_plugin.options import LatentOptions

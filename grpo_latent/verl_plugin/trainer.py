@@ -32,18 +32,17 @@ from grpo_latent.verl_plugin.progress import Reporter
 from grpo_latent.verl_plugin.registration import TRAINER_MODE, verify, verify_device
 from grpo_latent.verl_plugin.replay_buffer import LatentReplayBuffer
 
-DUMP_FIELDS = (
-    "prompts",
-    "responses",
-    "position_kinds",
-    "latent_embeds",
-    "response_mask",
-    "rm_scores",
-    "advantages",
-    "rollout_log_probs",
-    "old_log_probs",
-    "ref_log_prob",
-)
+# names in TransferQueue -> names in dumps
+DUMP_FIELDS = {
+    "prompts": "prompt_ids",
+    "responses": "token_ids",
+    "position_kinds": "kinds",
+    "response_mask": "response_mask",
+    "advantages": "advantages",
+    "rollout_log_probs": "rollout_log_probs",
+    "old_log_probs": "old_log_probs",
+    "ref_log_prob": "ref_log_probs",
+}
 
 
 @register_trainer(TRAINER_MODE)
@@ -133,24 +132,25 @@ class LatentPPOTrainer(PPOTrainerSync):
 
     def _dump(self, batch: KVBatchMeta, step: int) -> None:
         """All trajectories of the step by data row and index in the group."""
-        fields = self._fetch(batch, (*DUMP_FIELDS, "extra_fields", "extra_info", "session_id", "reward_model"))
+        columns = ("latent_embeds", "rm_scores", "extra_fields", "extra_info", "session_id", "reward_model")
+        fields = self._fetch(batch, (*DUMP_FIELDS, *columns))
         extra_fields, infos = unwrap(fields["extra_fields"]), unwrap(fields["extra_info"])
         sessions = [int(session) for session in unwrap(fields["session_id"])]
         truths = [model.get("ground_truth") for model in unwrap(fields["reward_model"])]
-        tensors = {name: fields[name].unbind() for name in DUMP_FIELDS if name in fields.keys()}
+        tensors = {name: fields[field].unbind() for field, name in DUMP_FIELDS.items() if field in fields.keys()}
+        latent_rows, scores = fields["latent_embeds"].unbind(), fields["rm_scores"].unbind()
         records, latents = [], {}
         order = sorted(range(len(batch)), key=lambda i: (str(infos[i]["index"]).zfill(12), sessions[i]))
         for i in order:
             record = {"step": step, "id": f"{infos[i]['index']}/{sessions[i]}", "ground_truth": truths[i]}
             record["text"] = extra_fields[i]["solution_str"]
             record["stop_reason"] = extra_fields[i]["stop_reason"]
-            record["reward"] = float(tensors["rm_scores"][i].sum())
+            record["sampling_log_probs"] = extra_fields[i]["sampling_log_probs"].tolist()
+            record["reward"] = float(scores[i].sum())
             record["reward_terms"] = jsonable(extra_fields[i].get("reward_extra_info", {}))
-            record |= {
-                n: rows_of[i].tolist() for n, rows_of in tensors.items() if n not in ("latent_embeds", "rm_scores")
-            }
+            record |= {name: rows_of[i].tolist() for name, rows_of in tensors.items()}
             records.append(record)
-            latents[record["id"]] = tensors["latent_embeds"][i]
+            latents[record["id"]] = latent_rows[i]
         folder = self.options.dump_dir or Path(self.config.trainer.default_local_dir) / "rollouts"
         rows.dump_rollouts(folder, step, records, latents)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 from functools import partial
 
+import numpy as np
 import torch
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
@@ -19,6 +21,13 @@ def prepare_process(options: LatentOptions) -> None:
     if compat.is_cpu():
         torch.set_num_threads(options.cpu_threads)
         compat.init_cpu_process_group()
+
+
+def seed_process(seed: int, rank: int) -> None:
+    """Checkpoints hold the generators' states: with a fixed start, a resumed run ends with those of an uninterrupted one."""
+    random.seed(f"{seed}/{rank}")
+    np.random.seed((seed * 1000 + rank) % 2**32)
+    torch.manual_seed(seed * 1000 + rank)
 
 
 class LatentTrainingWorker(TrainingWorker):
@@ -39,6 +48,7 @@ class LatentActorRolloutRefWorker(ActorRolloutRefWorker):
         verify(f"{role} worker, rank {os.environ.get('RANK', 0)}")
         options = LatentOptions.from_rollout(config.rollout)
         prepare_process(options)
+        seed_process(options.seed, int(os.environ.get("RANK", 0)))
         # verl 0.9.1 has `freeze_vision_tower` in its config and reads it nowhere; the merger is frozen with the tower
         freeze_vision = bool(config.actor.get("freeze_vision_tower", False))
         self.actor_worker_cls = partial(LatentTrainingWorker, options=options, freeze_vision=freeze_vision)

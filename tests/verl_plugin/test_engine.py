@@ -21,8 +21,7 @@ CASES = {
     "qwen2-vl latents_only": (tiny.tiny_qwen2_vl, False, "latents_only"),
     "qwen3-vl padded": (tiny.tiny_qwen3_vl, False, "full"),
     "qwen3-vl latents_only": (tiny.tiny_qwen3_vl, False, "latents_only"),
-    "qwen2 padded": (tiny.tiny_qwen2, False, "full"),
-    "qwen2 packed": (tiny.tiny_qwen2, True, "full"),
+    "qwen3 padded": (tiny.tiny_qwen3, False, "full"),
     "qwen3 packed": (tiny.tiny_qwen3, True, "full"),
 }
 
@@ -47,7 +46,7 @@ def test_log_probs_equal_a_plain_replay(name, recorded, gloo):
     assert helpers.gap(helpers.infer(engine, batch, packed), expected, trajectories) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-vl padded", "qwen2 packed"])
+@pytest.mark.parametrize("name", ["qwen2.5-vl padded", "qwen3 packed"])
 def test_without_the_latents_the_log_probs_differ(name, recorded, gloo):
     """Negative control: the comparison above can fail."""
     _, packed, visibility = CASES[name]
@@ -126,7 +125,7 @@ def test_mismatches_raise(recorded, gloo):
 
 def test_layouts_that_cannot_work_are_refused(recorded, gloo):
     with pytest.raises(ConfigError, match="latents_only needs the padded layout"):
-        helpers.make_engine(recorded["qwen2 packed"][0], packed=True, visibility="latents_only")
+        helpers.make_engine(recorded["qwen3 packed"][0], packed=True, visibility="latents_only")
     with pytest.raises(ConfigError, match="needs flash-attn"):
         helpers.make_engine(recorded["qwen2.5-vl padded"][0], packed=True)
 

@@ -1,0 +1,76 @@
+"""The composed config is accepted as it is, and every unusable change of it is refused by name."""
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+import grpo_latent.train  # noqa: F401  (lets hydra find verl's configs)
+from grpo_latent.errors import ConfigError
+from grpo_latent.verl_plugin.config_check import check_config
+from grpo_latent.verl_plugin.options import LatentOptions
+
+BASE = ("actor_rollout_ref.model.path=/model", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8")
+
+
+def composed(*overrides):
+    with initialize_config_module("grpo_latent.config", version_base=None):
+        config = compose("grpo", overrides=[*BASE, *overrides])
+    OmegaConf.resolve(config)
+    return config
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_defaults_are_usable(device):
+    options = check_config(composed(f"device={device}"))
+    assert options.seed == 0 and options.visibility is None
+
+
+def test_options_reach_every_process():
+    """Workers only get `actor_rollout_ref`: `latent:` must be in there, with the user's overrides."""
+    config = composed("latent.seed=5", "latent.visibility=latents_only", "latent.reward.timeout_s=3")
+    options = LatentOptions.from_rollout(config.actor_rollout_ref.rollout)
+    assert (options.seed, options.visibility, options.reward["timeout_s"]) == (5, "latents_only", 3)
+    assert config.data.seed == 5 and config.actor_rollout_ref.actor.data_loader_seed == 5
+
+
+def test_without_the_group_the_options_are_the_defaults():
+    """Stock `verl.trainer.main_ppo` has no `latent:`."""
+    assert LatentOptions.from_rollout({}) == LatentOptions() == LatentOptions.from_rollout({"custom": None})
+
+
+@pytest.mark.parametrize(
+    "override, where",
+    [
+        ("actor_rollout_ref.rollout.n=1", "rollout.n"),
+        ("actor_rollout_ref.rollout.temperature=0", "rollout.temperature"),
+        ("actor_rollout_ref.rollout.name=vllm", "rollout.name"),
+        ("actor_rollout_ref.rollout.tensor_model_parallel_size=2", "tensor_model_parallel_size"),
+        ("actor_rollout_ref.rollout.calculate_log_probs=false", "calculate_log_probs"),
+        ("actor_rollout_ref.rollout.agent.default_agent_loop=single_turn_agent", "default_agent_loop"),
+        ("actor_rollout_ref.rollout.agent.agent_loop_manager_class=null", "agent_loop_manager_class"),
+        ("actor_rollout_ref.actor.strategy=fsdp", "actor.strategy"),
+        ("actor_rollout_ref.ref.strategy=fsdp", "ref.strategy"),
+        ("trainer.v1.trainer_mode=colocate_async", "trainer_mode"),
+        ("data.train_batch_size=30 actor_rollout_ref.actor.ppo_mini_batch_size=32", "ppo_mini_batch_size"),
+        ("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=7", "ppo_micro_batch_size_per_gpu"),
+        ("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=null", "ppo_micro_batch_size_per_gpu"),
+        ("actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=9", "log_prob_micro_batch_size_per_gpu"),
+        ("data.gen_batch_size=5", "gen_batch_size"),
+        ("trainer.n_gpus_per_node=3", "number of ranks"),
+        ("algorithm.filter_groups.enable=true", "filter_groups"),
+        ("critic.enable=true", "critic.enable"),
+        ("actor_rollout_ref.model.use_fused_kernels=true", "use_fused_kernels"),
+        ("actor_rollout_ref.model.lora_rank=8", "lora.merge"),
+        ("actor_rollout_ref.actor.ulysses_sequence_parallel_size=2", "ulysses"),
+        ("+data.apply_chat_template_kwargs.enable_thinking=true", "apply_chat_template_kwargs"),
+        ("latent.visibility=latents_only actor_rollout_ref.model.use_remove_padding=true", "use_remove_padding"),
+        ("latent.cpu_threads=0", "latent.cpu_threads"),
+        ("latent.dump_every=-1", "latent.dump_every"),
+        ("latent.replay_logp_gap_bound=0", "replay_logp_gap_bound"),
+        ("latent.rollout_timeout_s=-3", "rollout_timeout_s"),
+        ("+latent.vizibility=full", "vizibility"),
+    ],
+)
+def test_unusable_configs_are_refused(override, where):
+    with pytest.raises(ConfigError, match=where):
+        check_config(composed(*override.split()))

@@ -1,0 +1,110 @@
+"""World size 2 over gloo computes what world size 1 computes: loss, gradients, updated weights, saved and loaded state.
+
+Ray's part in several ranks is covered by test_training.py.
+"""
+
+import os
+import sys
+
+import engine_helpers as helpers
+import pytest
+import torch
+import torch.multiprocessing as mp
+from verl.utils import tensordict_utils as tu
+
+from grpo_latent.models.adapter import ModelAdapter
+from grpo_latent.models.loading import load_latent_model
+
+NUM_ROWS = 8
+
+
+def rank_batch(folder, rank, world_size):
+    """This rank's rows of the global batch, with old log-probs and advantages."""
+    loaded, trajectories, images, expected, positions = helpers.roll_out(folder, num_prompts=4, group_size=2)
+    rows = list(range(rank, NUM_ROWS, world_size))
+    pick = lambda values: [values[i] for i in rows]  # noqa: E731
+    batch = helpers.make_batch(
+        pick(trajectories),
+        pick(images),
+        pick(positions),
+        ModelAdapter(loaded.model),
+        calculate_entropy=True,
+        global_batch_size=NUM_ROWS,
+        use_remove_padding=False,
+        use_dynamic_bsz=False,
+        micro_batch_size_per_gpu=2,
+        use_fused_kernels=False,
+    )
+    nested = lambda values: torch.nested.as_nested_tensor(values, layout=torch.jagged)  # noqa: E731
+    batch["old_log_probs"] = nested([expected[i] - 0.05 * (i % 3) for i in rows])
+    batch["ref_log_prob"] = nested([expected[i] - 0.1 for i in rows])
+    advantages = [(1.0 - 0.4 * i) * trajectories[i].response_mask().float() for i in rows]
+    batch["advantages"] = nested(advantages)
+    return batch
+
+
+def actor_loss():
+    """verl's ppo_loss with this package's policy loss and a KL term."""
+    from functools import partial
+
+    from verl.workers.config import FSDPActorConfig
+    from verl.workers.config.actor import PolicyLossConfig
+    from verl.workers.utils.losses import ppo_loss
+
+    config = FSDPActorConfig(
+        strategy="fsdp2",
+        rollout_n=2,
+        ppo_mini_batch_size=NUM_ROWS,
+        ppo_micro_batch_size_per_gpu=2,
+        use_dynamic_bsz=False,
+        use_kl_loss=True,
+        kl_loss_coef=0.3,
+        policy_loss=PolicyLossConfig(loss_mode="grpo_latent"),
+    )
+    return partial(ppo_loss, config=config)
+
+
+def train_one_step(rank, world_size, port, folder, out):
+    sys.path.insert(0, os.path.dirname(__file__))
+    torch.set_num_threads(1)
+    helpers.start_process_group(rank, world_size, port)
+    batch = rank_batch(folder, rank, world_size)
+    engine = helpers.make_engine(folder, micro=2)
+    with engine.train_mode(disable_auto_offload=True):
+        engine.optimizer_zero_grad()
+        output = engine.forward_backward_batch(batch, actor_loss())
+        grads = {n: p.grad.full_tensor().clone() for n, p in engine.module.named_parameters() if p.grad is not None}
+        engine.optimizer_step()
+    loss = torch.tensor(sum(output["loss"]))
+    torch.distributed.all_reduce(loss)
+    weights = {name: tensor.clone() for name, tensor in engine.get_per_tensor_param()[0]}
+    engine.save_checkpoint(f"{out}/checkpoint", global_step=1)
+    again = helpers.make_engine(folder, micro=2)
+    again.load_checkpoint(f"{out}/checkpoint")
+    reloaded = {name: tensor.clone() for name, tensor in again.get_per_tensor_param()[0]}
+    assert all(torch.equal(weights[name], reloaded[name]) for name in weights)
+    if rank == 0:
+        torch.save({"loss": loss / world_size, "grads": grads, "weights": weights}, f"{out}/result.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(tmp_path):
+    folder = helpers.make_checkpoint(tmp_path / "model", head="mlp")
+    results = {}
+    for world_size in (1, 2):
+        out = tmp_path / f"world{world_size}"
+        out.mkdir()
+        mp.spawn(train_one_step, (world_size, helpers.free_port(), folder, str(out)), nprocs=world_size)
+        results[world_size] = torch.load(out / "result.pt")
+    one, two = results[1], results[2]
+    assert one["grads"].keys() == two["grads"].keys() and len(one["grads"]) > 20
+    torch.testing.assert_close(two["loss"], one["loss"], rtol=0, atol=1e-5)
+    for name, grad in one["grads"].items():
+        torch.testing.assert_close(two["grads"][name], grad, rtol=0, atol=1e-5, msg=name)
+    assert max(grad.abs().max() for grad in one["grads"].values()) > 1e-2  # the tolerance is one
+    moved = load_latent_model(folder).model.state_dict()
+    assert any(not torch.equal(moved[name], tensor) for name, tensor in two["weights"].items())
+    saved = load_latent_model(tmp_path / "world2" / "checkpoint" / "huggingface").model.state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in two["weights"].items())
+    assert any(name.startswith("lvr_head.") for name in saved)
