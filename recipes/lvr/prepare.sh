@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# ViRL-39K-style rows (question, answer, image paths) -> verl parquet.
-#   IMAGE_ROOT=/data/virl39k  bash recipes/lvr/prepare.sh /data/virl39k/train.json /data/virl39k/parquet/train.parquet
+# ViRL-39K-style records (LVR JSON without <image>, answers as <answer>4</answer>) -> verl parquet.
+#   bash recipes/lvr/prepare.sh /data/virl39k/train.json /data/virl39k/images /data/virl39k/train.parquet
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-IN=${1:?usage: prepare.sh IN.json OUT.parquet}
-OUT=${2:?usage: prepare.sh IN.json OUT.parquet}
-python -m grpo_latent.data.lvr_json to-parquet "$IN" "$OUT" --image-root "${IMAGE_ROOT:-$(dirname "$IN")}"
+[ $# = 3 ] || { echo "usage: prepare.sh IN.json IMAGE_FOLDER OUT.parquet" >&2; exit 2; }
+python -m grpo_latent.data.lvr_json to-parquet --json "$1" --images "$2" --out "$3" --data-source virl39k

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# LVR on GPUs: SFT, GRPO, evaluation. Needs a Qwen2.5-VL folder, the published LVR JSON, and prepare.sh's parquet files.
+#   MODEL=/models/Qwen2.5-VL-3B-Instruct SFT_JSON=/data/lvr/train.json IMAGES=/data/lvr/images \
+#   TRAIN=/data/virl39k/train.parquet VAL=/data/virl39k/val.parquet bash recipes/lvr/run.sh [hydra overrides of GRPO]
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+: "${MODEL:?a Hugging Face folder}" "${SFT_JSON:?LVR JSON}" "${IMAGES:?image folder}" "${TRAIN:?parquet}" "${VAL:?parquet}"
+OUT=${OUT:-outputs/lvr}
+GPUS=${GPUS:-8}
+python recipes/lvr/validate.py trainer.n_gpus_per_node="$GPUS"
+
+torchrun --nproc_per_node "$GPUS" -m grpo_latent.sft --config-dir recipes/lvr --config-name lvr_sft \
+  model.path="$MODEL" data.train_files="$SFT_JSON" data.image_folder="$IMAGES" trainer.output_dir="$OUT/sft"
+
+python -m grpo_latent.train --config-dir recipes/lvr --config-name lvr_grpo \
+  actor_rollout_ref.model.path="$OUT/sft/model" data.train_files="$TRAIN" data.val_files="$VAL" \
+  latent.output_dir="$OUT/grpo" trainer.n_gpus_per_node="$GPUS" "$@"
+
+STEP=$(cat "$OUT/grpo/checkpoints/latest_checkpointed_iteration.txt")
+for STEPS in 4 8 16; do
+  python -m grpo_latent.evaluate model.path="$OUT/grpo/checkpoints/global_step_$STEP/actor/huggingface" \
+    model.device=cuda model.dtype=bfloat16 data.val_files="$VAL" data.max_response_length=512 latent.steps=$STEPS \
+    reward.custom_reward_function.path=reward/accuracy.py 'ablations=[zero,noise,shuffle]' \
+    output="$OUT/evaluation_steps_$STEPS.json"
+done
