@@ -32,6 +32,7 @@ class PositionKind(IntEnum):
     START = 3  # sampled token that opens a latent span, fed as its embedding
     LATENT = 4  # latent step: the input is a recorded vector
     FORCED = 5  # token that the mechanism appended, such as the end of a span
+    SELECTED = 6  # latent step whose vector is an image embedding that attention chose (IVT-LR)
 
 
 COMPLETION_KINDS = frozenset(int(kind) for kind in PositionKind if kind >= PositionKind.TEXT)
@@ -64,6 +65,7 @@ class Trajectory:
         group_id: of the prompt row.
         seed: the trajectory's sampling seed.
         policy_version: training step of the weights that acted.
+        selected_idx: int64, one per SELECTED position, in order: which of the prompt's image positions, from 0.
     """
 
     prompt_ids: Tensor
@@ -77,6 +79,7 @@ class Trajectory:
     seed: int = 0
     policy_version: int = 0
     extra: dict = field(default_factory=dict)
+    selected_idx: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
     def __post_init__(self):
         lengths = {
@@ -101,11 +104,19 @@ class Trajectory:
                 got=f"latents of shape {tuple(self.latents.shape)}",
                 expected=f"[{num_latents}, hidden]",
             )
+        num_selected = int((self.kinds == PositionKind.SELECTED).sum())
+        if self.selected_idx.shape != (num_selected,):
+            raise LatentMismatchError(
+                "chosen image positions do not match the SELECTED positions",
+                where=f"trajectory of group {self.group_id!r}",
+                got=f"selected_idx of shape {tuple(self.selected_idx.shape)}",
+                expected=f"[{num_selected}]",
+            )
 
     @property
     def latent_mask(self) -> Tensor:
         """bool [T], True at latent positions."""
-        return self.kinds == PositionKind.LATENT
+        return latent_mask(self.kinds)
 
     def response_mask(self, start_is_action: bool = True) -> Tensor:
         """bool [T], True where the policy acted."""
@@ -125,6 +136,15 @@ class Trajectory:
         return int((self.kinds == PositionKind.FORCED).sum())
 
 
+def latent_mask(kinds: Tensor) -> Tensor:
+    """bool, True where the input is a recorded vector: LATENT and SELECTED.
+
+    Args:
+        kinds: integer tensor of any shape, values of `PositionKind`.
+    """
+    return (kinds == PositionKind.LATENT) | (kinds == PositionKind.SELECTED)
+
+
 def response_mask(kinds: Tensor, start_is_action: bool = True) -> Tensor:
     """bool, True where the policy acted: at sampled text and, if `start_is_action`, at emitted span starts.
 
@@ -142,7 +162,7 @@ def latent_spans(kinds: Tensor) -> list[LatentSpan]:
     >>> latent_spans(torch.tensor([K.START, K.LATENT, K.LATENT, K.FORCED, K.TEXT]))
     [LatentSpan(start=1, length=2)]
     """
-    is_latent = torch.nn.functional.pad((kinds == PositionKind.LATENT).long(), (1, 1))
+    is_latent = torch.nn.functional.pad(latent_mask(kinds).long(), (1, 1))
     edges = is_latent.diff()
     starts, ends = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
     return [LatentSpan(s, e - s) for s, e in zip(starts, ends, strict=True)]

@@ -14,6 +14,9 @@ LATENT_CONFIG_VERSION = 1
 EXITS = ("steps", "latent_end", "end_token")
 HEADS = ("none", "mlp", "glu")
 VISIBILITIES = ("full", "latents_only")
+MECHANISMS = ("lvr", "ilvr", "ivt_lr", "coconut")
+TRIGGERS = ("emitted", "prompt_slots")
+POSITIONS = ("text_style", "1d")
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,14 @@ class LatentConfig:
 
     Attributes:
         start_id, latent_id, end_id: token ids; `latent_id` is only a placeholder.
+        mechanism: whose rules these are (`latent.mechanisms` has the published ones); the fields below decide.
+        trigger: `emitted` (the model opens a span by `start`) or `prompt_slots` (every completion begins with `steps`
+            latent steps, and no span is opened later).
+        top_k_image: image embeddings inserted before each slot, chosen by attention (IVT-LR); 0 for none.
+        positions: `text_style` (the model's own for the prompt, latents count on as text) or `1d` (0, 1, 2, … for
+            everything, images included).
         latent_end_id: id whose learned embedding ends a span by distance (exit `latent_end`), else None.
-        steps: latent steps of a span (exit `steps`), or their cap (the other exits).
+        steps: latent steps of a span (exit `steps`), or their cap (the other exits); the number of slots.
         exit: `steps` (exactly `steps`), `latent_end` (a fed vector within `latent_end_threshold` mean squared distance of
             the learned end vector is the span's last), `end_token` (the arg-max token at a latent position is the end).
         max_spans: spans a completion may open, None for no bound; `start` cannot be sampled after the last one.
@@ -48,14 +57,20 @@ class LatentConfig:
     head: str = "none"
     visibility: str = "full"
     start_is_action: bool = True
+    trigger: str = "emitted"
+    top_k_image: int = 0
+    positions: str = "text_style"
     version: int = LATENT_CONFIG_VERSION
 
     def __post_init__(self):
-        for name, allowed in (("exit", EXITS), ("head", HEADS), ("visibility", VISIBILITIES), ("mechanism", ("lvr",))):
+        choices = dict(exit=EXITS, head=HEADS, visibility=VISIBILITIES, mechanism=MECHANISMS)
+        choices |= dict(trigger=TRIGGERS, positions=POSITIONS)
+        for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError("unknown value", where=f"latent.{name}", got=value, expected=f"one of {allowed}")
-        for name, minimum in (("steps", 1), ("max_spans", 0)):
+        has_slots = self.trigger == "prompt_slots"
+        for name, minimum in (("steps", 0 if has_slots else 1), ("max_spans", 0), ("top_k_image", 0)):
             value = getattr(self, name)
             optional = name == "max_spans" and value is None
             if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
@@ -85,6 +100,26 @@ class LatentConfig:
                 expected="steps",
                 fix="Set latent.exit=steps, or latent.visibility=full.",
             )
+        self._check_trigger()
+
+    def _check_trigger(self) -> None:
+        if self.trigger == "emitted" and self.top_k_image:
+            raise ConfigError(
+                "image embeddings are inserted before slots of the prompt only",
+                where="latent.top_k_image",
+                got=f"{self.top_k_image} with trigger emitted",
+                expected="trigger prompt_slots",
+                fix="Set latent.trigger=prompt_slots, or latent.top_k_image=0.",
+            )
+        slot_rules = dict(exit="steps", visibility="full", max_spans=None, latent_end_id=None)
+        for name, expected in slot_rules.items() if self.trigger == "prompt_slots" else ():
+            if getattr(self, name) != expected:
+                raise ConfigError(
+                    "slots of the prompt have a fixed number, no delimiters, and see the image",
+                    where=f"latent.{name}",
+                    got=getattr(self, name),
+                    expected=f"{expected} with latent.trigger=prompt_slots",
+                )
 
     def _check_ids(self) -> None:
         ids = {name: getattr(self, name) for name in ("start_id", "latent_id", "end_id", "latent_end_id")}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_latent.errors import ConfigError, RolloutError
+from grpo_latent.latent.config import POSITIONS
 from grpo_latent.trajectory import prompt_kinds
 
 
@@ -40,13 +41,18 @@ class ImageInputs:
 class ModelAdapter:
     """Positions, masks, hidden states and logits of one model.
 
+    Args:
+        positions: as `LatentConfig.positions`.
+
     Raises:
         ConfigError: the model has no token-embedding/decoder structure that latents can enter, or attends over a sliding
             window, which the latent attention bias does not express.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, positions: str = "text_style"):
+        if positions not in POSITIONS:
+            raise ConfigError("unknown value", where="positions", got=positions, expected=f"one of {POSITIONS}")
+        self.model, self.positions = model, positions
         self.base = getattr(model, "model", None)
         if self.base is None or model.get_output_embeddings() is None:
             raise ConfigError(
@@ -122,7 +128,8 @@ class ModelAdapter:
         return prompt_kinds(input_ids, self.vision_ids)
 
     def position_ids(self, input_ids_BT: Tensor, valid_BT: Tensor, images: ImageInputs | None) -> Tensor:
-        """Position ids, int64: [3, B, T] (mRoPE) or [B, T]. Positions after the prompt's images count on as text.
+        """Position ids, int64: [3, B, T] (mRoPE) or [B, T]. Positions after the prompt's images count on as text; with
+        positions `1d`, so do the images.
 
         Computed here and always passed on: left to itself, a Hugging Face VL model keeps `rope_deltas` as hidden state, and
         without `mm_token_type_ids` it numbers image positions as text, silently.
@@ -130,7 +137,7 @@ class ModelAdapter:
         plain_BT = (valid_BT.long().cumsum(-1) - 1).clamp(min=0)
         if not self.has_mrope:
             return plain_BT
-        if images is None:
+        if images is None or self.positions == "1d":
             return plain_BT[None].expand(3, -1, -1)
         position_ids, _ = self.base.get_rope_index(
             input_ids_BT,

@@ -9,6 +9,7 @@ z₀ are the current model's own latents as constants, so that all three have th
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from grpo_latent.errors import ConfigError
@@ -33,5 +34,19 @@ def own_latents(adapter: ModelAdapter, batch: ReplayBatch, visibility: str, grad
     if gradient != "one_hop" or latents_NH.shape[0] == 0:
         return latents_NH
     hidden_BTH = replay_hidden(adapter, with_latents(batch, latents_NH), visibility)
-    rows, columns = (batch.kinds_BT == PositionKind.LATENT).logical_and(batch.valid_BT).nonzero(as_tuple=True)
-    return feedback(adapter.model, hidden_BTH[rows, columns - 1])
+    own_N = (batch.kinds_BT == PositionKind.LATENT)[batch.latent_mask_BT]
+    rows, columns = latent_sources(batch)
+    made_NH = latents_NH.clone()
+    made_NH[own_N] = feedback(adapter.model, hidden_BTH[rows, columns])
+    return made_NH
+
+
+def latent_sources(batch: ReplayBatch) -> tuple[Tensor, Tensor]:
+    """(rows, columns) of the hidden state that each LATENT position feeds, row-major: the last position before it that is
+    neither padding nor SELECTED."""
+    length = batch.kinds_BT.shape[1]
+    is_source_BT = (batch.kinds_BT != PositionKind.SELECTED) & batch.valid_BT
+    place_BT = torch.arange(length, device=is_source_BT.device).masked_fill(~is_source_BT, -1)
+    before_BT = torch.nn.functional.pad(place_BT.cummax(-1).values[:, :-1], (1, 0), value=-1)
+    is_own_BT = (batch.kinds_BT == PositionKind.LATENT) & batch.valid_BT
+    return is_own_BT.nonzero(as_tuple=True)[0], before_BT[is_own_BT]

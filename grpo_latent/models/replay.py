@@ -21,7 +21,7 @@ from grpo_latent.models.adapter import ImageInputs, ModelAdapter
 from grpo_latent.models.head import feedback
 from grpo_latent.models.injection import LatentInjector
 from grpo_latent.models.visibility import attention_bias
-from grpo_latent.trajectory import PositionKind, Trajectory, response_mask
+from grpo_latent.trajectory import PositionKind, Trajectory, latent_mask, response_mask
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class ReplayBatch:
         valid_BT: bool [B, T], False at padding.
         latents_NH: float [N, H], row-major over the latent positions.
         images: pixels of all rows in order, or None.
+        selected_idx_M: int64, row-major over the SELECTED positions: which image position of its row, from 0; None where
+            there are none.
     """
 
     input_ids_BT: Tensor
@@ -41,6 +43,7 @@ class ReplayBatch:
     valid_BT: Tensor
     latents_NH: Tensor
     images: ImageInputs | None = None
+    selected_idx_M: Tensor | None = None
 
     def __post_init__(self):
         num_latents = int(self.latent_mask_BT.sum())
@@ -54,7 +57,7 @@ class ReplayBatch:
 
     @property
     def latent_mask_BT(self) -> Tensor:
-        return (self.kinds_BT == PositionKind.LATENT) & self.valid_BT
+        return latent_mask(self.kinds_BT) & self.valid_BT
 
     @property
     def fed_ids_BT(self) -> Tensor:
@@ -110,7 +113,15 @@ def collate(
     pixels = ImageInputs.concat(images)
     if pixels is not None:
         pixels = ImageInputs(pixels.pixel_values.to(device), pixels.image_grid_thw.to(device))
-    return ReplayBatch(input_ids_BT.to(device), kinds_BT.to(device), valid_BT.to(device), latents_NH, pixels)
+    selected_idx_M = torch.cat([t.selected_idx for t in trajectories]).to(device)
+    return ReplayBatch(
+        input_ids_BT.to(device),
+        kinds_BT.to(device),
+        valid_BT.to(device),
+        latents_NH,
+        pixels,
+        selected_idx_M if selected_idx_M.numel() else None,
+    )
 
 
 def replay_hidden(adapter: ModelAdapter, batch: ReplayBatch, visibility: str) -> Tensor:
@@ -162,10 +173,10 @@ def recompute_latents(adapter: ModelAdapter, batch: ReplayBatch, visibility: str
     """The latents [N, H] that the current model would feed at the recorded latent positions, tokens as recorded.
 
     LVR's RL makes them so, without a gradient (2509.24251 section 3.3); with `gradient=True` it flows through the whole
-    chain. Positions are decoded one at a time, over a cache, from the first latent position of the batch to the last.
+    chain. Columns with a latent step are decoded one at a time, over a cache; what stands between them in one piece.
+    SELECTED vectors, which no hidden state makes, stay as recorded.
     """
-    latent_mask_BT = batch.latent_mask_BT
-    columns = latent_mask_BT.any(0).nonzero()[:, 0]
+    columns = batch.latent_mask_BT.any(0).nonzero()[:, 0]
     if columns.numel() == 0:
         return batch.latents_NH
     first, last = int(columns[0]), int(columns[-1])
@@ -180,28 +191,58 @@ def recompute_latents(adapter: ModelAdapter, batch: ReplayBatch, visibility: str
     position_ids = adapter.position_ids(input_ids_BT, batch.valid_BT, batch.images)
     bias = attention_bias(batch.kinds_BT, batch.valid_BT, visibility, adapter.dtype)
     cache = DynamicCache(config=adapter.text_config)
+    is_own_BT = (batch.kinds_BT == PositionKind.LATENT) & batch.valid_BT
+    # a slot's h is that of the position before the image embeddings that were inserted for it
+    is_source_BT = (batch.kinds_BT != PositionKind.SELECTED) & batch.valid_BT
+    recorded_BTH = torch.zeros(*batch.kinds_BT.shape, batch.latents_NH.shape[-1], device=adapter.device)
+    recorded_BTH = recorded_BTH.to(adapter.dtype).masked_scatter(
+        batch.latent_mask_BT[..., None], batch.latents_NH.to(adapter.dtype)
+    )
     fed: list[Tensor] = []
     with nullcontext() if gradient else torch.no_grad(), caching_layers(adapter.model):
-        hidden_BTH = adapter.forward_hidden(
+        source_BH = adapter.forward_hidden(
             input_ids_BT[:, :first],
             bias[:, :, :first, :first],
             position_ids[..., :first],
             batch.images,
             cache,
-        )
-        hidden_BH = hidden_BTH[:, -1]
-        for column in range(first, last + 1):
-            is_latent_B1 = latent_mask_BT[:, column, None]
-            latents_BH = feedback(adapter.model, hidden_BH)
-            fed.append(latents_BH)
-            embeds_BH = torch.where(is_latent_B1, latents_BH, adapter.embed(input_ids_BT[:, column]))
-            hidden_BH = adapter.decode_hidden(
-                embeds_BH,
-                bias[:, :, column : column + 1, : column + 1],
-                position_ids[..., column : column + 1],
-                cache,
+        )[:, -1]
+        for start, end in _decoding_pieces(is_own_BT[:, : last + 1].any(0).tolist(), first):
+            piece = slice(start, end)
+            latents_BLH = feedback(adapter.model, source_BH)[:, None].expand(-1, end - start, -1)
+            embeds_BLH = torch.where(
+                batch.latent_mask_BT[:, piece, None], recorded_BTH[:, piece], adapter.embed(input_ids_BT[:, piece])
             )
-    return torch.stack(fed, 1)[latent_mask_BT[:, first : last + 1]]
+            embeds_BLH = torch.where(is_own_BT[:, piece, None], latents_BLH, embeds_BLH)
+            fed.append(embeds_BLH)
+            hidden_BLH = adapter.decoder(
+                inputs_embeds=embeds_BLH,
+                attention_mask=bias[:, :, piece, :end],
+                position_ids=position_ids[..., piece],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            source_BH = _last_source(hidden_BLH, is_source_BT[:, piece], source_BH)
+    return torch.cat(fed, 1)[batch.latent_mask_BT[:, first : last + 1]]
+
+
+def _decoding_pieces(has_latent_T: list[bool], first: int) -> list[tuple[int, int]]:
+    """Columns from `first` on as (start, end): each with a latent step alone, those between in one piece."""
+    pieces: list[tuple[int, int]] = []
+    for column in range(first, len(has_latent_T)):
+        joins = pieces and not has_latent_T[column] and not has_latent_T[column - 1]
+        start = pieces.pop()[0] if joins else column
+        pieces.append((start, column + 1))
+    return pieces
+
+
+def _last_source(hidden_BLH: Tensor, is_source_BL: Tensor, source_BH: Tensor) -> Tensor:
+    """Hidden state [B, H] of each row's last source position; `source_BH` where the piece has none."""
+    length = is_source_BL.shape[1]
+    place_BL = torch.arange(1, length + 1, device=hidden_BLH.device) * is_source_BL
+    last_B = place_BL.amax(-1)
+    found_BH = hidden_BLH.gather(1, (last_B - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden_BLH.shape[-1]))[:, 0]
+    return torch.where((last_B > 0)[:, None], found_BH, source_BH)
 
 
 @contextmanager
