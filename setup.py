@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["grpo_latent", "grpo_latent.*", "reward", "reward.*"]),
-    package_data={"grpo_latent.config": ["*.yaml", "*/*.yaml"]},
+    package_data={"grpo_latent.config": ["*.yaml", "*/*.yaml"], "grpo_latent.inspect": ["assets/*"]},
     # requirements/ pins whole tested sets for CPU and CUDA; these are the ranges that the code supports. The upper bound of
     # torch is exact so that an installed or local CPU build of 2.13.0 satisfies it and pip fetches no CUDA build.
     install_requires=[
@@ -40,7 +40,8 @@ setup(
         "sft": ["accelerate", "datasets", "peft"],
         "reward": ["math-verify"],
         "embedded": ["scikit-learn", "matplotlib", "pyarrow", "pandas"],
-        "dev": ["pytest", "hypothesis", "ruff"],
+        "inspect": ["plotly>=6", "jinja2", "pyarrow"],
+        "dev": ["pytest", "hypothesis", "ruff", "selenium"],
     },
     entry_points={"verl.plugins": ["grpo_latent = grpo_latent.verl_plugin"]},
 )

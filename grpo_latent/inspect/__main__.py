@@ -1,0 +1,58 @@
+"""`python -m grpo_latent.inspect outputs/<run> [outputs/<other> …]`: one self-contained HTML page."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from grpo_latent.errors import GrpoLatentError
+from grpo_latent.inspect.page import render, write_page
+from grpo_latent.inspect.report import Limits, build_report
+from grpo_latent.inspect.run import read_run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    console = Console(stderr=True)
+    try:
+        runs = [read_run(folder, options.checkpoint, options.data) for folder in options.runs]
+        limits = Limits(options.trajectories, options.probe, int(options.megabytes * 1e6))
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("heat maps", total=None)
+            report = build_report(
+                runs, limits, options.device, lambda done, total: bar.update(task, completed=done, total=total)
+            )
+        path = options.out or options.runs[0] / "report.html"
+        write_page(path, render(report, ", ".join(run.name for run in runs)))
+    except GrpoLatentError as error:  # a message for the user, not a traceback of ours
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    for run in runs:
+        for problem in run.problems:
+            print(f"{type(problem).__name__}: {problem}", file=sys.stderr)
+    print(f"{path}  {path.stat().st_size / 1e6:.1f} MB, {len(report.blocks)} groups")
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m grpo_latent.inspect", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="output folders of training runs")
+    parser.add_argument("--out", type=Path, help="the page; report.html in the first run's folder")
+    parser.add_argument("--checkpoint", type=Path, help="reads the latents; the run's newest, else its start")
+    parser.add_argument("--data", type=Path, nargs="+", help="parquet files of the prompts; data.train_files")
+    parser.add_argument("--device", default="cpu", help="of the checkpoint, such as cuda")
+    defaults = Limits()
+    parser.add_argument("--trajectories", type=int, default=defaults.trajectories, help="shown at most")
+    parser.add_argument("--probe", type=int, default=defaults.probed_groups, help="groups with image and heat maps")
+    parser.add_argument("--megabytes", type=float, default=defaults.block_bytes / 1e6, help="of trajectories' data")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""The page's data: one overview, and one block a group that the page parses when it is opened.
+
+Every value that came out of a rollout, a data row or a config is data in JSON; the page writes it as text only.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+
+from grpo_latent.eval.dumps import DumpedTrajectory
+from grpo_latent.inspect.evaluation import ablation_rows
+from grpo_latent.inspect.geometry import geometry
+from grpo_latent.inspect.probes import GroupProbe, PromptRow
+from grpo_latent.inspect.run import Run
+from grpo_latent.trajectory import PositionKind
+
+KIND_LETTERS = {PositionKind.TEXT: "T", PositionKind.START: "S", PositionKind.LATENT: "L", PositionKind.FORCED: "F"}
+SECRET = re.compile(r"api_?key|password|secret|credential", re.IGNORECASE)
+MAX_POINTS = 500  # of one curve
+MAX_IMAGE_SIDE, SMALL_IMAGE_SIDE = 336, 128
+
+
+@dataclass
+class GroupData:
+    """A group with what was found out about it. `row`, `probe` are None where it was not probed."""
+
+    run_idx: int
+    step: int
+    group_id: str
+    trajectories: list[DumpedTrajectory]
+    row: PromptRow | None = None
+    probe: GroupProbe | None = None
+    tokens: list[list[str]] = field(default_factory=list)
+
+    @property
+    def hits(self) -> list[bool]:
+        """Whether each latent step's nearest visual token lies in the boxes; empty without boxes."""
+        if self.probe is None or not self.probe.roi:
+            return []
+        roi = set(self.probe.roi)
+        return [int(top) in roi for probe in self.probe.probes for top in probe.cosines.argmax(-1)]
+
+
+def overview(runs: Sequence[Run], groups: Sequence[GroupData], notes: list[str], versions: dict[str, str]) -> dict:
+    """What the page shows before any group is opened."""
+    return {
+        "runs": [_run(run, run_idx, [g for g in groups if g.run_idx == run_idx]) for run_idx, run in enumerate(runs)],
+        "groups": [group_summary(group) for group in groups],
+        "notes": notes,
+        "versions": versions,
+    }
+
+
+def _run(run: Run, run_idx: int, groups: Sequence[GroupData]) -> dict:
+    metrics = {name: thin(steps, values) for name, (steps, values) in run.metrics.items()}
+    return {
+        "name": run.name,
+        "family": run.family,
+        "checkpoint": None if run.checkpoint is None else str(run.checkpoint),
+        "metrics": metrics | dump_metrics(run, groups),
+        "ablations": [ablation_rows(name, report) for name, report in run.evaluations.items()],
+        "config": flatten(run.config),
+        "problems": [f"{type(problem).__name__}: {problem}" for problem in run.problems],
+        "num_trajectories": len(run.dump.trajectories),
+        "num_groups": len(run.dump.groups()),
+    }
+
+
+def dump_metrics(run: Run, groups: Sequence[GroupData]) -> dict[str, list]:
+    """Curves that only the dump can give: geometry of the latents, and hits of the boxes over the probed groups."""
+    curves: dict[str, dict[int, float]] = {}
+    by_step: dict[int, list] = {}
+    for (step, _), trajectories in run.dump.groups().items():
+        by_step.setdefault(step, []).append([dumped.trajectory.latents for dumped in trajectories])
+    for step, latents in by_step.items():
+        for name, value in geometry(latents).items():
+            curves.setdefault(f"dump/latent_{name}", {})[step] = value
+    hits: dict[int, list[bool]] = {}
+    for group in groups:
+        hits.setdefault(group.step, []).extend(group.hits)
+    for step, values in hits.items():
+        if values:
+            curves.setdefault("dump/roi_hit", {})[step] = statistics.fmean(values)
+    return {name: [sorted(points), [short(points[s]) for s in sorted(points)]] for name, points in curves.items()}
+
+
+def group_summary(group: GroupData) -> dict:
+    """The group's row in the table."""
+    trajectories = group.trajectories
+    rewards = [dumped.reward for dumped in trajectories]
+    advantages = [dumped.advantage for dumped in trajectories if dumped.advantage is not None]
+    texts = Counter(dumped.text for dumped in trajectories)
+    commonest, count = texts.most_common(1)[0]
+    return {
+        "run": group.run_idx,
+        "step": group.step,
+        "group": group.group_id,
+        "question": None if group.row is None else group.row.text.replace("[image]", "").strip()[:200],
+        "truth": trajectories[0].ground_truth,
+        "size": len(trajectories),
+        "reward": short(statistics.fmean(rewards)),
+        "reward_std": short(statistics.pstdev(rewards)),
+        "advantage": short(max(map(abs, advantages))) if advantages else None,
+        "spans": short(statistics.fmean(len(dumped.trajectory.spans) for dumped in trajectories)),
+        "steps": short(statistics.fmean(len(dumped.trajectory.latents) for dumped in trajectories)),
+        "disagreement": short(1 - count / len(trajectories)),
+        "commonest": commonest[:80],
+        "hit": short(statistics.fmean(group.hits)) if group.hits else None,
+        "probed": group.probe is not None,
+    }
+
+
+def group_block(group: GroupData) -> dict:
+    """All of a group, for the trajectory view. Equal probes of a group are stored once: its latents often are equal."""
+    probes: list[dict] = []
+    known: dict[str, int] = {}
+    trajectories = []
+    for index, dumped in enumerate(group.trajectories):
+        entry = _trajectory(dumped, group.tokens[index] if group.tokens else None)
+        norms = dumped.trajectory.latents.norm(dim=-1).tolist()
+        entry["probes"] = []
+        for latent_idx, norm in enumerate(norms):
+            probe = {"norm": short(norm)} | _latent_probe(group, index, latent_idx)
+            key = json.dumps(probe)
+            if key not in known:
+                known[key] = len(probes)
+                probes.append(probe)
+            entry["probes"].append(known[key])
+        if group.probe is not None:
+            entry["log_probs"]["new"] = short_list(group.probe.probes[index].new_log_probs)
+        trajectories.append(entry)
+    block = {"trajectories": trajectories, "probes": probes, "prompt": None, "images": [], "boxes": [], "roi": []}
+    if group.row is not None:
+        block["prompt"] = group.row.text
+        block["boxes"] = [
+            {"image": i, "box": [short(side) for side in box]}
+            for box, i in zip(group.row.boxes, group.row.box_images, strict=True)
+        ]
+        grids = group.probe.grids if group.probe is not None else [(0, 0)] * len(group.row.images)
+        block["images"] = [image_entry(image, grid) for image, grid in zip(group.row.images, grids, strict=True)]
+        block["roi"] = group.probe.roi if group.probe is not None else []
+    return block
+
+
+def _trajectory(dumped: DumpedTrajectory, tokens: list[str] | None) -> dict:
+    trajectory = dumped.trajectory
+    return {
+        "idx": dumped.trajectory_idx,
+        "reward": short(dumped.reward),
+        "advantage": None if dumped.advantage is None else short(dumped.advantage),
+        "terms": {n: short(v) if isinstance(v, float) else v for n, v in dumped.reward_terms.items()},
+        "text": dumped.text,
+        "stop": trajectory.stop_reason,
+        "kinds": "".join(KIND_LETTERS.get(PositionKind(kind), "T") for kind in trajectory.kinds.tolist()),
+        "tokens": tokens if tokens is not None else [f"#{token_id}" for token_id in trajectory.token_ids.tolist()],
+        "acted": "".join("1" if acted else "0" for acted in dumped.response_mask.tolist()),
+        "log_probs": {name: short_list(values) for name, values in dumped.log_probs.items()},
+    }
+
+
+def _latent_probe(group: GroupData, index: int, latent_idx: int) -> dict:
+    if group.probe is None:
+        return {}
+    probe = group.probe.probes[index]
+    cosines_M = probe.cosines[latent_idx]
+    values = {
+        "gap": short(probe.replay_gaps[latent_idx]),
+        "lens": [[token, short(score)] for token, score in probe.lens[latent_idx]],
+        "nearest": [[token, short(score)] for token, score in probe.nearest[latent_idx]],
+    }
+    if len(cosines_M):
+        # a byte a visual token: 1/127 of cosine is finer than any colour scale
+        quantised = (cosines_M.clamp(-1, 1) * 127).round().to(torch.int8)
+        values["cosines"] = base64.b64encode(quantised.numpy().tobytes()).decode()
+        values["top"] = int(cosines_M.argmax())
+        if group.probe.roi:
+            values["hit"] = values["top"] in set(group.probe.roi)
+    return values
+
+
+def image_entry(image: Image.Image, grid: tuple[int, int]) -> dict:
+    """A data URI: PNG where the image is small, else a JPEG of at most `MAX_IMAGE_SIDE` a side."""
+    small = max(image.size) <= SMALL_IMAGE_SIDE
+    picture = image.convert("RGB")
+    if not small:
+        picture.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG" if small else "JPEG", **({"optimize": True} if small else {"quality": 82}))
+    kind = "png" if small else "jpeg"
+    source = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return {"src": source, "width": image.width, "height": image.height, "rows": grid[0], "columns": grid[1]}
+
+
+def flatten(config: dict, prefix: str = "") -> dict[str, str]:
+    """Dotted keys and values as text."""
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value if isinstance(value, str) else json.dumps(value)
+            if SECRET.search(name) and value:
+                flat[name] = "(not shown)"
+    return flat
+
+
+def thin(steps: list[int], values: list[float]) -> list[list]:
+    """At most `MAX_POINTS` points, the last one among them; NaN and infinities become null, a gap in the curve."""
+    stride = -(-len(steps) // MAX_POINTS)
+    kept = sorted(set(range(0, len(steps), stride or 1)) | ({len(steps) - 1} if steps else set()))
+    return [[steps[i] for i in kept], [short(values[i]) for i in kept]]
+
+
+def short(value: float) -> float | None:
+    """Five significant digits; None unless finite, because JSON has no NaN."""
+    value = float(value)
+    return float(f"{value:.5g}") if abs(value) < float("inf") else None
+
+
+def short_list(values: torch.Tensor) -> list[float | None]:
+    return [None if v != v else float(f"{v:.4g}") for v in values.tolist()]

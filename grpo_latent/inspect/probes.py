@@ -1,0 +1,203 @@
+"""What dumped latents look at: cosines to visual tokens, logit lens, nearest embeddings, replay gap, by a checkpoint.
+
+N latent steps of one trajectory, M visual tokens of its prompt, V vocabulary, H hidden size. All values describe the
+recorded vectors; only the replay gap and `new` log-probs describe the checkpoint's policy, which may be of another step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from grpo_latent.data.boxes import box_to_visual_tokens
+from grpo_latent.data.rows import check_prompt
+from grpo_latent.errors import DataError, LatentMismatchError
+from grpo_latent.eval.dumps import DumpedTrajectory
+from grpo_latent.models.adapter import ModelAdapter
+from grpo_latent.models.loading import LatentModel
+from grpo_latent.models.prompts import Prompt, encode_prompt
+from grpo_latent.models.replay import collate, recompute_latents, replay
+
+NUM_TOKENS = 5
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """The data row of a group: its question, images and boxes (normalised; `box_images` index the images)."""
+
+    messages: list[dict]
+    images: list[Image.Image]
+    boxes: list[tuple[float, ...]]
+    box_images: list[int]
+
+    @property
+    def text(self) -> str:
+        parts = [part for message in self.messages for part in message["content"]]
+        return " ".join(part["text"].strip() if part["type"] == "text" else "[image]" for part in parts)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One trajectory's latents.
+
+    Attributes:
+        cosines: float [N, M].
+        lens, nearest: for each step, (token, probability) of the output layer and (token, cosine) of input embeddings.
+        replay_gaps: for each step, ||recorded - recomputed|| / ||recorded||.
+        new_log_probs: float [T], of the checkpoint, 0 where nothing acted.
+    """
+
+    cosines: Tensor
+    lens: list[list[tuple[str, float]]]
+    nearest: list[list[tuple[str, float]]]
+    replay_gaps: list[float]
+    new_log_probs: Tensor
+
+
+@dataclass(frozen=True)
+class GroupProbe:
+    """`grids`: (rows, columns) of visual tokens of each image; `roi`: indices among the M tokens that boxes overlap."""
+
+    grids: list[tuple[int, int]]
+    roi: list[int]
+    probes: list[Probe]
+
+
+def find_rows(files: Iterable[Path], indices: Iterable[str]) -> dict[str, PromptRow]:
+    """Rows of verl parquet files by `extra_info.index`, those wanted only.
+
+    Raises:
+        DataError: a file is missing, no parquet, or a wanted row malformed.
+    """
+    import pyarrow.parquet as pq
+
+    wanted, rows = set(indices), {}
+    for file in files:
+        try:
+            batches = pq.ParquetFile(file).iter_batches(256)
+            for batch in batches:
+                for row in batch.to_pylist():
+                    index = str((row.get("extra_info") or {}).get("index"))
+                    if index in wanted and index not in rows:
+                        rows[index] = _prompt_row(row, f"{file} row with index {index}")
+        except (OSError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(
+                "not a readable parquet file",
+                where=str(file),
+                got=str(error),
+                expected="the file that the run trained on",
+                fix="Pass its place now with --data.",
+            ) from error
+    return rows
+
+
+def _prompt_row(row: dict, where: str) -> PromptRow:
+    messages, images = check_prompt(row, where)
+    extra_info = row.get("extra_info") or {}
+    boxes = [tuple(box) for box in extra_info.get("bboxes") or []]
+    return PromptRow(
+        messages, [ref.open() for ref in images], boxes, list(extra_info.get("bbox_images") or [0] * len(boxes))
+    )
+
+
+class Prober:
+    """Probes groups with one checkpoint.
+
+    Args:
+        temperature: of the rollout, for `new_log_probs`.
+    """
+
+    def __init__(self, loaded: LatentModel, temperature: float = 1.0):
+        self.loaded, self.temperature = loaded, temperature
+        self.adapter = ModelAdapter(loaded.model)
+        embeddings = loaded.model.get_input_embeddings().weight.detach()
+        self._directions_VH = normalize(embeddings.float(), dim=-1)
+        merge = getattr(getattr(loaded.model.config, "vision_config", None), "spatial_merge_size", 1)
+        self._merge_size = int(merge)
+
+    @torch.no_grad()
+    def probe(self, row: PromptRow, group: Sequence[DumpedTrajectory]) -> GroupProbe:
+        """Probes of a group, in its order.
+
+        Raises:
+            LatentMismatchError: hidden size or number of image tokens differ from the dump's.
+        """
+        where = f"step {group[0].step}, group {group[0].group_id}"
+        trajectories = [dumped.trajectory for dumped in group]
+        prompt = encode_prompt(self.loaded.tokenizer, self.loaded.processor, row.messages, row.images, where)
+        self._check(prompt, trajectories[0], where)
+        visual_MH = torch.zeros(0, self.adapter.hidden_size)
+        grids, roi = [], []
+        if prompt.images is not None:
+            visual_MH = self.adapter.encode_images(prompt.images).float()
+            grids, roi = self._layout(prompt, row)
+        batch = collate(trajectories, [prompt.images] * len(group), self.adapter, padding_side="both")
+        visibility = self.loaded.config.visibility
+        recomputed = recompute_latents(self.adapter, batch, visibility).float().cpu()
+        log_probs_BT, _ = replay(self.adapter, batch, visibility, self.temperature, self.loaded.config.start_is_action)
+        counts = [len(t.latents) for t in trajectories]
+        start = max(len(t.prompt_ids) for t in trajectories)
+        probes = [
+            self._probe_latents(t.latents, visual_MH, part, log_probs_BT[i, start : start + len(t.token_ids)].cpu())
+            for i, (t, part) in enumerate(zip(trajectories, recomputed.split(counts), strict=True))
+        ]
+        return GroupProbe(grids, roi, probes)
+
+    def _check(self, prompt: Prompt, trajectory, where: str) -> None:
+        hidden = trajectory.latents.shape[1]
+        if hidden != self.adapter.hidden_size:
+            raise LatentMismatchError(
+                "latents of another model",
+                where=where,
+                got=f"hidden size {hidden}",
+                expected=f"{self.adapter.hidden_size} of the checkpoint",
+                fix="Pass the run's own checkpoint with --checkpoint.",
+            )
+        image_id = self.adapter.image_token_id
+        dumped = int((trajectory.prompt_ids == image_id).sum())
+        encoded = int((prompt.ids == image_id).sum())
+        if dumped != encoded:
+            raise LatentMismatchError(
+                "the data row has another image than the dump",
+                where=where,
+                got=f"{encoded} image tokens",
+                expected=str(dumped),
+                fix="Pass the file that the run trained on with --data.",
+            )
+
+    def _layout(self, prompt: Prompt, row: PromptRow) -> tuple[list[tuple[int, int]], list[int]]:
+        grids, roi, offset = [], set(), 0
+        for image_idx, grid_thw in enumerate(prompt.images.image_grid_thw.tolist()):
+            rows, columns = grid_thw[1] // self._merge_size, grid_thw[2] // self._merge_size
+            for box, box_image in zip(row.boxes, row.box_images, strict=True):
+                if box_image == image_idx:
+                    roi |= {offset + i for i in box_to_visual_tokens(box, grid_thw, self._merge_size)}
+            grids.append((rows, columns))
+            offset += rows * columns
+        return grids, sorted(roi)
+
+    def _probe_latents(
+        self, latents_NH: Tensor, visual_MH: Tensor, recomputed_NH: Tensor, log_probs_T: Tensor
+    ) -> Probe:
+        device = visual_MH.device
+        directions_NH = normalize(latents_NH.to(device), dim=-1)
+        cosines_NM = (directions_NH @ normalize(visual_MH, dim=-1).T).cpu()
+        lens_NV = self.adapter.logits(latents_NH.to(self.adapter.device, self.adapter.dtype)).float().softmax(-1)
+        nearest_NV = directions_NH.to(self._directions_VH.device) @ self._directions_VH.T
+        gaps = (latents_NH - recomputed_NH).norm(dim=-1) / latents_NH.norm(dim=-1).clamp(min=1e-12)
+        return Probe(cosines_NM, self._top(lens_NV), self._top(nearest_NV), gaps.tolist(), log_probs_T)
+
+    def _top(self, scores_NV: Tensor) -> list[list[tuple[str, float]]]:
+        size = min(NUM_TOKENS, len(self.loaded.tokenizer), scores_NV.shape[1])
+        # rows of the matrix beyond the tokenizer are padding
+        values_NK, ids_NK = scores_NV[:, : len(self.loaded.tokenizer)].topk(size, dim=-1)
+        tokens = [self.loaded.tokenizer.convert_ids_to_tokens(ids) for ids in ids_NK.tolist()]
+        return [list(zip(row, values, strict=True)) for row, values in zip(tokens, values_NK.tolist(), strict=True)]

@@ -1,0 +1,159 @@
+"""From run folders to the page's data: which groups are shown, which are probed, and how much fits."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from grpo_latent.errors import ConfigError, DataError, GrpoLatentError
+from grpo_latent.inspect.payload import GroupData, group_block, overview
+from grpo_latent.inspect.probes import Prober, find_rows
+from grpo_latent.inspect.run import Run, lookup
+from grpo_latent.models.loading import LatentModel, load_latent_model
+
+PACKAGES = ("grpo_latent", "torch", "transformers", "verl", "ray", "plotly")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Attributes:
+    trajectories: shown in the table and the trajectory view, over all runs.
+    probed_groups: with image and heat maps, over all runs.
+    block_bytes: of all groups' data; groups beyond it keep their row in the table only.
+    """
+
+    trajectories: int = 2000
+    probed_groups: int = 64
+    block_bytes: int = 4_000_000
+
+    def __post_init__(self):
+        for name in ("trajectories", "probed_groups", "block_bytes"):
+            if getattr(self, name) < 0:
+                raise ConfigError("not a valid count", where=name, got=getattr(self, name), expected=">= 0")
+
+
+@dataclass(frozen=True)
+class Report:
+    """`overview` and, by index in its table, the JSON text of the groups that can be opened."""
+
+    overview: dict
+    blocks: dict[int, str]
+
+
+def build_report(
+    runs: Sequence[Run],
+    limits: Limits,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Probes and packs. What fails for one run is written on the page and leaves the others alone."""
+    notes: list[str] = []
+    groups: list[GroupData] = []
+    share = max(1, len(runs))
+    for run_idx, run in enumerate(runs):
+        shown = choose_groups(run_idx, run, limits.trajectories // share)
+        num_shown = sum(len(group.trajectories) for group in shown)
+        if num_shown < len(run.dump.trajectories):
+            notes.append(f"{run.name}: {num_shown} of {len(run.dump.trajectories)} dumped trajectories are shown.")
+        chosen = spread(shown, limits.probed_groups // share)
+        try:
+            probe_groups(run, shown, chosen, device, progress)
+        except (GrpoLatentError, OSError) as error:
+            run.problems.append(error)
+        groups += shown
+    blocks, left_out = pack(groups, limits.block_bytes)
+    if left_out:
+        notes.append(f"{left_out} groups have a row but no trajectories here, to keep the page small (--megabytes).")
+    summary = overview(runs, groups, notes, versions())
+    for index, row in enumerate(summary["groups"]):
+        row["open"] = index in blocks
+    return Report(summary, blocks)
+
+
+def choose_groups(run_idx: int, run: Run, max_trajectories: int) -> list[GroupData]:
+    """Whole groups, spread evenly over the dump, last step first."""
+    groups = [GroupData(run_idx, step, group_id, members) for (step, group_id), members in run.dump.groups().items()]
+    groups.sort(key=lambda group: -group.step)
+    total = sum(len(group.trajectories) for group in groups)
+    if total <= max_trajectories:
+        return groups
+    return spread(groups, len(groups) * max_trajectories // total)
+
+
+def spread(groups: Sequence[GroupData], num: int) -> list[GroupData]:
+    """`num` of the groups at even distances, so that all steps are seen."""
+    if num >= len(groups):
+        return list(groups)
+    return [groups[i * len(groups) // num] for i in range(num)]
+
+
+def probe_groups(run: Run, shown: list[GroupData], chosen: list[GroupData], device: str, progress) -> None:
+    """Fills tokens of `shown`, and rows and probes of `chosen`.
+
+    Raises:
+        GrpoLatentError: there is no checkpoint, or it or the data cannot be read.
+    """
+    if not shown:
+        return
+    if run.checkpoint is None:
+        raise DataError(
+            "no checkpoint, so no heat maps and no token texts",
+            where=str(run.folder),
+            expected="checkpoints/global_step_<n>/actor/huggingface, or actor_rollout_ref.model.path of config.yaml",
+            fix="Pass one with --checkpoint.",
+        )
+    loaded = load_latent_model(run.checkpoint, device=device)
+    for group in shown:
+        group.tokens = [token_texts(loaded, dumped.trajectory.token_ids.tolist()) for dumped in group.trajectories]
+    rows = find_rows(run.data_files, {group.group_id for group in chosen})
+    temperature = lookup(run.config, "actor_rollout_ref.rollout.temperature")
+    prober = Prober(loaded, float(temperature or 1.0))
+    missing = [group.group_id for group in chosen if group.group_id not in rows]
+    for done, group in enumerate(chosen, 1):
+        group.row = rows.get(group.group_id)
+        if group.row is not None:
+            group.probe = prober.probe(group.row, group.trajectories)
+        progress(done, len(chosen))
+    if missing:
+        raise DataError(
+            "prompts of dumped groups are not in the data, so they have no image",
+            where=", ".join(map(str, run.data_files)) or "data.train_files",
+            got=f"extra_info.index {missing[:5]}",
+            expected=f"all of {len(chosen)}",
+            fix="Pass the file that the run trained on with --data.",
+        )
+
+
+def token_texts(loaded: LatentModel, token_ids: list[int]) -> list[str]:
+    """Each token's own text; a placeholder id outside the vocabulary is shown as its number."""
+    return [
+        loaded.tokenizer.decode([token_id]) if 0 <= token_id < len(loaded.tokenizer) else f"#{token_id}"
+        for token_id in token_ids
+    ]
+
+
+def pack(groups: Sequence[GroupData], max_bytes: int) -> tuple[dict[int, str], int]:
+    """JSON of the groups by index, probed ones first, until `max_bytes`; and the number left out."""
+    blocks: dict[int, str] = {}
+    used = 0
+    for index in sorted(range(len(groups)), key=lambda i: groups[i].probe is None):
+        text = json.dumps(group_block(groups[index]), separators=(",", ":"), allow_nan=False)
+        if used + len(text) > max_bytes:
+            continue
+        used += len(text)
+        blocks[index] = text
+    return blocks, len(groups) - len(blocks)
+
+
+def versions() -> dict[str, str]:
+    """Of this environment, which need not be the run's."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,163 @@
+"""A training run as it lies on disk: config, metrics, rollout dumps, evaluations, checkpoint. Never written to."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from grpo_latent.errors import DataError, GrpoLatentError
+from grpo_latent.eval.dumps import Dump, read_dump
+from grpo_latent.latent.config import LATENT_CONFIG_FILE
+
+CONFIG_FILE, METRICS_FILE, DUMP_FOLDER = "config.yaml", "metrics.jsonl", "rollouts"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Attributes:
+    name: of its folder; `family` is the name without its seed, runs of one family are drawn as mean and spread.
+    config: resolved, as nested dicts; empty where there is none.
+    metrics: name -> (steps, values).
+    evaluations: file name -> report of `grpo_latent.evaluate`.
+    checkpoint: newest folder that `load_latent_model` reads, or None.
+    data_files: of the prompts that the dump is of.
+    problems: what could not be read; shown on the page.
+    """
+
+    name: str
+    folder: Path
+    config: dict
+    metrics: dict[str, tuple[list[int], list[float]]]
+    dump: Dump
+    evaluations: dict[str, dict]
+    checkpoint: Path | None
+    data_files: list[Path]
+    problems: list[GrpoLatentError]
+
+    @property
+    def family(self) -> str:
+        return re.sub(r"[-_.]?(?:seed|s)[-_=]?\d+$", "", self.name) or self.name
+
+
+def read_run(folder: str | Path, checkpoint: Path | None = None, data_files: list[Path] | None = None) -> Run:
+    """Reads what there is.
+
+    Args:
+        checkpoint, data_files: instead of the run's own.
+
+    Raises:
+        DataError: no such folder, or nothing of a run in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError("no such run", where=str(folder), expected="the output_dir of a training run")
+    problems: list[GrpoLatentError] = []
+    config = _attempt(problems, lambda: read_config(folder / CONFIG_FILE), {})
+    metrics = _attempt(problems, lambda: read_metrics(folder / METRICS_FILE), {})
+    # a run that was moved keeps its dumps beside its config, not where the config says
+    configured = lookup(config, "latent.dump_dir")
+    own = folder / DUMP_FOLDER
+    dump = read_dump(Path(str(configured)) if configured and not own.is_dir() else own)
+    evaluations = read_evaluations(folder, problems)
+    if not (config or metrics or dump.trajectories or dump.problems or evaluations):
+        raise DataError(
+            "nothing to inspect",
+            where=str(folder),
+            got=sorted(path.name for path in folder.iterdir())[:10],
+            expected=f"{CONFIG_FILE}, {METRICS_FILE}, {DUMP_FOLDER}/step_<n>.jsonl or an evaluation's JSON",
+            fix="Pass latent.output_dir of the training run.",
+        )
+    files = lookup(config, "data.train_files") or []
+    return Run(
+        name=folder.resolve().name,
+        folder=folder,
+        config=config,
+        metrics=metrics,
+        dump=dump,
+        evaluations=evaluations,
+        checkpoint=checkpoint or find_checkpoint(folder, config),
+        data_files=data_files or [Path(str(file)) for file in ([files] if isinstance(files, str) else files)],
+        problems=problems + dump.problems,
+    )
+
+
+def read_config(path: Path) -> dict:
+    """The resolved config; {} without a file."""
+    if not path.is_file():
+        return {}
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except Exception as error:  # yaml and omegaconf have no common base
+        raise DataError("not readable", where=str(path), got=str(error), expected="a resolved config") from error
+    return config if isinstance(config, dict) else {}
+
+
+def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """verl's file logger: {"step": n, "data": {name: value}} a line. The last line may be half written.
+
+    Raises:
+        DataError: a malformed line before the last.
+    """
+    if not path.is_file():
+        return {}
+    by_step: dict[str, dict[int, float]] = {}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            step, values = int(record["step"]), record["data"]
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise DataError(
+                "malformed metrics", where=f"{path} line {number}", got=line[:100], expected='{"step", "data"}'
+            ) from error
+        for name, value in values.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                by_step.setdefault(name, {})[step] = float(value)
+    return {name: (sorted(values), [values[s] for s in sorted(values)]) for name, values in sorted(by_step.items())}
+
+
+def read_evaluations(folder: Path, problems: list[GrpoLatentError]) -> dict[str, dict]:
+    """Reports of `grpo_latent.evaluate` in the run's folder or a folder below it, by file."""
+    reports = {}
+    for path in sorted([*folder.glob("*.json"), *folder.glob("eval*/*.json")]):
+        try:
+            report = json.loads(path.read_text())
+        except (ValueError, OSError) as error:
+            problems.append(DataError("not readable", where=str(path), got=str(error), expected="a JSON report"))
+            continue
+        if isinstance(report, dict) and isinstance(report.get("ablations"), dict):
+            reports[str(path.relative_to(folder))] = report
+    return reports
+
+
+def find_checkpoint(folder: Path, config: dict) -> Path | None:
+    """The newest `global_step_<n>/actor/huggingface` of the run, else the model that it started from."""
+    root = folder / "checkpoints"
+    if not root.is_dir():
+        root = Path(str(lookup(config, "trainer.default_local_dir") or root))
+    saved = [path.parent for path in root.glob(f"global_step_*/actor/huggingface/{LATENT_CONFIG_FILE}")]
+    if saved:
+        return max(saved, key=lambda path: int(re.search(r"global_step_(\d+)", str(path))[1]))
+    start = lookup(config, "actor_rollout_ref.model.path")
+    return Path(start) if start and (Path(start) / LATENT_CONFIG_FILE).is_file() else None
+
+
+def lookup(config: dict, key: str):
+    value = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _attempt(problems: list[GrpoLatentError], read, default):
+    try:
+        return read()
+    except DataError as error:
+        problems.append(error)
+        return default

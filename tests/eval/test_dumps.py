@@ -1,0 +1,132 @@
+"""Round trip with the trainer's own writer, and files as crashes leave them."""
+
+import json
+
+import pytest
+import torch
+
+from grpo_latent.errors import DataError
+from grpo_latent.eval.dumps import read_dump, read_step
+from grpo_latent.trajectory import PositionKind as K
+
+KINDS = [K.PROMPT, K.VISION, K.START, K.LATENT, K.LATENT, K.FORCED, K.TEXT, K.TEXT]
+
+
+def record(step=3, trajectory_id="17/2", **changes):
+    values = {
+        "step": step,
+        "id": trajectory_id,
+        "ground_truth": "7",
+        "text": " <answer> 7 </answer>",
+        "stop_reason": "eos",
+        "reward": 1.1,
+        "reward_terms": {"accuracy": 1.0},
+        "prompts": [5, 6],
+        "responses": [1, 2, 2, 3, 7, 9],
+        "position_kinds": [int(kind) for kind in KINDS],
+        "response_mask": [1, 0, 0, 0, 1, 1],
+        "advantages": [0.5, 0, 0, 0, 0.5, 0.5],
+        "rollout_log_probs": [-0.1, 0, 0, 0, -0.2, -0.3],
+        "old_log_probs": [-0.1, 0, 0, 0, -0.2, -0.4],
+        "ref_log_prob": [-0.5, 0, 0, 0, -0.6, -0.7],
+    }
+    return {name: value for name, value in (values | changes).items() if value is not ...}
+
+
+def write(folder, records, step=3, size=2):
+    """By the trainer's writer, so that the two cannot drift apart."""
+    pytest.importorskip("verl")
+    from grpo_latent.verl_plugin.rows import dump_rollouts
+
+    latents = {r["id"]: torch.arange(size * 4.0).reshape(size, 4) for r in records if "id" in r}
+    dump_rollouts(folder, step, records, latents)
+    return folder / f"step_{step}.jsonl"
+
+
+def test_round_trip(tmp_path):
+    dumped = read_step(write(tmp_path, [record()]))[0]
+    assert (dumped.step, dumped.group_id, dumped.trajectory_idx) == (3, "17", 2)
+    assert (dumped.reward, dumped.reward_terms, dumped.ground_truth) == (1.1, {"accuracy": 1.0}, "7")
+    assert dumped.advantage == 0.5
+    assert dumped.trajectory.kinds.tolist() == [int(kind) for kind in KINDS[2:]]
+    assert torch.equal(dumped.trajectory.latents, torch.arange(8.0).reshape(2, 4))
+    assert dumped.response_mask.tolist() == [True, False, False, False, True, True]
+    assert dumped.log_probs["old"].tolist() == pytest.approx([-0.1, 0, 0, 0, -0.2, -0.4])
+    assert dumped.log_probs["ref"][0].item() == pytest.approx(-0.5)
+    assert dumped.trajectory.rollout_log_probs[5].item() == pytest.approx(-0.3)
+
+
+def test_a_trajectory_without_latents(tmp_path):
+    kinds = [int(K.PROMPT), int(K.VISION)] + [int(K.TEXT)] * 6
+    (dumped,) = read_step(write(tmp_path, [record(position_kinds=kinds)], size=0))
+    assert dumped.trajectory.latents.shape == (0, 4)
+
+
+def test_without_reference_and_advantages(tmp_path):
+    (dumped,) = read_step(write(tmp_path, [record(ref_log_prob=..., advantages=...)]))
+    assert set(dumped.log_probs) == {"rollout", "old"} and dumped.advantage is None
+
+
+def test_groups_and_order(tmp_path):
+    write(tmp_path, [record(10, "0/0"), record(10, "0/1"), record(10, "1/0")], 10)
+    write(tmp_path, [record(9, "0/0")], 9)
+    (tmp_path / "step_x.jsonl").write_text("not ours")
+    groups = read_dump(tmp_path).groups()
+    assert {key: [d.trajectory_idx for d in group] for key, group in groups.items()} == {
+        (9, "0"): [0],
+        (10, "0"): [0, 1],
+        (10, "1"): [0],
+    }
+    assert list(groups) == [(9, "0"), (10, "0"), (10, "1")]
+
+
+BROKEN = [
+    ({"reward": ...}, "reward"),
+    ({"responses": [1, 2]}, "2 tokens"),
+    ({"reward": "good"}, "good"),
+    ({"id": "17"}, "no latents"),
+    ({"old_log_probs": [0.0]}, "old"),
+    ({"position_kinds": [int(K.TEXT)] * 8}, "latent positions"),
+    ({"position_kinds": "TTSL"}, "malformed"),
+]
+
+
+@pytest.mark.parametrize(("changes", "named"), BROKEN)
+def test_a_malformed_line_is_named(changes, named, tmp_path):
+    path = write(tmp_path, [record(), record(trajectory_id="17/3")])
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], json.dumps(record(**changes))]) + "\n")
+    with pytest.raises(DataError, match=f"step_3.jsonl line 2.*{named}"):
+        read_step(path)
+
+
+def corrupt_json(path):
+    path.write_text(path.read_text()[:-30])
+
+
+def corrupt_latents(path):
+    tensors = path.with_suffix(".safetensors")
+    tensors.write_bytes(tensors.read_bytes()[:40])
+
+
+def no_latents(path):
+    path.with_suffix(".safetensors").unlink()
+
+
+def other_latents(path):
+    write(path.parent, [record(trajectory_id="99/0")], 3)
+    path.write_text(json.dumps(record()) + "\n")
+
+
+@pytest.mark.parametrize("damage", [corrupt_json, corrupt_latents, no_latents, other_latents])
+def test_a_damaged_file_is_named_and_the_others_still_come(damage, tmp_path):
+    damage(write(tmp_path, [record()], 3))
+    write(tmp_path, [record(4, "17/2")], 4)
+    dump = read_dump(tmp_path)
+    assert [dumped.step for dumped in dump.trajectories] == [4]
+    (problem,) = dump.problems
+    assert isinstance(problem, DataError) and "step_3" in str(problem)
+
+
+def test_no_folder_is_an_empty_dump(tmp_path):
+    assert read_dump(tmp_path / "rollouts").trajectories == []

@@ -1,0 +1,246 @@
+"""The page in headless Chromium, as a user has it: opened from a file. Not covered: other browsers."""
+
+import json
+import shutil
+import time
+
+import pytest
+import run_folder
+
+from grpo_latent.inspect.__main__ import main
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+webdriver = pytest.importorskip(
+    "selenium.webdriver", reason="selenium is not installed: pip install 'grpo_latent[dev]'"
+)
+pytest.importorskip("plotly", reason="plotly is not installed: pip install 'grpo_latent[inspect]'")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="no Chromium: apt-get install chromium chromium-driver (Debian)"
+)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    options = webdriver.ChromeOptions()
+    # --no-sandbox: Chromium refuses to run as root otherwise, as in a container
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1500,1000"):
+        options.add_argument(argument)
+    options.binary_location = CHROMIUM
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    plain = run_folder.make_run(root / "lvr_s0")
+    hostile = run_folder.make_run(root / "lvr_s1", xss=True)
+    run_folder.write_metrics(hostile / "metrics.jsonl", steps=20, offset=0.2)
+    assert main([str(plain)]) == 0
+    assert main([str(hostile)]) == 0
+    assert main([str(plain), str(hostile), "--out", str(root / "both.html")]) == 0
+    return {"plain": plain / "report.html", "hostile": hostile / "report.html", "both": root / "both.html"}
+
+
+class Page:
+    def __init__(self, browser, path):
+        self.browser = browser
+        browser.get("about:blank")
+        browser.get_log("browser"), browser.get_log("performance")
+        browser.get(path.as_uri())
+        self.wait("return document.body.dataset.ready === 'true'")
+
+    def js(self, script, *arguments):
+        return self.browser.execute_script(script, *arguments)
+
+    def wait(self, script, seconds=10):
+        end = time.monotonic() + seconds
+        while not self.js(script):
+            assert time.monotonic() < end, f"never true: {script}; {self.browser.get_log('browser')}"
+            time.sleep(0.05)
+
+    def see_all(self):
+        for section in ("look", "groups", "trajectory", "curves", "ablations", "config"):
+            self.js("document.getElementById(arguments[0]).scrollIntoView()", section)
+            time.sleep(0.15)
+
+    def shown_groups(self):
+        return self.js("return [...document.querySelectorAll('#table tbody tr')].map(r => Number(r.dataset.group))")
+
+    def set(self, field, value):
+        script = "const f = document.getElementById(arguments[0]); if (f.type === 'checkbox') f.checked = arguments[1];"
+        script += (
+            "else f.value = arguments[1]; f.dispatchEvent(new Event('input')); f.dispatchEvent(new Event('change'))"
+        )
+        self.js(script, field, value)
+
+    def requests(self):
+        """URLs that the page asked for, itself aside; data URIs stay inside it."""
+        messages = [json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")]
+        sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        return [url for url in sent if not url.startswith(("data:", "about:")) and not url.endswith(".html")]
+
+
+@pytest.mark.parametrize("name", ["plain", "hostile", "both"])
+def test_no_console_message_and_no_request(browser, pages, name):
+    page = Page(browser, pages[name])
+    page.see_all()
+    page.wait("return document.querySelectorAll('#charts .main-svg').length > 4")
+    page.wait("return document.querySelectorAll('#ablation-charts .main-svg').length > 0")
+    assert browser.get_log("browser") == []
+    assert page.requests() == []
+
+
+def test_the_policy_forbids_requests(browser, pages):
+    """The page could not fetch if a script of its wanted to."""
+    page = Page(browser, pages["plain"])
+    page.js("window.done = ''; fetch('https://example.org/').catch(e => { window.done = e.name })")
+    page.wait("return window.done === 'TypeError'")
+    assert any("Content Security Policy" in entry["message"] for entry in browser.get_log("browser"))
+
+
+def pixels(page):
+    return page.js("return document.getElementById('heat').toDataURL()")
+
+
+def open_latent_group(page):
+    """Opens the group with the most latent steps."""
+    page.js("openGroup(OVERVIEW.groups.reduce((best, g, i, all) => (g.steps > all[best].steps ? i : best), 0))")
+    assert page.js("return document.querySelectorAll('#viewer .step').length") > 3
+
+
+def choose(page, index):
+    """Chooses a latent step and waits for its heat map."""
+    page.js("document.querySelectorAll('#viewer .step')[arguments[0]].click()", index)
+    script = "return document.getElementById('heat').dataset.drawn === arguments[0]"
+    drawn = page.js("return `${current.imageIdx}/${VIEW.mode}/${current.probe.cosines}`")
+    page.wait(script.replace("arguments[0]", json.dumps(drawn)))
+
+
+def test_heat_map_changes_with_the_chosen_step(browser, pages):
+    page = Page(browser, pages["plain"])
+    open_latent_group(page)
+    choose(page, 0)
+    first, facts = pixels(page), page.js("return document.getElementById('facts').textContent")
+    choose(page, 1)
+    second = pixels(page)
+    assert first != second
+    assert facts != page.js("return document.getElementById('facts').textContent")
+    choose(page, 0)
+    assert pixels(page) == first
+    page.js("document.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight'}))")
+    page.wait("return document.querySelector('#viewer .step.chosen').dataset.latent === '1'")
+    page.wait("return document.getElementById('heat').dataset.drawn.endsWith(current.probe.cosines)")
+    assert pixels(page) == second
+
+
+def test_heat_map_shows_the_cosines(browser, pages):
+    """The brightest patch on the canvas, read back from its pixels, is the probe's nearest visual token."""
+    page = Page(browser, pages["plain"])
+    open_latent_group(page)
+    page.js("VIEW.mode = 'spotlight'")
+    choose(page, 0)
+    page.js("current.block.boxes = []; showStep()")
+    page.wait("return document.getElementById('heat').dataset.drawn.includes('spotlight')")
+    # ratio of drawn to original brightness, patch by patch
+    script = """
+      const done = arguments[0], canvas = document.getElementById('heat'), image = current.block.images[0];
+      picture(image.src).then((source) => {
+        const plain = document.createElement('canvas');
+        [plain.width, plain.height] = [canvas.width, canvas.height];
+        const context = plain.getContext('2d');
+        context.imageSmoothingEnabled = false;
+        context.drawImage(source, 0, 0, plain.width, plain.height);
+        const w = canvas.width / image.columns, h = canvas.height / image.rows, out = [];
+        for (let i = 0; i < image.rows * image.columns; i++) {
+          const box = [(i % image.columns) * w + 0.25 * w, Math.floor(i / image.columns) * h + 0.2 * h, 0.5 * w, 0.4 * h];
+          const light = (c) => c.getImageData(...box).data.reduce((sum, v, k) => sum + (k % 4 < 3 ? v : 0), 0);
+          out.push(light(canvas.getContext('2d')) / light(context));
+        }
+        done({ light: out, cosines: [...cosines(current.probe)], top: current.probe.top });
+      });"""
+    found = browser.execute_async_script(script)
+    order = sorted(range(len(found["light"])), key=lambda i: found["light"][i])
+    assert order[-1] == found["top"] == max(range(16), key=lambda i: found["cosines"][i])
+    assert order[0] == min(range(16), key=lambda i: found["cosines"][i])
+
+
+def test_filters_and_sorting(browser, pages):
+    page = Page(browser, pages["plain"])
+    groups = page.js("return OVERVIEW.groups")
+    assert len(page.shown_groups()) == len(groups) == 6
+    page.set("filter-step", "2")
+    assert [groups[i]["step"] for i in page.shown_groups()] == [2, 2, 2]
+    page.set("filter-step", "")
+    page.set("filter-text", groups[0]["question"])
+    wanted = {i for i, group in enumerate(groups) if group["question"] == groups[0]["question"]}
+    assert set(page.shown_groups()) == wanted and len(wanted) < 6
+    page.set("filter-text", "")
+    page.set("filter-low", "0.6")
+    assert page.shown_groups() == []
+    page.set("filter-low", "")
+    page.set("filter-disagree", True)
+    assert set(page.shown_groups()) == {i for i, group in enumerate(groups) if group["disagreement"] > 0}
+    page.set("filter-disagree", False)
+    for column in ("steps", "truth"):
+        for reverse in (True, False):
+            page.js("document.querySelector(`#table th[data-column='${arguments[0]}']`).click()", column)
+            values = [float(groups[i][column]) for i in page.shown_groups()]
+            assert values == sorted(values, reverse=reverse)
+
+
+def test_clicking_a_row_opens_its_group(browser, pages):
+    page = Page(browser, pages["plain"])
+    page.js("document.querySelector('#table tr[data-group=\"4\"]').click()")
+    assert page.js("return document.querySelector('#viewer h3').textContent").startswith("step 1, group 1")
+    assert page.js("return document.querySelectorAll('#viewer .trajectory').length") == run_folder.G
+
+
+def test_token_log_probs(browser, pages):
+    page = Page(browser, pages["plain"])
+    page.js("openGroup(0)")
+    position = page.js("return current.block.trajectories[0].acted.indexOf('1')")
+    page.js(
+        "document.querySelector(`#viewer .token[data-trajectory='0'][data-position='${arguments[0]}']`).click()",
+        position,
+    )
+    reading = page.js("return document.getElementById('reading').textContent")
+    for name in ("rollout", "old", "ref", "new"):
+        value = page.js("return current.block.trajectories[0].log_probs[arguments[0]][arguments[1]]", name, position)
+        assert f"{value:.4f}" in reading
+
+
+def test_hostile_completion_is_shown_and_not_run(browser, pages):
+    page = Page(browser, pages["hostile"])
+    page.see_all()
+    page.js("openGroup(OVERVIEW.groups.findIndex((g) => g.group === '0'))")
+    assert page.js("return window.hacked") is None
+    assert page.js("return document.querySelectorAll('img[src=x], #viewer script, #table script').length") == 0
+    assert run_folder.XSS in page.js("return document.getElementById('table').textContent")
+    assert run_folder.XSS in page.js("return document.getElementById('viewer').textContent")
+    page.js("document.getElementById('config').scrollIntoView()")
+    page.wait("return document.getElementById('config-table').textContent.includes('onerror')")
+    assert browser.get_log("browser") == []
+
+
+def test_the_policy_stops_inline_scripts(browser, pages):
+    """The second line of defence: even markup that got in would not run."""
+    page = Page(browser, pages["hostile"])
+    page.js("document.body.insertAdjacentHTML('beforeend', arguments[0])", run_folder.XSS)
+    time.sleep(0.3)
+    assert page.js("return window.hacked") is None
+
+
+def test_runs_are_overlaid_with_their_spread(browser, pages):
+    page = Page(browser, pages["both"])
+    page.js("document.getElementById('curves').scrollIntoView()")
+    page.wait("return document.querySelectorAll('#charts .main-svg').length > 2")
+    traces = page.js("return curveTraces('critic/score/mean')")
+    low, high, mean = (trace["y"] for trace in traces)
+    assert low[0] == pytest.approx(0.05) and high[0] == pytest.approx(0.25) and mean[0] == pytest.approx(0.15)
+    assert "mean of 2" in traces[2]["name"]
+    page.set("filter-run", "1")
+    assert {page.js("return OVERVIEW.groups[arguments[0]].run", i) for i in page.shown_groups()} == {1}
