@@ -85,8 +85,14 @@ def _train_rows(weight: nn.Parameter, rows: Sequence[int]) -> None:
     weight.no_weight_decay = True  # decoupled decay would move the old rows all the same
 
 
+def has_lora(model: nn.Module) -> bool:
+    return any("lora_" in name for name, _ in model.named_parameters())
+
+
 def merge_lora(model: nn.Module) -> int:
     """Adds the adapters to the weights and takes them out, in place; returns how many layers had one."""
+    if not has_lora(model):
+        return 0
     from peft.tuners.lora import LoraLayer
 
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]

@@ -9,8 +9,8 @@ under the hub's names and resumes by the model's own, so that its resume would l
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from grpo_latent.sft.collator import collate
 from grpo_latent.sft.dataset import IGNORED, SFTDataset
 from grpo_latent.sft.forward import SFT_KEYWORD, route_sft_batches, sft_sums, visual_embeddings
 from grpo_latent.sft.losses import LossConfig, target_variance
-from grpo_latent.sft.parameters import vision_is_frozen
+from grpo_latent.sft.parameters import has_lora, vision_is_frozen
 from grpo_latent.sft.sampler import SeededBatchSampler
 
 VARIANCE_ROWS = 256  # rows whose targets estimate the variance of all
@@ -58,11 +58,18 @@ class LatentSFTTrainer(Trainer):
         self.labelled_per_batch, self.horizon_steps = labelled_per_batch, horizon_steps
         self.adapter = ModelAdapter(latent.model)
         VisionCache.install(latent.model, max_bytes=vision_cache_bytes)
-        use_cache = getattr(latent.model.config, "use_cache", None)
+        had_use_cache, use_cache = (
+            hasattr(latent.model.config, "use_cache"),
+            getattr(latent.model.config, "use_cache", 0),
+        )
         args.remove_unused_columns = False  # it would drop our columns, which the model's own forward does not know
-        super().__init__(model=latent.model, args=args, train_dataset=dataset, callbacks=list(callbacks))
+        self._epoch = _TellEpoch()
+        super().__init__(model=latent.model, args=args, train_dataset=dataset, callbacks=[self._epoch, *callbacks])
         # the Trainer writes its own choice into the config, and from there it would go into the checkpoint
-        latent.model.config.use_cache = use_cache
+        if had_use_cache:
+            latent.model.config.use_cache = use_cache
+        else:
+            del latent.model.config.use_cache
         self.model_accepts_loss_kwargs = (
             True  # the loss is divided by the counts of the whole step, not by micro-batches
         )
@@ -74,8 +81,9 @@ class LatentSFTTrainer(Trainer):
         self._metrics: dict[str, Tensor] = {}
 
     def release(self) -> None:
-        """Gives the model its own forward back."""
+        """Gives the model its own forward back, in eval mode."""
         self._undo_routing()
+        self.latent.model.eval()
 
     def _target_variance(self) -> float:
         if not vision_is_frozen(self.latent.model):
@@ -111,6 +119,7 @@ class LatentSFTTrainer(Trainer):
         sampler = SeededBatchSampler(
             self.train_dataset.has_answer, args.per_device_train_batch_size, seed, self.labelled_per_batch
         )
+        self._epoch.sampler = sampler
         loader = DataLoader(
             self.train_dataset,
             batch_sampler=sampler,
@@ -146,7 +155,7 @@ class LatentSFTTrainer(Trainer):
             raise TrainingError(
                 "the loss is not finite",
                 where=f"SFT step {self.state.global_step + 1}",
-                got={name: float(value) for name, value in sums.items()},
+                got={name: float(value.detach()) for name, value in sums.items()},
                 expected="finite sums",
                 fix="Lower trainer.learning_rate, or look at the rows of this step.",
             )
@@ -187,16 +196,32 @@ class LatentSFTTrainer(Trainer):
     # checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Weights under the model's own names, adapters apart. No pickled arguments, unlike the Trainer's."""
-        output_dir = output_dir or self.args.output_dir
-        os.makedirs(output_dir, exist_ok=True)
-        self.latent.model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
+        """Weights under the model's own names; a latent checkpoint of its own unless adapters are in it.
+
+        The Trainer's pickled arguments are left out.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.latent.model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+        if not has_lora(self.latent.model):
+            self.latent.processor.save_pretrained(folder)
+            self.latent.tokenizer.save_pretrained(folder)
+            self.latent.config.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_all_weights(self.latent.model, resume_from_checkpoint)
+
+
+class _TellEpoch(TrainerCallback):
+    """Tells the sampler its epoch: accelerate does not, where it skips the batches of an epoch that is resumed."""
+
+    sampler: SeededBatchSampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(int(state.epoch or 0))
 
 
 def check_exit(exit_rule: str, end: str) -> None:

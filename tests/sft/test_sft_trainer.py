@@ -1,0 +1,272 @@
+"""The Trainer around the loss: denominators, accumulation, LoRA, bfloat16, checkpoints, loud failures.
+
+Accumulation, LoRA and checkpointing compare with plain autograd on one batch. Not covered here: several processes (see
+test_sft_distributed.py), FSDP, DeepSpeed.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+from latent_cases import build_case
+from sft_cases import batch_of, examples, latent_model, trainer
+
+from grpo_latent.errors import CheckpointError, ConfigError, TrainingError
+from grpo_latent.models.adapter import ModelAdapter
+from grpo_latent.models.loading import load_latent_model
+from grpo_latent.sft.forward import sft_sums
+from grpo_latent.sft.losses import LossConfig
+from grpo_latent.sft.parameters import LoraSettings, add_lora, freeze_vision, merge_lora
+from grpo_latent.sft.trainer import VARIANCE_ROWS, check_exit, load_all_weights
+
+NAME = "qwen2_5_vl"
+ROWS = examples(8)
+
+
+def state(model):
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def train(tmp_path, rows=ROWS, latent=None, **options):
+    latent = latent or latent_model(NAME, head="mlp")
+    run = trainer(latent, rows, tmp_path, **options)
+    run.train()
+    run.release()
+    return run
+
+
+def reference_step(latent, rows, loss, learning_rate):
+    """One SGD step of CE / labels + weight * latent / latents over all rows at once."""
+    freeze_vision(latent.model)
+    batch = batch_of(latent, rows)
+    sums = sft_sums(ModelAdapter(latent.model), batch, latent.config, loss)
+    total = sums["ce"] / (batch["labels"] != -100).sum() + loss.latent_weight * sums["latent"] / batch["roi"].numel()
+    total.backward()
+    with torch.no_grad():
+        for parameter in latent.model.parameters():
+            if parameter.grad is not None:
+                parameter -= learning_rate * parameter.grad
+    return float(total.detach())
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(8, 1), (4, 2), (2, 4)])
+def test_a_step_is_the_same_however_its_rows_are_accumulated(tmp_path, size, accumulation):
+    loss = LossConfig(latent_weight=0.5)
+    expected = latent_model(NAME, head="mlp")
+    total = reference_step(expected, ROWS, loss, 1e-2)
+    run = train(
+        tmp_path,
+        loss=loss,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+    )
+    assert run.state.log_history[0]["loss"] == pytest.approx(total, rel=1e-5)
+    for name, tensor in run.latent.model.state_dict().items():
+        torch.testing.assert_close(tensor, expected.model.state_dict()[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_rows_differ_in_labels_and_latents():
+    """Without this, a mean of micro-batch means would pass the test above."""
+    batch = batch_of(latent_model(NAME), ROWS)
+    assert len(set((batch["labels"] != -100).sum(-1).tolist())) > 1 and batch["roi"].numel() > len(ROWS)
+
+
+def test_logged_metrics_are_means_over_the_logged_steps(tmp_path):
+    latent = latent_model(NAME, head="mlp")
+    batch = batch_of(latent, ROWS)
+    with torch.no_grad():
+        sums = sft_sums(ModelAdapter(latent.model), batch, latent.config, LossConfig(), count_hits=True)
+    # learning rate 0: both steps see the same model
+    run = train(
+        tmp_path,
+        latent=latent,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        learning_rate=0.0,
+        logging_steps=2,
+    )
+    logged = run.state.log_history[0]
+    assert logged["ce"] == pytest.approx(float(sums["ce"] / (batch["labels"] != -100).sum()), rel=1e-5)
+    assert logged["latent_loss"] == pytest.approx(float(sums["latent"] / batch["roi"].numel()), rel=1e-5)
+    assert logged["latent_hit"] == pytest.approx(float(sums["hits"] / sums["num_targets"]))
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    plain = train(tmp_path / "a", max_steps=1).latent.model.state_dict()
+    checkpointed = train(
+        tmp_path / "b",
+        max_steps=1,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    ).latent.model.state_dict()
+    assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-6) for name in plain)
+
+
+def test_bfloat16_computes_in_bfloat16_over_float32_weights(tmp_path):
+    exact = train(tmp_path / "a", learning_rate=0.0, max_steps=1)
+    run = train(tmp_path / "b", learning_rate=0.0, max_steps=1, bf16=True)
+    losses = [item.state.log_history[0]["loss"] for item in (exact, run)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.1)
+    assert {parameter.dtype for parameter in run.latent.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("loss", [LossConfig(end="mode_switch"), LossConfig(end="latent_end", latent_loss="mae")])
+def test_end_variants_train_what_their_exit_reads(tmp_path, loss):
+    exit_rule = {"mode_switch": "end_token", "latent_end": "latent_end"}[loss.end]
+    latent = latent_model(NAME, head="mlp", end=loss.end == "latent_end", exit=exit_rule)
+    before = state(latent.model)
+    run = train(tmp_path, latent=latent, loss=loss, max_steps=1)
+    assert ("end_loss" in run.state.log_history[0]) == (loss.end == "mode_switch")
+    if loss.end == "latent_end":
+        assert not torch.equal(latent.model.lvr_latent_end_emb, before["lvr_latent_end_emb"])
+
+
+def test_exit_rules_need_their_training():
+    check_exit("steps", "mode_switch")
+    for exit_rule, end in (("end_token", "none"), ("latent_end", "mode_switch"), ("end_token", "latent_end")):
+        with pytest.raises(ConfigError, match="exit rule"):
+            check_exit(exit_rule, end)
+
+
+def test_variance_of_targets(tmp_path):
+    latent = latent_model(NAME)
+    loss = LossConfig(latent_loss_norm="variance")
+    run = trainer(latent, ROWS, tmp_path, loss=loss)
+    batch = batch_of(latent, ROWS)
+    with torch.no_grad():
+        visual = latent.model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"]).pooler_output
+    assert len(ROWS) <= VARIANCE_ROWS
+    assert run.target_variance == pytest.approx(float(visual[batch["roi"]].var(0).mean()), rel=1e-5)
+    with pytest.raises(ConfigError, match="targets that move"):
+        trainer(latent_model(NAME), ROWS, tmp_path, loss=loss, frozen=False)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    latent = latent_model(NAME)
+    with torch.no_grad():
+        latent.model.lm_head.weight[5] = float("nan")
+    with pytest.raises(TrainingError, match="SFT step 1"):
+        train(tmp_path, latent=latent)
+
+
+def test_the_model_comes_back_as_it_was(tmp_path):
+    latent = latent_model(NAME)
+    config = copy.deepcopy(latent.model.config.to_dict())
+    run = train(tmp_path, latent=latent, learning_rate=0.0)
+    assert "forward" not in vars(latent.model) and latent.model.config.to_dict() == config
+    assert run.state.global_step == 2
+
+
+def test_cosine_schedule_with_a_horizon_of_its_own(tmp_path):
+    run = train(
+        tmp_path,
+        learning_rate=1.0,
+        max_steps=3,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=1,
+        horizon_steps=11,
+        optim="adamw_torch",
+        frozen=True,
+    )
+    rates = [line["learning_rate"] for line in run.state.log_history if "learning_rate" in line]
+    expected = [0.0, *(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 10)) for step in (0, 1))]
+    assert rates == pytest.approx(expected, abs=1e-6)
+
+
+# LoRA
+
+
+def lora_model(**settings):
+    latent = latent_model(NAME, head="glu", end=True)
+    settings = LoraSettings(**dict(enabled=True, r=2, alpha=4, dropout=0.0) | settings)
+    new_ids = [latent.config.start_id, latent.config.latent_end_id]
+    add_lora(latent.model, settings, new_ids)
+    freeze_vision(latent.model)
+    return latent, new_ids
+
+
+def test_lora_trains_adapters_head_end_vector_and_new_rows_only(tmp_path):
+    latent, new_ids = lora_model()
+    before = state(latent.model)
+    train(
+        tmp_path,
+        latent=latent,
+        loss=LossConfig(end="latent_end"),
+        optim="adamw_torch",
+        weight_decay=0.5,
+        learning_rate=1e-2,
+        max_steps=2,
+    )
+    after = latent.model.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    embeddings = {"model.language_model.embed_tokens.weight", "lm_head.weight"}
+    allowed = {name for name in before if "lora_" in name or name.startswith("lvr_")} | embeddings
+    assert moved <= allowed and embeddings <= moved and "lvr_latent_end_emb" in moved
+    assert any("q_proj.lora_B" in name for name in moved) and any("lvr_head" in name for name in moved)
+    assert not any("visual" in name and "lora_" in name for name in before), "no adapter in the vision tower"
+    for name in embeddings:
+        rows = (before[name] != after[name]).any(-1).nonzero()[:, 0].tolist()
+        assert set(rows) <= set(new_ids), "neither gradient nor weight decay moves an old row"
+
+
+def test_merged_lora_is_the_same_function_under_plain_names(tmp_path):
+    latent, _ = lora_model()
+    names = set(latent_model(NAME, head="glu", end=True).model.state_dict())
+    train(tmp_path, latent=latent, loss=LossConfig(end="latent_end"), optim="adamw_torch", learning_rate=1e-2)
+    batch = batch_of(latent, ROWS, has_end_vector=True)
+    adapter = ModelAdapter(latent.model)
+    sums, num_merged = [], []
+    with torch.no_grad():
+        for _ in range(2):
+            sums.append(sft_sums(adapter, batch, latent.config, LossConfig(end="latent_end")))
+            num_merged.append(merge_lora(latent.model))
+    assert num_merged == [14, 0] and set(latent.model.state_dict()) == names
+    for name in ("ce", "latent"):
+        torch.testing.assert_close(sums[0][name], sums[1][name], rtol=1e-4, atol=1e-4)
+
+
+def test_lora_on_a_layer_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match="c_attn"):
+        lora_model(target_modules=("q_proj", "c_attn"))
+
+
+# checkpoints
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_checkpoint_holds_every_weight_and_loads_as_a_latent_model(tmp_path, name):
+    latent = latent_model(name, head="mlp", savable=True)
+    run = train(tmp_path, latent=latent, save_strategy="steps", save_steps=2, optim="adamw_torch")
+    folder = tmp_path / "checkpoint-2"
+    own = state(latent.model)
+    other = latent_model(name, head="mlp", savable=True, case=build_case(name, seed=7))
+    assert any(not torch.equal(own[key], tensor) for key, tensor in other.model.state_dict().items())
+    load_all_weights(other.model, str(folder))
+    assert all(torch.equal(own[key], tensor) for key, tensor in other.model.state_dict().items())
+    loaded = load_latent_model(folder)
+    assert all(torch.equal(own[key], tensor) for key, tensor in loaded.model.state_dict().items())
+    assert loaded.config == run.latent.config
+    assert not (folder / "training_args.bin").exists(), "no pickle of ours"
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    train(tmp_path, latent=latent_model(NAME, savable=True), save_strategy="steps", save_steps=2)
+    folder = str(tmp_path / "checkpoint-2")
+    with pytest.raises(CheckpointError, match="weights are missing.*lvr_head"):
+        load_all_weights(latent_model(NAME, savable=True, head="mlp").model, folder)
+    with pytest.raises(CheckpointError, match="weight does not fit"):
+        load_all_weights(latent_model("qwen3_vl", savable=True).model, folder)
+
+
+def test_other_calls_of_the_model_are_left_alone(tmp_path):
+    latent = latent_model(NAME)
+    ids = torch.tensor([[1, 20, 21]])
+    with torch.no_grad():
+        before = latent.model(input_ids=ids).logits
+        run = trainer(latent, ROWS, tmp_path)
+        assert torch.equal(latent.model(input_ids=ids).logits, before)
+        run.release()
+        assert torch.equal(latent.model(input_ids=ids).logits, before)
