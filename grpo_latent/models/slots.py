@@ -1,0 +1,217 @@
+"""Latent steps at slots of the prompt: IVT-LR (2510.12603 section 3) and, without images, Coconut (2412.06769).
+
+    [prompt]  ─▶  h, attention of the last position
+        slot 1:   [K image embeddings, chosen by that attention][h]   ─▶  h, attention of the slot
+        slot 2:   [K more, not chosen before][h]                      ─▶  …
+        then text is decoded from the last slot's h
+
+An inserted image embedding has the kind SELECTED, the slot the kind LATENT. Keys and values of all that came before are
+reused: one forward of K + 1 positions a slot (the published code recomputes the prefix for each). Rows may differ in
+slots and in the image positions left to choose: K counts as "at most K", a row takes what is left, and a row without
+images only its h. Columns that a row does not use are padding.
+
+Legend: B prompts, P prompt columns, L slot columns, S = P + L, M image embeddings of all prompts, H hidden.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from grpo_latent.algo.selection import NOT_CHOSEN, top_k_candidates
+from grpo_latent.errors import LatentMismatchError
+from grpo_latent.models.adapter import ImageInputs, ModelAdapter
+from grpo_latent.models.head import feedback
+from grpo_latent.models.replay import ReplayBatch, with_latents
+from grpo_latent.models.selection import recording_last_row
+from grpo_latent.models.visibility import attention_bias
+from grpo_latent.models.vision_cache import VisionCache
+from grpo_latent.trajectory import PositionKind
+
+
+@dataclass(frozen=True)
+class SlotRecord:
+    """The slots of one prompt, as they stand at the beginning of each of its trajectories.
+
+    Attributes:
+        kinds: int64 [L], SELECTED and LATENT.
+        latents: float [L, H], the vectors fed.
+        selected_idx: int64, one per SELECTED position: which of the prompt's image positions, counted from 0.
+    """
+
+    kinds: Tensor
+    latents: Tensor
+    selected_idx: Tensor
+
+
+@dataclass(frozen=True)
+class SlotPrefill:
+    """What text is decoded from.
+
+    Attributes:
+        hidden_BH: last hidden state of each prompt's last position, slots included.
+        cache: keys and values of S columns.
+        kinds_BS, valid_BS: int64 and bool; columns that a row does not use are not valid.
+        next_position_B: int64, position id of the first text token.
+        records: one a prompt.
+    """
+
+    hidden_BH: Tensor
+    cache: Cache
+    kinds_BS: Tensor
+    valid_BS: Tensor
+    next_position_B: Tensor
+    records: list[SlotRecord]
+
+
+def prefill_with_slots(
+    adapter: ModelAdapter,
+    input_ids_BP: Tensor,
+    valid_BP: Tensor,
+    images: ImageInputs | None,
+    num_slots_B: Tensor,
+    top_k_image: int,
+    cut: bool = True,
+) -> SlotPrefill:
+    """Forward over left-padded prompts, then over their slots.
+
+    Args:
+        images: of all prompts, in order.
+        num_slots_B: int64, slots of each prompt.
+        top_k_image: image embeddings inserted before each slot (32 published); 0 is Coconut.
+        cut: whether the fed h is a constant (IVT-LR) or carries its gradient (Coconut).
+    """
+    cache = DynamicCache(config=adapter.text_config)
+    kinds_BP = adapter.prompt_kinds(input_ids_BP)
+    position_ids = adapter.position_ids(input_ids_BP, valid_BP, images)
+    bias = attention_bias(kinds_BP, valid_BP, "full", adapter.dtype)
+    selects = top_k_image > 0 and images is not None
+    with recording_last_row(adapter.text_config) if selects else nullcontext() as recorder:
+        with VisionCache.install(adapter.model).reuse() if selects else nullcontext():
+            embeddings_MH = adapter.encode_images(images) if selects else None
+            hidden_BH = adapter.forward_hidden(input_ids_BP, bias, position_ids, images, cache)[:, -1]
+        last_position_B = position_ids.amax(-1) if position_ids.ndim == 2 else position_ids.amax((0, -1))
+        feeder = _SlotFeeder(
+            adapter, cache, recorder, embeddings_MH, input_ids_BP, kinds_BP, valid_BP, hidden_BH, last_position_B + 1
+        )
+        for slots_left in range(int(num_slots_B.max()), 0, -1):
+            # a row with fewer slots begins later, so that all rows end in one column
+            feeder.feed(num_slots_B >= slots_left, top_k_image if selects else 0, cut)
+    return feeder.result()
+
+
+class _SlotFeeder:
+    """Feeds one slot after the other. `attention_BP` is the last position's, at the prompt's columns."""
+
+    def __init__(
+        self, adapter, cache, recorder, embeddings_MH, input_ids_BP, kinds_BP, valid_BP, hidden_BH, next_position_B
+    ):
+        self.adapter, self.cache, self.recorder, self.embeddings_MH = adapter, cache, recorder, embeddings_MH
+        self.hidden_BH, self.next_position_B = hidden_BH, next_position_B
+        self.kinds_BS, self.valid_BS = kinds_BP, valid_BP
+        self.prompt_length = input_ids_BP.shape[1]
+        if recorder is not None:
+            is_image_BP = (input_ids_BP == adapter.image_token_id) & valid_BP
+            self.candidates_BP = is_image_BP
+            self.own_idx_BP = is_image_BP.cumsum(-1) - 1
+            self.embedding_idx_BP = (is_image_BP.flatten().cumsum(0) - 1).view_as(is_image_BP)
+            self.attention_BP = self._take_attention()
+        self.fed_BLH: list[Tensor] = []
+        self.selected_BL: list[Tensor] = []
+
+    def _take_attention(self) -> Tensor:
+        return self.recorder.take(self.adapter.text_config.num_hidden_layers)[:, : self.prompt_length]
+
+    def feed(self, active_B: Tensor, top_k: int, cut: bool) -> None:
+        """One slot for the active rows: its image embeddings, then h."""
+        hidden_BH = self.hidden_BH.detach() if cut else self.hidden_BH
+        block_BLH = feedback(self.adapter.model, hidden_BH)[:, None]
+        selected_BL = torch.full_like(active_B, NOT_CHOSEN, dtype=torch.long)[:, None]
+        is_used_BL = active_B[:, None]
+        if top_k:
+            chosen_BK = self._choose(active_B, top_k)
+            place_BK, is_chosen_BK = chosen_BK.clamp(min=0), chosen_BK != NOT_CHOSEN
+            embeddings_BKH = self.embeddings_MH[self.embedding_idx_BP.gather(1, place_BK).clamp(min=0)]
+            block_BLH = torch.cat([embeddings_BKH.to(block_BLH.dtype), block_BLH], 1)
+            selected_BL = torch.cat([self.own_idx_BP.gather(1, place_BK), selected_BL], 1)
+            is_used_BL = torch.cat([is_chosen_BK, is_used_BL], 1)
+        self._forward(active_B, block_BLH, selected_BL, is_used_BL)
+
+    def _choose(self, active_B: Tensor, top_k: int) -> Tensor:
+        """Columns of the prompt [B, K], best first; `NOT_CHOSEN`, where a row has fewer left, in front."""
+        chosen_BK = top_k_candidates(self.attention_BP, self.candidates_BP & active_B[:, None], top_k)
+        is_missing_BK = chosen_BK == NOT_CHOSEN
+        chosen_BK = chosen_BK.gather(1, is_missing_BK.long().sort(dim=-1, descending=True, stable=True).indices)
+        taken_BP = torch.zeros_like(self.candidates_BP, dtype=torch.long)
+        taken_BP.scatter_add_(1, chosen_BK.clamp(min=0), (chosen_BK != NOT_CHOSEN).long())
+        self.candidates_BP = self.candidates_BP & (taken_BP == 0)
+        return chosen_BK
+
+    def _forward(self, active_B: Tensor, block_BLH: Tensor, selected_BL: Tensor, is_used_BL: Tensor) -> None:
+        num_before = self.kinds_BS.shape[1]
+        kinds_BL = torch.full_like(selected_BL, int(PositionKind.SELECTED))
+        kinds_BL[:, -1] = int(PositionKind.LATENT)
+        self.kinds_BS = torch.cat([self.kinds_BS, kinds_BL], 1)
+        self.valid_BS = torch.cat([self.valid_BS, is_used_BL], 1)
+        counts_BL = is_used_BL.long().cumsum(-1)
+        positions_BL = self.next_position_B[:, None] + (counts_BL - 1).clamp(min=0)
+        hidden_BLH = self.adapter.decoder(
+            inputs_embeds=block_BLH,
+            attention_mask=attention_bias(self.kinds_BS, self.valid_BS, "full", self.adapter.dtype, num_before),
+            position_ids=positions_BL[None].expand(3, -1, -1) if self.adapter.has_mrope else positions_BL,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+        self.next_position_B = self.next_position_B + counts_BL[:, -1]
+        self.hidden_BH = torch.where(active_B[:, None], hidden_BLH[:, -1], self.hidden_BH)
+        if self.recorder is not None:
+            self.attention_BP = torch.where(active_B[:, None], self._take_attention(), self.attention_BP)
+        self.fed_BLH.append(block_BLH)
+        self.selected_BL.append(selected_BL)
+
+    def result(self) -> SlotPrefill:
+        records = []
+        used_BL, kinds_BL = self.valid_BS[:, self.prompt_length :], self.kinds_BS[:, self.prompt_length :]
+        for row in range(used_BL.shape[0]):
+            if not self.fed_BLH:
+                nothing = torch.zeros(0, dtype=torch.long, device=used_BL.device)
+                records.append(SlotRecord(nothing, self.hidden_BH[:0], nothing))
+                continue
+            is_used_L = used_BL[row]
+            kinds = kinds_BL[row][is_used_L]
+            selected = torch.cat(self.selected_BL, 1)[row][is_used_L]
+            latents = torch.cat(self.fed_BLH, 1)[row][is_used_L]
+            records.append(SlotRecord(kinds, latents, selected[kinds == PositionKind.SELECTED]))
+        return SlotPrefill(self.hidden_BH, self.cache, self.kinds_BS, self.valid_BS, self.next_position_B, records)
+
+
+def reselect(adapter: ModelAdapter, batch: ReplayBatch) -> ReplayBatch:
+    """Replay by index: the batch with SELECTED vectors taken anew from its images, at the recorded indices.
+
+    Equal to the recorded vectors as long as vision tower and merger stay; with a gradient into them where they train.
+
+    Raises:
+        LatentMismatchError: an index beyond the row's image positions, or no images.
+    """
+    if batch.selected_idx_M is None:
+        return batch
+    rows_M, _ = ((batch.kinds_BT == PositionKind.SELECTED) & batch.valid_BT).nonzero(as_tuple=True)
+    is_image_BT = (batch.input_ids_BT == adapter.image_token_id) & (batch.kinds_BT == PositionKind.VISION)
+    counts_B = (is_image_BT & batch.valid_BT).sum(-1)
+    idx_M = batch.selected_idx_M
+    if batch.images is None or idx_M.shape != rows_M.shape or bool(((idx_M < 0) | (idx_M >= counts_B[rows_M])).any()):
+        raise LatentMismatchError(
+            "chosen image positions do not fit the images",
+            where="reselect",
+            got=idx_M.tolist(),
+            expected=f"{rows_M.shape[0]} indices below {counts_B[rows_M].tolist()}",
+        )
+    embeddings = adapter.encode_images(batch.images)[(counts_B.cumsum(0) - counts_B)[rows_M] + idx_M]
+    is_selected_N = (batch.kinds_BT == PositionKind.SELECTED)[batch.latent_mask_BT]
+    latents_NH = batch.latents_NH.to(embeddings.dtype).clone()
+    latents_NH[is_selected_N] = embeddings
+    return with_latents(batch, latents_NH)

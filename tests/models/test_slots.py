@@ -1,0 +1,166 @@
+"""Invariant 10, acceptance 2 of IVT-LR: slots over a cache against a prefix recomputed for every slot, eager, row by row."""
+
+import dataclasses
+
+import pytest
+import torch
+from latent_cases import build_case, case
+
+from grpo_latent.errors import LatentMismatchError
+from grpo_latent.models.adapter import ImageInputs, ModelAdapter
+from grpo_latent.models.replay import ReplayBatch, recompute_latents, replay_hidden
+from grpo_latent.models.slots import prefill_with_slots, reselect
+from grpo_latent.trajectory import PositionKind as K
+
+TOP_K = 4
+
+
+def prompts(c):
+    """Two images (12 image positions), one (6), none: with K = 4 and three slots, the second has 2 left for its second
+    slot and none for its third."""
+    return [
+        c.request("read ? ?", c.images(2, seed=2), image_first=True),
+        c.request("read red ?", c.images(1, seed=1)),
+        c.request("read blue ?"),
+    ]
+
+
+def padded(requests):
+    length = max(len(request.prompt_ids) for request in requests)
+    input_ids_BP = torch.zeros(len(requests), length, dtype=torch.long)
+    valid_BP = torch.zeros(len(requests), length, dtype=torch.bool)
+    for row, request in enumerate(requests):
+        input_ids_BP[row, length - len(request.prompt_ids) :] = request.prompt_ids
+        valid_BP[row, length - len(request.prompt_ids) :] = True
+    return input_ids_BP, valid_BP, ImageInputs.concat([request.images for request in requests])
+
+
+@torch.no_grad()
+def slow_slots(c, request, num_slots, top_k):
+    """(kinds, vectors, chosen, last hidden state, length) of one prompt: no cache, full maps of every layer, 1-D positions."""
+    is_image = request.prompt_ids == c.adapter.image_token_id if c.processor else torch.zeros(0)
+    embeds_TH = c.model.get_input_embeddings()(request.prompt_ids).clone()
+    image_columns = is_image.nonzero()[:, 0].tolist()
+    if request.images is not None:
+        embeds_TH[is_image] = torch.cat(
+            tuple(c.model.model.get_image_features(*dataclasses.astuple(request.images)).pooler_output)
+        )
+    prompt_TH, fed, kinds, chosen = embeds_TH, [], [], []
+    text_config = c.model.config.get_text_config()
+    text_config._attn_implementation = "eager"
+    try:
+        for slot in range(num_slots + 1):
+            length = len(embeds_TH)
+            output = c.adapter.decoder(
+                inputs_embeds=embeds_TH[None],
+                position_ids=torch.arange(length).expand(3, 1, -1) if c.processor else torch.arange(length)[None],
+                attention_mask=torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None],
+                output_attentions=True,
+                use_cache=False,
+            )
+            if slot == num_slots:
+                break
+            weights = torch.stack([layer[0, :, -1] for layer in output.attentions]).mean((0, 1))
+            left = [column for column in image_columns if image_columns.index(column) not in chosen]
+            best = sorted(left, key=lambda column: (-float(weights[column]), column))[:top_k]
+            chosen += [image_columns.index(column) for column in best]
+            vectors = [*(prompt_TH[column] for column in best), output.last_hidden_state[0, -1]]
+            kinds += [int(K.SELECTED)] * len(best) + [int(K.LATENT)]
+            fed += vectors
+            embeds_TH = torch.cat([embeds_TH, torch.stack(vectors)])
+    finally:
+        text_config._attn_implementation = "sdpa"
+    return kinds, fed, chosen, output.last_hidden_state[0, -1], len(embeds_TH)
+
+
+def fast_slots(c, requests, num_slots, top_k):
+    input_ids_BP, valid_BP, images = padded(requests)
+    adapter = ModelAdapter(c.model, "1d")
+    return prefill_with_slots(adapter, input_ids_BP, valid_BP, images, torch.tensor(num_slots), top_k)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("num_slots", [(3, 3, 3), (2, 3, 1), (0, 1, 2)])
+@torch.no_grad()
+def test_cached_slots_equal_a_recomputed_prefix(name, num_slots):
+    c = case(name)
+    requests = prompts(c)
+    prefill = fast_slots(c, requests, num_slots, TOP_K)
+    for row, request in enumerate(requests):
+        kinds, fed, chosen, hidden_H, length = slow_slots(c, request, num_slots[row], TOP_K)
+        record = prefill.records[row]
+        assert record.kinds.tolist() == kinds and record.selected_idx.tolist() == chosen
+        assert len(set(chosen)) == len(chosen), "disjoint"
+        assert prefill.next_position_B[row] == length == int(prefill.valid_BS[row].sum())
+        torch.testing.assert_close(prefill.hidden_BH[row], hidden_H, rtol=0, atol=1e-4)
+        if fed:
+            torch.testing.assert_close(record.latents, torch.stack(fed), rtol=0, atol=1e-4)
+    if num_slots == (3, 3, 3):
+        counts = [(record.kinds == K.SELECTED).sum().item() for record in prefill.records]
+        assert counts == [12, 6, 0], "what is left is taken, and no more"
+
+
+@torch.no_grad()
+def test_coconut_on_a_text_model():
+    c = case("qwen2")
+    requests = [c.request("read red ?"), c.request("? blue ? ? ?")]
+    prefill = fast_slots(c, requests, (3, 2), 0)
+    for row, (request, num) in enumerate(zip(requests, (3, 2), strict=True)):
+        kinds, fed, _, hidden_H, _ = slow_slots(c, request, num, 0)
+        assert prefill.records[row].kinds.tolist() == kinds == [K.LATENT] * num
+        torch.testing.assert_close(prefill.records[row].latents, torch.stack(fed), rtol=0, atol=1e-4)
+        torch.testing.assert_close(prefill.hidden_BH[row], hidden_H, rtol=0, atol=1e-4)
+
+
+def as_batch(c, prefill, requests):
+    """The slots as a replay batch: the prefill's own columns."""
+    input_ids_BP, valid_BP, images = padded(requests)
+    num_more = prefill.kinds_BS.shape[1] - input_ids_BP.shape[1]
+    input_ids_BS = torch.nn.functional.pad(input_ids_BP, (0, num_more))
+    return ReplayBatch(
+        input_ids_BS,
+        prefill.kinds_BS,
+        prefill.valid_BS,
+        torch.cat([record.latents for record in prefill.records]),
+        images,
+        torch.cat([record.selected_idx for record in prefill.records]),
+    )
+
+
+@torch.no_grad()
+def test_replay_and_recompute_and_replay_by_index():
+    c = case("qwen2_vl")
+    adapter, requests = ModelAdapter(c.model, "1d"), prompts(c)
+    prefill = fast_slots(c, requests, (2, 3, 1), TOP_K)
+    batch = as_batch(c, prefill, requests)
+    hidden_BTH = replay_hidden(adapter, batch, "full")
+    torch.testing.assert_close(hidden_BTH[:, -1], prefill.hidden_BH, rtol=0, atol=1e-4)
+    torch.testing.assert_close(recompute_latents(adapter, batch, "full"), batch.latents_NH, rtol=0, atol=1e-4)
+    is_own_N = (batch.kinds_BT == K.LATENT)[batch.latent_mask_BT]
+    spoiled = dataclasses.replace(batch, latents_NH=batch.latents_NH.masked_fill(is_own_N[:, None], 9.0))
+    torch.testing.assert_close(recompute_latents(adapter, spoiled, "full"), batch.latents_NH, rtol=0, atol=1e-4)
+    emptied = dataclasses.replace(batch, latents_NH=batch.latents_NH.masked_fill(~is_own_N[:, None], 9.0))
+    torch.testing.assert_close(reselect(adapter, emptied).latents_NH, batch.latents_NH, rtol=0, atol=1e-5)
+    for wrong in (batch.selected_idx_M + 9, batch.selected_idx_M[1:]):
+        with pytest.raises(LatentMismatchError, match="do not fit the images"):
+            reselect(adapter, dataclasses.replace(batch, selected_idx_M=wrong))
+
+
+def test_h_is_cut_or_carries_its_gradient():
+    """IVT-LR cuts, Coconut does not: only then does the last hidden state depend on the weights through the slots."""
+    gradients = []
+    for cut in (True, False):
+        c = build_case("qwen2")
+        input_ids_BP, valid_BP, _ = padded([c.request("read red ?")])
+        prefill = prefill_with_slots(c.adapter, input_ids_BP, valid_BP, None, torch.tensor([2]), 0, cut)
+        prefill.hidden_BH.sin().sum().backward()
+        gradients.append(c.model.model.layers[0].mlp.up_proj.weight.grad)
+        assert prefill.records[0].latents.requires_grad is not cut
+    assert float((gradients[0] - gradients[1]).norm()) > 1e-3 * float(gradients[1].norm())
+
+
+@torch.no_grad()
+def test_top_k_without_any_image():
+    c = case("qwen2_vl")
+    prefill = fast_slots(c, [c.request("read red ?")], (2,), TOP_K)
+    assert prefill.records[0].kinds.tolist() == [K.LATENT] * 2 and prefill.records[0].selected_idx.numel() == 0
