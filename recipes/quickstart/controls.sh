@@ -36,7 +36,8 @@ rm -rf "$OUT/control_text"
 python -m grpo_latent.data.digits --out "$OUT/control_text/data" --seed "$SEED" --no-boxes
 python -m grpo_latent.sft --config-dir $HERE --config-name digits_sft model.path="$OUT/vision" \
   data.train_files="$OUT/control_text/data/train_sft.parquet" trainer.output_dir="$OUT/control_text/sft" \
-  trainer.seed="$SEED" latent.visibility=full latent.max_spans=0 latent.head=none
+  trainer.seed="$SEED" latent.visibility=full latent.max_spans=0 latent.head=none \
+  loss.latent_weight=0 loss.latent_loss_norm=none
 TEXT_EVALUATION=("$TEXT_REWARD" 'ablations=[]' leak_prompts=0)
 evaluate "$OUT/control_text/sft/model" "$OUT/control_text/evaluation_sft.json" "${TEXT_EVALUATION[@]}"
 grpo "$OUT/control_text/sft/model" "$OUT/control_text/grpo" "$TEXT_REWARD" "$@"
