@@ -115,6 +115,13 @@ def _load_latent(folder: Path, dtype, attention: str, latent: LatentSettings, tr
     bundle = load_latent_model(
         folder, dtype, attn_implementation=attention, overrides=_rules(latent) | {"exit": "steps"}
     )
+    if bundle.config.trigger != "emitted":
+        raise ConfigError(
+            "LVR's SFT trains spans that the model opens",
+            where=str(folder),
+            got=f"a checkpoint of {bundle.config.mechanism} with trigger {bundle.config.trigger}",
+            expected="trigger emitted",
+        )
     if bundle.config.head != latent.head:
         raise ConfigError(
             "the checkpoint has another head",
