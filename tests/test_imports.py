@@ -25,7 +25,6 @@ ALLOWED = {
     "data": _MODELS,  # rows, and the tiny models' vision pretraining
     "sft": _MODELS | {"data"},
     "eval": _MODELS | {"data", "rewards", "rollout"},
-    "inspect": _MODELS | {"data", "eval"},
     "inspect": _MODELS | {"data", "rewards", "rollout", "eval"},
     "verl_plugin": _MODELS | {"data", "rewards", "rollout", "eval"},
     "config": set(),

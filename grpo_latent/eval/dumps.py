@@ -18,7 +18,7 @@ from torch import Tensor
 from grpo_latent.errors import DataError, GrpoLatentError
 from grpo_latent.trajectory import Trajectory
 
-REQUIRED = ("step", "id", "text", "reward", "prompts", "responses", "position_kinds", "response_mask")
+REQUIRED = ("step", "id", "text", "stop_reason", "reward", "prompt_ids", "token_ids", "kinds", "response_mask")
 FIX = "It was cut off while being written, or by another release: delete it, or dump the step again."
 
 
@@ -27,13 +27,13 @@ class DumpedTrajectory:
     """A trajectory as it was trained on. T completion positions.
 
     Attributes:
-        trajectory: ids, kinds, latents and the rollout's log-probs (`sampling_log_probs` are not dumped and equal them).
+        trajectory: ids, kinds, latents and the rollout's log-probs (zeros where they were not dumped).
         step: training step; `group_id`: index of the data row; `trajectory_idx`: index in the group.
         text: completion without latent spans, as rewards saw it.
         reward_terms: what the reward reported beside the reward.
         advantage: of its actions; None where none was dumped.
         response_mask: bool [T], True where the policy acted.
-        log_probs: float [T] by name, of `rollout`, `old`, `ref` those that were dumped.
+        log_probs: float [T] by name, of `rollout`, `sampling`, `old`, `ref` those that were dumped.
     """
 
     trajectory: Trajectory
@@ -131,10 +131,11 @@ def _parse(line: str, where: str, tensors, known: set[str]) -> DumpedTrajectory:
 
 def _build(record: dict, latents_NH: Tensor) -> DumpedTrajectory:
     group_id, trajectory_idx = record["id"].rsplit("/", 1)
-    prompt_ids, token_ids = torch.tensor(record["prompts"]), torch.tensor(record["responses"], dtype=torch.long)
-    kinds = torch.tensor(record["position_kinds"])[len(prompt_ids) :]
-    names = {"rollout": "rollout_log_probs", "old": "old_log_probs", "ref": "ref_log_prob"}
-    log_probs = {name: torch.tensor(record[field]) for name, field in names.items() if record.get(field) is not None}
+    prompt_ids, token_ids = torch.tensor(record["prompt_ids"]), torch.tensor(record["token_ids"], dtype=torch.long)
+    kinds = torch.tensor(record["kinds"])[len(prompt_ids) :]
+    names = ("rollout", "sampling", "old", "ref")
+    values = {name: record.get(f"{name}_log_probs") for name in names}
+    log_probs = {name: torch.tensor(column) for name, column in values.items() if column is not None}
     response_mask = torch.tensor(record["response_mask"]).bool()
     lengths = {name: len(values) for name, values in (*log_probs.items(), ("response_mask", response_mask))}
     if set(lengths.values()) != {len(token_ids)}:
@@ -146,8 +147,8 @@ def _build(record: dict, latents_NH: Tensor) -> DumpedTrajectory:
         kinds=kinds,
         latents=latents_NH.reshape(-1, latents_NH.shape[-1]),
         rollout_log_probs=log_probs.get("rollout", zeros),
-        sampling_log_probs=log_probs.get("rollout", zeros),
-        stop_reason=record.get("stop_reason", ""),
+        sampling_log_probs=log_probs.get("sampling", zeros),
+        stop_reason=record["stop_reason"],
         group_id=group_id,
     )
     advantages = record.get("advantages")

@@ -24,7 +24,13 @@ from grpo_latent.inspect.probes import GroupProbe, PromptRow
 from grpo_latent.inspect.run import Run
 from grpo_latent.trajectory import PositionKind
 
-KIND_LETTERS = {PositionKind.TEXT: "T", PositionKind.START: "S", PositionKind.LATENT: "L", PositionKind.FORCED: "F"}
+KIND_LETTERS = {
+    PositionKind.TEXT: "T",
+    PositionKind.START: "S",
+    PositionKind.LATENT: "L",
+    PositionKind.FORCED: "F",
+    PositionKind.SELECTED: "V",
+}
 SECRET = re.compile(r"api_?key|password|secret|credential", re.IGNORECASE)
 MAX_POINTS = 500  # of one curve
 MAX_IMAGE_SIDE, SMALL_IMAGE_SIDE = 336, 128
@@ -32,7 +38,8 @@ MAX_IMAGE_SIDE, SMALL_IMAGE_SIDE = 336, 128
 
 @dataclass
 class GroupData:
-    """A group with what was found out about it. `row`, `probe` are None where it was not probed."""
+    """A group with what was found out about it. `row` is None where its data row was not found, `probe` where it was not
+    probed."""
 
     run_idx: int
     step: int
@@ -146,9 +153,10 @@ def group_block(group: GroupData) -> dict:
             {"image": i, "box": [short(side) for side in box]}
             for box, i in zip(group.row.boxes, group.row.box_images, strict=True)
         ]
-        grids = group.probe.grids if group.probe is not None else [(0, 0)] * len(group.row.images)
-        block["images"] = [image_entry(image, grid) for image, grid in zip(group.row.images, grids, strict=True)]
-        block["roi"] = group.probe.roi if group.probe is not None else []
+    if group.probe is not None:
+        images = zip(group.row.images(), group.probe.grids, strict=True)
+        block["images"] = [image_entry(image, grid) for image, grid in images]
+        block["roi"] = group.probe.roi
     return block
 
 
@@ -158,14 +166,25 @@ def _trajectory(dumped: DumpedTrajectory, tokens: list[str] | None) -> dict:
         "idx": dumped.trajectory_idx,
         "reward": short(dumped.reward),
         "advantage": None if dumped.advantage is None else short(dumped.advantage),
-        "terms": {n: short(v) if isinstance(v, float) else v for n, v in dumped.reward_terms.items()},
+        "terms": reward_terms(dumped),
         "text": dumped.text,
         "stop": trajectory.stop_reason,
-        "kinds": "".join(KIND_LETTERS.get(PositionKind(kind), "T") for kind in trajectory.kinds.tolist()),
+        "kinds": "".join(KIND_LETTERS[PositionKind(kind)] for kind in trajectory.kinds.tolist()),
         "tokens": tokens if tokens is not None else [f"#{token_id}" for token_id in trajectory.token_ids.tolist()],
         "acted": "".join("1" if acted else "0" for acted in dumped.response_mask.tolist()),
         "log_probs": {name: short_list(values) for name, values in dumped.log_probs.items()},
     }
+
+
+def reward_terms(dumped: DumpedTrajectory) -> dict:
+    """Terms that say something: without the reward again, and without bookkeeping of trajectories that went well."""
+    terms = {}
+    for name, value in dumped.reward_terms.items():
+        is_idle = value in (None, "") or (name == "dropped" and not value)
+        is_reward = name == "score" and isinstance(value, float) and abs(value - dumped.reward) < 1e-5
+        if not is_idle and not is_reward:
+            terms[name] = short(value) if isinstance(value, float) else value
+    return terms
 
 
 def _latent_probe(group: GroupData, index: int, latent_idx: int) -> dict:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from grpo_latent.data.boxes import box_to_visual_tokens
+from grpo_latent.data.examples import ImageRef
 from grpo_latent.data.rows import check_prompt
 from grpo_latent.errors import DataError, LatentMismatchError
 from grpo_latent.eval.dumps import DumpedTrajectory
@@ -32,9 +33,12 @@ class PromptRow:
     """The data row of a group: its question, images and boxes (normalised; `box_images` index the images)."""
 
     messages: list[dict]
-    images: list[Image.Image]
+    image_refs: list[ImageRef]
     boxes: list[tuple[float, ...]]
     box_images: list[int]
+
+    def images(self) -> list[Image.Image]:
+        return [ref.open() for ref in self.image_refs]
 
     @property
     def text(self) -> str:
@@ -103,9 +107,7 @@ def _prompt_row(row: dict, where: str) -> PromptRow:
     messages, images = check_prompt(row, where)
     extra_info = row.get("extra_info") or {}
     boxes = [tuple(box) for box in extra_info.get("bboxes") or []]
-    return PromptRow(
-        messages, [ref.open() for ref in images], boxes, list(extra_info.get("bbox_images") or [0] * len(boxes))
-    )
+    return PromptRow(messages, images, boxes, list(extra_info.get("bbox_images") or [0] * len(boxes)))
 
 
 class Prober:
@@ -132,7 +134,7 @@ class Prober:
         """
         where = f"step {group[0].step}, group {group[0].group_id}"
         trajectories = [dumped.trajectory for dumped in group]
-        prompt = encode_prompt(self.loaded.tokenizer, self.loaded.processor, row.messages, row.images, where)
+        prompt = encode_prompt(self.loaded.tokenizer, self.loaded.processor, row.messages, row.images(), where)
         self._check(prompt, trajectories[0], where)
         visual_MH = torch.zeros(0, self.adapter.hidden_size)
         grids, roi = [], []

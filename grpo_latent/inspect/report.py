@@ -108,12 +108,13 @@ def probe_groups(run: Run, shown: list[GroupData], chosen: list[GroupData], devi
     loaded = load_latent_model(run.checkpoint, device=device)
     for group in shown:
         group.tokens = [token_texts(loaded, dumped.trajectory.token_ids.tolist()) for dumped in group.trajectories]
-    rows = find_rows(run.data_files, {group.group_id for group in chosen})
+    rows = find_rows(run.data_files, {group.group_id for group in shown})
+    for group in shown:
+        group.row = rows.get(group.group_id)
     temperature = lookup(run.config, "actor_rollout_ref.rollout.temperature")
     prober = Prober(loaded, float(temperature or 1.0))
-    missing = [group.group_id for group in chosen if group.group_id not in rows]
+    missing = sorted({group.group_id for group in shown} - set(rows))
     for done, group in enumerate(chosen, 1):
-        group.row = rows.get(group.group_id)
         if group.row is not None:
             group.probe = prober.probe(group.row, group.trajectories)
         progress(done, len(chosen))
@@ -122,7 +123,7 @@ def probe_groups(run: Run, shown: list[GroupData], chosen: list[GroupData], devi
             "prompts of dumped groups are not in the data, so they have no image",
             where=", ".join(map(str, run.data_files)) or "data.train_files",
             got=f"extra_info.index {missing[:5]}",
-            expected=f"all of {len(chosen)}",
+            expected=f"all of {len(set(group.group_id for group in shown))}",
             fix="Pass the file that the run trained on with --data.",
         )
 

@@ -123,16 +123,23 @@ def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def read_evaluations(folder: Path, problems: list[GrpoLatentError]) -> dict[str, dict]:
-    """Reports of `grpo_latent.evaluate` in the run's folder or a folder below it, by file."""
+    """Reports of `grpo_latent.evaluate` by file: in the run's folder, in a folder `eval*` of it, and beside it those whose
+    checkpoint is the run's."""
     reports = {}
-    for path in sorted([*folder.glob("*.json"), *folder.glob("eval*/*.json")]):
+    beside = list(folder.resolve().parent.glob("*.json"))
+    for path in sorted([*folder.glob("*.json"), *folder.glob("eval*/*.json"), *beside]):
         try:
             report = json.loads(path.read_text())
         except (ValueError, OSError) as error:
+            if path in beside:  # some other file
+                continue
             problems.append(DataError("not readable", where=str(path), got=str(error), expected="a JSON report"))
             continue
-        if isinstance(report, dict) and isinstance(report.get("ablations"), dict):
-            reports[str(path.relative_to(folder))] = report
+        if not isinstance(report, dict) or not isinstance(report.get("ablations"), dict) or "greedy" not in report:
+            continue
+        # by the run's name, because the whole experiment may have been moved since
+        if path not in beside or f"/{folder.resolve().name}/checkpoints/" in str(report.get("checkpoint")):
+            reports[path.name if path in beside else str(path.relative_to(folder))] = report
     return reports
 
 

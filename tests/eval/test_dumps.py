@@ -21,14 +21,15 @@ def record(step=3, trajectory_id="17/2", **changes):
         "stop_reason": "eos",
         "reward": 1.1,
         "reward_terms": {"accuracy": 1.0},
-        "prompts": [5, 6],
-        "responses": [1, 2, 2, 3, 7, 9],
-        "position_kinds": [int(kind) for kind in KINDS],
+        "prompt_ids": [5, 6],
+        "token_ids": [1, 2, 2, 3, 7, 9],
+        "kinds": [int(kind) for kind in KINDS],
         "response_mask": [1, 0, 0, 0, 1, 1],
         "advantages": [0.5, 0, 0, 0, 0.5, 0.5],
         "rollout_log_probs": [-0.1, 0, 0, 0, -0.2, -0.3],
+        "sampling_log_probs": [-0.05, 0, 0, 0, -0.1, -0.2],
         "old_log_probs": [-0.1, 0, 0, 0, -0.2, -0.4],
-        "ref_log_prob": [-0.5, 0, 0, 0, -0.6, -0.7],
+        "ref_log_probs": [-0.5, 0, 0, 0, -0.6, -0.7],
     }
     return {name: value for name, value in (values | changes).items() if value is not ...}
 
@@ -53,18 +54,19 @@ def test_round_trip(tmp_path):
     assert dumped.response_mask.tolist() == [True, False, False, False, True, True]
     assert dumped.log_probs["old"].tolist() == pytest.approx([-0.1, 0, 0, 0, -0.2, -0.4])
     assert dumped.log_probs["ref"][0].item() == pytest.approx(-0.5)
+    assert dumped.trajectory.sampling_log_probs[0].item() == pytest.approx(-0.05)
     assert dumped.trajectory.rollout_log_probs[5].item() == pytest.approx(-0.3)
 
 
 def test_a_trajectory_without_latents(tmp_path):
     kinds = [int(K.PROMPT), int(K.VISION)] + [int(K.TEXT)] * 6
-    (dumped,) = read_step(write(tmp_path, [record(position_kinds=kinds)], size=0))
+    (dumped,) = read_step(write(tmp_path, [record(kinds=kinds)], size=0))
     assert dumped.trajectory.latents.shape == (0, 4)
 
 
 def test_without_reference_and_advantages(tmp_path):
-    (dumped,) = read_step(write(tmp_path, [record(ref_log_prob=..., advantages=...)]))
-    assert set(dumped.log_probs) == {"rollout", "old"} and dumped.advantage is None
+    (dumped,) = read_step(write(tmp_path, [record(ref_log_probs=..., advantages=...)]))
+    assert set(dumped.log_probs) == {"rollout", "sampling", "old"} and dumped.advantage is None
 
 
 def test_groups_and_order(tmp_path):
@@ -82,12 +84,12 @@ def test_groups_and_order(tmp_path):
 
 BROKEN = [
     ({"reward": ...}, "reward"),
-    ({"responses": [1, 2]}, "2 tokens"),
+    ({"token_ids": [1, 2]}, "2 tokens"),
     ({"reward": "good"}, "good"),
     ({"id": "17"}, "no latents"),
     ({"old_log_probs": [0.0]}, "old"),
-    ({"position_kinds": [int(K.TEXT)] * 8}, "latent positions"),
-    ({"position_kinds": "TTSL"}, "malformed"),
+    ({"kinds": [int(K.TEXT)] * 8}, "latent positions"),
+    ({"kinds": "TTSL"}, "malformed"),
 ]
 
 

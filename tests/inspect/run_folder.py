@@ -80,14 +80,14 @@ def roll_out(case: Case, config, rows: list[dict], step: int, xss: bool) -> tupl
                     "stop_reason": trajectory.stop_reason,
                     "reward": reward,
                     "reward_terms": {"accuracy": reward, "format": 0.1, "pred": XSS if xss else "7"},
-                    "prompts": trajectory.prompt_ids.tolist(),
-                    "responses": trajectory.token_ids.tolist(),
-                    "position_kinds": [int(PositionKind.PROMPT)] * start + trajectory.kinds.tolist(),
+                    "prompt_ids": trajectory.prompt_ids.tolist(),
+                    "token_ids": trajectory.token_ids.tolist(),
+                    "kinds": [int(PositionKind.PROMPT)] * start + trajectory.kinds.tolist(),
                     "response_mask": mask.tolist(),
                     "advantages": ((reward - 0.5) * 2 * mask).tolist(),
                     "rollout_log_probs": trajectory.rollout_log_probs.tolist(),
                     "old_log_probs": old_BT[i, start : start + len(trajectory.token_ids)].tolist(),
-                    "ref_log_prob": (trajectory.rollout_log_probs * 1.1).tolist(),
+                    "ref_log_probs": (trajectory.rollout_log_probs * 1.1).tolist(),
                 }
             )
             latents[f"{index}/{i}"] = trajectory.latents
@@ -128,7 +128,11 @@ def write_metrics(path: Path, steps: int, offset: float = 0.0) -> None:
 def write_evaluation(path: Path, paired: bool = True) -> None:
     own = [1] * 95 + [0] * 5
     outcomes = {"own": own, "shuffle": [1] * 10 + [0] * 90, "noise": [1] * 94 + [0] * 6}
-    report = {"num_prompts": 100, "ablations": {n: sum(v) / 100 for n, v in outcomes.items()} | {"oracle": None}}
+    report = {
+        "num_prompts": 100,
+        "greedy": {"accuracy": 0.95},
+        "ablations": {n: sum(v) / 100 for n, v in outcomes.items()} | {"oracle": None},
+    }
     path.write_text(json.dumps(report | ({"outcomes": outcomes} if paired else {})))
 
 

@@ -55,7 +55,7 @@ def test_probes_against_a_naive_computation(folder, report):
     loaded.model.requires_grad_(False)
     for index, group in enumerate(report.overview["groups"]):
         row, block = rows[group["group"]], opened(report, index)
-        prompt = encode_prompt(loaded.tokenizer, loaded.processor, row.messages, row.images, "")
+        prompt = encode_prompt(loaded.tokenizer, loaded.processor, row.messages, row.images(), "")
         with torch.no_grad():
             visual = adapter.encode_images(prompt.images)
         for entry in block["trajectories"]:
@@ -181,11 +181,33 @@ def test_ablation_rows():
     assert rows["rows"][1]["verdict"] == "used" and "n = 100" in rows["rows"][1]["sentence"]
     del report["outcomes"]
     rows = ablation_rows("x", report)
-    assert not rows["paired"] and rows["rows"][1]["verdict"] is None
+    assert not rows["paired"] and rows["rows"][1]["verdict"] == "used"
     own = rows["rows"][0]
     assert own["low"] < 0.9 < own["high"] and own["high"] - own["low"] == pytest.approx(
         4 * math.sqrt(0.09 / 100), abs=0.03
     )
+
+
+def test_without_outcomes_the_pairing_is_the_least_favourable():
+    """80 and 70 of 100 right: at most 20 + 30 prompts differ, so the gap of 0.1 has standard error sqrt(0.5 - 0.01) / 10."""
+    report = {"num_prompts": 100, "ablations": {"own": 0.8, "noise": 0.7, "oracle": 0.8}, "follow": 0.5, "leak": None}
+    found = ablation_rows("x", report)
+    noise = found["rows"][1]
+    assert noise["verdict"] == "undecided at this n" and "McNemar p = 0.2" in noise["sentence"]
+    low, high = (float(part) for part in noise["sentence"].split("[")[1].split("]")[0].split(","))
+    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(0.49) / 10, abs=0.02)
+    assert found["rows"][2]["verdict"] is None  # the oracle is no knock-out
+    assert [value for _, value in found["facts"]] == [0.5]
+
+
+def test_an_evaluation_beside_the_run_is_found(folder, tmp_path):
+    copy = copy_without(folder, tmp_path, "evaluation.json")
+    report = {"num_prompts": 9, "greedy": {}, "ablations": {"own": 1.0}}
+    (tmp_path / "mine.json").write_text(json.dumps(report | {"checkpoint": "/moved/copy/checkpoints/global_step_2/x"}))
+    (tmp_path / "other.json").write_text(json.dumps(report | {"checkpoint": "/moved/sft/model"}))
+    (tmp_path / "broken.json").write_text("{")
+    run = read_run(copy)
+    assert list(run.evaluations) == ["mine.json"] and run.problems == []
 
 
 def test_metrics(tmp_path):

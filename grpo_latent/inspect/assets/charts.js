@@ -2,16 +2,16 @@
 // Learning curves and ablations, by plotly; each chart is drawn when it comes into view.
 
 const CURVES = [
-  [/^critic\/(score|rewards)\/mean$/, "Reward of sampled trajectories"],
-  [/^val-core\//, "Held-out"],
-  [/^rewards\/[^/]+\/mean$/, "Reward term"],
-  [/^latent\/usage_gap\//, "Accuracy lost under an ablation"],
-  [/^latent\/frac_rollouts$/, "Trajectories with a latent span"],
+  [/^critic\/score\/mean$/, "Reward of sampled trajectories"],
+  [/^val-core\/([^/]+)\/.*$/, "Held-out: $1"],
+  [/^rewards\/([^/]+)\/mean$/, "Reward term: $1"],
+  [/^latent\/usage_gap\/(.+)$/, "Accuracy lost under ablation $1"],
+  [/^latent\/frac_rollouts$/, "Trajectories with a latent span", [0, 1.05]],
   [/^latent\/steps_mean$/, "Latent steps a trajectory"],
-  [/^latent\/forced_end_frac$/, "Spans that were ended by force"],
-  [/^dump\/roi_hit$/, "Nearest patch lies in the box (alignment, not quality)"],
-  [/^dump\/latent_cosine_across_groups$/, "Cosine of latents across prompts (1: collapsed)"],
-  [/^dump\/latent_cosine_within_group$/, "Cosine of latents within a group (1: no latent exploration)"],
+  [/^latent\/forced_end_frac$/, "Spans that were ended by force", [0, 1.05]],
+  [/^dump\/roi_hit$/, "Nearest patch lies in the box (alignment, not quality)", [0, 1.05]],
+  [/^dump\/latent_cosine_across_groups$/, "Cosine of latents across prompts (1: collapsed)", [-1.05, 1.05]],
+  [/^dump\/latent_cosine_within_group$/, "Cosine of latents within a group (1: no latent exploration)", [-1.05, 1.05]],
   [/^dump\/latent_cosine_step_to_step$/, "Cosine of consecutive latent steps"],
   [/^dump\/latent_effective_rank$/, "Effective rank of first latents"],
   [/^latent\/norm_mean$/, "Norm of latents"],
@@ -20,15 +20,21 @@ const CURVES = [
   [/^actor\/(kl_loss|ppo_kl)$/, "KL"],
   [/^actor\/pg_clipfrac$/, "Clipped actions"],
   [/^actor\/grad_norm$/, "Gradient norm"],
-  [/^frac_reward_zero_std$/, "Groups without any signal"],
+  [/^frac_reward_zero_std$/, "Groups without any signal", [0, 1.05]],
   [/^response_length\/mean$/, "Completion length, positions"],
 ];
-const LAYOUT = {
+/** A new object each time: plotly writes into the layout that it is given. */
+const layout = () => ({
   margin: { l: 46, r: 8, t: 6, b: 32 }, height: 210, hovermode: "x unified", showlegend: false,
   font: { family: "system-ui, sans-serif", size: 11, color: "#1b1f24" }, paper_bgcolor: "#fff", plot_bgcolor: "#fff",
   xaxis: { title: { text: "step", standoff: 4 }, gridcolor: "#eceff3", zeroline: false }, yaxis: { gridcolor: "#eceff3", zeroline: false },
-};
-const PLOT_OPTIONS = { displaylogo: false, responsive: true, displayModeBar: false };
+});
+
+/** Draws with plotly, whose megabytes of script are run when the first chart comes into view; the page opens without. */
+function drawPlot(plot, traces, plotLayout) {
+  if (!window.Plotly) document.head.append(el("script", {}, byId("plotly-source").textContent));
+  Plotly.newPlot(plot, traces, plotLayout, { displaylogo: false, responsive: true, displayModeBar: false });
+}
 
 /** Traces of one metric: a line a run; for several runs of a family, thin lines, their mean, and the band between extremes. */
 function curveTraces(metric) {
@@ -57,7 +63,8 @@ function curveTraces(metric) {
 /** plotly reads a small set of HTML in names. */
 const escapeForPlotly = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 
-function addChart(metric, title) {
+/** yRange: of what can only be a fraction or a cosine; a small change then looks small. */
+function addChart(metric, title, yRange) {
   const plot = el("div", { class: "plot" });
   byId("charts").append(el("div", { class: "chart", "data-metric": metric }, el("h3", {}, title), el("div", { class: "sub" }, metric), plot));
   whenSeen(plot, () => {
@@ -65,16 +72,18 @@ function addChart(metric, title) {
     // a curve that does not move should look flat, not like magnified rounding
     const values = traces.flatMap((trace) => trace.y).filter((v) => v != null), [low, high] = range(values);
     const flat = high - low < 1e-3 * Math.max(1e-9, Math.abs(high));
-    const yaxis = flat ? { ...LAYOUT.yaxis, range: [low >= 0 ? 0 : 1.5 * low, high > 0 ? 1.5 * high : low < 0 ? 0 : 1] } : LAYOUT.yaxis;
-    Plotly.newPlot(plot, traces, { ...LAYOUT, yaxis }, PLOT_OPTIONS);
+    const yaxis = layout().yaxis;
+    if (yRange) yaxis.range = yRange;
+    else if (flat) yaxis.range = [low >= 0 ? 0 : 1.5 * low, high > 0 ? 1.5 * high : low < 0 ? 0 : 1];
+    drawPlot(plot, traces, { ...layout(), yaxis });
   });
 }
 
 function setUpCurves() {
   const names = [...new Set(OVERVIEW.runs.flatMap((run) => Object.keys(run.metrics)))].sort();
   const shown = new Set();
-  for (const [pattern, title] of CURVES) {
-    for (const name of names.filter((n) => pattern.test(n) && !shown.has(n))) { shown.add(name); addChart(name, title); }
+  for (const [pattern, title, range] of CURVES) {
+    for (const name of names.filter((n) => pattern.test(n) && !shown.has(n))) { shown.add(name); addChart(name, name.replace(pattern, title), range); }
   }
   if (!names.length) byId("curves").append(el("p", { class: "hint" }, "No metrics.jsonl in the run."));
   for (const family of MANY_RUNS ? FAMILIES : []) {
@@ -102,10 +111,12 @@ function setUpAblations() {
     const plot = el("div", { style: { height: `${90 + 30 * report.rows.length}px` } });
     const words = el("div", {}, el("h3", {}, MANY_RUNS ? `${run.name}: ${report.name}` : report.name),
       el("p", { class: "note" }, `${report.num_prompts ?? "?"} prompts. Intervals: 95 % bootstrap over prompts. ` +
-        (report.paired ? "Verdicts: paired." : "This file has no per-prompt outcomes, so there is no paired test and no verdict.")));
+        (report.paired ? "Verdicts: paired." : "This file has no per-prompt outcomes: verdicts assume the pairing that is least favourable to them.")));
+    const facts = report.facts.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, num(value, 3))]);
     for (const row of report.rows) {
       if (row.sentence) words.append(el("p", { class: "verdict" }, el("b", {}, `${row.name}: `), row.sentence));
     }
+    if (facts.length) words.append(el("dl", { class: "facts" }, ...facts));
     box.append(el("div", { class: "ablation" }, plot, words));
     whenSeen(plot, () => drawAblations(plot, report));
   }
@@ -121,7 +132,7 @@ function drawAblations(plot, report) {
     hovertemplate: "%{y}: %{x:.3f}<extra></extra>",
   };
   const line = own ? [{ type: "line", x0: own.accuracy, x1: own.accuracy, yref: "paper", y0: 0, y1: 1, line: { color: "#2458c5", dash: "dot", width: 1 } }] : [];
-  Plotly.newPlot(plot, [trace], { ...LAYOUT, height: 90 + 30 * rows.length, hovermode: "closest", shapes: line,
-    margin: { l: 110, r: 16, t: 6, b: 38 }, xaxis: { ...LAYOUT.xaxis, title: { text: "accuracy" }, range: [-0.02, 1.02] },
-    yaxis: { type: "category", range: [-0.6, rows.length - 0.4] } }, PLOT_OPTIONS);
+  drawPlot(plot, [trace], { ...layout(), height: 90 + 30 * rows.length, hovermode: "closest", shapes: line,
+    margin: { l: 110, r: 16, t: 6, b: 38 }, xaxis: { ...layout().xaxis, title: { text: "accuracy" }, range: [-0.02, 1.02] },
+    yaxis: { type: "category", range: [-0.6, rows.length - 0.4] } });
 }

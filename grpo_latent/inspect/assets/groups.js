@@ -32,7 +32,7 @@ function setUpGroups() {
   }
   const steps = [...new Set(OVERVIEW.groups.map((g) => g.step))].sort((a, b) => a - b);
   const onchange = () => { TABLE.shown = PAGE; fillTable(); };
-  byId("filters").append(
+  byId("filters").append(...[
     el("input", { id: "filter-text", placeholder: "question, text, group, truth", oninput: onchange }),
     MANY_RUNS ? el("select", { id: "filter-run", onchange }, el("option", { value: "" }, "all runs"), ...OVERVIEW.runs.map((run, i) => el("option", { value: i }, run.name))) : null,
     el("select", { id: "filter-step", onchange }, el("option", { value: "" }, "all steps"), ...steps.map((step) => el("option", { value: step }, `step ${step}`))),
@@ -42,7 +42,7 @@ function setUpGroups() {
     el("label", {}, el("input", { id: "filter-disagree", type: "checkbox", onchange }), " disagreeing"),
     el("label", {}, el("input", { id: "filter-probed", type: "checkbox", onchange }), " with heat maps"),
     el("label", {}, el("input", { id: "filter-miss", type: "checkbox", onchange }), " looking outside the box"),
-    el("span", { class: "count", id: "count" }));
+    el("span", { class: "count", id: "count" })].filter(Boolean));
   byId("table").querySelector("thead").append(el("tr", {}, ...COLUMNS.map(([name, title, isNumber]) =>
     el("th", { class: isNumber ? "number" : "", "data-column": name, title: TITLES[name] || "", onclick: () => sortBy(name) }, title))));
   byId("more").addEventListener("click", () => { TABLE.shown += PAGE; fillTable(); });

@@ -5,26 +5,39 @@ const last = (curve) => { for (let i = curve ? curve[1].length - 1 : -1; i >= 0;
 const firstValue = (curve) => (curve ? curve[1].find((value) => value != null) ?? null : null);
 const mean = (values) => (values.length ? values.reduce((a, b) => a + b, 0) / values.length : null);
 
+/** One run: cards. Several: a table, a row a run. */
 function setUpCards() {
+  const facts = OVERVIEW.runs.map(() => []);
   OVERVIEW.runs.forEach((run, runIdx) => {
     const groups = OVERVIEW.groups.filter((g) => g.run === runIdx), find = (pattern) => Object.keys(run.metrics).find((name) => pattern.test(name));
-    const card = (name, value, more, tone = "") => byId("cards").append(el("div", { class: "card" }, el("div", { class: "name" }, name), el("div", { class: `value ${tone}` }, value), el("div", { class: "more" }, more)));
-    const before = MANY_RUNS ? `${run.name}: ` : "";
+    const card = (name, value, more, tone = "") => facts[runIdx].push({ name, value, more, tone });
     const change = (curve) => (curve ? `from ${num(firstValue(curve), 3)}, ${curve[0].length} points` : "");
     const heldOut = run.metrics[find(/^val-core\//)], reward = run.metrics[find(/^critic\/(score|rewards)\/mean$/)];
-    if (heldOut) card(`${before}held-out`, num(last(heldOut), 3), change(heldOut));
-    if (reward) card(`${before}reward, sampled`, num(last(reward), 3), change(reward));
+    if (heldOut) card("held-out", num(last(heldOut), 3), change(heldOut));
+    if (reward) card("reward, sampled", num(last(reward), 3), change(reward));
     const rate = last(run.metrics["latent/frac_rollouts"]) ?? mean(groups.map((g) => (g.spans > 0 ? 1 : 0)));
-    if (rate != null) card(`${before}trajectories with latents`, percent(rate), `${num(last(run.metrics["latent/steps_mean"]) ?? mean(groups.map((g) => g.steps)), 3)} latent steps each`, rate < 0.05 ? "bad" : "");
+    if (rate != null) card("trajectories with latents", percent(rate), `${num(last(run.metrics["latent/steps_mean"]) ?? mean(groups.map((g) => g.steps)), 3)} latent steps each`, rate < 0.05 ? "bad" : "");
     const hits = groups.filter((g) => g.hit != null);
-    if (hits.length) card(`${before}nearest patch in the box`, percent(mean(hits.map((g) => g.hit))), `${hits.length} groups; alignment, not quality`);
+    if (hits.length) card("nearest patch in the box", percent(mean(hits.map((g) => g.hit))), `${hits.length} groups; alignment, not quality`);
     const across = last(run.metrics["dump/latent_cosine_across_groups"]);
-    if (across != null) card(`${before}cosine across prompts`, num(across, 3), across > 0.98 ? "latents have collapsed" : "1 would be collapse", across > 0.98 ? "bad" : "");
+    if (across != null) card("cosine across prompts", num(across, 3), across > 0.98 ? "latents have collapsed" : "1 would be collapse", across > 0.98 ? "bad" : "");
     const verdicts = run.ablations.flatMap((report) => report.rows.filter((row) => row.verdict));
     const strongest = verdicts.find((row) => row.name === "shuffle") || verdicts[0];
-    if (strongest) card(`${before}latents are`, strongest.verdict, `by ablation ${strongest.name}`, strongest.verdict === "used" ? "good" : strongest.verdict === "not used" ? "bad" : "warn");
-    card(`${before}dumped`, `${num(run.num_trajectories)}`, `trajectories in ${run.num_groups} groups`);
+    if (strongest) card("latents are", strongest.verdict, `by ablation ${strongest.name}`, strongest.verdict === "used" ? "good" : strongest.verdict === "not used" ? "bad" : "warn");
+    card("dumped", `${num(run.num_trajectories)}`, `trajectories in ${run.num_groups} groups`);
   });
+  if (!MANY_RUNS) {
+    byId("cards").append(...facts[0].map(({ name, value, more, tone }) =>
+      el("div", { class: "card" }, el("div", { class: "name" }, name), el("div", { class: `value ${tone}` }, value), el("div", { class: "more" }, more))));
+    return;
+  }
+  const names = [...new Set(facts.flat().map((fact) => fact.name))];
+  byId("cards").classList.add("compared");
+  byId("cards").append(el("table", {}, el("thead", {}, el("tr", {}, el("th", {}, "run"), ...names.map((name) => el("th", { class: "number" }, name)))),
+    el("tbody", {}, ...OVERVIEW.runs.map((run, i) => el("tr", {}, el("td", {}, run.name), ...names.map((name) => {
+      const fact = facts[i].find((f) => f.name === name);
+      return el("td", { class: `number ${fact ? fact.tone : ""}`, title: fact ? fact.more : null }, fact ? fact.value : "–");
+    }))))));
 }
 
 function setUpProblems() {

@@ -1,7 +1,7 @@
 "use strict";
 // One group: the image and a latent step's facts on the left, the group's trajectories beside it.
 
-const KIND_NAMES = { T: "sampled token", S: "span start, sampled", F: "token set by the mechanism", L: "latent step" };
+const KIND_NAMES = { T: "sampled token", S: "span start, sampled", F: "token set by the mechanism", L: "latent step", V: "latent step, an image embedding that attention chose" };
 const STEP_COLORS = {
   cosine: ["nearest patch's cosine", (probe) => (cosines(probe) ? cosines(probe)[probe.top] : null)],
   norm: ["norm", (probe) => probe.norm],
@@ -66,7 +66,7 @@ function trajectoryCard(trajectory, i) {
   const completion = el("div", { class: "completion" });
   let latent = 0, strip = null;
   [...trajectory.kinds].forEach((kind, position) => {
-    if (kind === "L") {
+    if (kind === "L" || kind === "V") {
       if (!strip) completion.append((strip = el("span", { class: "strip" })));
       const latentIdx = latent++;
       strip.append(el("button", { class: "step", "data-trajectory": i, "data-latent": latentIdx, title: `latent step ${latentIdx}`, onclick: () => chooseStep(i, latentIdx) }, latentIdx));
@@ -117,7 +117,9 @@ function paintSteps() {
   const values = current.block.probes.map(read), [low, high] = range(values.filter((v) => v != null));
   for (const button of document.querySelectorAll("#viewer .step")) {
     const value = read(probeOf(button.dataset.trajectory, button.dataset.latent));
-    button.style.background = value == null ? "#8a93a0" : rgb(viridis(high > low ? (value - low) / (high - low) : 0.45));
+    const t = high > low ? (value - low) / (high - low) : 0.45;
+    button.style.background = value == null ? "#8a93a0" : rgb(viridis(t));
+    button.style.color = value != null && t > 0.7 ? "#000" : "#fff";
     button.title = `latent step ${button.dataset.latent}: ${STEP_COLORS[VIEW.stepColor][0]} ${num(value)}`;
   }
 }
