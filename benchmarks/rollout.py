@@ -1,0 +1,240 @@
+"""Rollout throughput: engine `hf` with latents against Hugging Face `generate` without, and against a naive latent loop.
+
+    python benchmarks/rollout.py [--new-tokens 11 64] [--repeats 5] [--json out.json]
+
+The embedded experiment's model (Qwen2.5-VL, 1.3 M parameters, random weights), 16 prompts with an image each, 8 trajectories
+a prompt, one thread. All three sample at temperature 1 without truncation; EOS is never sampled, so that every trajectory
+has the same number of positions. The numbers are CPU-seconds (`time.process_time`), medians of repeats that interleave
+the paths, so that a busy machine slows all of them alike.
+
+What is compared is what each is: `generate` gets the whole batch, `num_return_sequences=8`, no logits processors and returns
+ids only; the engine also feeds latents (a span of 4 in every trajectory) and returns log-probs and latents. The naive loop
+runs one trajectory at a time and encodes the image for each, as the published code does; it is timed on the first 16
+trajectories, since each costs the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transformers.cache_utils import DynamicCache  # noqa: E402
+
+from grpo_latent.data import digits  # noqa: E402
+from grpo_latent.latent.config import LatentConfig  # noqa: E402
+from grpo_latent.models import tiny  # noqa: E402
+from grpo_latent.models.adapter import ImageInputs  # noqa: E402
+from grpo_latent.rollout.hf import HFRolloutEngine  # noqa: E402
+from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams  # noqa: E402
+from grpo_latent.trajectory import PositionKind  # noqa: E402
+
+NUM_PROMPTS, GROUP_SIZE, STEPS = 16, 8, 4
+NUM_NAIVE = 16
+LIKELY, NEVER = 6.0, -1e4  # biases of the logits of `start` and EOS
+
+
+@dataclass(frozen=True)
+class Setting:
+    model: torch.nn.Module
+    processor: object
+    config: LatentConfig
+    eos_id: int
+    batch: dict  # the processor's output for all prompts, padded left
+    requests: list[RolloutRequest]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`run` returns the number of positions that it generated."""
+
+    name: str
+    run: Callable[[], int]
+
+
+def build() -> Setting:
+    model, tokenizer, processor = tiny.tiny_qwen2_5_vl(digits.WORDS, tiny.EXPERIMENT_SIZES)
+    ids = tokenizer.get_vocab()
+    bias = torch.zeros(model.lm_head.out_features)
+    bias[ids["<|lvr_start|>"]], bias[tokenizer.eos_token_id] = LIKELY, NEVER
+    model.lm_head.bias = torch.nn.Parameter(bias)
+    model.requires_grad_(False)
+    names = {"start": "<|lvr_start|>", "latent": "<|lvr|>", "end": "<|lvr_end|>"}
+    config = LatentConfig(
+        **{f"{role}_token": token for role, token in names.items()},
+        **{f"{role}_id": ids[token] for role, token in names.items()},
+        steps=STEPS,
+        max_spans=1,
+    )
+    examples = digits.generate(NUM_PROMPTS, stream="dev", seed=0, kinds=("read", "sum"))
+    texts, images = [], []
+    for example in examples:
+        content = [{"type": "text", "text": example.question}, {"type": "image"}]
+        texts.append(processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
+        images.append(example.image)
+    tokenizer.padding_side = "left"
+    batch = dict(processor(text=texts, images=images, padding=True, return_tensors="pt"))
+    patches = batch["image_grid_thw"].prod(-1).tolist()
+    pixels = batch["pixel_values"].split(patches)
+    requests = []
+    for row in range(NUM_PROMPTS):
+        valid = batch["attention_mask"][row].bool()
+        requests.append(
+            RolloutRequest(
+                batch["input_ids"][row][valid],
+                seeds=list(range(row * GROUP_SIZE, (row + 1) * GROUP_SIZE)),
+                images=ImageInputs(pixels[row], batch["image_grid_thw"][row : row + 1]),
+            )
+        )
+    return Setting(model, processor, config, tokenizer.eos_token_id, batch, requests)
+
+
+def engine_path(setting: Setting, new_tokens: int, visibility: str) -> Contender:
+    engine = HFRolloutEngine(setting.model, setting.config.replace(visibility=visibility), [setting.eos_id])
+
+    def run() -> int:
+        groups = engine.generate(setting.requests, SamplingParams(new_tokens))
+        trajectories = [trajectory for group in groups for trajectory in group]
+        with_span = sum(len(t.latents) == STEPS for t in trajectories)
+        assert with_span > 0.9 * len(trajectories), "the benchmark must have latents"
+        return sum(len(t.token_ids) for t in trajectories)
+
+    return Contender(f"engine hf, latents, {visibility}", run)
+
+
+def generate_path(setting: Setting, new_tokens: int) -> Contender:
+    def run() -> int:
+        with torch.no_grad():
+            ids = setting.model.generate(
+                **setting.batch,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                num_return_sequences=GROUP_SIZE,
+                max_new_tokens=new_tokens,
+            )
+        return ids[:, setting.batch["input_ids"].shape[1] :].numel()
+
+    return Contender("Hugging Face generate, no latents", run)
+
+
+def naive_path(setting: Setting, new_tokens: int) -> Contender:
+    generator = torch.Generator()
+
+    def run() -> int:
+        generator.manual_seed(0)
+        rows = [request for request in setting.requests for _ in range(GROUP_SIZE)][:NUM_NAIVE]
+        return sum(len(naive_trajectory(setting, request, new_tokens, generator)) for request in rows)
+
+    return Contender("naive latent loop", run)
+
+
+@torch.no_grad()
+def naive_trajectory(setting: Setting, request: RolloutRequest, new_tokens: int, generator) -> list[int]:
+    """Kinds of one trajectory: `DynamicCache`, the whole prompt and its image for itself."""
+    model, config = setting.model, setting.config
+    ids, cache = request.prompt_ids[None], DynamicCache(config=model.config.get_text_config())
+    images = dict(image_grid_thw=request.images.image_grid_thw)
+    token_types = (ids == model.config.image_token_id).int()
+    position_ids, _ = model.model.get_rope_index(ids, mm_token_type_ids=token_types, **images)
+    hidden: Tensor = model.model(
+        input_ids=ids,
+        position_ids=position_ids,
+        pixel_values=request.images.pixel_values,
+        past_key_values=cache,
+        use_cache=True,
+        **images,
+    ).last_hidden_state[:, -1]
+    next_position = int(position_ids.max()) + 1
+    embed, kinds, steps_left, has_opened = model.get_input_embeddings(), [], None, False
+    for position in range(new_tokens):
+        if steps_left is None:
+            logits = model.lm_head(hidden).float()
+            if has_opened:
+                logits[:, config.start_id] = -torch.inf
+            token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            kinds.append(PositionKind.TEXT)
+            if int(token) == setting.eos_id:
+                break
+            if int(token) == config.start_id:
+                kinds[-1], steps_left, has_opened = PositionKind.START, config.steps, True
+            vector = embed(token)
+        elif steps_left > 0:
+            kinds.append(PositionKind.LATENT)
+            vector, steps_left = hidden[:, None], steps_left - 1
+        else:
+            kinds.append(PositionKind.FORCED)
+            vector, steps_left = embed(torch.tensor([[config.end_id]])), None
+        hidden = model.model.language_model(
+            inputs_embeds=vector,
+            position_ids=torch.full((3, 1, 1), next_position + position),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+    return kinds
+
+
+def measure(paths: list[Contender], repeats: int) -> dict[str, dict]:
+    """Median CPU-seconds and positions a CPU-second of each path; one warm-up each, then interleaved repeats."""
+    for path in paths:
+        path.run()
+    seconds: dict[str, list[float]] = {path.name: [] for path in paths}
+    positions = {}
+    for _ in range(repeats):
+        for path in paths:
+            started = time.process_time()
+            positions[path.name] = path.run()
+            seconds[path.name].append(time.process_time() - started)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        name: {"cpu_s": median, "positions": positions[name], "positions_per_cpu_s": positions[name] / median}
+        for name, median in medians.items()
+    }
+
+
+def show(console: Console, new_tokens: int, results: dict[str, dict], base: str) -> None:
+    table = Table(title=f"{NUM_PROMPTS} prompts x {GROUP_SIZE}, {new_tokens} new positions")
+    for column in ("path", "CPU s", "positions", "positions / CPU s", f"{base} is faster by"):
+        table.add_column(column, justify="left" if column == "path" else "right")
+    for name, result in results.items():
+        ratio = results[base]["positions_per_cpu_s"] / result["positions_per_cpu_s"]
+        rate = f"{result['positions_per_cpu_s']:,.0f}"
+        table.add_row(name, f"{result['cpu_s']:.3f}", str(result["positions"]), rate, f"{ratio:.2f} x")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--new-tokens", type=int, nargs="+", default=[11, 64])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="also write the numbers there")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    setting, console, report = build(), Console(width=120), {}
+    for new_tokens in options.new_tokens:
+        engines = [engine_path(setting, new_tokens, visibility) for visibility in ("full", "latents_only")]
+        paths = [*engines, generate_path(setting, new_tokens), naive_path(setting, new_tokens)]
+        results = measure(paths, options.repeats)
+        show(console, new_tokens, results, engines[0].name)
+        report[str(new_tokens)] = results
+    text = json.dumps(report, indent=2)
+    print(text)
+    if options.json is not None:
+        options.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

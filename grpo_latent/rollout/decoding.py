@@ -1,0 +1,298 @@
+"""The rows of one batch while they decode: what `HFRolloutEngine` runs, step by step.
+
+Legend: B prompts, P prompt positions, N rows still decoding, M some of them, S positions so far, T completion positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from grpo_latent.errors import RolloutError
+from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.lvr import SpanState
+from grpo_latent.models.adapter import ImageInputs, ModelAdapter
+from grpo_latent.models.head import end_vector, feedback
+from grpo_latent.models.kv_cache import RolloutCache
+from grpo_latent.models.visibility import attention_bias
+from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
+from grpo_latent.rollout.sampling import sample, uniforms
+from grpo_latent.trajectory import PositionKind, Trajectory
+
+
+@dataclass(frozen=True)
+class TokenRules:
+    """What token ids mean while decoding.
+
+    Attributes:
+        banned_2V: bool [2, V], never sampled; the second row is for trajectories that may not open another span.
+        is_eos_V: bool [V].
+        placeholder_ids: int64, by `PositionKind`: the id that stands where nothing is sampled.
+    """
+
+    banned_2V: Tensor
+    is_eos_V: Tensor
+    placeholder_ids: Tensor
+
+    @classmethod
+    def build(
+        cls, config: LatentConfig, eos_ids: Iterable[int], banned_ids: Iterable[int], vocab_size: int, device
+    ) -> TokenRules:
+        banned_2V = torch.zeros(2, vocab_size, dtype=torch.bool, device=device)
+        banned_2V[:, sorted(banned_ids)] = True
+        banned_2V[1, config.start_id] = True
+        is_eos_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        is_eos_V[sorted(eos_ids)] = True
+        placeholder_ids = torch.zeros(len(PositionKind), dtype=torch.long, device=device)
+        placeholder_ids[PositionKind.LATENT] = config.latent_id
+        placeholder_ids[PositionKind.FORCED] = config.end_id
+        return cls(banned_2V, is_eos_V, placeholder_ids)
+
+
+class DecodingBatch:
+    """`choose` a position for every row, `forward` it, and so on; then `trajectories`.
+
+    Rows that have stopped stay, as idle text rows, until half of the batch has; `rows_N` maps the rows that are left to the
+    rows of the records. What an idle row records lies beyond its length and is never read.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        config: LatentConfig,
+        rules: TokenRules,
+        requests: list[RolloutRequest],
+        sampling: SamplingParams,
+    ):
+        self.adapter, self.config, self.rules, self.sampling = adapter, config, rules, sampling
+        device = adapter.device
+        group_sizes = torch.tensor([len(request.seeds) for request in requests])
+        row_to_prompt_N = torch.repeat_interleave(torch.arange(len(requests)), group_sizes).to(device)
+        num_rows, length = row_to_prompt_N.shape[0], sampling.max_new_tokens
+
+        hidden_BH, cache, kinds_BP, valid_BP, next_position_B = self._prefill(requests)
+        self.prompt_length = kinds_BP.shape[1]
+        self.cache = RolloutCache(cache, row_to_prompt_N, self.prompt_length + length)
+        self.hidden_NH = hidden_BH[row_to_prompt_N]
+        self.next_position_N = next_position_B[row_to_prompt_N]
+        seeds_N = np.array([seed for request in requests for seed in request.seeds], dtype=np.uint64)
+        self.uniforms_NT = uniforms(seeds_N[:, None], np.arange(length)).to(device)
+        steps = torch.tensor([request.steps or config.steps for request in requests], device=device)
+        self.state = SpanState(config, steps[row_to_prompt_N])
+        self.override_NKH, self.num_override_N = self._override_table(requests, row_to_prompt_N)
+        self.num_latents_N = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self._init_bias(kinds_BP[row_to_prompt_N], valid_BP[row_to_prompt_N], length)
+
+        self.rows_N = torch.arange(num_rows, device=device)
+        self.done_N = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self.token_ids = torch.zeros(num_rows, length, dtype=torch.long, device=device)
+        self.kinds = torch.zeros_like(self.token_ids)
+        self.full_log_probs = torch.zeros(num_rows, length, device=device)
+        self.drawn_log_probs = torch.zeros_like(self.full_log_probs)
+        self.lengths = torch.full((num_rows,), length, device=device)
+        self.stopped = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self.latent_rows: list[Tensor] = []
+        self.latents: list[Tensor] = []
+
+    def _prefill(self, requests: list[RolloutRequest]):
+        """Left-padded forward over the B prompts: last hidden states, cache, kinds, validity, next position."""
+        device = self.adapter.device
+        length = max(request.prompt_ids.shape[0] for request in requests)
+        input_ids_BP = torch.zeros(len(requests), length, dtype=torch.long)
+        valid_BP = torch.zeros(len(requests), length, dtype=torch.bool)
+        for prompt_idx, request in enumerate(requests):
+            input_ids_BP[prompt_idx, length - request.prompt_ids.shape[0] :] = request.prompt_ids
+            valid_BP[prompt_idx, length - request.prompt_ids.shape[0] :] = True
+        input_ids_BP, valid_BP = input_ids_BP.to(device), valid_BP.to(device)
+        images = ImageInputs.concat([request.images for request in requests])
+        if images is not None:
+            images = ImageInputs(images.pixel_values.to(device), images.image_grid_thw.to(device))
+        kinds_BP = self.adapter.prompt_kinds(input_ids_BP)
+        position_ids = self.adapter.position_ids(input_ids_BP, valid_BP, images)
+        cache = DynamicCache(config=self.adapter.text_config)
+        visibility = self.config.visibility
+        # `full` leaves the mask to the model, as replay does: no [B, P, P] bias, and the fastest causal kernel
+        mask = (
+            valid_BP.long()
+            if visibility == "full"
+            else attention_bias(kinds_BP, valid_BP, visibility, self.adapter.dtype)
+        )
+        hidden = self.adapter.forward_hidden(input_ids_BP, mask, position_ids, images, cache)
+        last_position_B = position_ids.amax(-1) if position_ids.ndim == 2 else position_ids.amax((0, -1))
+        return hidden[:, -1], cache, kinds_BP, valid_BP, last_position_B + 1
+
+    def _init_bias(self, kinds_NP: Tensor, valid_NP: Tensor, length: int) -> None:
+        """Bias of the coming rows over all columns: of sighted rows, and of blind ones (the same with `full`)."""
+        self.minimum = torch.finfo(self.adapter.dtype).min
+        shape = (kinds_NP.shape[0], self.prompt_length + length)
+        self.bias_NS = torch.zeros(shape, dtype=self.adapter.dtype, device=kinds_NP.device)
+        self.bias_NS[:, : self.prompt_length].masked_fill_(~valid_NP, self.minimum)
+        self.blind_bias_NS = self.bias_NS
+        if self.config.visibility == "latents_only":
+            self.blind_bias_NS = self.bias_NS.clone()
+            is_vision_NP = kinds_NP == PositionKind.VISION
+            self.blind_bias_NS[:, : self.prompt_length].masked_fill_(is_vision_NP, self.minimum)
+
+    def _override_table(self, requests, row_to_prompt_N: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        tables = [request.latent_override for request in requests]
+        if all(table is None for table in tables):
+            return None, None
+        sizes = torch.tensor([-1 if table is None else table.shape[0] for table in tables], device=self.adapter.device)
+        padded = torch.zeros(
+            len(tables), max(int(sizes.max()), 1), self.adapter.hidden_size, device=self.adapter.device
+        )
+        for prompt_idx, table in enumerate(tables):
+            if table is not None:
+                padded[prompt_idx, : table.shape[0]] = table
+        return padded[row_to_prompt_N], sizes[row_to_prompt_N]
+
+    def choose(self, position: int) -> Tensor | None:
+        """Decides and records `position` of every row; returns the input vectors [N, H], None when no row goes on."""
+        needs_all_logits = self.config.exit == "end_token"
+        logits_NV = self.adapter.logits(self.hidden_NH) if needs_all_logits else None
+        planned_N = self.state.plan(logits_NV).masked_fill(self.done_N, int(PositionKind.TEXT))
+        token_ids_N, full_N, drawn_N = self._sample_text(position, planned_N, logits_NV)
+        latent_rows_M = (planned_N == PositionKind.LATENT).nonzero()[:, 0]
+        latents_MH = self._latents(latent_rows_M) if latent_rows_M.numel() else None
+        kinds_N = self._advance(planned_N, token_ids_N, latent_rows_M, latents_MH)
+        self._record(position, kinds_N, token_ids_N, full_N, drawn_N)
+        num_active = int((~self.done_N).sum())
+        if position + 1 == self.sampling.max_new_tokens or num_active == 0:
+            return None
+        embeds_NH = self.adapter.embed(token_ids_N)
+        if latents_MH is not None:
+            embeds_NH = embeds_NH.index_copy(0, latent_rows_M, latents_MH.to(embeds_NH.dtype))
+        self.last_kinds_N = kinds_N
+        return self._drop_stopped_rows(embeds_NH) if num_active * 2 <= self.done_N.shape[0] else embeds_NH
+
+    def _sample_text(self, position: int, planned_N: Tensor, logits_NV: Tensor | None):
+        """Token ids (placeholders where nothing is sampled) and both log-probs (0 there), each [N]."""
+        token_ids_N = self.rules.placeholder_ids[planned_N]
+        rows_M = ((planned_N == PositionKind.TEXT) & ~self.done_N).nonzero()[:, 0]
+        if rows_M.numel() == 0:
+            nothing = torch.zeros(planned_N.shape, device=planned_N.device)
+            return token_ids_N, nothing, nothing
+        is_all = rows_M.numel() == planned_N.numel()
+        if logits_NV is None:
+            logits_MV = self.adapter.logits(self.hidden_NH if is_all else self.hidden_NH[rows_M])
+        else:
+            logits_MV = logits_NV if is_all else logits_NV[rows_M]
+        banned_MV = self.rules.banned_2V[:1]
+        if self.config.max_spans is not None:
+            banned_MV = self.rules.banned_2V[(~self.state.may_open_N[rows_M]).long()]
+        sampling, draws_M = self.sampling, self.uniforms_NT[rows_M, position]
+        picked = sample(logits_MV, draws_M, sampling.temperature, sampling.top_k, sampling.top_p, banned_MV)
+        if is_all:
+            return picked
+        zeros = torch.zeros(planned_N.shape, device=planned_N.device)
+        targets = zip((token_ids_N, zeros, zeros), picked, strict=True)
+        return tuple(target.index_copy(0, rows_M, values) for target, values in targets)
+
+    def _latents(self, rows_M: Tensor) -> Tensor:
+        """Vectors [M, H] for the rows at a latent step."""
+        latents_MH = feedback(self.adapter.model, self.hidden_NH[rows_M])
+        if self.override_NKH is not None:
+            latent_idx_M, size_M = self.num_latents_N[rows_M], self.num_override_N[rows_M]
+            beyond_M = (size_M >= 0) & (latent_idx_M >= size_M)
+            if bool(beyond_M.any()):
+                raise RolloutError(
+                    "more latent steps than vectors in latent_override",
+                    where=f"row {int(self.rows_N[rows_M][beyond_M][0])}",
+                    got=f"latent step {int(latent_idx_M[beyond_M][0])}",
+                    expected="latent_override of at least max_new_tokens vectors",
+                )
+            chosen_MH = self.override_NKH[rows_M, latent_idx_M.clamp(max=self.override_NKH.shape[1] - 1)]
+            latents_MH = torch.where((size_M >= 0)[:, None], chosen_MH.to(latents_MH.dtype), latents_MH)
+        self.num_latents_N[rows_M] += 1
+        self.latent_rows.append(self.rows_N[rows_M])
+        self.latents.append(latents_MH.float())
+        return latents_MH
+
+    def _advance(self, planned_N: Tensor, token_ids_N: Tensor, latent_rows_M: Tensor, latents_MH) -> Tensor:
+        """Final kinds [N], after telling the span state what stands at this position."""
+        if self.config.exit != "latent_end" or latents_MH is None:
+            return self.state.advance(planned_N, token_ids_N, None, None)
+        latents_NH = torch.zeros_like(self.hidden_NH).index_copy(0, latent_rows_M, latents_MH)
+        return self.state.advance(planned_N, token_ids_N, latents_NH, end_vector(self.adapter.model))
+
+    def _record(self, position: int, kinds_N: Tensor, token_ids_N: Tensor, full_N: Tensor, drawn_N: Tensor) -> None:
+        self.token_ids[self.rows_N, position] = token_ids_N
+        self.kinds[self.rows_N, position] = kinds_N
+        self.full_log_probs[self.rows_N, position] = full_N
+        self.drawn_log_probs[self.rows_N, position] = drawn_N
+        is_eos_N = self.rules.is_eos_V[token_ids_N] & (kinds_N == PositionKind.TEXT) & ~self.done_N
+        rows_M = self.rows_N[is_eos_N]
+        self.lengths[rows_M] = position + 1
+        self.stopped[rows_M] = True
+        self.done_N |= is_eos_N
+
+    def _drop_stopped_rows(self, embeds_NH: Tensor) -> Tensor:
+        keep_M = (~self.done_N).nonzero()[:, 0]
+        names = ["rows_N", "done_N", "next_position_N", "uniforms_NT", "num_latents_N", "last_kinds_N", "bias_NS"]
+        is_shared = self.blind_bias_NS is self.bias_NS
+        for name in names:
+            setattr(self, name, getattr(self, name)[keep_M])
+        self.blind_bias_NS = self.bias_NS if is_shared else self.blind_bias_NS[keep_M]
+        self.state.keep_rows(keep_M)
+        self.cache.keep_rows(keep_M)
+        if self.override_NKH is not None:
+            self.override_NKH, self.num_override_N = self.override_NKH[keep_M], self.num_override_N[keep_M]
+        return embeds_NH[keep_M]
+
+    def forward(self, position: int, embeds_NH: Tensor) -> None:
+        """Feeds `position`: the hidden states that decide the next one."""
+        column = self.prompt_length + position
+        bias_NS = self.bias_NS[:, : column + 1]
+        if self.config.visibility == "latents_only":
+            is_start_N = self.last_kinds_N == PositionKind.START
+            is_inner_latent_N = (self.last_kinds_N == PositionKind.LATENT) & ~self.state.is_last_latent_N
+            self.blind_bias_NS[:, column].masked_fill_(is_start_N, self.minimum)
+            sighted_N1 = (is_start_N | is_inner_latent_N)[:, None]
+            bias_NS = torch.where(sighted_N1, bias_NS, self.blind_bias_NS[:, : column + 1])
+        position_N1 = (self.next_position_N + position)[:, None]
+        position_ids = position_N1[None].expand(3, -1, -1) if self.adapter.has_mrope else position_N1
+        self.hidden_NH = self.adapter.decode_hidden(embeds_NH, bias_NS[:, None, None], position_ids, self.cache)
+
+    def trajectories(self, requests: list[RolloutRequest], policy_version: int) -> list[list[Trajectory]]:
+        """The records, cut to each trajectory's length, on the CPU."""
+        lengths, stopped = self.lengths.tolist(), self.stopped.tolist()
+        fields = {
+            "token_ids": self.token_ids.cpu(),
+            "kinds": self.kinds.cpu(),
+            "rollout_log_probs": self.full_log_probs.cpu(),
+            "sampling_log_probs": self.drawn_log_probs.cpu(),
+        }
+        latents_by_row = self._latents_by_row()
+        groups, row = [], 0
+        for request in requests:
+            prompt_ids, group = request.prompt_ids.cpu(), []
+            for seed in request.seeds:
+                trajectory = Trajectory(
+                    prompt_ids=prompt_ids,
+                    # copies, not views that would keep the whole batch alive
+                    **{name: values[row, : lengths[row]].clone() for name, values in fields.items()},
+                    latents=latents_by_row[row],
+                    stop_reason="eos" if stopped[row] else "length",
+                    group_id=request.group_id,
+                    seed=seed,
+                    policy_version=policy_version,
+                )
+                group.append(trajectory)
+                row += 1
+            groups.append(group)
+        return groups
+
+    def _latents_by_row(self) -> list[Tensor]:
+        """[n, H] float32 for each row of the records; `Trajectory` checks their number against the kinds."""
+        num_rows = self.token_ids.shape[0]
+        if not self.latents:
+            return [torch.zeros(0, self.adapter.hidden_size) for _ in range(num_rows)]
+        rows_L = torch.cat(self.latent_rows).cpu()
+        latents_LH = torch.cat(self.latents).cpu()[rows_L.argsort(stable=True)]
+        counts = torch.bincount(rows_L, minlength=num_rows).tolist()
+        return [rows.clone() for rows in latents_LH.split(counts)]
