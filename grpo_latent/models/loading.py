@@ -27,8 +27,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from grpo_latent.errors import CheckpointError
+from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.config import LATENT_CONFIG_FILE, LatentConfig
+from grpo_latent.latent.mechanisms import ILVR_TOKENS, mechanism_config
 from grpo_latent.models import processing  # noqa: F401  (registers the images-only processors where they are needed)
 from grpo_latent.models.head import LATENT_PARAMETER_PREFIXES, attach_latent_modules
 
@@ -146,14 +147,38 @@ def save_latent_model(
 
 
 def read_latent_config(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> LatentConfig:
-    """`latent_config.json`, or the same read out of the `lvr_*` fields of an official LVR checkpoint's config.json."""
+    """`latent_config.json`, or the same read out of the config.json of an official checkpoint: the `lvr_*` fields of LVR,
+    or `latent_size` of ILVR, whose tokens are found by their text."""
     folder = Path(folder)
     config_path = folder / "config.json"
     if (folder / LATENT_CONFIG_FILE).is_file() or not config_path.is_file():
         return LatentConfig.load(folder)
     fields = json.loads(config_path.read_text())
-    if "lvr_start_id" not in fields:
-        return LatentConfig.load(folder)  # raises: a plain model has no latents
+    if "lvr_start_id" in fields:
+        return _official_lvr(fields, tokenizer, config_path)
+    if "latent_size" in fields:
+        return _official_ilvr(fields, tokenizer, config_path)
+    return LatentConfig.load(folder)  # raises: a plain model has no latents
+
+
+def _official_ilvr(fields: dict, tokenizer: PreTrainedTokenizerBase, config_path: Path) -> LatentConfig:
+    vocab = tokenizer.get_vocab()
+    missing = [token for token in ILVR_TOKENS if token not in vocab]
+    if missing:
+        raise CheckpointError(
+            "not an ILVR checkpoint",
+            where=str(config_path),
+            got=f"latent_size, and a tokenizer without {missing}",
+            expected="the tokenizer of the same checkpoint",
+        )
+    try:
+        return mechanism_config("ilvr", {token: vocab[token] for token in ILVR_TOKENS}, steps=fields["latent_size"])
+    except ConfigError as error:
+        where = f"{config_path}: latent_size"
+        raise CheckpointError(error.what, where=where, got=error.got, expected=error.expected) from error
+
+
+def _official_lvr(fields: dict, tokenizer: PreTrainedTokenizerBase, config_path: Path) -> LatentConfig:
     missing = [name for name in ("lvr_id", "lvr_end_id") if not isinstance(fields.get(name), int)]
     if missing:
         raise CheckpointError(

@@ -37,7 +37,7 @@ def padded(requests):
 
 @torch.no_grad()
 def slow_slots(c, request, num_slots, top_k):
-    """(kinds, vectors, chosen, last hidden state, length) of one prompt: no cache, full maps of every layer, 1-D positions."""
+    """(kinds, vectors, chosen, last hidden state, length) of one prompt: no cache, full maps, 1-D positions."""
     is_image = request.prompt_ids == c.adapter.image_token_id if c.processor else torch.zeros(0)
     embeds_TH = c.model.get_input_embeddings()(request.prompt_ids).clone()
     image_columns = is_image.nonzero()[:, 0].tolist()
