@@ -232,8 +232,10 @@ def _tiny_vl(model_type: str, name: str, vision: dict, words, sizes: TinySizes, 
     tokenizer = word_tokenizer(words, latent_tokens)
     text = _text_config(tokenizer, sizes)
     text["rope_parameters"]["mrope_section"] = mrope_section(text["head_dim"])
-    if name != "Qwen3VL":  # the older text configs derive it
-        del text["head_dim"]
+    if name == "Qwen3VL":
+        text["rope_parameters"]["mrope_interleaved"] = True  # as published; vLLM reads it, Hugging Face assumes it
+    else:
+        del text["head_dim"]  # the older text configs derive it
     geometry = dict(patch_size=sizes.patch, spatial_merge_size=sizes.merge, temporal_patch_size=sizes.temporal)
     vision_tokens = ("image_pad", "video_pad", "vision_start", "vision_end")
     config = getattr(transformers, f"{name}Config")(

@@ -1,0 +1,119 @@
+"""vLLM's own model class with the latent parameters kept beside it.
+
+A latent checkpoint holds a head and an end vector that vLLM's weight loader would refuse. They are taken out of the stream
+of weights here, at the first load and at every later one, and kept outside the module tree: vLLM repacks, moves to meta and
+counts every parameter that it finds there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from vllm import ModelRegistry
+
+from grpo_latent.errors import CheckpointError, ConfigError
+from grpo_latent.latent.config import LatentConfig
+from grpo_latent.models.head import END_VECTOR_ATTRIBUTE, HEAD_ATTRIBUTE, LATENT_PARAMETER_PREFIXES, build_head
+from grpo_latent.rollout.vllm.skeleton import worker_options
+
+
+class LatentParameters:
+    """Head and end vector as `config` names them, in the model's dtype."""
+
+    def __init__(self, config: LatentConfig, text_config, dtype: torch.dtype, device: torch.device):
+        self.modules = nn.Module()
+        if config.head != "none":
+            setattr(self.modules, HEAD_ATTRIBUTE, build_head(config.head, text_config))
+        if config.latent_end_id is not None:
+            setattr(self.modules, END_VECTOR_ATTRIBUTE, nn.Parameter(torch.zeros(text_config.hidden_size)))
+        self.modules.to(device=device, dtype=dtype).requires_grad_(False)
+        self._never_loaded = set(self.modules.state_dict())
+
+    @property
+    def head(self) -> nn.Module | None:
+        return getattr(self.modules, HEAD_ATTRIBUTE, None)
+
+    @property
+    def end_vector_H(self) -> Tensor | None:
+        return getattr(self.modules, END_VECTOR_ATTRIBUTE, None)
+
+    def feedback(self, hidden_NH: Tensor) -> Tensor:
+        """The vectors that a latent step feeds, [N, H]."""
+        return hidden_NH if self.head is None else self.head(hidden_NH)
+
+    @torch.no_grad()
+    def take(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Passes on the weights of the base model, copies the latent ones.
+
+        Raises:
+            CheckpointError: one of ours has another shape.
+        """
+        own = self.modules.state_dict(keep_vars=True)
+        for name, tensor in weights:
+            if not name.startswith(LATENT_PARAMETER_PREFIXES):
+                yield name, tensor
+                continue
+            if name not in own:
+                continue  # a checkpoint may hold an end vector or head that its config does not use
+            if own[name].shape != tensor.shape:
+                raise CheckpointError(
+                    "weight does not fit", where=name, got=tuple(tensor.shape), expected=str(tuple(own[name].shape))
+                )
+            own[name].copy_(tensor)
+            self._never_loaded.discard(name)
+
+    def check_loaded(self, where: str) -> None:
+        """Raises `CheckpointError` if the checkpoint lacked one of ours; a later load may come in parts."""
+        if self._never_loaded:
+            raise CheckpointError(
+                "weights of the latent head are missing",
+                where=where,
+                got=f"no {sorted(self._never_loaded)}",
+                expected="the parameters that latent_config.json names",
+            )
+
+
+def latent_class(base: type[nn.Module]) -> type[nn.Module]:
+    """`base` with `latent_parameters`; keeps its name, which vLLM logs and hashes."""
+
+    class LatentModelClass(base):
+        def __init__(self, *, vllm_config, prefix: str = ""):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+            model_config = vllm_config.model_config
+            parameters = LatentParameters(
+                worker_options(vllm_config).config,
+                model_config.hf_text_config,
+                model_config.dtype,
+                torch.get_default_device(),
+            )
+            object.__setattr__(self, "latent_parameters", parameters)
+
+        def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+            return super().load_weights(self.latent_parameters.take(weights))
+
+    LatentModelClass.__name__, LatentModelClass.__qualname__ = base.__name__, base.__qualname__
+    LatentModelClass.__module__ = base.__module__
+    return LatentModelClass
+
+
+def register_latent_model(architecture: str) -> None:
+    """Makes this process build `architecture` with latent parameters; idempotent.
+
+    Registering the class, not its name, also spares vLLM the subprocess in which it would inspect the model.
+    """
+    registered = ModelRegistry.models.get(architecture)
+    if registered is None:
+        raise ConfigError(
+            "vLLM does not know this architecture",
+            where="config.json: architectures",
+            got=architecture,
+            expected="one of vLLM's own",
+            fix="Use rollout engine hf (rollout.engine=hf).",
+        )
+    stock = registered.load_model_cls()
+    if not getattr(stock, "is_latent", False):
+        latent = latent_class(stock)
+        latent.is_latent = True
+        ModelRegistry.register_model(architecture, latent)

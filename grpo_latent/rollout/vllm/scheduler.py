@@ -1,0 +1,57 @@
+"""vLLM's schedulers, with no block that holds a latent position in the prefix cache.
+
+A block's hash covers token ids, and a latent position has a placeholder for one: two different latent histories would share
+their blocks. Caching therefore stops at a request's first latent position; the prompt before it stays shared, so that the
+trajectories of a group still prefill it once.
+"""
+
+from __future__ import annotations
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from grpo_latent.rollout.vllm.skeleton import worker_options
+
+_SCAN_ATTRIBUTE = "_grpo_latent_scan"
+
+
+class _StopsAtLatents:
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        latent_id = worker_options(self.vllm_config).config.latent_id
+        coordinator = self.kv_cache_manager.coordinator
+        cache_blocks = coordinator.cache_blocks
+
+        def cache_text_blocks(request: Request, num_computed_tokens: int, *args, **kwargs):
+            first = first_latent(request, latent_id)
+            if first is not None:
+                num_computed_tokens = min(num_computed_tokens, first)
+            return cache_blocks(request, num_computed_tokens, *args, **kwargs)
+
+        # on this manager's own coordinator: whoever caches blocks goes through it
+        coordinator.cache_blocks = cache_text_blocks
+
+
+def first_latent(request: Request, latent_id: int) -> int | None:
+    """Position of the request's first latent in the sequence, None while it has none.
+
+    The id is exact evidence after the prompt: it is never drawn, only put there by a span.
+    """
+    first, num_seen = getattr(request, _SCAN_ATTRIBUTE, (None, request.num_prompt_tokens))
+    if first is None:
+        token_ids = request.all_token_ids
+        for position in range(num_seen, len(token_ids)):
+            if token_ids[position] == latent_id:
+                first = position
+                break
+        setattr(request, _SCAN_ATTRIBUTE, (first, len(token_ids)))
+    return first
+
+
+class LatentScheduler(_StopsAtLatents, Scheduler):
+    """For `async_scheduling=False`."""
+
+
+class LatentAsyncScheduler(_StopsAtLatents, AsyncScheduler):
+    """For `async_scheduling=True`."""

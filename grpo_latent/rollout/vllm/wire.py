@@ -1,0 +1,26 @@
+"""Tensors as plain bytes, for vLLM's RPC."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def pack(tensor: Tensor) -> list:
+    """[dtype name, shape, bytes] of a CPU tensor.
+
+    >>> unpack(pack(torch.tensor([[1.0], [2.0]], dtype=torch.bfloat16)))
+    tensor([[1.],
+            [2.]], dtype=torch.bfloat16)
+    """
+    flat = tensor.contiguous().reshape(-1)
+    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), flat.view(torch.uint8).numpy().tobytes()]
+
+
+def unpack(packed: list) -> Tensor:
+    """The tensor that `pack` was given."""
+    name, shape, data = packed
+    dtype = getattr(torch, name)
+    if not data:
+        return torch.zeros(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)

@@ -1,0 +1,111 @@
+"""The worker's table without vLLM: positions asked for again, slots reused, rows of different sampling in one step."""
+
+import numpy as np
+import pytest
+import torch
+
+from grpo_latent.errors import RolloutError
+from grpo_latent.latent.config import LatentConfig
+from grpo_latent.rollout.vllm.table import LatentRequest, LatentTable, RowSampling, StepRows
+from grpo_latent.trajectory import PositionKind
+
+START, LATENT, END, WORD = 0, 1, 2, 3
+HIDDEN, VOCAB = 4, 6
+T, S, L, F = (int(kind) for kind in (PositionKind.TEXT, PositionKind.START, PositionKind.LATENT, PositionKind.FORCED))
+
+
+def table(num_slots=2, max_latents=8, **changes):
+    config = LatentConfig("s", "l", "e", START, LATENT, END, steps=2, **changes)
+    banned = torch.zeros(VOCAB, dtype=torch.bool)
+    banned[[LATENT, END]] = True
+    return LatentTable(config, banned, num_slots, 16, max_latents, HIDDEN, torch.float32)
+
+
+def greedy(key, steps=None):
+    return LatentRequest(key, steps, RowSampling(seed=1, temperature=0.0, top_k=-1, top_p=1.0))
+
+
+def step(table, ids, positions, best, hidden=None, served=None):
+    """One decision for the requests `ids`, whose best tokens are `best`."""
+    slots = np.array([table.slots[request_id] for request_id in ids])
+    rows = StepRows(np.arange(len(ids)), slots, np.array(positions), [table.requests[request_id] for request_id in ids])
+    logits = torch.zeros(len(ids), VOCAB)
+    logits[torch.arange(len(ids)), torch.tensor(best)] = 5.0
+    hidden = torch.full((len(ids), HIDDEN), float(positions[0])) if hidden is None else hidden
+    served = torch.zeros(len(ids), dtype=torch.long) if served is None else torch.tensor(served)
+    tokens, full, forced = table.choose(rows, hidden, logits, table.banned(rows), served, lambda h: h, None)
+    table.note_chosen(ids, rows.positions_N)
+    return tokens.tolist(), full, forced.tolist()
+
+
+def test_a_span_then_the_same_positions_again_after_preemption():
+    """Recomputing position 2 onwards gives the state of then, not the one that positions 3 and 4 left behind."""
+    t = table()
+    t.add("a", greedy("a"))
+    best = [WORD, START, 4, 4, 4, 5]
+    first = [step(t, ["a"], [p], [best[p]])[0][0] for p in range(6)]
+    assert first == [WORD, START, LATENT, LATENT, END, 5]
+    again = [step(t, ["a"], [p], [best[p]], torch.full((1, HIDDEN), 100.0 + p))[0][0] for p in range(2, 5)]
+    assert again == [LATENT, LATENT, END]
+    record = t.pop(["a"])["a"]
+    assert record["kinds"].tolist() == [T, S, L, L, F]
+    assert record["latents"][:, 0].tolist() == [102.0, 103.0]
+    assert t.pop(None) == {} and not t.slots
+
+
+def test_feeding_replaces_latent_positions_only():
+    t = table()
+    t.add("a", greedy("a"))
+    for position, best in enumerate([START, 4, 4, 4, WORD]):
+        step(t, ["a"], [position], [best])
+    embeds = torch.full((6, HIDDEN), -1.0)
+    slot = t.slots["a"]
+    t.feed(embeds, np.arange(1, 6), np.full(5, slot), np.arange(5))
+    assert embeds[:, 0].tolist() == [-1.0, -1.0, 1.0, 2.0, -1.0, -1.0]
+
+
+def test_slots_are_reused_and_grow():
+    t = table(num_slots=1)
+    for idx in range(5):
+        t.add(str(idx), greedy(str(idx)))
+    assert len(set(t.slots.values())) == 5
+    step(t, ["3"], [0], [START])
+    t.finish("3")
+    t.add("new", greedy("new"))
+    assert step(t, ["new"], [0], [WORD])[0] == [WORD]  # nothing of the slot's former owner
+
+
+def test_rows_of_different_sampling_in_one_step():
+    t = table(num_slots=4)
+    t.add("greedy", greedy("greedy"))
+    t.add("sampled", LatentRequest("sampled", None, RowSampling(seed=7, temperature=0.5, top_k=1, top_p=1.0)))
+    t.add("served", LatentRequest())
+    tokens, full, forced = step(t, ["greedy", "sampled", "served"], [0, 0, 0], [WORD, 4, 5], served=[0, 0, START])
+    assert tokens == [WORD, 4, START] and forced == [False] * 3
+    assert (
+        full[1] == pytest.approx(float(torch.tensor([10.0] + [0.0] * 5).log_softmax(0)[0]), abs=1e-6) and full[2] == 0
+    )
+    assert step(t, ["greedy", "served"], [1, 1], [4, 5])[0] == [4, LATENT]
+    assert t.pop(None).keys() == {"greedy", "sampled"}
+
+
+def test_start_is_banned_after_the_last_span_and_where_a_served_request_has_no_room():
+    t = table(max_spans=1)
+    t.add("a", greedy("a"))
+    tokens = [step(t, ["a"], [p], [START])[0][0] for p in range(6)]
+    assert tokens[:4] == [START, LATENT, LATENT, END] and START not in tokens[4:]
+    t = table(max_latents=3)
+    t.add("b", LatentRequest())
+    rows = StepRows(np.array([0]), np.array([t.slots["b"]]), np.array([0]), [t.requests["b"]])
+    assert not t.banned(rows)[0, START]
+    for position in range(4):
+        step(t, ["b"], [position], [START], served=[START])
+    rows = StepRows(rows.rows_N, rows.slots_N, np.array([4]), rows.requests)
+    assert t.banned(rows)[0, START]
+
+
+def test_two_requests_with_one_key_are_refused():
+    t = table()
+    t.add("a", greedy("same"))
+    with pytest.raises(RolloutError, match="share one key.*same"):
+        t.add("b", greedy("same"))
