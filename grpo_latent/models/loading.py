@@ -135,12 +135,17 @@ def save_latent_model(
     tokenizer: PreTrainedTokenizerBase,
     processor: ProcessorMixin | None,
     config: LatentConfig,
+    state_dict: dict[str, Tensor] | None = None,
 ) -> None:
-    """Writes a folder that `load_latent_model`, and any Hugging Face program, can read."""
+    """Writes a folder that `load_latent_model`, and any Hugging Face program, can read.
+
+    Args:
+        state_dict: the weights, where the model itself holds shards of them; None takes the model's.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     check_tokens(config, tokenizer, where=str(folder))
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=state_dict)
     (processor or tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config.save(folder)

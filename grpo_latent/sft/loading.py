@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -145,13 +146,17 @@ def _rules(latent: LatentSettings) -> dict:
     return {name: getattr(latent, name) for name in names}
 
 
-def save_for_rl(folder: str | Path, latent: LatentModel) -> Path:
-    """Writes the folder that RL starts from; one that was there before is replaced only once the new one is complete."""
+def save_for_rl(folder: str | Path, latent: LatentModel, state_dict: dict[str, Tensor] | None = None) -> Path:
+    """Writes the folder that RL starts from; one that was there before is replaced only once the new one is complete.
+
+    Args:
+        state_dict: gathered weights of a sharded model; None takes the model's own.
+    """
     folder = Path(folder)
     part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    save_latent_model(part, latent.model, latent.tokenizer, latent.processor, latent.config)
+    save_latent_model(part, latent.model, latent.tokenizer, latent.processor, latent.config, state_dict)
     if folder.exists():
         os.replace(folder, old)
     os.replace(part, folder)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
 from grpo_latent.data.examples import LvrExample
 from grpo_latent.data.lvr_json import read_lvr_json
@@ -56,6 +56,7 @@ def run_sft(settings: SFTSettings) -> SFTResult:
     start = time.perf_counter()
     args = settings.training_arguments()
     output_dir, save_path = Path(args.output_dir), Path(settings.model.save_path)
+    check_sharding(args, settings.model.lora.enabled)
     if Path(settings.model.path).resolve() in (save_path.resolve(), output_dir.resolve()):
         raise ConfigError(
             "the input checkpoint would be overwritten",
@@ -93,14 +94,33 @@ def run_sft(settings: SFTSettings) -> SFTResult:
     for line in trainer.state.log_history:
         metrics |= {name: line[name] for name in ("ce", "latent_loss", "latent_hit", "end_loss") if name in line}
     trainer.accelerator.wait_for_everyone()
+    # gathering shards is a collective: every process takes part
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
     if args.should_save:
         merge_lora(latent.model)
-        save_for_rl(save_path, latent)
+        save_for_rl(save_path, latent, state_dict)
     result = SFTResult(save_path, trainer.state.global_step, time.perf_counter() - start, metrics)
     if args.should_save:
         summary = {"model": str(save_path), "steps": result.steps, "seconds": round(result.seconds, 2), **metrics}
         (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return result
+
+
+def check_sharding(args: TrainingArguments, has_lora: bool) -> None:
+    """Raises `ConfigError` for what would train something else than was asked for, or could not be saved."""
+    refused = {
+        "DeepSpeed": bool(args.deepspeed),
+        "FSDP with LoRA": bool(args.fsdp) and has_lora,
+        "FSDP on the CPU": bool(args.fsdp) and args.use_cpu,  # accelerate falls back to plain data parallelism
+    }
+    for got, is_asked in refused.items():
+        if is_asked:
+            raise ConfigError(
+                "not supported",
+                where="trainer.deepspeed, trainer.fsdp, model.lora",
+                got=got,
+                expected="one process, data parallelism, or FSDP on GPUs without LoRA",
+            )
 
 
 def choose_parameters(latent: LatentModel, settings: SFTSettings) -> None:

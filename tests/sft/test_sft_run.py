@@ -338,6 +338,7 @@ def test_a_text_model_has_no_visual_targets(inputs, tmp_path):
         ({"data.labelled_per_batch": 4}, ConfigError, "labelled_per_batch"),
         ({"data.max_length": 5}, DataError, "row too long"),
         ({"model.freeze_merger": False}, ConfigError, "frozen"),
+        ({"trainer.use_cpu": True, "trainer.fsdp": "full_shard"}, ConfigError, "FSDP on the CPU"),
     ],
 )
 def test_malformed_configs(inputs, tmp_path, overrides, error, message):
