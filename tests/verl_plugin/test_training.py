@@ -1,0 +1,234 @@
+"""Training end to end on Ray, with the tiniest model. Slow; runs share what they can.
+
+world size 2, trainer in this process:    A  steps 1-4
+                                          B  steps 1-4, killed inside the save of step 4
+                                          C  B resumed from step 2: equal to A to the bit
+world size 1, a Ray head on loopback with token authentication:
+                                          D  `ray job submit -- python -m grpo_latent.train`, steps 1-2, wandb offline
+                                          E  stock `python -m verl.trainer.main_ppo`, resumed from D, steps 3-4
+                                          F  `python -m grpo_latent.train` on a Ray of its own, steps 1-4: equal to D + E
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+import tiny_run
+import torch
+
+from grpo_latent.errors import DataError, ReplayGapError, RewardError
+from grpo_latent.models.loading import load_latent_model
+from grpo_latent.train import environment
+from grpo_latent.verl_plugin import checkpoint
+from grpo_latent.verl_plugin.registration import verify
+
+pytestmark = pytest.mark.slow
+TWO_RANKS = "trainer.n_gpus_per_node=2"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return tiny_run.write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def local_ray(inputs, tmp_path_factory):
+    """One Ray for all runs of this process."""
+    config = tiny_run.make_config(inputs, tmp_path_factory.mktemp("ray"))
+    own = environment(config, Path(config.latent.output_dir))
+    env_vars = {name: own[name] for name in ("VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES", "OMP_NUM_THREADS")}
+    ray.init(
+        num_cpus=16,
+        include_dashboard=False,
+        object_store_memory=300_000_000,
+        log_to_driver=False,
+        runtime_env={"env_vars": {**env_vars, "TRANSFER_QUEUE_ENABLE": "1"}},
+    )
+    yield
+    ray.shutdown()
+
+
+def train_here(config, monkeypatch, before_fit=None):
+    """What verl's TaskRunner does, in this process."""
+    import transfer_queue as tq
+    from verl.trainer.main_ppo import TaskRunnerV1
+    from verl.trainer.ppo.v1 import get_trainer_cls
+
+    verify("test")
+    monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(Path(config.latent.output_dir) / "metrics.jsonl"))
+    runner = TaskRunnerV1.__ray_actor_class__()
+    config.transfer_queue.enable = True
+    tq.init(config.transfer_queue)
+    runner.config = config
+    try:
+        runner.trainer = get_trainer_cls(config.trainer.v1.trainer_mode)(config=config)
+        runner.trainer.init()
+        runner.init_agent_loop_manager()
+        if before_fit:
+            before_fit(runner.trainer)
+        runner.trainer.fit(runner.agent_loop_manager)
+    finally:
+        tq.close()
+        for actor in ray.util.list_named_actors():
+            ray.kill(ray.get_actor(actor))
+        pool = getattr(getattr(runner, "trainer", None), "resource_pool_manager", None)
+        for group in (pg for p in (pool.resource_pool_dict.values() if pool else ()) for pg in p.pgs or ()):
+            ray.util.remove_placement_group(group)
+    return runner.trainer
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_save_and_resume_at_world_size_2(local_ray, inputs, tmp_path, monkeypatch):
+    first, second = tmp_path / "a", tmp_path / "b"
+    train_here(tiny_run.make_config(inputs, first, TWO_RANKS), monkeypatch)
+    metrics = tiny_run.metrics_of(first)
+    assert metrics[1]["actor/kl_loss"] == 0.0 and metrics[4]["actor/kl_loss"] > 0.0
+    assert all(metrics[step]["latent/replay_logp_gap_max"] < 1e-4 for step in (1, 2, 3, 4))
+
+    def kill_second_save(trainer):
+        save = trainer.actor_rollout_wg.save_checkpoint
+
+        def killed_save(folder, remote, step, **kwargs):
+            save(folder, remote, step, **kwargs)
+            if step == 4:
+                next(Path(folder).glob("optim_*_rank_1.pt")).unlink()  # not all of it had been written
+                raise Killed
+
+        trainer.actor_rollout_wg.save_checkpoint = killed_save
+
+    with pytest.raises(Killed):
+        train_here(tiny_run.make_config(inputs, second, TWO_RANKS), monkeypatch, kill_second_save)
+    assert (second / "checkpoints" / "global_step_4" / "actor").is_dir()  # half of it is there
+    assert checkpoint.read_tracker(second / "checkpoints") == 2
+    (second / "checkpoints" / "global_step_4" / "stale").touch()
+
+    trainer = train_here(tiny_run.make_config(inputs, second, TWO_RANKS), monkeypatch)
+    assert trainer.resumed_from == 2 and checkpoint.read_tracker(second / "checkpoints") == 4
+    assert not (second / "checkpoints" / "global_step_4" / "stale").exists()
+    tiny_run.assert_equal_runs(first, second, (1, 2, 3, 4), checkpoint=4)
+    trained = load_latent_model(second / "checkpoints" / "global_step_4" / "actor" / "huggingface")
+    start = load_latent_model(inputs / "model")
+    assert trained.config == start.config
+    assert not torch.equal(*(m.model.get_output_embeddings().weight for m in (trained, start)))
+
+
+@pytest.mark.parametrize("failure", ["reward", "data", "gap"])
+def test_failures_stop_the_run_with_their_own_error(failure, local_ray, inputs, tmp_path, monkeypatch):
+    """A reward that raises, a prompt that is too long, a policy that is not the one that acted."""
+    more = {"reward": (), "data": ("data.max_prompt_length=5",), "gap": ()}[failure]
+    config = tiny_run.make_config(inputs, tmp_path, "trainer.val_before_train=false", *more)
+    if failure == "reward":
+        bad = tmp_path / "bad.py"
+        bad.write_text(
+            "def compute_score(data_source, solution_str, ground_truth, extra_info):\n    return float('nan')\n"
+        )
+        config.reward.custom_reward_function.path = str(bad)
+    if failure == "gap":
+        from grpo_latent.verl_plugin.replay_buffer import LatentReplayBuffer
+
+        materialize = LatentReplayBuffer._materialize_batch
+
+        def corrupt(buffer, *args):
+            """What the sampler reported is off by 1e-3 nats at every action."""
+            import transfer_queue as tq
+
+            batch = materialize(buffer, *args)
+            data = tq.kv_batch_get(batch.keys, batch.partition_id, select_fields=["rollout_log_probs"])
+            data["rollout_log_probs"] = data["rollout_log_probs"] + 1e-3
+            tq.kv_batch_put(batch.keys, batch.partition_id, fields=data)
+            return batch
+
+        monkeypatch.setattr(LatentReplayBuffer, "_materialize_batch", corrupt)
+    error, match = {
+        "reward": (RewardError, "nan"),
+        "data": (DataError, "row .* of tiny: prompt is too long"),
+        "gap": (ReplayGapError, "step 1, trajectory .* 0.001 nats; expected <= latent.replay_logp_gap_bound=0.0001"),
+    }[failure]
+    with pytest.raises(error, match=match):
+        train_here(config, monkeypatch)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def run_command(command, cwd, **env):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("VERL_", "RAY_"))}
+    done = subprocess.run(
+        command, cwd=cwd, env={**clean, "OMP_NUM_THREADS": "1", **env}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture
+def ray_head(tmp_path, local_ray):
+    """A Ray head on loopback, with its own token."""
+    ray.shutdown()  # the other one: two at a time are too much for two cores
+    token = tmp_path / "token"
+    token.write_text("f00d" * 16)
+    auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    script = str(Path(sys.executable).parent / "ray")
+    port, dashboard = 26379, 28265
+    run_command(
+        [script, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=8"]
+        + [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--disable-usage-stats"],
+        tmp_path,
+        **auth,
+    )
+    try:
+        yield script, f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", auth
+    finally:
+        run_command([script, "stop", "--force"], tmp_path, **auth)
+
+
+def test_jobs_stock_trainer_and_own_ray_continue_each_other(ray_head, inputs, tmp_path):
+    script, dashboard, address, auth = ray_head
+    job, own = tmp_path / "job", tmp_path / "own"
+    (tmp_path / "cwd").mkdir()
+    arguments = tiny_run.overrides(inputs, job, "trainer.total_training_steps=2", "trainer.logger=[file,wandb]")
+    submit = [script, "job", "submit", "--address", dashboard, "--", sys.executable, "-m", "grpo_latent.train"]
+    denied = subprocess.run(
+        [*submit, *arguments],
+        env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "beef" * 16},
+        capture_output=True,
+        text=True,
+    )
+    assert denied.returncode != 0 and "uth" in denied.stdout + denied.stderr  # 401/403, whatever ray calls it
+    submit[-3:-3] = []
+    runtime_env = json.dumps({"env_vars": {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}})
+    submit[submit.index("--") : submit.index("--")] = ["--runtime-env-json", runtime_env]
+    out = run_command([*submit, *arguments], tmp_path / "cwd", **auth)
+    assert "succeeded" in out and out.count("step 2/2") == 1 and "TaskRunner" not in out
+    assert list((job / "wandb").glob("offline-run-*")) and checkpoint.read_tracker(job / "checkpoints") == 2
+    assert (job / "train.log").stat().st_size > 1000
+
+    config = tiny_run.make_config(inputs, job)
+    from omegaconf import OmegaConf, open_dict
+
+    with open_dict(config):
+        config.ray_kwargs.ray_init = {"address": address, "runtime_env": config.ray_kwargs.ray_init.runtime_env}
+    OmegaConf.save(config, tmp_path / "cwd" / "stock.yaml")
+    env = {
+        "VERL_USE_EXTERNAL_MODULES": "grpo_latent.verl_plugin",
+        "VERL_PLATFORM": "cpu",
+        "VERL_FILE_LOGGER_PATH": str(job / "metrics.jsonl"),
+        **auth,
+    }
+    with open_dict(config):
+        config.ray_kwargs.ray_init.runtime_env = {"env_vars": {k: v for k, v in env.items() if k.startswith("VERL")}}
+    OmegaConf.save(config, tmp_path / "cwd" / "stock.yaml")
+    stock = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", ".", "--config-name", "stock"]
+    run_command(stock, tmp_path / "cwd", **env)
+    run_command([script, "stop", "--force"], tmp_path, **auth)
+
+    own_args = tiny_run.overrides(inputs, own)
+    out = run_command([sys.executable, "-m", "grpo_latent.train", *own_args], tmp_path / "cwd")
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("step")] == [f"{s}/4" for s in range(5)]
+    tiny_run.assert_equal_runs(own, job, (1, 2, 3, 4), checkpoint=4)
+    shutil.rmtree(own)
