@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from grpo_latent.algo.selection import NOT_CHOSEN, top_k_candidates
-from grpo_latent.errors import LatentMismatchError
+from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter
 from grpo_latent.models.head import feedback
 from grpo_latent.models.replay import ReplayBatch, with_latents
@@ -84,7 +84,17 @@ def prefill_with_slots(
         num_slots_B: int64, slots of each prompt.
         top_k_image: image embeddings inserted before each slot (32 published); 0 is Coconut.
         cut: whether the fed h is a constant (IVT-LR) or carries its gradient (Coconut).
+
+    Raises:
+        ConfigError: image embeddings for a model without images.
     """
+    if top_k_image and not adapter.has_vision:
+        raise ConfigError(
+            "no image embeddings to insert",
+            where="latent.top_k_image",
+            got=f"{top_k_image} for {type(adapter.model).__name__}",
+            expected="0 for a text-only model",
+        )
     cache = DynamicCache(config=adapter.text_config)
     kinds_BP = adapter.prompt_kinds(input_ids_BP)
     position_ids = adapter.position_ids(input_ids_BP, valid_BP, images)

@@ -99,8 +99,8 @@ class DecodingBatch:
         self.latent_rows: list[Tensor] = []
         self.latents: list[Tensor] = []
 
-    def _prefill(self, requests: list[RolloutRequest]):
-        """Left-padded forward over the B prompts: last hidden states, cache, kinds, validity, next position."""
+    def _padded_prompts(self, requests: list[RolloutRequest]) -> tuple[Tensor, Tensor, ImageInputs | None]:
+        """Left-padded ids and validity [B, P] of the prompts, and all their images."""
         device = self.adapter.device
         length = max(request.prompt_ids.shape[0] for request in requests)
         input_ids_BP = torch.zeros(len(requests), length, dtype=torch.long)
@@ -112,6 +112,11 @@ class DecodingBatch:
         images = ImageInputs.concat([request.images for request in requests])
         if images is not None:
             images = ImageInputs(images.pixel_values.to(device), images.image_grid_thw.to(device))
+        return input_ids_BP, valid_BP, images
+
+    def _prefill(self, requests: list[RolloutRequest]):
+        """Forward over the B prompts: last hidden states, cache, kinds, validity, next position."""
+        input_ids_BP, valid_BP, images = self._padded_prompts(requests)
         kinds_BP = self.adapter.prompt_kinds(input_ids_BP)
         position_ids = self.adapter.position_ids(input_ids_BP, valid_BP, images)
         cache = DynamicCache(config=self.adapter.text_config)

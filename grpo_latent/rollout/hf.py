@@ -23,6 +23,7 @@ from grpo_latent.models.attention import folded_attention
 from grpo_latent.models.head import END_VECTOR_ATTRIBUTE
 from grpo_latent.rollout.decoding import DecodingBatch, TokenRules
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
+from grpo_latent.rollout.slots import SlotDecodingBatch
 from grpo_latent.trajectory import Trajectory
 
 
@@ -46,7 +47,7 @@ class HFRolloutEngine:
         banned_ids: Iterable[int] = (),
         max_batch_rows: int = 512,
     ):
-        self.adapter = ModelAdapter(model)
+        self.adapter = ModelAdapter(model, config.positions)
         self.model, self.config, self.max_batch_rows = model, config, max_batch_rows
         self.policy_version = 0
         attention = self.adapter.text_config._attn_implementation
@@ -66,6 +67,8 @@ class HFRolloutEngine:
         if max_batch_rows < 1:
             raise ConfigError("not a batch size", where="max_batch_rows", got=max_batch_rows, expected=">= 1")
         latent_ids = {config.latent_id, config.end_id, config.latent_end_id} - {None}
+        if config.trigger == "prompt_slots":
+            latent_ids.add(config.start_id)
         banned = (set(banned_ids) | latent_ids | self.adapter.vision_ids) - set(eos_ids)
         self._check_ids(config, eos_ids, banned)
         vocab_size = model.get_output_embeddings().weight.shape[0]
@@ -143,7 +146,8 @@ class HFRolloutEngine:
             yield chunk
 
     def _generate_chunk(self, requests: list[RolloutRequest], sampling: SamplingParams) -> list[list[Trajectory]]:
-        batch = DecodingBatch(self.adapter, self.config, self._rules, requests, sampling)
+        batch_class = SlotDecodingBatch if self.config.trigger == "prompt_slots" else DecodingBatch
+        batch = batch_class(self.adapter, self.config, self._rules, requests, sampling)
         # the prefill is over: transformers makes masks for implementations that it knows by name only
         with folded_attention(self.adapter.text_config):
             for position in range(sampling.max_new_tokens):

@@ -1,0 +1,121 @@
+"""IVT-LR and Coconut: rollout = replay for mixed batches, shared slots, lengths, and what is refused."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from latent_cases import case, sampling
+
+from grpo_latent.errors import ConfigError, RolloutError
+from grpo_latent.models.replay import collate, recompute_latents, replay
+from grpo_latent.models.slots import reselect
+from grpo_latent.trajectory import PositionKind as K
+
+TEMPERATURE = 2.0
+NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3")
+
+
+def config_of(c, **changes):
+    values = dict(trigger="prompt_slots", positions="1d", steps=2)
+    values |= dict(mechanism="ivt_lr", top_k_image=4) if c.processor else dict(mechanism="coconut")
+    return c.config(**values | changes)
+
+
+@functools.cache
+def recorded(name):
+    """Prompts with two images, one and none; one with a slot more."""
+    c = case(name)
+    images = [c.images(2, seed=2), c.images(1, seed=1), None] if c.processor else [None] * 3
+    requests = [
+        c.request("read ? ?", images[0], range(6), image_first=True),
+        c.request("read red ?", images[1], range(6, 12), steps=3),
+        c.request("read blue ?", images[2], range(12, 18)),
+    ]
+    engine = c.engine(config_of(c))
+    groups = engine.generate(requests, sampling(20, temperature=TEMPERATURE))
+    return requests, groups, engine
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_rollout_equals_replay_recompute_and_replay_by_index(name):
+    requests, groups, engine = recorded(name)
+    trajectories = [t for group in groups for t in group]
+    images = [request.images for request, group in zip(requests, groups, strict=True) for _ in group]
+    for padding_side in ("both", "left", "right"):
+        batch = collate(trajectories, images, engine.adapter, padding_side)
+        log_probs_BT, _ = replay(engine.adapter, batch, "full", TEMPERATURE)
+        for row, t in enumerate(trajectories):
+            values = log_probs_BT[row][batch.valid_BT[row]][len(t.prompt_ids) :]
+            torch.testing.assert_close(values, t.rollout_log_probs, rtol=0, atol=1e-4)
+    batch = collate(trajectories, images, engine.adapter, "both")
+    torch.testing.assert_close(recompute_latents(engine.adapter, batch, "full"), batch.latents_NH, rtol=0, atol=1e-4)
+    torch.testing.assert_close(reselect(engine.adapter, batch).latents_NH, batch.latents_NH, rtol=0, atol=1e-5)
+    if name == "qwen2_vl":  # a wrong place in the image would be seen
+        wrong = dataclasses.replace(batch, selected_idx_M=batch.selected_idx_M.flip(0) % 6)
+        other_BT, _ = replay(engine.adapter, reselect(engine.adapter, wrong), "full", TEMPERATURE)
+        right_BT, _ = replay(engine.adapter, batch, "full", TEMPERATURE)
+        assert float((other_BT - right_BT).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_completions_begin_with_the_prompts_slots_and_differ_after(name):
+    _, groups, engine = recorded(name)
+    has_images = name != "qwen3"
+    expected = [
+        ([K.SELECTED] * 4 + [K.LATENT]) * 2,
+        [K.SELECTED] * 4 + [K.LATENT] + [K.SELECTED] * 2 + [K.LATENT] * 2,  # six image positions for three slots
+        [K.LATENT] * 2,
+    ]
+    if not has_images:
+        expected = [[K.LATENT] * num for num in (2, 3, 2)]
+    for group, slots in zip(groups, expected, strict=True):
+        for t in group:
+            assert t.kinds[: len(slots)].tolist() == slots
+            assert (t.kinds[len(slots) :] == K.TEXT).all() and len(t.kinds) > len(slots)
+            assert len(t.kinds) <= 20 and (len(t.kinds) == 20 or t.stop_reason == "eos")
+            assert len(set(t.selected_idx.tolist())) == len(t.selected_idx) == slots.count(K.SELECTED)
+            assert torch.equal(t.latents, group[0].latents) and not t.response_mask()[: len(slots)].any()
+            assert (t.token_ids[len(slots) :] != engine.config.start_id).all(), "no span is opened later"
+        assert len({tuple(t.text_ids) for t in group}) > 1
+
+
+def test_slots_count_towards_max_new_tokens():
+    """Rows with slots of 10, 9 and 2 positions in one batch."""
+    requests, _, _ = recorded("qwen2_vl")
+    c = case("qwen2_vl")
+    groups = c.engine(config_of(c), sampled=("3", "7")).generate(requests, sampling(12))
+    for group, room in zip(groups, (2, 3, 10), strict=True):
+        for t in group:
+            assert len(t.text_ids) <= room and (t.stop_reason == "eos" or len(t.text_ids) == room)
+    assert all(any(t.stop_reason == "length" for t in group) for group in groups[:2])
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    requests, groups, engine = recorded("qwen2_vl")
+    for request, group in zip(requests, groups, strict=True):
+        alone = engine.generate([dataclasses.replace(request, seeds=request.seeds[3:4])], sampling(20, temperature=2.0))
+        assert torch.equal(alone[0][0].token_ids, group[3].token_ids)
+        assert torch.equal(alone[0][0].selected_idx, group[3].selected_idx)
+
+
+def test_no_slots_is_an_ordinary_rollout():
+    c = case("qwen3")
+    request = c.request("read red ?", seeds=range(4))
+    group = c.engine(config_of(c, steps=0)).generate([request], sampling(8))[0]
+    plain = c.engine(c.config(max_spans=0)).generate([request], sampling(8))[0]
+    for t, other in zip(group, plain, strict=True):
+        assert torch.equal(t.token_ids, other.token_ids) and t.latents.shape == (0, 32)
+
+
+def test_what_slots_cannot_do_is_an_error():
+    c, text = case("qwen2_vl"), case("qwen3")
+    request = c.request("read red ?", c.images(1), group_id="row-5")
+    with pytest.raises(RolloutError, match="group 'row-5'.*max_new_tokens 8, slots of 8 positions"):
+        c.engine(config_of(c)).generate([request], sampling(8))
+    with pytest.raises(RolloutError, match="group 'row-5': latent_override for slots"):
+        override = dataclasses.replace(request, latent_override=torch.zeros(9, 32))
+        c.engine(config_of(c)).generate([override], sampling(20))
+    with pytest.raises(ConfigError, match="latent.top_k_image: no image embeddings to insert"):
+        text.engine(config_of(text, top_k_image=4)).generate([text.request()], sampling(20))
