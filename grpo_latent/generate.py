@@ -1,0 +1,68 @@
+"""`python -m grpo_latent.generate MODEL --prompt TEXT [--image FILE …]`: what a latent model answers, and where it thought.
+
+Prints one line of JSON a completion: text, number of latent steps of each span, why it stopped, tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from grpo_latent.errors import DataError, GrpoLatentError
+from grpo_latent.rollout.llm import ENGINES, LatentLLM
+from grpo_latent.rollout.protocol import SamplingParams
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a latent checkpoint")
+    parser.add_argument("--prompt", required=True, help="user message; <image> stands where an image goes")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="once for each <image>, in order")
+    parser.add_argument("--engine", choices=ENGINES, default="hf")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument("--device", default="cpu", help="of engine hf")
+    parser.add_argument("--num", type=int, default=1, metavar="N", help="completions")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--steps", type=int, help="latent steps a span; the checkpoint's if left out")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def read_image(path: str) -> Image.Image:
+    try:
+        return Image.open(Path(path)).convert("RGB")
+    except OSError as error:
+        raise DataError("cannot read the image", where=path, got=str(error), expected="an image file") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        images = [read_image(path) for path in args.image]
+        sampling = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
+        llm = LatentLLM(args.model, args.engine, DTYPES[args.dtype], args.device)
+        groups = llm.generate([args.prompt], [images], sampling, args.num, args.seed, args.steps)
+    except GrpoLatentError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    for trajectory in groups[0]:
+        record = {
+            "text": llm.text(trajectory),
+            "latent_steps": [span.length for span in trajectory.spans],
+            "stop_reason": trajectory.stop_reason,
+            "num_tokens": len(trajectory.token_ids),
+        }
+        print(json.dumps(record, ensure_ascii=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Inference for users: a latent checkpoint on either engine, from text and images to trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from grpo_latent.errors import ConfigError, DataError
+from grpo_latent.models.loading import load_latent_model, reading
+from grpo_latent.models.prompts import encode_prompt
+from grpo_latent.rollout.hf import HFRolloutEngine
+from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
+from grpo_latent.rollout.sampling import trajectory_seed
+from grpo_latent.trajectory import Trajectory
+
+ENGINES = ("hf", "vllm")
+
+
+class LatentLLM:
+    """A latent model that answers prompts.
+
+        llm = LatentLLM("checkpoints/lvr", engine="vllm")
+        [[trajectory]] = llm.generate(["<image>What is in the box?"], [[image]], SamplingParams(max_new_tokens=256))
+        print(llm.text(trajectory), len(trajectory.latents))
+
+    Args:
+        folder: a latent checkpoint.
+        engine: `hf` (the reference, any mechanism) or `vllm` (fast, for what `rollout.vllm` runs).
+        device: of engine hf; engine vllm takes the device that vLLM was built for.
+        overrides: fields of `LatentConfig` to replace, such as `{"steps": 4}`.
+        engine_options: further arguments of the engine's class.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        engine: str = "hf",
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        overrides: dict | None = None,
+        **engine_options,
+    ):
+        if engine not in ENGINES:
+            raise ConfigError("unknown value", where="engine", got=engine, expected=f"one of {ENGINES}")
+        if engine == "hf":
+            loaded = load_latent_model(folder, dtype, device, overrides=overrides)
+            self.tokenizer, self.processor, self.config = loaded.tokenizer, loaded.processor, loaded.config
+            self.engine = HFRolloutEngine(loaded.model, loaded.config, loaded.eos_ids, **engine_options)
+            return
+        from grpo_latent.rollout.vllm.engine import VllmRolloutEngine
+
+        self.engine = VllmRolloutEngine(folder, overrides, dtype=dtype, **engine_options)
+        self.tokenizer, self.config = self.engine.skeleton.tokenizer, self.engine.config
+        self.processor = None
+        if self.engine.adapter.has_vision:
+            with reading("processor", Path(folder)):
+                self.processor = AutoProcessor.from_pretrained(folder)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Sequence[Image.Image]] | None = None,
+        sampling: SamplingParams | None = None,
+        num_trajectories: int = 1,
+        seed: int = 0,
+        steps: int | None = None,
+    ) -> list[list[Trajectory]]:
+        """`num_trajectories` completions of each prompt.
+
+        Args:
+            prompts: user messages; `<image>` stands where an image goes.
+            images: of each prompt, in the order of its `<image>`; None if no prompt has any.
+            sampling: default 256 tokens, greedy.
+            seed: of the run; equal arguments give equal trajectories.
+            steps: latent steps a span, None for the checkpoint's.
+
+        Raises:
+            DataError: images and `<image>` do not match.
+        """
+        images = [()] * len(prompts) if images is None else images
+        if len(images) != len(prompts):
+            raise DataError(
+                "prompts and images differ in number",
+                got=f"{len(prompts)}, {len(images)}",
+                expected="one list a prompt",
+            )
+        requests = []
+        for idx, (text, pictures) in enumerate(zip(prompts, images, strict=True)):
+            messages = [{"role": "user", "content": content_parts(text)}]
+            prompt = encode_prompt(self.tokenizer, self.processor, messages, pictures, where=f"prompt {idx}")
+            seeds = [trajectory_seed(seed, 0, idx, number) for number in range(num_trajectories)]
+            requests.append(RolloutRequest(prompt.ids, seeds, prompt.images, group_id=str(idx), steps=steps))
+        return self.engine.generate(requests, sampling or SamplingParams(max_new_tokens=256, temperature=0.0))
+
+    def text(self, trajectory: Trajectory) -> str:
+        """The completion as a reader sees it: no latent span, no special token."""
+        return self.tokenizer.decode(trajectory.text_ids, skip_special_tokens=True)
+
+
+def content_parts(text: str) -> list[dict]:
+    """Parts of a chat message.
+
+    >>> content_parts("<image>What is it?")
+    [{'type': 'image'}, {'type': 'text', 'text': 'What is it?'}]
+    """
+    parts: list[dict] = []
+    for idx, piece in enumerate(text.split("<image>")):
+        parts += [{"type": "image"}] if idx else []
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts
