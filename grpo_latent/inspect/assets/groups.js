@@ -26,7 +26,7 @@ const TABLE = { sort: "step", descending: true, shown: PAGE, rows: [] };
 
 function setUpGroups() {
   if (!OVERVIEW.groups.length) {
-    byId("groups").append(el("p", { class: "hint" }, "No rollouts were dumped. Train with latent.dump_every=<steps>."));
+    byId("groups").append(el("p", { class: "hint" }, "No rollouts to show. Training with latent.dump_every=<steps> dumps them."));
     byId("look").hidden = byId("trajectory").hidden = true;
     return;
   }

@@ -12,8 +12,8 @@ function setUpCards() {
     const groups = OVERVIEW.groups.filter((g) => g.run === runIdx), find = (pattern) => Object.keys(run.metrics).find((name) => pattern.test(name));
     const card = (name, value, more, tone = "") => facts[runIdx].push({ name, value, more, tone });
     const change = (curve) => (curve ? `from ${num(firstValue(curve), 3)}, ${curve[0].length} points` : "");
-    const heldOut = run.metrics[find(/^val-core\//)], reward = run.metrics[find(/^critic\/(score|rewards)\/mean$/)];
-    if (heldOut) card("held-out", num(last(heldOut), 3), change(heldOut));
+    const heldOutName = find(/^val-core\//), heldOut = run.metrics[heldOutName], reward = run.metrics[find(/^critic\/(score|rewards)\/mean$/)];
+    if (heldOut) card(`held-out ${heldOutName.replace("val-core/", "")}`, num(last(heldOut), 3), change(heldOut));
     if (reward) card("reward, sampled", num(last(reward), 3), change(reward));
     const rate = last(run.metrics["latent/frac_rollouts"]) ?? mean(groups.map((g) => (g.spans > 0 ? 1 : 0)));
     if (rate != null) card("trajectories with latents", percent(rate), `${num(last(run.metrics["latent/steps_mean"]) ?? mean(groups.map((g) => g.steps)), 3)} latent steps each`, rate < 0.05 ? "bad" : "");

@@ -1,0 +1,99 @@
+"""Size and opening time of the inspector's page for 2,000 trajectories, in headless Chromium.
+
+    python benchmarks/inspect_page.py outputs/<run> [--trajectories 2000] [--repeats 5] [--json out.json]
+
+The run's rollout dumps are repeated under new step numbers until there are enough trajectories; checkpoint, data and
+metrics are the run's. "Open" is from navigation to a table that can be used (`document.body.dataset.ready`): median and
+largest of the repeats, each in a tab of its own. Needs Chromium with its driver, and `pip install "grpo_latent[inspect]"
+selenium`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from grpo_latent.eval.dumps import dump_files
+
+
+def repeat_dumps(run: Path, target: Path, num_trajectories: int) -> int:
+    """Links the run's files into `target`, its dumps repeated; returns the number of trajectories."""
+    target.mkdir()
+    for entry in run.resolve().iterdir():
+        if entry.name not in ("rollouts", "report.html"):
+            (target / entry.name).symlink_to(entry)
+    (target / "rollouts").mkdir()
+    steps = dump_files(run / "rollouts")
+    if not steps:
+        sys.exit(f"{run} has no rollout dumps: train with latent.dump_every=<steps>")
+    total, step = 0, 0
+    while total < num_trajectories:
+        source, step = steps[step % len(steps)], step + 1
+        records = [json.loads(line) | {"step": step} for line in source.read_text().splitlines()]
+        target_file = target / "rollouts" / f"step_{step}.jsonl"
+        target_file.write_text("".join(json.dumps(record) + "\n" for record in records))
+        shutil.copy(source.with_suffix(".safetensors"), target_file.with_suffix(".safetensors"))
+        total += len(records)
+    return total
+
+
+def time_opening(page: Path, repeats: int) -> list[float]:
+    """Seconds of each opening."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1500,1000"):
+        options.add_argument(argument)
+    driver_path = shutil.which("chromedriver")
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_path) if driver_path else None)
+    seconds = []
+    try:
+        for _ in range(repeats):
+            driver.switch_to.new_window("tab")
+            start = time.perf_counter()
+            driver.get(page.as_uri())
+            while not driver.execute_script("return document.body.dataset.ready === 'true'"):
+                time.sleep(0.01)
+            seconds.append(time.perf_counter() - start)
+            driver.close()
+            driver.switch_to.window(driver.window_handles[0])
+    finally:
+        driver.quit()
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--trajectories", type=int, default=2000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run, page = Path(folder) / options.run.resolve().name, Path(folder) / "report.html"
+        num_dumped = repeat_dumps(options.run, run, options.trajectories)
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "grpo_latent.inspect", run, "--out", page]
+        subprocess.run([*command, "--trajectories", str(num_dumped)], check=True, stdout=subprocess.DEVNULL)
+        made_s, opened_s = time.perf_counter() - start, time_opening(page, options.repeats)
+        result = {
+            "trajectories": num_dumped,
+            "page_megabytes": round(page.stat().st_size / 1e6, 2),
+            "made_s": round(made_s, 2),
+            "open_median_s": round(statistics.median(opened_s), 3),
+            "open_max_s": round(max(opened_s), 3),
+        }
+    print(json.dumps(result, indent=2))
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
