@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import islice
 from pathlib import Path
 
 import hydra
@@ -60,6 +61,9 @@ def train(config: DictConfig) -> None:
         check(config)
         OmegaConf.save(config, output_dir / CONFIG_FILE, resolve=True)
         console.print(f"output {output_dir}  log {LOG_FILE}")
+        report = check_checkpoint(config)
+        if report is not None:
+            console.print(f"preflight {report.summary()}")
         _run(config, console, output_dir / LOG_FILE)
         console.print(f"done: {config.trainer.default_local_dir}")
 
@@ -145,6 +149,37 @@ def _check_files(config: DictConfig) -> None:
             expected="a folder with config.json and latent_config.json",
             fix="Run python -m grpo_latent.sft first.",
         )
+
+
+def check_checkpoint(config: DictConfig):
+    """Loads the checkpoint once in this process and rolls out a few prompts: a `PreflightReport`, None if switched off.
+
+    Raises:
+        CheckpointError, PreflightError: RL cannot start from it.
+    """
+    settings, folder = config.latent.preflight, config.actor_rollout_ref.model.path
+    if settings.num_prompts == 0 or "://" in folder:
+        return None
+    from grpo_latent.data.rows import check_prompt, iter_verl_rows
+    from grpo_latent.rollout.preflight import PreflightPrompt, preflight
+    from grpo_latent.rollout.protocol import SamplingParams
+    from grpo_latent.verl_plugin.options import CHECKPOINT_FIELDS
+    from grpo_latent.verl_plugin.server import parse_dtype
+
+    files, rollout = config.data.train_files, config.actor_rollout_ref.rollout
+    prompts = []
+    for row, where in islice(iter_verl_rows(files if isinstance(files, str) else files[0]), settings.num_prompts):
+        messages, images = check_prompt(row, where)
+        prompts.append(PreflightPrompt(messages, [image.open() for image in images], where))
+    return preflight(
+        folder,
+        prompts,
+        min_emission_rate=settings.min_emission_rate,
+        sampling=SamplingParams(config.data.max_response_length, rollout.temperature, rollout.top_k, rollout.top_p),
+        overrides={name: config.latent[name] for name in CHECKPOINT_FIELDS if config.latent[name] is not None},
+        dtype=parse_dtype(rollout.dtype),
+        device=config.trainer.device,
+    )
 
 
 def is_attached() -> bool:

@@ -76,7 +76,10 @@ def check_cluster(required_files: list[str], output_dir: str | None = None, time
         reports = ray.get(pending, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError as error:
         raise PreflightError(
-            "nodes did not answer", where="check_cluster", got=f"no reply in {timeout_s:.0f} s", expected=f"{len(nodes)} replies"
+            "nodes did not answer",
+            where="check_cluster",
+            got=f"no reply in {timeout_s:.0f} s",
+            expected=f"{len(nodes)} replies",
         ) from error
     problems = [f"{report.node}: {problem}" for report in reports for problem in report.problems]
     if problems:

@@ -36,6 +36,7 @@ class LatentOptions:
         share_images: encode an image that several rows of a micro-batch have only once.
         rollout_timeout_s: a rollout wave that is incomplete for so long fails the run.
         output_dir: of train.log; None where the driver does not collect logs.
+        preflight: of the checkpoint, before workers start.
         reward: settings of the reward manager.
     """
 
@@ -53,6 +54,7 @@ class LatentOptions:
     share_images: bool = True
     rollout_timeout_s: float = 1800.0
     output_dir: str | None = None
+    preflight: Mapping[str, Any] = field(default_factory=dict)
     reward: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):

@@ -45,7 +45,9 @@ def check_shapes(model_name: str, response_length: int) -> dict[str, tuple[int, 
         vocab_size = model.get_output_embeddings().weight.shape[0]
         ids = dict(zip(LVR_TOKENS, range(FIRST_FREE_ID, FIRST_FREE_ID + len(LVR_TOKENS)), strict=True))
         if max(ids.values()) >= vocab_size:
-            raise ConfigError("no room for the latent tokens", where=model_name, got=vocab_size, expected=f"> {max(ids.values())}")
+            raise ConfigError(
+                "no room for the latent tokens", where=model_name, got=vocab_size, expected=f"> {max(ids.values())}"
+            )
         config = LatentConfig(
             LVR_START, LVR_LATENT, LVR_END, ids[LVR_START], ids[LVR_LATENT], ids[LVR_END],
             latent_end_token=LVR_LATENT_END, latent_end_id=ids[LVR_LATENT_END], head="glu",
@@ -60,14 +62,18 @@ def check_shapes(model_name: str, response_length: int) -> dict[str, tuple[int, 
         logits = adapter.logits(hidden[:, -1])
         vision = hf_config.vision_config
         patch_size = vision.in_chans * vision.temporal_patch_size * vision.patch_size**2
-        merged = model.model.visual.merger(torch.empty(32 * vision.spatial_merge_size**2, vision.hidden_size, dtype=torch.bfloat16))
+        merged = model.model.visual.merger(
+            torch.empty(32 * vision.spatial_merge_size**2, vision.hidden_size, dtype=torch.bfloat16)
+        )
     shapes = {
         "patch": (patch_size,), "visual token": tuple(merged.shape), "hidden": tuple(hidden.shape),
         "latent": tuple(latent.shape), "logits": tuple(logits.shape), "vocabulary": (vocab_size,),
     }  # fmt: skip
     expected = (32, adapter.hidden_size)
     if shapes["visual token"] != expected or shapes["latent"] != (1, adapter.hidden_size):
-        raise ConfigError("visual tokens and latents differ in size", where=model_name, got=shapes, expected=str(expected))
+        raise ConfigError(
+            "visual tokens and latents differ in size", where=model_name, got=shapes, expected=str(expected)
+        )
     return shapes
 
 

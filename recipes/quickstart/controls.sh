@@ -40,7 +40,7 @@ python -m grpo_latent.sft --config-dir $HERE --config-name digits_sft model.path
   loss.latent_weight=0 loss.latent_loss_norm=none
 TEXT_EVALUATION=("$TEXT_REWARD" 'ablations=[]' leak_prompts=0)
 evaluate "$OUT/control_text/sft/model" "$OUT/control_text/evaluation_sft.json" "${TEXT_EVALUATION[@]}"
-grpo "$OUT/control_text/sft/model" "$OUT/control_text/grpo" "$TEXT_REWARD" "$@"
+grpo "$OUT/control_text/sft/model" "$OUT/control_text/grpo" "$TEXT_REWARD" latent.preflight.min_emission_rate=0 "$@"
 evaluate "$(last "$OUT/control_text/grpo")" "$OUT/control_text/evaluation_grpo.json" "${TEXT_EVALUATION[@]}"
 
 python - "$OUT" "$SEED" <<'PYTHON'
