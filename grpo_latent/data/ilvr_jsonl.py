@@ -45,6 +45,11 @@ class InterleavedExample:
     answer: str
     where: str
 
+    @property
+    def has_answer(self) -> bool:
+        """The published format has no row without its answer."""
+        return True
+
 
 def read_ilvr_jsonl(path: str | Path, image_folder: str | Path | None = None) -> Iterator[InterleavedExample]:
     """Checked examples of a file, line by line; the file is never held in memory as a whole.

@@ -53,7 +53,7 @@ class LatentSFTTrainer(Trainer):
         vision_cache_bytes: int = 0,
         callbacks: Sequence[TrainerCallback] = (),
     ):
-        check_exit(latent.config.exit, loss_config.end)
+        self.check(latent, loss_config)
         self.latent, self.loss_config = latent, loss_config
         self.labelled_per_batch, self.horizon_steps = labelled_per_batch, horizon_steps
         self.adapter = ModelAdapter(latent.model)
@@ -79,6 +79,19 @@ class LatentSFTTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # the callbacks given here show the metrics
         self._undo_routing = route_sft_batches(latent.model, self._sums)
         self._metrics: dict[str, Tensor] = {}
+
+    # what another system's SFT does differently
+
+    def check(self, latent: LatentModel, loss_config: LossConfig) -> None:
+        """Raises `ConfigError` where this training does not fit the checkpoint's latents."""
+        check_exit(latent.config.exit, loss_config.end)
+
+    def collate_rows(self, rows: Sequence) -> dict[str, Tensor]:
+        return collate(rows)
+
+    def count(self, batch: dict[str, Tensor]) -> Tensor:
+        """int64 [2] on the CPU: labels and latents of a batch, which the loss is divided by."""
+        return count_items(batch)
 
     def release(self) -> None:
         """Gives the model its own forward back, in eval mode."""
@@ -123,7 +136,7 @@ class LatentSFTTrainer(Trainer):
         loader = DataLoader(
             self.train_dataset,
             batch_sampler=sampler,
-            collate_fn=collate,
+            collate_fn=self.collate_rows,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=args.dataloader_persistent_workers,
@@ -133,7 +146,7 @@ class LatentSFTTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The step's micro-batches, and int64 [2]: labels and latents of the step over all processes."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        counts = sum((count_items(batch) for batch in batches), torch.zeros(2, dtype=torch.long)).to(device)
+        counts = sum((self.count(batch) for batch in batches), torch.zeros(2, dtype=torch.long)).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
         return batches, counts
@@ -143,7 +156,7 @@ class LatentSFTTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         count_hits = (self.state.global_step + 1) % max(int(self.state.logging_steps or 1), 1) == 0
         sums = model(**{SFT_KEYWORD: inputs, "count_hits": count_hits})
-        own_counts = count_items(inputs)
+        own_counts = self.count(inputs)
         counts = own_counts if num_items_in_batch is None else num_items_in_batch
         num_labels, num_latents = counts.clamp(min=1).tolist()
         latent_terms = self.loss_config.latent_weight * sums["latent"]

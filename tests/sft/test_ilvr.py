@@ -2,12 +2,11 @@
 
 import functools
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from ilvr_cases import PLANS, record, write_images
 from latent_cases import build_case, case
-from PIL import Image
 
 from grpo_latent.data.ilvr_jsonl import parse_ilvr_record
 from grpo_latent.errors import DataError, LatentMismatchError
@@ -20,32 +19,6 @@ from grpo_latent.sft.interleaved import InterleavedEncoder, collate_interleaved,
 from grpo_latent.trajectory import PositionKind as K
 
 STEPS = 3
-
-
-def write_images(folder):
-    rng = np.random.default_rng(0)
-    for name, size in (("q", (28, 42)), ("h1", (28, 28)), ("h2", (42, 42)), ("h3", (14, 14))):
-        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{name}.png")
-
-
-def record(*plan, question="read red ?"):
-    items = [
-        {"type": "latent", "helper_image": f"{item[1:]}.png"} if item[0] == "@" else {"type": "text", "content": item}
-        for item in plan
-    ]
-    return {
-        "text_input": question,
-        "image_input": ["q.png"],
-        "sequence_plan": items,
-        "original_final_answer": "7",
-    }
-
-
-PLANS = (
-    ("read red", "@h1", "3 ?", "@h2", "<answer> 7 </answer>"),
-    ("@h3", "@h2", "blue <answer> 3 </answer>"),
-    ("<answer> 7 </answer>",),
-)
 
 
 def encoder(c, **changes):
@@ -230,7 +203,7 @@ def test_stage_2_feeds_its_own_latents_and_reaches_them_with_the_gradient(rows):
         batch = collate_interleaved(rows)
         sums = stage2_sums(c.adapter, batch, c.config(), gradient)
         sums["ce"].backward()
-        values[gradient] = (float(sums["ce"]), c.adapter.decoder.layers[0].mlp.up_proj.weight.grad.clone())
+        values[gradient] = (sums["ce"].item(), c.adapter.decoder.layers[0].mlp.up_proj.weight.grad.clone())
     assert values["cut"][0] == pytest.approx(values["bptt"][0], rel=1e-5)
     assert float((values["cut"][1] - values["bptt"][1]).norm()) > 1e-3 * float(values["bptt"][1].norm())
 
