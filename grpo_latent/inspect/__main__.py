@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -25,8 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task("heat maps", total=None)
+            dtype = getattr(torch, options.dtype)
             report = build_report(
-                runs, limits, options.device, lambda done, total: bar.update(task, completed=done, total=total)
+                runs, limits, options.device, dtype, lambda done, total: bar.update(task, completed=done, total=total)
             )
         path = options.out or options.runs[0] / "report.html"
         write_page(path, render(report, ", ".join(run.name for run in runs)))
@@ -47,6 +49,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="reads the latents; the run's newest, else its start")
     parser.add_argument("--data", type=Path, nargs="+", help="parquet files of the prompts; data.train_files")
     parser.add_argument("--device", default="cpu", help="of the checkpoint, such as cuda")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the checkpoint")
     defaults = Limits()
     parser.add_argument("--trajectories", type=int, default=defaults.trajectories, help="shown at most")
     parser.add_argument("--probe", type=int, default=defaults.probed_groups, help="groups with image and heat maps")

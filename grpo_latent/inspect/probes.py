@@ -119,7 +119,7 @@ class Prober:
 
     def __init__(self, loaded: LatentModel, temperature: float = 1.0):
         self.loaded, self.temperature = loaded, temperature
-        self.adapter = ModelAdapter(loaded.model)
+        self.adapter = ModelAdapter(loaded.model, loaded.config.positions)
         embeddings = loaded.model.get_input_embeddings().weight.detach()
         self._directions_VH = normalize(embeddings.float(), dim=-1)
         merge = getattr(getattr(loaded.model.config, "vision_config", None), "spatial_merge_size", 1)
@@ -164,8 +164,9 @@ class Prober:
                 fix="Pass the run's own checkpoint with --checkpoint.",
             )
         image_id = self.adapter.image_token_id
-        dumped = int((trajectory.prompt_ids == image_id).sum())
-        encoded = int((prompt.ids == image_id).sum())
+        if image_id is None:
+            return
+        dumped, encoded = (int((ids == image_id).sum()) for ids in (trajectory.prompt_ids, prompt.ids))
         if dumped != encoded:
             raise LatentMismatchError(
                 "the data row has another image than the dump",

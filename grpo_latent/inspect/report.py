@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+import torch
+
 from grpo_latent.errors import ConfigError, DataError, GrpoLatentError
 from grpo_latent.inspect.payload import GroupData, group_block, overview
 from grpo_latent.inspect.probes import Prober, find_rows
@@ -47,6 +49,7 @@ def build_report(
     runs: Sequence[Run],
     limits: Limits,
     device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Probes and packs. What fails for one run is written on the page and leaves the others alone."""
@@ -60,7 +63,7 @@ def build_report(
             notes.append(f"{run.name}: {num_shown} of {len(run.dump.trajectories)} dumped trajectories are shown.")
         chosen = spread(shown, limits.probed_groups // share)
         try:
-            probe_groups(run, shown, chosen, device, progress)
+            probe_groups(run, shown, chosen, device, dtype, progress)
         except (GrpoLatentError, OSError) as error:
             run.problems.append(error)
         groups += shown
@@ -90,7 +93,9 @@ def spread(groups: Sequence[GroupData], num: int) -> list[GroupData]:
     return [groups[i * len(groups) // num] for i in range(num)]
 
 
-def probe_groups(run: Run, shown: list[GroupData], chosen: list[GroupData], device: str, progress) -> None:
+def probe_groups(
+    run: Run, shown: list[GroupData], chosen: list[GroupData], device: str, dtype: torch.dtype, progress
+) -> None:
     """Fills tokens of `shown`, and rows and probes of `chosen`.
 
     Raises:
@@ -105,7 +110,7 @@ def probe_groups(run: Run, shown: list[GroupData], chosen: list[GroupData], devi
             expected="checkpoints/global_step_<n>/actor/huggingface, or actor_rollout_ref.model.path of config.yaml",
             fix="Pass one with --checkpoint.",
         )
-    loaded = load_latent_model(run.checkpoint, device=device)
+    loaded = load_latent_model(run.checkpoint, dtype=dtype, device=device)
     for group in shown:
         group.tokens = [token_texts(loaded, dumped.trajectory.token_ids.tolist()) for dumped in group.trajectories]
     rows = find_rows(run.data_files, {group.group_id for group in shown})
