@@ -8,6 +8,7 @@ config (hydra: verl's keys plus `latent:`) ──check──▶ Ray (own, or the
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from itertools import islice
@@ -205,6 +206,9 @@ def ray_arguments(config: DictConfig) -> dict:
     runtime_env.update({k: v for k, v in (given.pop("runtime_env", None) or {}).items() if v is not None})
     own = environment(config, Path(config.latent.output_dir))
     env_vars = {**runtime_env.get("env_vars", {}), "TRANSFER_QUEUE_ENABLE": "1", **own}
+    # Ray refuses variables that the submitted job has set already, and the job's reach the workers anyway
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
+    env_vars = {name: value for name, value in env_vars.items() if name not in submitted.get("env_vars", {})}
     runtime_env["env_vars"] = env_vars
     arguments = {"runtime_env": runtime_env, "log_to_driver": True}
     if is_attached():
