@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -33,8 +34,19 @@ def folded_sdpa(
     if length != 1 or num_groups == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     folded = query.reshape(batch_size, num_heads // num_groups, num_groups, head_dim)
-    output = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
+    if query.device.type == "cpu" and query.dtype == torch.float32 and attention_mask is not None:
+        output = _as_products(folded, key, value, attention_mask, scaling)
+    else:
+        output = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
     return output.reshape(batch_size, 1, num_heads, head_dim), None
+
+
+def _as_products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float | None) -> Tensor:
+    """The same by two batched products: torch's CPU kernel is made for long queries, and slower on many short ones."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    bias = bias.expand(-1, key.shape[1], -1, -1).flatten(0, 1)
+    scores = torch.baddbmm(bias, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), alpha=scaling)
+    return torch.bmm(scores.softmax(-1), value.flatten(0, 1))
 
 
 ALL_ATTENTION_FUNCTIONS.register(FOLDED_SDPA, folded_sdpa)

@@ -60,7 +60,8 @@ def test_prefilled_cache_is_not_written_to():
 @pytest.mark.parametrize(("num_heads", "num_key_heads"), [(4, 4), (4, 2), (6, 2), (6, 1)])
 @pytest.mark.parametrize("length", [1, 3])
 @pytest.mark.parametrize("with_mask", [True, False])
-def test_folded_equals_sdpa_and_plain_softmax(num_heads, num_key_heads, length, with_mask):
+@pytest.mark.parametrize("scaling", [0.3, None])
+def test_folded_equals_sdpa_and_plain_softmax(num_heads, num_key_heads, length, with_mask, scaling):
     module = nn.Module()
     module.num_key_value_groups, module.is_causal = num_heads // num_key_heads, False
     query, keys, values = (
@@ -71,12 +72,13 @@ def test_folded_equals_sdpa_and_plain_softmax(num_heads, num_key_heads, length, 
     bias = torch.where(random(5, 1, length, 7, seed=3) > 0.5, torch.finfo(torch.float32).min, 0.0)
     bias[..., 0] = 0
     bias = bias if with_mask else None
-    folded, _ = folded_sdpa(module, query, keys, values, bias, scaling=0.3)
-    reference, _ = sdpa_attention_forward(module, query, keys, values, bias, scaling=0.3)
+    folded, _ = folded_sdpa(module, query, keys, values, bias, scaling=scaling)
+    reference, _ = sdpa_attention_forward(module, query, keys, values, bias, scaling=scaling)
     torch.testing.assert_close(folded, reference, rtol=0, atol=1e-5)
+    factor = 8**-0.5 if scaling is None else scaling
     for head in range(num_heads):
         key_head = head // (num_heads // num_key_heads)
-        weights = query[:, head] @ keys[:, key_head].transpose(-1, -2) * 0.3 + (0 if bias is None else bias[:, 0])
+        weights = query[:, head] @ keys[:, key_head].transpose(-1, -2) * factor + (0 if bias is None else bias[:, 0])
         torch.testing.assert_close(folded[:, :, head], weights.softmax(-1) @ values[:, key_head], rtol=0, atol=1e-5)
 
 

@@ -105,7 +105,7 @@ def test_batch_composition_order_and_compaction_change_nothing(visibility):
             object.__setattr__(alone_request, "steps", request.steps)
             alone = engine.generate([alone_request], params)[0][0]
             for variant in (other[idx], chunked[idx], alone):
-                assert_same(group[idx], variant, atol=2e-5)
+                assert_same(group[idx], variant, atol=5e-5)
 
 
 def test_same_requests_give_bit_identical_trajectories():
@@ -135,7 +135,7 @@ def test_eager_attention_gives_the_same():
         c.model.set_attn_implementation("sdpa")
     for group, other in zip(folded, eager, strict=True):
         for a, b in zip(group, other, strict=True):
-            assert_same(a, b, atol=2e-5)
+            assert_same(a, b, atol=5e-5)
 
 
 def test_vision_runs_once_an_image_and_the_prompt_once_a_group():
@@ -163,7 +163,7 @@ def test_a_prompt_of_one_token_beside_a_prompt_with_an_image():
     alone = engine.generate([short], params)[0]
     beside = engine.generate([c.request(images=c.images(2), seeds=[1]), short], params)[1]
     for a, b in zip(alone, beside, strict=True):
-        assert_same(a, b, atol=2e-5)
+        assert_same(a, b, atol=5e-5)
 
 
 def test_no_requests_no_trajectories_and_training_mode_is_restored():
