@@ -26,7 +26,7 @@ from grpo_latent.algo.selection import NOT_CHOSEN, top_k_candidates
 from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter
 from grpo_latent.models.head import feedback
-from grpo_latent.models.replay import ReplayBatch, with_latents
+from grpo_latent.models.replay import ReplayBatch, caching_layers, with_latents
 from grpo_latent.models.selection import recording_last_row
 from grpo_latent.models.visibility import attention_bias
 from grpo_latent.models.vision_cache import VisionCache
@@ -100,7 +100,8 @@ def prefill_with_slots(
     position_ids = adapter.position_ids(input_ids_BP, valid_BP, images)
     bias = attention_bias(kinds_BP, valid_BP, "full", adapter.dtype)
     selects = top_k_image > 0 and images is not None
-    with recording_last_row(adapter.text_config) if selects else nullcontext() as recorder:
+    recording = recording_last_row(adapter.text_config) if selects else nullcontext()
+    with caching_layers(adapter.model), recording as recorder:
         with VisionCache.install(adapter.model).reuse() if selects else nullcontext():
             embeddings_MH = adapter.encode_images(images) if selects else None
             hidden_BH = adapter.forward_hidden(input_ids_BP, bias, position_ids, images, cache)[:, -1]
