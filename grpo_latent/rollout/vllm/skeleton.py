@@ -164,7 +164,7 @@ class WorkerOptions:
 
 
 def worker_options(vllm_config) -> WorkerOptions:
-    """Options that the engine sent, or, under `vllm serve`, read from the model's folder.
+    """Options that the engine sent, or, where vLLM was started without it, read from the model's folder.
 
     There `--additional-config '{"grpo_latent": {"overrides": {"steps": 4}, "max_latents": 512}}'` may change them.
     """

@@ -37,6 +37,14 @@ class _LatentWorker:
 
     def load_model(self, *args, **kwargs):
         super().load_model(*args, **kwargs)
+        if not getattr(type(self.model_runner.get_model()), "is_latent", False):
+            raise PluginError(
+                "vLLM had resolved its own model class before this worker started",
+                where="worker",
+                got="a worker process of its own, as under vllm serve",
+                expected="vLLM in the process of VllmRolloutEngine",
+                fix="Use LatentLLM(folder, engine='vllm'); serving over HTTP is not supported yet.",
+            )
         self.model_runner.get_model().latent_parameters.check_loaded(self.vllm_config.model_config.model)
         install(self.model_runner, worker_options(self.vllm_config))
 

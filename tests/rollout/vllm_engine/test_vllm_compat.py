@@ -100,3 +100,15 @@ def test_worker_options_survive_json_and_are_read_from_the_folder_otherwise(fold
     Config.additional_config = {"grpo_latent": {"step": 9}}
     with pytest.raises(ConfigError, match=r"unknown option.*\['step'\]"):
         worker_options(Config)
+
+
+@pytest.mark.vllm
+def test_a_worker_with_vllms_own_model_class_is_refused(folder, monkeypatch):
+    """As in a worker process of its own, where vLLM resolves the class before our worker can register one."""
+    from grpo_latent.rollout.vllm import model, worker
+    from grpo_latent.rollout.vllm.engine import VllmRolloutEngine
+
+    monkeypatch.setattr(worker, "register_latent_model", lambda architecture: None)
+    monkeypatch.setattr(model, "register_latent_model", lambda architecture: None)
+    with pytest.raises(PluginError, match="resolved its own model class"):
+        VllmRolloutEngine(folder, max_model_len=128, enforce_eager=True)

@@ -154,7 +154,7 @@ def test_features_that_latents_do_not_go_through_are_refused(tmp_path, options, 
 
 
 def test_the_worker_refuses_them_too(tmp_path, monkeypatch):
-    """Under `vllm serve` no engine of ours looks at the options first."""
+    """Where vLLM was started without our engine, nothing else looks at the options."""
     case = build_vllm_case("qwen2", tmp_path)
     monkeypatch.setattr("grpo_latent.rollout.vllm.engine.check_options", lambda options: None)
     with pytest.raises(ConfigError, match="lora_config: .*expected off"):
