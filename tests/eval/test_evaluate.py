@@ -83,6 +83,7 @@ def test_report_against_a_recount(loaded, reward_file):
         sum(text_of(loaded, t) == p.ground_truth for t, p in zip(zeroed, prompts, strict=True)) / 10
     )
     sampled = [t for p, group in zip(prompts, e.generate(prompts, None, 3), strict=True) for t in group]
+    assert len({t.seed for t in sampled}) == 30, "no two trajectories share their draws"
     truths = [p.ground_truth for p in prompts for _ in range(3)]
     expected = sum(text_of(loaded, t) == truth for t, truth in zip(sampled, truths, strict=True)) / 30
     assert report["sampled"] == {"accuracy": pytest.approx(expected), "n": 3}
