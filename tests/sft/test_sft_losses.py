@@ -57,8 +57,8 @@ def test_variance_is_over_vectors_then_averaged_over_features():
 
 def test_hits_compare_with_the_rows_own_visual_tokens():
     visual = torch.tensor([[0.0], [10.0], [1.0], [11.0]])  # rows of two tokens each
-    predicted = torch.tensor([[9.0], [9.0], [0.9], [0.9]])
-    roi, rows = torch.tensor([1, 0, 2, -1]), torch.tensor([0, 0, 1, 1])
+    predicted = torch.tensor([[9.0], [9.0], [10.1], [0.9]])  # the third is nearer to a token of the other row
+    roi, rows = torch.tensor([1, 0, 3, -1]), torch.tensor([0, 0, 1, 1])
     hits = nearest_target_hits(predicted, roi, rows, visual, torch.tensor([2, 2]))
     assert hits.tolist() == [True, False, True, False]
 

@@ -259,6 +259,16 @@ def test_a_run_with_other_settings_is_not_resumed(inputs, tmp_path):
         run(inputs, tmp_path, **{"trainer.resume_from_checkpoint": str(tmp_path / "checkpoint-9")})
 
 
+def test_resuming_from_a_damaged_checkpoint_is_refused(inputs, tmp_path):
+    run(inputs, tmp_path, **{"trainer.max_steps": 3})
+    path = tmp_path / "checkpoint-3" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["lvr_head.mlp.0.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="weights are missing.*lvr_head.mlp.0.weight"):
+        run(inputs, tmp_path)
+
+
 def test_output_over_the_input_is_refused(inputs, tmp_path):
     for key in ("trainer.output_dir", "model.save_path"):
         with pytest.raises(ConfigError, match="would be overwritten"):
