@@ -148,8 +148,9 @@ class HFRolloutEngine:
     def _generate_chunk(self, requests: list[RolloutRequest], sampling: SamplingParams) -> list[list[Trajectory]]:
         batch_class = SlotDecodingBatch if self.config.trigger == "prompt_slots" else DecodingBatch
         batch = batch_class(self.adapter, self.config, self._rules, requests, sampling)
-        # the prefill is over: transformers makes masks for implementations that it knows by name only
-        with folded_attention(self.adapter.text_config):
+        # the prefill is over: transformers makes masks for implementations that it knows by name only, and encoded images
+        # may outlive the rollout, which tensors of inference mode (5 % faster here) must not
+        with folded_attention(self.adapter.text_config), torch.inference_mode():
             for position in range(sampling.max_new_tokens):
                 embeds_NH = batch.choose(position)
                 if embeds_NH is None:

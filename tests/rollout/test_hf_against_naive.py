@@ -3,11 +3,14 @@
 Not covered here: exits other than `steps` (test_hf_spans.py) and truncated sampling (test_sampling.py).
 """
 
+from functools import partial
+
 import pytest
 import slow_reading
 import torch
 from latent_cases import ALL_NAMES, TEXT_NAMES, case, sampling
 
+from grpo_latent.models.attention import FOLDED_SDPA
 from grpo_latent.trajectory import PositionKind as K
 
 TEMPERATURE = 2.0
@@ -164,6 +167,46 @@ def test_a_prompt_of_one_token_beside_a_prompt_with_an_image():
     beside = engine.generate([c.request(images=c.images(2), seeds=[1]), short], params)[1]
     for a, b in zip(alone, beside, strict=True):
         assert_same(a, b, atol=5e-5)
+
+
+def test_start_with_id_zero():
+    """0 is also what stands at the positions of rows that have stopped: those must not open spans."""
+    c = case("qwen2")
+    config = c.config().replace(start_id=0, start_token="<|endoftext|>")
+    sampled = ("<|endoftext|>", "<|im_end|>", "7")
+    request = c.request(seeds=range(24))
+    group = c.engine(config, sampled).generate([request], sampling(12, temperature=TEMPERATURE))[0]
+    assert {len(t.token_ids) for t in group} > {12} and sum(len(t.spans) for t in group) > 4
+    for seed in range(24):
+        ids = [c.token_id(token) for token in sampled]
+        naive = slow_reading.rollout(c, config, request, seed, sampling(12, temperature=TEMPERATURE), ids)
+        assert group[seed].token_ids.tolist() == naive["token_ids"] and group[seed].kinds.tolist() == naive["kinds"]
+
+
+def test_prefill_and_decoding_use_the_attention_meant_for_them(monkeypatch):
+    """Folded attention has no mask of its own making, so the prefill must not run in it; decoding should."""
+    c, seen = case("qwen2_5_vl"), {}
+    engine = c.engine()
+
+    def observed(name, inner, *args):
+        seen[name] = engine.adapter.text_config._attn_implementation
+        return inner(*args)
+
+    for name in ("forward_hidden", "decode_hidden"):
+        monkeypatch.setattr(engine.adapter, name, partial(observed, name, getattr(engine.adapter, name)))
+    engine.generate([c.request(images=c.images(1))], sampling(3))
+    assert seen == {"forward_hidden": "sdpa", "decode_hidden": FOLDED_SDPA}
+
+
+def test_trajectories_are_ordinary_tensors():
+    """Training differentiates through what a rollout recorded, so nothing of inference mode may leave the engine."""
+    c = case("qwen2_5_vl")
+    trajectory = next(t for t in rollouts(c, "full")[1][0] if t.spans)
+    for value in vars(trajectory).values():
+        assert not isinstance(value, torch.Tensor) or not value.is_inference()
+    weight = torch.ones(32, requires_grad=True)
+    (trajectory.latents * weight).sum().backward()
+    assert weight.grad is not None
 
 
 def test_no_requests_no_trajectories_and_training_mode_is_restored():
