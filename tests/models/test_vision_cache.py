@@ -53,6 +53,18 @@ def test_features_are_those_of_the_tower(name, max_bytes):
     assert cache.num_requested == 10
 
 
+@pytest.mark.parametrize("max_bytes", [0, 1 << 20])
+def test_images_of_the_same_numbers_in_another_order_are_two(max_bytes):
+    item, plain, model = fresh("qwen2_5_vl")
+    freeze(model)
+    cache = VisionCache.install(model, max_bytes)
+    image = item.images(1)
+    mirrored = ImageInputs(image.pixel_values.flip(0), image.image_grid_thw)
+    images = ImageInputs.concat([image, mirrored])
+    torch.testing.assert_close(features(model, images)[0], features(plain, images)[0], rtol=1e-5, atol=1e-5)
+    assert cache.num_encoded == 2
+
+
 @pytest.mark.parametrize("name", VL_NAMES)
 def test_whole_forward_is_the_same(name):
     item, plain, model = fresh(name)

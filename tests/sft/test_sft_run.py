@@ -133,6 +133,8 @@ def test_three_steps_and_three_more_are_six(inputs, tmp_path, options):
     # a save that was killed: it has weights, but the Trainer's state was not written yet
     shutil.copytree(halves / "checkpoint-3", halves / "checkpoint-5")
     (halves / "checkpoint-5" / "trainer_state.json").unlink()
+    with (halves / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 9.0}\n{"step": 5, "lo')
     result = run(inputs, halves, **options)
     assert result.steps == 6
     assert same_tensors(load_file(whole / "model/model.safetensors"), load_file(halves / "model/model.safetensors"))
