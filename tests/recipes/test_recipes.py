@@ -1,0 +1,96 @@
+"""What can be seen of the recipes without running them: configs that compose, shapes that hold, the summary's contract.
+
+Does not cover: run.sh and controls.sh, which are run by hand (README has their results).
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from grpo_latent.errors import ConfigError
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+FIRST_FREE_ID = 151665  # the size of Qwen2.5-VL's tokenizer before the latent tokens
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def lvr():
+    return load(RECIPES / "lvr" / "validate.py")
+
+
+def test_lvr_validates_on_the_real_configs(lvr, capsys):
+    """Qwen2.5-VL 3B and 7B as published, on the meta device: no weights."""
+    lvr.main([])
+    out = capsys.readouterr().out
+    assert "lvr_grpo and lvr_sft: valid" in out
+    assert "7b: patch [1176], visual token [32, 3584]" in out and "logits [1, 152064]" in out
+    assert "3b: patch [1176], visual token [32, 2048]" in out and "logits [1, 151936]" in out
+
+
+def test_lvr_refuses_what_cannot_train(lvr):
+    with pytest.raises(ConfigError, match="rollout.n: a group of one"):
+        lvr.main(["actor_rollout_ref.rollout.n=1"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["vision_config"].update(out_hidden_size=1024), "visual tokens and latents differ in size"),
+        (lambda c: c.update(vocab_size=FIRST_FREE_ID), "no room for the latent tokens"),
+    ],
+    ids=["another vision tower", "a vocabulary without spare rows"],
+)
+def test_shapes_that_do_not_fit_are_named(lvr, change, message, tmp_path, monkeypatch):
+    config = json.loads((RECIPES / "lvr" / "models" / "qwen2_5_vl_3b.json").read_text())
+    change(config)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "qwen2_5_vl_3b.json").write_text(json.dumps(config))
+    monkeypatch.setattr(lvr, "HERE", tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        lvr.check_shapes("qwen2_5_vl_3b", 8)
+
+
+def write_run(out):
+    """What a finished quickstart leaves; step 1 is logged twice, as by a run that died and was resumed."""
+    (out / "grpo").mkdir()
+    steps = [
+        (0, {"val-core/digits/acc/mean@1": 0.4}),
+        (1, {"critic/score/mean": 0.1, "latent/replay_logp_gap_max": 9.0, "training/rollout_probs_diff_max": 0.1}),
+        (1, {"critic/score/mean": 0.5, "latent/replay_logp_gap_max": 2e-6, "training/rollout_probs_diff_max": 1e-6}),
+        (2, {"critic/score/mean": 0.9, "latent/replay_logp_gap_max": 1e-6, "training/rollout_probs_diff_max": 3e-6}),
+    ]
+    lines = [json.dumps({"step": step, "data": data}) for step, data in steps]
+    (out / "grpo" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (out / "grpo" / "config.yaml").write_text("actor_rollout_ref: {rollout: {name: hf_latent}}\n")
+    ablations = {"own": 0.95, "zero": 0.1, "noise": 0.1, "shuffle": 0.12, "oracle": 0.97}
+    for name, accuracy in (("sft", 0.4), ("grpo", 0.95)):
+        report = {"greedy": {"accuracy": accuracy}, "sampled": {"accuracy": accuracy}, "ablations": ablations}
+        report |= {"follow": 0.9, "hit": 1.0, "leak": 0.0}
+        (out / f"evaluation_{name}.json").write_text(json.dumps(report))
+
+
+def test_the_quickstarts_summary_keeps_its_contract(tmp_path):
+    module = load(RECIPES / "quickstart" / "summarize.py")
+    write_run(tmp_path)
+    summary = module.summarize(tmp_path, seed=3, grpo_seconds=80.0, seconds_total=240.0)
+    assert summary["sft"]["heldout_accuracy"] == 0.4
+    assert {name: summary["grpo"][name] for name in ("heldout_accuracy", "steps", "seconds")} == {
+        "heldout_accuracy": 0.95,
+        "steps": 2,
+        "seconds": 80.0,
+    }
+    assert list(summary["ablations"]) == ["own", "zero", "noise", "shuffle", "oracle"]
+    assert summary["replay_logp_gap_max"] == 2e-6 and summary["rollout_probs_diff_max"] == 3e-6
+    assert (summary["seed"], summary["rollout_engine"], summary["seconds_total"]) == (3, "hf", 240.0)
+    assert {"torch", "verl", "ray"} <= summary["versions"].keys()
+    json.dumps(summary)
+    assert module.plot(tmp_path, summary).read_bytes().startswith(b"\x89PNG")
