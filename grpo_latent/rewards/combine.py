@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from grpo_latent.errors import RewardError
 from grpo_latent.rewards.functions import FunctionSpec
 from grpo_latent.rewards.outcome import Outcome
 
@@ -47,30 +46,3 @@ def combine(specs: Sequence[FunctionSpec], outcomes: Sequence[Outcome]) -> Combi
         failures = [("+".join(terms), Outcome("inf", detail=f"the weighted sum of {terms}"))]
         return Combined(None, terms, extras, failures)
     return Combined(score, terms, extras, [])
-
-
-def reward_metrics(infos: Sequence[dict]) -> dict[str, float]:
-    """Metrics of a batch from its trajectories' `RewardResult.info()`.
-
-        rewards/<name>/mean, rewards/<name>/std     over the trajectories that have the term; std with ddof 0
-        rewards/errors/<kind>                       number of trajectories on which a function failed so
-        rewards/dropped                             number of trajectories left out of training
-
-    `score` of a dropped trajectory is a stand-in and enters no mean.
-    """
-    metrics = {f"rewards/errors/{kind}": 0.0 for kind in RewardError.KINDS}
-    metrics["rewards/dropped"] = float(sum(info.get("dropped", 0.0) for info in infos))
-    values: dict[str, list[float]] = {}
-    for info in infos:
-        if info.get("reward_error"):
-            metrics[f"rewards/errors/{info['reward_error']}"] += 1
-        for key, value in info.items():
-            is_number = isinstance(value, int | float)
-            if key in ("dropped", "acc") or not is_number or (key == "score" and info.get("dropped")):
-                continue
-            values.setdefault(key, []).append(float(value))
-    for key, numbers in values.items():
-        mean = math.fsum(numbers) / len(numbers)
-        metrics[f"rewards/{key}/mean"] = mean
-        metrics[f"rewards/{key}/std"] = math.sqrt(math.fsum((x - mean) ** 2 for x in numbers) / len(numbers))
-    return metrics

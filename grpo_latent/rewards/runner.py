@@ -115,11 +115,6 @@ class RewardRunner:
                 combined = [c for chunk in pool.map(self._run_chunk, chunks) for c in chunk]
         return [self._settle(item, c) for item, c in zip(items, combined, strict=True)]
 
-    def metrics(self) -> dict[str, float]:
-        """Counts since the start: `rewards/errors/<kind>`, `rewards/dropped`."""
-        counts = {f"rewards/errors/{kind}": float(n) for kind, n in self.errors.items()}
-        return {**counts, "rewards/dropped": float(self.num_dropped)}
-
     def close(self) -> None:
         for process in self._processes:
             process.close()

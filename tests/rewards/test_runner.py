@@ -71,7 +71,7 @@ def test_scores_come_back_in_order(runner):
     results = runner.score_many(items(*(f"score {i}" for i in range(20))))
     assert [r.score for r in results] == list(range(20))
     assert runner.score_many([]) == []
-    assert not any(runner.metrics().values())
+    assert not any(runner.errors.values()) and runner.num_dropped == 0
 
 
 def test_dict_results_are_reported_by_name(runner):
@@ -105,8 +105,7 @@ def test_each_failure_is_typed_counted_and_costs_no_other_call(path, text, kind,
         assert [r.score for r in results if not r.dropped] == [1, 2, 3]
         assert [r.error_kind for r in results] == ["", kind, "", kind, ""]
         assert results[1].terms == {"mine": None} and results[1].info()["dropped"] == 1.0
-        counted = {name: n for name, n in runner.metrics().items() if n}
-        assert counted == {f"rewards/errors/{kind}": 2, "rewards/dropped": 2}
+        assert {name: n for name, n in runner.errors.items() if n} == {kind: 2} and runner.num_dropped == 2
     with RewardRunner([FunctionSpec(path)], timeout_s=1.0) as runner:
         with pytest.raises(RewardError, match="group g, trajectory 1") as caught:
             runner.score_many(items("score 1", text))
@@ -118,7 +117,7 @@ def test_each_failure_is_typed_counted_and_costs_no_other_call(path, text, kind,
 def test_policy_score_gives_the_configured_reward(runner):
     results = runner.score_many(items("raise", "score 1"))
     assert [(r.score, r.dropped, r.error_kind) for r in results] == [(-2.0, False, "exception"), (1.0, False, "")]
-    assert runner.metrics()["rewards/errors/exception"] == 1 and runner.metrics()["rewards/dropped"] == 0
+    assert runner.errors["exception"] == 1 and runner.num_dropped == 0
 
 
 def test_a_timeout_kills_the_process_and_what_it_started(runner, tmp_path):
