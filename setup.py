@@ -39,6 +39,7 @@ setup(
         ],
         "sft": ["accelerate", "datasets", "peft"],
         "reward": ["math-verify"],
+        "vllm": ["vllm==0.24.0"],  # the CUDA build, as verl 0.9.1 pins it; `make vllm` adds the CPU build
         "embedded": ["scikit-learn", "matplotlib", "pyarrow", "pandas"],
         "inspect": ["plotly>=6", "jinja2", "pyarrow"],
         "dev": ["pytest", "hypothesis", "ruff", "selenium"],

@@ -1,4 +1,4 @@
-"""`python -m grpo_latent.generate MODEL --prompt TEXT [--image FILE …]`: what a latent model answers, and where it thought.
+"""`python -m grpo_latent.generate MODEL --prompt TEXT [--image FILE …]`: what a latent model answers, and its latent steps.
 
 Prints one line of JSON a completion: text, number of latent steps of each span, why it stopped, tokens.
 """
