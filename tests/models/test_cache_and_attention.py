@@ -15,7 +15,7 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def filled_caches(row_to_prompt, capacity=9, num_layers=2, prompt_length=4):
+def filled_caches(row_to_prompt, capacity=24, num_layers=2, prompt_length=4):
     """A `RolloutCache` and a `DynamicCache` repeated by hand."""
     prefilled, expanded = DynamicCache(), DynamicCache()
     for layer in range(num_layers):
@@ -28,15 +28,16 @@ def filled_caches(row_to_prompt, capacity=9, num_layers=2, prompt_length=4):
 def test_updates_equal_a_dynamic_cache():
     row_to_prompt = torch.tensor([0, 0, 2, 1, 1])
     ours, reference = filled_caches(row_to_prompt)
-    addresses = [layer.keys.data_ptr() for layer in ours.layers]
-    for step in range(5):
+    addresses = set()
+    for step in range(20):
         for layer in range(2):
             new = random(5, 2, 1, 8, seed=100 + 10 * step + layer), random(5, 2, 1, 8, seed=200 + 10 * step + layer)
             for a, b in zip(ours.update(*new, layer), reference.update(*new, layer), strict=True):
                 assert torch.equal(a, b)
         assert ours.get_seq_length() == reference.get_seq_length() == 5 + step
-    assert [layer.keys.data_ptr() for layer in ours.layers] == addresses, "written in place"
-    assert ours.layers[0].get_max_cache_shape() == 9
+        addresses.add(ours.layers[0].keys.data_ptr())
+    assert len(addresses) <= 3, "grows seldom, and is written in place between"
+    assert ours.layers[0].get_max_cache_shape() == ours.layers[0].keys.shape[2] == 24
 
 
 def test_keep_rows():
