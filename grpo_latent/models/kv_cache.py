@@ -8,7 +8,6 @@ on CPU), and batches that stop early never need it.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
