@@ -11,7 +11,6 @@ from __future__ import annotations
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-
 MIN_GROWTH = 8  # positions
 
 
