@@ -62,9 +62,8 @@ def train(config: DictConfig) -> None:
         check(config)
         OmegaConf.save(config, output_dir / CONFIG_FILE, resolve=True)
         console.print(f"output {output_dir}  log {LOG_FILE}")
-        report = check_checkpoint(config)
-        if report is not None:
-            console.print(f"preflight {report.summary()}")
+        if config.trainer.device == "cpu":
+            _report_preflight(check_checkpoint(config), console)
         _run(config, console, output_dir / LOG_FILE)
         console.print(f"done: {config.trainer.default_local_dir}")
 
@@ -183,6 +182,11 @@ def check_checkpoint(config: DictConfig):
     )
 
 
+def _report_preflight(report, console) -> None:
+    if report is not None:
+        console.print(f"preflight {report.summary()}")
+
+
 def is_attached() -> bool:
     """Whether a Ray cluster is there already: inside `ray job submit`, or RAY_ADDRESS is set."""
     return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
@@ -214,7 +218,8 @@ def ray_arguments(config: DictConfig) -> dict:
     if is_attached():
         return arguments
     # loopback only (see `stay_on_loopback`); token authentication is Ray's default, it makes the token file itself
-    return {"_node_ip_address": "127.0.0.1", "include_dashboard": False, **arguments, **given}
+    # `local`: without an address, Ray would join whatever cluster runs on this machine
+    return {"address": "local", "_node_ip_address": "127.0.0.1", "include_dashboard": False, **arguments, **given}
 
 
 def _run(config: DictConfig, console, log_path: Path) -> None:
@@ -228,6 +233,9 @@ def _run(config: DictConfig, console, log_path: Path) -> None:
     ray.init(**ray_arguments(config))
     try:
         check_cpus(config)
+        if config.trainer.device != "cpu":  # the driver may have no GPU, and must not keep one's memory
+            on_gpu = ray.remote(num_gpus=1, max_calls=1)(check_checkpoint)
+            _report_preflight(ray.get(on_gpu.remote(config)), console)
         board = start_board()
         runner = TaskRunnerV1.remote()
         run_ref = runner.run.remote(config)

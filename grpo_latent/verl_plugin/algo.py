@@ -101,7 +101,7 @@ def grpo_latent_policy_loss(
         aggregation=AGGREGATION_OF_MODE[loss_agg_mode],
         clip_low=config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low,
         clip_high=config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high,
-        clip_ratio_c=_get(config, "clip_ratio_c", 3.0),
+        clip_ratio_c=config.get("clip_ratio_c", 3.0),  # null switches dual clip off
         weights_BT=rollout_is_weights,
     )
     metrics = {

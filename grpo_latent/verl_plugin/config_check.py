@@ -8,8 +8,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from grpo_latent.errors import ConfigError
 from grpo_latent.verl_plugin.options import LatentOptions
-from grpo_latent.verl_plugin.registration import AGENT_LOOP_NAME, ROLLOUT_NAME, TRAINER_MODE
+from grpo_latent.verl_plugin.registration import AGENT_LOOP_NAME, ALGORITHM_NAME, ROLLOUT_NAME, TRAINER_MODE
 
+REWARD_MANAGER = "grpo_latent"
 MANAGER = "grpo_latent.verl_plugin.agent_loop.LatentAgentLoopManager"
 
 
@@ -49,12 +50,24 @@ def _check_parts(config: DictConfig) -> None:
     _require(config, f"{rollout}.agent.agent_loop_manager_class", (MANAGER,), "not a manager for latents")
     _require(config, f"{rollout}.tensor_model_parallel_size", (1,), "engine hf runs on one device")
     _require(config, f"{rollout}.calculate_log_probs", (True,), "the replay gap needs the rollout's log-probs")
+    _require(config, "reward.reward_manager.name", (REWARD_MANAGER,), "rewards must not see latent spans")
+    dropping = OmegaConf.select(config, "latent.reward.on_error", default="raise") == "drop"
+    if dropping and not str(config.algorithm.adv_estimator).startswith(ALGORITHM_NAME):
+        raise ConfigError(
+            "a dropped trajectory would count as reward 0",
+            where="algorithm.adv_estimator",
+            got=config.algorithm.adv_estimator,
+            expected=f"{ALGORITHM_NAME} or {ALGORITHM_NAME}_rloo with latent.reward.on_error=drop",
+        )
     unsupported = {
         "algorithm.filter_groups.enable": "refills depend on timing, so runs would not repeat",
         "trainer.v1.sampler.sync_refill_failed_groups": "failed rollouts stop the run",
         "actor_rollout_ref.model.use_fused_kernels": "the latent engine reads logits",
         "actor_rollout_ref.actor.use_prefix_grouper": "rows are replayed one by one",
         "critic.enable": "advantages are group-relative",
+        "algorithm.rollout_correction.bypass_mode": "old log-probs must be replayed, or the replay gap is always 0",
+        "actor_rollout_ref.rollout.multi_turn.enable": "a trajectory is one completion",
+        "actor_rollout_ref.rollout.ignore_eos": "a completion ends at EOS",
         "reward.reward_model.enable_resource_pool": "not tried with latents",
         "data.apply_chat_template_kwargs": "prompts are made as SFT makes them",
         "data.mm_processor_kwargs": "prompts are made as SFT makes them",
@@ -134,6 +147,10 @@ def _check_batches(config: DictConfig) -> None:
                 log_prob_micro,
             ),
         ]
+        if actor.use_kl_loss or config.algorithm.use_kl_in_reward:
+            ref_key = "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu"
+            ref_micro = OmegaConf.select(config, ref_key)
+            checks.append(("rows of a batch a rank", prompts * group_size // world_size, ref_key, ref_micro))
     for what, number, divisor_key, divisor in checks:
         if divisor is None:
             raise ConfigError("not set", where=divisor_key, expected=f"a divisor of {what}={number}")

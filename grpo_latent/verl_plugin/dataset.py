@@ -29,8 +29,19 @@ class LatentDataset(RLHFDataset):
     """
 
     def maybe_filter_out_long_prompts(self, dataframe=None):
-        for index, row in enumerate(dataframe):
-            check_prompt(row, where=f"{', '.join(self.original_data_files)} row {index}")
+        files, seen = ", ".join(self.original_data_files), {}
+        for number, row in enumerate(dataframe):
+            check_prompt(row, where=f"{files} row {number}")
+            index = (row.get("extra_info") or {}).get("index")
+            if index is not None and index in seen:
+                raise DataError(
+                    "two rows have one index",
+                    where=f"{files} rows {seen[index]} and {number}, extra_info.index",
+                    got=index,
+                    expected="an index that is unique over all files: it seeds the row's trajectories and names its dumps",
+                    fix="Number the rows of the second file on from the first.",
+                )
+            seen[index] = number
         kept = super().maybe_filter_out_long_prompts(dataframe)
         if len(kept) == 0:
             raise DataError(

@@ -66,8 +66,8 @@ SHORT_NAMES = {
 
 
 def held_out(metrics: dict[str, float]) -> float | None:
-    """verl's main validation metric, averaged over the data sources."""
-    values = [value for name, value in metrics.items() if name.startswith("val-core/")]
+    """verl's main validation metric, averaged over the data sources; its best-of-n and spread are left out."""
+    values = [value for name, value in metrics.items() if name.startswith("val-core/") and "/mean@" in name]
     return sum(values) / len(values) if values else None
 
 

@@ -81,6 +81,7 @@ def test_resources_are_stated_for_a_ray_of_our_own_only(tmp_path, monkeypatch):
     config = make_config(tmp_path, tmp_path)
     own = ray_arguments(config)
     assert own["num_cpus"] == 16 and own["_node_ip_address"] == "127.0.0.1"
+    assert own["address"] == "local"  # else Ray joins a cluster that happens to run here
     assert own["runtime_env"]["env_vars"]["VERL_PLATFORM"] == "cpu"
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     assert set(ray_arguments(config)) == {"runtime_env", "log_to_driver"}
