@@ -1,4 +1,4 @@
-"""`python -m grpo_latent.check_cluster --require FILE … --output-dir DIR`: can a job with these paths run on this cluster?"""
+"""Can a job with these paths run on this cluster? `python -m grpo_latent.check_cluster --require FILE … --output-dir DIR`"""
 
 from __future__ import annotations
 

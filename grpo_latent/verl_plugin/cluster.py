@@ -88,6 +88,6 @@ def check_cluster(required_files: list[str], output_dir: str | None = None, time
             where="check_cluster",
             got="; ".join(problems),
             expected="package, plug-in and files on every node",
-            fix="Mount data and model at the same path on every node, and pass --working-dir and a pip or image with grpo_latent.",
+            fix="Mount data and model at the same path on every node; ship grpo_latent by --working-dir, pip or image.",
         )
     return reports

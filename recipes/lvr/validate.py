@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import grpo_latent.train  # noqa: F401  (puts verl's configs on hydra's search path)
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.config import LatentConfig
-from grpo_latent.models.adapter import ImageInputs, ModelAdapter
+from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.head import attach_latent_modules, feedback
 from grpo_latent.models.tokens import LVR_END, LVR_LATENT, LVR_LATENT_END, LVR_START, LVR_TOKENS
 from grpo_latent.models.visibility import attention_bias

@@ -189,6 +189,7 @@ def ray_head(tmp_path, local_ray):
     try:
         yield script, f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", auth
     finally:
+        # `ray stop` cannot name a cluster: it ends every Ray of this user on this machine, as README warns
         run_command([script, "stop", "--force"], tmp_path, **auth)
 
 
@@ -205,7 +206,6 @@ def test_jobs_stock_trainer_and_own_ray_continue_each_other(ray_head, inputs, tm
         text=True,
     )
     assert denied.returncode != 0 and "uth" in denied.stdout + denied.stderr  # 401/403, whatever ray calls it
-    submit[-3:-3] = []
     runtime_env = json.dumps({"env_vars": {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}})
     submit[submit.index("--") : submit.index("--")] = ["--runtime-env-json", runtime_env]
     out = run_command([*submit, *arguments], tmp_path / "cwd", **auth)
