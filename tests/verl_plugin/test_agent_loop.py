@@ -97,6 +97,7 @@ def test_a_group_carries_what_replays_it(parts):
         kinds = fields["position_kinds"]
         assert kinds.shape == ids.shape and torch.equal(fields["latent_mask"].bool(), kinds == PositionKind.LATENT)
         assert fields["latent_embeds"].shape == (int(fields["latent_mask"].sum()), adapter.hidden_size)
+        assert torch.equal(kinds[: len(fields["prompts"])], adapter.prompt_kinds(fields["prompts"]))
         completion = kinds[len(fields["prompts"]) :]
         acted = (completion == PositionKind.TEXT) | (completion == PositionKind.START)
         assert torch.equal(fields["response_mask"].bool(), acted)

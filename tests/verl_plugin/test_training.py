@@ -12,14 +12,17 @@ world size 1, a Ray head on loopback with token authentication:
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import ray
 import tiny_run
 import torch
+from engine_helpers import free_port
 
 from grpo_latent.errors import ReplayGapError, RewardError
 from grpo_latent.models.loading import load_latent_model
@@ -43,6 +46,7 @@ def local_ray(inputs, tmp_path_factory):
     own = environment(config, Path(config.latent.output_dir))
     env_vars = {name: own[name] for name in ("VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES", "OMP_NUM_THREADS")}
     ray.init(
+        address="local",  # not one that happens to run on this machine
         num_cpus=16,
         include_dashboard=False,
         object_store_memory=300_000_000,
@@ -162,42 +166,84 @@ def test_failures_stop_the_run_with_their_own_error(local_ray, inputs, tmp_path,
     assert not (tmp_path / "checkpoints").exists()
 
 
-def run_command(command, cwd, **env):
+def clean_environment() -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("VERL_", "RAY_"))}
-    done = subprocess.run(
-        command, cwd=cwd, env={**clean, "OMP_NUM_THREADS": "1", **env}, capture_output=True, text=True, timeout=600
-    )
+    return {**clean, "OMP_NUM_THREADS": "1"}
+
+
+def run_command(command, cwd, **env):
+    env = {**clean_environment(), **env}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
+def wait_for_jobs(script: str, dashboard: str, folder: Path, auth: dict, timeout_s: float = 180) -> None:
+    """A head answers some seconds before its agent takes jobs ("No available agent to submit job")."""
+    deadline = time.monotonic() + timeout_s
+    command = [script, "job", "submit", "--address", dashboard, "--", "true"]
+    while True:
+        done = subprocess.run(command, cwd=folder, env={**os.environ, **auth}, capture_output=True, text=True)
+        if done.returncode == 0:
+            return
+        assert time.monotonic() < deadline, done.stdout + done.stderr
+        time.sleep(1)
+
+
+class RayHead:
+    """A Ray head on loopback, with its own token, in the foreground of a process of ours.
+
+    `ray stop` would not do: it ends every Ray of this user on this machine.
+    """
+
+    def __init__(self, folder: Path):
+        token = folder / "token"
+        token.write_text("f00d" * 16)
+        self.auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        self.script = str(Path(sys.executable).parent / "ray")
+        port, dashboard, agent = free_port(), free_port(), free_port()
+        self.address, self.dashboard = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
+        self.process = subprocess.Popen(
+            [self.script, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4"]
+            + [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--disable-usage-stats"]
+            + [f"--dashboard-agent-listen-port={agent}"],
+            cwd=folder,
+            env={**clean_environment(), **self.auth},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            wait_for_jobs(self.script, self.dashboard, folder, self.auth)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        self.process.terminate()  # the command then ends the processes that it has started
+        try:
+            self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
 @pytest.fixture
 def ray_head(tmp_path, local_ray):
-    """A Ray head on loopback, with its own token."""
     ray.shutdown()  # the other one: two at a time are too much for two cores
-    token = tmp_path / "token"
-    token.write_text("f00d" * 16)
-    auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    script = str(Path(sys.executable).parent / "ray")
-    port, dashboard = 26379, 28265
-    run_command(
-        [script, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=8"]
-        + [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--disable-usage-stats"],
-        tmp_path,
-        **auth,
-    )
-    try:
-        yield script, f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", auth
-    finally:
-        # `ray stop` cannot name a cluster: it ends every Ray of this user on this machine, as README warns
-        run_command([script, "stop", "--force"], tmp_path, **auth)
+    head = RayHead(tmp_path)
+    yield head
+    head.stop()
 
 
 def test_jobs_stock_trainer_and_own_ray_continue_each_other(ray_head, inputs, tmp_path):
-    script, dashboard, address, auth = ray_head
+    script, dashboard, auth = ray_head.script, ray_head.dashboard, ray_head.auth
     job, own = tmp_path / "job", tmp_path / "own"
     (tmp_path / "cwd").mkdir()
-    arguments = tiny_run.overrides(inputs, job, "trainer.total_training_steps=2", "trainer.logger=[file,wandb]")
+    # the gap bound then also says that rollout and replay have the same attention
+    masked = "latent.visibility=latents_only"
+    logger = "trainer.logger=[file,wandb]"
+    arguments = tiny_run.overrides(inputs, job, masked, "trainer.total_training_steps=2", logger)
     submit = [script, "job", "submit", "--address", dashboard, "--", sys.executable, "-m", "grpo_latent.train"]
     denied = subprocess.run(
         [*submit, *arguments],
@@ -213,26 +259,22 @@ def test_jobs_stock_trainer_and_own_ray_continue_each_other(ray_head, inputs, tm
     assert list((job / "wandb").glob("offline-run-*")) and checkpoint.read_tracker(job / "checkpoints") == 2
     assert (job / "train.log").stat().st_size > 1000
 
-    config = tiny_run.make_config(inputs, job)
+    config = tiny_run.make_config(inputs, job, masked)
     from omegaconf import OmegaConf, open_dict
 
-    with open_dict(config):
-        config.ray_kwargs.ray_init = {"address": address, "runtime_env": config.ray_kwargs.ray_init.runtime_env}
-    OmegaConf.save(config, tmp_path / "cwd" / "stock.yaml")
     env = {
         "VERL_USE_EXTERNAL_MODULES": "grpo_latent.verl_plugin",
         "VERL_PLATFORM": "cpu",
         "VERL_FILE_LOGGER_PATH": str(job / "metrics.jsonl"),
-        **auth,
     }
     with open_dict(config):
-        config.ray_kwargs.ray_init.runtime_env = {"env_vars": {k: v for k, v in env.items() if k.startswith("VERL")}}
+        config.ray_kwargs.ray_init = {"address": ray_head.address, "runtime_env": {"env_vars": dict(env)}}
     OmegaConf.save(config, tmp_path / "cwd" / "stock.yaml")
     stock = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", ".", "--config-name", "stock"]
-    run_command(stock, tmp_path / "cwd", **env)
-    run_command([script, "stop", "--force"], tmp_path, **auth)
+    run_command(stock, tmp_path / "cwd", **env, **auth)
+    ray_head.stop()
 
-    own_args = tiny_run.overrides(inputs, own)
+    own_args = tiny_run.overrides(inputs, own, masked)
     out = run_command([sys.executable, "-m", "grpo_latent.train", *own_args], tmp_path / "cwd")
     assert [line.split()[1] for line in out.splitlines() if line.startswith("step")] == [f"{s}/4" for s in range(5)]
     tiny_run.assert_equal_runs(own, job, (1, 2, 3, 4), checkpoint=4)
