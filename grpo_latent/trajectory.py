@@ -37,6 +37,7 @@ class PositionKind(IntEnum):
 
 COMPLETION_KINDS = frozenset(int(kind) for kind in PositionKind if kind >= PositionKind.TEXT)
 STOP_REASONS = ("eos", "length")
+NOT_SELECTED = -1  # where a tensor of chosen image positions has one entry a position, at the others
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,13 @@ class Trajectory:
     def response_mask(self, start_is_action: bool = True) -> Tensor:
         """bool [T], True where the policy acted."""
         return response_mask(self.kinds, start_is_action)
+
+    @property
+    def selected_idx_T(self) -> Tensor:
+        """int64 [T], `selected_idx` at its positions, `NOT_SELECTED` elsewhere."""
+        aligned_T = torch.full_like(self.kinds, NOT_SELECTED)
+        aligned_T[self.kinds == PositionKind.SELECTED] = self.selected_idx
+        return aligned_T
 
     @property
     def spans(self) -> list[LatentSpan]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from grpo_latent.errors import DataError, GrpoLatentError
-from grpo_latent.trajectory import Trajectory
+from grpo_latent.trajectory import NOT_SELECTED, Trajectory
 
 REQUIRED = ("step", "id", "text", "stop_reason", "reward", "prompt_ids", "token_ids", "kinds", "response_mask")
 FIX = "It was cut off while being written, or by another release: delete it, or dump the step again."
@@ -141,6 +141,7 @@ def _build(record: dict, latents_NH: Tensor) -> DumpedTrajectory:
     if set(lengths.values()) != {len(token_ids)}:
         raise ValueError(f"{len(token_ids)} tokens, but {lengths}")
     zeros = torch.zeros(len(token_ids))
+    chosen = torch.tensor(record.get("selected_idx", ()), dtype=torch.long)
     trajectory = Trajectory(
         prompt_ids=prompt_ids,
         token_ids=token_ids,
@@ -150,6 +151,7 @@ def _build(record: dict, latents_NH: Tensor) -> DumpedTrajectory:
         sampling_log_probs=log_probs.get("sampling", zeros),
         stop_reason=record["stop_reason"],
         group_id=group_id,
+        selected_idx=chosen[chosen != NOT_SELECTED],
     )
     advantages = record.get("advantages")
     acted = response_mask.nonzero()[:, 0].tolist()

@@ -34,7 +34,7 @@ from grpo_latent.models.prompts import Prompt, encode_prompt
 from grpo_latent.rewards.view import reward_view
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.sampling import trajectory_seed
-from grpo_latent.trajectory import PositionKind, Trajectory
+from grpo_latent.trajectory import NOT_SELECTED, Trajectory, latent_mask
 from grpo_latent.verl_plugin import compat
 from grpo_latent.verl_plugin.options import LatentOptions
 from grpo_latent.verl_plugin.registration import AGENT_LOOP_NAME, verify
@@ -54,11 +54,14 @@ class LatentAgentLoopOutput(AgentLoopOutput):
     """int64 [L], values of `PositionKind`."""
     position_ids: Any = None
     """int64 [L], or [4, L] for mRoPE, text positions first as verl has them."""
+    selected_idx: Any = None
+    """int64 [L], which image position of the prompt stands at a SELECTED position, `NOT_SELECTED` elsewhere."""
 
     def as_dict(self) -> dict[str, Any]:
-        """As verl's, with `latent_embeds`, `latent_mask`, `position_kinds` and `position_ids` as tensors of the row."""
+        """As verl's, with `latent_embeds`, `latent_mask`, `position_kinds`, `position_ids` and `selected_idx` as tensors of
+        the row."""
         fields = super().as_dict()
-        fields["latent_mask"] = (self.position_kinds == PositionKind.LATENT).long()
+        fields["latent_mask"] = latent_mask(self.position_kinds).long()
         return fields
 
 
@@ -134,6 +137,7 @@ class LatentAgentLoop(AgentLoopBase):
             latent_embeds=trajectory.latents,
             position_kinds=torch.cat([group.prompt_kinds, trajectory.kinds]),
             position_ids=extend_positions(group.prompt_positions, len(trajectory.token_ids)),
+            selected_idx=torch.cat([torch.full_like(group.prompt_kinds, NOT_SELECTED), trajectory.selected_idx_T]),
         )
 
 

@@ -27,7 +27,7 @@ from grpo_latent.models.injection import LatentInjector
 from grpo_latent.models.loading import load_latent_parameters
 from grpo_latent.models.visibility import attention_bias
 from grpo_latent.models.vision_cache import VisionCache
-from grpo_latent.trajectory import PositionKind
+from grpo_latent.trajectory import PositionKind, latent_mask
 from grpo_latent.verl_plugin import compat
 from grpo_latent.verl_plugin.options import LatentOptions
 from grpo_latent.verl_plugin.registration import NAME
@@ -50,6 +50,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         folder = self.model_config.local_path
         self.latent_config: LatentConfig = self.options.latent_config(folder, self.model_config.tokenizer)
         check_layout(self.latent_config, self.model_config)
+        check_selection(self.latent_config, self.freeze_vision)
         module = super()._build_module()
         attach_latent_modules(module, self.latent_config)
         if not module.get_input_embeddings().weight.is_meta:  # the other ranks receive rank 0's weights from FSDP2
@@ -84,7 +85,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         shape = model_inputs["input_ids"].shape
         packed = tu.get_non_tensor_data(micro_batch, "use_remove_padding", True)
         kinds_BT = pad_rows([torch.cat(kinds_rows)] if packed else kinds_rows, shape)
-        self.injector.arm(kinds_BT == PositionKind.LATENT, latents_NH)
+        self.injector.arm(latent_mask(kinds_BT), latents_NH)
         if self.latent_config.visibility == "latents_only":
             if packed:
                 raise packed_error("use_remove_padding=True in the batch")
@@ -95,8 +96,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         return model_inputs, output_args
 
     def _with_placeholders(self, input_ids: Tensor, kinds_rows: list[Tensor]) -> Tensor:
-        is_latent = torch.cat(kinds_rows) == PositionKind.LATENT
-        values = input_ids.values().masked_fill(is_latent, self.latent_config.latent_id)
+        values = input_ids.values().masked_fill(latent_mask(torch.cat(kinds_rows)), self.latent_config.latent_id)
         return torch.nested.nested_tensor_from_jagged(values, offsets=input_ids.offsets())
 
     def _with_mrope(self, position_ids: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def latent_fields(micro_batch: TensorDict) -> tuple[list[Tensor], Tensor]:
     latent_rows = list(micro_batch["latent_embeds"].unbind())
     lengths = micro_batch["input_ids"].offsets().diff().tolist()
     for row, (kinds, latents, length) in enumerate(zip(kinds_rows, latent_rows, lengths, strict=True)):
-        num_latents = int((kinds == PositionKind.LATENT).sum())
+        num_latents = int(latent_mask(kinds).sum())
         if kinds.shape[0] != length or latents.shape[0] != num_latents:
             raise LatentMismatchError(
                 "recorded latents do not fit the sequence",
@@ -195,6 +195,17 @@ def packed_error(got: str) -> ConfigError:
         expected="False",
         fix="Set actor_rollout_ref.model.use_remove_padding=False, or latent.visibility=full.",
     )
+
+
+def check_selection(config: LatentConfig, freeze_vision: bool) -> None:
+    """Raises `ConfigError` where recorded image embeddings would not be those of the trained model."""
+    if config.top_k_image and not freeze_vision:
+        raise ConfigError(
+            "image embeddings that slots have chosen are replayed as recorded, so they must not move",
+            where="actor_rollout_ref.actor.freeze_vision_tower",
+            got=False,
+            expected=f"True with latent.top_k_image={config.top_k_image}",
+        )
 
 
 def check_layout(config: LatentConfig, model_config) -> None:

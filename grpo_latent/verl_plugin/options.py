@@ -94,13 +94,4 @@ class LatentOptions:
         config = read_latent_config(folder, tokenizer)
         check_tokens(config, tokenizer, where=str(folder))
         changes = {name: getattr(self, name) for name in CHECKPOINT_FIELDS}
-        config = config.replace(**{name: value for name, value in changes.items() if value is not None})
-        if config.trigger != "emitted":
-            raise ConfigError(
-                "RL trains emitted spans only so far",
-                where=f"{folder}: latent_config.json, trigger",
-                got=f"{config.trigger} ({config.mechanism})",
-                expected="emitted (lvr, ilvr)",
-                fix="Prompt slots run in SFT, rollout, replay and evaluation; not yet in the verl plug-in.",
-            )
-        return config
+        return config.replace(**{name: value for name, value in changes.items() if value is not None})

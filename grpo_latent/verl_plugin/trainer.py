@@ -37,6 +37,7 @@ DUMP_FIELDS = {
     "prompts": "prompt_ids",
     "responses": "token_ids",
     "position_kinds": "kinds",
+    "selected_idx": "selected_idx",
     "response_mask": "response_mask",
     "advantages": "advantages",
     "rollout_log_probs": "rollout_log_probs",

@@ -44,6 +44,13 @@ def write(folder, records, step=3, size=2):
     return folder / f"step_{step}.jsonl"
 
 
+def test_chosen_image_positions_round_trip(tmp_path):
+    kinds = [K.PROMPT, K.VISION, K.SELECTED, K.LATENT, K.SELECTED, K.LATENT, K.TEXT, K.TEXT]
+    slots = record(kinds=[int(kind) for kind in kinds], selected_idx=[-1, -1, 3, -1, 0, -1, -1, -1])
+    dumped = read_step(write(tmp_path, [slots], size=4))[0]
+    assert dumped.trajectory.selected_idx.tolist() == [3, 0] and len(dumped.trajectory.spans) == 1
+
+
 def test_round_trip(tmp_path):
     dumped = read_step(write(tmp_path, [record()]))[0]
     assert (dumped.step, dumped.group_id, dumped.trajectory_idx) == (3, "17", 2)

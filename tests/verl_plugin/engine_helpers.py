@@ -12,13 +12,14 @@ from verl.workers.engine import EngineRegistry
 
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models import tiny
-from grpo_latent.models.adapter import ImageInputs, ModelAdapter
+from grpo_latent.models.adapter import ImageInputs
 from grpo_latent.models.head import attach_latent_modules
 from grpo_latent.models.loading import load_latent_model, save_latent_model
 from grpo_latent.models.replay import collate, replay
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.sampling import trajectory_seed
+from grpo_latent.trajectory import NOT_SELECTED
 from grpo_latent.verl_plugin.options import LatentOptions
 from grpo_latent.verl_plugin.registration import register_all
 
@@ -40,6 +41,10 @@ def latent_config(tokenizer, **changes) -> LatentConfig:
 
 
 ROLES = ("start", "latent", "latent_end", "end")
+
+
+# two slots, in front of each two image embeddings; `top_k_image=0` and a text model make Coconut
+SLOTS = dict(mechanism="ivt_lr", trigger="prompt_slots", steps=2, top_k_image=2, positions="1d", max_spans=None)
 
 
 def make_checkpoint(folder, build=tiny.tiny_qwen2_5_vl, **changes) -> str:
@@ -91,7 +96,7 @@ def roll_out(folder, visibility="full", **kwargs):
     groups = engine.generate(requests, SamplingParams(max_new_tokens=14, temperature=TEMPERATURE))
     trajectories = [t for group in groups for t in group]
     images = [r.images for r, group in zip(requests, groups, strict=True) for _ in group]
-    adapter = ModelAdapter(loaded.model)
+    adapter = engine.adapter
     with torch.no_grad():
         log_probs_BT, _ = replay(adapter, collate(trajectories, images, adapter), visibility, TEMPERATURE)
     rows = [log_probs_BT[i, len(t.prompt_ids) :][: len(t.token_ids)] for i, t in enumerate(trajectories)]
@@ -119,6 +124,7 @@ def make_batch(trajectories, images, positions, adapter, **meta):
             "input_ids": torch.cat([t.prompt_ids, t.token_ids]),
             "position_kinds": torch.cat([adapter.prompt_kinds(t.prompt_ids), t.kinds]),
             "latent_embeds": t.latents,
+            "selected_idx": torch.cat([torch.full_like(t.prompt_ids, NOT_SELECTED), t.selected_idx_T]),
             "response_mask": mask,
             "loss_mask": mask,
             "position_ids": position_ids,

@@ -15,14 +15,17 @@ from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.trajectory import PositionKind
 
+COCONUT = helpers.SLOTS | dict(mechanism="coconut", top_k_image=0)
 CASES = {
-    "qwen2.5-vl padded": (tiny.tiny_qwen2_5_vl, False, "full"),
-    "qwen2.5-vl latents_only": (tiny.tiny_qwen2_5_vl, False, "latents_only"),
-    "qwen2-vl latents_only": (tiny.tiny_qwen2_vl, False, "latents_only"),
-    "qwen3-vl padded": (tiny.tiny_qwen3_vl, False, "full"),
-    "qwen3-vl latents_only": (tiny.tiny_qwen3_vl, False, "latents_only"),
-    "qwen3 padded": (tiny.tiny_qwen3, False, "full"),
-    "qwen3 packed": (tiny.tiny_qwen3, True, "full"),
+    "qwen2.5-vl padded": (tiny.tiny_qwen2_5_vl, False, "full", {}),
+    "qwen2.5-vl latents_only": (tiny.tiny_qwen2_5_vl, False, "latents_only", {}),
+    "qwen2-vl latents_only": (tiny.tiny_qwen2_vl, False, "latents_only", {}),
+    "qwen3-vl padded": (tiny.tiny_qwen3_vl, False, "full", {}),
+    "qwen3-vl latents_only": (tiny.tiny_qwen3_vl, False, "latents_only", {}),
+    "qwen3 padded": (tiny.tiny_qwen3, False, "full", {}),
+    "qwen3 packed": (tiny.tiny_qwen3, True, "full", {}),
+    "qwen2-vl slots": (tiny.tiny_qwen2_vl, False, "full", helpers.SLOTS),
+    "qwen3 slots packed": (tiny.tiny_qwen3, True, "full", COCONUT),
 }
 
 
@@ -30,31 +33,44 @@ CASES = {
 def recorded(tmp_path_factory):
     """Trajectories and their replays for each case, all made before verl patches transformers' classes."""
     cases = {}
-    for name, (build, _, visibility) in CASES.items():
-        folder = helpers.make_checkpoint(tmp_path_factory.mktemp("model"), build)
+    for name, (build, _, visibility, changes) in CASES.items():
+        folder = helpers.make_checkpoint(tmp_path_factory.mktemp("model"), build, **changes)
         cases[name] = (folder, *helpers.roll_out(folder, visibility))
     return cases
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_log_probs_equal_a_plain_replay(name, recorded, gloo):
-    _, packed, visibility = CASES[name]
+    _, packed, visibility, _ = CASES[name]
     folder, loaded, trajectories, images, expected, positions = recorded[name]
     assert sum(len(t.latents) for t in trajectories) >= 3 and len({len(p.T) for p in positions}) > 1
-    engine = helpers.make_engine(folder, packed, visibility=visibility)
+    engine = helpers.make_engine(folder, packed, freeze_vision=True, visibility=visibility)
     batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model))
     assert helpers.gap(helpers.infer(engine, batch, packed), expected, trajectories) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-vl padded", "qwen3 packed"])
+@pytest.mark.parametrize("name", ["qwen2.5-vl padded", "qwen3 packed", "qwen2-vl slots"])
 def test_without_the_latents_the_log_probs_differ(name, recorded, gloo):
     """Negative control: the comparison above can fail."""
-    _, packed, visibility = CASES[name]
+    _, packed, visibility, _ = CASES[name]
     folder, loaded, trajectories, images, expected, positions = recorded[name]
-    engine = helpers.make_engine(folder, packed, visibility=visibility)
+    engine = helpers.make_engine(folder, packed, freeze_vision=True, visibility=visibility)
     zeroed = [replace_latents(t, torch.zeros_like(t.latents)) for t in trajectories]
     batch = helpers.make_batch(zeroed, images, positions, ModelAdapter(loaded.model))
     assert helpers.gap(helpers.infer(engine, batch, packed), expected, trajectories) > 1e-2
+
+
+def test_slots_with_another_numbering_differ_and_a_vision_tower_that_trains_is_refused(recorded, gloo):
+    folder, loaded, trajectories, images, expected, positions = recorded["qwen2-vl slots"]
+    assert all(torch.equal(p[0], p[1]) for p in positions), "1-D"
+    text_style = [
+        helpers.row_positions(ModelAdapter(loaded.model), t, i) for t, i in zip(trajectories, images, strict=True)
+    ]
+    batch = helpers.make_batch(trajectories, images, text_style, ModelAdapter(loaded.model))
+    engine = helpers.make_engine(folder, freeze_vision=True)
+    assert helpers.gap(helpers.infer(engine, batch), expected, trajectories) > 1e-3
+    with pytest.raises(ConfigError, match="freeze_vision_tower: .* replayed as recorded"):
+        helpers.make_engine(folder)
 
 
 def test_visibility_reaches_the_decoder(recorded, gloo):

@@ -3,6 +3,7 @@
 world size 2, trainer in this process:    A  steps 1-4
                                           B  what a kill inside A's save of step 4 leaves, resumed from step 2:
                                              equal to A to the bit
+world size 1, in this process:            C  IVT-LR, steps 1-2
 world size 1, a Ray head on loopback with token authentication:
                                           D  `ray job submit -- python -m grpo_latent.train`, steps 1-2, wandb offline
                                           E  stock `python -m verl.trainer.main_ppo`, resumed from D, steps 3-4
@@ -22,11 +23,14 @@ import pytest
 import ray
 import tiny_run
 import torch
-from engine_helpers import free_port
+from engine_helpers import SLOTS, free_port
 
 from grpo_latent.errors import ReplayGapError, RewardError
+from grpo_latent.eval.dumps import read_dump
+from grpo_latent.models import tiny
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.train import environment
+from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.verl_plugin import checkpoint
 from grpo_latent.verl_plugin.registration import verify
 
@@ -118,6 +122,26 @@ def test_a_killed_save_and_resume_at_world_size_2(local_ray, inputs, tmp_path, m
     start = load_latent_model(inputs / "model")
     assert trained.config == start.config
     assert not torch.equal(*(m.model.get_output_embeddings().weight for m in (trained, start)))
+
+
+def test_prompt_slots_train(local_ray, tmp_path, monkeypatch):
+    """IVT-LR: chosen image embeddings and h are recorded, replayed and dumped, and are no actions."""
+    inputs = tiny_run.write_inputs(tmp_path, build=tiny.tiny_qwen2_vl, **SLOTS)
+    output, sizes = tmp_path / "out", ("trainer.total_training_steps=2", "trainer.test_freq=-1")
+    train_here(tiny_run.make_config(inputs, output, "trainer.val_before_train=false", *sizes), monkeypatch)
+    metrics = tiny_run.metrics_of(output)
+    assert all(metrics[step]["latent/replay_logp_gap_max"] < 1e-4 for step in (1, 2))
+    assert metrics[1]["actor/kl_loss"] == 0.0 and metrics[2]["actor/kl_loss"] > 0.0
+    dumped = read_dump(output / "rollouts")
+    assert not dumped.problems and len(dumped.trajectories) == 2 * 16
+    slots = ([K.SELECTED] * 2 + [K.LATENT]) * 2
+    for item in dumped.trajectories:
+        trajectory = item.trajectory
+        assert trajectory.kinds[:6].tolist() == slots and not item.response_mask[:6].any()
+        assert len(set(trajectory.selected_idx.tolist())) == 4 and len(trajectory.kinds) <= 12
+        assert item.response_mask[6:].all() and "<|lvr|>" not in item.text
+    trained = load_latent_model(output / "checkpoints" / "global_step_2" / "actor" / "huggingface")
+    assert trained.config == load_latent_model(inputs / "model").config
 
 
 FAILING_REWARD = """

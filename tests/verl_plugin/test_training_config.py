@@ -6,13 +6,9 @@ from omegaconf import OmegaConf
 
 import grpo_latent.train  # noqa: F401  (lets hydra find verl's configs)
 from grpo_latent.errors import ConfigError
-from grpo_latent.latent.config import LatentConfig
-from grpo_latent.models import tiny
-from grpo_latent.models.loading import save_latent_model
 from grpo_latent.verl_plugin.config_check import check_config
 from grpo_latent.verl_plugin.options import LatentOptions
 
-TOKENS = ("<|lvr_start|>", "<|lvr|>", "<|lvr_end|>")
 BASE = ("actor_rollout_ref.model.path=/model", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8")
 
 
@@ -87,14 +83,3 @@ def test_without_the_group_the_options_are_the_defaults():
 def test_unusable_configs_are_refused(override, where):
     with pytest.raises(ConfigError, match=where):
         check_config(composed(*override.split()))
-
-
-def test_checkpoints_with_prompt_slots_are_refused(tmp_path):
-    """The engine replays emitted spans; a slot's image embeddings would not reach it."""
-    model, tokenizer, _ = tiny.tiny_qwen3(words=("a",))
-    ids = dict(zip(("start_id", "latent_id", "end_id"), map(tokenizer.convert_tokens_to_ids, TOKENS), strict=True))
-    names = dict(zip(("start_token", "latent_token", "end_token"), TOKENS, strict=True))
-    slots = LatentConfig(**names, **ids, mechanism="coconut", trigger="prompt_slots", steps=2)
-    save_latent_model(tmp_path, model, tokenizer, None, slots)
-    with pytest.raises(ConfigError, match="prompt_slots"):
-        LatentOptions().latent_config(tmp_path, tokenizer)

@@ -22,12 +22,16 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
 """
 
 
-def write_inputs(folder: Path) -> Path:
-    """Model, reward, and parquets of 10 and 3 rows: with 4 rows a step the epochs wrap after two steps."""
+def write_inputs(folder: Path, **checkpoint) -> Path:
+    """Model, reward, and parquets of 10 and 3 rows: with 4 rows a step the epochs wrap after two steps.
+
+    Args:
+        checkpoint: as for `make_checkpoint`.
+    """
     import pandas as pd
     from PIL import Image
 
-    make_checkpoint(folder / "model")
+    make_checkpoint(folder / "model", **checkpoint)
     rng = np.random.default_rng(0)
     for name, count, offset in (("train", 10, 0), ("val", 3, 100)):
         rows = []
