@@ -9,6 +9,8 @@ Single process or DistributedDataParallel; a teacher of FSDP shards is not suppo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +27,53 @@ from grpo_latent.sft.interleaved import InterleavedRow, collate_interleaved, wit
 from grpo_latent.sft.losses import LossConfig
 from grpo_latent.sft.momentum import KeepsTeacher, MomentumCallback, MomentumTeacher
 from grpo_latent.sft.trainer import LatentSFTTrainer
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """What stage 1 minimises: CE + latent_weight · (1 - cos) to the teacher's choice (2512.05665 section 3).
+
+    Attributes:
+        decay: of the teacher.
+        top_k, top_p: of the selection; `top_k` is also bounded by the positions of a span.
+        noise_std: of the targets' noise.
+        latent_weight: of the cosine term.
+    """
+
+    decay: float = 0.999
+    top_k: int = 8
+    top_p: float = 0.9
+    noise_std: float = 0.01
+    latent_weight: float = 1.0
+    trains_end_vector: ClassVar[bool] = False
+
+    def __post_init__(self):
+        bounds = (
+            ("decay", 0 <= self.decay < 1, "in [0, 1)"),
+            ("top_k", self.top_k >= 1, ">= 1"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("noise_std", self.noise_std >= 0, ">= 0"),
+            ("latent_weight", self.latent_weight >= 0, ">= 0"),
+        )
+        for name, is_valid, expected in bounds:
+            if not is_valid:
+                raise ConfigError("out of bounds", where=f"loss.{name}", got=getattr(self, name), expected=expected)
+
+
+@dataclass(frozen=True)
+class SelfFedConfig:
+    """What stage 2 minimises: CE over the model's own latents.
+
+    Attributes:
+        gradient: through them, `bptt` (published), `one_hop` or `cut`.
+    """
+
+    gradient: str = "bptt"
+    trains_end_vector: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.gradient not in GRADIENTS:
+            raise ConfigError("unknown value", where="loss.gradient", got=self.gradient, expected=f"one of {GRADIENTS}")
 
 
 class ILVRTrainer(LatentSFTTrainer):
@@ -49,25 +98,14 @@ class ILVRTrainer(LatentSFTTrainer):
 
 
 class ILVRStage1Trainer(KeepsTeacher, ILVRTrainer):
-    """Selective distillation from the momentum teacher.
-
-    Args:
-        decay: of the teacher.
-        top_k, top_p: of the selection; `top_k` is also bounded by the positions of a span.
-        noise_std: of the targets' noise.
-        latent_weight: of the cosine term.
-    """
+    """Selective distillation from the momentum teacher."""
 
     def __init__(
         self,
         latent: LatentModel,
         args: TrainingArguments,
         dataset: SFTDataset,
-        decay: float = 0.999,
-        top_k: int = 8,
-        top_p: float = 0.9,
-        noise_std: float = 0.01,
-        latent_weight: float = 1.0,
+        config: TeacherConfig | None = None,
         callbacks: Sequence = (),
         **kwargs,
     ):
@@ -78,9 +116,9 @@ class ILVRStage1Trainer(KeepsTeacher, ILVRTrainer):
                 got=args.fsdp or args.deepspeed,
                 expected="one process, or DistributedDataParallel",
             )
-        self.top_k, self.top_p, self.noise_std = top_k, top_p, noise_std
-        self.teacher = MomentumTeacher(latent.model, decay)
-        loss_config = LossConfig(latent_loss="cosine", latent_weight=latent_weight)
+        self.teacher_config = config or TeacherConfig()
+        self.teacher = MomentumTeacher(latent.model, self.teacher_config.decay)
+        loss_config = LossConfig(latent_loss="cosine", latent_weight=self.teacher_config.latent_weight)
         callbacks = [MomentumCallback(self.teacher), *callbacks]
         super().__init__(latent, args, dataset, loss_config, callbacks=callbacks, **kwargs)
         self.teacher.model.to(self.adapter.device)
@@ -91,26 +129,27 @@ class ILVRStage1Trainer(KeepsTeacher, ILVRTrainer):
         return super().get_batch_samples(map(self._with_targets, epoch_iterator), num_batches, device)
 
     def _with_targets(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        targets = teacher_targets(self.teacher_adapter, batch, self.latent.config.visibility, self.top_k, self.top_p)
+        config = self.teacher_config
+        visibility = self.latent.config.visibility
+        targets = teacher_targets(self.teacher_adapter, batch, visibility, config.top_k, config.top_p)
         return with_targets(batch, targets)
 
     def _sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
-        return stage1_sums(self.adapter, batch, self.latent.config, self.noise_std)
+        return stage1_sums(self.adapter, batch, self.latent.config, self.teacher_config.noise_std)
 
 
 class ILVRStage2Trainer(ILVRTrainer):
-    """Latents fed by the model itself.
-
-    Args:
-        gradient: through them, `bptt` (published), `one_hop` or `cut`.
-    """
+    """Latents fed by the model itself."""
 
     def __init__(
-        self, latent: LatentModel, args: TrainingArguments, dataset: SFTDataset, gradient: str = "bptt", **kwargs
+        self,
+        latent: LatentModel,
+        args: TrainingArguments,
+        dataset: SFTDataset,
+        config: SelfFedConfig | None = None,
+        **kwargs,
     ):
-        if gradient not in GRADIENTS:
-            raise ConfigError("unknown value", where="loss.gradient", got=gradient, expected=f"one of {GRADIENTS}")
-        self.gradient = gradient
+        self.gradient = (config or SelfFedConfig()).gradient
         super().__init__(latent, args, dataset, LossConfig(latent_weight=0.0), **kwargs)
 
     def _sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:

@@ -12,11 +12,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from grpo_latent.errors import CheckpointError, ConfigError
-from grpo_latent.latent.config import LATENT_CONFIG_FILE, LatentConfig
+from grpo_latent.latent.config import LATENT_CONFIG_FILE
 from grpo_latent.models.head import END_VECTOR_ATTRIBUTE, attach_latent_modules
 from grpo_latent.models.loading import LatentModel, find_eos_ids, load_latent_model, reading, save_latent_model
 from grpo_latent.models.tokens import add_latent_tokens
-from grpo_latent.sft.settings import DTYPES, LatentSettings, ModelSettings
+from grpo_latent.sft.methods import LatentSettings
+from grpo_latent.sft.settings import DTYPES, ModelSettings
 
 
 def is_latent_checkpoint(folder: Path) -> bool:
@@ -48,7 +49,7 @@ def load_for_sft(settings: ModelSettings, latent: LatentSettings, trains_end_vec
         bundle = _load_plain(settings.path, dtype, attention, latent, trains_end_vector)
     if bundle.processor is None:
         raise CheckpointError(
-            "LVR's SFT needs a vision tower",
+            "this SFT needs a vision tower",
             where=settings.path,
             got=type(bundle.model).__name__,
             expected="a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model",
@@ -75,7 +76,7 @@ def _load_plain(path: str, dtype, attention: str, latent: LatentSettings, trains
         hf_config = AutoConfig.from_pretrained(path)
     if type(hf_config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise CheckpointError(
-            "LVR's SFT needs a vision tower",
+            "this SFT needs a vision tower",
             where=path,
             got=type(hf_config).__name__,
             expected="a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model",
@@ -95,33 +96,24 @@ def _load_plain(path: str, dtype, attention: str, latent: LatentSettings, trains
         )
     ids = add_latent_tokens(model, tokenizer, latent.tokens)
     processor.tokenizer = tokenizer
-    config = LatentConfig(
-        start_token=latent.start_token,
-        latent_token=latent.latent_token,
-        end_token=latent.end_token,
-        start_id=ids[latent.start_token],
-        latent_id=ids[latent.latent_token],
-        end_id=ids[latent.end_token],
-        latent_end_token=latent.latent_end_token if trains_end_vector else None,
-        latent_end_id=ids[latent.latent_end_token] if trains_end_vector else None,
-        head=latent.head,
-        **_rules(latent),
-    )
+    end_vector = {}
+    if trains_end_vector:
+        end_vector = dict(latent_end_token=latent.latent_end_token, latent_end_id=ids[latent.latent_end_token])
+    config = latent.make_config(ids, **end_vector)
     attach_latent_modules(model, config)
     return LatentModel(model, tokenizer, processor, config, find_eos_ids(model, tokenizer))
 
 
 def _load_latent(folder: Path, dtype, attention: str, latent: LatentSettings, trains_end_vector: bool) -> LatentModel:
     # with exit `steps` first: the exit that is asked for may need an end vector that the folder lacks
-    bundle = load_latent_model(
-        folder, dtype, attn_implementation=attention, overrides=_rules(latent) | {"exit": "steps"}
-    )
-    if bundle.config.trigger != "emitted":
+    bundle = load_latent_model(folder, dtype, attn_implementation=attention, overrides=latent.rules | {"exit": "steps"})
+    if bundle.config.mechanism != latent.mechanism:
         raise ConfigError(
-            "LVR's SFT trains spans that the model opens",
+            "the checkpoint has latents of another mechanism",
             where=str(folder),
-            got=f"a checkpoint of {bundle.config.mechanism} with trigger {bundle.config.trigger}",
-            expected="trigger emitted",
+            got=bundle.config.mechanism,
+            expected=latent.mechanism,
+            fix="Set the method of that mechanism, or start from the model before its first SFT.",
         )
     if bundle.config.head != latent.head:
         raise ConfigError(
@@ -139,11 +131,6 @@ def _load_latent(folder: Path, dtype, attention: str, latent: LatentSettings, tr
     return LatentModel(
         bundle.model, bundle.tokenizer, bundle.processor, config.replace(exit=latent.exit), bundle.eos_ids
     )
-
-
-def _rules(latent: LatentSettings) -> dict:
-    names = ("steps", "exit", "latent_end_threshold", "max_spans", "visibility", "start_is_action")
-    return {name: getattr(latent, name) for name in names}
 
 
 def save_for_rl(folder: str | Path, latent: LatentModel, state_dict: dict[str, Tensor] | None = None) -> Path:

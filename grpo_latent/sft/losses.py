@@ -37,6 +37,10 @@ class LossConfig:
     end: str = "none"
     end_weight: float = 1.0
 
+    @property
+    def trains_end_vector(self) -> bool:
+        return self.end == "latent_end"
+
     def __post_init__(self):
         choices = (("latent_loss", LATENT_LOSSES), ("latent_loss_norm", LATENT_LOSS_NORMS), ("end", ENDS))
         for name, allowed in choices:

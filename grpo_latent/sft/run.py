@@ -12,26 +12,20 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
 from transformers import TrainingArguments, set_seed
 
-from grpo_latent.data.examples import LvrExample
-from grpo_latent.data.lvr_json import read_lvr_json
-from grpo_latent.data.rows import read_verl_parquet
 from grpo_latent.errors import ConfigError
-from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.injection import LatentInjector
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.sft.callbacks import JsonlLog, ProgressBar
-from grpo_latent.sft.dataset import RowEncoder, SFTDataset, set_image_tokens
+from grpo_latent.sft.dataset import SFTDataset, set_image_tokens
 from grpo_latent.sft.loading import load_for_sft, save_for_rl
 from grpo_latent.sft.parameters import add_lora, freeze_vision, merge_lora
-from grpo_latent.sft.settings import DataSettings, SFTSettings
-from grpo_latent.sft.trainer import LatentSFTTrainer
+from grpo_latent.sft.settings import SFTSettings
 
 # a resumed run may differ in these: how long it goes on, and what it writes
 _FREE_ON_RESUME = {"max_steps", "num_train_epochs", "save_steps", "save_strategy", "save_total_limit", "output_dir"}
@@ -67,7 +61,7 @@ def run_sft(settings: SFTSettings) -> SFTResult:
     log_to_file(output_dir / "sft.log", args.should_save)
     checkpoint = find_checkpoint(settings, output_dir)
     set_seed(args.seed)
-    latent = load_for_sft(settings.model, settings.latent, trains_end_vector=settings.loss.end == "latent_end")
+    latent = load_for_sft(settings.model, settings.latent, settings.loss.trains_end_vector)
     set_image_tokens(latent.processor, settings.data.min_image_tokens, settings.data.max_image_tokens)
     choose_parameters(latent, settings)
     dataset = build_dataset(latent, settings)
@@ -75,7 +69,7 @@ def run_sft(settings: SFTSettings) -> SFTResult:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "settings.json").write_text(json.dumps(as_dict(settings), indent=2) + "\n")
     bar = ProgressBar()
-    trainer = LatentSFTTrainer(
+    trainer = settings.parts.trainer(
         latent,
         args,
         dataset,
@@ -136,24 +130,11 @@ def choose_parameters(latent: LatentModel, settings: SFTSettings) -> None:
 
 def build_dataset(latent: LatentModel, settings: SFTSettings) -> SFTDataset:
     """The rows of all files. Each row is checked when it is read; images are decoded when they are used."""
-    data, adapter = settings.data, ModelAdapter(latent.model)
-    encoder = RowEncoder(
-        tokenizer=latent.tokenizer,
-        processor=latent.processor,
-        config=latent.config,
-        eos_id=latent.tokenizer.eos_token_id,
-        vision_ids=adapter.vision_ids,
-        merge_size=latent.processor.image_processor.merge_size,
-        has_end_vector=settings.loss.end == "latent_end",
-        max_length=data.max_length,
-    )
-    return SFTDataset(list(itertools.islice(read_examples(data), data.max_rows)), encoder, data.cache_bytes)
-
-
-def read_examples(data: DataSettings) -> Iterator[LvrExample]:
-    """Checked examples of all files in order."""
-    for path in data.train_files:
-        yield from read_lvr_json(path, data.image_folder) if data.format == "lvr_json" else read_verl_parquet(path)
+    data, parts = settings.data, settings.parts
+    read = parts.readers[data.format]
+    examples = itertools.chain.from_iterable(read(path, data.image_folder) for path in data.train_files)
+    encoder = parts.make_encoder(latent, settings)
+    return SFTDataset(list(itertools.islice(examples, data.max_rows)), encoder, data.cache_bytes)
 
 
 def find_checkpoint(settings: SFTSettings, output_dir: Path) -> Path | None:

@@ -12,11 +12,10 @@ import torch
 from transformers import TrainingArguments
 
 from grpo_latent.errors import ConfigError
-from grpo_latent.sft.losses import LossConfig
+from grpo_latent.sft.methods import METHODS, LatentSettings, Method
 from grpo_latent.sft.parameters import LoraSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-FORMATS = ("lvr_json", "parquet")
 _REQUIRED = "???"
 
 
@@ -45,7 +44,8 @@ class DataSettings:
     """What is read and how it is batched.
 
     Attributes:
-        image_folder: what the image paths of an LVR JSON are relative to; None for the file's folder.
+        format: a key of the method's `readers`.
+        image_folder: what image paths of a JSON file are relative to; None for the file's folder.
         max_rows: read no more than this many rows.
         max_length: longest row in positions; a longer one is an error.
         min_image_tokens, max_image_tokens: bounds of the image processor; None leaves the checkpoint's.
@@ -65,35 +65,19 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
-class LatentSettings:
-    """The latents of the checkpoint that SFT writes; see `LatentConfig`. Tokens that the tokenizer lacks are added."""
-
-    start_token: str = "<|lvr_start|>"
-    latent_token: str = "<|lvr|>"
-    latent_end_token: str = "<|lvr_latent_end|>"
-    end_token: str = "<|lvr_end|>"
-    steps: int = 8
-    exit: str = "steps"
-    latent_end_threshold: float = 0.02
-    max_spans: int | None = None
-    head: str = "none"
-    visibility: str = "full"
-    start_is_action: bool = True
-
-    @property
-    def tokens(self) -> tuple[str, ...]:
-        """In the order in which they are added."""
-        return self.start_token, self.latent_token, self.latent_end_token, self.end_token
-
-
-@dataclass(frozen=True)
 class SFTSettings:
-    """All of a run. `trainer` holds the arguments of `transformers.TrainingArguments`."""
+    """All of a run.
 
+    Attributes:
+        method: key of `METHODS`; `latent` and `loss` are of that method's types.
+        trainer: arguments of `transformers.TrainingArguments`.
+    """
+
+    method: str
     model: ModelSettings
     data: DataSettings
     latent: LatentSettings
-    loss: LossConfig
+    loss: Any
     trainer: dict[str, Any]
     horizon_steps: int | None = None
     resume: str | None = "auto"
@@ -105,29 +89,34 @@ class SFTSettings:
         Raises:
             ConfigError: a key is unknown or missing, or a value cannot be used.
         """
-        sections = ("model", "data", "latent", "loss", "trainer", "schedule")
-        _check_keys(config, set(sections), set(sections), where="config")
+        sections = {"method", "model", "data", "latent", "loss", "trainer", "schedule"}
+        _check_keys(config, sections, sections, where="config")
+        name = config["method"]
+        _check_choice("method", name, tuple(METHODS))
+        method = METHODS[name]
         model = dict(config["model"])
         model["lora"] = _build(LoraSettings, model.get("lora") or {}, "model.lora", sequences=("target_modules",))
         trainer = dict(config["trainer"])
         schedule = dict(config["schedule"] or {})
         _check_keys(schedule, {"horizon_steps"}, set(), where="schedule")
         settings = cls(
+            method=name,
             model=_build(ModelSettings, model, "model"),
             data=_build(DataSettings, config["data"], "data", sequences=("train_files",)),
-            latent=_build(LatentSettings, config["latent"], "latent"),
-            loss=_build(LossConfig, config["loss"], "loss"),
+            latent=_build(method.latent, config["latent"], "latent", note=f" of method {name}"),
+            loss=_build(method.loss, config["loss"], "loss", note=f" of method {name}"),
             resume=trainer.pop("resume_from_checkpoint", "auto"),
             trainer=trainer,
             horizon_steps=schedule.get("horizon_steps"),
         )
-        for where, value, allowed in (
-            ("model.dtype", settings.model.dtype, tuple(DTYPES)),
-            ("data.format", settings.data.format, FORMATS),
-        ):
-            if value not in allowed:
-                raise ConfigError("unknown value", where=where, got=value, expected=f"one of {allowed}")
+        _check_choice("model.dtype", settings.model.dtype, tuple(DTYPES))
+        _check_choice("data.format", settings.data.format, tuple(method.readers), note=f" for method {name}")
         return settings
+
+    @property
+    def parts(self) -> Method:
+        """What runs this method."""
+        return METHODS[self.method]
 
     def training_arguments(self) -> TrainingArguments:
         """Raises `ConfigError` where transformers refuses an argument."""
@@ -147,13 +136,18 @@ class SFTSettings:
             ) from error
 
 
-def _check_keys(values: object, known: set[str], required: set[str], where: str) -> None:
+def _check_choice(where: str, value: object, allowed: tuple[str, ...], note: str = "") -> None:
+    if value not in allowed:
+        raise ConfigError("unknown value", where=where, got=value, expected=f"one of {allowed}{note}")
+
+
+def _check_keys(values: object, known: set[str], required: set[str], where: str, note: str = "") -> None:
     if not isinstance(values, dict):
         raise ConfigError("not a section", where=where, got=values, expected=f"keys {sorted(known)}")
     unknown = sorted(set(values) - known)
     if unknown:
         near = [name for key in unknown for name in difflib.get_close_matches(str(key), known)]
-        raise ConfigError("unknown key", where=where, got=unknown, expected=f"among {near or sorted(known)[:20]}")
+        raise ConfigError("unknown key", where=where, got=unknown, expected=f"among {near or sorted(known)[:20]}{note}")
     missing = sorted(name for name in required if values.get(name, _REQUIRED) == _REQUIRED)
     if missing:
         raise ConfigError(
@@ -165,14 +159,14 @@ def _check_keys(values: object, known: set[str], required: set[str], where: str)
         )
 
 
-def _build(cls, values: object, where: str, sequences: Sequence[str] = ()):
+def _build(cls, values: object, where: str, sequences: Sequence[str] = (), note: str = ""):
     fields = {item.name: item for item in dataclasses.fields(cls)}
     required = {
         name
         for name, item in fields.items()
         if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
     }
-    _check_keys(values, set(fields), required, where)
+    _check_keys(values, set(fields), required, where, note)
     values = dict(values)
     for name in sequences:
         if name in values:

@@ -10,7 +10,7 @@ from grpo_latent.data.ilvr_jsonl import parse_ilvr_record
 from grpo_latent.errors import ConfigError
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.sft.dataset import SFTDataset
-from grpo_latent.sft.ilvr_trainer import ILVRStage1Trainer, ILVRStage2Trainer
+from grpo_latent.sft.ilvr_trainer import ILVRStage1Trainer, ILVRStage2Trainer, SelfFedConfig, TeacherConfig
 from grpo_latent.sft.interleaved import InterleavedEncoder
 from grpo_latent.sft.parameters import freeze_vision
 
@@ -23,7 +23,7 @@ def dataset(latent, folder):
     return SFTDataset(examples, encoder)
 
 
-def train(folder, trainer_class, steps, resume=None, **kwargs):
+def train(folder, trainer_class, steps, config, resume=None):
     latent = latent_model(exit="end_token", steps=3)
     freeze_vision(latent.model)
     arguments = TrainingArguments(
@@ -40,7 +40,7 @@ def train(folder, trainer_class, steps, resume=None, **kwargs):
         disable_tqdm=True,
         seed=1,
     )
-    trainer = trainer_class(latent, arguments, dataset(latent, folder), **kwargs)
+    trainer = trainer_class(latent, arguments, dataset(latent, folder), config)
     calls = []
     if trainer_class is ILVRStage1Trainer:
         trainer.teacher_adapter.decoder.register_forward_hook(lambda *_: calls.append(1))
@@ -54,14 +54,15 @@ def weights(model):
 
 
 def test_stage_1_follows_learns_and_resumes_to_the_bit(tmp_path):
-    trainer, calls = train(tmp_path, ILVRStage1Trainer, 4, decay=0.5)
+    trainer, calls = train(tmp_path, ILVRStage1Trainer, 4, TeacherConfig(decay=0.5))
     assert len(calls) == 4 and trainer.teacher.num_updates == 4
     logs = [entry for entry in trainer.state.log_history if "ce" in entry]
     assert logs[-1]["ce"] < logs[0]["ce"] and 0 < logs[0]["latent_loss"] < 2
     start, student, teacher = (weights(m) for m in (latent_model().model, trainer.latent.model, trainer.teacher.model))
     name = "model.language_model.layers.0.mlp.up_proj.weight"
     assert 0 < float((teacher[name] - start[name]).norm()) < float((student[name] - start[name]).norm())
-    again, _ = train(tmp_path, ILVRStage1Trainer, 4, resume=str(tmp_path / "out" / "checkpoint-2"), decay=0.5)
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    again, _ = train(tmp_path, ILVRStage1Trainer, 4, TeacherConfig(decay=0.5), resume=checkpoint)
     for first, second in ((student, again.latent.model), (teacher, again.teacher.model)):
         for name, value in weights(second).items():
             assert torch.equal(value, first[name]), name
@@ -69,7 +70,7 @@ def test_stage_1_follows_learns_and_resumes_to_the_bit(tmp_path):
 
 @pytest.mark.parametrize("gradient", ["cut", "bptt"])
 def test_stage_2_learns(tmp_path, gradient):
-    trainer, _ = train(tmp_path, ILVRStage2Trainer, 3, gradient=gradient)
+    trainer, _ = train(tmp_path, ILVRStage2Trainer, 3, SelfFedConfig(gradient))
     logs = [entry for entry in trainer.state.log_history if "ce" in entry]
     assert logs[-1]["ce"] < logs[0]["ce"] and logs[0]["latent_loss"] == 0
 
@@ -79,4 +80,6 @@ def test_what_does_not_fit_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="opened and closed by tokens"):
         ILVRStage2Trainer(latent, TrainingArguments(str(tmp_path), use_cpu=True), dataset(latent, tmp_path))
     with pytest.raises(ConfigError, match="loss.gradient"):
-        ILVRStage2Trainer(latent, None, None, gradient="some")
+        SelfFedConfig(gradient="some")
+    with pytest.raises(ConfigError, match="loss.top_k: out of bounds"):
+        TeacherConfig(top_k=0)

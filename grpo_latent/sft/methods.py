@@ -1,0 +1,169 @@
+"""The table of SFT methods: the keys that each one has in the config, and the parts that run it.
+
+    method        reads                         trains
+    lvr           LVR JSON, verl parquet        boxes' visual tokens as latents (2509.24251)
+    ilvr_stage1   ILVR JSONL                    the momentum teacher's choice as latents (2512.05665)
+    ilvr_stage2   ILVR JSONL                    answers over the model's own latents
+
+A new method is a row here and a file `config/method/<name>.yaml` with its defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from grpo_latent.data.ilvr_jsonl import read_ilvr_jsonl
+from grpo_latent.data.lvr_json import read_lvr_json
+from grpo_latent.data.rows import read_verl_parquet
+from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import ILVR_TOKENS, LVR_TOKENS, PUBLISHED
+from grpo_latent.models.adapter import ModelAdapter
+from grpo_latent.models.loading import LatentModel
+from grpo_latent.sft.dataset import RowEncoder
+from grpo_latent.sft.ilvr_trainer import ILVRStage1Trainer, ILVRStage2Trainer, SelfFedConfig, TeacherConfig
+from grpo_latent.sft.interleaved import InterleavedEncoder
+from grpo_latent.sft.losses import LossConfig
+from grpo_latent.sft.trainer import LatentSFTTrainer
+
+if TYPE_CHECKING:
+    from grpo_latent.sft.settings import SFTSettings
+
+_NOT_RULES = ("start_token", "latent_token", "end_token", "latent_end_token", "head")
+
+
+@dataclass(frozen=True)
+class LatentSettings:
+    """The latents of the checkpoint that SFT writes, see `LatentConfig`. Tokens that the tokenizer lacks are added."""
+
+    mechanism: ClassVar[str] = "lvr"
+
+    start_token: str = LVR_TOKENS[0]
+    latent_token: str = LVR_TOKENS[1]
+    end_token: str = LVR_TOKENS[2]
+    steps: int = 8
+    exit: str = "steps"
+    max_spans: int | None = None
+    head: str = "none"
+    visibility: str = "full"
+    start_is_action: bool = True
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """In the order in which they are added."""
+        return self.start_token, self.latent_token, self.end_token
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """Fields of `LatentConfig` that SFT may change on a checkpoint that has latents already."""
+        return {name: value for name, value in vars(self).items() if name not in _NOT_RULES}
+
+    def make_config(self, ids: dict[str, int], **more) -> LatentConfig:
+        """The `LatentConfig` of a model that has no latents yet.
+
+        Args:
+            ids: of `tokens`.
+            more: further fields of `LatentConfig`.
+        """
+        roles = {"start": self.start_token, "latent": self.latent_token, "end": self.end_token}
+        values = {f"{role}_token": token for role, token in roles.items()}
+        values |= {f"{role}_id": ids[token] for role, token in roles.items()}
+        rules = PUBLISHED[self.mechanism] | self.rules
+        return LatentConfig(**values, mechanism=self.mechanism, head=self.head, **rules | more)
+
+
+@dataclass(frozen=True)
+class LVRLatents(LatentSettings):
+    """With the token and the rule of the learned end vector."""
+
+    latent_end_token: str = "<|lvr_latent_end|>"
+    latent_end_threshold: float = 0.02
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        return self.start_token, self.latent_token, self.latent_end_token, self.end_token
+
+
+@dataclass(frozen=True)
+class ILVRLatents(LatentSettings):
+    """Spans repeat between texts and end by a token, or at `steps`."""
+
+    mechanism: ClassVar[str] = "ilvr"
+
+    start_token: str = ILVR_TOKENS[0]
+    latent_token: str = ILVR_TOKENS[1]
+    end_token: str = ILVR_TOKENS[2]
+    exit: str = "end_token"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train.
+
+    Attributes:
+        latent, loss: types of the config's sections of these names; a key that the type lacks is refused.
+        readers: `data.format` -> checked examples of a file, given the folder that image paths are relative to.
+        make_encoder: from an example to what the trainer's `collate_rows` takes.
+        trainer: its arguments are those of `LatentSFTTrainer`, with a `loss` of the type above.
+    """
+
+    latent: type[LatentSettings]
+    loss: type
+    readers: dict[str, Callable[[str, str | None], Iterator]]
+    make_encoder: Callable[[LatentModel, SFTSettings], Callable]
+    trainer: type[LatentSFTTrainer]
+
+
+def _lvr_encoder(latent: LatentModel, settings: SFTSettings) -> RowEncoder:
+    return RowEncoder(
+        tokenizer=latent.tokenizer,
+        processor=latent.processor,
+        config=latent.config,
+        eos_id=latent.tokenizer.eos_token_id,
+        vision_ids=ModelAdapter(latent.model).vision_ids,
+        merge_size=latent.processor.image_processor.merge_size,
+        has_end_vector=settings.loss.trains_end_vector,
+        max_length=settings.data.max_length,
+    )
+
+
+def _interleaved_encoder(latent: LatentModel, settings: SFTSettings) -> InterleavedEncoder:
+    return InterleavedEncoder(
+        tokenizer=latent.tokenizer,
+        processor=latent.processor,
+        config=latent.config,
+        eos_id=latent.tokenizer.eos_token_id,
+        vision_ids=ModelAdapter(latent.model).vision_ids,
+        max_length=settings.data.max_length,
+    )
+
+
+def _read_parquet(path: str | Path, image_folder: str | None) -> Iterator:
+    return read_verl_parquet(path)  # its images are stored in it
+
+
+METHODS: dict[str, Method] = {
+    "lvr": Method(
+        latent=LVRLatents,
+        loss=LossConfig,
+        readers={"lvr_json": read_lvr_json, "parquet": _read_parquet},
+        make_encoder=_lvr_encoder,
+        trainer=LatentSFTTrainer,
+    ),
+    "ilvr_stage1": Method(
+        latent=ILVRLatents,
+        loss=TeacherConfig,
+        readers={"ilvr_jsonl": read_ilvr_jsonl},
+        make_encoder=_interleaved_encoder,
+        trainer=ILVRStage1Trainer,
+    ),
+    "ilvr_stage2": Method(
+        latent=ILVRLatents,
+        loss=SelfFedConfig,
+        readers={"ilvr_jsonl": read_ilvr_jsonl},
+        make_encoder=_interleaved_encoder,
+        trainer=ILVRStage2Trainer,
+    ),
+}
