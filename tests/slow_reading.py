@@ -44,11 +44,14 @@ def positions(case: Case, prompt_ids: Tensor, images: ImageInputs | None, num_mo
 
 
 def may_see(kinds: list[int], row: int, column: int, visibility: str) -> bool:
-    """The rule of `latents_only` in words, for one pair."""
+    """The rules of `latents_only` and of `blind_after_span` in words, for one pair."""
     if column > row:
         return False
     if visibility == "full" or column == row:
         return True
+    if visibility == "blind_after_span":
+        text_after_it = K.FORCED in kinds[: row + 1] and kinds[row] in (K.TEXT, K.FORCED)
+        return kinds[column] != K.VISION or not text_after_it
     image_side = kinds[column] in (K.VISION, K.START)
     another_latent_follows = kinds[row] == K.LATENT and row + 1 < len(kinds) and kinds[row + 1] == K.LATENT
     return not image_side or kinds[row] in (K.VISION, K.START) or another_latent_follows
@@ -68,7 +71,7 @@ def forward(case: Case, trajectory: Trajectory, images: ImageInputs | None, visi
     latents = list(trajectory.latents)
     embeds = torch.stack([latents.pop(0) if kind == K.LATENT else table[i] for i, kind in zip(ids, kinds, strict=True)])
     inputs = dict(inputs_embeds=embeds[None], use_cache=False)
-    if visibility == "latents_only":
+    if visibility != "full":
         inputs["attention_mask"] = mask(kinds, visibility)
     position_ids = positions(case, trajectory.prompt_ids, images, len(trajectory.token_ids))
     inputs["position_ids"] = position_ids if case.processor else position_ids[0]

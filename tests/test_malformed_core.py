@@ -17,7 +17,7 @@ from grpo_latent.models.loading import load_latent_model, save_latent_model
 from grpo_latent.models.replay import ReplayBatch, collate, replay
 from grpo_latent.models.tokens import LVR_TOKENS
 from grpo_latent.rollout.hf import HFRolloutEngine
-from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
+from grpo_latent.rollout.protocol import LatentOverride, RolloutRequest, SamplingParams
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.trajectory import Trajectory
 
@@ -206,7 +206,9 @@ def test_sampling_params(values, where):
         (dict(seeds=[1, -1]), "-1"),
         (dict(seeds=[2**64]), str(2**64)),
         (dict(seeds=[0.5]), "0.5"),
-        (dict(steps=0), "0"),
+        (dict(steps=-1), "-1"),
+        (dict(max_spans=-1), "-1"),
+        (dict(max_spans=0.5), "0.5"),
     ],
 )
 def test_request(values, got):
@@ -233,8 +235,8 @@ VL, TEXT = "qwen2_5_vl", "qwen2"
             "23 patches",
             "24 patches",
         ),
-        (TEXT, lambda r: dict(latent_override=torch.zeros(4)), "(4,)", "[K, 32]"),
-        (TEXT, lambda r: dict(latent_override=torch.zeros(4, 1)), "(4, 1)", "[K, 32]"),
+        (TEXT, lambda r: dict(latent_override=LatentOverride(torch.zeros(4))), "(4,)", "[K, 32]"),
+        (TEXT, lambda r: dict(latent_override=LatentOverride(torch.zeros(4, 1))), "(4, 1)", "[K, 32]"),
     ],
 )
 def test_request_that_does_not_fit_the_model(name, change, got, expected):

@@ -1,17 +1,25 @@
 """Causal ablations: the same prompts, decoded again with other vectors at the latent positions.
 
-    own trajectory of a prompt ──ablation──▶ vectors [K, H] ──latent_override──▶ the engine feeds them ──▶ outcome
+    own trajectory of a prompt ──ablation──▶ changes of its request ──the engine decodes──▶ outcome
 
-Everything else stays: prompt, image, tokens before the first latent, mask, sampling. If the outcome does not move, the
-latents are not used (SYSTEMS: "Are the latents used at all?").
+Everything else stays: prompt, image, tokens before the first latent, mask, seeds. If the outcome does not move, the latents
+are not used (SYSTEMS: "Are the latents used at all?").
 
-    zero     zeros
-    noise    a random direction with the norm of the prompt's own latent
-    shuffle  the latents of another prompt
-    oracle   the image embeddings of the row's boxes: what SFT's targets are
+    zero          zeros
+    noise         a random direction with the norm of the prompt's own latent
+    shuffle       the latents of another prompt
+    mean          the mean of all prompts' latents at the same place
+    first_repeat  the first of the prompt's own latents at every place
+    oracle        the image embeddings of the row's boxes: what SFT's targets are
+    image_swap    the latents that the model makes of the same prompt with another row's image
+    markers_only  no latents between the delimiters
+    no_span       no span is opened: forced text
+    image_blind_after_span  own latents, but text after the first span does not see the image
 
-Latent step i of the ablated trajectory is fed vector i mod K. A prompt that has no latents of its own, no donor or no
-boxes keeps its own outcome.
+`name@part` replaces only a part of the latents: `span<k>`, the k-th span (from 0), or, for prompt slots, `text` (the fed
+hidden states) or `vision` (the chosen image embeddings). Whatever is not replaced is what the model makes of the changed
+prefix; a slot's chosen image positions stay the own ones. An ablation that changes nothing for a prompt (no latents there,
+no donor, no boxes) leaves it its own outcome.
 """
 
 from __future__ import annotations
@@ -24,8 +32,10 @@ from torch import Tensor
 
 from grpo_latent.errors import ConfigError
 from grpo_latent.eval.prompts import EvalPrompt
-from grpo_latent.models.adapter import ImageInputs, ModelAdapter
+from grpo_latent.latent.config import LatentConfig
+from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.replay import collate, replay
+from grpo_latent.rollout.protocol import ALL, LatentOverride, check_part, part_kinds, part_span
 from grpo_latent.rollout.sampling import trajectory_seed
 from grpo_latent.trajectory import PositionKind, Trajectory
 
@@ -39,80 +49,217 @@ class AblationInputs:
     Attributes:
         own: trajectories with the model's own latents.
         visual: merged image embeddings [M, H] of the prompt, or None.
+        config: the checkpoint's latents.
         seed: of noise and of donors.
+        swapped: for `image_swap`: trajectories of the same prompts with the images of others, None where no other fits.
     """
 
     prompts: Sequence[EvalPrompt]
     own: Sequence[Trajectory]
     visual: Sequence[Tensor | None]
+    config: LatentConfig
     seed: int = 0
+    swapped: Sequence[Trajectory | None] = ()
 
 
-Vectors = list[Tensor | None]  # [K, H] for each prompt; None leaves the prompt as it is
+Vectors = list[Tensor | None]  # [K, H] for each prompt, for the K latents of the part; None leaves the prompt as it is
+Changes = list[dict | None]  # fields of each prompt's `RolloutRequest`; None leaves it as it is
 
 
-def zero(inputs: AblationInputs) -> Vectors:
-    return [torch.zeros_like(t.latents) if len(t.latents) else None for t in inputs.own]
+def parse_name(name: str) -> tuple[str, str]:
+    """(ablation, part) of `name` or `name@part`.
+
+    Raises:
+        ConfigError: unknown ablation or part, or a part of an ablation that feeds no vectors.
+
+    >>> parse_name("shuffle@span1"), parse_name("zero")
+    (('shuffle', 'span1'), ('zero', 'all'))
+    """
+    base, has_part, part = name.partition("@")
+    if base not in ABLATIONS:
+        raise ConfigError("unknown ablation", where="ablations", got=name, expected=f"one of {ABLATIONS}")
+    if not has_part:
+        return base, ALL
+    check_part(part, f"ablations: {name}")
+    if base not in VECTORS:
+        expected = f"a part with one of {tuple(VECTORS)}"
+        raise ConfigError("an ablation without vectors has no parts", where="ablations", got=name, expected=expected)
+    return base, part
 
 
-def noise(inputs: AblationInputs) -> Vectors:
-    """Gaussian directions, each scaled to the norm of the latent that it replaces."""
-    vectors = []
-    for index, trajectory in enumerate(inputs.own):
-        generator = torch.Generator().manual_seed(trajectory_seed(inputs.seed, 0, f"noise/{index}", 0))
-        directions = torch.randn(trajectory.latents.shape, generator=generator)
-        norms = trajectory.latents.norm(dim=-1, keepdim=True) / directions.norm(dim=-1, keepdim=True)
-        vectors.append(directions * norms if len(directions) else None)
-    return vectors
+def make_changes(name: str, inputs: AblationInputs) -> Changes:
+    """How an ablation changes each prompt's request; prompts whose own trajectory has no latents stay as they are."""
+    base, part = parse_name(name)
+    changes: Changes = []
+    if base in REQUESTS:
+        for prompt, own in zip(inputs.prompts, inputs.own, strict=True):
+            applies = len(own.latents) and (base != BLIND or prompt.images is not None)
+            changes.append(REQUESTS[base](inputs.config) if applies else None)
+        return changes
+    for own, vectors_KH in zip(inputs.own, make_vectors(base, part, inputs), strict=True):
+        selected_idx = own.selected_idx if len(own.selected_idx) else None
+        override = None if vectors_KH is None else LatentOverride(vectors_KH, part, selected_idx)
+        changes.append(None if override is None else {"latent_override": override})
+    return changes
 
 
-def shuffle(inputs: AblationInputs) -> Vectors:
-    return [None if donor is None else inputs.own[donor].latents for donor in donors(inputs.own, inputs.seed)]
-
-
-def oracle(inputs: AblationInputs) -> Vectors:
+def make_vectors(base: str, part: str, inputs: AblationInputs) -> Vectors:
+    """What each prompt's latents of the part are fed; None also where that is what they are anyway."""
+    swapped = [None if trajectory is None else Places(trajectory, part) for trajectory in inputs.swapped]
+    places = [Places(trajectory, part) for trajectory in inputs.own]
+    vectors = VECTORS[base](PartInputs(inputs.prompts, places, inputs.visual, inputs.seed, swapped))
     return [
-        visual[list(prompt.roi)] if visual is not None and prompt.roi and len(own.latents) else None
-        for prompt, own, visual in zip(inputs.prompts, inputs.own, inputs.visual, strict=True)
+        None if vectors_KH is None or not len(own) or torch.equal(vectors_KH, own.latents_KH) else vectors_KH
+        for own, vectors_KH in zip(places, vectors, strict=True)
     ]
 
 
-ABLATIONS: dict[str, Callable[[AblationInputs], Vectors]] = {
-    "zero": zero,
-    "noise": noise,
-    "shuffle": shuffle,
-    "oracle": oracle,
+class Places:
+    """The K latent positions of a part of a trajectory.
+
+    Attributes:
+        kinds_K: LATENT or SELECTED.
+        idx_K: place among all latents of the trajectory.
+        rank_K: place among those of the same kind in the part.
+        latents_KH: the vectors that stood there.
+    """
+
+    def __init__(self, trajectory: Trajectory, part: str):
+        kinds_N = trajectory.kinds[trajectory.latent_mask]
+        is_part_N = torch.isin(kinds_N, torch.tensor(part_kinds(part)))
+        if part_span(part) is not None:
+            lengths = torch.tensor([span.length for span in trajectory.spans], dtype=torch.long)
+            is_part_N &= torch.repeat_interleave(torch.arange(len(lengths)), lengths) == part_span(part)
+        self.idx_K = is_part_N.nonzero()[:, 0]
+        self.kinds_K = kinds_N[self.idx_K]
+        is_text_K = self.kinds_K == PositionKind.LATENT
+        self.rank_K = torch.where(is_text_K, is_text_K.cumsum(-1), (~is_text_K).cumsum(-1)) - 1
+        self.latents_KH = trajectory.latents[self.idx_K]
+
+    def __len__(self) -> int:
+        return len(self.idx_K)
+
+    def of_kind(self, kind: int) -> Tensor:
+        return self.latents_KH[self.kinds_K == kind]
+
+    def filled_from(self, source: Callable[[int], Tensor]) -> Tensor:
+        """At each place vector `rank` mod their number of `source(kind)`; its own where that is empty.
+
+        Of latents of one kind that is what the engine makes of the source itself, however many steps a trajectory takes.
+        """
+        kinds = self.kinds_K.unique().tolist()
+        if len(kinds) == 1 and len(source(kinds[0])):
+            return source(kinds[0])
+        vectors_KH = self.latents_KH.clone()
+        for kind in LATENT_KINDS:
+            table_RH, is_kind_K = source(kind), self.kinds_K == kind
+            if len(table_RH):
+                vectors_KH[is_kind_K] = table_RH[self.rank_K[is_kind_K] % len(table_RH)].to(vectors_KH.dtype)
+        return vectors_KH
+
+
+@dataclass(frozen=True)
+class PartInputs:
+    """`AblationInputs` for one part of the latents."""
+
+    prompts: Sequence[EvalPrompt]
+    own: Sequence[Places]
+    visual: Sequence[Tensor | None]
+    seed: int
+    swapped: Sequence[Places | None]
+
+
+def _zero(inputs: PartInputs) -> Vectors:
+    return [torch.zeros_like(own.latents_KH) for own in inputs.own]
+
+
+def _noise(inputs: PartInputs) -> Vectors:
+    """Gaussian directions, each scaled to the norm of the latent that it replaces."""
+    vectors: Vectors = []
+    for index, own in enumerate(inputs.own):
+        generator = torch.Generator().manual_seed(trajectory_seed(inputs.seed, 0, f"noise/{index}", 0))
+        directions_KH = torch.randn(own.latents_KH.shape, generator=generator)
+        vectors.append(directions_KH * own.latents_KH.norm(dim=-1, keepdim=True) / directions_KH.norm(dim=-1)[:, None])
+    return vectors
+
+
+def _shuffle(inputs: PartInputs) -> Vectors:
+    sources = donors([len(own) for own in inputs.own], inputs.seed)
+    return [
+        None if source is None else own.filled_from(inputs.own[source].of_kind)
+        for own, source in zip(inputs.own, sources, strict=True)
+    ]
+
+
+def _mean(inputs: PartInputs) -> Vectors:
+    """At each place the mean over the prompts that have a latent of that kind and rank."""
+    means: dict[int, Tensor] = {}
+    for kind in LATENT_KINDS:
+        tables = [own.of_kind(kind) for own in inputs.own]
+        longest = max(map(len, tables), default=0)
+        rows = [torch.stack([t[rank] for t in tables if len(t) > rank]).mean(0) for rank in range(longest)]
+        means[kind] = torch.stack(rows) if rows else torch.zeros(0)
+    return [own.filled_from(means.__getitem__) for own in inputs.own]
+
+
+def _first_repeat(inputs: PartInputs) -> Vectors:
+    return [own.filled_from(lambda kind, own=own: own.of_kind(kind)[:1]) for own in inputs.own]
+
+
+def _oracle(inputs: PartInputs) -> Vectors:
+    """Latent number i of the trajectory is the embedding of the boxes' visual token i; of slots, chosen embedding i is."""
+    vectors: Vectors = []
+    for prompt, own, visual_MH in zip(inputs.prompts, inputs.own, inputs.visual, strict=True):
+        if visual_MH is None or not prompt.roi or not len(own):
+            vectors.append(None)
+            continue
+        is_selected_K = own.kinds_K == PositionKind.SELECTED
+        ideal_K = torch.tensor(prompt.roi)[torch.where(is_selected_K, own.rank_K, own.idx_K) % len(prompt.roi)]
+        is_kept_K = ~is_selected_K & bool(is_selected_K.any())
+        vectors.append(torch.where(is_kept_K[:, None], own.latents_KH, visual_MH[ideal_K]))
+    return vectors
+
+
+def _image_swap(inputs: PartInputs) -> Vectors:
+    return [
+        None if swapped is None else own.filled_from(swapped.of_kind)
+        for own, swapped in zip(inputs.own, inputs.swapped, strict=True)
+    ]
+
+
+SHUFFLE, BLIND, IMAGE_SWAP = "shuffle", "image_blind_after_span", "image_swap"
+LATENT_KINDS = (int(PositionKind.LATENT), int(PositionKind.SELECTED))
+VECTORS: dict[str, Callable[[PartInputs], Vectors]] = {
+    "zero": _zero,
+    "noise": _noise,
+    SHUFFLE: _shuffle,
+    "mean": _mean,
+    "first_repeat": _first_repeat,
+    "oracle": _oracle,
+    IMAGE_SWAP: _image_swap,
 }
+REQUESTS: dict[str, Callable[[LatentConfig], dict | None]] = {
+    # slots have no delimiters: nothing would be left, which is `no_span`
+    "markers_only": lambda config: None if config.trigger == "prompt_slots" else {"steps": 0},
+    "no_span": lambda config: {"steps": 0} if config.trigger == "prompt_slots" else {"max_spans": 0},
+    # behind the bottleneck text is blind anyway
+    BLIND: lambda config: {"blind_after_span": True} if config.visibility == "full" else None,
+}
+ABLATIONS = (*VECTORS, *REQUESTS)
 
 
-def check_name(name: str) -> None:
-    """Raises `ConfigError` at an unknown ablation."""
-    if name not in ABLATIONS:
-        raise ConfigError("unknown ablation", where="ablations", got=name, expected=f"one of {tuple(ABLATIONS)}")
-
-
-def make_vectors(name: str, inputs: AblationInputs) -> Vectors:
-    check_name(name)
-    return ABLATIONS[name](inputs)
-
-
-def donors(own: Sequence[Trajectory], seed: int) -> list[int | None]:
+def donors(num_latents: Sequence[int], seed: int) -> list[int | None]:
     """For each trajectory the index of another one whose latents it gets; no one is its own donor.
 
     A random cycle through the trajectories that have latents; None for the others, or if there is only one.
     """
-    holders = torch.tensor([i for i, trajectory in enumerate(own) if len(trajectory.latents)], dtype=torch.long)
+    holders = torch.tensor([i for i, count in enumerate(num_latents) if count], dtype=torch.long)
     if len(holders) < 2:
-        return [None] * len(own)
+        return [None] * len(num_latents)
     generator = torch.Generator().manual_seed(trajectory_seed(seed, 0, "shuffle", 0))
     cycle = holders[torch.randperm(len(holders), generator=generator)].tolist()
     giver = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
-    return [giver.get(i) for i in range(len(own))]
-
-
-def repeat_to(vectors_KH: Tensor, length: int) -> Tensor:
-    """[length, H]: vector i mod K at i, since an ablated trajectory may take more latent steps than its source."""
-    return vectors_KH[torch.arange(length) % len(vectors_KH)]
+    return [giver.get(i) for i in range(len(num_latents))]
 
 
 def nearest_token_hits(trajectory: Trajectory, roi: Sequence[int], visual_MH: Tensor) -> list[bool]:
@@ -138,8 +285,7 @@ def leak(
     the same image grid; None if no prompt has a span with text after it and such a partner.
     """
     rows = [i for i, t in enumerate(own) if prompts[i].images is not None and bool(_post_span(t.kinds).any())]
-    partners = _partners([prompts[i].images for i in rows])
-    pairs = [(rows[a], rows[b]) for a, b in partners if a != b][:max_prompts]
+    pairs = sorted(image_partners(prompts, rows).items())[:max_prompts]
     largest = None
     for start in range(0, len(pairs), LEAK_ROWS):
         part = pairs[start : start + LEAK_ROWS]
@@ -152,18 +298,18 @@ def leak(
     return largest
 
 
+def image_partners(prompts: Sequence[EvalPrompt], rows: Sequence[int] | None = None) -> dict[int, int]:
+    """For each prompt (of `rows`) the next one whose images have the same grids, cyclically; only those that have one."""
+    by_grid: dict[str, list[int]] = {}
+    for index in range(len(prompts)) if rows is None else rows:
+        if prompts[index].images is not None:
+            by_grid.setdefault(str(prompts[index].images.image_grid_thw.tolist()), []).append(index)
+    return {a: b for same in by_grid.values() for a, b in zip(same, same[1:] + same[:1], strict=True) if a != b}
+
+
 def _post_span(kinds: Tensor) -> Tensor:
     """bool, same shape: sampled text after the end of a span."""
     return ((kinds == PositionKind.FORCED).cumsum(-1) > 0) & (kinds == PositionKind.TEXT)
-
-
-def _partners(images: list[ImageInputs]) -> list[tuple[int, int]]:
-    """(i, next one with the same grid) in order of i, cyclic within equal grids."""
-    by_grid: dict[str, list[int]] = {}
-    for index, pixels in enumerate(images):
-        by_grid.setdefault(str(pixels.image_grid_thw.tolist()), []).append(index)
-    pairs = [(a, b) for same in by_grid.values() for a, b in zip(same, same[1:] + same[:1], strict=True)]
-    return sorted(pairs)
 
 
 def with_truth_of(prompts: Sequence[EvalPrompt], sources: Sequence[int | None]) -> list[EvalPrompt]:

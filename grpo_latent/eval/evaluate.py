@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
@@ -18,13 +18,15 @@ from torch import Tensor
 
 from grpo_latent.errors import ConfigError
 from grpo_latent.eval.ablations import (
+    IMAGE_SWAP,
+    SHUFFLE,
     AblationInputs,
-    check_name,
     donors,
+    image_partners,
     leak,
-    make_vectors,
+    make_changes,
     nearest_token_hits,
-    repeat_to,
+    parse_name,
     with_truth_of,
 )
 from grpo_latent.eval.prompts import EvalPrompt
@@ -47,7 +49,7 @@ class EvalSettings:
     max_new_tokens: positions of a completion, latents included.
     num_sampled: trajectories a prompt for the sampled accuracy, 0 for none.
     temperature, top_k, top_p: of the sampled ones.
-    ablations: names of `eval.ablations.ABLATIONS`.
+    ablations: names of `eval.ablations.ABLATIONS`, or `name@part`.
     leak_prompts: prompts of the leak test, 0 for none.
     prompts_per_batch: prompts decoded together, and kept encoded together.
     """
@@ -68,7 +70,7 @@ class EvalSettings:
             if not isinstance(value, int) or value < minimum:
                 raise ConfigError("not a valid count", where=name, got=value, expected=f"int >= {minimum}")
         for name in self.ablations:
-            check_name(name)
+            parse_name(name)
         self.sampled_params()
 
     def greedy_params(self) -> SamplingParams:
@@ -111,26 +113,30 @@ class Evaluator:
         self.adapter = self.engine.adapter
 
     def generate(
-        self, prompts: Sequence[EvalPrompt], vectors: Sequence[Tensor | None] | None = None, num_sampled: int = 0
+        self, prompts: Sequence[EvalPrompt], changes: Sequence[dict | None] | None = None, num_sampled: int = 0
     ) -> list[list[Trajectory]]:
         """One greedy trajectory a prompt, or `num_sampled` sampled ones.
 
         Args:
-            vectors: [K, H] for each prompt, fed at its latent steps instead of the model's own; None where not.
+            changes: fields of each prompt's `RolloutRequest` that differ, as an ablation makes them; None where none does.
         """
-        settings = self.settings
-        requests = []
-        for index, prompt in enumerate(prompts):
-            table = None if vectors is None else vectors[index]
-            seeds = [trajectory_seed(settings.seed, 0, prompt.where, j) for j in range(max(num_sampled, 1))]
-            table = None if table is None else repeat_to(table, settings.max_new_tokens)
+        settings, requests = self.settings, []
+        for prompt, change in zip(prompts, changes or [None] * len(prompts), strict=True):
+            seeds = [trajectory_seed(settings.seed, 0, prompt.row_id, j) for j in range(max(num_sampled, 1))]
             requests.append(
-                RolloutRequest(prompt.prompt_ids, seeds, prompt.images, group_id=prompt.where, latent_override=table)
+                RolloutRequest(prompt.prompt_ids, seeds, prompt.images, group_id=prompt.where, **(change or {}))
             )
         return self.engine.generate(requests, settings.sampled_params() if num_sampled else settings.greedy_params())
 
-    def greedy(self, prompts: Sequence[EvalPrompt], vectors=None) -> list[Trajectory]:
-        return [group[0] for group in self.generate(prompts, vectors)]
+    def greedy(self, prompts: Sequence[EvalPrompt], changes=None) -> list[Trajectory]:
+        return [group[0] for group in self.generate(prompts, changes)]
+
+    def with_swapped_images(self, prompts: Sequence[EvalPrompt]) -> list[Trajectory | None]:
+        """Greedy trajectories of the prompts with the images of their `image_partners`; None where there is none."""
+        partners = image_partners(prompts)
+        swapped = {i: replace(prompts[i], images=prompts[partner].images) for i, partner in partners.items()}
+        decoded = dict(zip(swapped, self.greedy(list(swapped.values())), strict=True))
+        return [decoded.get(i) for i in range(len(prompts))]
 
     @torch.no_grad()
     def visual(self, images: ImageInputs | None) -> Tensor | None:
@@ -175,7 +181,9 @@ def evaluate(
         "sampled": {"accuracy": accuracy(sampled), "n": settings.num_sampled} if sampled else None,
         "latents": latent_statistics(own),
     }
-    inputs = AblationInputs(prompts, own, visual, settings.seed)
+    needs_swapped = any(parse_name(name)[0] == IMAGE_SWAP for name in settings.ablations)
+    swapped = evaluator.with_swapped_images(prompts) if needs_swapped else [None] * len(prompts)
+    inputs = AblationInputs(prompts, own, visual, loaded.config, settings.seed, swapped)
     report |= _ablate(evaluator, scorer, inputs, report["greedy"]["accuracy"], progress)
     hits = [
         hit
@@ -190,34 +198,34 @@ def evaluate(
 
 
 def _ablate(evaluator: Evaluator, scorer: Scorer, inputs: AblationInputs, own_accuracy, progress) -> dict:
-    """{"ablations": {own, …}, "follow"}: accuracies, paired over the same prompts."""
+    """{"ablations": {own, …}, "num_changed", "follow"}: accuracies over all prompts, and how many an ablation changed."""
     settings, prompts = evaluator.settings, inputs.prompts
-    vectors = {name: make_vectors(name, inputs) for name in settings.ablations}
+    changes = {name: make_changes(name, inputs) for name in settings.ablations}
     ablated: dict[str, list[Trajectory]] = {name: [] for name in settings.ablations}
     for start in range(0, len(prompts), settings.prompts_per_batch):
         part = slice(start, start + settings.prompts_per_batch)
         with evaluator.encoded_once():
             for name in settings.ablations:
-                ablated[name] += _decode_changed(evaluator, prompts[part], inputs.own[part], vectors[name][part])
+                ablated[name] += _decode_changed(evaluator, prompts[part], inputs.own[part], changes[name][part])
                 progress(name, len(prompts[part]))
-    accuracies = {OWN: own_accuracy}
+    accuracies, counts = {OWN: own_accuracy}, {}
     for name, trajectories in ablated.items():
-        changed = any(table is not None for table in vectors[name])
-        accuracies[name] = accuracy(scorer(prompts, trajectories)) if changed else None
+        counts[name] = sum(change is not None for change in changes[name])
+        accuracies[name] = accuracy(scorer(prompts, trajectories)) if counts[name] else None
     follow = None
-    if "shuffle" in ablated:
-        sources = donors(inputs.own, inputs.seed)
+    if SHUFFLE in ablated:
+        sources = donors([len(own.latents) for own in inputs.own], inputs.seed)
         pairs = [(i, source) for i, source in enumerate(sources) if source is not None]
         donated = with_truth_of(prompts, sources)
         if pairs:
-            follow = accuracy(scorer([donated[i] for i, _ in pairs], [ablated["shuffle"][i] for i, _ in pairs]))
-    return {"ablations": accuracies, "follow": follow}
+            follow = accuracy(scorer([donated[i] for i, _ in pairs], [ablated[SHUFFLE][i] for i, _ in pairs]))
+    return {"ablations": accuracies, "num_changed": counts, "follow": follow}
 
 
-def _decode_changed(evaluator, prompts, own, vectors) -> list[Trajectory]:
-    """Ablated trajectories; a prompt without vectors keeps its own."""
-    changed = [i for i, table in enumerate(vectors) if table is not None]
-    decoded = evaluator.greedy([prompts[i] for i in changed], [vectors[i] for i in changed])
+def _decode_changed(evaluator, prompts, own, changes) -> list[Trajectory]:
+    """Ablated trajectories; a prompt without a change keeps its own."""
+    changed = [i for i, change in enumerate(changes) if change is not None]
+    decoded = evaluator.greedy([prompts[i] for i in changed], [changes[i] for i in changed])
     replaced = dict(zip(changed, decoded, strict=True))
     return [replaced.get(i, trajectory) for i, trajectory in enumerate(own)]
 

@@ -27,7 +27,8 @@ class EvalPrompt:
         images: pixels, or None.
         roi: merged visual tokens of the row's boxes, in the order of the boxes, as indices among all visual tokens of the
             prompt; empty without boxes. What an ideal latent number i would be.
-        where: file and row.
+        where: file and row, for messages.
+        row_id: names the row in its data, wherever that lies: what seeds are made of.
     """
 
     prompt_ids: Tensor
@@ -35,6 +36,7 @@ class EvalPrompt:
     data_source: str
     ground_truth: object
     where: str
+    row_id: str
     roi: tuple[int, ...] = ()
     extra_info: dict = field(default_factory=dict)
 
@@ -46,7 +48,7 @@ def read_prompts(files: Iterable[str | Path], loaded: LatentModel, max_rows: int
         DataError: unreadable file or malformed row, by file, row and field.
     """
     rows = (row for path in files for row in iter_verl_rows(path))
-    prompts = [encode_row(row, where, loaded) for row, where in islice(rows, max_rows)]
+    prompts = [encode_row(row, where, loaded, str(i)) for i, (row, where) in enumerate(islice(rows, max_rows))]
     if not prompts:
         raise DataError(
             "no rows to evaluate", where="data.val_files", got=str(list(files)), expected="at least one row"
@@ -54,7 +56,7 @@ def read_prompts(files: Iterable[str | Path], loaded: LatentModel, max_rows: int
     return prompts
 
 
-def encode_row(row: dict, where: str, loaded: LatentModel) -> EvalPrompt:
+def encode_row(row: dict, where: str, loaded: LatentModel, row_id: str) -> EvalPrompt:
     """Raises `DataError` if the row is malformed."""
     messages, refs = check_prompt(row, where)
     prompt = encode_prompt(loaded.tokenizer, loaded.processor, messages, [ref.open() for ref in refs], where)
@@ -65,6 +67,7 @@ def encode_row(row: dict, where: str, loaded: LatentModel) -> EvalPrompt:
         data_source=row["data_source"],
         ground_truth=row["reward_model"]["ground_truth"],
         where=where,
+        row_id=row_id,
         roi=_roi(extra_info, prompt.images, loaded, where),
         extra_info=extra_info,
     )

@@ -17,17 +17,23 @@ from torch import Tensor
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.trajectory import PositionKind
 
+UNBOUNDED = 2**62  # spans of a row without a bound
+
 
 class SpanState:
     """Where each of N rows stands.
 
     Args:
-        steps_N: int64 [N], latent steps (exit `steps`) or their cap a span.
+        steps_N: int64 [N], latent steps (exit `steps`) or their cap a span; with 0, `end` follows on `start`.
+        max_spans_N: int64 [N], spans that each row may open (`UNBOUNDED` for no bound); None for the config's.
     """
 
-    def __init__(self, config: LatentConfig, steps_N: Tensor):
+    def __init__(self, config: LatentConfig, steps_N: Tensor, max_spans_N: Tensor | None = None):
         self.config = config
         self.steps_N = steps_N
+        default = UNBOUNDED if config.max_spans is None else config.max_spans
+        self.max_spans_N = torch.full_like(steps_N, default) if max_spans_N is None else max_spans_N
+        self.is_bounded = bool((self.max_spans_N < UNBOUNDED).any())
         self.in_span_N = torch.zeros_like(steps_N, dtype=torch.bool)
         self.num_fed_N = torch.zeros_like(steps_N)
         self.num_spans_N = torch.zeros_like(steps_N)
@@ -62,7 +68,7 @@ class SpanState:
         opens_N = is_text_N & (token_ids_N == self.config.start_id)
         closes_N = kinds_N == PositionKind.FORCED
         self.num_fed_N += is_latent_N
-        self.end_is_due_N = is_latent_N & (self.num_fed_N >= self.steps_N)
+        self.end_is_due_N = (is_latent_N & (self.num_fed_N >= self.steps_N)) | (opens_N & (self.steps_N == 0))
         if self.config.exit == "latent_end" and latents_NH is not None:
             distance_N = (latents_NH.float() - end_vector_H.float()).square().mean(-1)
             self.end_is_due_N |= is_latent_N & (distance_N < self.config.latent_end_threshold)
@@ -79,10 +85,8 @@ class SpanState:
     @property
     def may_open_N(self) -> Tensor:
         """bool [N], rows that may still open a span."""
-        if self.config.max_spans is None:
-            return torch.ones_like(self.in_span_N)
-        return self.num_spans_N < self.config.max_spans
+        return self.num_spans_N < self.max_spans_N
 
     def keep_rows(self, rows_M: Tensor) -> None:
-        for name in ("steps_N", "in_span_N", "num_fed_N", "num_spans_N", "end_is_due_N"):
+        for name in ("steps_N", "max_spans_N", "in_span_N", "num_fed_N", "num_spans_N", "end_is_due_N"):
             setattr(self, name, getattr(self, name)[rows_M])

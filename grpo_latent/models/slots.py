@@ -15,6 +15,7 @@ Legend: B prompts, P prompt columns, L slot columns, S = P + L, M image embeddin
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -76,6 +77,8 @@ def prefill_with_slots(
     num_slots_B: Tensor,
     top_k_image: int,
     cut: bool = True,
+    feed: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    selected_idx: Sequence[Tensor | None] = (),
 ) -> SlotPrefill:
     """Forward over left-padded prompts, then over their slots.
 
@@ -84,9 +87,13 @@ def prefill_with_slots(
         num_slots_B: int64, slots of each prompt.
         top_k_image: image embeddings inserted before each slot (32 published); 0 is Coconut.
         cut: whether the fed h is a constant (IVT-LR) or carries its gradient (Coconut).
+        feed: maps what a slot is about to be fed [B, L, H], its kinds and whether each position is used, both [B, L], to
+            what it is fed (causal ablations).
+        selected_idx: of each prompt, the image positions to take in turn instead of choosing, or None.
 
     Raises:
         ConfigError: image embeddings for a model without images.
+        LatentMismatchError: `selected_idx` that the prompt's slots cannot take.
     """
     if top_k_image and not adapter.has_vision:
         raise ConfigError(
@@ -109,6 +116,9 @@ def prefill_with_slots(
         feeder = _SlotFeeder(
             adapter, cache, recorder, embeddings_MH, input_ids_BP, kinds_BP, valid_BP, hidden_BH, last_position_B + 1
         )
+        feeder.feed_hook = feed
+        if selects and any(idx is not None for idx in selected_idx):
+            feeder.take_recorded(selected_idx, num_slots_B, top_k_image)
         for slots_left in range(int(num_slots_B.max()), 0, -1):
             # a row with fewer slots begins later, so that all rows end in one column
             feeder.feed(num_slots_B >= slots_left, top_k_image if selects else 0, cut)
@@ -133,6 +143,27 @@ class _SlotFeeder:
             self.attention_BP = self._take_attention()
         self.fed_BLH: list[Tensor] = []
         self.selected_BL: list[Tensor] = []
+        self.feed_hook: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+        self.recorded_BF: Tensor | None = None
+
+    def take_recorded(self, selected_idx: Sequence[Tensor | None], num_slots_B: Tensor, top_k: int) -> None:
+        """Columns `recorded_BF` of the image positions that rows take in turn; rows that choose have -1."""
+        num_images_B = self.candidates_BP.sum(-1)
+        wanted = torch.minimum(num_slots_B * top_k, num_images_B).tolist()
+        self.recorded_BF = torch.full((len(selected_idx), max(*wanted, 1)), NOT_CHOSEN, device=num_images_B.device)
+        for row, idx in enumerate(selected_idx):
+            if idx is None:
+                continue
+            if len(idx) != wanted[row] or len(idx.unique()) != len(idx) or not bool((idx < num_images_B[row]).all()):
+                raise LatentMismatchError(
+                    "recorded image positions do not fit the slots",
+                    where=f"prompt {row}",
+                    got=idx.tolist(),
+                    expected=f"{wanted[row]} different ones below {int(num_images_B[row])}",
+                )
+            columns = self.candidates_BP[row].nonzero()[:, 0]
+            self.recorded_BF[row, : len(idx)] = columns[idx.to(columns.device)]
+        self.num_taken_B = torch.zeros_like(num_images_B)
 
     def _take_attention(self) -> Tensor:
         return self.recorder.take(self.adapter.text_config.num_hidden_layers)[:, : self.prompt_length]
@@ -157,15 +188,27 @@ class _SlotFeeder:
         chosen_BK = top_k_candidates(self.attention_BP, self.candidates_BP & active_B[:, None], top_k)
         is_missing_BK = chosen_BK == NOT_CHOSEN
         chosen_BK = chosen_BK.gather(1, is_missing_BK.long().sort(dim=-1, descending=True, stable=True).indices)
+        if self.recorded_BF is not None:
+            chosen_BK = self._recorded(chosen_BK)
         taken_BP = torch.zeros_like(self.candidates_BP, dtype=torch.long)
         taken_BP.scatter_add_(1, chosen_BK.clamp(min=0), (chosen_BK != NOT_CHOSEN).long())
         self.candidates_BP = self.candidates_BP & (taken_BP == 0)
         return chosen_BK
 
+    def _recorded(self, chosen_BK: Tensor) -> Tensor:
+        """As many recorded columns as were chosen, in the rows that have them."""
+        is_chosen_BK = chosen_BK != NOT_CHOSEN
+        place_BK = self.num_taken_B[:, None] + is_chosen_BK.long().cumsum(-1) - 1
+        recorded_BK = self.recorded_BF.gather(1, place_BK.clamp(0, self.recorded_BF.shape[1] - 1))
+        self.num_taken_B += is_chosen_BK.sum(-1)
+        return torch.where(is_chosen_BK & (recorded_BK != NOT_CHOSEN), recorded_BK, chosen_BK)
+
     def _forward(self, active_B: Tensor, block_BLH: Tensor, selected_BL: Tensor, is_used_BL: Tensor) -> None:
         num_before = self.kinds_BS.shape[1]
         kinds_BL = torch.full_like(selected_BL, int(PositionKind.SELECTED))
         kinds_BL[:, -1] = int(PositionKind.LATENT)
+        if self.feed_hook is not None:
+            block_BLH = self.feed_hook(block_BLH, kinds_BL, is_used_BL)
         self.kinds_BS = torch.cat([self.kinds_BS, kinds_BL], 1)
         self.valid_BS = torch.cat([self.valid_BS, is_used_BL], 1)
         counts_BL = is_used_BL.long().cumsum(-1)

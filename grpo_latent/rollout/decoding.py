@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from grpo_latent.errors import RolloutError
 from grpo_latent.latent.config import LatentConfig
-from grpo_latent.latent.lvr import SpanState
+from grpo_latent.latent.lvr import UNBOUNDED, SpanState
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter
 from grpo_latent.models.head import end_vector, feedback
 from grpo_latent.models.kv_cache import RolloutCache
 from grpo_latent.models.visibility import attention_bias
+from grpo_latent.rollout.override import OverrideTable
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.sampling import sample, uniforms
 from grpo_latent.trajectory import PositionKind, Trajectory
@@ -82,10 +82,10 @@ class DecodingBatch:
         self.next_position_N = next_position_B[row_to_prompt_N]
         seeds_N = np.array([seed for request in requests for seed in request.seeds], dtype=np.uint64)
         self.uniforms_NT = uniforms(seeds_N[:, None], np.arange(length)).to(device)
-        steps = torch.tensor([request.steps or config.steps for request in requests], device=device)
-        self.state = SpanState(config, steps[row_to_prompt_N])
-        self.override_NKH, self.num_override_N = self._override_table(requests, row_to_prompt_N)
-        self.num_latents_N = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self.state = SpanState(config, *(counts_B[row_to_prompt_N] for counts_B in self._span_counts(requests, device)))
+        self.override = OverrideTable(requests, row_to_prompt_N, adapter.hidden_size)
+        blind_B = torch.tensor([request.blind_after_span for request in requests], device=device)
+        self.blind_after_span_N = blind_B[row_to_prompt_N] if bool(blind_B.any()) else None
         self._init_bias(kinds_BP[row_to_prompt_N], valid_BP[row_to_prompt_N], length)
 
         self.rows_N = torch.arange(num_rows, device=device)
@@ -138,23 +138,20 @@ class DecodingBatch:
         self.bias_NS = torch.zeros(shape, dtype=self.adapter.dtype, device=kinds_NP.device)
         self.bias_NS[:, : self.prompt_length].masked_fill_(~valid_NP, self.minimum)
         self.blind_bias_NS = self.bias_NS
-        if self.config.visibility == "latents_only":
+        if self.config.visibility == "latents_only" or self.blind_after_span_N is not None:
             self.blind_bias_NS = self.bias_NS.clone()
             is_vision_NP = kinds_NP == PositionKind.VISION
             self.blind_bias_NS[:, : self.prompt_length].masked_fill_(is_vision_NP, self.minimum)
 
-    def _override_table(self, requests, row_to_prompt_N: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        tables = [request.latent_override for request in requests]
-        if all(table is None for table in tables):
-            return None, None
-        sizes = torch.tensor([-1 if table is None else table.shape[0] for table in tables], device=self.adapter.device)
-        padded = torch.zeros(
-            len(tables), max(int(sizes.max()), 1), self.adapter.hidden_size, device=self.adapter.device
-        )
-        for prompt_idx, table in enumerate(tables):
-            if table is not None:
-                padded[prompt_idx, : table.shape[0]] = table
-        return padded[row_to_prompt_N], sizes[row_to_prompt_N]
+    def _span_counts(self, requests: list[RolloutRequest], device) -> tuple[Tensor, Tensor]:
+        """Latent steps a span, and spans that may be opened, of each prompt."""
+        defaults = (("steps", self.config.steps), ("max_spans", self.config.max_spans))
+        counts = []
+        for name, default in defaults:
+            values = [getattr(request, name) for request in requests]
+            values = [default if value is None else value for value in values]
+            counts.append(torch.tensor([UNBOUNDED if value is None else value for value in values], device=device))
+        return tuple(counts)
 
     def choose(self, position: int) -> Tensor | None:
         """Decides and records `position` of every row; returns the input vectors [N, H], None when no row goes on."""
@@ -188,7 +185,7 @@ class DecodingBatch:
         else:
             logits_MV = logits_NV if is_all else logits_NV[rows_M]
         banned_MV = self.rules.banned_2V[:1]
-        if self.config.max_spans is not None:
+        if self.state.is_bounded:
             banned_MV = self.rules.banned_2V[(~self.state.may_open_N[rows_M]).long()]
         sampling, draws_M = self.sampling, self.uniforms_NT[rows_M, position]
         picked = sample(logits_MV, draws_M, sampling.temperature, sampling.top_k, sampling.top_p, banned_MV)
@@ -201,19 +198,10 @@ class DecodingBatch:
     def _latents(self, rows_M: Tensor) -> Tensor:
         """Vectors [M, H] for the rows at a latent step."""
         latents_MH = feedback(self.adapter.model, self.hidden_NH[rows_M])
-        if self.override_NKH is not None:
-            latent_idx_M, size_M = self.num_latents_N[rows_M], self.num_override_N[rows_M]
-            beyond_M = (size_M >= 0) & (latent_idx_M >= size_M)
-            if bool(beyond_M.any()):
-                raise RolloutError(
-                    "more latent steps than vectors in latent_override",
-                    where=f"row {int(self.rows_N[rows_M][beyond_M][0])}",
-                    got=f"latent step {int(latent_idx_M[beyond_M][0])}",
-                    expected="latent_override of at least max_new_tokens vectors",
-                )
-            chosen_MH = self.override_NKH[rows_M, latent_idx_M.clamp(max=self.override_NKH.shape[1] - 1)]
-            latents_MH = torch.where((size_M >= 0)[:, None], chosen_MH.to(latents_MH.dtype), latents_MH)
-        self.num_latents_N[rows_M] += 1
+        kinds_M1 = torch.full_like(rows_M, int(PositionKind.LATENT))[:, None]
+        span_M = self.state.num_spans_N[rows_M] - 1
+        used_M1 = torch.ones_like(kinds_M1, dtype=torch.bool)
+        latents_MH = self.override.feed(rows_M, latents_MH[:, None], kinds_M1, used_M1, span_M)[:, 0]
         self.latent_rows.append(self.rows_N[rows_M])
         self.latents.append(latents_MH.float())
         return latents_MH
@@ -238,15 +226,16 @@ class DecodingBatch:
 
     def _drop_stopped_rows(self, embeds_NH: Tensor) -> Tensor:
         keep_M = (~self.done_N).nonzero()[:, 0]
-        names = ["rows_N", "done_N", "next_position_N", "uniforms_NT", "num_latents_N", "last_kinds_N", "bias_NS"]
+        names = ["rows_N", "done_N", "next_position_N", "uniforms_NT", "last_kinds_N", "bias_NS"]
         is_shared = self.blind_bias_NS is self.bias_NS
         for name in names:
             setattr(self, name, getattr(self, name)[keep_M])
         self.blind_bias_NS = self.bias_NS if is_shared else self.blind_bias_NS[keep_M]
         self.state.keep_rows(keep_M)
         self.cache.keep_rows(keep_M)
-        if self.override_NKH is not None:
-            self.override_NKH, self.num_override_N = self.override_NKH[keep_M], self.num_override_N[keep_M]
+        self.override.keep_rows(keep_M)
+        if self.blind_after_span_N is not None:
+            self.blind_after_span_N = self.blind_after_span_N[keep_M]
         return embeds_NH[keep_M]
 
     def forward(self, position: int, embeds_NH: Tensor) -> None:
@@ -259,9 +248,16 @@ class DecodingBatch:
             self.blind_bias_NS[:, column].masked_fill_(is_start_N, self.minimum)
             sighted_N1 = (is_start_N | is_inner_latent_N)[:, None]
             bias_NS = torch.where(sighted_N1, bias_NS, self.blind_bias_NS[:, : column + 1])
+        elif self.blind_after_span_N is not None:
+            is_blind_N1 = (self.blind_after_span_N & self._is_after_span_N())[:, None]
+            bias_NS = torch.where(is_blind_N1, self.blind_bias_NS[:, : column + 1], bias_NS)
         position_N1 = (self.next_position_N + position)[:, None]
         position_ids = position_N1[None].expand(3, -1, -1) if self.adapter.has_mrope else position_N1
         self.hidden_NH = self.adapter.decode_hidden(embeds_NH, bias_NS[:, None, None], position_ids, self.cache)
+
+    def _is_after_span_N(self) -> Tensor:
+        """bool [N], asked after `choose`: the chosen position stands after the first span, and in none."""
+        return (self.state.num_spans_N > 0) & ~self.state.in_span_N
 
     def trajectories(self, requests: list[RolloutRequest], policy_version: int) -> list[list[Trajectory]]:
         """The records, cut to each trajectory's length, on the CPU."""

@@ -95,10 +95,11 @@ class HFRolloutEngine:
     def _check_request(self, request: RolloutRequest) -> None:
         where = f"request of group {request.group_id!r}"
         self.adapter.check_prompt(request.prompt_ids, request.images, where)
-        table = request.latent_override
-        if table is not None and (table.ndim != 2 or table.shape[1] != self.adapter.hidden_size):
-            shape, expected = tuple(table.shape), f"[K, {self.adapter.hidden_size}]"
-            raise RolloutError("not a latent_override", where=where, got=f"shape {shape}", expected=expected)
+        if request.latent_override is not None:
+            shape, hidden_size = tuple(request.latent_override.vectors.shape), self.adapter.hidden_size
+            if len(shape) != 2 or shape[0] < 1 or shape[1] != hidden_size:
+                expected = f"[K, {hidden_size}] with K >= 1"
+                raise RolloutError("not a latent_override", where=where, got=f"shape {shape}", expected=expected)
 
     @torch.no_grad()
     def generate(self, requests: list[RolloutRequest], sampling: SamplingParams) -> list[list[Trajectory]]:

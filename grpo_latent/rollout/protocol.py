@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,7 +13,15 @@ from torch import Tensor
 
 from grpo_latent.errors import ConfigError, RolloutError
 from grpo_latent.models.adapter import ImageInputs
-from grpo_latent.trajectory import Trajectory
+from grpo_latent.trajectory import PositionKind, Trajectory
+
+ALL, TEXT, VISION = "all", "text", "vision"
+_SPAN = re.compile(r"span(\d+)")
+_PART_KINDS = {
+    ALL: (PositionKind.LATENT, PositionKind.SELECTED),
+    TEXT: (PositionKind.LATENT,),
+    VISION: (PositionKind.SELECTED,),
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,48 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class LatentOverride:
+    """Vectors fed at latent positions instead of the model's own (causal ablations).
+
+    A trajectory's latent positions of the part are counted from 0, and number i is fed vector i mod K. All others are fed
+    what the model makes of the prefix as it then is.
+
+    Attributes:
+        vectors: float [K, H], K >= 1.
+        part: `all`; `text`, the fed hidden states (LATENT); `vision`, the chosen image embeddings (SELECTED); `span<k>`,
+            the latents of the k-th span from 0.
+        selected_idx: for prompt slots: the image positions taken by the SELECTED positions, where attention shall not choose
+            anew (an own trajectory's, so that other vectors at some positions change nothing at the others).
+    """
+
+    vectors: Tensor = field(repr=False)
+    part: str = ALL
+    selected_idx: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self):
+        check_part(self.part, "latent_override.part")
+
+
+def part_span(part: str) -> int | None:
+    """The number of the span that a part names, None for parts of all spans."""
+    match = _SPAN.fullmatch(part)
+    return None if match is None else int(match[1])
+
+
+def part_kinds(part: str) -> list[int]:
+    """`PositionKind`s of a part."""
+    return [int(kind) for kind in _PART_KINDS.get(part, _PART_KINDS[ALL])]
+
+
+def check_part(part: str, where: str) -> None:
+    """Raises `ConfigError` unless `part` is one that `LatentOverride` knows."""
+    if part not in _PART_KINDS and _SPAN.fullmatch(part) is None:
+        raise ConfigError(
+            "unknown part of the latents", where=where, got=part, expected="all, text, vision or span<number>"
+        )
+
+
+@dataclass(frozen=True)
 class RolloutRequest:
     """One prompt and the G trajectories wanted of it.
 
@@ -45,9 +96,10 @@ class RolloutRequest:
         seeds: one per trajectory (`rollout.sampling.trajectory_seed`); their number is the group size.
         images: pixels of the prompt's images, or None.
         group_id: copied into the trajectories.
-        steps: latent steps a span for this prompt, None for the checkpoint's.
-        latent_override: float [K, H]: vectors fed at the trajectory's first K latent steps instead of the model's own
-            (causal ablations). A trajectory that takes more than K latent steps raises `RolloutError`.
+        steps: latent steps a span for this prompt, None for the checkpoint's; 0 leaves the delimiters alone (no slots).
+        max_spans: spans that a trajectory may open, None for the checkpoint's; 0 forces text.
+        blind_after_span: text after the first span does not see the image.
+        latent_override: vectors fed instead of the model's own latents.
     """
 
     prompt_ids: Tensor
@@ -55,7 +107,9 @@ class RolloutRequest:
     images: ImageInputs | None = None
     group_id: str = ""
     steps: int | None = None
-    latent_override: Tensor | None = field(default=None, repr=False)
+    max_spans: int | None = None
+    blind_after_span: bool = False
+    latent_override: LatentOverride | None = None
 
     def __post_init__(self):
         ids, where = self.prompt_ids, f"request of group {self.group_id!r}"
@@ -66,8 +120,10 @@ class RolloutRequest:
             raise RolloutError("no trajectories wanted", where=where, got=self.seeds, expected="a seed for each")
         if not all(isinstance(seed, int) and 0 <= seed < 2**64 for seed in self.seeds):
             raise RolloutError("not seeds", where=where, got=self.seeds, expected="ints in [0, 2**64)")
-        if self.steps is not None and not (isinstance(self.steps, int) and self.steps >= 1):
-            raise RolloutError("not a number of latent steps", where=where, got=self.steps, expected="int >= 1 or None")
+        for name in ("steps", "max_spans"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 0):
+                raise RolloutError("not a count", where=f"{where}: {name}", got=value, expected="int >= 0 or None")
 
 
 class RolloutEngine(Protocol):

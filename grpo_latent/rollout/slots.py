@@ -7,6 +7,7 @@ slots; each records them at its beginning, as SELECTED and LATENT positions. The
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from grpo_latent.errors import RolloutError
 from grpo_latent.models.slots import SlotRecord, prefill_with_slots
 from grpo_latent.rollout.decoding import DecodingBatch
+from grpo_latent.rollout.override import OverrideTable
 from grpo_latent.rollout.protocol import RolloutRequest
 from grpo_latent.trajectory import Trajectory
 
@@ -26,11 +28,16 @@ class SlotDecodingBatch(DecodingBatch):
 
     def _prefill(self, requests: list[RolloutRequest]):
         num_slots = [self.config.steps if request.steps is None else request.steps for request in requests]
+        overrides = [request.latent_override for request in requests]
+        is_given = any(override is not None for override in overrides)
+        prompts_B = torch.arange(len(requests), device=self.adapter.device)
         prefill = prefill_with_slots(
             self.adapter,
             *self._padded_prompts(requests),
             torch.tensor(num_slots, device=self.adapter.device),
             self.config.top_k_image,
+            feed=self._feed(OverrideTable(requests, prompts_B, self.adapter.hidden_size)) if is_given else None,
+            selected_idx=[None if override is None else override.selected_idx for override in overrides],
         )
         self.records = prefill.records
         limits = []
@@ -51,10 +58,17 @@ class SlotDecodingBatch(DecodingBatch):
                 expected="max_new_tokens beyond the slots",
                 fix="Raise the response length, or lower latent.steps or latent.top_k_image.",
             )
-        if request.latent_override is not None:
-            raise RolloutError(
-                "latent_override for slots", where=where, got=self.config.mechanism, expected="trigger emitted"
-            )
+
+    @staticmethod
+    def _feed(table: OverrideTable) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def feed(block_BLH: Tensor, kinds_BL: Tensor, used_BL: Tensor) -> Tensor:
+            rows_B = torch.arange(block_BLH.shape[0], device=block_BLH.device)
+            return table.feed(rows_B, block_BLH, kinds_BL, used_BL, span_M=torch.zeros_like(rows_B))
+
+        return feed
+
+    def _is_after_span_N(self) -> Tensor:
+        return torch.ones_like(self.done_N)
 
     def _record(self, position: int, kinds_N: Tensor, token_ids_N: Tensor, full_N: Tensor, drawn_N: Tensor) -> None:
         super()._record(position, kinds_N, token_ids_N, full_N, drawn_N)

@@ -1,5 +1,6 @@
 """What exactly each ablation feeds, by hand; that nothing else changes; hit and leak."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -11,16 +12,17 @@ from grpo_latent.eval.ablations import (
     ABLATIONS,
     AblationInputs,
     donors,
+    image_partners,
     leak,
-    make_vectors,
+    make_changes,
     nearest_token_hits,
-    repeat_to,
     with_truth_of,
 )
 from grpo_latent.eval.evaluate import EvalSettings, Evaluator
 from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.models.replay import collate, replay
+from grpo_latent.rollout.protocol import LatentOverride
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.trajectory import Trajectory
 
@@ -41,13 +43,15 @@ def prompts(with_images=True):
     for index, text in enumerate(TEXTS):
         images = c.images(1, seed=index) if with_images else None
         request = c.request(text, images)
-        found.append(EvalPrompt(request.prompt_ids, images, "test", str(index), f"row {index}", roi=(index % 6,)))
+        found.append(
+            EvalPrompt(request.prompt_ids, images, "test", str(index), f"row {index}", str(index), (index % 6,))
+        )
     return found
 
 
 def trajectory(latents, kinds=None):
-    num_latents = len(latents)
-    kinds = [K.START, *[K.LATENT] * num_latents, K.FORCED, K.TEXT] if num_latents else [K.TEXT]
+    if kinds is None:
+        kinds = [K.START, *[K.LATENT] * len(latents), K.FORCED, K.TEXT] if len(latents) else [K.TEXT]
     kinds = torch.tensor(kinds)
     zeros = torch.zeros(len(kinds))
     ids = torch.zeros(len(kinds), dtype=torch.long)
@@ -60,9 +64,16 @@ OWN = [trajectory([[3.0, 4.0], [0.0, 2.0]]), trajectory(torch.zeros(0, 2)), traj
 VISUAL = [torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]), torch.ones(3, 2), None]
 
 
-def inputs(rois=((2, 0), (1,), (0,)), seed=0):
-    rows = [EvalPrompt(torch.ones(2), None, "test", str(i), f"row {i}", roi) for i, roi in enumerate(rois)]
-    return AblationInputs(rows, OWN, VISUAL, seed)
+def inputs(rois=((2, 0), (1,), (0,)), seed=0, own=OWN, swapped=(None, None, None), **config):
+    rows = [EvalPrompt(torch.ones(2), None, "test", str(i), f"row {i}", str(i), roi) for i, roi in enumerate(rois)]
+    return AblationInputs(rows, own, VISUAL, case("qwen2").config(**config), seed, swapped)
+
+
+def make_vectors(name, given):
+    """What the changed requests feed at the latent positions; nothing else of them changes."""
+    changes = make_changes(name, given)
+    assert all(change is None or set(change) == {"latent_override"} for change in changes)
+    return [None if change is None else change["latent_override"].vectors for change in changes]
 
 
 def test_zero():
@@ -93,13 +104,13 @@ def test_donors_are_a_derangement_of_the_holders(num_holders, seed):
         trajectory([[1.0, 0.0]]) if i % 3 else trajectory(torch.zeros(0, 2)) for i in range(num_holders * 3 // 2 + 2)
     ]
     holders = {i for i, t in enumerate(own) if len(t.latents)}
-    given = donors(own, seed)
+    given = donors([len(t.latents) for t in own], seed)
     assert {d for d in given if d is not None} == holders == {i for i, d in enumerate(given) if d is not None}
     assert all(donor != i for i, donor in enumerate(given))
 
 
 def test_one_holder_has_no_donor():
-    assert donors(OWN[:2], 0) == [None, None] and donors([], 0) == []
+    assert donors([2, 0], 0) == [None, None] and donors([], 0) == []
 
 
 def test_oracle_takes_the_boxes_tokens_in_their_order():
@@ -108,17 +119,107 @@ def test_oracle_takes_the_boxes_tokens_in_their_order():
     assert make_vectors("oracle", inputs(rois=((), (), ())))[0] is None
 
 
-def test_unknown_ablation_is_refused():
-    with pytest.raises(ConfigError, match="ablations.*'lobotomy'|lobotomy"):
-        make_vectors("lobotomy", inputs())
+# two spans of lengths 2 and 1; the second trajectory has one span
+SPANS = [
+    trajectory(
+        [[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]],
+        [K.START, K.LATENT, K.LATENT, K.FORCED, K.TEXT, K.START, K.LATENT, K.FORCED],
+    ),
+    trajectory([[0.0, 5.0]]),
+    trajectory([[0.0, 6.0], [0.0, 7.0]], [K.START, K.LATENT, K.FORCED, K.START, K.LATENT, K.FORCED]),
+]
 
 
-def test_repeat_to():
-    vectors = torch.tensor([[1.0], [2.0], [3.0]])
-    assert repeat_to(vectors, 7)[:, 0].tolist() == [1, 2, 3, 1, 2, 3, 1] and repeat_to(vectors, 2)[:, 0].tolist() == [
-        1,
-        2,
+def test_a_span_alone():
+    given = inputs(own=SPANS)
+    assert [change and change["latent_override"].part for change in make_changes("zero@span1", given)] == [
+        "span1",
+        None,
+        "span1",
     ]
+    assert [v if v is None else v.tolist() for v in make_vectors("zero@span0", given)] == [
+        [[0, 0]] * 2,
+        [[0, 0]],
+        [[0, 0]],
+    ]
+    # only trajectories 0 and 2 have a second span: they swap
+    first, second, third = make_vectors("shuffle@span1", given)
+    assert first.tolist() == [[0, 7]] and second is None and third.tolist() == [[3, 0]]
+    first, second, third = make_vectors("oracle@span1", inputs(own=SPANS[:1] * 3))
+    assert first.tolist() == [[3, 3]], "latent number 2 gets box token 2 mod 2"
+
+
+def test_mean_and_first_repeat():
+    first, second, third = make_vectors("mean", inputs(own=SPANS))
+    assert first.tolist() == [[pytest.approx(1 / 3), pytest.approx(11 / 3)], [1, 3.5], [3, 0]]
+    assert second.tolist() == third.tolist() == first.tolist()
+    first, second, third = make_vectors("first_repeat", inputs(own=SPANS))
+    assert first.tolist() == [[1, 0]] and third.tolist() == [[0, 6]]
+    assert second is None, "one latent repeated is what it was"
+
+
+def test_image_swap_feeds_the_latents_of_the_swapped_image():
+    swapped = (trajectory([[9.0, 9.0]]), trajectory([[8.0, 8.0]]), None)
+    first, second, third = make_vectors("image_swap", inputs(own=SPANS, swapped=swapped))
+    assert first.tolist() == [[9, 9]] and second.tolist() == [[8, 8]] and third is None
+    assert make_vectors("image_swap@span1", inputs(own=SPANS, swapped=swapped)) == [None] * 3, "nothing at that place"
+
+
+def slots(text, vision):
+    """Slots of two image embeddings and an h each."""
+    kinds = [K.SELECTED, K.SELECTED, K.LATENT] * len(text) + [K.TEXT]
+    latents = [row for i, h in enumerate(text) for row in ([vision[2 * i], 0.0], [vision[2 * i + 1], 0.0], [0.0, h])]
+    zeros, kinds = torch.zeros(len(kinds)), torch.tensor(kinds)
+    selected = torch.arange(len(vision)).flip(0)
+    ids = torch.ones(2, dtype=torch.long)
+    return Trajectory(ids, kinds, kinds, torch.tensor(latents), zeros, zeros, "eos", selected_idx=selected)
+
+
+def test_slots_by_their_kinds():
+    own = [slots([1.0, 2.0], [3.0, 4.0, 5.0, 6.0]), slots([7.0], [8.0, 9.0])]
+    given = inputs(own=own, rois=((2, 0), (1,)), swapped=(None, None))
+    given = dataclasses.replace(given, visual=VISUAL[:2])
+    for part, first, second in (
+        ("text", [[0, 7]], [[0, 1], [0, 2]]),
+        ("vision", [[8, 0], [9, 0]], [[3, 0], [4, 0], [5, 0], [6, 0]]),
+        ("all", [[8, 0], [9, 0], [0, 7], [8, 0], [9, 0], [0, 7]], [[3, 0], [4, 0], [0, 1]]),
+    ):
+        changes = make_changes("shuffle" if part == "all" else f"shuffle@{part}", given)
+        assert [c["latent_override"].vectors.tolist() for c in changes] == [first, second]
+        assert [c["latent_override"].selected_idx.tolist() for c in changes] == [[3, 2, 1, 0], [1, 0]]
+    ideal = make_changes("oracle", given)[0]["latent_override"].vectors
+    assert ideal.tolist() == [[3, 3], [1, 1], [0, 1], [3, 3], [1, 1], [0, 2]], "boxes at image embeddings, h as it was"
+
+
+def test_ablations_of_the_request():
+    """Prompt 1 has no latents; none has an image."""
+    assert make_changes("markers_only", inputs()) == [{"steps": 0}, None, {"steps": 0}]
+    assert make_changes("no_span", inputs()) == [{"max_spans": 0}, None, {"max_spans": 0}]
+    assert make_changes("image_blind_after_span", inputs()) == [None] * 3
+    config = dict(trigger="prompt_slots")
+    assert make_changes("no_span", inputs(**config))[0] == {"steps": 0}
+    assert make_changes("markers_only", inputs(**config)) == [None] * 3
+    seeing = AblationInputs(prompts()[:3], OWN, VISUAL, case("qwen2").config())
+    assert make_changes("image_blind_after_span", seeing) == [
+        {"blind_after_span": True},
+        None,
+        {"blind_after_span": True},
+    ]
+    bottleneck = dataclasses.replace(seeing, config=case("qwen2").config(visibility="latents_only"))
+    assert make_changes("image_blind_after_span", bottleneck) == [None] * 3, "it is blind anyway"
+
+
+@pytest.mark.parametrize("name", ["lobotomy", "shuffle@left", "no_span@span0", "shuffle@span"])
+def test_unknown_names_are_refused(name):
+    with pytest.raises(ConfigError, match="ablations"):
+        make_changes(name, inputs())
+
+
+def test_image_partners_share_a_grid():
+    c, rows = case("qwen2_5_vl"), prompts()[:4]
+    wide = c.images(1, size=(28, 56))
+    rows = [*rows[:2], dataclasses.replace(rows[0], images=wide), rows[2], dataclasses.replace(rows[0], images=None)]
+    assert image_partners(rows) == {0: 1, 1: 3, 3: 0}
 
 
 def test_nearest_token_hits():
@@ -133,30 +234,49 @@ def test_truth_of_donors():
     assert [(p.ground_truth, p.where) for p in swapped] == [("2", "row 0"), ("1", "row 1"), ("0", "row 2")]
 
 
-@pytest.mark.parametrize("name", ABLATIONS)
-def test_ablated_decoding_differs_in_the_latents_only(name):
-    """Recorded latents are the given ones, in turn; tokens up to the first latent are the own ones."""
+@pytest.mark.parametrize("name", [*ABLATIONS, "shuffle@span0", "noise@span1"])
+def test_ablated_decoding_differs_in_what_the_ablation_says_only(name):
+    """Paired: prompt, tokens and log-probs up to the first change are the own ones, and so is the seed; what stands at the
+    latent positions is the given table, in turn."""
     e, rows = evaluator(), prompts()
     own = e.greedy(rows)
     visual = [e.visual(prompt.images) for prompt in rows]
-    vectors = make_vectors(name, AblationInputs(rows, own, visual))
-    ablated = e.greedy(rows, vectors)
-    assert sum(table is not None for table in vectors) >= 4
-    for before, after, table in zip(own, ablated, vectors, strict=True):
-        if table is None:
-            assert torch.equal(before.token_ids, after.token_ids) and len(before.latents) == 0
+    changes = make_changes(name, AblationInputs(rows, own, visual, e.loaded.config, 0, e.with_swapped_images(rows)))
+    ablated = e.greedy(rows, changes)
+    assert sum(change is not None for change in changes) >= (1 if name == "noise@span1" else 4)
+    moved = 0
+    for before, after, change in zip(own, ablated, changes, strict=True):
+        assert before.seed == after.seed and torch.equal(before.prompt_ids, after.prompt_ids)
+        if change is None:
+            assert torch.equal(before.token_ids, after.token_ids)
             continue
-        assert torch.equal(after.latents, table[torch.arange(len(after.latents)) % len(table)])
-        first = before.spans[0].start
-        assert after.spans[0].start == first and torch.equal(before.token_ids[:first], after.token_ids[:first])
-    assert any(not torch.equal(a.token_ids, b.token_ids) for a, b in zip(own, ablated, strict=True)), "moves something"
+        span = int(name[-1]) if "@" in name else 0
+        # of `no_span` the start itself is the change, of all others what follows it
+        first = before.spans[span].start - (name == "no_span")
+        assert torch.equal(before.token_ids[:first], after.token_ids[:first])
+        torch.testing.assert_close(before.rollout_log_probs[:first], after.rollout_log_probs[:first], rtol=0, atol=1e-5)
+        moved += not torch.equal(before.token_ids, after.token_ids)
+        if name == "markers_only":
+            assert (after.kinds == K.START).sum() == (after.kinds == K.FORCED).sum() > 0 and len(after.latents) == 0
+        elif name == "no_span":
+            assert (after.kinds == K.TEXT).all()
+        elif name == "image_blind_after_span":
+            torch.testing.assert_close(before.latents[:2], after.latents[:2], rtol=0, atol=1e-5)
+        else:
+            table, given = change["latent_override"].vectors, after.latents
+            if "@" in name:
+                skipped = sum(s.length for s in after.spans[:span])
+                given = given[skipped : skipped + after.spans[span].length]
+                torch.testing.assert_close(after.latents[:skipped], before.latents[:skipped], rtol=0, atol=1e-5)
+            assert torch.equal(given, table[torch.arange(len(given)) % len(table)])
+    assert moved or name == "noise@span1", "hardly any text follows the second span"
 
 
 def test_own_latents_given_back_reproduce_the_own_trajectories():
     """The pairing: an override with what was recorded anyway changes no token, and log-probs by rounding only."""
     e, rows = evaluator(), prompts()
     own = e.greedy(rows)
-    again = e.greedy(rows, [t.latents if len(t.latents) else None for t in own])
+    again = e.greedy(rows, [{"latent_override": LatentOverride(t.latents)} if len(t.latents) else None for t in own])
     for a, b in zip(own, again, strict=True):
         assert torch.equal(a.token_ids, b.token_ids) and torch.equal(a.kinds, b.kinds)
         torch.testing.assert_close(a.rollout_log_probs, b.rollout_log_probs, rtol=0, atol=1e-5)

@@ -20,6 +20,7 @@ from grpo_latent.models import tiny
 from grpo_latent.models.loading import LatentModel, save_latent_model
 from grpo_latent.rewards.functions import FunctionSpec
 from grpo_latent.rewards.runner import RewardResult, RewardRunner
+from grpo_latent.rollout.protocol import LatentOverride
 
 # accuracy: the completion is the ground truth; also reports what it was given, by a row's index
 REWARD = """
@@ -43,6 +44,10 @@ def loaded():
     return LatentModel(c.model, c.tokenizer, c.processor, c.config(steps=1), (c.eos_id,))
 
 
+def override(vectors):
+    return {"latent_override": LatentOverride(vectors)}
+
+
 def text_of(loaded, trajectory):
     ids = [int(i) for i, kind in zip(trajectory.token_ids, trajectory.kinds, strict=True) if kind == 2]
     ids = ids[:-1] if ids and ids[-1] in loaded.eos_ids else ids
@@ -55,7 +60,7 @@ def make_prompts(loaded, settings):
     for index, text in enumerate(TEXTS):
         images = c.images(1, seed=index)
         ids = c.request(text, images).prompt_ids
-        rows.append(EvalPrompt(ids, images, "test", "?", f"row {index}", roi=(0,)))
+        rows.append(EvalPrompt(ids, images, "test", "?", f"row {index}", str(index), (0,)))
     own = Evaluator(loaded, settings).greedy(rows)
     truths = [text_of(loaded, t) if index % 2 == 0 else f"no {index}" for index, t in enumerate(own)]
     return [dataclasses.replace(row, ground_truth=truth) for row, truth in zip(rows, truths, strict=True)], own
@@ -71,14 +76,15 @@ def test_report_against_a_recount(loaded, reward_file):
     assert sum(count for phase, count in phases if phase == "shuffle") == sum(c for p, c in phases if p == "own") == 10
 
     e = Evaluator(loaded, settings)
-    sources = donors(own, 3)
-    shuffled = e.greedy(prompts, [None if s is None else own[s].latents for s in sources])
+    sources = donors([len(t.latents) for t in own], 3)
+    shuffled = e.greedy(prompts, [None if s is None else override(own[s].latents) for s in sources])
     answers = [text_of(loaded, t) for t in shuffled]
     right = [answer == p.ground_truth for answer, p in zip(answers, prompts, strict=True)]
     follows = [answers[i] == prompts[s].ground_truth for i, s in enumerate(sources) if s is not None]
     assert report["ablations"]["shuffle"] == pytest.approx(sum(right) / 10)
     assert report["follow"] == pytest.approx(sum(follows) / len(follows))
-    zeroed = e.greedy(prompts, [torch.zeros(1, 32) if len(t.latents) else None for t in own])
+    zeroed = e.greedy(prompts, [override(torch.zeros(1, 32)) if len(t.latents) else None for t in own])
+    assert report["num_changed"]["zero"] == sum(len(t.latents) > 0 for t in own)
     assert report["ablations"]["zero"] == pytest.approx(
         sum(text_of(loaded, t) == p.ground_truth for t, p in zip(zeroed, prompts, strict=True)) / 10
     )
@@ -177,13 +183,13 @@ def test_roi_of_the_second_image_is_offset_and_bad_boxes_are_named(files):
     row["images"] = [rows[0]["images"][0], rows[1]["images"][0]]
     row["prompt"] = [{"role": "user", "content": "<image> read red ? <image>"}]
     row["extra_info"] |= {"bboxes": [[0.0, 0.0, 0.2, 0.2], [0.3, 0.0, 0.45, 0.2]], "bbox_images": [1, 0]}
-    assert encode_row(row, "rows.parquet row 4", loaded).roi == (16, 1)
+    assert encode_row(row, "rows.parquet row 4", loaded, "4").roi == (16, 1)
     for changes, message in (
         ({"bbox_images": [2, 0]}, r"rows.parquet row 4: extra_info.bbox_images.*\[2, 0\] for 2 boxes, 2 images"),
         ({"bboxes": [[0.0, 0.0, 2.0, 0.2], [0, 0, 1, 1]]}, "rows.parquet row 4: extra_info.bboxes.*outside the image"),
     ):
         with pytest.raises(DataError, match=message):
-            encode_row(row | {"extra_info": row["extra_info"] | changes}, "rows.parquet row 4", loaded)
+            encode_row(row | {"extra_info": row["extra_info"] | changes}, "rows.parquet row 4", loaded, "4")
 
 
 def config_for(folder, *overrides):

@@ -12,6 +12,7 @@ from latent_cases import VL_NAMES, case, sampling
 
 from grpo_latent.models.adapter import ImageInputs
 from grpo_latent.models.replay import collate, replay
+from grpo_latent.rollout.protocol import LatentOverride
 from grpo_latent.trajectory import PositionKind as K
 
 
@@ -76,7 +77,9 @@ def test_engine_with_given_latents_sees_the_image_only_with_full(visibility, exa
     c = case("qwen2_5_vl")
     table = torch.randn(12, 32, generator=torch.Generator().manual_seed(1))
     engine = c.engine(c.config(visibility=visibility, steps=1))
-    requests = [c.request(images=c.images(1, seed=s), seeds=range(16), latent_override=table) for s in (1, 2)]
+    requests = [
+        c.request(images=c.images(1, seed=s), seeds=range(16), latent_override=LatentOverride(table)) for s in (1, 2)
+    ]
     first, second = engine.generate(requests, sampling(12))
     same = [torch.equal(a.token_ids, b.token_ids) for a, b in zip(first, second, strict=True)]
     changes = [

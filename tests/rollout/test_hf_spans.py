@@ -10,8 +10,8 @@ import slow_reading
 import torch
 from latent_cases import build_case, case, sampling
 
-from grpo_latent.errors import RolloutError
 from grpo_latent.models.head import END_VECTOR_ATTRIBUTE
+from grpo_latent.rollout.protocol import LatentOverride
 from grpo_latent.trajectory import LatentSpan
 from grpo_latent.trajectory import PositionKind as K
 
@@ -173,10 +173,10 @@ def test_exit_latent_end_is_capped_and_threshold_is_a_mean_square():
 def test_latent_override_enters_at_its_positions_and_is_recorded():
     c = case("qwen2")
     table = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    given, _ = run(c, c.config(steps=2), [START, START, EOS], latent_override=table)
+    given, _ = run(c, c.config(steps=2), [START, START, EOS], latent_override=LatentOverride(table))
     assert given.spans == [LatentSpan(1, 2), LatentSpan(5, 2)] and torch.equal(given.latents, table)
     # unscripted: the recorded log-probs are those of a plain forward that reads the table's vectors
-    request = c.request(seeds=[4], latent_override=torch.cat([table, table]))
+    request = c.request(seeds=[4], latent_override=LatentOverride(table))
     sampled = c.engine(c.config(steps=2)).generate([request], sampling(10))[0][0]
     assert len(sampled.latents) >= 2 and torch.equal(sampled.latents[:2], table[:2])
     expected = slow_reading.log_probs(c, sampled, None, "full")
@@ -186,7 +186,7 @@ def test_latent_override_enters_at_its_positions_and_is_recorded():
 def test_latent_override_of_one_request_leaves_the_others():
     c = case("qwen2")
     table = torch.zeros(12, 32)
-    requests = [c.request(seeds=range(4)), c.request("? ?", seeds=range(4, 8), latent_override=table)]
+    requests = [c.request(seeds=range(4)), c.request("? ?", seeds=range(4, 8), latent_override=LatentOverride(table))]
     plain, overridden = c.engine().generate(requests, sampling(12))
     alone = c.engine().generate(requests[:1], sampling(12))[0]
     for a, b in zip(plain, alone, strict=True):
@@ -194,10 +194,44 @@ def test_latent_override_of_one_request_leaves_the_others():
     assert sum(len(t.latents) for t in overridden) > 4 and all((t.latents == 0).all() for t in overridden)
 
 
-def test_latent_override_too_short_is_an_error():
+def test_latent_override_of_one_span_leaves_the_others_to_the_model():
+    """By hand: which vectors stand where."""
     c = case("qwen2")
-    with pytest.raises(RolloutError, match="latent step 2.*latent_override"):
-        run(c, c.config(steps=3), [START, EOS], latent_override=torch.zeros(2, 32))
+    table = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    own, _ = run(c, c.config(steps=2), [START, START, EOS])
+    given, _ = run(c, c.config(steps=2), [START, START, EOS], latent_override=LatentOverride(table, "span1"))
+    assert torch.equal(given.latents[:2], own.latents[:2]) and torch.equal(given.latents[2:], table[:2])
+    given, _ = run(c, c.config(steps=4), [START, START, EOS], latent_override=LatentOverride(table, "span0"))
+    assert torch.equal(given.latents[:4], table[[0, 1, 2, 0]]), "number i mod 3"
+    assert float((given.latents[4:] - table[[1, 2, 0, 1]]).abs().min()) > 0
+    again, _ = run(c, c.config(steps=2), [START, START, EOS], latent_override=LatentOverride(table, "vision"))
+    assert torch.equal(again.latents, own.latents), "no image embeddings among a span's latents"
+
+
+def test_no_steps_leaves_the_delimiters_and_no_spans_forces_text():
+    c = case("qwen2")
+    markers, _ = run(c, c.config(steps=2), [START, START, EOS], steps=0)
+    assert markers.kinds.tolist() == [S, F, S, F, T] and markers.latents.shape == (0, 32)
+    requests = [c.request(seeds=range(8)), c.request(seeds=range(8), max_spans=0)]
+    free, forced = c.engine().generate(requests, sampling(10))
+    assert any(t.spans for t in free) and all((t.kinds == T).all() for t in forced)
+    bounded = c.engine(c.config(max_spans=1)).generate(requests[:1], sampling(10))[0]
+    assert max(t.kinds.tolist().count(S) for t in bounded) == 1
+
+
+def test_blind_after_span_hides_the_image_from_what_follows():
+    """Recorded log-probs against a plain forward whose mask is drawn by hand: text before the span still sees the image."""
+    c = case("qwen2_5_vl")
+    request = c.request(images=c.images(1), seeds=range(24), blind_after_span=True)
+    group = c.engine(c.config(steps=2)).generate([request], sampling(10))[0]
+    num_after = num_before = 0
+    for t in group:
+        expected = slow_reading.log_probs(c, t, request.images, "blind_after_span")
+        assert t.rollout_log_probs.tolist() == pytest.approx(expected, abs=1e-4)
+        ends = [i for i, kind in enumerate(t.kinds.tolist()) if kind == F]
+        num_after += bool(ends) and ends[0] + 1 < len(t.kinds)
+        num_before += bool(ends) and t.kinds[0] == T
+    assert num_after > 2 and num_before > 0
 
 
 def test_head_is_applied_to_what_is_fed():

@@ -7,9 +7,10 @@ import pytest
 import torch
 from latent_cases import case, sampling
 
-from grpo_latent.errors import ConfigError, RolloutError
+from grpo_latent.errors import ConfigError, LatentMismatchError, RolloutError
 from grpo_latent.models.replay import collate, recompute_latents, replay
 from grpo_latent.models.slots import reselect
+from grpo_latent.rollout.protocol import LatentOverride
 from grpo_latent.trajectory import PositionKind as K
 
 TEMPERATURE = 2.0
@@ -100,6 +101,53 @@ def test_a_row_does_not_depend_on_its_batch():
         assert torch.equal(alone[0][0].selected_idx, group[3].selected_idx)
 
 
+PARTS = {  # whether a latent of this kind is in the part
+    "all": lambda kind: True,
+    "text": lambda kind: kind == K.LATENT,
+    "vision": lambda kind: kind == K.SELECTED,
+    "span0": lambda kind: True,
+    "span1": lambda kind: False,
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_override_of_slots_replaces_its_part_and_nothing_else(name, part):
+    """Beside an untouched prompt. Log-probs are those of a replay of the record; h that is not replaced is the model's."""
+    requests, groups, engine = recorded(name)
+    table = 3 * torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    mixed = [dataclasses.replace(requests[1], seeds=[6])]
+    for request, group in zip(requests, groups, strict=True):
+        override = LatentOverride(table, part, group[0].selected_idx if request.images else None)
+        mixed.append(dataclasses.replace(request, seeds=[7, 8], latent_override=override))
+    untouched, *changed = engine.generate(mixed, sampling(20, temperature=TEMPERATURE))
+    assert torch.equal(untouched[0].token_ids, groups[1][0].token_ids)
+    for request, group, own in zip(requests, changed, (group[0] for group in groups), strict=True):
+        kinds = own.kinds[own.latent_mask].tolist()
+        replaced = [place for place, kind in enumerate(kinds) if PARTS[part](kind)]
+        kept_images = [place for place, kind in enumerate(kinds) if kind == K.SELECTED and place not in replaced]
+        batch = collate(group, [request.images] * len(group), engine.adapter, "both")
+        log_probs_BT, _ = replay(engine.adapter, batch, "full", TEMPERATURE)
+        made = recompute_latents(engine.adapter, batch, "full").split(len(kinds))
+        for row, t in enumerate(group):
+            assert t.kinds[: len(kinds)].tolist() == kinds and torch.equal(t.selected_idx, own.selected_idx)
+            assert torch.equal(t.latents[replaced], table[torch.arange(len(replaced)) % 3])
+            torch.testing.assert_close(t.latents[kept_images], own.latents[kept_images], rtol=0, atol=1e-5)
+            if K.LATENT not in [kinds[place] for place in replaced]:
+                torch.testing.assert_close(made[row], t.latents, rtol=0, atol=1e-4)
+            values = log_probs_BT[row][batch.valid_BT[row]][len(t.prompt_ids) :]
+            torch.testing.assert_close(values, t.rollout_log_probs, rtol=0, atol=1e-4)
+
+
+def test_without_recorded_places_attention_chooses_anew():
+    requests, groups, engine = recorded("qwen2_vl")
+    override = LatentOverride(torch.full((1, 32), 5.0), "text")
+    moved = engine.generate([dataclasses.replace(requests[0], latent_override=override)], sampling(20))[0][0]
+    own = groups[0][0].selected_idx
+    assert torch.equal(moved.selected_idx[:4], own[:4]) and not torch.equal(moved.selected_idx, own)
+
+
 def test_no_slots_is_an_ordinary_rollout():
     c = case("qwen3")
     request = c.request("read red ?", seeds=range(4))
@@ -114,8 +162,8 @@ def test_what_slots_cannot_do_is_an_error():
     request = c.request("read red ?", c.images(1), group_id="row-5")
     with pytest.raises(RolloutError, match="group 'row-5'.*max_new_tokens 8, slots of 8 positions"):
         c.engine(config_of(c)).generate([request], sampling(8))
-    with pytest.raises(RolloutError, match="group 'row-5': latent_override for slots"):
-        override = dataclasses.replace(request, latent_override=torch.zeros(9, 32))
-        c.engine(config_of(c)).generate([override], sampling(20))
+    with pytest.raises(LatentMismatchError, match="prompt 0.*6 different ones below 6"):
+        override = LatentOverride(torch.zeros(9, 32), selected_idx=torch.arange(5))
+        c.engine(config_of(c)).generate([dataclasses.replace(request, latent_override=override)], sampling(20))
     with pytest.raises(ConfigError, match="latent.top_k_image: no image embeddings to insert"):
         text.engine(config_of(text, top_k_image=4)).generate([text.request()], sampling(20))

@@ -15,7 +15,7 @@ from grpo_latent.errors import LatentMismatchError
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter
 from grpo_latent.models.head import end_vector, feedback
 from grpo_latent.rollout.hf import HFRolloutEngine
-from grpo_latent.rollout.protocol import RolloutRequest
+from grpo_latent.rollout.protocol import LatentOverride, RolloutRequest
 from grpo_latent.sft import forward as forward_module
 from grpo_latent.sft.collator import collate
 from grpo_latent.sft.dataset import IGNORED, SFTRow
@@ -118,7 +118,9 @@ def test_training_on_what_a_rollout_did_scores_what_the_rollout_reported(name, v
     fed = torch.tensor([4, 1] * 12)
     banned = set(range(len(latent.tokenizer))) - {latent.config.start_id, latent.tokenizer.eos_token_id}
     engine = HFRolloutEngine(latent.model, latent.config, latent.eos_ids, banned)
-    request = RolloutRequest(row.input_ids[:length], [1, 2, 3, 4], row.images, latent_override=visual[fed])
+    request = RolloutRequest(
+        row.input_ids[:length], [1, 2, 3, 4], row.images, latent_override=LatentOverride(visual[fed])
+    )
     (group,) = engine.generate([request], sampling(12))
     seen_spans = 0
     for trajectory in group:

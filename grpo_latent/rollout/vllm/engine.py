@@ -121,12 +121,13 @@ class VllmRolloutEngine:
     def _check_request(self, request: RolloutRequest, sampling: SamplingParams) -> None:
         where = f"request of group {request.group_id!r}"
         self.adapter.check_prompt(request.prompt_ids, request.images, where)
-        if request.latent_override is not None:
+        ablated = request.latent_override is not None or request.blind_after_span or request.max_spans is not None
+        if ablated or request.steps == 0:
             raise RolloutError(
-                "engine vllm does not take latent_override",
+                "engine vllm takes no latent_override and no other ablation",
                 where=where,
-                got=f"shape {tuple(request.latent_override.shape)}",
-                expected="None",
+                got=f"{request.latent_override}, steps {request.steps}, max_spans {request.max_spans}",
+                expected="None, steps >= 1",
                 fix="Run causal ablations on engine hf (rollout.engine=hf).",
             )
         steps, max_spans = request.steps or self.config.steps, self.config.max_spans

@@ -8,6 +8,7 @@ import torch
 from vllm_cases import build_vllm_case, compare, sampling
 
 from grpo_latent.errors import CheckpointError, ConfigError, RolloutError
+from grpo_latent.rollout.protocol import LatentOverride
 
 pytestmark = pytest.mark.vllm
 
@@ -60,7 +61,9 @@ def test_requests_that_cannot_be_served_are_refused(cases, engine):
     request = cases[0].requests(1)[0]
     with pytest.raises(RolloutError, match="do not fit.*max_model_len"):
         engine.generate([request], sampling(max_new_tokens=128))
-    override = type(request)(request.prompt_ids, [1], request.images, latent_override=torch.zeros(2, 64))
+    override = type(request)(
+        request.prompt_ids, [1], request.images, latent_override=LatentOverride(torch.zeros(2, 64))
+    )
     with pytest.raises(RolloutError, match="latent_override.*engine hf"):
         engine.generate([override], sampling())
 

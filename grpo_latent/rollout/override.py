@@ -1,0 +1,62 @@
+"""What a row's latent positions are fed instead of the model's own vectors, while a batch decodes.
+
+Legend: B prompts, N rows, M some of them, L positions fed at once, K vectors of an override, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_latent.rollout.protocol import RolloutRequest, part_kinds, part_span
+from grpo_latent.trajectory import PositionKind
+
+
+class OverrideTable:
+    """The `LatentOverride`s of a batch, and how many positions of its part each row has been fed.
+
+    Args:
+        row_to_prompt_N: int64, the request of each row.
+    """
+
+    def __init__(self, requests: list[RolloutRequest], row_to_prompt_N: Tensor, hidden_size: int):
+        device, num_prompts = row_to_prompt_N.device, len(requests)
+        overrides = [request.latent_override for request in requests]
+        self.sizes_B = torch.zeros(num_prompts, dtype=torch.long, device=device)
+        self.span_B = torch.full_like(self.sizes_B, -1)
+        self.has_kind_BK = torch.zeros(num_prompts, len(PositionKind), dtype=torch.bool, device=device)
+        longest = max((len(o.vectors) for o in overrides if o is not None), default=0)
+        self.vectors_BKH = torch.zeros(num_prompts, longest, hidden_size, device=device)
+        for prompt_idx, override in enumerate(overrides):
+            if override is None:
+                continue
+            self.sizes_B[prompt_idx] = len(override.vectors)
+            self.vectors_BKH[prompt_idx, : len(override.vectors)] = override.vectors
+            self.has_kind_BK[prompt_idx, part_kinds(override.part)] = True
+            span = part_span(override.part)
+            self.span_B[prompt_idx] = -1 if span is None else span
+        self.is_empty = longest == 0
+        self.row_to_prompt_N = row_to_prompt_N
+        self.num_fed_N = torch.zeros_like(row_to_prompt_N)
+
+    def feed(self, rows_M: Tensor, own_MLH: Tensor, kinds_ML: Tensor, used_ML: Tensor, span_M: Tensor) -> Tensor:
+        """[M, L, H]: the vectors of the overrides at the positions of their parts, `own_MLH` elsewhere.
+
+        Args:
+            kinds_ML: int64, `PositionKind`.
+            used_ML: bool, False at padding.
+            span_M: int64, the span that each row is in, from 0.
+        """
+        if self.is_empty:
+            return own_MLH
+        prompt_M = self.row_to_prompt_N[rows_M]
+        is_part_ML = used_ML & self.has_kind_BK[prompt_M].gather(1, kinds_ML)
+        is_part_ML &= ((self.span_B[prompt_M] < 0) | (self.span_B[prompt_M] == span_M))[:, None]
+        rank_ML = self.num_fed_N[rows_M][:, None] + is_part_ML.long().cumsum(-1) - 1
+        self.num_fed_N[rows_M] += is_part_ML.sum(-1)
+        vector_idx_ML = rank_ML.clamp(min=0) % self.sizes_B[prompt_M].clamp(min=1)[:, None]
+        given_MLH = self.vectors_BKH[prompt_M[:, None], vector_idx_ML]
+        return torch.where(is_part_ML[..., None], given_MLH.to(own_MLH.dtype), own_MLH)
+
+    def keep_rows(self, rows_M: Tensor) -> None:
+        self.row_to_prompt_N, self.num_fed_N = self.row_to_prompt_N[rows_M], self.num_fed_N[rows_M]
