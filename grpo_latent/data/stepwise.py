@@ -1,21 +1,35 @@
 """Multiple-choice questions with a rationale in steps: what IVT-LR's curriculum replaces by latents, one by one.
 
-Two published schemas on the Hugging Face hub, read from their parquet files:
+Two published schemas on the Hugging Face hub, read from their parquet files, and verl's:
 
     M3CoT      id, question, choices [str], context, answer "B", rationale, image {bytes, path}, domain, topic, …
     ScienceQA  question, choices [str], answer 1 (index), hint, lecture, solution, image {bytes, path} or null, …
+    verl       as in data.rows, with extra_info.steps [str]
 
-Both become a `StepwiseExample`; the prompt is made here, once for training and evaluation (the published code's two differ).
+All become a `StepwiseExample`. The prompt of a published record is made here, once for training and evaluation (the
+published code's two differ); `to_verl_rows` writes it down for RL:
+
+    python -m grpo_latent.data.stepwise --format m3cot --in train.parquet --out rl.parquet
 """
 
 from __future__ import annotations
 
+import argparse
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from grpo_latent.data.examples import IMAGE_PLACEHOLDER, ImageRef, check_images, split_content
+from grpo_latent.data.examples import (
+    ANSWER_CLOSE,
+    ANSWER_OPEN,
+    IMAGE_PLACEHOLDER,
+    ImageRef,
+    check_images,
+    split_content,
+)
+from grpo_latent.data.rows import check_prompt, iter_verl_rows, verl_row, write_verl_parquet
 from grpo_latent.errors import DataError
 
 MAX_STEPS = 3  # 2510.12603: a rationale becomes at most three steps
@@ -29,16 +43,20 @@ class StepwiseExample:
 
     Attributes:
         messages: one user message, content split into text and image parts.
-        images: none or one.
-        steps: of the rationale, at most `MAX_STEPS`; () where the data set has no rationale for the row.
-        answer: the letter of the right choice.
+        images: in the order of the image parts.
+        steps: of the rationale; () where the data set has none for the row. At most `MAX_STEPS` in the published schemas.
+        answer: the letter of the right choice, or what verl's ground truth says.
+        closing: what follows the steps, with the answer in it.
         where: file and row, for messages.
     """
+
+    has_answer: ClassVar[bool] = True  # one without teaches nothing, and is refused
 
     messages: tuple[dict, ...]
     images: tuple[ImageRef, ...]
     steps: tuple[str, ...]
     answer: str
+    closing: str
     data_source: str
     where: str
 
@@ -66,11 +84,11 @@ def rationale_steps(rationale: str, max_steps: int = MAX_STEPS) -> tuple[str, ..
 def stage_text(example: StepwiseExample, stage: int) -> str:
     """What stage `stage` of the curriculum writes out: the steps from `stage` on, then the answer.
 
-    >>> example = StepwiseExample((), (), ("Red is a 7.", "Blue is a 2."), "B", "m3cot", "")
-    >>> stage_text(example, 1)
+    >>> steps = ("Red is a 7.", "Blue is a 2.")
+    >>> stage_text(StepwiseExample((), (), steps, "B", "Therefore, the answer is B", "m3cot", ""), 1)
     'Blue is a 2. Therefore, the answer is B'
     """
-    return " ".join([*example.steps[stage:], f"Therefore, the answer is {example.answer}"])
+    return " ".join([*example.steps[stage:], example.closing])
 
 
 def read_m3cot(path: str | Path) -> Iterator[StepwiseExample]:
@@ -81,6 +99,32 @@ def read_m3cot(path: str | Path) -> Iterator[StepwiseExample]:
 def read_scienceqa(path: str | Path) -> Iterator[StepwiseExample]:
     """Checked examples of a ScienceQA parquet file. Raises `DataError`."""
     return _read(path, parse_scienceqa_record)
+
+
+def read_stepwise_rows(path: str | Path) -> Iterator[StepwiseExample]:
+    """Checked examples of a parquet file in verl's schema. Raises `DataError`."""
+    for row, where in iter_verl_rows(path):
+        yield parse_stepwise_row(row, where)
+
+
+def parse_stepwise_row(row: dict, where: str) -> StepwiseExample:
+    """A checked example of one verl row; its answer is written in answer tags.
+
+    Raises:
+        DataError: names row, field, what was got and expected, and a fix.
+    """
+    messages, images = check_prompt(row, where)
+    extra_info = row.get("extra_info") or {}
+    answer = row["reward_model"]["ground_truth"]
+    if extra_info.get("has_answer") is False or not isinstance(answer, str) or not answer.strip():
+        raise _problem(where, "reward_model.ground_truth", "no answer", answer, "a non-empty string")
+    steps = extra_info.get("steps")
+    valid = isinstance(steps, list) and all(isinstance(step, str) and step.strip() for step in steps)
+    if not valid:
+        raise _problem(where, "extra_info.steps", "no rationale in steps", steps, "a list of non-empty strings, or []")
+    closing = f"{ANSWER_OPEN} {answer.strip()} {ANSWER_CLOSE}"
+    texts = tuple(step.strip() for step in steps)
+    return StepwiseExample(tuple(messages), tuple(images), texts, answer.strip(), closing, row["data_source"], where)
 
 
 def parse_m3cot_record(record: object, where: str) -> StepwiseExample:
@@ -192,4 +236,40 @@ def _example(
     content = split_content(IMAGE_PLACEHOLDER * len(images)) + [{"type": "text", "text": "\n".join(parts)}]
     messages = ({"role": "user", "content": content},)
     check_images(messages, images, f"{where}: question")
-    return StepwiseExample(messages, tuple(images), rationale_steps(rationale), answer, data_source, where)
+    closing = f"Therefore, the answer is {answer}"
+    return StepwiseExample(messages, tuple(images), rationale_steps(rationale), answer, closing, data_source, where)
+
+
+READERS = {"m3cot": read_m3cot, "scienceqa": read_scienceqa, "parquet": read_stepwise_rows}
+
+
+def to_verl_rows(examples: Iterator[StepwiseExample], split: str) -> Iterator[dict]:
+    """verl rows with the prompts of SFT; `extra_info.steps` keeps the rationale."""
+    for index, example in enumerate(examples):
+        parts = example.messages[0]["content"]
+        prompt = "".join(IMAGE_PLACEHOLDER if part["type"] == "image" else part["text"] for part in parts)
+        yield verl_row(
+            data_source=example.data_source,
+            prompt=prompt,
+            images=[image.read_bytes() for image in example.images],
+            answer=example.answer,
+            index=index,
+            split=split,
+            response=example.closing,
+            steps=example.steps,
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m grpo_latent.data.stepwise", description="Writes rows for RL.")
+    parser.add_argument("--format", choices=["m3cot", "scienceqa"], required=True)
+    parser.add_argument("--in", dest="source", type=Path, nargs="+", required=True, help="parquet files of the hub")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--split", default="train")
+    options = parser.parse_args(arguments)
+    examples = (example for path in options.source for example in READERS[options.format](path))
+    print(f"{options.out}: {write_verl_parquet(options.out, to_verl_rows(examples, options.split))} rows")
+
+
+if __name__ == "__main__":
+    main()

@@ -49,6 +49,10 @@ def encode_prompt(
         )
     if images and processor is None:
         raise DataError("an image for a text-only model", where=where, got=f"{len(images)} image(s)", expected="none")
+    if processor is None:  # templates of text models print a list of parts as it is
+        messages = [
+            {**message, "content": "".join(part["text"] for part in message["content"])} for message in messages
+        ]
     text = (processor or tokenizer).apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
     if not images:
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]

@@ -27,8 +27,9 @@ class LoraSettings:
 
 
 def freeze_vision(model: nn.Module, tower: bool = True, merger: bool = True) -> None:
-    """Freezes the vision tower, its mergers, or both; the published stage 1 freezes both."""
-    for name, parameter in ModelAdapter(model).base.visual.named_parameters():
+    """Freezes the vision tower, its mergers, or both; the published stages 1 freeze both. Text-only models have neither."""
+    adapter = ModelAdapter(model)
+    for name, parameter in adapter.base.visual.named_parameters() if adapter.has_vision else ():
         parameter.requires_grad_(not (merger if name.startswith(_MERGERS) else tower))
 
 

@@ -31,31 +31,76 @@ from grpo_latent.trajectory import PositionKind
 
 @dataclass(frozen=True)
 class StepwiseRow:
-    """One tokenised example of a stage: `prompt_ids` int64 [P], `response_ids` int64 [R] with EOS, `images` or None."""
+    """One tokenised example.
+
+    Attributes:
+        prompt_ids: int64 [P].
+        response_ids: int64 [R] with EOS, for each stage 0, …, S: what it writes out.
+        images: of the prompt, or None.
+    """
 
     prompt_ids: Tensor
-    response_ids: Tensor
+    response_ids: tuple[Tensor, ...]
     images: ImageInputs | None
 
 
 @dataclass(frozen=True)
 class StepwiseEncoder:
-    """Tokenises examples for one model. Attributes as in `sft.dataset.RowEncoder`."""
+    """Tokenises examples for one model, for stages 0 to `config.steps`.
+
+    Attributes:
+        eos_id: ends every response.
+        vision_ids: image placeholder and delimiter ids.
+        image_token_id: the placeholder, None for a text-only model.
+        max_length: longest row allowed, slots included; None for any.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     processor: ProcessorMixin | None
     config: LatentConfig
     eos_id: int
     vision_ids: frozenset[int]
+    image_token_id: int | None
+    max_length: int | None = None
 
-    def __call__(self, example: StepwiseExample, stage: int) -> StepwiseRow:
-        """The example's prompt, and what stage `stage` writes out.
+    def __call__(self, example: StepwiseExample) -> StepwiseRow:
+        """The example's prompt, and what each stage writes out.
 
         Raises:
-            DataError: unreadable image, or a latent or vision token spelled out in the text.
+            DataError: unreadable image, a latent or vision token spelled out in the text, an image with fewer tokens than
+                slots, or a row too long.
         """
         pictures = [image.open() for image in example.images]
         prompt = encode_prompt(self.tokenizer, self.processor, example.messages, pictures, example.where)
+        self._check_image_tokens(prompt.ids, len(pictures), example.where)
+        responses = tuple(self._response(example, stage) for stage in range(self.config.steps + 1))
+        length = prompt.ids.shape[0] + max(response.shape[0] for response in responses)
+        length += self.config.steps * (1 + self.config.top_k_image)
+        if self.max_length is not None and length > self.max_length:
+            raise DataError(
+                "row too long",
+                where=example.where,
+                got=f"{length} positions, slots included",
+                expected=f"at most {self.max_length}",
+                fix="Raise data.max_length, lower data.max_image_tokens, or drop the row.",
+            )
+        return StepwiseRow(prompt.ids, responses, prompt.images)
+
+    def _check_image_tokens(self, prompt_ids: Tensor, num_images: int, where: str) -> None:
+        """A slot may take fewer than `top_k_image`, what is left; a slot that can take none is a mistake of the data."""
+        if not (self.config.top_k_image and num_images):
+            return
+        num_tokens = int((prompt_ids == self.image_token_id).sum())
+        if num_tokens < self.config.steps:
+            raise DataError(
+                "more slots than image tokens",
+                where=where,
+                got=f"{self.config.steps} slots, {num_tokens} image tokens",
+                expected="at least one image token a slot",
+                fix="Raise data.min_image_tokens, lower latent.steps, or drop the row.",
+            )
+
+    def _response(self, example: StepwiseExample, stage: int) -> Tensor:
         ids = self.tokenizer(stage_text(example, stage), add_special_tokens=False).input_ids
         latent_ids = {self.config.start_id, self.config.latent_id, self.config.end_id}
         reserved = sorted(set(ids) & (self.vision_ids | latent_ids))
@@ -66,19 +111,19 @@ class StepwiseEncoder:
                 got=self.tokenizer.convert_ids_to_tokens(reserved),
                 expected="plain text",
             )
-        return StepwiseRow(prompt.ids, torch.tensor([*ids, self.eos_id]), prompt.images)
+        return torch.tensor([*ids, self.eos_id])
 
 
-def collate_stepwise(rows: Sequence[StepwiseRow]) -> dict[str, Tensor]:
-    """Prompts padded left, responses right.
+def collate_stepwise(rows: Sequence[StepwiseRow], stage: int) -> dict[str, Tensor]:
+    """Rows at one stage: prompts padded left, responses right.
 
     Returns:
         prompt_ids, prompt_valid: [B, P]; response_ids, response_valid: [B, R]; pixel_values, image_grid_thw of all rows
         in order, absent if there are none.
     """
     batch = {}
-    for name in ("prompt", "response"):
-        parts = [getattr(row, f"{name}_ids") for row in rows]
+    columns_of = {"prompt": [row.prompt_ids for row in rows], "response": [row.response_ids[stage] for row in rows]}
+    for name, parts in columns_of.items():
         length = max(part.shape[0] for part in parts)
         ids, valid = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.bool)
         for row, part in enumerate(parts):

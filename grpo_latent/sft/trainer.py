@@ -56,8 +56,9 @@ class LatentSFTTrainer(Trainer):
         self.check(latent, loss_config)
         self.latent, self.loss_config = latent, loss_config
         self.labelled_per_batch, self.horizon_steps = labelled_per_batch, horizon_steps
-        self.adapter = ModelAdapter(latent.model)
-        VisionCache.install(latent.model, max_bytes=vision_cache_bytes)
+        self.adapter = ModelAdapter(latent.model, latent.config.positions)
+        if self.adapter.has_vision:
+            VisionCache.install(latent.model, max_bytes=vision_cache_bytes)
         had_use_cache, use_cache = (
             hasattr(latent.model.config, "use_cache"),
             getattr(latent.model.config, "use_cache", 0),
@@ -217,7 +218,8 @@ class LatentSFTTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         self.latent.model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
         if not has_lora(self.latent.model):
-            self.latent.processor.save_pretrained(folder)
+            if self.latent.processor is not None:
+                self.latent.processor.save_pretrained(folder)
             self.latent.tokenizer.save_pretrained(folder)
             self.latent.config.save(folder)
 

@@ -39,11 +39,11 @@ def test_loss_and_gradient_equal_those_of_replayed_rollouts(name, gradient):
     c, config, adapter = slot_case(name)
     trajectories, images = rollouts(c, config)
     rows = [
-        StepwiseRow(t.prompt_ids, torch.tensor(t.text_ids), image)
+        StepwiseRow(t.prompt_ids, (torch.tensor(t.text_ids),), image)
         for t, image in zip(trajectories, images, strict=True)
     ]
     weight = adapter.decoder.layers[0].mlp.up_proj.weight
-    sums = slot_sums(adapter, collate_stepwise(rows), config, 2, gradient == "cut")
+    sums = slot_sums(adapter, collate_stepwise(rows, 0), config, 2, gradient == "cut")
     sums["ce"].backward()
     found, weight.grad = weight.grad, None
     batch = collate(trajectories, images, adapter, "both")
@@ -59,11 +59,11 @@ def test_gradient_checkpointing_in_training_keeps_the_cache():
     losses = []
     for checkpointing in (False, True):
         c, config, adapter = slot_case("qwen3")
-        rows = [StepwiseRow(c.request("read red ?").prompt_ids, torch.tensor([12, 13, c.eos_id]), None)]
+        rows = [StepwiseRow(c.request("read red ?").prompt_ids, (torch.tensor([12, 13, c.eos_id]),), None)]
         c.model.train()
         if checkpointing:
             c.model.gradient_checkpointing_enable()
-        losses.append(slot_sums(adapter, collate_stepwise(rows), config, 2, False)["ce"].item())
+        losses.append(slot_sums(adapter, collate_stepwise(rows, 0), config, 2, False)["ce"].item())
         assert adapter.decoder.layers[0].gradient_checkpointing is checkpointing
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -73,15 +73,24 @@ def test_stages_write_what_is_not_replaced():
     content = [{"type": "image"}, {"type": "text", "text": "read red ?"}]
     image = ImageRef("row 1: image", data=png(0))
     steps = ("red 3", "blue 7")
-    example = StepwiseExample(({"role": "user", "content": content},), (image,), steps, "3", "test", "row 1")
-    encode = StepwiseEncoder(c.tokenizer, c.processor, config, c.eos_id, adapter.vision_ids)
-    texts = [c.tokenizer.decode(encode(example, stage).response_ids) for stage in range(4)]
-    tail = "<unk> <unk> <unk> <unk> 3 <|im_end|>"  # "Therefore, the answer is": the tiny vocabulary lacks it
-    assert texts == [f"red 3 blue 7 {tail}", f"blue 7 {tail}", tail, tail]
-    batch = collate_stepwise([encode(example, 0), encode(example, 2)])
-    assert batch["response_valid"].sum(-1).tolist() == [10, 6] and batch["image_grid_thw"].shape == (2, 3)
+    messages = ({"role": "user", "content": content},)
+    example = StepwiseExample(messages, (image,), steps, "3", "<answer> 3 </answer>", "test", "row 1")
+    encode = StepwiseEncoder(
+        c.tokenizer, c.processor, config, c.eos_id, adapter.vision_ids, adapter.image_token_id, max_length=40
+    )
+    row = encode(example)
+    texts = [c.tokenizer.decode(ids) for ids in row.response_ids]
+    tail = "<answer> 3 </answer> <|im_end|>"
+    assert texts == [f"red 3 blue 7 {tail}", f"blue 7 {tail}", tail]
+    for stage, length in enumerate((8, 6, 4)):
+        batch = collate_stepwise([row, row], stage)
+        assert batch["response_valid"].sum(-1).tolist() == [length] * 2 and batch["image_grid_thw"].shape == (2, 3)
     with pytest.raises(DataError, match="row 1: a reserved token"):
-        encode(dataclasses.replace(example, steps=("red <|lvr|>",)), 0)
+        encode(dataclasses.replace(example, steps=("red <|lvr|>",)))
+    with pytest.raises(DataError, match="row 1: more slots than image tokens; got 7 slots, 6 image tokens"):
+        dataclasses.replace(encode, config=config.replace(steps=7))(example)
+    with pytest.raises(DataError, match="row 1: row too long; got 31 positions"):
+        dataclasses.replace(encode, max_length=30)(example)
 
 
 def test_another_numbering_of_positions_is_an_error():

@@ -1,0 +1,109 @@
+"""The curriculum of IVT-LR and Coconut on the Hugging Face Trainer: step after step of the rationale becomes a slot.
+
+    optimizer step     0 … a      … b      … c      …
+    stage              0     1        2        S          slots in front of what is still written out
+
+The stage is a function of the optimizer step alone, so that a resumed run is at the stage of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from transformers import TrainerCallback
+
+from grpo_latent.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CurriculumConfig:
+    """What the stages minimise, and how long each lasts: the `loss` section of method `stepwise`.
+
+    Attributes:
+        gradient: through the slots' h: `cut` (IVT-LR, 2510.12603) or `bptt` (Coconut, 2412.06769).
+        epochs_per_stage: of each stage; the last one goes on to the end of training. Or
+        steps_per_stage: optimizer steps of stage 0, 1, …, S - 1; replaces `epochs_per_stage`.
+        reset_optimizer: whether a new stage begins with an optimizer that has no moments, as published.
+        save_stages: whether stage s < S is saved when it ends, as `<output_dir>/stage_<s>`.
+    """
+
+    gradient: str = "cut"
+    epochs_per_stage: int | None = 4
+    steps_per_stage: tuple[int, ...] | None = None
+    reset_optimizer: bool = True
+    save_stages: bool = False
+    trains_end_vector: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.gradient not in ("cut", "bptt"):
+            raise ConfigError("unknown value", where="loss.gradient", got=self.gradient, expected="cut or bptt")
+        lengths = (self.epochs_per_stage,) if self.steps_per_stage is None else self.steps_per_stage
+        if not all(isinstance(length, int) and length >= 1 for length in lengths):
+            raise ConfigError(
+                "stages without a length",
+                where="loss.epochs_per_stage, loss.steps_per_stage",
+                got=lengths,
+                expected="epochs_per_stage >= 1, or a list of optimizer steps",
+            )
+
+    def boundaries(self, num_stages: int, steps_per_epoch: int) -> tuple[int, ...]:
+        """Optimizer steps at which stages 1, …, S begin.
+
+        >>> CurriculumConfig(epochs_per_stage=4).boundaries(3, 10)
+        (40, 80, 120)
+        """
+        if self.steps_per_stage is None:
+            lengths = [self.epochs_per_stage * steps_per_epoch] * num_stages
+        else:
+            lengths = list(self.steps_per_stage)
+        if len(lengths) != num_stages:
+            raise ConfigError(
+                "stages and slots differ",
+                where="loss.steps_per_stage",
+                got=lengths,
+                expected=f"{num_stages} numbers: stages 0 to {num_stages - 1}; the last one, with all {num_stages} slots, "
+                "takes the rest of trainer.max_steps",
+            )
+        return tuple(itertools.accumulate(lengths))
+
+
+class Curriculum(TrainerCallback):
+    """Knows the stage of each optimizer step, and acts where one ends.
+
+    Args:
+        num_stages: S, slots of the last stage.
+        save: called with a stage that has ended, None for never.
+    """
+
+    def __init__(self, config: CurriculumConfig, num_stages: int, save: Callable[[int], None] | None = None):
+        self.config, self.num_stages, self.save = config, num_stages, save
+        self.num_resets = 0
+        self._boundaries: tuple[int, ...] = ()
+
+    def stage_of(self, step: int) -> int:
+        """Of the optimizer step that follows `step` finished ones."""
+        return bisect_right(self._boundaries, step)
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        steps_per_epoch = max(1, -(-len(train_dataloader) // args.gradient_accumulation_steps))
+        self._boundaries = self.config.boundaries(self.num_stages, steps_per_epoch)
+        if self._boundaries and state.max_steps <= self._boundaries[-1]:
+            raise ConfigError(
+                "training ends before its last stage",
+                where="trainer.max_steps, trainer.num_train_epochs",
+                got=f"{state.max_steps} steps",
+                expected=f"more than {self._boundaries[-1]}, where stage {self.num_stages} begins",
+            )
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        if self.config.reset_optimizer and state.global_step in self._boundaries:
+            optimizer.state.clear()
+            self.num_resets += 1
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.save is not None and state.global_step in self._boundaries:
+            self.save(self.stage_of(state.global_step - 1))

@@ -1,0 +1,90 @@
+"""SFT with prompt slots on the trainer of LVR's SFT: rows at the curriculum's stage, CE over what they still write out.
+
+rows ──stage of this optimizer step──▶ batch ──slots as in a rollout──▶ CE
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import TrainingArguments
+
+from grpo_latent.errors import ConfigError
+from grpo_latent.models.loading import LatentModel, save_latent_model
+from grpo_latent.sft.curriculum import Curriculum, CurriculumConfig
+from grpo_latent.sft.dataset import SFTDataset
+from grpo_latent.sft.losses import LossConfig
+from grpo_latent.sft.parameters import has_lora
+from grpo_latent.sft.stepwise import StepwiseRow, collate_stepwise, slot_sums
+from grpo_latent.sft.trainer import LatentSFTTrainer
+
+
+class StepwiseTrainer(LatentSFTTrainer):
+    """IVT-LR and Coconut. `dataset` is an `SFTDataset` with a `StepwiseEncoder`; the last stage has `config.steps` slots."""
+
+    def __init__(
+        self,
+        latent: LatentModel,
+        args: TrainingArguments,
+        dataset: SFTDataset,
+        config: CurriculumConfig | None = None,
+        callbacks: Sequence = (),
+        **kwargs,
+    ):
+        config = config or CurriculumConfig()
+        if config.save_stages and (args.fsdp or has_lora(latent.model)):
+            raise ConfigError(
+                "stages are saved of whole models",
+                where="loss.save_stages",
+                got="FSDP or LoRA",
+                expected="false, or neither of them",
+            )
+        self.gradient = config.gradient
+        self.curriculum = Curriculum(config, latent.config.steps, self._save_stage if config.save_stages else None)
+        callbacks = [self.curriculum, *callbacks]
+        super().__init__(latent, args, dataset, LossConfig(latent_weight=0.0), callbacks=callbacks, **kwargs)
+
+    def check(self, latent: LatentModel, loss_config: LossConfig) -> None:
+        if latent.config.trigger != "prompt_slots":
+            raise ConfigError(
+                "the curriculum fills slots of the prompt",
+                where="latent.trigger",
+                got=f"{latent.config.trigger} ({latent.config.mechanism})",
+                expected="prompt_slots (ivt_lr, coconut)",
+            )
+
+    @property
+    def stage(self) -> int:
+        """Of the optimizer step that comes next."""
+        return self.curriculum.stage_of(self.state.global_step)
+
+    def collate_rows(self, rows: Sequence[StepwiseRow]) -> list[StepwiseRow]:
+        return list(rows)  # loader workers read ahead and cannot know the stage
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """As the base's, with the rows of the step put together at its stage."""
+        batches = (collate_stepwise(rows, self.stage) for rows in epoch_iterator)
+        return super().get_batch_samples(batches, num_batches, device)
+
+    def count(self, batch: dict[str, Tensor]) -> Tensor:
+        return torch.tensor([int(batch["response_valid"].sum()), 0])
+
+    def _sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
+        sums = slot_sums(self.adapter, batch, self.latent.config, self.stage, self.gradient == "cut")
+        return sums | {"latent": torch.zeros((), device=sums["ce"].device)}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["stage"] = self.curriculum.stage_of(self.state.global_step - 1)
+        super().log(logs, start_time)
+
+    def _save_stage(self, stage: int) -> None:
+        """A folder that RL and evaluation can start from, with as many slots as the stage has."""
+        if not self.args.should_save:
+            return
+        latent, folder = self.latent, Path(self.args.output_dir) / f"stage_{stage}"
+        config = latent.config.replace(steps=stage)
+        save_latent_model(folder, latent.model, latent.tokenizer, latent.processor, config)

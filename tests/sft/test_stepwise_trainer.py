@@ -1,0 +1,134 @@
+"""The curriculum in the Hugging Face Trainer: stages fire at their steps, a resume changes no bit, stages are saved."""
+
+import pytest
+import torch
+from latent_cases import build_case
+from sft_cases import latent_model, png
+from transformers import TrainingArguments
+
+from grpo_latent.data.examples import ImageRef
+from grpo_latent.data.stepwise import StepwiseExample
+from grpo_latent.errors import ConfigError
+from grpo_latent.models.adapter import ModelAdapter
+from grpo_latent.models.loading import load_latent_model
+from grpo_latent.sft.curriculum import CurriculumConfig
+from grpo_latent.sft.dataset import SFTDataset
+from grpo_latent.sft.parameters import freeze_vision
+from grpo_latent.sft.stepwise import StepwiseEncoder, collate_stepwise, slot_sums
+from grpo_latent.sft.stepwise_trainer import StepwiseTrainer
+
+SLOTS = dict(trigger="prompt_slots", positions="1d", steps=2)
+WORDS = ("red", "blue", "green")
+
+
+def examples(num, has_image):
+    rows = []
+    for seed in range(num):
+        content = [{"type": "text", "text": f"read {WORDS[seed % 3]} ?"}] + [{"type": "image"}] * has_image
+        images = (ImageRef(f"row {seed}: image", data=png(seed)),) * has_image
+        steps = (f"{WORDS[seed % 3]} {seed % 5}", f"red {seed % 7}")[: 1 + seed % 2]
+        messages = ({"role": "user", "content": content},)
+        rows.append(
+            StepwiseExample(messages, images, steps, "3", f"<answer> {seed % 5} </answer>", "test", f"row {seed}")
+        )
+    return rows
+
+
+def trainer(folder, steps, mechanism="ivt_lr", loss=None, lora=False, **arguments):
+    is_text = mechanism == "coconut"
+    changes = dict(mechanism=mechanism, top_k_image=0 if is_text else 2)
+    name = "qwen3" if is_text else "qwen2_vl"
+    latent = latent_model(case=build_case(name), savable=True, **SLOTS, **changes)
+    freeze_vision(latent.model)
+    adapter = ModelAdapter(latent.model)
+    encoder = StepwiseEncoder(
+        latent.tokenizer, latent.processor, latent.config, latent.eos_ids[0], adapter.vision_ids, adapter.image_token_id
+    )
+    values = dict(
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=3e-3,
+        lr_scheduler_type="constant",
+        save_steps=2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=1,
+    )
+    args = TrainingArguments(str(folder), **values | arguments)
+    return StepwiseTrainer(latent, args, SFTDataset(examples(8, not is_text), encoder), loss)
+
+
+def train(*args, resume=None, **kwargs):
+    run = trainer(*args, **kwargs)
+    run.train(resume_from_checkpoint=resume)
+    run.release()
+    return run
+
+
+def weights(run):
+    return {name: parameter.detach().clone() for name, parameter in run.latent.model.named_parameters()}
+
+
+LOSS = dict(steps_per_stage=(2, 1), save_stages=True)
+
+
+@pytest.mark.parametrize("mechanism, gradient", [("ivt_lr", "cut"), ("coconut", "bptt")])
+def test_stages_begin_at_their_steps_and_a_resume_changes_no_bit(tmp_path, mechanism, gradient):
+    loss = CurriculumConfig(gradient, **LOSS)
+    run = train(tmp_path, 5, mechanism, loss)
+    logs = [entry for entry in run.state.log_history if "ce" in entry]
+    assert [entry["stage"] for entry in logs] == [0, 0, 1, 2, 2] and run.curriculum.num_resets == 2
+    own = weights(run)
+    # from inside a stage and, at step 2, from where a new one begins; saves lie at steps 2 and 4
+    for step in (2, 4):
+        again = train(tmp_path, 5, mechanism, loss, resume=str(tmp_path / f"checkpoint-{step}"))
+        assert all(torch.equal(own[name], value) for name, value in weights(again).items()), step
+    for stage in (0, 1):
+        assert load_latent_model(tmp_path / f"stage_{stage}").config == run.latent.config.replace(steps=stage)
+    at_end, checkpoint = (load_latent_model(tmp_path / name).model for name in ("stage_0", "checkpoint-2"))
+    assert all(torch.equal(value, checkpoint.state_dict()[name]) for name, value in at_end.state_dict().items())
+    # a fresh optimizer is not the old one
+    kept = train(
+        tmp_path / "kept", 5, mechanism, CurriculumConfig(gradient, reset_optimizer=False, steps_per_stage=(2, 1))
+    )
+    assert kept.curriculum.num_resets == 0
+    differ = [name for name, value in weights(kept).items() if not torch.equal(own[name], value)]
+    assert any("up_proj" in name for name in differ)
+
+
+def test_the_loss_is_that_of_the_stage(tmp_path):
+    """At learning rate 0, and with all rows in each step, the logged losses are those of the rows at stages 0, 1 and 2."""
+    sizes = dict(learning_rate=0.0, save_strategy="no", per_device_train_batch_size=4)
+    run = trainer(tmp_path, 3, loss=CurriculumConfig(steps_per_stage=(1, 1)), **sizes)
+    expected = []
+    with torch.no_grad():
+        for stage in range(3):
+            batch = collate_stepwise([run.train_dataset[i] for i in range(8)], stage)
+            sums = slot_sums(run.adapter, batch, run.latent.config, stage, True)
+            expected.append(float(sums["ce"]) / int(batch["response_valid"].sum()))
+    run.train()
+    run.release()
+    logged = [entry["ce"] for entry in run.state.log_history if "ce" in entry]
+    assert logged == pytest.approx(expected, rel=1e-5) and len({round(value, 3) for value in expected}) == 3
+
+
+def test_stages_by_epochs():
+    """8 rows, 4 an optimizer step: an epoch has 2 steps. 16 epochs of the published schedule, 4 a stage."""
+    assert CurriculumConfig().boundaries(3, 2) == (8, 16, 24)
+    assert CurriculumConfig(steps_per_stage=(5, 1)).boundaries(2, 99) == (5, 6)
+
+
+def test_what_does_not_fit_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="stages and slots differ; got \\[3\\]; expected 2 numbers"):
+        train(tmp_path, 5, loss=CurriculumConfig(steps_per_stage=(3,)))
+    with pytest.raises(ConfigError, match="ends before its last stage; got 3 steps; expected more than 3"):
+        train(tmp_path, 3, loss=CurriculumConfig(steps_per_stage=(2, 1)))
+    with pytest.raises(ConfigError, match="loss.gradient"):
+        CurriculumConfig(gradient="one_hop")
+    with pytest.raises(ConfigError, match="stages without a length"):
+        CurriculumConfig(steps_per_stage=(0, 1))
+    with pytest.raises(ConfigError, match="the curriculum fills slots"):
+        StepwiseTrainer(latent_model(), TrainingArguments(str(tmp_path), use_cpu=True), None)
