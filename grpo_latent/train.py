@@ -108,7 +108,7 @@ def check(config: DictConfig) -> None:
     from verl.utils.config import validate_config
 
     from grpo_latent.verl_plugin import compat
-    from grpo_latent.verl_plugin.config_check import check_config
+    from grpo_latent.verl_plugin.config_check import check_config, check_padding
     from grpo_latent.verl_plugin.registration import verify, verify_device
 
     compat.select_platform(config.trainer.device)
@@ -121,13 +121,7 @@ def check(config: DictConfig) -> None:
 
         folder = config.actor_rollout_ref.model.path
         latent = options.latent_config(folder, AutoTokenizer.from_pretrained(folder))
-        if latent.visibility == "latents_only" and config.actor_rollout_ref.model.use_remove_padding:
-            raise ConfigError(
-                "visibility latents_only needs the padded layout",
-                where="actor_rollout_ref.model.use_remove_padding",
-                got=True,
-                expected="False",
-            )
+        check_padding(latent.visibility, config.actor_rollout_ref.model.use_remove_padding)
     try:
         validate_config(config, need_reference_policy(config), need_critic(config))
     except (AssertionError, ValueError) as error:

@@ -1,6 +1,7 @@
 """Kinds, masks and spans against hand tables and itertools."""
 
 import itertools
+import pickle
 import random
 
 import pytest
@@ -78,3 +79,14 @@ def test_a_trajectory_may_be_empty_of_latents_or_cut_inside_a_span():
 def test_number_of_latents_must_fit(num_latents):
     with pytest.raises(LatentMismatchError, match=r"\[2, hidden\]"):
         trajectory(num_latents=num_latents)
+
+
+def test_pickling_keeps_every_field_to_the_bit():
+    before = trajectory(latents=torch.randn(2, 4), group_id="g", seed=3, extra={"note": "x"})
+    after = pickle.loads(pickle.dumps(before))
+    for name, value in vars(before).items():
+        same = (
+            torch.equal(getattr(after, name), value) if isinstance(value, torch.Tensor) else value == vars(after)[name]
+        )
+        assert same, name
+    after.latents.add_(1)  # its own memory, and writable

@@ -43,6 +43,8 @@ from grpo_latent.verl_plugin.server import GroupResult
 from grpo_latent.verl_plugin.waves import Ticket
 
 TICKET = "latent_ticket"
+# of verl's data set, and read by nobody after the rollout: a column costs time for every trajectory
+NOT_STORED = ("raw_prompt", "dummy_tensor", "tools_kwargs", "interaction_kwargs")
 
 
 class LatentAgentLoopOutput(AgentLoopOutput):
@@ -264,8 +266,9 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
             output.metrics.compute_score = timing["compute_score"]
 
     async def _store(self, outputs, pixels: dict, prompt: dict, partition_id: str) -> None:
-        row = {name: value for name, value in prompt.items() if name not in ("raw_prompt", "dummy_tensor")}
-        row["raw_prompt"] = [{**m, "content": parts_of(m["content"])} for m in prompt["raw_prompt"]]
+        row = {name: value for name, value in prompt.items() if name not in NOT_STORED}
+        if self.reward_loop_worker_handles is None:  # read by a colocated reward model only
+            row["raw_prompt"] = [{**m, "content": parts_of(m["content"])} for m in prompt["raw_prompt"]]
         fields, tags, keys = [], [], []
         for session_id, output in enumerate(outputs):
             field = {**output.as_dict(), **row, "session_id": session_id, "multi_modal_inputs": pixels}

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from grpo_latent.errors import PluginError
+from grpo_latent.verl_plugin import metrics_file
 
 SUPPORTED_VERL = ("0.9",)
 
@@ -165,6 +164,13 @@ SEAMS = (
         ("self", "batch", "metrics"),
     ),
     Seam(
+        "reference log-probs",
+        f"{_TRAINER}._compute_ref_log_prob",
+        "workers are sent the columns that they read",
+        ("self", "batch", "metrics"),
+    ),
+    Seam("update", f"{_TRAINER}._update_actor", "the same", ("self", "batch", "metrics")),
+    Seam(
         "advantages",
         f"{_TRAINER}._compute_advantage",
         "dropped rows are masked before it",
@@ -177,6 +183,12 @@ SEAMS = (
         ("self", "batch", "metrics", "timing_raw", "global_steps", "epoch"),
     ),
     Seam("validation", f"{_TRAINER}._validate", "its metrics feed the console line", ("self",)),
+    Seam(
+        "validation metrics",
+        f"{_TRAINER}._val_metrics_update",
+        "dropped rows are left out of them",
+        ("self", "data_sources", "sample_uids", "reward_extra_infos_dict", "sample_turns", "expected_acc_counts"),
+    ),
     Seam(
         "agent loop worker",
         "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ.__ray_actor_class__",
@@ -359,40 +371,12 @@ def _patch_file_logger() -> None:
     class AppendingFileLogger(tracking.FileLogger):
         def __init__(self, project_name: str, experiment_name: str):
             self.project_name, self.experiment_name = project_name, experiment_name
-            path = metrics_path(project_name, experiment_name)
+            path = metrics_file.metrics_path(project_name, experiment_name)
             path.parent.mkdir(parents=True, exist_ok=True)
             self.filepath = str(path)
             self.fp = open(path, "ab", buffering=0)
 
     tracking.FileLogger = AppendingFileLogger
-
-
-def rewind_metrics(path: Path, step: int) -> None:
-    """Drops the lines of steps after `step` from a jsonl of metrics (all of them where training starts at 0).
-
-    A run that died after its last checkpoint has logged steps that the resumed run takes again.
-    """
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines() if step > 0 else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except json.JSONDecodeError:  # the line that the dying run was writing
-            continue
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(partial, path)
-
-
-def metrics_path(project_name: str, experiment_name: str) -> Path:
-    """Where verl's `file` logger writes."""
-    explicit = os.environ.get("VERL_FILE_LOGGER_PATH")
-    if explicit:
-        return Path(explicit)
-    root = os.path.expanduser(os.environ.get("VERL_FILE_LOGGER_ROOT", "."))
-    return Path(root) / project_name / f"{experiment_name}.jsonl"
 
 
 _PATCHES = {

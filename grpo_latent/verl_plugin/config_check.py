@@ -24,7 +24,7 @@ def check_config(config: DictConfig) -> LatentOptions:
     _check_parts(config)
     _check_groups(config)
     _check_batches(config)
-    _check_layout(config, options)
+    check_padding(options.visibility, config.actor_rollout_ref.model.use_remove_padding)
     return options
 
 
@@ -160,8 +160,9 @@ def _check_batches(config: DictConfig) -> None:
             )
 
 
-def _check_layout(config: DictConfig, options: LatentOptions) -> None:
-    if options.visibility == "latents_only" and config.actor_rollout_ref.model.use_remove_padding:
+def check_padding(visibility: str | None, use_remove_padding: bool) -> None:
+    """Raises `ConfigError` where the packed layout cannot carry the attention mask of `visibility`."""
+    if visibility == "latents_only" and use_remove_padding:
         raise ConfigError(
             "visibility latents_only needs the padded layout",
             where="actor_rollout_ref.model.use_remove_padding",

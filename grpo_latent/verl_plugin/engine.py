@@ -29,6 +29,7 @@ from grpo_latent.models.visibility import attention_bias
 from grpo_latent.models.vision_cache import VisionCache
 from grpo_latent.trajectory import PositionKind, latent_mask
 from grpo_latent.verl_plugin import compat
+from grpo_latent.verl_plugin.config_check import check_padding
 from grpo_latent.verl_plugin.options import LatentOptions
 from grpo_latent.verl_plugin.registration import NAME
 
@@ -87,8 +88,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         kinds_BT = pad_rows([torch.cat(kinds_rows)] if packed else kinds_rows, shape)
         self.injector.arm(latent_mask(kinds_BT), latents_NH)
         if self.latent_config.visibility == "latents_only":
-            if packed:
-                raise packed_error("use_remove_padding=True in the batch")
+            check_padding(self.latent_config.visibility, packed)
             valid_BT = model_inputs["attention_mask"].bool()
             model_inputs["attention_mask"] = attention_bias(
                 kinds_BT, valid_BT, self.latent_config.visibility, self._autocast_dtype
@@ -187,16 +187,6 @@ def pad_rows(rows: list[Tensor], shape: torch.Size) -> Tensor:
     return padded
 
 
-def packed_error(got: str) -> ConfigError:
-    return ConfigError(
-        "visibility latents_only needs the padded layout",
-        where="actor_rollout_ref.model.use_remove_padding",
-        got=got,
-        expected="False",
-        fix="Set actor_rollout_ref.model.use_remove_padding=False, or latent.visibility=full.",
-    )
-
-
 def check_selection(config: LatentConfig, freeze_vision: bool) -> None:
     """Raises `ConfigError` where recorded image embeddings would not be those of the trained model."""
     if config.top_k_image and not freeze_vision:
@@ -214,10 +204,9 @@ def check_layout(config: LatentConfig, model_config) -> None:
         raise ConfigError(
             "not supported with latents", where="actor_rollout_ref.model.use_fused_kernels", got=True, expected="False"
         )
+    check_padding(config.visibility, model_config.use_remove_padding)
     if not model_config.use_remove_padding:
         return
-    if config.visibility == "latents_only":
-        raise packed_error("True")
     from transformers.utils import is_flash_attn_2_available
 
     if hasattr(model_config.hf_config, "vision_config") and not is_flash_attn_2_available():

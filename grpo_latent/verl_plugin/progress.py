@@ -20,23 +20,21 @@ class Report:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-class ProgressBoard:
-    """A Ray actor beside the driver that keeps reports until they are read."""
-
-    def __init__(self):
-        self._reports: list[Report] = []
-
-    def put(self, report: Report) -> None:
-        self._reports.append(report)
-
-    def take(self) -> list[Report]:
-        reports, self._reports = self._reports, []
-        return reports
-
-
 def start_board():
-    """The board of this job, on the driver's node."""
+    """A Ray actor on the driver's node that keeps reports until they are read."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # defined in here, and fed with tuples, so that its process imports neither this package nor verl
+    class ProgressBoard:
+        def __init__(self):
+            self.reports = []
+
+        def put(self, report: tuple) -> None:
+            self.reports.append(report)
+
+        def take(self) -> list[tuple]:
+            reports, self.reports = self.reports, []
+            return reports
 
     here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=True)
     return ray.remote(ProgressBoard).options(name=BOARD_NAME, num_cpus=0, scheduling_strategy=here).remote()
@@ -53,7 +51,7 @@ class Reporter:
 
     def report(self, kind: str, step: int, total_steps: int, metrics: dict[str, float]) -> None:
         if self._board is not None:
-            self._board.put.remote(Report(kind, step, total_steps, metrics))
+            self._board.put.remote((kind, step, total_steps, metrics))
 
 
 SHORT_NAMES = {
@@ -105,6 +103,6 @@ def drain(board, run_ref, on_report, interval_s: float = 0.5) -> None:
     while not done:
         started = time.monotonic()
         done = bool(ray.wait([run_ref], timeout=interval_s)[0])
-        for report in ray.get(board.take.remote()):
-            on_report(report)
+        for values in ray.get(board.take.remote()):
+            on_report(Report(*values))
         time.sleep(max(0.0, 0.05 - (time.monotonic() - started)))

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grpo_latent.errors import ReplayGapError
+from grpo_latent.errors import ReplayGapError, RewardError
 
 # of reward_extra_info: bookkeeping, no reward terms
 NOT_REWARD_TERMS = ("score", "acc", "dropped")
@@ -61,6 +61,54 @@ def is_dropped(extra_fields: dict) -> bool:
     return float(extra_fields.get("reward_extra_info", {}).get("dropped", 0) or 0) == 1.0
 
 
+def score_metrics(extra_fields: list[dict], rewards_N: Tensor) -> dict[str, float]:
+    """verl's `critic/{score,rewards}/*` without dropped trajectories, whose reward of 0 is none; {} if none was dropped."""
+    kept_N = torch.tensor([not is_dropped(fields) for fields in extra_fields])
+    if bool(kept_N.all()):
+        return {}
+    kept_M = rewards_N[kept_N].double()
+    values = dict.fromkeys(("mean", "max", "min"), float("nan"))
+    if kept_M.numel():
+        values = {"mean": float(kept_M.mean()), "max": float(kept_M.max()), "min": float(kept_M.min())}
+    return {f"critic/{kind}/{name}": value for kind in ("score", "rewards") for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class ValidationRows:
+    """What verl makes validation metrics of. `columns`: data sources, uids, reward infos by name, turns."""
+
+    columns: tuple[list, list, dict[str, list], list]
+    expected_acc_counts: dict[tuple[str, str], int] | None
+    dropped_frac: float
+
+
+def without_dropped(
+    data_sources: list,
+    uids: list,
+    reward_infos: dict[str, list],
+    turns: list,
+    expected_acc_counts: dict[tuple[str, str], int] | None,
+) -> ValidationRows:
+    """Validation without the trajectories that a reward failed on under `on_error=drop`: verl would count them as 0.
+
+    Args:
+        reward_infos: columns of `reward_extra_info`, one value a trajectory.
+        expected_acc_counts: trajectories by (data source, uid), which verl fills up with accuracies of 0.
+    """
+    dropped = [float(value or 0) == 1.0 for value in reward_infos.get("dropped", [0] * len(uids))]
+    if not any(dropped):
+        return ValidationRows((data_sources, uids, reward_infos, turns), expected_acc_counts, 0.0)
+    kept = [i for i, drop in enumerate(dropped) if not drop]
+    counts = None if expected_acc_counts is None else dict(expected_acc_counts)
+    for i, drop in enumerate(dropped):
+        key = (str(data_sources[i]), str(uids[i]))
+        if drop and counts and key in counts:
+            counts[key] -= 1
+    columns = [[column[i] for i in kept] for column in (data_sources, uids, turns)]
+    infos = {name: [values[i] for i in kept] for name, values in reward_infos.items()}
+    return ValidationRows((columns[0], columns[1], infos, columns[2]), counts, sum(dropped) / len(dropped))
+
+
 def latent_metrics(extra_fields: list[dict]) -> dict[str, float]:
     """`latent/*` over a batch of trajectories."""
     summaries = [fields["latent"] for fields in extra_fields]
@@ -99,11 +147,8 @@ def reward_metrics(extra_fields: list[dict], rewards_N: Tensor, group_ids: list[
             groups.setdefault(group_id, set()).add(reward)
     metrics["frac_reward_zero_std"] = sum(len(v) == 1 for v in groups.values()) / max(len(groups), 1)
     metrics["rewards/dropped_frac"] = 1 - sum(kept) / len(kept)
-    for fields in extra_fields:
-        kind = fields.get("reward_extra_info", {}).get("reward_error")
-        if kind:
-            metrics[f"rewards/errors/{kind}"] = metrics.get(f"rewards/errors/{kind}", 0.0) + 1.0
-    return metrics
+    kinds = [fields.get("reward_extra_info", {}).get("reward_error") for fields in extra_fields]
+    return metrics | {f"rewards/errors/{kind}": float(kinds.count(kind)) for kind in RewardError.KINDS}
 
 
 def dump_rollouts(folder: str | Path, step: int, rows: list[dict], latents: dict[str, Tensor]) -> None:

@@ -26,7 +26,7 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from grpo_latent.errors import CheckpointError
-from grpo_latent.verl_plugin import checkpoint, compat, rows
+from grpo_latent.verl_plugin import checkpoint, compat, metrics_file, rows
 from grpo_latent.verl_plugin.config_check import check_config
 from grpo_latent.verl_plugin.progress import Reporter
 from grpo_latent.verl_plugin.registration import TRAINER_MODE, verify, verify_device
@@ -44,6 +44,23 @@ DUMP_FIELDS = {
     "old_log_probs": "old_log_probs",
     "ref_log_prob": "ref_log_probs",
 }
+# all that a training worker reads of a row. The rest, texts and rewards' details, stays in TransferQueue: fetching every
+# column, which is what verl does, took most of an update of a small model
+WORKER_FIELDS = (
+    "input_ids",
+    "position_ids",
+    "multi_modal_inputs",
+    "position_kinds",
+    "latent_embeds",
+    "prompts",
+    "responses",
+    "response_mask",
+    "loss_mask",
+    "old_log_probs",
+    "ref_log_prob",
+    "advantages",
+    "rollout_is_weights",
+)
 
 
 @register_trainer(TRAINER_MODE)
@@ -86,7 +103,9 @@ class LatentPPOTrainer(PPOTrainerSync):
     def fit(self, agent_loop_manager) -> None:
         self.replay_buffer.manager = agent_loop_manager
         trainer = self.config.trainer
-        compat.rewind_metrics(compat.metrics_path(trainer.project_name, trainer.experiment_name), self.global_steps)
+        if not trainer.val_only:  # which takes no step, so it has no line to take back
+            path = metrics_file.metrics_path(trainer.project_name, trainer.experiment_name)
+            metrics_file.rewind_metrics(path, self.global_steps)
         if self.global_steps > 0 and not trainer.val_only:
             with open_dict(self.config):  # the run that saved this checkpoint has validated it
                 trainer.val_before_train = False
@@ -95,13 +114,19 @@ class LatentPPOTrainer(PPOTrainerSync):
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         self._mask_dropped(batch)
-        batch = super()._compute_old_log_prob(batch, metrics)
+        batch = super()._compute_old_log_prob(_for_workers(batch), metrics)
         fields = self._fetch(batch, ("rollout_log_probs", "old_log_probs", "response_mask"))
         gap = rows.replay_gap(*(fields[n].unbind() for n in ("rollout_log_probs", "old_log_probs", "response_mask")))
         metrics["latent/replay_logp_gap_max"] = gap.maximum
         metrics["latent/replay_logp_gap_mean"] = gap.mean
         gap.check(self.options.replay_logp_gap_bound, self.global_steps, f"trajectory {batch.keys[gap.row]}")
         return batch
+
+    def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        return super()._compute_ref_log_prob(_for_workers(batch), metrics)
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        return super()._update_actor(_for_workers(batch), metrics)
 
     def _mask_dropped(self, batch: KVBatchMeta) -> None:
         """Trajectories that the reward manager dropped act nowhere: no loss, and no part in their group's baseline."""
@@ -120,6 +145,7 @@ class LatentPPOTrainer(PPOTrainerSync):
         fields = self._fetch(batch, ("extra_fields", "rm_scores"))
         extra_fields = unwrap(fields["extra_fields"])
         rewards_N = torch.stack([scores.sum() for scores in fields["rm_scores"].unbind()])
+        metrics.update(rows.score_metrics(extra_fields, rewards_N))
         metrics.update(rows.latent_metrics(extra_fields))
         metrics.update(rows.reward_metrics(extra_fields, rewards_N, [key.rsplit("_", 2)[0] for key in batch.keys]))
         if self.options.dump_every and global_steps % self.options.dump_every == 0:
@@ -130,6 +156,11 @@ class LatentPPOTrainer(PPOTrainerSync):
         metrics = super()._validate()
         self.reporter.report("validation", self.global_steps, self.total_training_steps, scalars(metrics))
         return metrics
+
+    def _val_metrics_update(self, data_sources, sample_uids, reward_infos, sample_turns, expected_acc_counts=None):
+        kept = rows.without_dropped(data_sources, sample_uids, reward_infos, sample_turns, expected_acc_counts)
+        metrics = super()._val_metrics_update(*kept.columns, expected_acc_counts=kept.expected_acc_counts)
+        return metrics | {"val-aux/dropped_frac": kept.dropped_frac}
 
     def _dump(self, batch: KVBatchMeta, step: int) -> None:
         """All trajectories of the step by data row and index in the group."""
@@ -203,6 +234,12 @@ class LatentPPOTrainer(PPOTrainerSync):
                 expected=str(self.actor_rollout_wg.world_size),
                 fix="Resume at the saved world size, or start anew from actor/huggingface as model.path.",
             )
+
+
+def _for_workers(batch: KVBatchMeta) -> KVBatchMeta:
+    """The batch, to be sent to workers: those of `WORKER_FIELDS` that it has."""
+    batch.fields = list(WORKER_FIELDS)
+    return batch
 
 
 def unwrap(column) -> list:

@@ -17,8 +17,9 @@ mkdir -p "$OUT"
 STARTED=$(date +%s)
 
 echo "== data and vision tower (seed $SEED)"
-python -m grpo_latent.data.digits --out "$OUT/data" --seed "$SEED"
+python -m grpo_latent.data.digits --out "$OUT/data" --seed "$SEED" &
 python -m grpo_latent.data.vision_pretrain --out "$OUT/vision" --seed "$SEED" --log-every 100
+wait $!
 
 echo "== SFT: boxes on 4096 images, the answer on ten of them"
 python -m grpo_latent.sft --config-dir $HERE --config-name digits_sft \
@@ -29,7 +30,8 @@ evaluate() { # checkpoint, output
   python -m grpo_latent.evaluate --config-dir $HERE --config-name digits_evaluate \
     model.path="$1" data.val_files="$OUT/data/heldout.parquet" output="$2" seed="$SEED"
 }
-evaluate "$OUT/sft/model" "$OUT/evaluation_sft.json"
+evaluate "$OUT/sft/model" "$OUT/evaluation_sft.json" > "$OUT/evaluation_sft.log" 2>&1 & # while Ray starts
+EVALUATION=$!
 
 echo "== GRPO over latent trajectories"
 GRPO_STARTED=$(date +%s)
@@ -39,6 +41,7 @@ python -m grpo_latent.train --config-dir $HERE --config-name digits_grpo \
   latent.output_dir="$OUT/grpo" latent.seed="$SEED" "$@"
 GRPO_SECONDS=$(($(date +%s) - GRPO_STARTED))
 
+wait $EVALUATION || { cat "$OUT/evaluation_sft.log"; exit 1; }
 STEP=$(cat "$OUT/grpo/checkpoints/latest_checkpointed_iteration.txt")
 evaluate "$OUT/grpo/checkpoints/global_step_$STEP/actor/huggingface" "$OUT/evaluation_grpo.json"
 

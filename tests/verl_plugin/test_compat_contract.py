@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo_latent.errors import PluginError
-from grpo_latent.verl_plugin import compat
+from grpo_latent.verl_plugin import compat, metrics_file
 from grpo_latent.verl_plugin.compat import SEAMS, Seam
 
 
@@ -72,8 +72,8 @@ def test_metrics_are_rewound_to_the_resumed_step(tmp_path):
     path.write_text(
         "".join(json.dumps({"step": s, "data": {"x": s}}) + "\n" for s in (0, 1, 2, 3)) + '{"step": 1, "data": {}'
     )
-    compat.rewind_metrics(path, 2)
+    metrics_file.rewind_metrics(path, 2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
-    compat.rewind_metrics(path, 0)
+    metrics_file.rewind_metrics(path, 0)
     assert path.read_text() == ""
-    compat.rewind_metrics(tmp_path / "none.jsonl", 3)
+    metrics_file.rewind_metrics(tmp_path / "none.jsonl", 3)

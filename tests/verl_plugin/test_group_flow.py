@@ -52,7 +52,7 @@ def make_worker(loaded, server, score=lambda index: 1.0):
         for output in outputs:
             output.reward_score = score(prompt["index"])
 
-    worker._score = fake_score
+    worker._score, worker.reward_loop_worker_handles = fake_score, ["one"]
     return worker
 
 

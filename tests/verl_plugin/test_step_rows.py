@@ -76,7 +76,34 @@ def test_reward_metrics_leave_dropped_rows_out():
     assert metrics["rewards/accuracy/std"] == pytest.approx(math.sqrt(1 / 6))
     assert metrics["frac_reward_zero_std"] == 0.5  # group b has one kept trajectory
     assert metrics["rewards/dropped_frac"] == 0.25 and metrics["rewards/errors/timeout"] == 1.0
+    assert metrics["rewards/errors/nan"] == 0.0  # a counter that is always there can be watched
     assert not any(name.startswith(("rewards/score", "rewards/dropped/", "rewards/note")) for name in metrics)
+
+
+def test_scores_leave_dropped_rows_out():
+    kept, dropped = fields(dropped=0.0), fields(dropped=1.0)
+    assert rows.score_metrics([kept, kept], torch.tensor([1.0, 3.0])) == {}
+    metrics = rows.score_metrics([kept, dropped, kept], torch.tensor([1.0, 0.0, 3.0]))
+    assert metrics["critic/score/mean"] == metrics["critic/rewards/mean"] == 2.0
+    assert (metrics["critic/score/min"], metrics["critic/score/max"]) == (1.0, 3.0)
+    assert math.isnan(rows.score_metrics([dropped], torch.zeros(1))["critic/score/mean"])
+
+
+def test_validation_leaves_dropped_rows_out():
+    """verl would average the 0 of a dropped trajectory, and fill the missing accuracy up with another."""
+    from verl.trainer.ppo.metric_utils import process_validation_metrics
+
+    sources, uids = ["d"] * 3, ["a", "b", "b"]
+    infos = {"reward": [1.0, 0.0, 0.5], "acc": [1.0, None, 0.5], "dropped": [0.0, 1.0, 0.0]}
+    kept = rows.without_dropped(sources, uids, infos, [2, 2, 2], {("d", "a"): 1, ("d", "b"): 2})
+    assert kept.expected_acc_counts == {("d", "a"): 1, ("d", "b"): 1} and kept.dropped_frac == pytest.approx(1 / 3)
+    kept_sources, kept_uids, kept_infos, turns = kept.columns
+    metrics = process_validation_metrics(
+        kept_sources, kept_uids, kept_infos, expected_acc_counts=kept.expected_acc_counts
+    )["d"]
+    assert metrics["reward"]["mean@1"] == metrics["acc"]["mean@1"] == 0.75 and turns == [2, 2]
+    untouched = rows.without_dropped(sources, uids, {"reward": [1.0, 0.0, 0.5]}, [2, 2, 2], None)
+    assert untouched.columns[1] == uids and untouched.dropped_frac == 0.0
 
 
 def test_dumps_are_read_back(tmp_path):

@@ -1,13 +1,13 @@
 """Training end to end on Ray, with the tiniest model. Slow; runs share what they can.
 
-world size 2, trainer in this process:    A  steps 1-4
-                                          B  what a kill inside A's save of step 4 leaves, resumed from step 2:
+world size 2, trainer in this process:    A  steps 1-6, with a reward that fails on one row: its group is dropped
+                                          B  what a kill inside A's save of step 6 leaves, resumed from step 3:
                                              equal to A to the bit
 world size 1, in this process:            C  IVT-LR, steps 1-2
 world size 1, a Ray head on loopback with token authentication:
-                                          D  `ray job submit -- python -m grpo_latent.train`, steps 1-2, wandb offline
-                                          E  stock `python -m verl.trainer.main_ppo`, resumed from D, steps 3-4
-                                          F  `python -m grpo_latent.train` on a Ray of its own, steps 1-4: equal to D + E
+                                          D  `ray job submit -- python -m grpo_latent.train`, steps 1-3, wandb offline
+                                          E  stock `python -m verl.trainer.main_ppo`, resumed from D, steps 4-6
+                                          F  `python -m grpo_latent.train` on a Ray of its own, steps 1-6: equal to D + E
 """
 
 import json
@@ -99,26 +99,30 @@ def test_a_killed_save_and_resume_at_world_size_2(local_ray, inputs, tmp_path, m
 
         def saving(folder, remote, step, **kwargs):
             save(folder, remote, step, **kwargs)
-            if step == 4:
+            if step == 6:
                 shutil.copytree(first, second)
-                half = second / "checkpoints" / "global_step_4"
+                half = second / "checkpoints" / "global_step_6"
                 next((half / "actor").glob("optim_*_rank_1.pt")).unlink()
                 (half / "stale").touch()
 
         trainer.actor_rollout_wg.save_checkpoint = saving
 
-    train_here(tiny_run.make_config(inputs, first, TWO_RANKS), monkeypatch, snapshot_inside_the_last_save)
+    reward = tmp_path / "reward.py"
+    reward.write_text(tiny_run.REWARD.replace("    words", '    1 / (extra_info["index"] % 100)\n    words', 1))
+    drops = [f"reward.custom_reward_function.path={reward}", "latent.reward.on_error=drop"]
+    train_here(tiny_run.make_config(inputs, first, TWO_RANKS, *drops), monkeypatch, snapshot_inside_the_last_save)
     metrics = tiny_run.metrics_of(first)
-    assert metrics[1]["actor/kl_loss"] == 0.0 and metrics[4]["actor/kl_loss"] > 0.0
-    assert all(metrics[step]["latent/replay_logp_gap_max"] < 1e-4 for step in (1, 2, 3, 4))
-    assert checkpoint.read_tracker(first / "checkpoints") == 4 and checkpoint.read_tracker(second / "checkpoints") == 2
-    assert 4 not in tiny_run.metrics_of(second) and 3 in tiny_run.metrics_of(second)
+    assert metrics[1]["actor/kl_loss"] == 0.0 and metrics[6]["actor/kl_loss"] > 0.0
+    assert all(metrics[step]["latent/replay_logp_gap_max"] < 1e-4 for step in range(1, 7))
+    check_dropped_rows(first, metrics)
+    assert checkpoint.read_tracker(first / "checkpoints") == 6 and checkpoint.read_tracker(second / "checkpoints") == 3
+    assert 6 not in tiny_run.metrics_of(second) and 5 in tiny_run.metrics_of(second)
 
-    trainer = train_here(tiny_run.make_config(inputs, second, TWO_RANKS), monkeypatch)
-    assert trainer.resumed_from == 2 and checkpoint.read_tracker(second / "checkpoints") == 4
-    assert not (second / "checkpoints" / "global_step_4" / "stale").exists()
-    tiny_run.assert_equal_runs(first, second, (1, 2, 3, 4), checkpoint=4)
-    trained = load_latent_model(second / "checkpoints" / "global_step_4" / "actor" / "huggingface")
+    trainer = train_here(tiny_run.make_config(inputs, second, TWO_RANKS, *drops), monkeypatch)
+    assert trainer.resumed_from == 3 and checkpoint.read_tracker(second / "checkpoints") == 6
+    assert not (second / "checkpoints" / "global_step_6" / "stale").exists()
+    tiny_run.assert_equal_runs(first, second, range(1, 7), checkpoint=6)
+    trained = load_latent_model(second / "checkpoints" / "global_step_6" / "actor" / "huggingface")
     start = load_latent_model(inputs / "model")
     assert trained.config == start.config
     assert not torch.equal(*(m.model.get_output_embeddings().weight for m in (trained, start)))
@@ -142,6 +146,24 @@ def test_prompt_slots_train(local_ray, tmp_path, monkeypatch):
         assert item.response_mask[6:].all() and "<|lvr|>" not in item.text
     trained = load_latent_model(output / "checkpoints" / "global_step_2" / "actor" / "huggingface")
     assert trained.config == load_latent_model(inputs / "model").config
+
+
+def check_dropped_rows(output: Path, metrics: dict[int, dict]) -> None:
+    """Row 0 of each epoch raises: its four trajectories act nowhere, and no mean counts them."""
+    num_dropped = 0
+    for step in range(1, 7):
+        lines = (output / "rollouts" / f"step_{step}.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        dropped = [row for row in rows if row["id"].startswith("0/")]
+        kept = [row["reward"] for row in rows if row not in dropped]
+        for row in dropped:
+            assert not any(row["response_mask"]) and not any(row["advantages"]) and row["reward"] == 0.0
+        assert metrics[step]["critic/score/mean"] == pytest.approx(sum(kept) / len(kept))
+        assert metrics[step]["rewards/errors/exception"] == len(dropped)
+        num_dropped += len(dropped)
+    assert num_dropped >= 4
+    # one of the three validation rows, with the index 100, raises too
+    assert metrics[3]["val-aux/dropped_frac"] == pytest.approx(1 / 3)
 
 
 FAILING_REWARD = """
@@ -267,7 +289,7 @@ def test_jobs_stock_trainer_and_own_ray_continue_each_other(ray_head, inputs, tm
     # the gap bound then also says that rollout and replay have the same attention
     masked = "latent.visibility=latents_only"
     logger = "trainer.logger=[file,wandb]"
-    arguments = tiny_run.overrides(inputs, job, masked, "trainer.total_training_steps=2", logger)
+    arguments = tiny_run.overrides(inputs, job, masked, "trainer.total_training_steps=3", logger)
     submit = [script, "job", "submit", "--address", dashboard, "--", sys.executable, "-m", "grpo_latent.train"]
     denied = subprocess.run(
         [*submit, *arguments],
@@ -279,8 +301,8 @@ def test_jobs_stock_trainer_and_own_ray_continue_each_other(ray_head, inputs, tm
     runtime_env = json.dumps({"env_vars": {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}})
     submit[submit.index("--") : submit.index("--")] = ["--runtime-env-json", runtime_env]
     out = run_command([*submit, *arguments], tmp_path / "cwd", **auth)
-    assert "succeeded" in out and out.count("step 2/2") == 1 and "TaskRunner" not in out
-    assert list((job / "wandb").glob("offline-run-*")) and checkpoint.read_tracker(job / "checkpoints") == 2
+    assert "succeeded" in out and out.count("step 3/3") == 1 and "TaskRunner" not in out
+    assert list((job / "wandb").glob("offline-run-*")) and checkpoint.read_tracker(job / "checkpoints") == 3
     assert (job / "train.log").stat().st_size > 1000
 
     config = tiny_run.make_config(inputs, job, masked)
@@ -300,6 +322,6 @@ def test_jobs_stock_trainer_and_own_ray_continue_each_other(ray_head, inputs, tm
 
     own_args = tiny_run.overrides(inputs, own, masked)
     out = run_command([sys.executable, "-m", "grpo_latent.train", *own_args], tmp_path / "cwd")
-    assert [line.split()[1] for line in out.splitlines() if line.startswith("step")] == [f"{s}/4" for s in range(5)]
-    tiny_run.assert_equal_runs(own, job, (1, 2, 3, 4), checkpoint=4)
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("step")] == [f"{s}/6" for s in range(7)]
+    tiny_run.assert_equal_runs(own, job, range(1, 7), checkpoint=6)
     shutil.rmtree(own)

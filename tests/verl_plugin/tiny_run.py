@@ -70,9 +70,9 @@ def overrides(inputs: Path, output: Path, *more: str) -> list[str]:
         "actor_rollout_ref.actor.optim.lr=1e-3",
         "actor_rollout_ref.actor.use_kl_loss=true",
         "actor_rollout_ref.actor.shuffle=true",
-        "trainer.total_training_steps=4",
-        "trainer.save_freq=2",
-        "trainer.test_freq=2",
+        "trainer.total_training_steps=6",
+        "trainer.save_freq=3",
+        "trainer.test_freq=3",
         *more,
     ]
 
