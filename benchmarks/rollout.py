@@ -158,18 +158,18 @@ def naive_trajectory(setting: Setting, request: RolloutRequest, new_tokens: int,
         **images,
     ).last_hidden_state[:, -1]
     next_position = int(position_ids.max()) + 1
-    embed, kinds, steps_left, has_opened = model.get_input_embeddings(), [], None, False
+    embed, kinds, steps_left, num_spans = model.get_input_embeddings(), [], None, 0
     for position in range(new_tokens):
         if steps_left is None:
             logits = model.lm_head(hidden).float()
-            if has_opened:
+            if num_spans == config.max_spans:
                 logits[:, config.start_id] = -torch.inf
             token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             kinds.append(PositionKind.TEXT)
             if int(token) == setting.eos_id:
                 break
             if int(token) == config.start_id:
-                kinds[-1], steps_left, has_opened = PositionKind.START, config.steps, True
+                kinds[-1], steps_left, num_spans = PositionKind.START, config.steps, num_spans + 1
             vector = embed(token)
         elif steps_left > 0:
             kinds.append(PositionKind.LATENT)
@@ -177,12 +177,15 @@ def naive_trajectory(setting: Setting, request: RolloutRequest, new_tokens: int,
         else:
             kinds.append(PositionKind.FORCED)
             vector, steps_left = embed(torch.tensor([[config.end_id]])), None
+        is_latent = kinds[-1] == PositionKind.LATENT
         hidden = model.model.language_model(
             inputs_embeds=vector,
             position_ids=torch.full((3, 1, 1), next_position + position),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
+        if is_latent and config.exit == "end_token" and int(model.lm_head(hidden).argmax()) == config.end_id:
+            steps_left = 0
     return kinds
 
 
@@ -204,8 +207,8 @@ def measure(paths: list[Contender], repeats: int) -> dict[str, dict]:
     }
 
 
-def show(console: Console, new_tokens: int, results: dict[str, dict], base: str) -> None:
-    table = Table(title=f"{NUM_PROMPTS} prompts x {GROUP_SIZE}, {new_tokens} new positions")
+def show(console: Console, title: str, results: dict[str, dict], base: str) -> None:
+    table = Table(title=title)
     for column in ("path", "CPU s", "positions", "positions / CPU s", f"{base} is faster by"):
         table.add_column(column, justify="left" if column == "path" else "right")
     for name, result in results.items():
@@ -228,7 +231,7 @@ def main() -> None:
         engines = [engine_path(setting, new_tokens, visibility) for visibility in ("full", "latents_only")]
         paths = [*engines, generate_path(setting, new_tokens), naive_path(setting, new_tokens)]
         results = measure(paths, options.repeats)
-        show(console, new_tokens, results, engines[0].name)
+        show(console, f"{NUM_PROMPTS} prompts x {GROUP_SIZE}, {new_tokens} new positions", results, engines[0].name)
         report[str(new_tokens)] = results
     text = json.dumps(report, indent=2)
     print(text)

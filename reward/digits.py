@@ -2,8 +2,11 @@
 
 The completion is one latent span, `<answer> 7 </answer>`, and its end. Form and digit are both judged on that alone: with
 `latent.visibility=latents_only` the first token of the completion is the only one that is predicted with the image in
-sight, so a digit written in front of the answer would carry it past the latents. `variant="text"`, the control without
-latents, allows text before the answer and asks for no span.
+sight, so a digit written in front of the answer would carry it past the latents. Two variants have another form:
+
+    interleaved   red <span> 7 blue <span> 3 <answer> 7 </answer>   the asked colours in order, each with a span and a
+                                                                    number; which one is free: only the answer is known
+    text          anything <answer> 7 </answer>                     the control without latents: no span is asked for
 """
 
 from __future__ import annotations
@@ -16,15 +19,17 @@ FORMAT_WEIGHT = 0.1
 ANSWER_OF_VARIANT = {
     "latent": re.compile(r"\s*<answer>(.*?)</answer>\s*", re.DOTALL),
     "text": re.compile(r".*?<answer>(.*?)</answer>\s*", re.DOTALL),
+    "interleaved": re.compile(r"\s*(?:[a-z]+\s+\d+\s*)+<answer>(.*?)</answer>\s*", re.DOTALL),
 }
+OBJECT = re.compile(r"([a-z]+)\s+(\d+)\s*")
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, variant="latent", **kwargs) -> dict:
     """Args:
         solution_str: completion without latent spans.
         ground_truth: the digit, as text or int.
-        extra_info: `latent`: {span_offsets, stop_reason, …}.
-        variant: `latent` or `text`.
+        extra_info: `latent`: {span_offsets, stop_reason, …}; `steps` of the row for variant `interleaved`.
+        variant: `latent`, `text` or `interleaved`.
 
     Returns:
         score = accuracy + 0.1 · format, and the two.
@@ -59,10 +64,34 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, vari
     match = ANSWER_OF_VARIANT[variant].fullmatch(solution_str) if is_single else None
     has_form = match is not None and latent["stop_reason"] == "eos"
     offsets = latent["span_offsets"]
-    spans_fit = variant == "text" or (len(offsets) > 0 and max(offsets) <= solution_str.find("<answer>"))
+    if variant == "interleaved":
+        has_form = has_form and _is_interleaved(solution_str, offsets, _colors(extra_info))
+    spans_fit = variant != "latent" or (len(offsets) > 0 and max(offsets) <= solution_str.find("<answer>"))
     accuracy = float(has_form and match.group(1).strip() == digit)
     form = float(has_form and spans_fit and match.group(1).strip() != "")
     return {"score": accuracy + FORMAT_WEIGHT * form, "accuracy": accuracy, "format": form}
+
+
+def _is_interleaved(solution_str: str, offsets: list[int], colors: list[str]) -> bool:
+    """Whether the text before the answer is each colour with its number, and each span stands between the two."""
+    objects = list(OBJECT.finditer(solution_str, 0, solution_str.find("<answer>")))
+    if [found.group(1) for found in objects] != colors or len(offsets) != len(colors):
+        return False
+    return all(found.end(1) <= at <= found.start(2) for found, at in zip(objects, offsets, strict=True))
+
+
+def _colors(extra_info: dict) -> list[str]:
+    steps = extra_info.get("steps")
+    steps = [] if steps is None else list(steps)
+    if not steps or not all(isinstance(step, str) and step for step in steps):
+        raise DataError(
+            "no steps to take the asked colours from",
+            where=f"row {extra_info.get('index')}, extra_info.steps",
+            got=steps,
+            expected='texts such as "red at r1 c2 is 7"',
+            fix="Write the rows with grpo_latent.data.digits.",
+        )
+    return [step.split()[0] for step in steps]
 
 
 def _digit(ground_truth, data_source, extra_info) -> str:

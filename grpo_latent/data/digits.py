@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from grpo_latent.data.examples import response_template
 from grpo_latent.data.rows import encode_png, verl_row, write_verl_parquet
 from grpo_latent.errors import ConfigError
 
@@ -56,6 +57,7 @@ WORDS = (
 
 # purpose -> (index in the seed sequence, whether it draws from the training digits)
 STREAMS = {"sft": (0, True), "rl": (1, True), "pretrain": (2, True), "dev": (3, False), "heldout": (4, False)}
+FORMS = ("latent", "direct", "text_boxes")
 EVAL_SEED = 4242  # of dev and held-out rows, whatever the run's seed: runs stay comparable
 CHUNK = 256
 
@@ -110,8 +112,9 @@ class DigitExample:
 
     @property
     def helper_images(self) -> list[np.ndarray]:
-        """Crops of the objects asked for, uint8 [12, 12, 3]."""
-        return [self.image[y0:y1, x0:x1] for x0, y0, x1, y1 in (item.box for item in self.asked)]
+        """Cells of the objects asked for, uint8 [14, 14, 3]: one merged visual token, close to the image's own there."""
+        corners = [(item.row * CELL, item.column * CELL) for item in self.asked]
+        return [self.image[y : y + CELL, x : x + CELL] for y, x in corners]
 
 
 @functools.cache
@@ -236,14 +239,32 @@ def scarce_labels(examples: Sequence[DigitExample], per_answer: int | None) -> l
     return keep
 
 
+def text_response(example: DigitExample, has_answer: bool) -> str:
+    """The response that says its boxes in words, as far as it is known.
+
+    >>> (example,) = generate(1, stream="sft", seed=0)
+    >>> text_response(example, True), text_response(example, False)
+    ('r2 c3 <answer> 0 </answer>', 'r2 c3 <answer>')
+    """
+    words = [f"r{item.row} c{item.column}" for item in example.asked]
+    if len(words) == 1:
+        return f"{words[0]} {response_template(0, example.answer if has_answer else None)}"
+    # two digits lead to one answer: labels say them too, as ILVR's do
+    digits = [str(item.digit) for item in example.asked]
+    return " ".join([*words, *digits, response_template(0, example.answer)] if has_answer else words)
+
+
 def to_rows(
-    examples: Sequence[DigitExample], split: str, has_answer: Sequence[bool] | None = None, boxes: bool = True
+    examples: Sequence[DigitExample], split: str, has_answer: Sequence[bool] | None = None, form: str = "latent"
 ) -> list[dict]:
     """verl rows. A row without its answer has an empty ground truth, so that no stage can read it by accident.
 
     Args:
-        boxes: False leaves them out, and with them the spans of the response: the control without latents.
+        form: of the response: `latent` (a span for each box), or, for controls without latents, `direct` (the answer alone)
+            or `text_boxes` (row and column in words, then the answer).
     """
+    if form not in FORMS:
+        raise ConfigError("unknown value", where="digits.form", got=form, expected=f"one of {FORMS}")
     has_answer = [True] * len(examples) if has_answer is None else has_answer
     return [
         verl_row(
@@ -251,7 +272,8 @@ def to_rows(
             prompt=f"{example.question}<image>",
             images=[encode_png(example.image)],
             answer=example.answer if keeps_answer else None,
-            bboxes=example.boxes if boxes else [],
+            bboxes=example.boxes if form == "latent" else [],
+            response=text_response(example, keeps_answer) if form == "text_boxes" else None,
             index=index,
             split=split,
             kind=example.kind,
@@ -269,22 +291,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of train_sft and train_rl")
     parser.add_argument("--eval-seed", type=int, default=EVAL_SEED, help="of dev and heldout")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=["read"])
-    parser.add_argument("--sft", type=int, default=4096, help="rows of train_sft, all with boxes")
+    parser.add_argument("--sft", type=int, default=4096, help="rows of train_sft, all with boxes; 0 writes none")
     parser.add_argument("--labels-per-answer", type=int, default=1, help="answers kept in train_sft; -1 keeps all")
     parser.add_argument("--rl", type=int, default=1920)
     parser.add_argument("--dev", type=int, default=512, help="rows for choosing and for curves")
     parser.add_argument("--heldout", type=int, default=1024, help="rows for reporting")
-    parser.add_argument("--no-boxes", action="store_true", help="leave boxes out: rows for a control without latents")
+    parser.add_argument(
+        "--form", choices=FORMS, default="latent", help="of responses; the others make controls in text"
+    )
     options = parser.parse_args(arguments)
     sizes = {"sft": options.sft, "rl": options.rl, "dev": options.dev, "heldout": options.heldout}
     for stream, num in sizes.items():
+        if num == 0:
+            continue
         training = STREAMS[stream][1]
         seed = options.seed if training else options.eval_seed
         examples = generate(num, stream=stream, seed=seed, kinds=options.kinds)
         per_answer = None if stream != "sft" or options.labels_per_answer < 0 else options.labels_per_answer
         has_answer = scarce_labels(examples, per_answer)
         path = options.out / (f"train_{stream}.parquet" if training else f"{stream}.parquet")
-        write_verl_parquet(path, to_rows(examples, stream, has_answer, boxes=not options.no_boxes))
+        write_verl_parquet(path, to_rows(examples, stream, has_answer, form=options.form))
         print(f"{path}: {num} rows, {sum(has_answer)} with an answer")
 
 

@@ -6,6 +6,10 @@
      "original_final_answer": "B"}
 
 Each helper image becomes one latent span; the momentum teacher picks its targets from that image's visual tokens.
+
+Beyond the published format, a record may say `"has_answer": false`: its helper images are known, its answer is not.
+`original_final_answer` is then left out, and `"content": null` stands where a text is unknown; nothing is fed there, and
+what follows it, a token of another text or the end, is not scored.
 """
 
 from __future__ import annotations
@@ -21,10 +25,14 @@ from grpo_latent.errors import DataError
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of the response: a text, or the helper image of a latent span. Exactly one is set."""
+    """A piece of the response: a text, the helper image of a latent span, or a text that is not known (both None)."""
 
     text: str | None = None
     helper_image: ImageRef | None = None
+
+    @property
+    def is_unknown(self) -> bool:
+        return self.text is None and self.helper_image is None
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,9 @@ class InterleavedExample:
     Attributes:
         messages: before the response; contents are lists of {"type": "text", "text"} and {"type": "image"} in order.
         images: in the order of the image parts.
-        segments: of the response; the last one is a text.
-        answer: the final answer, as a reward compares it.
+        segments: of the response; the last one is a text, known if `has_answer`.
+        answer: the final answer, as a reward compares it; "" if unknown.
+        has_answer: whether the answer is known.
         where: file and row, for messages.
     """
 
@@ -43,12 +52,8 @@ class InterleavedExample:
     images: tuple[ImageRef, ...]
     segments: tuple[Segment, ...]
     answer: str
+    has_answer: bool
     where: str
-
-    @property
-    def has_answer(self) -> bool:
-        """The published format has no row without its answer."""
-        return True
 
 
 def read_ilvr_jsonl(path: str | Path, image_folder: str | Path | None = None) -> Iterator[InterleavedExample]:
@@ -92,8 +97,14 @@ def parse_ilvr_record(record: object, where: str, image_folder: Path) -> Interle
 
     if not isinstance(record, dict):
         raise problem("record", "not a record", record, "a JSON object", "One object a line.")
-    texts = {}
-    for field in ("text_input", "original_final_answer"):
+    has_answer = record.get("has_answer", True)
+    if not isinstance(has_answer, bool):
+        raise problem("has_answer", "not a truth value", has_answer, "true, false or absent", "Leave it out if known.")
+    texts = {"original_final_answer": ""}
+    if not has_answer and record.get("original_final_answer"):
+        answer = record["original_final_answer"]
+        raise problem("original_final_answer", "an answer of a record without one", answer, "none", "Set has_answer.")
+    for field in ("text_input", *(["original_final_answer"] if has_answer else [])):
         texts[field] = record.get(field)
         if not isinstance(texts[field], str) or not texts[field].strip():
             raise problem(field, "not a text", texts[field], "a non-empty string", "Fill it in, or drop the row.")
@@ -109,13 +120,14 @@ def parse_ilvr_record(record: object, where: str, image_folder: Path) -> Interle
     return InterleavedExample(
         messages=tuple(messages),
         images=tuple(images),
-        segments=_segments(record.get("sequence_plan"), where, image_folder, problem),
+        segments=_segments(record.get("sequence_plan"), has_answer, image_folder, problem, where),
         answer=texts["original_final_answer"].strip(),
+        has_answer=has_answer,
         where=where,
     )
 
 
-def _segments(plan: object, where: str, image_folder: Path, problem) -> tuple[Segment, ...]:
+def _segments(plan: object, has_answer: bool, image_folder: Path, problem, where: str) -> tuple[Segment, ...]:
     if not isinstance(plan, list) or not plan:
         raise problem("sequence_plan", "no plan", plan, "a list of text and latent items", "Add the response.")
     segments = []
@@ -124,6 +136,9 @@ def _segments(plan: object, where: str, image_folder: Path, problem) -> tuple[Se
         kind = item.get("type") if isinstance(item, dict) else None
         if kind == "text":
             content = item.get("content")
+            if content is None and "content" in item and not has_answer:
+                segments.append(Segment())
+                continue
             if not isinstance(content, str) or not content.strip():
                 raise problem(f"{field}.content", "not a text", content, "a non-empty string", "Drop empty items.")
             segments.append(Segment(text=content))
@@ -142,8 +157,10 @@ def _segments(plan: object, where: str, image_folder: Path, problem) -> tuple[Se
             segments.append(Segment(helper_image=image))
         else:
             raise problem(field, "unknown item", item, 'type "text" or "latent"', "Use the published item types.")
-    if segments[-1].text is None:
+    if segments[-1].helper_image is not None:
         raise problem(
             f"sequence_plan[{len(plan) - 1}]", "no text after the last span", "latent", "text", "Add the answer's text."
         )
+    if not has_answer and all(segment.helper_image is None for segment in segments):
+        raise problem("sequence_plan", "neither an answer nor a span", plan, "a latent item", "Drop the record.")
     return tuple(segments)

@@ -7,7 +7,8 @@
     label      look  <start>  -         -         -         <end>   it is 7  <eos>
 
 Every span has K latent positions. In stage 1 the teacher may choose fewer targets than K for a span: the positions left
-over are then fed the placeholder's own embedding, without a loss (`with_targets` makes them FORCED).
+over are then fed the placeholder's own embedding, without a loss (`with_targets` makes them FORCED). A record without its
+answer has no EOS, and no label on a token that follows an unknown text.
 """
 
 from __future__ import annotations
@@ -47,7 +48,11 @@ class InterleavedRow:
 
 @dataclass(frozen=True)
 class InterleavedEncoder:
-    """Tokenises ILVR examples for one model. Attributes as in `sft.dataset.RowEncoder`."""
+    """Tokenises ILVR examples for one model. Attributes as in `sft.dataset.RowEncoder`.
+
+    Attributes:
+        reads_helpers: whether rows carry their helper images, which stage 1 alone looks at.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     processor: ProcessorMixin
@@ -55,6 +60,7 @@ class InterleavedEncoder:
     eos_id: int
     vision_ids: frozenset[int]
     max_length: int | None = None
+    reads_helpers: bool = True
 
     def __call__(self, example: InterleavedExample) -> InterleavedRow:
         """The example's positions.
@@ -64,7 +70,7 @@ class InterleavedEncoder:
         """
         pictures = [image.open() for image in example.images]
         prompt = encode_prompt(self.tokenizer, self.processor, example.messages, pictures, example.where)
-        ids, kinds = self._response(example)
+        ids, kinds, labels = self._response(example)
         input_ids = torch.cat([prompt.ids, ids])
         if self.max_length is not None and input_ids.shape[0] > self.max_length:
             raise DataError(
@@ -77,16 +83,18 @@ class InterleavedEncoder:
         return InterleavedRow(
             input_ids=input_ids,
             kinds=torch.cat([prompt_kinds(prompt.ids, self.vision_ids), kinds]),
-            labels=torch.cat(
-                [torch.full_like(prompt.ids, IGNORED), torch.where(kinds == PositionKind.LATENT, IGNORED, ids)]
-            ),
+            labels=torch.cat([torch.full_like(prompt.ids, IGNORED), labels]),
             images=prompt.images,
-            helper_images=self._helper_images(example),
+            helper_images=self._helper_images(example) if self.reads_helpers else None,
         )
 
-    def _response(self, example: InterleavedExample) -> tuple[Tensor, Tensor]:
-        config, ids, kinds = self.config, [], []
+    def _response(self, example: InterleavedExample) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, kinds and labels of the response."""
+        config, ids, kinds, after_unknown = self.config, [], [], []
         for segment in example.segments:
+            if segment.is_unknown:
+                after_unknown.append(len(ids))
+                continue
             if segment.text is None:
                 ids += [config.start_id, *[config.latent_id] * config.steps, config.end_id]
                 kinds += [PositionKind.START, *[PositionKind.LATENT] * config.steps, PositionKind.FORCED]
@@ -103,9 +111,14 @@ class InterleavedEncoder:
                 )
             ids += text_ids
             kinds += [PositionKind.TEXT] * len(text_ids)
-        ids.append(self.eos_id)
-        kinds.append(PositionKind.TEXT)
-        return torch.tensor(ids), torch.tensor([int(kind) for kind in kinds])
+        if example.has_answer:
+            ids.append(self.eos_id)
+            kinds.append(PositionKind.TEXT)
+        ids, kinds = torch.tensor(ids), torch.tensor([int(kind) for kind in kinds])
+        labels = torch.where(kinds == PositionKind.LATENT, IGNORED, ids)
+        # the text that is missing before them would come first
+        labels[[index for index in after_unknown if index < len(labels)]] = IGNORED
+        return ids, kinds, labels
 
     def _helper_images(self, example: InterleavedExample) -> ImageInputs | None:
         pictures = [segment.helper_image.open() for segment in example.segments if segment.helper_image is not None]

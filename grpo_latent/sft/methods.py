@@ -137,6 +137,7 @@ def _interleaved_encoder(latent: LatentModel, settings: SFTSettings) -> Interlea
         eos_id=latent.tokenizer.eos_token_id,
         vision_ids=ModelAdapter(latent.model).vision_ids,
         max_length=settings.data.max_length,
+        reads_helpers=isinstance(settings.loss, TeacherConfig),
     )
 
 

@@ -24,8 +24,8 @@ _FILE, _NUM_UPDATES = "ema.safetensors", "num_updates"
 
 
 class MomentumTeacher:
-    """A frozen copy of the student whose trained parameters follow it. Parameters that the student does not train are
-    shared, not copied.
+    """A frozen copy of the student whose trained parameters follow it. What the student does not train is shared, not
+    copied: parameters, and a frozen vision tower as a whole, so that its features are kept once for both.
 
     Args:
         student: before it is wrapped for training, with its frozen parameters already frozen.
@@ -41,8 +41,11 @@ class MomentumTeacher:
             raise ConfigError(
                 "a teacher of a model that does not train", where="teacher", expected="a parameter to train"
             )
-        frozen = [parameter for parameter in student.parameters() if not parameter.requires_grad]
-        self.model = copy.deepcopy(student, {id(parameter): parameter for parameter in frozen}).eval()
+        shared = [parameter for parameter in student.parameters() if not parameter.requires_grad]
+        visual = getattr(getattr(student, "model", None), "visual", None)
+        if visual is not None and not any(parameter.requires_grad for parameter in visual.parameters()):
+            shared.append(visual)
+        self.model = copy.deepcopy(student, {id(part): part for part in shared}).eval()
         own = dict(self.model.named_parameters())
         for name in trained:
             own[name].requires_grad_(False)

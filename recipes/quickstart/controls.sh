@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Controls of the quickstart, on the checkpoints and data of a finished run.sh:
 #   random   the same GRPO with a reward that does not look at the completion
-#   text     the same labels without boxes and latents: SFT on the answer alone, then GRPO on text, image in sight
+#   text     the same labels without boxes and latents: recipes/text_grpo's direct answer, on this run's vision tower
 #
 #   SEED=0 OUT=outputs/quickstart bash recipes/quickstart/controls.sh [hydra overrides of both GRPO stages]
 #
@@ -11,7 +11,7 @@ cd "$(dirname "$0")/../.."
 SEED=${SEED:-0}
 OUT=${OUT:-outputs/quickstart}
 HERE=recipes/quickstart
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+export SEED OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 [ -f "$OUT/summary.json" ] || { echo "no $OUT/summary.json: run recipes/quickstart/run.sh first" >&2; exit 1; }
 
 grpo() { # checkpoint, output folder, overrides
@@ -31,17 +31,7 @@ grpo "$OUT/sft/model" "$OUT/control_random" 'latent.reward.functions=[{path: rec
 evaluate "$(last "$OUT/control_random")" "$OUT/control_random/evaluation.json"
 
 echo "== control: text only"
-TEXT_REWARD='latent.reward.functions=[{path: reward/digits.py, kwargs: {variant: text}}]'
-rm -rf "$OUT/control_text"
-python -m grpo_latent.data.digits --out "$OUT/control_text/data" --seed "$SEED" --no-boxes
-python -m grpo_latent.sft --config-dir $HERE --config-name digits_sft model.path="$OUT/vision" \
-  data.train_files="$OUT/control_text/data/train_sft.parquet" trainer.output_dir="$OUT/control_text/sft" \
-  trainer.seed="$SEED" latent.visibility=full latent.max_spans=0 latent.head=none \
-  loss.latent_weight=0 loss.latent_loss_norm=none
-TEXT_EVALUATION=("$TEXT_REWARD" 'ablations=[]' leak_prompts=0)
-evaluate "$OUT/control_text/sft/model" "$OUT/control_text/evaluation_sft.json" "${TEXT_EVALUATION[@]}"
-grpo "$OUT/control_text/sft/model" "$OUT/control_text/grpo" "$TEXT_REWARD" latent.preflight.min_emission_rate=0 "$@"
-evaluate "$(last "$OUT/control_text/grpo")" "$OUT/control_text/evaluation_grpo.json" "${TEXT_EVALUATION[@]}"
+VARIANTS=direct VISION="$OUT/vision" OUT="$OUT/control_text" bash recipes/text_grpo/run.sh "$@"
 
 python - "$OUT" "$SEED" <<'PYTHON'
 import json, pathlib, sys
@@ -52,8 +42,8 @@ controls = {
     "seed": int(sys.argv[2]),
     "random_reward": {"sft": accuracy("evaluation_sft.json"), "grpo": accuracy("control_random/evaluation.json")},
     "text_only": {
-        "sft": accuracy("control_text/evaluation_sft.json"),
-        "grpo": accuracy("control_text/evaluation_grpo.json"),
+        "sft": accuracy("control_text/direct/evaluation_sft.json"),
+        "grpo": accuracy("control_text/direct/evaluation_grpo.json"),
     },
 }
 (out / "controls.json").write_text(json.dumps(controls, indent=2) + "\n")

@@ -45,5 +45,5 @@ wait $EVALUATION || { cat "$OUT/evaluation_sft.log"; exit 1; }
 STEP=$(cat "$OUT/grpo/checkpoints/latest_checkpointed_iteration.txt")
 evaluate "$OUT/grpo/checkpoints/global_step_$STEP/actor/huggingface" "$OUT/evaluation_grpo.json"
 
-python $HERE/summarize.py "$OUT" --seed "$SEED" --grpo-seconds "$GRPO_SECONDS" \
+python recipes/summarize.py "$OUT" --seed "$SEED" --grpo-seconds "$GRPO_SECONDS" \
   --seconds-total $(($(date +%s) - STARTED))

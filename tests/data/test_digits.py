@@ -55,11 +55,13 @@ def test_a_box_is_the_visual_token_of_its_cell(examples):
 
 
 def test_pixels_show_the_object_in_its_box():
-    """Mean colour in a box leans to the object's, and its helper image is the crop; cells without objects are grey."""
+    """Mean colour in a cell leans to the object's, and its helper image is the cell; cells without objects are grey."""
     for example in digits.generate(50, stream="sft", seed=1):
         (asked,) = example.asked
         x0, y0, x1, y1 = asked.box
-        assert np.array_equal(example.helper_images[0], example.image[y0:y1, x0:x1])
+        cell = example.image[asked.row * 14 : asked.row * 14 + 14, asked.column * 14 : asked.column * 14 + 14]
+        assert np.array_equal(example.helper_images[0], cell)
+        assert np.array_equal(cell[y0 % 14 : y0 % 14 + 12, x0 % 14 : x0 % 14 + 12], example.image[y0:y1, x0:x1])
         excess = {}
         for row, column in np.ndindex(4, 4):
             cell = example.image[row * 14 : row * 14 + 14, column * 14 : column * 14 + 14].reshape(-1, 3).mean(0)

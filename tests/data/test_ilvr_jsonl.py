@@ -56,6 +56,18 @@ def plan(*items):
     return RECORD | {"sequence_plan": list(items)}
 
 
+def unlabelled(*items, **changes):
+    return without("original_final_answer") | {"has_answer": False, "sequence_plan": list(items)} | changes
+
+
+def test_a_record_may_leave_its_answer_open(folder):
+    example = parse_ilvr_record(unlabelled(TEXT, LATENT, UNKNOWN, LATENT, UNKNOWN), "row 3", folder)
+    assert (example.has_answer, example.answer) == (False, "")
+    assert [segment.is_unknown for segment in example.segments] == [False, False, True, False, True]
+    assert parse_ilvr_record(RECORD, "row 3", folder).has_answer
+
+
+UNKNOWN = {"type": "text", "content": None}
 TEXT, LATENT = RECORD["sequence_plan"][:2]
 BROKEN = {
     "a list": ([1], "record: not a record"),
@@ -76,6 +88,14 @@ BROKEN = {
         plan(TEXT, {"type": "latent", "helper_image": "gone.png"}, TEXT),
         r"sequence_plan\[1\].helper_image: no such image file",
     ),
+    "unknown text of a known answer": (plan(TEXT, LATENT, UNKNOWN), r"sequence_plan\[2\].content: not a text"),
+    "unknown text left out": (unlabelled(LATENT, {"type": "text"}), r"sequence_plan\[1\].content: not a text"),
+    "has_answer no truth value": (RECORD | {"has_answer": "no"}, "has_answer: not a truth value"),
+    "an answer without one": (
+        unlabelled(LATENT, UNKNOWN, original_final_answer="7"),
+        "original_final_answer: an answer of a record without one",
+    ),
+    "neither answer nor span": (unlabelled(TEXT, UNKNOWN), "sequence_plan: neither an answer nor a span"),
     "ends with a span": (plan(TEXT, LATENT), r"sequence_plan\[1\]: no text after the last span"),
 }
 

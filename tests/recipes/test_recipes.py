@@ -41,6 +41,16 @@ def test_lvr_refuses_what_cannot_train(lvr):
         lvr.main(["actor_rollout_ref.rollout.n=1"])
 
 
+def test_ilvr_validates_its_three_stages_at_paper_scale(capsys):
+    ilvr = load(RECIPES / "ilvr" / "validate.py")
+    ilvr.main([])
+    out = capsys.readouterr().out
+    assert "ilvr_stage1, ilvr_stage2 and ilvr_grpo: valid (8 GPUs a node)" in out
+    assert "qwen2_5_vl_7b: patch [1176], visual token [32, 3584]" in out and "latent [1, 3584]" in out
+    with pytest.raises(ConfigError, match="rollout.n: a group of one"):
+        ilvr.main(["actor_rollout_ref.rollout.n=1"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -79,7 +89,7 @@ def write_run(out):
 
 
 def test_the_quickstarts_summary_keeps_its_contract(tmp_path):
-    module = load(RECIPES / "quickstart" / "summarize.py")
+    module = load(RECIPES / "summarize.py")
     write_run(tmp_path)
     summary = module.summarize(tmp_path, seed=3, grpo_seconds=80.0, seconds_total=240.0)
     assert summary["sft"]["heldout_accuracy"] == 0.4
@@ -93,4 +103,8 @@ def test_the_quickstarts_summary_keeps_its_contract(tmp_path):
     assert (summary["seed"], summary["rollout_engine"], summary["seconds_total"]) == (3, "hf", 240.0)
     assert {"torch", "verl", "ray"} <= summary["versions"].keys()
     json.dumps(summary)
+    (tmp_path / "evaluation_stage2.json").write_text((tmp_path / "evaluation_grpo.json").read_text())
+    both = module.summarize(tmp_path, 3, 80.0, 240.0, stages=("sft", "stage2"))
+    assert [(entry["stage"], entry["heldout_accuracy"]) for entry in both["sft"]] == [("sft", 0.4), ("stage2", 0.95)]
+    assert both["sft"][1]["ablations"]["shuffle"] == 0.12
     assert module.plot(tmp_path, summary).read_bytes().startswith(b"\x89PNG")

@@ -44,6 +44,35 @@ def test_text_variant_asks_for_no_span_and_allows_text_before_the_answer():
     assert score("<answer> 7 </answer> it is", spans=(), variant="text") == (0, 0)
 
 
+STEPS = ("red at r0 c1 is 7", "blue at r2 c3 is 3")
+
+
+@pytest.mark.parametrize(
+    "text, spans, expected",
+    [
+        ("red 7 blue 3 <answer> 7 </answer>", (3, 10), (1, 1)),
+        ("red 12 blue 0 <answer> 7 </answer>", (3, 11), (1, 1)),  # only the answer is known
+        ("red 7 blue 3 <answer> 8 </answer>", (3, 10), (0, 1)),
+        ("blue 7 red 3 <answer> 7 </answer>", (4, 10), (0, 0)),  # the first word would carry a bit past the latents
+        ("red 7 <answer> 7 </answer>", (3,), (0, 0)),
+        ("red 7 blue 3 <answer> 7 </answer>", (3,), (0, 0)),
+        ("red 7 blue 3 <answer> 7 </answer>", (0, 10), (0, 0)),
+        ("red 7 blue 3 <answer> 7 </answer>", (5, 12), (0, 0)),
+        ("red 7 blue 3 red 1 <answer> 7 </answer>", (3, 10, 16), (0, 0)),
+        ("7 red 7 blue 3 <answer> 7 </answer>", (5, 12), (0, 0)),
+    ],
+)
+def test_interleaved_variant_wants_each_colour_its_span_and_a_number(text, spans, expected):
+    latent = {"num_spans": len(spans), "span_offsets": list(spans), "stop_reason": "eos"}
+    result = compute_score("digits", text, "7", {"index": 5, "latent": latent, "steps": STEPS}, variant="interleaved")
+    assert (result["accuracy"], result["format"]) == expected
+
+
+def test_interleaved_variant_needs_the_steps():
+    with pytest.raises(DataError, match="row 5, extra_info.steps: no steps"):
+        score("red 7 <answer> 7 </answer>", variant="interleaved")
+
+
 @pytest.mark.parametrize("truth", [0, "0", " 3 ", 9])
 def test_ground_truth_may_be_text_or_int(truth):
     assert score(f"<answer> {truth} </answer>", truth) == (1, 1)

@@ -55,6 +55,31 @@ def test_positions_of_a_row(rows):
     assert row.helper_images.image_grid_thw.tolist() == [[1, 4, 4], [1, 6, 6]] and rows[2].helper_images is None
 
 
+def test_what_follows_an_unknown_text_is_not_scored(tmp_path):
+    c = case("qwen2_5_vl")
+    write_images(tmp_path)
+    plan = [
+        {"type": "text", "content": "red"},
+        {"type": "latent", "helper_image": "h3.png"},
+        {"type": "text", "content": None},
+        {"type": "text", "content": "blue ?"},
+        {"type": "latent", "helper_image": "h3.png"},
+        {"type": "text", "content": None},
+    ]
+    content = record() | {"sequence_plan": plan, "original_final_answer": None, "has_answer": False}
+    row = encoder(c)(parse_ilvr_record(content, "row 1", tmp_path))
+    completion = row.kinds > K.VISION
+    span = ["<|lvr_start|>"] + ["<|lvr|>"] * STEPS + ["<|lvr_end|>"]
+    words = ["red", *span, "blue", "?", *span]
+    assert c.tokenizer.convert_ids_to_tokens(row.input_ids[completion].tolist()) == words, "no EOS"
+    expected = [IGNORED if word in ("<|lvr|>", "blue") else c.token_id(word) for word in words]
+    assert row.labels[completion].tolist() == expected
+    assert (
+        row.helper_images is not None
+        and encoder(c, reads_helpers=False)(parse_ilvr_record(content, "row 1", tmp_path)).helper_images is None
+    )
+
+
 def test_batch_aligns_completions(rows):
     batch = collate_interleaved(rows)
     for row, source in enumerate(rows):

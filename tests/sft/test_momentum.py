@@ -125,3 +125,12 @@ def test_resuming_without_restoring_the_teacher_is_an_error():
 def test_decays_that_never_or_wrongly_move(decay):
     with pytest.raises(ConfigError, match="not a decay"):
         MomentumTeacher(torch.nn.Linear(2, 2), decay)
+
+
+def test_a_frozen_vision_tower_is_shared_with_the_student_and_one_that_trains_is_not():
+    model = build_case("qwen2_5_vl").model
+    assert MomentumTeacher(model).model.model.visual is not model.model.visual
+    model.model.visual.requires_grad_(False)
+    teacher = MomentumTeacher(model).model
+    assert teacher.model.visual is model.model.visual
+    assert teacher.model.language_model is not model.model.language_model

@@ -1,6 +1,10 @@
-"""Writes summary.json and learning_curve.png of a quickstart run, and prints the summary.
+"""Writes summary.json and learning_curve.png of a recipe's run, and prints the summary.
 
-python recipes/quickstart/summarize.py outputs/quickstart --seed 0 --grpo-seconds 90 --seconds-total 300
+python recipes/summarize.py outputs/quickstart --seed 0 --grpo-seconds 90 --seconds-total 300
+python recipes/summarize.py outputs/ilvr --name ilvr --stages stage1 stage2 --seed 0 --grpo-seconds 90 --seconds-total 300
+
+It reads evaluation_<stage>.json of each SFT stage, evaluation_grpo.json, and the folder grpo/. With one stage `sft` is one
+entry, with several a list of them.
 """
 
 from __future__ import annotations
@@ -8,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,13 +43,21 @@ def series(metrics: list[dict], key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def summarize(out: Path, seed: int, grpo_seconds: float, seconds_total: float) -> dict:
+def sft_entry(out: Path, stage: str) -> dict:
+    report = json.loads((out / f"evaluation_{stage}.json").read_text())
+    return {"heldout_accuracy": report["greedy"]["accuracy"], "ablations": report["ablations"]}
+
+
+def summarize(
+    out: Path, seed: int, grpo_seconds: float, seconds_total: float, stages: Sequence[str] = ("sft",)
+) -> dict:
     metrics = read_metrics(out / "grpo" / "metrics.jsonl")
-    sft = json.loads((out / "evaluation_sft.json").read_text())
+    entries = [sft_entry(out, stage) for stage in stages]
+    named = [{"stage": stage, **entry} for stage, entry in zip(stages, entries, strict=True)]
     grpo = json.loads((out / "evaluation_grpo.json").read_text())
     config = OmegaConf.load(out / "grpo" / "config.yaml")
     return {
-        "sft": {"heldout_accuracy": sft["greedy"]["accuracy"], "ablations": sft["ablations"]},
+        "sft": entries[0] if len(stages) == 1 else named,
         "grpo": {
             "heldout_accuracy": grpo["greedy"]["accuracy"],
             "sampled_accuracy": grpo["sampled"]["accuracy"],
@@ -54,7 +67,7 @@ def summarize(out: Path, seed: int, grpo_seconds: float, seconds_total: float) -
         "ablations": grpo["ablations"],
         "follow": grpo["follow"],
         "hit": grpo["hit"],
-        "leak": grpo["leak"],
+        "leak": grpo.get("leak"),
         "replay_logp_gap_max": max(series(metrics, GAP)[1]),
         "rollout_probs_diff_max": max(series(metrics, PROBS_DIFF)[1]),
         "seed": seed,
@@ -71,7 +84,8 @@ def plot(out: Path, summary: dict) -> Path:
     curve.plot(*series(metrics, REWARD), alpha=0.6, label="reward of the rollouts")
     curve.set(xlabel="step", ylim=(0, 1.12), title=f"latent GRPO, seed {summary['seed']}")
     curve.legend(frameon=False, fontsize=8)
-    names, values = zip(*summary["ablations"].items(), strict=True)
+    known = {name: value for name, value in summary["ablations"].items() if value is not None}
+    names, values = zip(*known.items(), strict=True)
     bars.bar(names, values, color=["tab:green"] + ["tab:gray"] * (len(names) - 1))
     bars.axhline(0.1, linestyle=":", color="black", linewidth=1)
     bars.set(ylim=(0, 1.12), title="held-out accuracy by latents fed")
@@ -85,21 +99,26 @@ def plot(out: Path, summary: dict) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--name", default="quickstart", help="of the recipe, for titles")
+    parser.add_argument("--stages", nargs="+", default=["sft"], help="SFT stages, in order")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--grpo-seconds", type=float, required=True)
     parser.add_argument("--seconds-total", type=float, required=True)
     args = parser.parse_args()
-    summary = summarize(args.out, args.seed, args.grpo_seconds, args.seconds_total)
+    summary = summarize(args.out, args.seed, args.grpo_seconds, args.seconds_total, args.stages)
     (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    table = Table(title=f"quickstart, seed {args.seed}")
+    table = Table(title=f"{args.name}, seed {args.seed}")
     table.add_column("measure")
     table.add_column("value", justify="right")
-    table.add_row("held-out accuracy after SFT", f"{summary['sft']['heldout_accuracy']:.3f}")
+    for stage in args.stages:
+        label = "SFT" if len(args.stages) == 1 else stage
+        table.add_row(f"held-out accuracy after {label}", f"{sft_entry(args.out, stage)['heldout_accuracy']:.3f}")
     table.add_row("held-out accuracy after GRPO", f"{summary['grpo']['heldout_accuracy']:.3f}")
     for name, value in summary["ablations"].items():
-        table.add_row(f"  latents: {name}", f"{value:.3f}")
+        table.add_row(f"  latents: {name}", "-" if value is None else f"{value:.3f}")
     table.add_row("largest replay log-prob gap (nats)", f"{summary['replay_logp_gap_max']:.1e}")
-    table.add_row("leak (nats)", f"{summary['leak']:g}")
+    if summary["leak"] is not None:
+        table.add_row("leak (nats)", f"{summary['leak']:g}")
     table.add_row("seconds", f"{args.seconds_total:.0f}")
     Console().print(table)
     print(f"{args.out / 'summary.json'}\n{plot(args.out, summary)}")

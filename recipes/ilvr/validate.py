@@ -1,0 +1,37 @@
+"""Checks recipes/ilvr at paper scale without weights or GPU: the three configs compose and agree, and shapes hold on meta.
+
+python recipes/ilvr/validate.py [hydra overrides of GRPO]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # recipes are scripts, not a package
+import paper_scale  # noqa: E402
+
+from grpo_latent.errors import ConfigError  # noqa: E402
+from grpo_latent.latent.mechanisms import ILVR_TOKENS  # noqa: E402
+
+HERE = Path(__file__).parent
+MODEL_JSON = HERE.parent / "lvr" / "models" / "qwen2_5_vl_7b.json"
+FIRST_FREE_ID = 151665  # after the tokens of Qwen2.5-VL's tokenizer
+
+
+def main(overrides: list[str]) -> None:
+    grpo = paper_scale.check_grpo(HERE, "ilvr_grpo", overrides)
+    stages = [paper_scale.check_sft(HERE, f"ilvr_{stage}") for stage in ("stage1", "stage2")]
+    if stages[0].latent != stages[1].latent:
+        raise ConfigError(
+            "the stages differ in their latents", where="latent", got=stages[1].latent, expected=str(stages[0].latent)
+        )
+    print(f"ilvr_stage1, ilvr_stage2 and ilvr_grpo: valid ({grpo.trainer.n_gpus_per_node} GPUs a node)")
+    length = grpo.data.max_response_length
+    latents = stages[0].latent
+    shapes = paper_scale.check_shapes(MODEL_JSON, FIRST_FREE_ID, ILVR_TOKENS, latents.make_config, length)
+    paper_scale.show_shapes(MODEL_JSON.stem, shapes)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
