@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # 1 thread a process: OpenMP threads that spin on shared cores made runs ten times slower
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install vllm quickstart controls test test-fast lint clean
+.PHONY: install vllm browser quickstart controls test test-fast lint clean
 
 install: $(STAMP)
 
@@ -33,10 +33,16 @@ quickstart: $(STAMP)
 controls: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/quickstart/controls.sh
 
-test: $(STAMP)
+# headless Chromium for the tests of the inspector's page, from Debian; where it cannot be had they are skipped
+browser:
+	@command -v chromedriver > /dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver fonts-dejavu-core > /dev/null; } || \
+	  echo "no Chromium: the tests of the inspector's page are skipped"
+
+test: $(STAMP) browser
 	$(BIN)/python -m pytest
 
-test-fast: $(STAMP)
+test-fast: $(STAMP) browser
 	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(STAMP)

@@ -1,15 +1,24 @@
-"""`python -m grpo_latent.evaluate`: accuracy of a latent checkpoint, and whether its latents are used.
+"""`python -m grpo_latent.evaluate`: how right a checkpoint is, and whether its latents are used.
 
 Writes (and prints) one JSON object:
 
-    greedy     {"accuracy", "score"}
-    sampled    {"accuracy", "n"}, null without
-    latents    {"frac_rollouts", "spans_mean", "steps_mean", "steps_max", "norm_mean", "length_mean", …} of the greedy ones
-    ablations  {"own", "zero", "noise", "shuffle", "oracle"}: greedy accuracies over the same prompts, null where impossible
-    follow     how often the answer under `shuffle` is the right one of the prompt whose latents were put in
-    hit        how often a latent's nearest visual token is the one of the box (alignment, not use)
-    leak       largest change of a post-span log-prob when the image is swapped under the recorded latents, in nats
-    checkpoint, data, latent_config, seed, num_prompts, seconds
+    greedy      {"accuracy", "interval", "score", "n", "tokens_per_question", "seconds_per_question"}; of a benchmark also
+                "pair_accuracy" (MMVP), "group_accuracy", "by_category"
+    sampled     the same and {"pass_at_k", "accuracy_by_seed", "seed_std"}, null without
+    decodings   the same for each further strategy
+    latents     {"frac_rollouts", "spans_mean", "steps_mean", "steps_max", "norm_mean", "effective_rank", …} of greedy ones
+    ablations   {"own", "zero", "shuffle", …}: greedy accuracies over all prompts, null where nothing could be changed
+    num_changed prompts that each ablation changed
+    usage       by ablation, over the prompts that it changed: {"own", "ablated", "gap", "gap_interval", "p_value",
+                "mcnemar", "verdict" (used, not used, undecided at this n), "sentence", "about"}
+    verdict     {"verdict", "sentence", "ablation"} of the primary ablation
+    follow      how often the answer under `shuffle` is the right one of the prompt whose latents were put in
+    hit         how often a latent's nearest visual token is the one of the box (alignment, not use)
+    leak        largest change of a post-span log-prob when the image is swapped under the recorded latents, in nats
+    prompts     [{"row_id", "where", "truth"}]; outcomes: by ablation one number a prompt
+    checkpoint, data, latent_config, chance, seed, num_prompts, seconds
+
+An interrupted evaluation that has an `output` goes on where it stopped and gives the same report, run times aside.
 """
 
 from __future__ import annotations
@@ -18,6 +27,8 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
@@ -25,13 +36,18 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from grpo_latent.errors import ConfigError, GrpoLatentError
-from grpo_latent.eval.evaluate import EvalSettings, evaluate
-from grpo_latent.eval.prompts import read_prompts
-from grpo_latent.models.loading import load_latent_model
+from grpo_latent.eval.benchmarks import load_benchmark
+from grpo_latent.eval.decode import Decoding
+from grpo_latent.eval.evaluate import EvalSettings, Evaluation, fingerprint
+from grpo_latent.eval.journal import Journal
+from grpo_latent.eval.prompts import EvalPrompt, benchmark_prompts, read_prompts
+from grpo_latent.eval.report import VerdictSettings
+from grpo_latent.eval.scoring import GradeScorer, RewardScorer, Scorer
+from grpo_latent.eval.table import report_table
+from grpo_latent.models.loading import LatentModel, load_latent_model
 from grpo_latent.rewards.functions import specs_from_config
 from grpo_latent.rewards.runner import RewardRunner
 
@@ -45,7 +61,8 @@ def main(config: DictConfig) -> None:
     except GrpoLatentError as error:  # a message for the user, not a traceback of ours
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
-    show(report)
+    # tables do not fit the 80 columns that a pipe is taken for
+    Console(width=None if sys.stdout.isatty() else 110).print(report_table(report))
 
 
 def run(config: DictConfig) -> dict:
@@ -56,17 +73,7 @@ def run(config: DictConfig) -> dict:
     """
     if not torch.cuda.is_available():
         torch.set_num_threads(config.latent.cpu_threads)
-    settings = EvalSettings(
-        max_new_tokens=config.data.max_response_length,
-        num_sampled=config.rollout.n,
-        temperature=config.rollout.temperature,
-        top_k=config.rollout.top_k,
-        top_p=config.rollout.top_p,
-        ablations=tuple(config.ablations),
-        leak_prompts=config.leak_prompts,
-        seed=config.seed,
-        prompts_per_batch=config.prompts_per_batch,
-    )
+    settings = read_settings(config)
     disable_progress_bar()  # transformers', for reading weights
     overrides = {name: config.latent[name] for name in OVERRIDES if config.latent[name] is not None}
     loaded = load_latent_model(
@@ -75,39 +82,93 @@ def run(config: DictConfig) -> dict:
         device=config.model.device,
         attn_implementation=config.model.attn_implementation,
         overrides=overrides,
+        plain=config.model.plain,
     )
-    files = config.data.val_files
-    files = list(files) if isinstance(files, ListConfig) else [files]
-    with reward_runner(config) as runner, _progress() as bar:
-        prompts = read_prompts(files, loaded, config.data.max_rows)
-        task = bar.add_task("own", total=len(prompts) * (1 + len(settings.ablations)))
-        report = evaluate(
+    prompts, data = read_data(config, loaded)
+    with make_scorer(config, loaded) as scorer, _progress() as bar:
+        task = bar.add_task("own", total=len(prompts) * len(settings.phases()))
+        journal = None
+        if config.output is not None:
+            done = fingerprint(loaded, prompts, settings) | {"weights": weights_of(config.model.path), "data": data}
+            if config.data.benchmark.name is None:
+                done["reward"] = [OmegaConf.to_container(part) for part in (config.reward, config.latent.reward)]
+            journal = Journal(Path(f"{config.output}.parts"), done)
+        report = Evaluation(
             loaded,
             prompts,
-            runner,
+            scorer,
             settings,
             progress=lambda phase, count: bar.update(task, advance=count, description=phase),
             max_batch_rows=config.latent.max_batch_rows,
-        )
+            journal=journal,
+        ).run()
     report |= {
         "checkpoint": str(config.model.path),
-        "data": [str(path) for path in files],
+        "data": data,
         "latent_config": dataclasses.asdict(loaded.config),
         "seed": config.seed,
     }
     if config.output is not None:
         write_json(Path(config.output), report)
+        journal.discard()
     return report
 
 
-def reward_runner(config: DictConfig) -> RewardRunner:
-    """The reward functions of the config, as training names them: one custom one, or a weighted list."""
+def read_settings(config: DictConfig) -> EvalSettings:
+    """Raises `ConfigError` by the setting's name."""
+    strategies = OmegaConf.to_container(config.decodings, resolve=True)
+    return EvalSettings(
+        max_new_tokens=config.data.max_response_length,
+        num_sampled=config.rollout.n,
+        temperature=config.rollout.temperature,
+        top_k=config.rollout.top_k,
+        top_p=config.rollout.top_p,
+        decodings=tuple(Decoding.from_dict(values, f"decodings[{i}]") for i, values in enumerate(strategies)),
+        ablations=tuple(config.ablations),
+        leak_prompts=config.leak_prompts,
+        seed=config.seed,
+        prompts_per_batch=config.prompts_per_batch,
+        verdict=VerdictSettings(**config.verdict),
+    )
+
+
+def read_data(config: DictConfig, loaded: LatentModel) -> tuple[list[EvalPrompt], list[str]]:
+    """Prompts of `data.val_files`, or of `data.benchmark`, and what they were read from."""
+    benchmark = config.data.benchmark
+    if benchmark.name is not None:
+        if benchmark.path is None:
+            raise ConfigError("no folder", where="data.benchmark.path", got=None, expected="the benchmark's folder")
+        items = load_benchmark(benchmark.name, benchmark.path, benchmark.subset)
+        source = f"{benchmark.name} {benchmark.path}" + (f" {benchmark.subset}" if benchmark.subset else "")
+        return benchmark_prompts(items, loaded, config.data.max_rows), [source]
+    if OmegaConf.is_missing(config.data, "val_files"):
+        raise ConfigError(
+            "nothing to evaluate on", where="data", got="neither", expected="val_files, or benchmark.name and .path"
+        )
+    files = config.data.val_files
+    files = list(files) if isinstance(files, ListConfig) else [files]
+    return read_prompts(files, loaded, config.data.max_rows), [str(path) for path in files]
+
+
+@contextmanager
+def make_scorer(config: DictConfig, loaded: LatentModel) -> Iterator[Scorer]:
+    """The benchmark's grader, or the config's reward functions, as training names them."""
+    if config.data.benchmark.name is not None:
+        yield GradeScorer(loaded)
+        return
     settings = OmegaConf.to_container(config.latent.reward, resolve=True)
     custom = OmegaConf.to_container(config.reward.custom_reward_function, resolve=True)
     functions = settings.pop("functions")
     if custom["path"]:
         functions = [{"path": custom["path"], "name": custom["name"], "kwargs": custom["reward_kwargs"]}]
-    return RewardRunner(specs_from_config(functions), **settings)
+    with RewardRunner(specs_from_config(functions), **settings) as runner:
+        yield RewardScorer(runner, loaded)
+
+
+def weights_of(folder: str) -> list:
+    """Name, size and time of a checkpoint's files: what tells another checkpoint at the same place."""
+    files = sorted(path for path in Path(folder).glob("*") if path.is_file())
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -118,30 +179,20 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def write_json(path: Path, report: dict) -> None:
-    """Atomically: a reader sees the old file or the new one."""
+    """Atomically: a reader sees the old file or the new one. A prompt's or an ablation's outcomes take one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(report, indent=2) + "\n")
+    rows = {name: f"@{name}@" for name in ("prompts", "outcomes")}
+    text = json.dumps(report | rows, indent=2)
+    lines = ",\n".join(f"    {json.dumps(prompt)}" for prompt in report["prompts"])
+    text = text.replace('"@prompts@"', f"[\n{lines}\n  ]")
+    lines = ",\n".join(f"    {json.dumps(n)}: {json.dumps(values)}" for n, values in report["outcomes"].items())
+    part.write_text(text.replace('"@outcomes@"', f"{{\n{lines}\n  }}") + "\n")
     os.replace(part, path)
 
 
-def show(report: dict) -> None:
-    table = Table(title=f"{report['checkpoint']}: {report['num_prompts']} prompts, {report['seconds']:.1f} s")
-    table.add_column("measure")
-    table.add_column("value", justify="right")
-    rows = {"greedy accuracy": report["greedy"]["accuracy"]}
-    if report["sampled"] is not None:
-        rows[f"sampled accuracy (n = {report['sampled']['n']})"] = report["sampled"]["accuracy"]
-    rows |= {f"with latents {name}": value for name, value in report["ablations"].items() if name != "own"}
-    rows |= {"shuffle follows its donor": report["follow"], "nearest token is the box's": report["hit"]}
-    rows |= {"trajectories with latents": report["latents"]["frac_rollouts"], "leak (nats)": report.get("leak")}
-    for name, value in rows.items():
-        table.add_row(name, "-" if value is None else f"{value:.4g}")
-    Console().print(table)
-
-
 def _progress() -> Progress:
-    columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:>22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 

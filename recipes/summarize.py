@@ -65,6 +65,7 @@ def summarize(
             "seconds": grpo_seconds,
         },
         "ablations": grpo["ablations"],
+        "latents": grpo["verdict"]["sentence"],
         "follow": grpo["follow"],
         "hit": grpo["hit"],
         "leak": grpo.get("leak"),
@@ -89,7 +90,7 @@ def plot(out: Path, summary: dict) -> Path:
     bars.bar(names, values, color=["tab:green"] + ["tab:gray"] * (len(names) - 1))
     bars.axhline(0.1, linestyle=":", color="black", linewidth=1)
     bars.set(ylim=(0, 1.12), title="held-out accuracy by latents fed")
-    bars.tick_params(axis="x", rotation=30)
+    bars.tick_params(axis="x", rotation=60, labelsize=8)
     figure.tight_layout()
     path = out / "learning_curve.png"
     figure.savefig(path, dpi=150)
@@ -116,6 +117,7 @@ def main() -> None:
     table.add_row("held-out accuracy after GRPO", f"{summary['grpo']['heldout_accuracy']:.3f}")
     for name, value in summary["ablations"].items():
         table.add_row(f"  latents: {name}", "-" if value is None else f"{value:.3f}")
+    table.add_row("  the latents are", summary["latents"].split(":")[0])
     table.add_row("largest replay log-prob gap (nats)", f"{summary['replay_logp_gap_max']:.1e}")
     if summary["leak"] is not None:
         table.add_row("leak (nats)", f"{summary['leak']:g}")

@@ -48,7 +48,7 @@ class AblationInputs:
 
     Attributes:
         own: trajectories with the model's own latents.
-        visual: merged image embeddings [M, H] of the prompt, or None.
+        ideal: merged image embeddings [R, H] of the row's boxes, None without boxes or image.
         config: the checkpoint's latents.
         seed: of noise and of donors.
         swapped: for `image_swap`: trajectories of the same prompts with the images of others, None where no other fits.
@@ -56,7 +56,7 @@ class AblationInputs:
 
     prompts: Sequence[EvalPrompt]
     own: Sequence[Trajectory]
-    visual: Sequence[Tensor | None]
+    ideal: Sequence[Tensor | None]
     config: LatentConfig
     seed: int = 0
     swapped: Sequence[Trajectory | None] = ()
@@ -107,7 +107,7 @@ def make_vectors(base: str, part: str, inputs: AblationInputs) -> Vectors:
     """What each prompt's latents of the part are fed; None also where that is what they are anyway."""
     swapped = [None if trajectory is None else Places(trajectory, part) for trajectory in inputs.swapped]
     places = [Places(trajectory, part) for trajectory in inputs.own]
-    vectors = VECTORS[base](PartInputs(inputs.prompts, places, inputs.visual, inputs.seed, swapped))
+    vectors = VECTORS[base](PartInputs(places, inputs.ideal, inputs.seed, swapped))
     return [
         None if vectors_KH is None or not len(own) or torch.equal(vectors_KH, own.latents_KH) else vectors_KH
         for own, vectors_KH in zip(places, vectors, strict=True)
@@ -162,9 +162,8 @@ class Places:
 class PartInputs:
     """`AblationInputs` for one part of the latents."""
 
-    prompts: Sequence[EvalPrompt]
     own: Sequence[Places]
-    visual: Sequence[Tensor | None]
+    ideal: Sequence[Tensor | None]
     seed: int
     swapped: Sequence[Places | None]
 
@@ -209,14 +208,14 @@ def _first_repeat(inputs: PartInputs) -> Vectors:
 def _oracle(inputs: PartInputs) -> Vectors:
     """Latent number i of the trajectory is the embedding of the boxes' visual token i; of slots, chosen embedding i is."""
     vectors: Vectors = []
-    for prompt, own, visual_MH in zip(inputs.prompts, inputs.own, inputs.visual, strict=True):
-        if visual_MH is None or not prompt.roi or not len(own):
+    for own, ideal_RH in zip(inputs.own, inputs.ideal, strict=True):
+        if ideal_RH is None:
             vectors.append(None)
             continue
         is_selected_K = own.kinds_K == PositionKind.SELECTED
-        ideal_K = torch.tensor(prompt.roi)[torch.where(is_selected_K, own.rank_K, own.idx_K) % len(prompt.roi)]
+        ideal_K = torch.where(is_selected_K, own.rank_K, own.idx_K) % len(ideal_RH)
         is_kept_K = ~is_selected_K & bool(is_selected_K.any())
-        vectors.append(torch.where(is_kept_K[:, None], own.latents_KH, visual_MH[ideal_K]))
+        vectors.append(torch.where(is_kept_K[:, None], own.latents_KH, ideal_RH[ideal_K]))
     return vectors
 
 
@@ -227,7 +226,7 @@ def _image_swap(inputs: PartInputs) -> Vectors:
     ]
 
 
-SHUFFLE, BLIND, IMAGE_SWAP = "shuffle", "image_blind_after_span", "image_swap"
+SHUFFLE, ORACLE, BLIND, IMAGE_SWAP = "shuffle", "oracle", "image_blind_after_span", "image_swap"
 LATENT_KINDS = (int(PositionKind.LATENT), int(PositionKind.SELECTED))
 VECTORS: dict[str, Callable[[PartInputs], Vectors]] = {
     "zero": _zero,
@@ -235,7 +234,7 @@ VECTORS: dict[str, Callable[[PartInputs], Vectors]] = {
     SHUFFLE: _shuffle,
     "mean": _mean,
     "first_repeat": _first_repeat,
-    "oracle": _oracle,
+    ORACLE: _oracle,
     IMAGE_SWAP: _image_swap,
 }
 REQUESTS: dict[str, Callable[[LatentConfig], dict | None]] = {

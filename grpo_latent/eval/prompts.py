@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor
 from grpo_latent.data.boxes import box_to_visual_tokens, check_box
 from grpo_latent.data.rows import check_prompt, iter_verl_rows
 from grpo_latent.errors import DataError
+from grpo_latent.eval.benchmarks import BenchmarkItem
 from grpo_latent.models.adapter import ImageInputs
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.models.prompts import encode_prompt
@@ -29,6 +30,7 @@ class EvalPrompt:
             prompt; empty without boxes. What an ideal latent number i would be.
         where: file and row, for messages.
         row_id: names the row in its data, wherever that lies: what seeds are made of.
+        item: of a benchmark, which then grades; None for rows that a reward function scores.
     """
 
     prompt_ids: Tensor
@@ -39,6 +41,7 @@ class EvalPrompt:
     row_id: str
     roi: tuple[int, ...] = ()
     extra_info: dict = field(default_factory=dict)
+    item: BenchmarkItem | None = None
 
 
 def read_prompts(files: Iterable[str | Path], loaded: LatentModel, max_rows: int | None = None) -> list[EvalPrompt]:
@@ -52,6 +55,25 @@ def read_prompts(files: Iterable[str | Path], loaded: LatentModel, max_rows: int
     if not prompts:
         raise DataError(
             "no rows to evaluate", where="data.val_files", got=str(list(files)), expected="at least one row"
+        )
+    return prompts
+
+
+def benchmark_prompts(
+    items: Sequence[BenchmarkItem], loaded: LatentModel, max_rows: int | None = None
+) -> list[EvalPrompt]:
+    """The questions of a benchmark, at most `max_rows`.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    prompts = []
+    for item in items[:max_rows]:
+        where = f"{item.benchmark} {item.item_id}"
+        images = [image.open() for image in item.images]
+        prompt = encode_prompt(loaded.tokenizer, loaded.processor, item.messages, images, where)
+        prompts.append(
+            EvalPrompt(prompt.ids, prompt.images, item.benchmark, item.answer, where, item.item_id, item=item)
         )
     return prompts
 

@@ -49,15 +49,19 @@ class UsageVerdict:
         verdict: `USED`, `NOT_USED` or `UNDECIDED`.
         sentence: the same with its numbers.
         gap: own minus ablated accuracy.
-        p_value: of McNemar's exact test, None where outcomes are not 0/1.
+        mcnemar: exact test, None where outcomes are not 0/1.
         num_prompts: paired prompts.
     """
 
     verdict: str
     sentence: str
     gap: Interval
-    p_value: float | None
+    mcnemar: McNemar | None
     num_prompts: int
+
+    @property
+    def p_value(self) -> float | None:
+        return None if self.mcnemar is None else self.mcnemar.p_value
 
 
 def bootstrap_interval(
@@ -87,11 +91,14 @@ def bootstrap_interval(
         )
     rng = np.random.default_rng(seed)
     num_prompts = values_P.shape[0]
+    # how often each value is drawn is multinomial: for outcomes of few values that is the same, without drawing prompts
+    values_U, counts_U = np.unique(values_P, return_counts=True)
     means_R = np.empty(num_resamples)
-    chunk = max(1, _CHUNK_ELEMENTS // num_prompts)
+    chunk = max(1, _CHUNK_ELEMENTS // len(values_U))
     for start in range(0, num_resamples, chunk):
         size = min(chunk, num_resamples - start)
-        means_R[start : start + size] = values_P[rng.integers(0, num_prompts, (size, num_prompts))].mean(1)
+        draws_RU = rng.multinomial(num_prompts, counts_U / num_prompts, size)
+        means_R[start : start + size] = draws_RU @ values_U / num_prompts
     alpha = 1 - level
     low, high = np.quantile(means_R, [alpha / 2, 1 - alpha / 2])
     estimate = float(values_P.mean())
@@ -157,6 +164,7 @@ def usage_verdict(
     chance: float = 0.0,
     margin: float = DEFAULT_MARGIN,
     level: float = 0.95,
+    num_tests: int = 1,
     num_resamples: int = 10_000,
     seed: int = 0,
 ) -> UsageVerdict:
@@ -172,13 +180,16 @@ def usage_verdict(
 
     Args:
         chance: accuracy of guessing.
-        margin: smallest gap that counts as use.
+        margin: smallest gap that counts as use: with many prompts a gap that matters to no one is still significant.
+        num_tests: ablations tested together; interval and test are those of level 1 - (1 - level) / num_tests (Bonferroni).
     """
     own_P, ablated_P = _pair(own_P, ablated_P)
+    level = 1 - (1 - level) / num_tests
     options = dict(level=level, num_resamples=num_resamples, seed=seed)
     gap = bootstrap_difference(own_P, ablated_P, **options)
     own_mean, ablated_mean, num_prompts = own_P.mean(), ablated_P.mean(), own_P.shape[0]
-    p_value = mcnemar_exact(own_P, ablated_P).p_value if _is_binary(own_P, ablated_P) else None
+    mcnemar = mcnemar_exact(own_P, ablated_P) if _is_binary(own_P, ablated_P) else None
+    p_value = None if mcnemar is None else mcnemar.p_value
     numbers = (
         f"accuracy {own_mean:.3f} own, {ablated_mean:.3f} with {ablation}; gap {gap.estimate:+.3f} "
         f"[{gap.low:+.3f}, {gap.high:+.3f}], n = {num_prompts}"
@@ -196,7 +207,7 @@ def usage_verdict(
         verdict, reason = UNDECIDED, f"the interval holds both 'no gap' and gaps of {margin:g} or more"
         if is_significant:
             reason = f"the gap is above 0, but may be smaller than {margin:g}"
-    return UsageVerdict(verdict, f"{verdict}: {reason} ({numbers})", gap, p_value, num_prompts)
+    return UsageVerdict(verdict, f"{verdict}: {reason} ({numbers})", gap, mcnemar, num_prompts)
 
 
 def _values(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:

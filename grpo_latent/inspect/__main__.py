@@ -10,15 +10,18 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from transformers.utils.logging import disable_progress_bar
 
 from grpo_latent.errors import GrpoLatentError
 from grpo_latent.inspect.page import render, write_page
-from grpo_latent.inspect.report import Limits, build_report
-from grpo_latent.inspect.run import read_run
+from grpo_latent.inspect.report import Limits, Report, build_report
+from grpo_latent.inspect.run import Run, read_run
+from grpo_latent.inspect.wandb_log import log_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    disable_progress_bar()  # transformers', for reading weights
     console = Console(stderr=True)
     try:
         runs = [read_run(folder, options.checkpoint, options.data) for folder in options.runs]
@@ -31,7 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 runs, limits, options.device, dtype, lambda done, total: bar.update(task, completed=done, total=total)
             )
         path = options.out or options.runs[0] / "report.html"
-        write_page(path, render(report, ", ".join(run.name for run in runs)))
+        html = render(report, title_of(runs, report))
+        write_page(path, html)
+        if options.wandb:
+            import wandb
+
+            with wandb.init(project=options.wandb, name=path.stem, job_type="inspect") as board:
+                log_report(board, report, html)
     except GrpoLatentError as error:  # a message for the user, not a traceback of ours
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -42,6 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def title_of(runs: Sequence[Run], report: Report) -> str:
+    """Names of the runs; one run's with its parent folder, because many are called alike."""
+    if len(runs) == 1:
+        return "/".join(runs[0].folder.resolve().parts[-2:])
+    return ", ".join(run["name"] for run in report.overview["runs"])
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m grpo_latent.inspect", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of training runs")
@@ -50,6 +66,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, nargs="+", help="parquet files of the prompts; data.train_files")
     parser.add_argument("--device", default="cpu", help="of the checkpoint, such as cuda")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the checkpoint")
+    parser.add_argument("--wandb", metavar="PROJECT", help="also log the page and its tables to a wandb run there")
     defaults = Limits()
     parser.add_argument("--trajectories", type=int, default=defaults.trajectories, help="shown at most")
     parser.add_argument("--probe", type=int, default=defaults.probed_groups, help="groups with image and heat maps")

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from grpo_latent.eval.dumps import DumpedTrajectory
+from grpo_latent.eval.geometry import geometry
 from grpo_latent.inspect.evaluation import ablation_rows
-from grpo_latent.inspect.geometry import geometry
 from grpo_latent.inspect.probes import GroupProbe, PromptRow
-from grpo_latent.inspect.run import Run
+from grpo_latent.inspect.run import Run, label_runs
 from grpo_latent.trajectory import PositionKind
 
 KIND_LETTERS = {
@@ -60,19 +60,22 @@ class GroupData:
 
 def overview(runs: Sequence[Run], groups: Sequence[GroupData], notes: list[str], versions: dict[str, str]) -> dict:
     """What the page shows before any group is opened."""
+    labels = label_runs(runs)
     return {
-        "runs": [_run(run, run_idx, [g for g in groups if g.run_idx == run_idx]) for run_idx, run in enumerate(runs)],
+        "runs": [
+            _run(run, labels[run_idx], [g for g in groups if g.run_idx == run_idx]) for run_idx, run in enumerate(runs)
+        ],
         "groups": [group_summary(group) for group in groups],
         "notes": notes,
         "versions": versions,
     }
 
 
-def _run(run: Run, run_idx: int, groups: Sequence[GroupData]) -> dict:
+def _run(run: Run, label: tuple[str, str], groups: Sequence[GroupData]) -> dict:
     metrics = {name: thin(steps, values) for name, (steps, values) in run.metrics.items()}
     return {
-        "name": run.name,
-        "family": run.family,
+        "name": label[0],
+        "family": label[1],
         "checkpoint": None if run.checkpoint is None else str(run.checkpoint),
         "metrics": metrics | dump_metrics(run, groups),
         "ablations": [ablation_rows(name, report) for name, report in run.evaluations.items()],
@@ -177,12 +180,14 @@ def _trajectory(dumped: DumpedTrajectory, tokens: list[str] | None) -> dict:
 
 
 def reward_terms(dumped: DumpedTrajectory) -> dict:
-    """Terms that say something: without the reward again, and without bookkeeping of trajectories that went well."""
+    """Terms that say something: without the reward or another term again, and without bookkeeping of trajectories that
+    went well."""
     terms = {}
     for name, value in dumped.reward_terms.items():
         is_idle = value in (None, "") or (name == "dropped" and not value)
-        is_reward = name == "score" and isinstance(value, float) and abs(value - dumped.reward) < 1e-5
-        if not is_idle and not is_reward:
+        is_reward = isinstance(value, float) and abs(value - dumped.reward) < 1e-5 and len(dumped.reward_terms) > 1
+        is_copy = name == "acc" and value == dumped.reward_terms.get("accuracy")
+        if not is_idle and not is_copy and not (is_reward and name not in ("accuracy", "acc")):
             terms[name] = short(value) if isinstance(value, float) else value
     return terms
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ CONFIG_FILE, METRICS_FILE, DUMP_FOLDER = "config.yaml", "metrics.jsonl", "rollou
 @dataclass(frozen=True)
 class Run:
     """Attributes:
-    name: of its folder; `family` is the name without its seed, runs of one family are drawn as mean and spread.
+    name: of its folder.
     config: resolved, as nested dicts; empty where there is none.
     metrics: name -> (steps, values).
     evaluations: file name -> report of `grpo_latent.evaluate`.
@@ -38,9 +39,45 @@ class Run:
     data_files: list[Path]
     problems: list[GrpoLatentError]
 
-    @property
-    def family(self) -> str:
-        return re.sub(r"[-_.]?(?:seed|s)[-_=]?\d+$", "", self.name) or self.name
+
+def label_runs(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """(name, family) of each run: names tell all runs apart, and runs of one family differ by seed only.
+
+    A run without a config is judged by its name.
+    """
+    names = [run.name for run in runs]
+    for parts in range(2, 6):  # folders of one name, such as seed1/grpo and seed2/grpo
+        if len(set(names)) == len(names):
+            break
+        names = ["/".join(run.folder.resolve().parts[-parts:]) for run in runs]
+    stems = [_without_seed(name) for name in names]
+    families: dict[str, str] = {}
+    for run, stem in zip(runs, stems, strict=True):
+        families.setdefault(_without_seeds(run.config) or stem, stem)
+    taken: dict[str, int] = {}
+    for key, stem in families.items():
+        taken[stem] = taken.get(stem, 0) + 1
+        families[key] = stem if taken[stem] == 1 else f"{stem} ({taken[stem]})"
+    return [
+        (name, families[_without_seeds(run.config) or stem]) for run, name, stem in zip(runs, names, stems, strict=True)
+    ]
+
+
+def _without_seed(name: str) -> str:
+    """`seed1/grpo` -> `grpo`, `lvr_s0` -> `lvr`; the name itself where nothing is left."""
+    parts = [re.sub(r"(?:^|[-_.])(?:seed|s)[-_=]?\d+$", "", part) for part in name.split("/")]
+    return "/".join(part for part in parts if part) or name
+
+
+def _without_seeds(config: dict, prefix: str = "") -> str:
+    """The config as text, without seeds and places on disk; empty without a config."""
+    lines = []
+    for key, value in sorted(config.items()):
+        if isinstance(value, dict):
+            lines.append(_without_seeds(value, f"{prefix}{key}."))
+        elif "seed" not in key and "/" not in str(value):
+            lines.append(f"{prefix}{key}={value}")
+    return "\n".join(line for line in lines if line)
 
 
 def read_run(folder: str | Path, checkpoint: Path | None = None, data_files: list[Path] | None = None) -> Run:
@@ -80,7 +117,7 @@ def read_run(folder: str | Path, checkpoint: Path | None = None, data_files: lis
         dump=dump,
         evaluations=evaluations,
         checkpoint=checkpoint or find_checkpoint(folder, config),
-        data_files=data_files or [Path(str(file)) for file in ([files] if isinstance(files, str) else files)],
+        data_files=data_files or [find_file(str(f), folder) for f in ([files] if isinstance(files, str) else files)],
         problems=problems + dump.problems,
     )
 
@@ -152,7 +189,16 @@ def find_checkpoint(folder: Path, config: dict) -> Path | None:
     if saved:
         return max(saved, key=lambda path: int(re.search(r"global_step_(\d+)", str(path))[1]))
     start = lookup(config, "actor_rollout_ref.model.path")
-    return Path(start) if start and (Path(start) / LATENT_CONFIG_FILE).is_file() else None
+    marker = find_file(f"{start}/{LATENT_CONFIG_FILE}", folder) if start else None
+    return marker.parent if marker is not None and marker.is_file() else None
+
+
+def find_file(file: str, folder: Path) -> Path:
+    """A file of the run's config; a relative path is from where the run was started, which is here or above its folder."""
+    for base in (Path(), *folder.resolve().parents):
+        if (base / file).is_file():
+            return base / file
+    return Path(file)
 
 
 def lookup(config: dict, key: str):

@@ -184,7 +184,7 @@ class LatentConfig:
                 "no latent_config.json",
                 where=str(folder),
                 expected="a folder written by grpo_latent.sft",
-                fix="Run SFT first; a plain Hugging Face model has no latents.",
+                fix="Run SFT first: a plain Hugging Face model has no latents (evaluate takes one with model.plain=true).",
             )
         try:
             values = json.loads(path.read_text())

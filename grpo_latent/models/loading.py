@@ -30,8 +30,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.config import LATENT_CONFIG_FILE, LatentConfig
 from grpo_latent.latent.mechanisms import ILVR_TOKENS, mechanism_config
+from grpo_latent.latent.mechanisms import TOKENS as MECHANISM_TOKENS
 from grpo_latent.models import processing  # noqa: F401  (registers the images-only processors where they are needed)
 from grpo_latent.models.head import LATENT_PARAMETER_PREFIXES, attach_latent_modules
+from grpo_latent.models.tokens import add_latent_tokens
 
 # fields of the official checkpoints' config.json (SYSTEMS: LVR, "Checkpoint")
 _OFFICIAL_IDS = {"lvr_start_id": "start", "lvr_id": "latent", "lvr_end_id": "end", "lvr_latent_end_id": "latent_end"}
@@ -55,11 +57,13 @@ def load_latent_model(
     device: str | torch.device = "cpu",
     attn_implementation: str = "sdpa",
     overrides: dict | None = None,
+    plain: bool = False,
 ) -> LatentModel:
     """Model, tokenizer, processor and latent config of a checkpoint folder.
 
     Args:
         overrides: fields of `LatentConfig` to replace, such as `{"visibility": "full", "steps": 4}`.
+        plain: the folder is a Hugging Face model without latents: it gets LVR's tokens in memory, and may open no span.
 
     Raises:
         CheckpointError: weights are missing or unknown, or tokenizer and `latent_config.json` disagree.
@@ -69,10 +73,14 @@ def load_latent_model(
         raise CheckpointError("no such folder", where=str(folder), expected="a folder written by grpo_latent.sft")
     with reading("tokenizer", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = read_latent_config(folder, tokenizer)
-    check_tokens(config, tokenizer, where=str(folder))
-    if overrides:
-        config = config.replace(**overrides)
+    config = None
+    if not plain:
+        config = read_latent_config(folder, tokenizer)
+        check_tokens(config, tokenizer, where=str(folder))
+        config = config.replace(**(overrides or {}))
+    elif overrides or (folder / LATENT_CONFIG_FILE).is_file():
+        got = f"{LATENT_CONFIG_FILE} in {folder}" if not overrides else f"overrides {sorted(overrides)}"
+        raise ConfigError("a plain model has no latents", where="model.plain", got=got, expected="neither")
     with reading("config.json", folder):
         hf_config = AutoConfig.from_pretrained(folder)
     has_vision = type(hf_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -93,12 +101,19 @@ def load_latent_model(
             got=found,
             expected=f"the weights of {type(model).__name__}",
         )
+    if config is None:
+        config = _without_spans(model, tokenizer)
     attach_latent_modules(model, config)
     load_latent_parameters(model, folder)
     with reading("processor", folder):
         processor = AutoProcessor.from_pretrained(folder) if has_vision else None
     model = model.to(device).eval()
     return LatentModel(model, tokenizer, processor, config, find_eos_ids(model, tokenizer))
+
+
+def _without_spans(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LatentConfig:
+    ids = add_latent_tokens(model, tokenizer, MECHANISM_TOKENS["lvr"])
+    return mechanism_config("lvr", ids, max_spans=0)
 
 
 @contextmanager

@@ -81,6 +81,8 @@ def sft_sums(
         visual_MH = visual_embeddings(adapter, images)
         vector_H = end_vector(adapter.model) if uses_end_vector else None
         inputs_NH = teacher_forced(visual_MH, batch["roi"], vector_H)
+        if loss_config.inputs == "shuffled":
+            inputs_NH = inputs_NH[torch.randperm(inputs_NH.shape[0]).to(inputs_NH.device)]
         sequences = ReplayBatch(batch["input_ids"], batch["kinds"], batch["valid"], inputs_NH, images)
         hidden_BTH = replay_hidden(adapter, sequences, latent_config.visibility)
 

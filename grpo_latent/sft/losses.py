@@ -17,6 +17,7 @@ from grpo_latent.errors import ConfigError
 LATENT_LOSSES = ("mse", "mae", "cosine")
 LATENT_LOSS_NORMS = ("none", "variance")
 ENDS = ("none", "mode_switch", "latent_end")
+INPUTS = ("targets", "shuffled")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class LossConfig:
             the vision tower's. For frozen targets only: a tower that trains would shrink the quotient by growing.
         end: `mode_switch` adds a BCE on whether a latent is its span's last (for latent.exit=end_token); `latent_end`
             appends a learned vector to each span, as input and as target (for latent.exit=latent_end).
+        inputs: what stands at latent positions: their own `targets` (teacher forcing), or, `shuffled`, those of the batch in
+            random order: a control whose text cannot learn to read latents, while latents are trained as ever.
     """
 
     latent_loss: str = "mse"
@@ -36,6 +39,7 @@ class LossConfig:
     latent_loss_norm: str = "none"
     end: str = "none"
     end_weight: float = 1.0
+    inputs: str = "targets"
 
     @property
     def trains_end_vector(self) -> bool:
@@ -43,6 +47,7 @@ class LossConfig:
 
     def __post_init__(self):
         choices = (("latent_loss", LATENT_LOSSES), ("latent_loss_norm", LATENT_LOSS_NORMS), ("end", ENDS))
+        choices += (("inputs", INPUTS),)
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ConfigError(

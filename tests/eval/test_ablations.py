@@ -18,7 +18,7 @@ from grpo_latent.eval.ablations import (
     nearest_token_hits,
     with_truth_of,
 )
-from grpo_latent.eval.evaluate import EvalSettings, Evaluator
+from grpo_latent.eval.decode import Evaluator, with_partners_images
 from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.models.replay import collate, replay
@@ -35,7 +35,7 @@ def evaluator(visibility="full", steps=2):
     c = build_case("qwen2_5_vl")
     config = c.config(visibility=visibility, steps=steps)
     loaded = LatentModel(c.model, c.tokenizer, c.processor, config, (c.eos_id,))
-    return Evaluator(loaded, EvalSettings(max_new_tokens=10, num_sampled=1, temperature=2.0))
+    return Evaluator(loaded, max_new_tokens=10)
 
 
 def prompts(with_images=True):
@@ -66,7 +66,8 @@ VISUAL = [torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]), torch.ones(3, 2), 
 
 def inputs(rois=((2, 0), (1,), (0,)), seed=0, own=OWN, swapped=(None, None, None), **config):
     rows = [EvalPrompt(torch.ones(2), None, "test", str(i), f"row {i}", str(i), roi) for i, roi in enumerate(rois)]
-    return AblationInputs(rows, own, VISUAL, case("qwen2").config(**config), seed, swapped)
+    ideal = [None if v is None or not r else v[list(r)] for v, r in zip(VISUAL[: len(own)], rois, strict=True)]
+    return AblationInputs(rows, own, ideal, case("qwen2").config(**config), seed, swapped)
 
 
 def make_vectors(name, given):
@@ -178,7 +179,6 @@ def slots(text, vision):
 def test_slots_by_their_kinds():
     own = [slots([1.0, 2.0], [3.0, 4.0, 5.0, 6.0]), slots([7.0], [8.0, 9.0])]
     given = inputs(own=own, rois=((2, 0), (1,)), swapped=(None, None))
-    given = dataclasses.replace(given, visual=VISUAL[:2])
     for part, first, second in (
         ("text", [[0, 7]], [[0, 1], [0, 2]]),
         ("vision", [[8, 0], [9, 0]], [[3, 0], [4, 0], [5, 0], [6, 0]]),
@@ -199,7 +199,7 @@ def test_ablations_of_the_request():
     config = dict(trigger="prompt_slots")
     assert make_changes("no_span", inputs(**config))[0] == {"steps": 0}
     assert make_changes("markers_only", inputs(**config)) == [None] * 3
-    seeing = AblationInputs(prompts()[:3], OWN, VISUAL, case("qwen2").config())
+    seeing = AblationInputs(prompts()[:3], OWN, [None] * 3, case("qwen2").config())
     assert make_changes("image_blind_after_span", seeing) == [
         {"blind_after_span": True},
         None,
@@ -240,8 +240,10 @@ def test_ablated_decoding_differs_in_what_the_ablation_says_only(name):
     latent positions is the given table, in turn."""
     e, rows = evaluator(), prompts()
     own = e.greedy(rows)
-    visual = [e.visual(prompt.images) for prompt in rows]
-    changes = make_changes(name, AblationInputs(rows, own, visual, e.loaded.config, 0, e.with_swapped_images(rows)))
+    with e.encoded_once(rows) as visual:
+        ideal = [visual_MH[list(prompt.roi)] for prompt, visual_MH in zip(rows, visual, strict=True)]
+        swapped = e.greedy(with_partners_images(rows))
+    changes = make_changes(name, AblationInputs(rows, own, ideal, e.loaded.config, 0, swapped))
     ablated = e.greedy(rows, changes)
     assert sum(change is not None for change in changes) >= (1 if name == "noise@span1" else 4)
     moved = 0
@@ -294,8 +296,9 @@ def test_visual_is_what_the_model_puts_at_its_placeholders():
         e.loaded.model(input_ids=prompt.prompt_ids[None], **images)
     hook.remove()
     is_image = prompt.prompt_ids == e.adapter.image_token_id
-    torch.testing.assert_close(e.visual(prompt.images), seen[0][0, is_image], rtol=0, atol=1e-6)
-    assert e.visual(None) is None
+    with e.encoded_once([*prompts(with_images=False)[:1], prompt]) as visual:
+        torch.testing.assert_close(visual[1], seen[0][0, is_image], rtol=0, atol=1e-6)
+        assert visual[0] is None
 
 
 @pytest.mark.parametrize(("visibility", "steps", "leaks"), [("latents_only", 1, False), ("full", 1, True)])

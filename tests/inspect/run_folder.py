@@ -12,15 +12,21 @@ from safetensors.torch import save_file
 from grpo_latent.data import digits
 from grpo_latent.data.rows import write_verl_parquet
 from grpo_latent.eval.dumps import read_dump
+from grpo_latent.eval.journal import Part
+from grpo_latent.eval.prompts import EvalPrompt
+from grpo_latent.eval.report import Findings, VerdictSettings, build_report
+from grpo_latent.eval.scoring import Outcome
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import save_latent_model
 from grpo_latent.models.prompts import encode_prompt
 from grpo_latent.models.replay import collate, replay
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
-from grpo_latent.trajectory import PositionKind
+from grpo_latent.trajectory import PositionKind, Trajectory
 
 XSS = '<script>window.hacked = true</script><img src=x onerror="window.hacked = true"></script><!--'
 G = 4
+_KINDS = torch.tensor([PositionKind.START, PositionKind.LATENT, PositionKind.FORCED, PositionKind.TEXT])
+LATENT = Trajectory(torch.ones(1).long(), _KINDS, _KINDS, torch.ones(1, 4), torch.zeros(4), torch.zeros(4), "eos")
 
 
 def make_run(folder: Path, num_groups: int = 3, steps=(1, 2), steps_a_span: int = 3, xss: bool = False) -> Path:
@@ -125,15 +131,23 @@ def write_metrics(path: Path, steps: int, offset: float = 0.0) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def write_evaluation(path: Path, paired: bool = True) -> None:
-    own = [1] * 95 + [0] * 5
-    outcomes = {"own": own, "shuffle": [1] * 10 + [0] * 90, "noise": [1] * 94 + [0] * 6}
-    report = {
-        "num_prompts": 100,
-        "greedy": {"accuracy": 0.95},
-        "ablations": {n: sum(v) / 100 for n, v in outcomes.items()} | {"oracle": None},
+def write_evaluation(path: Path, num_right: int = 95) -> None:
+    """A report of `grpo_latent.evaluate` made of outcomes: shuffle takes everything, noise nothing."""
+    own = [1.0] * num_right + [0.0] * (100 - num_right)
+    outcomes = {
+        "own": own,
+        "shuffle": [1.0] * 10 + [0.0] * 90,
+        "noise": [1.0] * (num_right - 1) + [0.0] * (101 - num_right),
     }
-    path.write_text(json.dumps(report | ({"outcomes": outcomes} if paired else {})))
+    prompts = [EvalPrompt(torch.ones(1), None, "digits", "7", "", str(i)) for i in range(100)]
+    findings = Findings(prompts, VerdictSettings(chance=0.1), leak=0.0)
+    for name, values in outcomes.items():
+        parts = [Part([[Outcome(value, value)] for value in values], 100, 1.0)]
+        if name == "own":
+            findings.add_own([LATENT] * 100, parts)
+        else:
+            findings.add_ablation(name, parts, [True] * 100)
+    path.write_text(json.dumps(build_report(findings) | {"checkpoint": "here", "seconds": 1.0}))
 
 
 def repeat_dump(folder: Path, times: int) -> int:

@@ -39,6 +39,7 @@ def pages(tmp_path_factory):
     plain = run_folder.make_run(root / "lvr_s0")
     hostile = run_folder.make_run(root / "lvr_s1", xss=True)
     run_folder.write_metrics(hostile / "metrics.jsonl", steps=20, offset=0.2)
+    run_folder.write_evaluation(hostile / "evaluation.json", num_right=85)
     assert main([str(plain)]) == 0
     assert main([str(hostile)]) == 0
     assert main([str(plain), str(hostile), "--out", str(root / "both.html")]) == 0
@@ -232,6 +233,31 @@ def test_the_policy_stops_inline_scripts(browser, pages):
     page.js("document.body.insertAdjacentHTML('beforeend', arguments[0])", run_folder.XSS)
     time.sleep(0.3)
     assert page.js("return window.hacked") is None
+
+
+def test_ablations_of_runs_are_overlaid_with_their_spread(browser, pages):
+    """lvr_s0 and lvr_s1 are one family: one chart with the mean of own accuracies .95 and .85 and their range."""
+    page = Page(browser, pages["both"])
+    page.js("document.getElementById('ablations').scrollIntoView()")
+    page.wait("return document.querySelectorAll('#ablation-charts .main-svg').length > 0")
+    assert page.js("return document.querySelectorAll('#ablation-charts .ablation').length") == 1
+    script = """const members = OVERVIEW.runs.flatMap((run) => run.ablations.map((report) => ({ run, report })));
+      return ablationTraces(members, ['own', 'shuffle'])"""
+    spread, dots = page.js(script)
+    assert spread["x"] == [pytest.approx(0.9), pytest.approx(0.1)]
+    assert [spread["error_x"][side][0] for side in ("array", "arrayminus")] == [pytest.approx(0.05)] * 2
+    assert dots["x"] == [0.95, 0.85, 0.1, 0.1]
+    cells = page.js("return [...document.querySelectorAll('#ablation-charts td')].map((cell) => cell.textContent)")
+    assert cells[:6] == ["own", "0.95", "0.85", "shuffle", "used (+0.85)", "used (+0.75)"]
+
+
+def test_the_verdict_stands_on_the_page(browser, pages):
+    page = Page(browser, pages["plain"])
+    cards = page.js("return document.getElementById('cards').textContent")
+    assert "latents areusedby ablation shuffle" in cards
+    page.js("document.getElementById('ablations').scrollIntoView()")
+    text = page.js("return document.getElementById('ablations').textContent")
+    assert "The latents are used: the gap is above 0" in text and "noise" in text
 
 
 def test_runs_are_overlaid_with_their_spread(browser, pages):

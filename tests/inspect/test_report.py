@@ -11,13 +11,13 @@ from torch.nn.functional import cosine_similarity
 
 from grpo_latent.errors import DataError
 from grpo_latent.eval.dumps import read_dump
+from grpo_latent.eval.geometry import geometry
 from grpo_latent.inspect.__main__ import main
 from grpo_latent.inspect.evaluation import ablation_rows
-from grpo_latent.inspect.geometry import geometry
 from grpo_latent.inspect.payload import flatten, thin
 from grpo_latent.inspect.probes import find_rows
 from grpo_latent.inspect.report import Limits, build_report, spread
-from grpo_latent.inspect.run import read_metrics, read_run
+from grpo_latent.inspect.run import label_runs, read_metrics, read_run
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.models.prompts import encode_prompt
@@ -174,30 +174,39 @@ def test_geometry_by_hand():
 
 
 def test_ablation_rows():
-    outcomes = {"own": [1] * 90 + [0] * 10, "shuffle": [0] * 90 + [1] * 10}
-    report = {"num_prompts": 100, "ablations": {"shuffle": 0.1, "own": 0.9, "oracle": None}, "outcomes": outcomes}
-    rows = ablation_rows("x", report)
-    assert [row["name"] for row in rows["rows"]] == ["own", "shuffle"] and rows["paired"]
-    assert rows["rows"][1]["verdict"] == "used" and "n = 100" in rows["rows"][1]["sentence"]
-    del report["outcomes"]
-    rows = ablation_rows("x", report)
-    assert not rows["paired"] and rows["rows"][1]["verdict"] == "used"
-    own = rows["rows"][0]
+    """Own first; intervals from outcomes, verdicts as the evaluation gave them; an old report without them has neither."""
+    outcomes = {"own": [1] * 90 + [0] * 10, "shuffle": [0] * 90 + [1] * 9 + [None]}
+    usage = {"shuffle": {"gap": 0.8, "gap_interval": [0.7, 0.9], "num_changed": 99, "verdict": "used", "sentence": "s"}}
+    report = {
+        "num_prompts": 100,
+        "ablations": {"shuffle": 0.1, "own": 0.9, "oracle": None},
+        "follow": 0.5,
+        "leak": None,
+    }
+    full = ablation_rows("x", report | {"outcomes": outcomes, "usage": usage, "chance": 0.1})
+    own, shuffle = full["rows"]
+    assert (own["name"], shuffle["name"], full["chance"]) == ("own", "shuffle", 0.1)
     assert own["low"] < 0.9 < own["high"] and own["high"] - own["low"] == pytest.approx(
         4 * math.sqrt(0.09 / 100), abs=0.03
     )
+    assert (shuffle["gap_low"], shuffle["gap_high"], shuffle["verdict"], shuffle["changed"]) == (0.7, 0.9, "used", 99)
+    assert [value for _, value in full["facts"]] == [0.5]
+    old = ablation_rows("x", report)["rows"][1]
+    assert old["accuracy"] == 0.1 and old["verdict"] is old["low"] is old["gap"] is None
 
 
-def test_without_outcomes_the_pairing_is_the_least_favourable():
-    """80 and 70 of 100 right: at most 20 + 30 prompts differ, so the gap of 0.1 has standard error sqrt(0.5 - 0.01) / 10."""
-    report = {"num_prompts": 100, "ablations": {"own": 0.8, "noise": 0.7, "oracle": 0.8}, "follow": 0.5, "leak": None}
-    found = ablation_rows("x", report)
-    noise = found["rows"][1]
-    assert noise["verdict"] == "undecided at this n" and "McNemar p = 0.2" in noise["sentence"]
-    low, high = (float(part) for part in noise["sentence"].split("[")[1].split("]")[0].split(","))
-    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(0.49) / 10, abs=0.02)
-    assert found["rows"][2]["verdict"] is None  # the oracle is no knock-out
-    assert [value for _, value in found["facts"]] == [0.5]
+def test_runs_of_one_family_differ_by_seed_only(tmp_path):
+    """Folders of one name are told apart by their parents; a config that differs beyond seeds and places: another family."""
+    runs = []
+    for name, rate in (("seed0", 1), ("seed1", 1), ("lower", 0.5)):
+        folder = tmp_path / name / "grpo"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(
+            f"latent: {{seed: {len(runs)}, output_dir: {folder}}}\noptim: {{lr: {rate}}}\n"
+        )
+        runs.append(read_run(folder))
+    assert label_runs(runs) == [("seed0/grpo", "grpo"), ("seed1/grpo", "grpo"), ("lower/grpo", "lower/grpo")]
+    assert label_runs(runs[:1]) == [("grpo", "grpo")]
 
 
 def test_an_evaluation_beside_the_run_is_found(folder, tmp_path):
@@ -244,3 +253,17 @@ def copy_without(folder, target, *names):
     copy = target / "copy"
     shutil.copytree(folder, copy, ignore=lambda _, entries: [entry for entry in entries if entry in names])
     return copy
+
+
+def test_wandb_gets_the_page_and_its_tables(folder, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert main([str(folder), "--out", str(tmp_path / "page.html"), "--wandb", "latents"]) == 0
+    (media,) = tmp_path.glob("wandb/offline-run-*/files/media")
+    (page,) = media.rglob("inspector*.html")
+    assert page.read_text() == (tmp_path / "page.html").read_text()
+    tables = {path.name.split("_")[0]: json.loads(path.read_text()) for path in media.rglob("*.table.json")}
+    assert len(tables["groups"]["data"]) == 6 and "disagreement" in tables["groups"]["columns"]
+    assert [row[2] for row in tables["ablations"]["data"]] == ["own", "shuffle", "noise"]

@@ -84,7 +84,7 @@ def write_run(out):
     ablations = {"own": 0.95, "zero": 0.1, "noise": 0.1, "shuffle": 0.12, "oracle": 0.97}
     for name, accuracy in (("sft", 0.4), ("grpo", 0.95)):
         report = {"greedy": {"accuracy": accuracy}, "sampled": {"accuracy": accuracy}, "ablations": ablations}
-        report |= {"follow": 0.9, "hit": 1.0, "leak": 0.0}
+        report |= {"verdict": {"sentence": "used: as shown"}, "follow": 0.9, "hit": 1.0, "leak": 0.0}
         (out / f"evaluation_{name}.json").write_text(json.dumps(report))
 
 

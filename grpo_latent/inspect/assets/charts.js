@@ -5,16 +5,21 @@ const CURVES = [
   [/^critic\/score\/mean$/, "Reward of sampled trajectories"],
   [/^val-core\/([^/]+)\/.*$/, "Held-out: $1"],
   [/^rewards\/([^/]+)\/mean$/, "Reward term: $1"],
-  [/^latent\/usage_gap\/(.+)$/, "Accuracy lost under ablation $1"],
+  [/^latent\/usage_gap\/(.+)$/, "Accuracy lost under ablation $1 (fixed set)"],
+  [/^latent\/usage_own_accuracy$/, "Accuracy on that fixed set", [0, 1.05]],
   [/^latent\/frac_rollouts$/, "Trajectories with a latent span", [0, 1.05]],
   [/^latent\/steps_mean$/, "Latent steps a trajectory"],
   [/^latent\/forced_end_frac$/, "Spans that were ended by force", [0, 1.05]],
-  [/^dump\/roi_hit$/, "Nearest patch lies in the box (alignment, not quality)", [0, 1.05]],
-  [/^dump\/latent_cosine_across_groups$/, "Cosine of latents across prompts (1: collapsed)", [-1.05, 1.05]],
-  [/^dump\/latent_cosine_within_group$/, "Cosine of latents within a group (1: no latent exploration)", [-1.05, 1.05]],
-  [/^dump\/latent_cosine_step_to_step$/, "Cosine of consecutive latent steps"],
-  [/^dump\/latent_effective_rank$/, "Effective rank of first latents"],
-  [/^latent\/norm_mean$/, "Norm of latents"],
+  [/^latent\/drift_cosine$/, "Cosine of latents to those of the start", [-1.05, 1.05]],
+  [/^latent\/drift_relative$/, "Distance of latents from the start, relative"],
+  [/^latent\/alignment_hit$/, "Nearest token is the box's (alignment, not quality)", [0, 1.05]],
+  [/^dump\/roi_hit$/, "Nearest patch lies in the box, dumped (alignment, not quality)", [0, 1.05]],
+  [/^(latent|dump)\/(latent_)?cosine_across_groups$/, "Cosine of latents across prompts (1: collapsed)", [-1.05, 1.05]],
+  [/^(latent|dump)\/(latent_)?cosine_within_group$/, "Cosine of latents within a group (1: no latent exploration)", [-1.05, 1.05]],
+  [/^(latent|dump)\/(latent_)?cosine_step_to_step$/, "Cosine of consecutive latent steps"],
+  [/^(latent|dump)\/(latent_)?effective_rank$/, "Effective rank of first latents"],
+  [/^(latent|dump)\/(latent_)?norm_mean$/, "Norm of latents"],
+  [/^latent\/grad_norm_ratio$/, "Gradient at latent inputs, relative to text inputs"],
   [/^latent\/replay_logp_gap_max$/, "Largest rollout–replay gap, nats"],
   [/^actor\/entropy(_loss)?$/, "Entropy, nats"],
   [/^actor\/(kl_loss|ppo_kl)$/, "KL"],
@@ -83,7 +88,12 @@ function setUpCurves() {
   const names = [...new Set(OVERVIEW.runs.flatMap((run) => Object.keys(run.metrics)))].sort();
   const shown = new Set();
   for (const [pattern, title, range] of CURVES) {
-    for (const name of names.filter((n) => pattern.test(n) && !shown.has(n))) { shown.add(name); addChart(name, name.replace(pattern, title), range); }
+    for (const name of names.filter((n) => pattern.test(n) && !shown.has(n))) {
+      // what training logged needs no second curve made from its dumps
+      if (name.startsWith("dump/latent_") && names.includes(name.replace("dump/latent_", "latent/"))) continue;
+      shown.add(name);
+      addChart(name, name.replace(pattern, title), range);
+    }
   }
   if (!names.length) byId("curves").append(el("p", { class: "hint" }, "No metrics.jsonl in the run."));
   for (const family of MANY_RUNS ? FAMILIES : []) {
@@ -101,38 +111,89 @@ function setUpCurves() {
   });
 }
 
+const VERDICT_TONES = { used: "good", "not used": "bad", "undecided at this n": "warn" };
+
+/** Reports of equal file name, one a run, stand in one chart; one run's reports in a chart each. */
 function setUpAblations() {
-  const box = byId("ablation-charts");
-  const reports = OVERVIEW.runs.flatMap((run) => run.ablations.map((report) => ({ run, report })));
-  if (!reports.length) {
+  const box = byId("ablation-charts"), byName = new Map();
+  for (const run of OVERVIEW.runs) for (const report of run.ablations) byName.set(report.name, [...(byName.get(report.name) || []), { run, report }]);
+  if (!byName.size) {
     box.append(el("p", { class: "hint" }, "No evaluation in the run's folder. `python -m grpo_latent.evaluate output=<run>/evaluation.json …` writes one."));
   }
-  for (const { run, report } of reports) {
-    const plot = el("div", { style: { height: `${90 + 30 * report.rows.length}px` } });
-    const words = el("div", {}, el("h3", {}, MANY_RUNS ? `${run.name}: ${report.name}` : report.name),
-      el("p", { class: "note" }, `${report.num_prompts ?? "?"} prompts. Intervals: 95 % bootstrap over prompts. ` +
-        (report.paired ? "Verdicts: paired." : "This file has no per-prompt outcomes: verdicts assume the pairing that is least favourable to them.")));
-    const facts = report.facts.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, num(value, 3))]);
-    for (const row of report.rows) {
-      if (row.sentence) words.append(el("p", { class: "verdict" }, el("b", {}, `${row.name}: `), row.sentence));
-    }
-    if (facts.length) words.append(el("dl", { class: "facts" }, ...facts));
-    box.append(el("div", { class: "ablation" }, plot, words));
-    whenSeen(plot, () => drawAblations(plot, report));
+  for (const [name, members] of byName) {
+    const names = [...new Set(members.flatMap(({ report }) => report.rows.map((row) => row.name)))];
+    const plot = el("div", { style: { height: `${90 + 30 * names.length}px` } });
+    box.append(el("h3", {}, name), ...(members.length === 1 ? bottomLine(members[0].report) : []),
+      el("div", { class: "ablation" }, plot, members.length === 1 ? verdictTable(members[0].report) : comparedVerdicts(members, names)));
+    whenSeen(plot, () => drawAblations(plot, members, names));
   }
 }
 
-function drawAblations(plot, report) {
-  const rows = [...report.rows].reverse(), own = report.rows.find((row) => row.name === "own");
-  const trace = {
-    type: "scatter", mode: "markers", y: rows.map((row) => escapeForPlotly(row.name)), x: rows.map((row) => row.accuracy),
-    marker: { size: 11, color: rows.map((row) => (row.name === "own" ? "#2458c5" : "#6b3fa0")) },
-    error_x: { type: "data", symmetric: false, thickness: 2, width: 5, color: "#667080",
-      array: rows.map((row) => (row.high ?? row.accuracy) - row.accuracy), arrayminus: rows.map((row) => row.accuracy - (row.low ?? row.accuracy)) },
-    hovertemplate: "%{y}: %{x:.3f}<extra></extra>",
+function bottomLine(report) {
+  const facts = report.facts.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, num(value, 3))]);
+  return [
+    report.verdict ? el("p", { class: "verdict" }, "The latents are ", el("b", { class: VERDICT_TONES[report.verdict.verdict] || "" }, report.verdict.sentence)) : null,
+    el("p", { class: "note" }, `${report.num_prompts ?? "?"} prompts, chance ${num(report.chance ?? 0, 2)}. Bars: 95 % bootstrap intervals over prompts. Gap: own minus ablated accuracy over the prompts that an ablation changes; ` +
+      "its interval and McNemar's test are those of all ablations together."),
+    facts.length ? el("dl", { class: "facts" }, ...facts) : null,
+  ].filter(Boolean);
+}
+
+const gapText = (row) => (row.gap == null ? "–" : row.gap_low == null ? signed(row.gap) : `${signed(row.gap)} [${signed(row.gap_low)}, ${signed(row.gap_high)}]`);
+
+function verdictTable(report) {
+  const head = el("tr", {}, ...["ablation", "changed", "gap", "verdict"].map((name) => el("th", { class: name === "changed" || name === "gap" ? "number" : "" }, name)));
+  const rows = report.rows.filter((row) => row.name !== "own").map((row) => el("tr", { title: row.sentence },
+    el("td", {}, row.name), el("td", { class: "number" }, num(row.changed)), el("td", { class: "number" }, gapText(row)),
+    el("td", { class: VERDICT_TONES[row.verdict] || "" }, row.verdict ? (row.about && row.about !== "the latents" ? `${row.about}: ${row.verdict}` : row.verdict) : "–")));
+  return el("table", { class: "verdicts" }, el("thead", {}, head), el("tbody", {}, ...rows));
+}
+
+/** A row an ablation, a column a run. */
+function comparedVerdicts(members, names) {
+  const cell = (report, name) => {
+    const row = report.rows.find((r) => r.name === name);
+    if (!row) return el("td", {}, "–");
+    if (name === "own") return el("td", {}, num(row.accuracy, 3));
+    return el("td", { class: VERDICT_TONES[row.verdict] || "", title: row.sentence }, row.verdict ? `${row.verdict} (${signed(row.gap)})` : num(row.accuracy, 3));
   };
-  const line = own ? [{ type: "line", x0: own.accuracy, x1: own.accuracy, yref: "paper", y0: 0, y1: 1, line: { color: "#2458c5", dash: "dot", width: 1 } }] : [];
-  drawPlot(plot, [trace], { ...layout(), height: 90 + 30 * rows.length, hovermode: "closest", shapes: line,
-    margin: { l: 110, r: 16, t: 6, b: 38 }, xaxis: { ...layout().xaxis, title: { text: "accuracy" }, range: [-0.02, 1.02] },
-    yaxis: { type: "category", range: [-0.6, rows.length - 0.4] } });
+  return el("table", { class: "verdicts" }, el("thead", {}, el("tr", {}, el("th", {}, "ablation"), ...members.map(({ run }) => el("th", {}, run.name)))),
+    el("tbody", {}, ...names.map((name) => el("tr", {}, el("td", {}, name), ...members.map(({ report }) => cell(report, name))))));
+}
+
+/** One run: accuracies with intervals. Several: a dot a run, and each family's mean with the range of its runs. */
+function ablationTraces(members, names) {
+  const families = FAMILIES.filter((family) => members.some(({ run }) => run.family === family));
+  const traces = [];
+  families.forEach((family, f) => {
+    const own = members.filter(({ run }) => run.family === family), color = members.length > 1 ? familyColor(family) : null;
+    const shift = families.length > 1 ? 0.5 * (f / (families.length - 1) - 0.5) : 0;
+    const found = names.map((name, i) => ({ name, y: names.length - 1 - i - shift, rows: own.map(({ run, report }) => ({ run, row: report.rows.find((r) => r.name === name) })).filter(({ row }) => row) }))
+      .filter(({ rows }) => rows.length);
+    const values = found.map(({ rows }) => rows.map(({ row }) => row.accuracy)), means = values.map((v) => v.reduce((a, b) => a + b, 0) / v.length);
+    const edge = (pick, side) => found.map(({ rows }, i) => (own.length > 1 ? pick(...values[i]) : rows[0].row[side] ?? means[i]));
+    const label = own.length > 1 ? `${family} (mean and range of ${own.length})` : own[0].run.name;
+    traces.push({ type: "scatter", mode: "markers", x: means, y: found.map(({ y }) => y), name: escapeForPlotly(label),
+      marker: { size: 11, color: color || found.map(({ name }) => (name === "own" ? "#2458c5" : "#6b3fa0")) },
+      error_x: { type: "data", symmetric: false, thickness: 2, width: 5, color: color || "#667080",
+        array: edge(Math.max, "high").map((high, i) => high - means[i]), arrayminus: edge(Math.min, "low").map((low, i) => means[i] - low) },
+      text: found.map(({ name }) => escapeForPlotly(name)), hovertemplate: "%{text}: %{x:.3f}<extra></extra>" });
+    if (own.length > 1) {
+      const dots = found.flatMap(({ name, y, rows }) => rows.map(({ run, row }) => ({ y, x: row.accuracy, text: `${name}, ${run.name}` })));
+      traces.push({ type: "scatter", mode: "markers", x: dots.map((d) => d.x), y: dots.map((d) => d.y), text: dots.map((d) => escapeForPlotly(d.text)), showlegend: false,
+        marker: { size: 5, color: "#fff", line: { color, width: 1.5 } }, hovertemplate: "%{text}: %{x:.3f}<extra></extra>" });
+    }
+  });
+  return traces;
+}
+
+function drawAblations(plot, members, names) {
+  const own = members[0].report.rows.find((row) => row.name === "own"), chance = members[0].report.chance;
+  const line = (x, color) => ({ type: "line", x0: x, x1: x, yref: "paper", y0: 0, y1: 1, line: { color, dash: "dot", width: 1 } });
+  const lines = [...(own && members.length === 1 ? [line(own.accuracy, "#2458c5")] : []), ...(chance ? [line(chance, "#8a93a0")] : [])];
+  const legend = new Set(members.map(({ run }) => run.family)).size > 1;
+  drawPlot(plot, ablationTraces(members, names), { ...layout(), height: 90 + 30 * names.length, hovermode: "closest", shapes: lines, showlegend: legend,
+    legend: { orientation: "h", y: 1.02, yanchor: "bottom" }, margin: { l: 150, r: 16, t: legend ? 30 : 6, b: 38 },
+    xaxis: { ...layout().xaxis, title: { text: chance ? "accuracy (dotted grey: chance)" : "accuracy" }, range: [-0.02, 1.02] },
+    yaxis: { ...layout().yaxis, tickvals: names.map((_, i) => i), ticktext: [...names].reverse().map(escapeForPlotly), range: [-0.6, names.length - 0.4] } });
 }

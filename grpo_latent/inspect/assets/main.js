@@ -19,11 +19,12 @@ function setUpCards() {
     if (rate != null) card("trajectories with latents", percent(rate), `${num(last(run.metrics["latent/steps_mean"]) ?? mean(groups.map((g) => g.steps)), 3)} latent steps each`, rate < 0.05 ? "bad" : "");
     const hits = groups.filter((g) => g.hit != null);
     if (hits.length) card("nearest patch in the box", percent(mean(hits.map((g) => g.hit))), `${hits.length} groups; alignment, not quality`);
-    const across = last(run.metrics["dump/latent_cosine_across_groups"]);
+    const across = last(run.metrics["latent/cosine_across_groups"] || run.metrics["dump/latent_cosine_across_groups"]);
     if (across != null) card("cosine across prompts", num(across, 3), across > 0.98 ? "latents have collapsed" : "1 would be collapse", across > 0.98 ? "bad" : "");
-    const verdicts = run.ablations.flatMap((report) => report.rows.filter((row) => row.verdict));
-    const strongest = verdicts.find((row) => row.name === "shuffle") || verdicts[0];
-    if (strongest) card("latents are", strongest.verdict, `by ablation ${strongest.name}`, strongest.verdict === "used" ? "good" : strongest.verdict === "not used" ? "bad" : "warn");
+    const verdict = run.ablations.map((report) => report.verdict).filter(Boolean).pop();
+    if (verdict) card("latents are", verdict.verdict, verdict.ablation ? `by ablation ${verdict.ablation}` : "there are none", VERDICT_TONES[verdict.verdict]);
+    const gap = last(run.metrics["latent/usage_gap/shuffle"]);
+    if (gap != null) card("accuracy lost under shuffle", signed(gap), "fixed set, last validation");
     card("dumped", `${num(run.num_trajectories)}`, `trajectories in ${run.num_groups} groups`);
   });
   if (!MANY_RUNS) {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-MAX_VECTORS = 256
+MAX_VECTORS = 256  # of the singular values
 
 
 def geometry(groups: Sequence[Sequence[Tensor]]) -> dict[str, float]:
@@ -18,18 +18,18 @@ def geometry(groups: Sequence[Sequence[Tensor]]) -> dict[str, float]:
         groups: for each group its trajectories' latents [N, H].
 
     Returns:
-        `norm_mean`; `cosine_step_to_step` between consecutive latents of a trajectory; `cosine_across_groups` between
-        the first latents of groups (1: collapsed, every prompt gets one latent); `cosine_within_group` between the first
+        `norm_mean`, `norm_std`; `cosine_step_to_step` between consecutive latents of a trajectory; `cosine_across_groups`
+        between first latents of groups (1: collapsed, every prompt gets one latent); `cosine_within_group` between the first
         latents of a group's trajectories (1: deterministic, the group explores text only); `effective_rank` of the
         first latents, exp of the entropy of the normalised singular values (Roy & Vetterli 2007). What cannot be
         computed is left out.
     """
     groups = [[latents.float() for latents in group if len(latents)] for group in groups]
-    groups = [group for group in groups if group][:MAX_VECTORS]
+    groups = [group for group in groups if group]
     if not groups:
         return {}
-    every_NH = torch.cat([latents for group in groups for latents in group])
-    result = {"norm_mean": float(every_NH.norm(dim=-1).mean())}
+    norms_N = torch.cat([latents for group in groups for latents in group]).norm(dim=-1)
+    result = {"norm_mean": float(norms_N.mean()), "norm_std": float(norms_N.std(correction=0))}
     consecutive = [
         (normalize(z[1:], dim=-1) * normalize(z[:-1], dim=-1)).sum(-1) for g in groups for z in g if len(z) > 1
     ]
@@ -41,14 +41,13 @@ def geometry(groups: Sequence[Sequence[Tensor]]) -> dict[str, float]:
     first_GH = torch.stack([group[0][0] for group in groups])
     if len(groups) > 1:
         result["cosine_across_groups"] = _mean_cosine(first_GH)
-        shares = torch.linalg.svdvals(normalize(first_GH, dim=-1))
+        shares = torch.linalg.svdvals(normalize(first_GH[:MAX_VECTORS], dim=-1))
         shares = shares / shares.sum()
         result["effective_rank"] = float(torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum()))
     return result
 
 
 def _mean_cosine(vectors_NH: Tensor) -> float:
-    """Mean cosine of the pairs of different rows."""
-    directions = normalize(vectors_NH, dim=-1)
-    cosines, num = directions @ directions.T, len(directions)
-    return float((cosines.sum() - cosines.diagonal().sum()) / (num * (num - 1)))
+    """Mean cosine of the pairs of different rows: (|sum of directions|² - sum of |direction|²) / (N (N - 1))."""
+    directions, num = normalize(vectors_NH.double(), dim=-1), len(vectors_NH)
+    return float((directions.sum(0).square().sum() - directions.square().sum()) / (num * (num - 1)))

@@ -1,0 +1,172 @@
+"""What an evaluation has done so far, on disk, so that an interrupted one goes on where it stopped.
+
+<output>.parts/settings.json               what the evaluation is of: another one refuses to go on from these parts
+<output>.parts/<phase>.<batch>.json         outcomes of one batch of prompts in one phase
+<output>.parts/<phase>.<batch>.safetensors  its trajectories, where later phases need them
+
+A part is written atomically once it is complete; the folder goes when the report has been written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from grpo_latent.errors import ConfigError, DataError
+from grpo_latent.eval.scoring import Outcome
+from grpo_latent.trajectory import Trajectory
+
+SETTINGS_FILE = "settings.json"
+_RAGGED = ("prompt_ids", "token_ids", "kinds", "rollout_log_probs", "sampling_log_probs", "selected_idx")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One batch of one phase.
+
+    Attributes:
+        outcomes: of each prompt's trajectories; empty for a prompt that the phase leaves as it is.
+        extra: a further number a prompt, or None (`follow` of `shuffle`).
+        num_tokens: positions that were decoded; `seconds`: wall time of it.
+        trajectories: the first one of each prompt, where later phases need it; None for prompts without.
+    """
+
+    outcomes: list[list[Outcome]]
+    num_tokens: int
+    seconds: float
+    extra: list[float | None] | None = None
+    trajectories: list[Trajectory | None] | None = None
+
+
+class Journal:
+    """Parts of one evaluation.
+
+    Args:
+        folder: None keeps nothing.
+        settings: all that the parts depend on, as JSON.
+
+    Raises:
+        ConfigError: the folder holds parts of another evaluation.
+    """
+
+    def __init__(self, folder: Path | None, settings: dict):
+        self.folder = folder
+        if folder is None:
+            return
+        path, text = folder / SETTINGS_FILE, json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        if path.is_file() and path.read_text() != text:
+            before = json.loads(path.read_text())
+            differing = sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
+            raise ConfigError(
+                "the unfinished evaluation here is another one",
+                where=str(folder),
+                got=f"other values of {differing}",
+                expected="the settings that it was begun with",
+                fix="Delete the folder to begin anew, or choose another output.",
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(path, text.encode())
+
+    def load(self, phase: str, batch_idx: int) -> Part | None:
+        """A finished part, or None.
+
+        Raises:
+            DataError: a part that cannot be read.
+        """
+        if self.folder is None or not self._path(phase, batch_idx, "json").is_file():
+            return None
+        path = self._path(phase, batch_idx, "json")
+        try:
+            values = json.loads(path.read_text())
+            values["outcomes"] = [[Outcome(*outcome) for outcome in group] for group in values["outcomes"]]
+            if values.pop("has_trajectories"):
+                path = self._path(phase, batch_idx, "safetensors")
+                values["trajectories"] = unpack(path.read_bytes())
+            return Part(**values)
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            raise DataError(
+                "not a readable part of an evaluation",
+                where=str(path),
+                got=f"{type(error).__name__}: {error}",
+                expected="a file of this program",
+                fix="Delete the file: the part is computed again.",
+            ) from error
+
+    def save(self, phase: str, batch_idx: int, part: Part) -> None:
+        if self.folder is None:
+            return
+        if part.trajectories is not None:
+            _write(self._path(phase, batch_idx, "safetensors"), pack(part.trajectories))
+        values = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.name != "trajectories"}
+        values["outcomes"] = [[dataclasses.astuple(outcome) for outcome in group] for group in part.outcomes]
+        values["has_trajectories"] = part.trajectories is not None
+        # last: a part counts once its JSON is there
+        _write(self._path(phase, batch_idx, "json"), json.dumps(values).encode())
+
+    def discard(self) -> None:
+        if self.folder is not None:
+            shutil.rmtree(self.folder)
+
+    def _path(self, phase: str, batch_idx: int, suffix: str) -> Path:
+        return self.folder / f"{re.sub(r'[^A-Za-z0-9_=.,@-]', '_', phase)}.{batch_idx:05d}.{suffix}"
+
+
+def _write(path: Path, content: bytes) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def pack(trajectories: Sequence[Trajectory | None]) -> bytes:
+    """Trajectories as one safetensors file: ragged fields end to end, with their lengths."""
+    present = [t for t in trajectories if t is not None]
+    tensors = {"present": torch.tensor([t is not None for t in trajectories])}
+    for name in _RAGGED if present else ():
+        rows = [getattr(t, name) for t in present]
+        tensors |= {name: torch.cat(rows), f"{name}.lengths": torch.tensor([len(row) for row in rows])}
+    if present:
+        tensors["latents"] = torch.cat([t.latents for t in present])
+        tensors["latents.lengths"] = torch.tensor([len(t.latents) for t in present])
+        tensors["stopped"] = torch.tensor([t.stop_reason == "eos" for t in present])
+        tensors["numbers"] = torch.tensor([[t.seed, t.policy_version] for t in present])
+    metadata = {"group_ids": json.dumps([t.group_id for t in present])}
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+
+
+def unpack(content: bytes) -> list[Trajectory | None]:
+    """Inverse of `pack`."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    group_ids, tensors = json.loads(header["__metadata__"]["group_ids"]), load(content)
+    columns = {
+        name: iter(tensors[name].split(tensors[f"{name}.lengths"].tolist()))
+        for name in (*_RAGGED, "latents")
+        if name in tensors
+    }
+    rows = iter(range(len(group_ids)))
+    trajectories: list[Trajectory | None] = []
+    for is_present in tensors["present"].tolist():
+        if not is_present:
+            trajectories.append(None)
+            continue
+        row = next(rows)
+        seed, policy_version = tensors["numbers"][row].tolist()
+        trajectories.append(
+            Trajectory(
+                **{name: next(column) for name, column in columns.items()},
+                stop_reason="eos" if tensors["stopped"][row] else "length",
+                group_id=group_ids[row],
+                seed=seed,
+                policy_version=policy_version,
+            )
+        )
+    return trajectories

@@ -1,0 +1,282 @@
+"""From outcomes to the report: intervals, pass@k, paired tests, and the verdict on the latents.
+
+Legend: P prompts, G trajectories of a prompt, A ablations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean, pstdev
+
+from grpo_latent.errors import ConfigError
+from grpo_latent.eval.ablations import BLIND, ORACLE, SHUFFLE, parse_name
+from grpo_latent.eval.decode import GREEDY, Decoding
+from grpo_latent.eval.geometry import geometry
+from grpo_latent.eval.graders import pair_accuracy
+from grpo_latent.eval.journal import Part
+from grpo_latent.eval.prompts import EvalPrompt
+from grpo_latent.eval.scoring import Outcome, accuracy
+from grpo_latent.eval.statistics import (
+    DEFAULT_MARGIN,
+    NOT_USED,
+    UNDECIDED,
+    Interval,
+    UsageVerdict,
+    bootstrap_interval,
+    pass_at_k,
+    usage_verdict,
+)
+from grpo_latent.trajectory import Trajectory
+
+OWN, LATENTS = "own", "the latents"
+SUBJECTS = {BLIND: "the image after the span", "no_span": "opening a span"}
+
+
+@dataclass(frozen=True)
+class VerdictSettings:
+    """When an ablation says that latents are used (`statistics.usage_verdict`).
+
+    Attributes:
+        margin: smallest loss of accuracy that counts as use.
+        level: of all intervals and tests of a report together (Bonferroni over its ablations).
+        chance: accuracy of guessing; a benchmark with options brings its own.
+        primary: the ablation whose verdict is the report's: `shuffle` by default, because zeros, noise and missing spans are
+            inputs that no model has seen, and a loss under them need not mean that the *content* is used.
+    """
+
+    margin: float = DEFAULT_MARGIN
+    level: float = 0.95
+    chance: float = 0.0
+    primary: str = SHUFFLE
+    num_resamples: int = 10_000
+
+    def __post_init__(self):
+        for name, holds in (
+            ("margin", 0 < self.margin < 1),
+            ("level", 0 < self.level < 1),
+            ("chance", 0 <= self.chance < 1),
+        ):
+            if not holds:
+                raise ConfigError("not usable", where=f"verdict.{name}", got=getattr(self, name), expected="in (0, 1)")
+        parse_name(self.primary)
+
+
+@dataclass
+class Findings:
+    """What the phases of an evaluation leave for its report."""
+
+    prompts: Sequence[EvalPrompt]
+    verdict: VerdictSettings
+    own: list[Trajectory] = field(default_factory=list)
+    hits: list[bool] = field(default_factory=list)
+    leak: float | None = None
+    decodings: dict[str, dict] = field(default_factory=dict)
+    outcomes: dict[str, list[float | None]] = field(default_factory=dict)
+    scores: list[float] = field(default_factory=list)
+    changed: dict[str, list[bool]] = field(default_factory=dict)
+    follow: list[float] = field(default_factory=list)
+
+    def add_own(self, own: list[Trajectory], parts: Sequence[Part]) -> None:
+        self.own = own
+        outcomes = [group[0] for part in parts for group in part.outcomes]
+        self.outcomes[OWN] = [outcome.correct for outcome in outcomes]
+        self.scores = [outcome.score for outcome in outcomes]
+        self.add_decoding(GREEDY, parts)
+
+    def add_decoding(self, decoding: Decoding, parts: Sequence[Part]) -> None:
+        groups = [group for part in parts for group in part.outcomes]
+        num_trajectories = max(1, sum(len(group) for group in groups))
+        self.decodings[decoding.name] = decoding_report(self.prompts, decoding, groups, self.verdict) | {
+            "tokens_per_question": sum(part.num_tokens for part in parts) / num_trajectories,
+            "seconds_per_question": sum(part.seconds for part in parts) / num_trajectories,
+        }
+
+    def add_ablation(self, name: str, parts: Sequence[Part], changed: list[bool]) -> None:
+        """Outcomes of prompts that the ablation leaves as they are: the own ones."""
+        groups = [group for part in parts for group in part.outcomes]
+        pairs = zip(groups, self.outcomes[OWN], strict=True)
+        self.outcomes[name] = [group[0].correct if group else own for group, own in pairs]
+        self.changed[name] = changed
+        self.follow += [value for part in parts for value in part.extra or [] if value is not None]
+
+
+def build_report(findings: Findings) -> dict:
+    """Everything but run time, checkpoint and data; see `grpo_latent.evaluate`."""
+    own = findings.outcomes[OWN]
+    tried = {name: sum(changed) for name, changed in findings.changed.items()}
+    greedy = findings.decodings[GREEDY.name]
+    sampled = findings.decodings.get("sampled")
+    further = {name: report for name, report in findings.decodings.items() if name not in (GREEDY.name, "sampled")}
+    usage = usage_report(findings)
+    return {
+        "num_prompts": len(findings.prompts),
+        "greedy": greedy | {"score": fmean(findings.scores)},
+        "sampled": sampled,
+        "decodings": further,
+        "latents": latent_statistics(findings.own),
+        "chance": chance(findings),
+        "ablations": {OWN: accuracy(own)}
+        | {name: accuracy(findings.outcomes[name]) if count else None for name, count in tried.items()},
+        "num_changed": tried,
+        "usage": usage,
+        "verdict": overall_verdict(findings, usage),
+        "follow": fmean(findings.follow) if findings.follow else None,
+        "hit": fmean(findings.hits) if findings.hits else None,
+        "leak": findings.leak,
+        "prompts": [
+            {"row_id": prompt.row_id, "where": prompt.where, "truth": str(prompt.ground_truth)}
+            for prompt in findings.prompts
+        ],
+        "outcomes": {name: values for name, values in findings.outcomes.items() if tried.get(name, 1)},
+    }
+
+
+def decoding_report(
+    prompts: Sequence[EvalPrompt], decoding: Decoding, groups: list[list[Outcome]], settings: VerdictSettings
+) -> dict:
+    """Accuracy with its interval over prompts, pass@k, and accuracy by trajectory index (each is a seed of its own)."""
+    correct_PG = [[outcome.correct for outcome in group] for group in groups]
+    means_P = [accuracy(values) for values in correct_PG]
+    report = {"accuracy": accuracy([value for values in correct_PG for value in values])}
+    report |= {"interval": _interval(_by_cluster(prompts, means_P), settings), "n": decoding.num_sampled or 1}
+    report |= _by_item(prompts, means_P, settings)
+    known = [values for values in correct_PG if None not in values]
+    if decoding.num_sampled and known and all(value in (0.0, 1.0) for values in known for value in values):
+        ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < decoding.num_sampled] + [decoding.num_sampled]
+        at_k = {k: [pass_at_k(len(values), int(sum(values)), k) for values in known] for k in ks}
+        report["pass_at_k"] = {
+            str(k): {"estimate": fmean(values), "interval": _interval(values, settings)} for k, values in at_k.items()
+        }
+    if decoding.num_sampled > 1:
+        by_seed = [accuracy([values[j] for values in correct_PG]) for j in range(decoding.num_sampled)]
+        spread = [value for value in by_seed if value is not None]
+        report |= {"accuracy_by_seed": by_seed, "seed_std": pstdev(spread) if spread else None}
+    return report
+
+
+def _interval(values: Sequence[float | None], settings: VerdictSettings) -> list[float] | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    interval = bootstrap_interval(known, level=settings.level, num_resamples=settings.num_resamples, bounds=None)
+    if min(known) >= 0 and max(known) <= 1:
+        interval = bootstrap_interval(known, level=settings.level, num_resamples=settings.num_resamples)
+    return [interval.low, interval.high]
+
+
+def _by_cluster(prompts: Sequence[EvalPrompt], values_P: Sequence[float | None]) -> list[float | None]:
+    """Means over what shares a question (MMVP's pairs, HRBench's rotations), where all clusters are of one size."""
+    clusters: dict[str, list[float | None]] = {}
+    for prompt, value in zip(prompts, values_P, strict=True):
+        clusters.setdefault(prompt.row_id if prompt.item is None else prompt.item.group_id, []).append(value)
+    is_even = len({len(values) for values in clusters.values()}) == 1 and None not in values_P
+    return [fmean(values) for values in clusters.values()] if is_even else list(values_P)
+
+
+def _by_item(prompts: Sequence[EvalPrompt], means_P: Sequence[float | None], settings: VerdictSettings) -> dict:
+    """A benchmark's own measures: pairs or groups that are right as a whole, and accuracy by category."""
+    items = [prompt.item for prompt in prompts]
+    if any(item is None for item in items):
+        return {}
+    report: dict = {}
+    groups: dict[str, list[float]] = {}
+    for item, value in zip(items, means_P, strict=True):
+        groups.setdefault(item.group_id, []).append(float(value or 0.0))
+    whole = [float(min(values) == 1.0) for values in groups.values()]
+    if items[0].benchmark == "mmvp":
+        report["pair_accuracy"] = pair_accuracy([float(value or 0) for value in means_P], [i.group_id for i in items])
+        report["pair_interval"] = _interval(whole, settings)
+    elif len(groups) < len(items):
+        report |= {"group_accuracy": fmean(whole), "group_interval": _interval(whole, settings)}
+    categories = sorted({item.category for item in items})
+    if len(categories) > 1:
+        report["by_category"] = {
+            category: accuracy([v for item, v in zip(items, means_P, strict=True) if item.category == category])
+            for category in categories
+        }
+    return report
+
+
+def chance(findings: Findings) -> float:
+    """Accuracy of guessing: the configured one, or the benchmark's."""
+    chances = [prompt.item.chance for prompt in findings.prompts if prompt.item is not None]
+    return fmean(chances) if any(chances) else findings.verdict.chance
+
+
+def usage_report(findings: Findings) -> dict[str, dict]:
+    """By ablation, over the prompts that it changed: accuracies, gap with interval, McNemar's test, verdict in words.
+
+    The oracle feeds better vectors, and no loss under it says nothing about use: it gets no verdict. `SUBJECTS` are the
+    ablations whose verdict is not about the latents.
+    """
+    settings, own_P = findings.verdict, findings.outcomes[OWN]
+    tested = [name for name, changed in findings.changed.items() if any(changed) and parse_name(name)[0] != ORACLE]
+    report: dict[str, dict] = {}
+    for name, changed in findings.changed.items():
+        rows = zip(own_P, findings.outcomes[name], changed, strict=True)
+        pairs = [(a, b) for a, b, is_changed in rows if is_changed and None not in (a, b)]
+        if not pairs:
+            report[name] = {"num_changed": sum(changed), "own": None, "ablated": None, "verdict": None}
+            continue
+        own, ablated = zip(*pairs, strict=True)
+        entry = {"num_changed": len(pairs), "own": fmean(own), "ablated": fmean(ablated), "verdict": None}
+        if name in tested:
+            verdict = usage_verdict(
+                own,
+                ablated,
+                ablation=name,
+                chance=chance(findings),
+                margin=settings.margin,
+                level=settings.level,
+                num_tests=len(tested),
+                num_resamples=settings.num_resamples,
+            )
+            entry |= {"about": SUBJECTS.get(name, LATENTS)} | _verdict_dict(verdict)
+        report[name] = entry
+    return report
+
+
+def _verdict_dict(verdict: UsageVerdict) -> dict:
+    return {
+        "verdict": verdict.verdict,
+        "sentence": verdict.sentence,
+        "gap": verdict.gap.estimate,
+        "gap_interval": _bounds(verdict.gap),
+        "p_value": verdict.p_value,
+        "mcnemar": None if verdict.mcnemar is None else asdict(verdict.mcnemar),
+    }
+
+
+def _bounds(interval: Interval) -> list[float]:
+    return [interval.low, interval.high]
+
+
+def overall_verdict(findings: Findings, usage: dict[str, dict]) -> dict:
+    """The primary ablation's verdict, or why there is none."""
+    primary = findings.verdict.primary
+    if not any(len(trajectory.latents) for trajectory in findings.own):
+        return {"verdict": NOT_USED, "ablation": None, "sentence": f"{NOT_USED}: no trajectory has latents"}
+    entry = usage.get(primary)
+    if entry is None or entry["verdict"] is None:
+        return {"verdict": UNDECIDED, "ablation": primary, "sentence": f"{UNDECIDED}: {primary} was not run"}
+    return {"verdict": entry["verdict"], "ablation": primary, "sentence": entry["sentence"]}
+
+
+def latent_statistics(trajectories: Sequence[Trajectory]) -> dict:
+    """How latents are used in form, over trajectories; None where there are none.
+
+    Norms are per latent step; cosines and effective rank as in `eval.geometry`, a prompt being a group.
+    """
+    steps = [len(t.latents) for t in trajectories]
+    shape = geometry([[trajectory.latents] for trajectory in trajectories])
+    names = ("norm_mean", "norm_std", "cosine_step_to_step", "cosine_across_groups", "effective_rank")
+    return {
+        "frac_rollouts": fmean(count > 0 for count in steps),
+        "spans_mean": fmean(len(t.spans) for t in trajectories),
+        "steps_mean": fmean(steps),
+        "steps_max": max(steps),
+        **{name: shape.get(name) for name in names},
+        "length_mean": fmean(len(t.token_ids) for t in trajectories),
+        "frac_stopped_by_length": fmean(t.stop_reason == "length" for t in trajectories),
+    }

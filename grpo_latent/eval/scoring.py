@@ -1,0 +1,82 @@
+"""Grades trajectories: by a run's reward functions, or by a benchmark's strict grader."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Protocol
+
+from grpo_latent.eval.prompts import EvalPrompt
+from grpo_latent.models.loading import LatentModel
+from grpo_latent.rewards.runner import RewardItem, RewardResult, RewardRunner
+from grpo_latent.rewards.view import RewardView, reward_view
+from grpo_latent.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`correct`: 0 to 1, None where the reward dropped the trajectory; `score`: the reward; `answer`: as graded."""
+
+    correct: float | None
+    score: float
+    answer: str | None = None
+
+
+class Scorer(Protocol):
+    """One outcome a trajectory, of the prompt at the same place."""
+
+    def __call__(self, prompts: Sequence[EvalPrompt], trajectories: Sequence[Trajectory]) -> list[Outcome]: ...
+
+
+class _Views:
+    def __init__(self, loaded: LatentModel):
+        self.eos_ids = frozenset(loaded.eos_ids)
+        self.decode = lambda ids: loaded.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def __call__(self, trajectory: Trajectory) -> RewardView:
+        return reward_view(trajectory, self.decode, self.eos_ids)
+
+
+class RewardScorer:
+    """As training scores: what the reward reports as `acc` or `accuracy` counts as correct, else its score."""
+
+    def __init__(self, runner: RewardRunner, loaded: LatentModel):
+        self.runner, self.view = runner, _Views(loaded)
+
+    def __call__(self, prompts: Sequence[EvalPrompt], trajectories: Sequence[Trajectory]) -> list[Outcome]:
+        items = []
+        for prompt, trajectory in zip(prompts, trajectories, strict=True):
+            view = self.view(trajectory)
+            extra_info = {**prompt.extra_info, "latent": view.latent}
+            items.append(
+                RewardItem(prompt.data_source, view.solution_str, prompt.ground_truth, extra_info, prompt.where)
+            )
+        return [as_outcome(result) for result in self.runner.score_many(items)]
+
+
+def as_outcome(result: RewardResult) -> Outcome:
+    if result.dropped:
+        return Outcome(None, result.score)
+    info = result.info()
+    return Outcome(float(info.get("acc", info["score"])), result.score)
+
+
+class GradeScorer:
+    """By the strict grader of each prompt's benchmark item."""
+
+    def __init__(self, loaded: LatentModel):
+        self.view = _Views(loaded)
+
+    def __call__(self, prompts: Sequence[EvalPrompt], trajectories: Sequence[Trajectory]) -> list[Outcome]:
+        outcomes = []
+        for prompt, trajectory in zip(prompts, trajectories, strict=True):
+            grade = prompt.item.grade(self.view(trajectory).solution_str)
+            outcomes.append(Outcome(float(grade.correct), float(grade.correct), grade.answer))
+        return outcomes
+
+
+def accuracy(outcomes: Sequence[float | None]) -> float | None:
+    """Mean of those that were not dropped; None where nothing is left."""
+    known = [value for value in outcomes if value is not None]
+    return fmean(known) if known else None

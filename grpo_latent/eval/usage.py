@@ -1,0 +1,190 @@
+"""Whether latents are used, measured again and again on a small fixed set while a model trains.
+
+fixed prompts ──greedy──▶ own ──┬─ ablations ──greedy──▶ usage_gap/<ablation>, verdict
+                                ├─ against the start of training ─▶ drift
+                                └─ against the boxes ─▶ alignment (not quality)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from grpo_latent.errors import DataError
+from grpo_latent.eval.ablations import (
+    IMAGE_SWAP,
+    AblationInputs,
+    make_changes,
+    nearest_token_hits,
+    parse_name,
+)
+from grpo_latent.eval.decode import Evaluator, with_partners_images
+from grpo_latent.eval.geometry import geometry
+from grpo_latent.eval.journal import pack, unpack
+from grpo_latent.eval.prompts import EvalPrompt
+from grpo_latent.eval.scoring import Scorer, accuracy
+from grpo_latent.eval.statistics import usage_verdict
+from grpo_latent.models.loading import LatentModel
+from grpo_latent.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class UsageSettings:
+    """Attributes:
+    num_prompts: of the fixed set; 0 measures nothing. Below about 75 "not used" cannot be shown at a margin of 0.05.
+    ablations: names of `eval.ablations.ABLATIONS`, or `name@part`; the first one decides about use.
+    margin, chance: see `statistics.usage_verdict`.
+    """
+
+    num_prompts: int = 128
+    ablations: tuple[str, ...] = ("shuffle", "zero")
+    margin: float = 0.05
+    chance: float = 0.0
+
+    def __post_init__(self):
+        for name in self.ablations:
+            parse_name(name)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One measurement. `verdict` and `sentence` are of the first ablation, empty where it changed no prompt."""
+
+    metrics: dict[str, float]
+    verdict: str = ""
+    sentence: str = ""
+
+
+class UsageProbe:
+    """Measures one model, whose weights may change in between, on prompts that do not.
+
+    Args:
+        reference: file that keeps the trajectories of the first measurement with `is_start`, over resumes.
+    """
+
+    def __init__(
+        self,
+        loaded: LatentModel,
+        prompts: Sequence[EvalPrompt],
+        scorer: Scorer,
+        settings: UsageSettings,
+        max_new_tokens: int,
+        reference: Path | None = None,
+        max_batch_rows: int = 512,
+    ):
+        self.prompts, self.scorer, self.settings, self.reference = prompts, scorer, settings, reference
+        self.evaluator = Evaluator(loaded, max_new_tokens, max_batch_rows=max_batch_rows)
+        self.config = loaded.config
+
+    def measure(self, is_start: bool = False) -> Usage:
+        """Metrics without a prefix; what cannot be measured is left out."""
+        prompts = list(self.prompts)
+        with self.evaluator.encoded_once(prompts) as visual:
+            own = self.evaluator.greedy(prompts)
+            ideal = [
+                None if visual_MH is None or not prompt.roi else visual_MH[list(prompt.roi)].cpu()
+                for prompt, visual_MH in zip(prompts, visual, strict=True)
+            ]
+            inputs = AblationInputs(prompts, own, ideal, self.config, swapped=self._swapped(prompts))
+            ablated = {name: self._ablated(name, inputs) for name in self.settings.ablations}
+            metrics = alignment(prompts, own, ideal, visual)
+        own_P = [outcome.correct for outcome in self.scorer(prompts, own)]
+        metrics["own_accuracy"] = accuracy(own_P) or 0.0
+        metrics |= {name: value for name, value in geometry([[t.latents] for t in own]).items() if "group" not in name}
+        metrics |= self._drift(own, is_start)
+        usage = Usage(metrics)
+        for name, trajectories in ablated.items():
+            changed = [i for i, trajectory in enumerate(trajectories) if trajectory is not None]
+            outcomes = self.scorer([prompts[i] for i in changed], [trajectories[i] for i in changed])
+            pairs = [(own_P[i], o.correct) for i, o in zip(changed, outcomes, strict=True)]
+            pairs = [pair for pair in pairs if None not in pair]
+            if not pairs:
+                continue
+            own_C, ablated_C = zip(*pairs, strict=True)
+            metrics[f"gap/{name}"] = fmean(own_C) - fmean(ablated_C)
+            if name == self.settings.ablations[0]:
+                options = dict(chance=self.settings.chance, margin=self.settings.margin, num_resamples=2000)
+                verdict = usage_verdict(own_C, ablated_C, ablation=name, **options)
+                usage = Usage(metrics, verdict.verdict, verdict.sentence)
+        return usage
+
+    def _swapped(self, prompts: list[EvalPrompt]) -> list[Trajectory | None]:
+        if not any(parse_name(name)[0] == IMAGE_SWAP for name in self.settings.ablations):
+            return [None] * len(prompts)
+        swapped = with_partners_images(prompts)
+        decoded = iter(self.evaluator.greedy([prompt for prompt in swapped if prompt is not None]))
+        return [None if prompt is None else next(decoded) for prompt in swapped]
+
+    def _ablated(self, name: str, inputs: AblationInputs) -> list[Trajectory | None]:
+        changes = make_changes(name, inputs)
+        changed = [i for i, change in enumerate(changes) if change is not None]
+        decoded = self.evaluator.greedy([inputs.prompts[i] for i in changed], [changes[i] for i in changed])
+        found = dict(zip(changed, decoded, strict=True))
+        return [found.get(i) for i in range(len(changes))]
+
+    def _drift(self, own: list[Trajectory], is_start: bool) -> dict[str, float]:
+        """How far the latents are from those of the start, prompt by prompt and step by step."""
+        if self.reference is None:
+            return {}
+        if is_start:
+            self.reference.parent.mkdir(parents=True, exist_ok=True)
+            self.reference.write_bytes(pack(own))
+        if not self.reference.is_file():
+            return {}
+        start = unpack(self.reference.read_bytes())
+        same = len(start) == len(own) and all(
+            torch.equal(a.prompt_ids, b.prompt_ids) for a, b in zip(start, own, strict=True)
+        )
+        if not same:
+            raise DataError(
+                "the latents of the start are of other prompts",
+                where=str(self.reference),
+                got=f"{len(start)} prompts",
+                expected=f"the first {len(own)} rows of data.val_files, as at the start",
+                fix="Delete the file; drift is then left out until a run starts anew.",
+            )
+        return drift(own, start)
+
+
+def drift(own: Sequence[Trajectory], start: Sequence[Trajectory]) -> dict[str, float]:
+    """`drift_cosine` and `drift_relative` = |z - z0| / |z0|, means over latent steps that both have; {} without any."""
+    pairs = [(a.latents[:n], b.latents[:n]) for a, b in zip(own, start, strict=True) for n in [common(a, b)] if n]
+    if not pairs:
+        return {}
+    now_NH, then_NH = (torch.cat(side) for side in zip(*pairs, strict=True))
+    relative_N = (now_NH - then_NH).norm(dim=-1) / then_NH.norm(dim=-1).clamp(min=1e-12)
+    return {
+        "drift_cosine": float(cosine_similarity(now_NH, then_NH, dim=-1).mean()),
+        "drift_relative": float(relative_N.mean()),
+    }
+
+
+def common(a: Trajectory, b: Trajectory) -> int:
+    """Latent steps that both trajectories have."""
+    return min(len(a.latents), len(b.latents))
+
+
+def alignment(
+    prompts: Sequence[EvalPrompt],
+    own: Sequence[Trajectory],
+    ideal: Sequence[Tensor | None],
+    visual: Sequence[Tensor | None],
+) -> dict[str, float]:
+    """`alignment_cosine` of latents and the boxes' image embeddings, and `alignment_hit`: how often the nearest visual token
+    is the box's. How well latents are aligned, which says nothing about their quality or use."""
+    cosines, hits = [], []
+    for prompt, trajectory, ideal_RH, visual_MH in zip(prompts, own, ideal, visual, strict=True):
+        if ideal_RH is None:
+            continue
+        num = min(len(ideal_RH), len(trajectory.latents))
+        cosines.append(cosine_similarity(trajectory.latents[:num], ideal_RH[:num], dim=-1))
+        hits += nearest_token_hits(trajectory, prompt.roi, visual_MH.cpu())
+    if not hits:
+        return {}
+    return {"alignment_cosine": float(torch.cat(cosines).mean()), "alignment_hit": fmean(hits)}

@@ -1,0 +1,95 @@
+"""The measurement that training repeats: gaps, verdict, drift, alignment against a recount; the reference over resumes."""
+
+import dataclasses
+
+import pytest
+import torch
+from latent_cases import build_case, case
+from torch.nn.functional import cosine_similarity
+
+from grpo_latent.errors import DataError
+from grpo_latent.eval.ablations import donors
+from grpo_latent.eval.decode import Evaluator
+from grpo_latent.eval.prompts import EvalPrompt
+from grpo_latent.eval.scoring import Outcome
+from grpo_latent.eval.usage import UsageProbe, UsageSettings, drift
+from grpo_latent.models.loading import LatentModel
+
+TEXTS = ("read red ?", "read blue ?", "? green", "read ? ?", "red", "blue ? read", "green", "? ?")
+NEW = 8
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    c = build_case("qwen2_5_vl")
+    return LatentModel(c.model, c.tokenizer, c.processor, c.config(steps=2), (c.eos_id,))
+
+
+@pytest.fixture(scope="module")
+def prompts(loaded):
+    """The truth of each is what the model says, so that own accuracy is 1."""
+    c, rows = case("qwen2_5_vl"), []
+    for index, text in enumerate(TEXTS):
+        images = c.images(1, seed=index)
+        rows.append(EvalPrompt(c.request(text, images).prompt_ids, images, "t", "", "", str(index), roi=(index % 6,)))
+    own = Evaluator(loaded, NEW).greedy(rows)
+    return [dataclasses.replace(p, ground_truth=tuple(t.text_ids)) for p, t in zip(rows, own, strict=True)]
+
+
+def scorer(prompts, trajectories):
+    right = [p.ground_truth == tuple(t.text_ids) for p, t in zip(prompts, trajectories, strict=True)]
+    return [Outcome(float(value), float(value)) for value in right]
+
+
+def test_a_measurement_against_a_recount(loaded, prompts, tmp_path):
+    settings = UsageSettings(num_prompts=8, ablations=("shuffle", "image_swap", "zero@span0"))
+    probe = UsageProbe(loaded, prompts, scorer, settings, NEW, tmp_path / "run" / "start.safetensors")
+    usage = probe.measure(is_start=True)
+    own = Evaluator(loaded, NEW).greedy(prompts)
+    assert usage.metrics["own_accuracy"] == 1.0
+    sources = donors([len(t.latents) for t in own], 0)
+    changed = [i for i, source in enumerate(sources) if source is not None]
+    shuffled = Evaluator(loaded, NEW).greedy(
+        [prompts[i] for i in changed], [{"latent_override": override(own[sources[i]].latents)} for i in changed]
+    )
+    gap = 1 - sum(o.correct for o in scorer([prompts[i] for i in changed], shuffled)) / len(changed)
+    assert usage.metrics["gap/shuffle"] == pytest.approx(gap) and usage.metrics["gap/shuffle"] > 0.2
+    assert "shuffle" in usage.sentence and f"n = {len(changed)}" in usage.sentence
+    assert {"gap/image_swap", "gap/zero@span0"} <= set(usage.metrics)
+    assert usage.metrics["drift_cosine"] == pytest.approx(1.0) and usage.metrics["drift_relative"] == 0.0
+    cosines = []
+    with Evaluator(loaded, NEW).encoded_once(prompts) as visual:
+        for prompt, trajectory, visual_MH in zip(prompts, own, visual, strict=True):
+            cosines += [float(cosine_similarity(z, visual_MH[prompt.roi[0]], dim=0)) for z in trajectory.latents[:1]]
+    assert usage.metrics["alignment_cosine"] == pytest.approx(sum(cosines) / len(cosines), abs=1e-5)
+    assert 0 <= usage.metrics["alignment_hit"] <= 1
+
+
+def override(vectors):
+    from grpo_latent.rollout.protocol import LatentOverride
+
+    return LatentOverride(vectors)
+
+
+def test_drift_is_from_the_start_over_resumes(loaded, prompts, tmp_path):
+    """Another process finds the start's latents in the file; a moved head moves them; other prompts are refused."""
+    settings, path = UsageSettings(ablations=("zero",)), tmp_path / "start.safetensors"
+    UsageProbe(loaded, prompts, scorer, settings, NEW, path).measure(is_start=True)
+    c = build_case("qwen2_5_vl")
+    with torch.no_grad():
+        c.model.model.language_model.norm.weight.mul_(1.5)
+    moved = LatentModel(c.model, c.tokenizer, c.processor, loaded.config, loaded.eos_ids)
+    metrics = UsageProbe(moved, prompts, scorer, settings, NEW, path).measure().metrics
+    assert metrics["drift_relative"] > 0.2 and metrics["drift_cosine"] < 1.0
+    with pytest.raises(DataError, match="start.safetensors.*other prompts"):
+        UsageProbe(loaded, prompts[:3], scorer, settings, NEW, path).measure()
+    nothing = UsageProbe(loaded, prompts, scorer, settings, NEW, tmp_path / "none").measure().metrics
+    assert not [name for name in nothing if "drift" in name], "a run that has lost its start has no drift"
+
+
+def test_drift_by_hand(loaded, prompts):
+    own = [t for t in Evaluator(loaded, NEW).greedy(prompts) if len(t.latents) >= 2][:2]
+    doubled = [dataclasses.replace(t, latents=2 * t.latents) for t in own]
+    assert drift(doubled, own) == {"drift_cosine": pytest.approx(1.0), "drift_relative": pytest.approx(1.0)}
+    turned = [dataclasses.replace(t, latents=-t.latents) for t in own]
+    assert drift(turned, own) == {"drift_cosine": pytest.approx(-1.0), "drift_relative": pytest.approx(2.0)}
