@@ -248,7 +248,7 @@ def test_ablations_of_runs_are_overlaid_with_their_spread(browser, pages):
     assert [spread["error_x"][side][0] for side in ("array", "arrayminus")] == [pytest.approx(0.05)] * 2
     assert dots["x"] == [0.95, 0.85, 0.1, 0.1]
     cells = page.js("return [...document.querySelectorAll('#ablation-charts td')].map((cell) => cell.textContent)")
-    assert cells[:6] == ["own", "0.95", "0.85", "shuffle", "used (+0.85)", "used (+0.75)"]
+    assert cells[:6] == ["own", "0.950", "0.850", "shuffle", "used (+0.850)", "used (+0.750)"]
 
 
 def test_the_verdict_stands_on_the_page(browser, pages):

@@ -139,13 +139,15 @@ function bottomLine(report) {
   ].filter(Boolean);
 }
 
-const gapText = (row) => (row.gap == null ? "–" : row.gap_low == null ? signed(row.gap) : `${signed(row.gap)} [${signed(row.gap_low)}, ${signed(row.gap_high)}]`);
+const points = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`;
+const gapText = (row) => (row.gap == null ? "–" : row.gap_low == null ? points(row.gap) : `${points(row.gap)} [${points(row.gap_low)}, ${points(row.gap_high)}]`);
+const verdictText = (row) => (row.about && row.about !== "the latents" ? `${row.about}: ${row.verdict}` : row.verdict);
 
 function verdictTable(report) {
   const head = el("tr", {}, ...["ablation", "changed", "gap", "verdict"].map((name) => el("th", { class: name === "changed" || name === "gap" ? "number" : "" }, name)));
   const rows = report.rows.filter((row) => row.name !== "own").map((row) => el("tr", { title: row.sentence },
     el("td", {}, row.name), el("td", { class: "number" }, num(row.changed)), el("td", { class: "number" }, gapText(row)),
-    el("td", { class: VERDICT_TONES[row.verdict] || "" }, row.verdict ? (row.about && row.about !== "the latents" ? `${row.about}: ${row.verdict}` : row.verdict) : "–")));
+    el("td", { class: VERDICT_TONES[row.verdict] || "" }, row.verdict ? verdictText(row) : "–")));
   return el("table", { class: "verdicts" }, el("thead", {}, head), el("tbody", {}, ...rows));
 }
 
@@ -154,8 +156,8 @@ function comparedVerdicts(members, names) {
   const cell = (report, name) => {
     const row = report.rows.find((r) => r.name === name);
     if (!row) return el("td", {}, "–");
-    if (name === "own") return el("td", {}, num(row.accuracy, 3));
-    return el("td", { class: VERDICT_TONES[row.verdict] || "", title: row.sentence }, row.verdict ? `${row.verdict} (${signed(row.gap)})` : num(row.accuracy, 3));
+    if (name === "own") return el("td", {}, row.accuracy.toFixed(3));
+    return el("td", { class: VERDICT_TONES[row.verdict] || "", title: row.sentence }, row.verdict ? `${verdictText(row)} (${points(row.gap)})` : num(row.accuracy, 3));
   };
   return el("table", { class: "verdicts" }, el("thead", {}, el("tr", {}, el("th", {}, "ablation"), ...members.map(({ run }) => el("th", {}, run.name)))),
     el("tbody", {}, ...names.map((name) => el("tr", {}, el("td", {}, name), ...members.map(({ report }) => cell(report, name))))));
