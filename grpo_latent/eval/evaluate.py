@@ -119,16 +119,17 @@ class Evaluation:
         """All results as one JSON-ready dict; see `grpo_latent.evaluate` for its keys."""
         started, settings = time.monotonic(), self.settings
         findings = Findings(self.prompts, settings.verdict)
-        own, ideal = self._own(findings)
-        for decoding in ([settings.sampled] if settings.num_sampled else []) + list(settings.decodings):
-            parts = [self._decoded(decoding, index) for index in range(len(self.batches))]
-            findings.add_decoding(decoding, parts)
+        own, ideal = self._decode_all(findings)
         inputs = AblationInputs(self.prompts, own, ideal, self.config, settings.seed, self._swapped())
+        changes = {name: make_changes(name, inputs) for name in settings.ablations}
+        sources = donors([len(t.latents) for t in own], settings.seed)
+        parts: dict[str, list[Part]] = {name: [] for name in settings.ablations}
+        for batch_idx, batch in enumerate(self.batches):
+            with self._encoded_once(batch, settings.ablations, batch_idx):
+                for name in settings.ablations:
+                    parts[name].append(self._ablated(name, changes[name], sources, batch_idx))
         for name in settings.ablations:
-            changes = make_changes(name, inputs)
-            sources = donors([len(t.latents) for t in own], settings.seed) if name == SHUFFLE else None
-            parts = [self._ablated(name, changes, sources, index) for index in range(len(self.batches))]
-            findings.add_ablation(name, parts, [change is not None for change in changes])
+            findings.add_ablation(name, parts[name], [change is not None for change in changes[name]])
         if settings.leak_prompts:
             adapter, visibility = self.evaluator.adapter, self.config.visibility
             findings.leak = leak(adapter, self.prompts, own, visibility, settings.leak_prompts)
@@ -142,43 +143,54 @@ class Evaluation:
         self.progress(phase, len(part.outcomes))
         return part
 
+    def _encoded_once(self, batch: slice, phases: Sequence[str], batch_idx: int):
+        """The images of a batch, encoded for some phases; not where all of them are done."""
+        if all(self.journal.has(phase, batch_idx) for phase in phases):
+            return nullcontext()
+        return self.evaluator.encoded_once(self.prompts[batch])
+
     def _scored(self, prompts: Sequence[EvalPrompt], groups: Sequence[Sequence[Trajectory]]) -> list[list[Outcome]]:
         rows = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
         outcomes = iter(self.scorer(rows, [trajectory for group in groups for trajectory in group]))
         return [[next(outcomes) for _ in group] for group in groups]
 
-    def _decoded(self, decoding: Decoding, batch_idx: int, keep: bool = False) -> Part:
-        """`keep`: with its trajectories, and inside a block that has encoded the images."""
-        prompts = self.prompts[self.batches[batch_idx]]
-
-        def make() -> Part:
-            with nullcontext() if keep else self.evaluator.encoded_once(prompts):
-                started = time.perf_counter()
-                groups = self.evaluator.generate(prompts, decoding)
-                seconds = time.perf_counter() - started
-            num_tokens = sum(len(trajectory.token_ids) for group in groups for trajectory in group)
-            first = [group[0] for group in groups] if keep else None
-            return Part(self._scored(prompts, groups), num_tokens, seconds, trajectories=first)
-
-        return self._part(OWN if decoding is GREEDY else decoding.name, batch_idx, make)
-
-    def _own(self, findings: Findings) -> tuple[list[Trajectory], list[Tensor | None]]:
-        """Greedy trajectories, and the image embeddings of each row's boxes."""
+    def _decode_all(self, findings: Findings) -> tuple[list[Trajectory], list[Tensor | None]]:
+        """All decodings; the greedy trajectories, and the image embeddings of each row's boxes."""
+        settings = self.settings
+        others = ([settings.sampled] if settings.num_sampled else []) + list(settings.decodings)
         own: list[Trajectory] = []
         ideal: list[Tensor | None] = []
-        parts = []
+        parts: dict[Decoding, list[Part]] = {decoding: [] for decoding in (GREEDY, *others)}
         for batch_idx, batch in enumerate(self.batches):
             prompts = self.prompts[batch]
             with self.evaluator.encoded_once(prompts) as visual:
-                parts.append(self._decoded(GREEDY, batch_idx, keep=True))
-            own += parts[-1].trajectories
-            for prompt, trajectory, visual_MH in zip(prompts, parts[-1].trajectories, visual, strict=True):
+                for decoding, done in parts.items():
+                    done.append(self._decoded(decoding, batch_idx))
+            kept = parts[GREEDY][-1].trajectories
+            own += kept
+            for prompt, trajectory, visual_MH in zip(prompts, kept, visual, strict=True):
                 has_boxes = visual_MH is not None and len(prompt.roi) > 0
                 ideal.append(visual_MH[list(prompt.roi)].cpu() if has_boxes else None)
                 if has_boxes:
                     findings.hits += nearest_token_hits(trajectory, prompt.roi, visual_MH.cpu())
-        findings.add_own(own, parts)
+        findings.add_own(own, parts[GREEDY])
+        for decoding in others:
+            findings.add_decoding(decoding, parts[decoding])
         return own, ideal
+
+    def _decoded(self, decoding: Decoding, batch_idx: int) -> Part:
+        """Keeps the trajectories of the plain greedy decoding, which ablations need."""
+        prompts = self.prompts[self.batches[batch_idx]]
+
+        def make() -> Part:
+            started = time.perf_counter()
+            groups = self.evaluator.generate(prompts, decoding)
+            seconds = time.perf_counter() - started
+            num_tokens = sum(len(trajectory.token_ids) for group in groups for trajectory in group)
+            first = [group[0] for group in groups] if decoding is GREEDY else None
+            return Part(self._scored(prompts, groups), num_tokens, seconds, trajectories=first)
+
+        return self._part(OWN if decoding is GREEDY else decoding.name, batch_idx, make)
 
     def _swapped(self) -> list[Trajectory | None]:
         """Greedy trajectories with the images of other prompts, where an ablation needs them."""
@@ -198,7 +210,7 @@ class Evaluation:
             trajectories += self._part(SWAPPED, batch_idx, make).trajectories
         return trajectories
 
-    def _ablated(self, name: str, changes: list, sources: list[int | None] | None, batch_idx: int) -> Part:
+    def _ablated(self, name: str, changes: list, sources: list[int | None], batch_idx: int) -> Part:
         batch = self.batches[batch_idx]
         prompts, changes = self.prompts[batch], changes[batch]
 
@@ -206,13 +218,12 @@ class Evaluation:
             changed = [i for i, change in enumerate(changes) if change is not None]
             rows = [prompts[i] for i in changed]
             started = time.perf_counter()
-            with self.evaluator.encoded_once(rows):
-                decoded = self.evaluator.greedy(rows, [changes[i] for i in changed])
+            decoded = self.evaluator.greedy(rows, [changes[i] for i in changed])
             seconds = time.perf_counter() - started
             outcomes: list[list[Outcome]] = [[] for _ in prompts]
             for i, outcome in zip(changed, self.scorer(rows, decoded), strict=True):
                 outcomes[i] = [outcome]
-            follow = self._follow(batch, changed, decoded, sources) if sources is not None else None
+            follow = self._follow(batch, changed, decoded, sources) if name == SHUFFLE else None
             return Part(outcomes, sum(len(t.token_ids) for t in decoded), seconds, follow)
 
         return self._part(name, batch_idx, make)

@@ -77,13 +77,16 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         _write(path, text.encode())
 
+    def has(self, phase: str, batch_idx: int) -> bool:
+        return self.folder is not None and self._path(phase, batch_idx, "json").is_file()
+
     def load(self, phase: str, batch_idx: int) -> Part | None:
         """A finished part, or None.
 
         Raises:
             DataError: a part that cannot be read.
         """
-        if self.folder is None or not self._path(phase, batch_idx, "json").is_file():
+        if not self.has(phase, batch_idx):
             return None
         path = self._path(phase, batch_idx, "json")
         try:
