@@ -43,7 +43,7 @@ function buildViewer() {
     el("div", { class: "filters" }, el("span", {}, "truth ", el("b", {}, summary.truth ?? "–")),
       chooser("colour steps by", STEP_COLORS, "stepColor", paintSteps), chooser("colour tokens by", TOKEN_COLORS, "tokenColor", paintTokens)),
     el("div", { class: "reading", id: "reading" }, "Choose a token for its log-probs, a latent step for what it looks at. ← → move along the latent steps."));
-  block.trajectories.forEach((trajectory, i) => list.append(trajectoryCard(trajectory, i)));
+  list.append(el("div", { class: "side-by-side" }, ...block.trajectories.map(trajectoryCard)));
   byId("viewer").replaceChildren(viewer);
   paintSteps();
   paintTokens();
