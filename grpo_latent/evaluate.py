@@ -47,6 +47,7 @@ from grpo_latent.eval.prompts import EvalPrompt, benchmark_prompts, read_prompts
 from grpo_latent.eval.report import VerdictSettings
 from grpo_latent.eval.scoring import GradeScorer, RewardScorer, Scorer
 from grpo_latent.eval.table import report_table
+from grpo_latent.latent.treatments import parse_treatment
 from grpo_latent.models.loading import LatentModel, load_latent_model
 from grpo_latent.rewards.functions import specs_from_config
 from grpo_latent.rewards.runner import RewardRunner
@@ -129,6 +130,7 @@ def read_settings(config: DictConfig) -> EvalSettings:
         seed=config.seed,
         prompts_per_batch=config.prompts_per_batch,
         verdict=VerdictSettings(**config.verdict),
+        treatment=parse_treatment(config.latent.treatment)[0],
     )
 
 

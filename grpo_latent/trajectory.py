@@ -60,7 +60,7 @@ class Trajectory:
         latents: float32 [N, H], the vectors as they were fed, in order of position.
         rollout_log_probs: float32 [T], nats; log-density of each sampled token under the *full* distribution at the
             sampling temperature, the one that a replay can recompute, hence the one that enters ratios; 0 where nothing
-            was sampled.
+            was sampled. At LATENT positions it is the latent log-density, where the RL treatment gives them one.
         sampling_log_probs: float32 [T], nats; the same under the distribution actually drawn from (after top-k, top-p
             and banned ids). Its gap to `rollout_log_probs` measures what truncation hides from the ratio.
         stop_reason: "eos" or "length".
@@ -68,6 +68,8 @@ class Trajectory:
         seed: the trajectory's sampling seed.
         policy_version: training step of the weights that acted.
         selected_idx: int64, one per SELECTED position, in order: which of the prompt's image positions, from 0.
+        latent_aux: float32 [M, A], one row per LATENT position, in order: what the RL treatment recorded beside the vector
+            (`latent.treatments`); A is 0 for most.
     """
 
     prompt_ids: Tensor
@@ -82,6 +84,7 @@ class Trajectory:
     policy_version: int = 0
     extra: dict = field(default_factory=dict)
     selected_idx: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    latent_aux: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
 
     def __post_init__(self):
         lengths = {
@@ -113,6 +116,14 @@ class Trajectory:
                 where=f"trajectory of group {self.group_id!r}",
                 got=f"selected_idx of shape {tuple(self.selected_idx.shape)}",
                 expected=f"[{num_selected}]",
+            )
+        num_own = num_latents - num_selected
+        if self.latent_aux.ndim != 2 or (self.latent_aux.shape[1] and self.latent_aux.shape[0] != num_own):
+            raise LatentMismatchError(
+                "recorded aux does not match the LATENT positions",
+                where=f"trajectory of group {self.group_id!r}",
+                got=f"latent_aux of shape {tuple(self.latent_aux.shape)}",
+                expected=f"[{num_own}, A]",
             )
 
     def __getstate__(self) -> dict:

@@ -99,13 +99,19 @@ def aggregate(values_BT: Tensor, response_mask_BT: Tensor, aggregation: str, den
     raise ConfigError("unknown loss aggregation", got=aggregation, expected=f"one of {AGGREGATIONS}")
 
 
-def kl_penalty(log_probs_BT: Tensor, ref_log_probs_BT: Tensor, response_mask_BT: Tensor, kind: str = "k3") -> Tensor:
+def kl_penalty(
+    log_probs_BT: Tensor,
+    ref_log_probs_BT: Tensor,
+    response_mask_BT: Tensor,
+    kind: str = "k3",
+    log_ratio_bound: float = LOG_RATIO_BOUND,
+) -> Tensor:
     """Per-token estimate of KL(policy || reference) at tokens that the policy sampled; 0 where it did not act.
 
     With d = ref - log_prob:  k1 = -d,  k2 = d² / 2,  k3 = e^d - d - 1.
 
     Source: J. Schulman, "Approximating KL divergence" (2020); LVR uses k3. verl's k3 clamps its value to 10, which also
-    cuts the gradient of exactly the tokens that have drifted furthest; here only the exponent is bounded (at 20).
+    cuts the gradient of exactly the tokens that have drifted furthest; here only the exponent is bounded.
 
     Args:
         log_probs_BT, ref_log_probs_BT: float, nats, same temperature and same latents.
@@ -120,7 +126,7 @@ def kl_penalty(log_probs_BT: Tensor, ref_log_probs_BT: Tensor, response_mask_BT:
     if kind == "k2":
         return 0.5 * d_BT.square()
     if kind == "k3":
-        d_BT = d_BT.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+        d_BT = d_BT.clamp(-log_ratio_bound, log_ratio_bound)
         return d_BT.exp() - d_BT - 1
     raise ConfigError("unknown KL estimate", got=kind, expected=f"one of {KL_KINDS}")
 
@@ -141,8 +147,9 @@ def policy_loss(
     kl_coef: float = 0.0,
     kl_kind: str = "k3",
     latent_mask_BT: Tensor | None = None,
+    log_ratio_bound: float = LOG_RATIO_BOUND,
 ) -> PolicyLoss:
-    """Clipped policy loss on text actions, with an optional KL penalty to a reference.
+    """Clipped policy loss on actions of one kind, text or latents, with an optional KL penalty to a reference.
 
         rho = exp(log_prob - old_log_prob)
         L   = max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high))       = -min(rho A, clip(rho) A)
@@ -158,6 +165,7 @@ def policy_loss(
         advantages: float [B] or [B, T].
         response_mask_BT: bool, True where the policy acted; False at latents, forced delimiters and padding.
         weights_BT: float, importance weights of the rollout, multiplied into L.
+        log_ratio_bound: log-ratios are clamped to ± this before exp.
         latent_mask_BT: bool; given only to assert that it is disjoint from `response_mask_BT`.
 
     Raises:
@@ -172,7 +180,7 @@ def policy_loss(
     # Masking comes before any arithmetic: masking a NaN afterwards would still send 0 · NaN backwards.
     advantages_BT = torch.where(mask_BT, advantages_BT.detach(), 0.0)
     log_ratio_BT = torch.where(mask_BT, log_probs_BT, 0.0) - torch.where(mask_BT, old_log_probs_BT.detach(), 0.0)
-    ratio_BT = log_ratio_BT.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+    ratio_BT = log_ratio_BT.clamp(-log_ratio_bound, log_ratio_bound).exp()
 
     losses_BT, was_clipped_BT, was_bounded_BT = _clipped(ratio_BT, advantages_BT, clip_low, clip_high, clip_ratio_c)
     if weights_BT is not None:
@@ -181,11 +189,12 @@ def policy_loss(
     pg = aggregate(losses_BT, mask_BT, aggregation, denominators)
     kl = torch.zeros_like(pg)
     if ref_log_probs_BT is not None:
-        kl = aggregate(kl_penalty(log_probs_BT, ref_log_probs_BT, mask_BT, kl_kind), mask_BT, aggregation, denominators)
+        kl_BT = kl_penalty(log_probs_BT, ref_log_probs_BT, mask_BT, kl_kind, log_ratio_bound)
+        kl = aggregate(kl_BT, mask_BT, aggregation, denominators)
     per_token = Denominators.of(mask_BT)
     clipfrac, clipfrac_lower, approx_kl = (
         aggregate(values_BT.detach().float(), mask_BT, "token_mean", per_token)
-        for values_BT in (was_clipped_BT, was_bounded_BT, -log_ratio_BT.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND))
+        for values_BT in (was_clipped_BT, was_bounded_BT, -log_ratio_BT.clamp(-log_ratio_bound, log_ratio_bound))
     )
     loss = pg + kl_coef * kl if kl_coef else pg
     return PolicyLoss(loss, pg.detach(), kl.detach(), clipfrac, clipfrac_lower, approx_kl)

@@ -12,6 +12,7 @@ from torch import Tensor
 from grpo_latent.errors import ConfigError
 from grpo_latent.eval.ablations import image_partners
 from grpo_latent.eval.prompts import EvalPrompt
+from grpo_latent.latent.treatments import Treatment
 from grpo_latent.models.adapter import ImageInputs
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.models.vision_cache import VisionCache
@@ -79,10 +80,18 @@ class Evaluator:
     Args:
         max_new_tokens: positions of a completion, latents included.
         seed: a trajectory's own seed is made of it, the prompt's `row_id` and the index in the group.
-        max_batch_rows: see `HFRolloutEngine`.
+        max_batch_rows, treatment: see `HFRolloutEngine`.
     """
 
-    def __init__(self, loaded: LatentModel, max_new_tokens: int, seed: int = 0, max_batch_rows: int = 512):
+    def __init__(
+        self,
+        loaded: LatentModel,
+        max_new_tokens: int,
+        seed: int = 0,
+        max_batch_rows: int = 512,
+        treatment: Treatment | None = None,
+    ):
+        self.treatment = treatment
         self.loaded, self.max_new_tokens, self.seed, self.max_batch_rows = loaded, max_new_tokens, seed, max_batch_rows
         self._engines: dict[tuple, HFRolloutEngine] = {}
         self.adapter = self.engine(GREEDY).adapter
@@ -96,7 +105,9 @@ class Evaluator:
         if decoding.latent not in self._engines:
             config = self.loaded.config.replace(**dict(decoding.latent))
             model, eos_ids = self.loaded.model, self.loaded.eos_ids
-            self._engines[decoding.latent] = HFRolloutEngine(model, config, eos_ids, max_batch_rows=self.max_batch_rows)
+            self._engines[decoding.latent] = HFRolloutEngine(
+                model, config, eos_ids, max_batch_rows=self.max_batch_rows, treatment=self.treatment
+            )
         return self._engines[decoding.latent]
 
     def generate(

@@ -36,6 +36,7 @@ from grpo_latent.eval.journal import Journal, Part
 from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.eval.report import Findings, VerdictSettings, build_report
 from grpo_latent.eval.scoring import Outcome, Scorer
+from grpo_latent.latent.treatments import Mask, Treatment
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.trajectory import Trajectory
 
@@ -52,6 +53,7 @@ class EvalSettings:
     ablations: names of `eval.ablations.ABLATIONS`, or `name@part`.
     leak_prompts: prompts of the leak test, 0 for none.
     prompts_per_batch: prompts decoded together, and kept encoded together.
+    treatment: what RL made of latents; greedy trajectories take its mode, sampled ones its noise.
     """
 
     max_new_tokens: int
@@ -65,6 +67,7 @@ class EvalSettings:
     seed: int = 0
     prompts_per_batch: int = 256
     verdict: VerdictSettings = field(default_factory=VerdictSettings)
+    treatment: Treatment = field(default_factory=Mask)
 
     def __post_init__(self):
         for name, minimum in (("leak_prompts", 0), ("prompts_per_batch", 1)):
@@ -108,7 +111,7 @@ class Evaluation:
         journal: Journal | None = None,
     ):
         self.prompts, self.scorer, self.settings, self.progress = prompts, scorer, settings, progress
-        self.evaluator = Evaluator(loaded, settings.max_new_tokens, settings.seed, max_batch_rows)
+        self.evaluator = Evaluator(loaded, settings.max_new_tokens, settings.seed, max_batch_rows, settings.treatment)
         self.config, self.journal = loaded.config, journal or Journal(None, {})
         size = settings.prompts_per_batch
         self.batches = [slice(start, start + size) for start in range(0, len(prompts), size)]
@@ -249,7 +252,7 @@ def fingerprint(loaded: LatentModel, prompts: Sequence[EvalPrompt], settings: Ev
         if prompt.images is not None:
             digest.update(prompt.images.pixel_values.float().numpy().tobytes())
     return {
-        "settings": json.loads(json.dumps(asdict(settings))),
+        "settings": json.loads(json.dumps(asdict(settings))) | {"treatment": repr(settings.treatment)},
         "latent_config": asdict(loaded.config),
         "prompts": digest.hexdigest(),
     }

@@ -9,16 +9,15 @@ z₀ are the current model's own latents as constants, so that all three have th
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from grpo_latent.errors import ConfigError
+from grpo_latent.latent.treatments import GRADIENTS
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.head import feedback
 from grpo_latent.models.replay import ReplayBatch, recompute_latents, replay_hidden, with_latents
+from grpo_latent.models.sources import latent_sources
 from grpo_latent.trajectory import PositionKind
-
-GRADIENTS = ("cut", "one_hop", "bptt")
 
 
 def own_latents(adapter: ModelAdapter, batch: ReplayBatch, visibility: str, gradient: str) -> Tensor:
@@ -35,18 +34,7 @@ def own_latents(adapter: ModelAdapter, batch: ReplayBatch, visibility: str, grad
         return latents_NH
     hidden_BTH = replay_hidden(adapter, with_latents(batch, latents_NH), visibility)
     own_N = (batch.kinds_BT == PositionKind.LATENT)[batch.latent_mask_BT]
-    rows, columns = latent_sources(batch)
+    rows, columns = latent_sources(batch.kinds_BT, batch.valid_BT)
     made_NH = latents_NH.clone()
     made_NH[own_N] = feedback(adapter.model, hidden_BTH[rows, columns])
     return made_NH
-
-
-def latent_sources(batch: ReplayBatch) -> tuple[Tensor, Tensor]:
-    """(rows, columns) of the hidden state that each LATENT position feeds, row-major: the last position before it that is
-    neither padding nor SELECTED."""
-    length = batch.kinds_BT.shape[1]
-    is_source_BT = (batch.kinds_BT != PositionKind.SELECTED) & batch.valid_BT
-    place_BT = torch.arange(length, device=is_source_BT.device).masked_fill(~is_source_BT, -1)
-    before_BT = torch.nn.functional.pad(place_BT.cummax(-1).values[:, :-1], (1, 0), value=-1)
-    is_own_BT = (batch.kinds_BT == PositionKind.LATENT) & batch.valid_BT
-    return is_own_BT.nonzero(as_tuple=True)[0], before_BT[is_own_BT]

@@ -36,6 +36,7 @@ class ReplayBatch:
         images: pixels of all rows in order, or None.
         selected_idx_M: int64, row-major over the SELECTED positions: which image position of its row, from 0; None where
             there are none.
+        latent_aux_MA: float32, row-major over the LATENT positions, as recorded; None where nothing was.
     """
 
     input_ids_BT: Tensor
@@ -44,6 +45,7 @@ class ReplayBatch:
     latents_NH: Tensor
     images: ImageInputs | None = None
     selected_idx_M: Tensor | None = None
+    latent_aux_MA: Tensor | None = None
 
     def __post_init__(self):
         num_latents = int(self.latent_mask_BT.sum())
@@ -114,6 +116,7 @@ def collate(
     if pixels is not None:
         pixels = ImageInputs(pixels.pixel_values.to(device), pixels.image_grid_thw.to(device))
     selected_idx_M = torch.cat([t.selected_idx for t in trajectories]).to(device)
+    aux = [t.latent_aux for t in trajectories if t.latent_aux.shape[1]]
     return ReplayBatch(
         input_ids_BT.to(device),
         kinds_BT.to(device),
@@ -121,6 +124,7 @@ def collate(
         latents_NH,
         pixels,
         selected_idx_M if selected_idx_M.numel() else None,
+        torch.cat(aux).to(device) if aux else None,
     )
 
 

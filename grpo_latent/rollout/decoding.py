@@ -15,13 +15,14 @@ from transformers.cache_utils import DynamicCache
 
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.latent.lvr import UNBOUNDED, SpanState
+from grpo_latent.latent.treatments import LatentSource, Treatment
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter
 from grpo_latent.models.head import end_vector, feedback
 from grpo_latent.models.kv_cache import RolloutCache
 from grpo_latent.models.visibility import attention_bias
 from grpo_latent.rollout.override import OverrideTable
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
-from grpo_latent.rollout.sampling import sample, uniforms
+from grpo_latent.rollout.sampling import latent_uniforms, sample, uniforms
 from grpo_latent.trajectory import PositionKind, Trajectory
 
 
@@ -68,8 +69,10 @@ class DecodingBatch:
         rules: TokenRules,
         requests: list[RolloutRequest],
         sampling: SamplingParams,
+        treatment: Treatment,
     ):
         self.adapter, self.config, self.rules, self.sampling = adapter, config, rules, sampling
+        self.treatment = treatment
         device = adapter.device
         group_sizes = torch.tensor([len(request.seeds) for request in requests])
         row_to_prompt_N = torch.repeat_interleave(torch.arange(len(requests)), group_sizes).to(device)
@@ -80,8 +83,8 @@ class DecodingBatch:
         self.cache = RolloutCache(cache, row_to_prompt_N, self.prompt_length + length)
         self.hidden_NH = hidden_BH[row_to_prompt_N]
         self.next_position_N = next_position_B[row_to_prompt_N]
-        seeds_N = np.array([seed for request in requests for seed in request.seeds], dtype=np.uint64)
-        self.uniforms_NT = uniforms(seeds_N[:, None], np.arange(length)).to(device)
+        self.seeds = np.array([seed for request in requests for seed in request.seeds], dtype=np.uint64)
+        self.uniforms_NT = uniforms(self.seeds[:, None], np.arange(length)).to(device)
         self.state = SpanState(config, *(counts_B[row_to_prompt_N] for counts_B in self._span_counts(requests, device)))
         self.override = OverrideTable(requests, row_to_prompt_N, adapter.hidden_size)
         blind_B = torch.tensor([request.blind_after_span for request in requests], device=device)
@@ -98,6 +101,7 @@ class DecodingBatch:
         self.stopped = torch.zeros(num_rows, dtype=torch.bool, device=device)
         self.latent_rows: list[Tensor] = []
         self.latents: list[Tensor] = []
+        self.aux: list[Tensor] = []
 
     def _padded_prompts(self, requests: list[RolloutRequest]) -> tuple[Tensor, Tensor, ImageInputs | None]:
         """Left-padded ids and validity [B, P] of the prompts, and all their images."""
@@ -160,7 +164,12 @@ class DecodingBatch:
         planned_N = self.state.plan(logits_NV).masked_fill(self.done_N, int(PositionKind.TEXT))
         token_ids_N, full_N, drawn_N = self._sample_text(position, planned_N, logits_NV)
         latent_rows_M = (planned_N == PositionKind.LATENT).nonzero()[:, 0]
-        latents_MH = self._latents(latent_rows_M) if latent_rows_M.numel() else None
+        latents_MH = None
+        if latent_rows_M.numel():
+            latents_MH, densities_M = self._latents(latent_rows_M, position)
+            if densities_M is not None:
+                full_N = full_N.index_copy(0, latent_rows_M, densities_M)
+                drawn_N = drawn_N.index_copy(0, latent_rows_M, densities_M)
         kinds_N = self._advance(planned_N, token_ids_N, latent_rows_M, latents_MH)
         self._record(position, kinds_N, token_ids_N, full_N, drawn_N)
         num_active = int((~self.done_N).sum())
@@ -195,16 +204,29 @@ class DecodingBatch:
         targets = zip((token_ids_N, zeros, zeros), picked, strict=True)
         return tuple(target.index_copy(0, rows_M, values) for target, values in targets)
 
-    def _latents(self, rows_M: Tensor) -> Tensor:
-        """Vectors [M, H] for the rows at a latent step."""
-        latents_MH = feedback(self.adapter.model, self.hidden_NH[rows_M])
+    def _latents(self, rows_M: Tensor, position: int) -> tuple[Tensor, Tensor | None]:
+        """Vectors [M, H] for the rows at a latent step, and their log-densities [M] where the treatment gives them."""
+        hidden_MH, greedy = self.hidden_NH[rows_M], self.sampling.temperature == 0
+        scale = 1.0 if greedy else self.sampling.temperature
+        source = LatentSource(
+            feedback(self.adapter.model, hidden_MH), lambda: self.adapter.logits(hidden_MH).float() / scale
+        )
+        num_uniforms = 0 if greedy else self.treatment.num_uniforms(hidden_MH.shape[1])
+        uniforms_MU = None
+        if num_uniforms:
+            seeds_M = self.seeds[self.rows_N[rows_M].cpu().numpy()]
+            uniforms_MU = latent_uniforms(seeds_M, position, num_uniforms).to(hidden_MH.device)
+        latents_MH, aux_MA = self.treatment.draw(source, uniforms_MU, self.adapter.embed)
         kinds_M1 = torch.full_like(rows_M, int(PositionKind.LATENT))[:, None]
         span_M = self.state.num_spans_N[rows_M] - 1
         used_M1 = torch.ones_like(kinds_M1, dtype=torch.bool)
         latents_MH = self.override.feed(rows_M, latents_MH[:, None], kinds_M1, used_M1, span_M)[:, 0]
         self.latent_rows.append(self.rows_N[rows_M])
         self.latents.append(latents_MH.float())
-        return latents_MH
+        if aux_MA is not None:
+            self.aux.append(aux_MA)
+        acts = self.treatment.is_action
+        return latents_MH, self.treatment.log_density(source, latents_MH, aux_MA) if acts else None
 
     def _advance(self, planned_N: Tensor, token_ids_N: Tensor, latent_rows_M: Tensor, latents_MH) -> Tensor:
         """Final kinds [N], after telling the span state what stands at this position."""
@@ -268,7 +290,8 @@ class DecodingBatch:
             "rollout_log_probs": self.full_log_probs.cpu(),
             "sampling_log_probs": self.drawn_log_probs.cpu(),
         }
-        latents_by_row = self._latents_by_row()
+        latents_by_row = self._by_row(self.latents, self.adapter.hidden_size)
+        aux_by_row = self._by_row(self.aux, self.treatment.aux_size)
         groups, row = [], 0
         for request in requests:
             prompt_ids, group = request.prompt_ids.cpu(), []
@@ -278,6 +301,7 @@ class DecodingBatch:
                     # copies, not views that would keep the whole batch alive
                     **{name: values[row, : lengths[row]].clone() for name, values in fields.items()},
                     latents=latents_by_row[row],
+                    latent_aux=aux_by_row[row],
                     stop_reason="eos" if stopped[row] else "length",
                     group_id=request.group_id,
                     seed=seed,
@@ -288,12 +312,12 @@ class DecodingBatch:
             groups.append(group)
         return groups
 
-    def _latents_by_row(self) -> list[Tensor]:
-        """[n, H] float32 for each row of the records; `Trajectory` checks their number against the kinds."""
+    def _by_row(self, values: list[Tensor], width: int) -> list[Tensor]:
+        """[n, width] float32 for each row of the records; `Trajectory` checks their number against the kinds."""
         num_rows = self.token_ids.shape[0]
-        if not self.latents:
-            return [torch.zeros(0, self.adapter.hidden_size) for _ in range(num_rows)]
+        if not values:
+            return [torch.zeros(0, width) for _ in range(num_rows)]
         rows_L = torch.cat(self.latent_rows).cpu()
-        latents_LH = torch.cat(self.latents).cpu()[rows_L.argsort(stable=True)]
+        values_LW = torch.cat(values).cpu()[rows_L.argsort(stable=True)]
         counts = torch.bincount(rows_L, minlength=num_rows).tolist()
-        return [rows.clone() for rows in latents_LH.split(counts)]
+        return [rows.clone() for rows in values_LW.split(counts)]

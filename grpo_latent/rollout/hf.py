@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from grpo_latent.errors import CheckpointError, ConfigError, RolloutError
 from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.treatments import Mask, Treatment
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.attention import folded_attention
 from grpo_latent.models.head import END_VECTOR_ATTRIBUTE
@@ -37,6 +38,7 @@ class HFRolloutEngine:
         banned_ids: tokens never sampled, besides the latent tokens other than `start` and the image placeholders (a
             sampled image placeholder would break the count of image features in every later forward).
         max_batch_rows: trajectories decoded together; a group is never split.
+        treatment: what RL makes of latents; it decides what is fed and recorded at them. None is `mask`.
     """
 
     def __init__(
@@ -46,10 +48,12 @@ class HFRolloutEngine:
         eos_ids: Iterable[int],
         banned_ids: Iterable[int] = (),
         max_batch_rows: int = 512,
+        treatment: Treatment | None = None,
     ):
         self.adapter = ModelAdapter(model, config.positions)
         self.model, self.config, self.max_batch_rows = model, config, max_batch_rows
-        self.policy_version = 0
+        self.policy_version, self.treatment = 0, treatment or Mask()
+        self.treatment.check(config)
         attention = self.adapter.text_config._attn_implementation
         if attention not in ("sdpa", "eager"):
             raise ConfigError(
@@ -148,7 +152,7 @@ class HFRolloutEngine:
 
     def _generate_chunk(self, requests: list[RolloutRequest], sampling: SamplingParams) -> list[list[Trajectory]]:
         batch_class = SlotDecodingBatch if self.config.trigger == "prompt_slots" else DecodingBatch
-        batch = batch_class(self.adapter, self.config, self._rules, requests, sampling)
+        batch = batch_class(self.adapter, self.config, self._rules, requests, sampling, self.treatment)
         # the prefill is over: transformers makes masks for implementations that it knows by name only, and encoded images
         # may outlive the rollout, which tensors of inference mode (5 % faster here) must not
         with folded_attention(self.adapter.text_config), torch.inference_mode():

@@ -16,6 +16,7 @@ from PIL import Image
 
 from grpo_latent.errors import CheckpointError, ConfigError, PreflightError
 from grpo_latent.latent.config import LATENT_CONFIG_FILE
+from grpo_latent.latent.treatments import Treatment
 from grpo_latent.models.loading import LatentModel, load_latent_model
 from grpo_latent.models.prompts import encode_prompt
 from grpo_latent.rollout.hf import HFRolloutEngine
@@ -76,6 +77,7 @@ def preflight(
     overrides: dict | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    treatment: Treatment | None = None,
 ) -> PreflightReport:
     """Checks a checkpoint; the folder is only read.
 
@@ -84,6 +86,7 @@ def preflight(
         min_emission_rate: least share of trajectories that must open a span.
         sampling: as RL will sample; by default temperature 1, 64 tokens.
         overrides: fields of `LatentConfig` that RL will replace.
+        treatment: of latents in RL; None is `mask`.
 
     Raises:
         CheckpointError: the folder lacks something, or disagrees with itself.
@@ -96,7 +99,7 @@ def preflight(
     trajectories: list[Trajectory] = []
     if prompts:
         sampling = sampling or SamplingParams(max_new_tokens=64)
-        trajectories = roll_out(loaded, prompts, sampling, trajectories_per_prompt, str(folder))
+        trajectories = roll_out(loaded, prompts, sampling, trajectories_per_prompt, str(folder), treatment)
     report = make_report(folder, loaded, trajectories)
     if report.emission_rate is not None and report.emission_rate < min_emission_rate:
         raise PreflightError(
@@ -163,6 +166,7 @@ def roll_out(
     sampling: SamplingParams,
     trajectories_per_prompt: int,
     where: str,
+    treatment: Treatment | None = None,
 ) -> list[Trajectory]:
     """Trajectories of engine `hf`, the same each time.
 
@@ -174,7 +178,7 @@ def roll_out(
         prompt = encode_prompt(loaded.tokenizer, loaded.processor, item.messages, item.images, item.where)
         seeds = [trajectory_seed(0, 0, prompt_idx, idx) for idx in range(trajectories_per_prompt)]
         requests.append(RolloutRequest(prompt.ids, seeds, prompt.images, group_id=item.where))
-    engine = HFRolloutEngine(loaded.model, loaded.config, loaded.eos_ids)
+    engine = HFRolloutEngine(loaded.model, loaded.config, loaded.eos_ids, treatment=treatment)
     trajectories = [item for group in engine.generate(requests, sampling) for item in group]
     broken = [item.group_id for item in trajectories if not bool(torch.isfinite(item.rollout_log_probs).all())]
     if broken:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_LATENT_STREAM = 1 << 40  # counters of latents begin here, far beyond those of text positions
 
 
 def trajectory_seed(run_seed: int, step: int, row_id: str | int, trajectory_idx: int) -> int:
@@ -30,6 +31,12 @@ def uniforms(seeds_N: np.ndarray, position: int | np.ndarray) -> Tensor:
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x ^= x >> np.uint64(31)
     return torch.from_numpy((x >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def latent_uniforms(seeds_M: np.ndarray, position: int, count: int) -> Tensor:
+    """float64 [M, count] in (0, 1): what a latent at `position` draws from, on a stream of its own."""
+    counters = _LATENT_STREAM + position * count + np.arange(count)
+    return uniforms(seeds_M[:, None], counters[None]) + 2.0**-54
 
 
 def truncate(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor:

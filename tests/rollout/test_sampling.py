@@ -7,13 +7,23 @@ import pytest
 import slow_reading
 import torch
 
-from grpo_latent.rollout.sampling import sample, trajectory_seed, truncate, uniforms
+from grpo_latent.rollout.sampling import latent_uniforms, sample, trajectory_seed, truncate, uniforms
 
 LOGITS = torch.tensor([[1.0, -0.5, 2.0, 0.3, -3.0, 1.0001, 0.0]])
 
 
 def draws(num_draws, position=0, first_seed=0):
     return uniforms(np.arange(first_seed, first_seed + num_draws, dtype=np.uint64), position)
+
+
+def test_latents_draw_from_a_stream_of_their_own():
+    """No number of one latent comes back at another position, at another seed, or at a text position."""
+    seeds = np.arange(3, dtype=np.uint64)
+    latents = [latent_uniforms(seeds, position, 5) for position in range(4)]
+    texts = [uniforms(seeds, position) for position in range(64)]
+    numbers = torch.cat([*(values.flatten() for values in latents), *texts])
+    assert len(numbers.unique()) == 4 * 3 * 5 + 64 * 3 and bool(((numbers > 0) & (numbers < 1)).all())
+    assert torch.equal(latent_uniforms(seeds[1:2], 2, 5), latents[2][1:2])
 
 
 def chi_square(counts, probs):

@@ -1,0 +1,128 @@
+"""Where latents come from: the hidden state at the position before each, in a forward of ours or of somebody else's.
+
+    position    …   t - 1        t
+    kind            START        LATENT
+    source          h_{t-1}  ──▶ z_t (its mean, its density)
+
+The latent off-by-one lives in `latent_sources` and nowhere else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from grpo_latent.errors import LatentMismatchError
+from grpo_latent.latent.treatments import LatentSource, Treatment
+from grpo_latent.models.adapter import ModelAdapter
+from grpo_latent.models.head import feedback
+from grpo_latent.models.replay import ReplayBatch
+from grpo_latent.trajectory import PositionKind, latent_mask
+
+
+def latent_sources(kinds_BT: Tensor, valid_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(rows, columns) of the hidden state that each LATENT position feeds, row-major: the last position before it that is
+    neither padding nor SELECTED.
+
+    Args:
+        valid_BT: bool, None where padding can only follow.
+    """
+    valid_BT = torch.ones_like(kinds_BT, dtype=torch.bool) if valid_BT is None else valid_BT
+    is_source_BT = (kinds_BT != PositionKind.SELECTED) & valid_BT
+    place_BT = torch.arange(kinds_BT.shape[1], device=kinds_BT.device).masked_fill(~is_source_BT, -1)
+    before_BT = torch.nn.functional.pad(place_BT.cummax(-1).values[:, :-1], (1, 0), value=-1)
+    is_own_BT = (kinds_BT == PositionKind.LATENT) & valid_BT
+    return is_own_BT.nonzero(as_tuple=True)[0], before_BT[is_own_BT]
+
+
+def own_latents_of(kinds_BT: Tensor, latents_NH: Tensor) -> Tensor:
+    """The rows of `latents_NH` (LATENT and SELECTED, row-major) that stand at LATENT positions."""
+    return latents_NH[(kinds_BT == PositionKind.LATENT)[latent_mask(kinds_BT)]]
+
+
+def latent_log_densities(
+    adapter: ModelAdapter, batch: ReplayBatch, hidden_BTH: Tensor, treatment: Treatment, temperature: float = 1.0
+) -> Tensor:
+    """float32 [B, T]: log-density of each recorded latent under this model, at its own position; 0 elsewhere.
+
+    Args:
+        hidden_BTH: of the same batch, by `replay_hidden`.
+        temperature: of the rollout.
+    """
+    rows, columns = latent_sources(batch.kinds_BT, batch.valid_BT)
+    hidden_MH = hidden_BTH[rows, columns]
+    source = LatentSource(feedback(adapter.model, hidden_MH), lambda: adapter.logits(hidden_MH) / temperature)
+    kinds_BT = batch.kinds_BT.masked_fill(~batch.valid_BT, int(PositionKind.PROMPT))
+    density_M = treatment.log_density(source, own_latents_of(kinds_BT, batch.latents_NH), batch.latent_aux_MA)
+    is_own_BT = kinds_BT == PositionKind.LATENT
+    return torch.zeros(is_own_BT.shape, dtype=density_M.dtype, device=density_M.device).masked_scatter(
+        is_own_BT, density_M
+    )
+
+
+class SourceTap:
+    """Takes the sources out of a forward that is not ours (verl's, under FSDP).
+
+    The head's parameters belong to the FSDP root, which has gathered them only within its forward. So the means are made
+    there, in front of `lm_head`, and are handed out as the model's `hidden_states`: FSDP registers its backward on every
+    output, so it gathers the parameters again whichever output's gradient arrives first.
+    """
+
+    _ATTRIBUTE = "_grpo_latent_source_tap"
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._where: tuple[Tensor, Tensor] | None = None
+        self._means_MH: Tensor | None = None
+        self._logits_MV: Tensor | None = None
+        self._wants_logits = self._is_sources_only = False
+
+    @classmethod
+    def install(cls, model: nn.Module) -> SourceTap:
+        """The model's tap; installs the hooks the first time, before any FSDP wrapping."""
+        tap = getattr(model, cls._ATTRIBUTE, None)
+        if tap is None:
+            tap = cls(model)
+            model.get_output_embeddings().register_forward_pre_hook(tap._before_logits)
+            model.register_forward_hook(tap._after_forward)
+            object.__setattr__(model, cls._ATTRIBUTE, tap)
+        return tap
+
+    def arm(self, rows_M: Tensor, columns_M: Tensor, wants_logits: bool = False, is_sources_only: bool = False) -> None:
+        """For the next forward.
+
+        Args:
+            wants_logits: keep the logits at the sources, too.
+            is_sources_only: the forward is run for its sources: logits are made of one column instead of all.
+        """
+        self._where, self._wants_logits, self._is_sources_only = (rows_M, columns_M), wants_logits, is_sources_only
+        self._means_MH = self._logits_MV = None
+
+    def take(self) -> tuple[Tensor, Tensor | None]:
+        """Means [M, H] and, if wanted, logits [M, V] of the forward since `arm`; disarms."""
+        means_MH, logits_MV = self._means_MH, self._logits_MV
+        self.disarm()
+        if means_MH is None:
+            raise LatentMismatchError(
+                "the forward made no logits", where="SourceTap", got="no call of lm_head", expected="one forward"
+            )
+        return means_MH, logits_MV
+
+    def disarm(self) -> None:
+        self._where = self._means_MH = self._logits_MV = None
+
+    def _before_logits(self, module: nn.Module, args: tuple) -> tuple | None:
+        if self._where is None:
+            return None
+        hidden_BTH = args[0]
+        rows_M, columns_M = self._where
+        self._means_MH = feedback(self._model, hidden_BTH[rows_M, columns_M])
+        return (hidden_BTH[:, -1:],) if self._is_sources_only else None
+
+    def _after_forward(self, module: nn.Module, args: tuple, output):
+        if self._where is None:
+            return None
+        if self._wants_logits:
+            self._logits_MV = output.logits[self._where]
+        output.hidden_states = (self._means_MH,) if self._logits_MV is None else (self._means_MH, self._logits_MV)
+        return output
