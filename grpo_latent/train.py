@@ -59,7 +59,8 @@ def train(config: DictConfig) -> None:
     from grpo_latent.verl_plugin.console import output_to_file  # after the environment: this imports verl
 
     with output_to_file(output_dir / LOG_FILE) as console:
-        check(config)
+        for note in check(config):
+            console.print(f"warning: {note}")
         OmegaConf.save(config, output_dir / CONFIG_FILE, resolve=True)
         console.print(f"output {output_dir}  log {LOG_FILE}")
         if config.trainer.device == "cpu":
@@ -98,8 +99,11 @@ def set_environment(config: DictConfig, output_dir: Path) -> None:
     os.environ.update(environment(config, output_dir))
 
 
-def check(config: DictConfig) -> None:
+def check(config: DictConfig) -> list[str]:
     """Everything that can be found out before any worker starts.
+
+    Returns:
+        what the user should know.
 
     Raises:
         ConfigError, DataError, CheckpointError.
@@ -121,11 +125,13 @@ def check(config: DictConfig) -> None:
 
         folder = config.actor_rollout_ref.model.path
         latent = options.latent_config(folder, AutoTokenizer.from_pretrained(folder))
+        options.treatment.check(latent)
         check_padding(latent.visibility, config.actor_rollout_ref.model.use_remove_padding)
     try:
         validate_config(config, need_reference_policy(config), need_critic(config))
     except (AssertionError, ValueError) as error:
         raise ConfigError("verl refuses the config", got=str(error), expected="see verl's message") from error
+    return options.treatment.notes()
 
 
 def _check_files(config: DictConfig) -> None:
@@ -155,6 +161,7 @@ def check_checkpoint(config: DictConfig):
     if settings.num_prompts == 0 or "://" in folder:
         return None
     from grpo_latent.data.rows import check_prompt, iter_verl_rows
+    from grpo_latent.latent.treatments import parse_treatment
     from grpo_latent.rollout.preflight import PreflightPrompt, preflight
     from grpo_latent.rollout.protocol import SamplingParams
     from grpo_latent.verl_plugin.options import CHECKPOINT_FIELDS
@@ -173,6 +180,7 @@ def check_checkpoint(config: DictConfig):
         overrides={name: config.latent[name] for name in CHECKPOINT_FIELDS if config.latent[name] is not None},
         dtype=parse_dtype(rollout.dtype),
         device=config.trainer.device,
+        treatment=parse_treatment(config.latent.treatment)[0],
     )
 
 

@@ -58,6 +58,8 @@ class LatentAgentLoopOutput(AgentLoopOutput):
     """int64 [L], or [4, L] for mRoPE, text positions first as verl has them."""
     selected_idx: Any = None
     """int64 [L], which image position of the prompt stands at a SELECTED position, `NOT_SELECTED` elsewhere."""
+    latent_aux: Any = None
+    """float32 [m, A], what the treatment recorded beside each of the m LATENT vectors; unset where A is 0."""
 
     def as_dict(self) -> dict[str, Any]:
         """As verl's, with `latent_embeds`, `latent_mask`, `position_kinds`, `position_ids` and `selected_idx` as tensors of
@@ -140,6 +142,7 @@ class LatentAgentLoop(AgentLoopBase):
             position_kinds=torch.cat([group.prompt_kinds, trajectory.kinds]),
             position_ids=extend_positions(group.prompt_positions, len(trajectory.token_ids)),
             selected_idx=torch.cat([torch.full_like(group.prompt_kinds, NOT_SELECTED), trajectory.selected_idx_T]),
+            **({"latent_aux": trajectory.latent_aux} if trajectory.latent_aux.shape[1] else {}),
         )
 
 

@@ -97,7 +97,7 @@ def grpo_latent_policy_loss(
         old_log_prob,
         advantages,
         response_mask,
-        denominators=_denominators(response_mask, loss_agg_mode, info),
+        denominators=denominators(response_mask, loss_agg_mode, info),
         aggregation=AGGREGATION_OF_MODE[loss_agg_mode],
         clip_low=config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low,
         clip_high=config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high,
@@ -123,7 +123,7 @@ def _broadcast(token_level_rewards, response_mask, index, estimator, config) -> 
     return advantages_BT, advantages_BT.clone()
 
 
-def _denominators(response_mask: Tensor, mode: str, info: dict) -> Denominators:
+def denominators(response_mask: Tensor, mode: str, info: dict) -> Denominators:
     """verl's global counts where the engine gives them, else those of this micro-batch (as verl does at one rank)."""
     if mode not in AGGREGATION_OF_MODE:
         raise ConfigError(

@@ -73,6 +73,7 @@ class Seam:
 
 
 _FIX = "Install verl>=0.9.1,<0.10, or adapt grpo_latent/verl_plugin/compat.py."
+_WORKERS = "verl.workers.engine_workers"
 _ENGINE = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"
 _TRAINER = "verl.trainer.ppo.v1.trainer_base:PPOTrainer"
 _AGENT = "verl.experimental.agent_loop.agent_loop"
@@ -101,6 +102,18 @@ SEAMS = (
         ("self", "micro_batch", "loss_function", "forward_only"),
     ),
     Seam(
+        "engine: outputs",
+        f"{_ENGINE}.prepare_model_outputs",
+        "log-densities enter log_probs",
+        ("self", "output", "output_args", "micro_batch", "logits_processor_func"),
+    ),
+    Seam(
+        "engine: batch",
+        f"{_ENGINE}.forward_backward_batch",
+        "latents are counted over the mini-batch, as verl counts tokens",
+        ("self", "data", "loss_function", "forward_only"),
+    ),
+    Seam(
         "engine: weights",
         f"{_ENGINE}.get_per_tensor_param",
         "replaced: full precision, module names",
@@ -115,16 +128,18 @@ SEAMS = (
     Seam("LoRA merge", "verl.utils.fsdp_utils:merged_lora_context", "weights of a merged adapter are read inside it"),
     Seam(
         "training worker",
-        "verl.workers.engine_workers:TrainingWorker.__init__",
+        f"{_WORKERS}:TrainingWorker.__init__",
         "gloo is initialised before it, engine options are set after it",
         ("self", "config"),
     ),
     Seam(
         "actor worker",
-        "verl.workers.engine_workers:ActorRolloutRefWorker.__init__",
+        f"{_WORKERS}:ActorRolloutRefWorker.__init__",
         "subclassed; `actor_worker_cls` and `ref_worker_cls` name the training worker",
         ("self", "config", "role", "distillation_config", "kwargs"),
     ),
+    Seam("actor's loss", f"{_WORKERS}:TrainingWorker.set_loss_fn", "latent terms around verl's", ("self", "loss_fn")),
+    Seam("actor's models", f"{_WORKERS}:ActorRolloutRefWorker.init_model", "the loss is set after it", ("self",)),
     Seam(
         "process group",
         "verl.utils.distributed:initialize_global_process_group_ray",

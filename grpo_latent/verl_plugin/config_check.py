@@ -25,6 +25,7 @@ def check_config(config: DictConfig) -> LatentOptions:
     _check_groups(config)
     _check_batches(config)
     check_padding(options.visibility, config.actor_rollout_ref.model.use_remove_padding)
+    _check_treatment(config, options)
     return options
 
 
@@ -169,4 +170,42 @@ def check_padding(visibility: str | None, use_remove_padding: bool) -> None:
             got=True,
             expected="False",
             fix="Set actor_rollout_ref.model.use_remove_padding=False, or latent.visibility=full.",
+        )
+
+
+def _check_treatment(config: DictConfig, options: LatentOptions) -> None:
+    """What a treatment needs of the rest of the config."""
+    treatment, terms = options.treatment, options.terms
+    engine = config.actor_rollout_ref.rollout.name
+    if treatment.is_action and engine != ROLLOUT_NAME:
+        raise ConfigError(
+            "only engine hf draws latents",
+            where="latent.treatment.name",
+            got=f"{type(treatment).__name__} with rollout.name={engine}",
+            expected=f"mask or recompute, or actor_rollout_ref.rollout.name={ROLLOUT_NAME}",
+        )
+    has_reference = config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
+    for name in ("anchor_weight", "kl_coef"):
+        if getattr(terms, name) and not has_reference:
+            raise ConfigError(
+                "there is no reference model",
+                where=f"latent.treatment.{name}",
+                got=getattr(terms, name),
+                expected="actor_rollout_ref.actor.use_kl_loss=true",
+                fix="Set it; actor_rollout_ref.actor.kl_loss_coef=0 leaves the text's KL out.",
+            )
+    if terms.kl_coef and not treatment.is_action:
+        raise ConfigError(
+            "latents without a density have no KL",
+            where="latent.treatment.kl_coef",
+            got=f"{terms.kl_coef} with {type(treatment).__name__}",
+            expected="0, or a treatment that acts (gaussian, gumbel_soft)",
+            fix="latent.treatment.anchor_weight holds the predictions of any treatment to the reference's.",
+        )
+    if treatment.is_action and not str(config.algorithm.adv_estimator).startswith((ALGORITHM_NAME, "grpo", "rloo")):
+        raise ConfigError(
+            "a latent takes its trajectory's advantage",
+            where="algorithm.adv_estimator",
+            got=config.algorithm.adv_estimator,
+            expected="an estimator with one advantage a trajectory (grpo_latent, grpo, rloo)",
         )

@@ -30,8 +30,10 @@ from grpo_latent.models.vision_cache import VisionCache
 from grpo_latent.trajectory import PositionKind, latent_mask
 from grpo_latent.verl_plugin import compat
 from grpo_latent.verl_plugin.config_check import check_padding
+from grpo_latent.verl_plugin.latent_loss import NUM_ACTS, NUM_LATENTS, LatentLoss
 from grpo_latent.verl_plugin.options import LatentOptions
 from grpo_latent.verl_plugin.registration import NAME
+from grpo_latent.verl_plugin.treated_forward import TreatedForward
 
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp2"], device=["cpu", "cuda"], vendor=NAME)
@@ -62,6 +64,8 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         # within a forward only: features kept across forwards would make ranks call the tower's collectives unequally often
         self.vision_cache = VisionCache.install(module) if visual is not None and self.options.share_images else None
         self.injector = LatentInjector.install(module)
+        self.options.treatment.check(self.latent_config)
+        self.treated = TreatedForward(self, module, self.injector, self.options.treatment, self.options.terms)
         return module
 
     def _build_fsdp_module(self, module):
@@ -70,13 +74,22 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
 
     # ---- forward --------------------------------------------------------------------------------------------------
 
+    def forward_backward_batch(self, data: TensorDict, loss_function, forward_only=False):
+        if isinstance(loss_function, LatentLoss) and not forward_only:
+            counts = loss_function.count(data).to(get_device_id())
+            torch.distributed.all_reduce(counts, group=self.get_data_parallel_group())
+            tu.assign_non_tensor(data, **dict(zip((NUM_ACTS, NUM_LATENTS), counts.tolist(), strict=True)))
+        return super().forward_backward_batch(data, loss_function, forward_only)
+
     def forward_step(self, micro_batch: TensorDict, loss_function, forward_only):
+        self.trains = not forward_only
         try:
             result = super().forward_step(micro_batch, loss_function, forward_only)
             self.injector.check_used()
             return result
         finally:
             self.injector.disarm()
+            self.treated.disarm()
 
     def prepare_model_inputs(self, micro_batch: TensorDict):
         kinds_rows, latents_NH = latent_fields(micro_batch)
@@ -86,14 +99,21 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         shape = model_inputs["input_ids"].shape
         packed = tu.get_non_tensor_data(micro_batch, "use_remove_padding", True)
         kinds_BT = pad_rows([torch.cat(kinds_rows)] if packed else kinds_rows, shape)
-        self.injector.arm(latent_mask(kinds_BT), latents_NH)
         if self.latent_config.visibility == "latents_only":
             check_padding(self.latent_config.visibility, packed)
             valid_BT = model_inputs["attention_mask"].bool()
             model_inputs["attention_mask"] = attention_bias(
                 kinds_BT, valid_BT, self.latent_config.visibility, self._autocast_dtype
             )
+        latents_NH = self.treated.prepare(model_inputs, kinds_BT, kinds_rows, latents_NH, self.trains)
+        self.injector.arm(latent_mask(kinds_BT), latents_NH)
+        self.kinds_BT = kinds_BT
         return model_inputs, output_args
+
+    def prepare_model_outputs(self, output, output_args, micro_batch: TensorDict, logits_processor_func):
+        model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+        self.treated.extend(model_output, output_args, micro_batch, self.kinds_BT, self.trains)
+        return model_output
 
     def _with_placeholders(self, input_ids: Tensor, kinds_rows: list[Tensor]) -> Tensor:
         values = input_ids.values().masked_fill(latent_mask(torch.cat(kinds_rows)), self.latent_config.latent_id)

@@ -15,7 +15,9 @@ from typing import Any
 
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.treatments import LatentTerms, Mask, Treatment, parse_treatment
 from grpo_latent.models.loading import check_tokens, read_latent_config
+from grpo_latent.trajectory import PositionKind
 
 CHECKPOINT_FIELDS = ("visibility", "steps", "exit", "max_spans", "start_is_action")
 
@@ -38,6 +40,8 @@ class LatentOptions:
         output_dir: of train.log; None where the driver does not collect logs.
         preflight: of the checkpoint, before workers start.
         reward: settings of the reward manager.
+        treatment: what the update makes of latents, and
+        terms: the loss terms at their positions; the two halves of the group `latent.treatment`.
     """
 
     seed: int = 0
@@ -56,6 +60,8 @@ class LatentOptions:
     output_dir: str | None = None
     preflight: Mapping[str, Any] = field(default_factory=dict)
     reward: Mapping[str, Any] = field(default_factory=dict)
+    treatment: Treatment = field(default_factory=Mask)
+    terms: LatentTerms = field(default_factory=LatentTerms)
 
     def __post_init__(self):
         minima = {"dump_every": 0, "cpu_threads": 1, "max_batch_rows": 1}
@@ -72,17 +78,29 @@ class LatentOptions:
     def from_mapping(cls, values: Mapping[str, Any] | None) -> LatentOptions:
         """Raises `ConfigError` at an unknown key."""
         values = dict(values or {})
-        known = {f.name for f in dataclasses.fields(cls)}
+        known = {f.name for f in dataclasses.fields(cls)} - {"terms"}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError("unknown key", where="latent", got=unknown, expected=f"one of {sorted(known)}")
-        return cls(**values)
+        treatment, terms = parse_treatment(values.pop("treatment", None))
+        return cls(**values, treatment=treatment, terms=terms)
 
     @classmethod
     def from_rollout(cls, rollout_config: Any) -> LatentOptions:
         """From verl's rollout config, as DictConfig or dataclass."""
         custom = rollout_config.get("custom", None) or {}
         return cls.from_mapping(custom.get("latent", None))
+
+    @property
+    def act_kinds(self) -> frozenset[int]:
+        """Kinds of positions that act and are not text: their log-densities stand in `log_probs`, where `response_mask` is
+        False, and they have a clipped ratio of their own."""
+        return frozenset({int(PositionKind.LATENT)} if self.treatment.is_action else ())
+
+    @property
+    def density_gap_bound(self) -> float | None:
+        bound = self.terms.density_gap_bound
+        return self.replay_logp_gap_bound if bound is None else bound
 
     def latent_config(self, folder: str | Path, tokenizer) -> LatentConfig:
         """The checkpoint's latents with these overrides.

@@ -30,7 +30,7 @@ class ReplayGap:
     row: int
     position: int
 
-    def check(self, bound: float | None, step: int, describe: str) -> None:
+    def check(self, bound: float | None, step: int, describe: str, key: str = "latent.replay_logp_gap_bound") -> None:
         """Raises `ReplayGapError` above `bound`, and at a NaN."""
         if bound is None or self.maximum <= bound:
             return
@@ -38,7 +38,7 @@ class ReplayGap:
             "replayed log-probs differ from the rollout's",
             where=f"step {step}, {describe}, completion position {self.position}",
             got=f"{self.maximum:.3g} nats",
-            expected=f"<= latent.replay_logp_gap_bound={bound:g}",
+            expected=f"<= {key}={bound:g}",
             fix="The trained policy is not the one that acted. If the gap is rounding (bf16), raise the bound.",
         )
 
@@ -54,6 +54,17 @@ def replay_gap(rollout_rows: Iterable[Tensor], old_rows: Iterable[Tensor], mask_
         if gaps.numel() and float(gaps.max()) > worst.maximum:
             worst = ReplayGap(float(gaps.max()), 0.0, row, int(gaps.argmax()))
     return ReplayGap(worst.maximum, total / max(count, 1), worst.row, worst.position)
+
+
+def act_masks(kinds_rows: Iterable[Tensor], mask_rows: Iterable[Tensor], kinds: frozenset[int]) -> list[Tensor]:
+    """bool [T] of each completion, True at positions of `kinds`.
+
+    Args:
+        kinds_rows: of prompt and completion, [L]; `mask_rows` give the completions' lengths.
+    """
+    wanted = torch.tensor(sorted(kinds))
+    pairs = zip(kinds_rows, mask_rows, strict=True)
+    return [torch.isin(row[len(row) - len(mask) :], wanted.to(row.device)) for row, mask in pairs]
 
 
 def is_dropped(extra_fields: dict) -> bool:

@@ -59,7 +59,11 @@ class LatentRolloutServer:
         )
         self.device, self.eos_ids = torch.device(device), loaded.eos_ids
         self.engine = HFRolloutEngine(
-            loaded.model, loaded.config, loaded.eos_ids, max_batch_rows=self.options.max_batch_rows
+            loaded.model,
+            loaded.config,
+            loaded.eos_ids,
+            max_batch_rows=self.options.max_batch_rows,
+            treatment=self.options.treatment,
         )
         self.waves = Waves(self._generate, self.options.rollout_timeout_s, name, initializer=self._set_threads)
 

@@ -52,6 +52,8 @@ WORKER_FIELDS = (
     "multi_modal_inputs",
     "position_kinds",
     "latent_embeds",
+    "latent_aux",
+    "ref_latent_means",
     "prompts",
     "responses",
     "response_mask",
@@ -115,18 +117,28 @@ class LatentPPOTrainer(PPOTrainerSync):
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         self._mask_dropped(batch)
         batch = super()._compute_old_log_prob(_for_workers(batch), metrics)
-        fields = self._fetch(batch, ("rollout_log_probs", "old_log_probs", "response_mask"))
-        gap = rows.replay_gap(*(fields[n].unbind() for n in ("rollout_log_probs", "old_log_probs", "response_mask")))
+        fields = self._fetch(batch, ("rollout_log_probs", "old_log_probs", "response_mask", "position_kinds"))
+        rollout, old, mask = (fields[n].unbind() for n in ("rollout_log_probs", "old_log_probs", "response_mask"))
+        gap = rows.replay_gap(rollout, old, mask)
         metrics["latent/replay_logp_gap_max"] = gap.maximum
         metrics["latent/replay_logp_gap_mean"] = gap.mean
         gap.check(self.options.replay_logp_gap_bound, self.global_steps, f"trajectory {batch.keys[gap.row]}")
+        if self.options.act_kinds:
+            acts = rows.act_masks(fields["position_kinds"].unbind(), mask, self.options.act_kinds)
+            gap = rows.replay_gap(rollout, old, acts)
+            metrics["latent/replay_density_gap_max"] = gap.maximum
+            describe = f"latent log-density, trajectory {batch.keys[gap.row]}"
+            gap.check(self.options.density_gap_bound, self.global_steps, describe, "latent.treatment.density_gap_bound")
         return batch
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         return super()._compute_ref_log_prob(_for_workers(batch), metrics)
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        return super()._update_actor(_for_workers(batch), metrics)
+        batch = super()._update_actor(_for_workers(batch), metrics)
+        for name in [name for name in metrics if name.startswith("actor/latent/")]:  # verl puts `actor/` before all
+            metrics[name.removeprefix("actor/")] = metrics.pop(name)
+        return batch
 
     def _mask_dropped(self, batch: KVBatchMeta) -> None:
         """Trajectories that the reward manager dropped act nowhere: no loss, and no part in their group's baseline."""

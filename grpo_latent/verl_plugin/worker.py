@@ -8,9 +8,11 @@ from functools import partial
 
 import numpy as np
 import torch
+from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from grpo_latent.verl_plugin import compat
+from grpo_latent.verl_plugin.latent_loss import LatentLoss
 from grpo_latent.verl_plugin.options import LatentOptions
 from grpo_latent.verl_plugin.registration import NAME, verify
 
@@ -54,3 +56,13 @@ class LatentActorRolloutRefWorker(ActorRolloutRefWorker):
         self.actor_worker_cls = partial(LatentTrainingWorker, options=options, freeze_vision=freeze_vision)
         self.ref_worker_cls = partial(LatentTrainingWorker, options=options, freeze_vision=freeze_vision)
         super().__init__(config, role, distillation_config, **kwargs)
+        self.options = options
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self):
+        super().init_model()
+        terms, acts = self.options.terms, self.options.act_kinds
+        if self.actor is not None and (acts or terms.anchor_weight):
+            actor = self.config.actor
+            loss = LatentLoss(self.loss_fn, terms, acts, actor.loss_agg_mode, actor.get("loss_scale_factor", None))
+            self.actor.set_loss_fn(loss)

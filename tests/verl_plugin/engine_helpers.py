@@ -16,6 +16,7 @@ from grpo_latent.models.adapter import ImageInputs
 from grpo_latent.models.head import attach_latent_modules
 from grpo_latent.models.loading import load_latent_model, save_latent_model
 from grpo_latent.models.replay import collate, replay
+from grpo_latent.models.sources import latent_log_densities
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.sampling import trajectory_seed
@@ -85,20 +86,24 @@ def make_requests(loaded, num_prompts=3, group_size=2, seed=0) -> list[RolloutRe
     return requests
 
 
-def roll_out(folder, visibility="full", **kwargs):
+def roll_out(folder, visibility="full", treatment=None, **kwargs):
     """(loaded model, trajectories, images of each, replayed log-probs of each completion).
 
-    The replay here is the package's own on the plain Hugging Face model, run before verl patches its classes.
+    With a treatment that acts, the log-densities stand at the latents. The replay here is the package's own on the plain
+    Hugging Face model, run before verl patches its classes.
     """
     loaded = load_latent_model(folder, overrides={"visibility": visibility})
     requests = make_requests(loaded, **kwargs)
-    engine = HFRolloutEngine(loaded.model, loaded.config, loaded.eos_ids)
+    engine = HFRolloutEngine(loaded.model, loaded.config, loaded.eos_ids, treatment=treatment)
     groups = engine.generate(requests, SamplingParams(max_new_tokens=14, temperature=TEMPERATURE))
     trajectories = [t for group in groups for t in group]
     images = [r.images for r, group in zip(requests, groups, strict=True) for _ in group]
     adapter = engine.adapter
     with torch.no_grad():
-        log_probs_BT, _ = replay(adapter, collate(trajectories, images, adapter), visibility, TEMPERATURE)
+        batch = collate(trajectories, images, adapter)
+        log_probs_BT, hidden_BTH = replay(adapter, batch, visibility, TEMPERATURE)
+        if engine.treatment.is_action:
+            log_probs_BT += latent_log_densities(adapter, batch, hidden_BTH, treatment, TEMPERATURE)
     rows = [log_probs_BT[i, len(t.prompt_ids) :][: len(t.token_ids)] for i, t in enumerate(trajectories)]
     positions = [row_positions(adapter, t, image) for t, image in zip(trajectories, images, strict=True)]
     return loaded, trajectories, images, rows, positions
@@ -129,6 +134,8 @@ def make_batch(trajectories, images, positions, adapter, **meta):
             "loss_mask": mask,
             "position_ids": position_ids,
         }
+        if any(other.latent_aux.shape[1] for other in trajectories):
+            row["latent_aux"] = t.latent_aux
         rows.append(row)
         pixels = {} if image is None else {"pixel_values": image.pixel_values, "image_grid_thw": image.image_grid_thw}
         mm_inputs.append(pixels)

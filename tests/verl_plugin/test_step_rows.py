@@ -42,6 +42,12 @@ def test_the_bound():
         gap.check(5e-4, 1, "t")
 
 
+def test_acts_at_latents_are_found_behind_the_prompt():
+    kinds = [torch.tensor([0, 1, 3, 4, 4, 5, 2]), torch.tensor([0, 2])]
+    masks = rows.act_masks(kinds, [torch.ones(5), torch.ones(1)], frozenset({4}))
+    assert [mask.tolist() for mask in masks] == [[False, True, True, False, False], [False]]
+
+
 def fields(num_spans=0, num_steps=0, num_forced_ends=0, stop_reason="eos", norms=(), **reward_extra_info):
     latent = {"num_spans": num_spans, "num_steps": num_steps, "num_forced_ends": num_forced_ends}
     latent_norms = torch.tensor(norms).numpy()

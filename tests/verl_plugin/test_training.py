@@ -30,6 +30,7 @@ from grpo_latent.eval.dumps import read_dump
 from grpo_latent.models import tiny
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.train import environment
+from grpo_latent.trajectory import PositionKind
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.verl_plugin import checkpoint
 from grpo_latent.verl_plugin.registration import verify
@@ -164,6 +165,25 @@ def check_dropped_rows(output: Path, metrics: dict[int, dict]) -> None:
     assert num_dropped >= 4
     # one of the three validation rows, with the index 100, raises too
     assert metrics[3]["val-aux/dropped_frac"] == pytest.approx(1 / 3)
+
+
+def test_latents_that_act(local_ray, inputs, tmp_path, monkeypatch):
+    """Gaussian latents with a KL and an anchor, two steps: what the rollout drew is what the engine scores, to the bound."""
+    changes = ["latent.treatment.name=gaussian", "latent.treatment.gaussian.sigma=0.5", "latent.treatment.kl_coef=0.1"]
+    changes += ["latent.treatment.anchor_weight=0.1", "trainer.total_training_steps=2", "trainer.save_freq=-1"]
+    train_here(tiny_run.make_config(inputs, tmp_path, *changes, "trainer.val_before_train=false"), monkeypatch)
+    metrics = tiny_run.metrics_of(tmp_path)
+    for step in (1, 2):  # one update a rollout: every ratio is 1
+        assert metrics[step]["latent/replay_density_gap_max"] < 1e-4
+        assert metrics[step]["latent/ratio_mean"] == pytest.approx(1, abs=1e-3)
+        assert metrics[step]["latent/log_density"] < -1
+    assert metrics[1]["latent/kl"] == 0 and metrics[1]["latent/anchor"] < 1e-8
+    assert metrics[2]["latent/kl"] > 0 and metrics[2]["latent/anchor"] > 1e-6
+    lines = (tmp_path / "rollouts" / "step_1.jsonl").read_text().splitlines()
+    row = next(row for row in map(json.loads, lines) if PositionKind.LATENT in row["kinds"][len(row["prompt_ids"]) :])
+    kinds = row["kinds"][len(row["prompt_ids"]) :]
+    first = kinds.index(PositionKind.LATENT)
+    assert row["rollout_log_probs"][first] < -1 and not row["response_mask"][first]
 
 
 FAILING_REWARD = """

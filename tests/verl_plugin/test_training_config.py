@@ -6,6 +6,9 @@ from omegaconf import OmegaConf
 
 import grpo_latent.train  # noqa: F401  (lets hydra find verl's configs)
 from grpo_latent.errors import ConfigError
+from grpo_latent.latent.treatments import LatentTerms, Mask
+from grpo_latent.latent.treatments.gumbel_soft import GumbelSoft
+from grpo_latent.trajectory import PositionKind
 from grpo_latent.verl_plugin.config_check import check_config
 from grpo_latent.verl_plugin.options import LatentOptions
 
@@ -31,6 +34,15 @@ def test_options_reach_every_process():
     options = LatentOptions.from_rollout(config.actor_rollout_ref.rollout)
     assert (options.seed, options.visibility, options.reward["timeout_s"]) == (5, "latents_only", 3)
     assert config.data.seed == 5 and config.actor_rollout_ref.actor.data_loader_seed == 5
+
+
+def test_treatments_reach_every_process():
+    config = composed("latent.treatment.name=gumbel_soft", "latent.treatment.gumbel_soft.clamp=[-1,2]")
+    options = LatentOptions.from_rollout(config.actor_rollout_ref.rollout)
+    assert options.treatment == GumbelSoft(clamp=(-1, 2)) and options.act_kinds == {PositionKind.LATENT}
+    assert options.density_gap_bound == options.replay_logp_gap_bound == 1e-3
+    masked = check_config(composed())
+    assert masked.treatment == Mask() and masked.act_kinds == frozenset() and masked.terms == LatentTerms()
 
 
 def test_without_the_group_the_options_are_the_defaults():
@@ -78,6 +90,13 @@ def test_without_the_group_the_options_are_the_defaults():
         ("latent.replay_logp_gap_bound=0", "replay_logp_gap_bound"),
         ("latent.rollout_timeout_s=-3", "rollout_timeout_s"),
         ("+latent.vizibility=full", "vizibility"),
+        ("latent.treatment.name=vlpo", "unknown treatment"),
+        ("latent.treatment.name=gaussian latent.treatment.gaussian.sigma=0", "gaussian.sigma"),
+        ("+latent.treatment.gaussian.width=1", "treatment.gaussian: unknown key"),
+        ("latent.treatment.anchor_weight=1", "anchor_weight: there is no reference"),
+        ("latent.treatment.name=gaussian latent.treatment.kl_coef=1", "kl_coef: there is no reference"),
+        ("latent.treatment.kl_coef=1 actor_rollout_ref.actor.use_kl_loss=true", "latents without a density"),
+        ("latent.treatment.name=gaussian algorithm.adv_estimator=gae", "takes its trajectory's advantage"),
     ],
 )
 def test_unusable_configs_are_refused(override, where):

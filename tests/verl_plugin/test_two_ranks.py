@@ -5,21 +5,38 @@ Ray's part in several ranks is covered by test_training.py.
 
 import os
 import sys
+from dataclasses import replace
 
 import engine_helpers as helpers
 import pytest
 import torch
 import torch.multiprocessing as mp
 
+from grpo_latent.latent.treatments import parse_treatment
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model
+from grpo_latent.trajectory import PositionKind
+from grpo_latent.verl_plugin.latent_loss import LatentLoss
 
 NUM_ROWS = 8
 
 
-def rank_batch(folder, rank, world_size):
+# each in its own engine, all in one start of the ranks
+TREATMENTS = {
+    "one_hop": {"name": "recompute", "recompute": {"gradient": "one_hop"}},
+    "bptt": {"name": "recompute", "recompute": {"gradient": "bptt"}},
+    "gaussian": {"name": "gaussian", "gaussian": {"sigma": 0.5}, "kl_coef": 0.2, "anchor_weight": 0.5},
+}
+WITHOUT_LATENTS = (1, 3)  # with two ranks, the whole first micro-batch of the second
+
+
+def rank_batch(folder, rank, world_size, treatment=None, without_latents=()):
     """This rank's rows of the global batch, with old log-probs and advantages."""
-    loaded, trajectories, images, expected, positions = helpers.roll_out(folder, num_prompts=4, group_size=2)
+    treatment = parse_treatment(treatment)[0]
+    rolled = helpers.roll_out(folder, treatment=treatment, num_prompts=4, group_size=2)
+    loaded, trajectories, images, expected, positions = rolled
+    for i in without_latents:
+        trajectories[i], expected[i], positions[i] = text_of(trajectories[i], expected[i], positions[i])
     rows = list(range(rank, NUM_ROWS, world_size))
     pick = lambda values: [values[i] for i in rows]  # noqa: E731
     batch = helpers.make_batch(
@@ -39,7 +56,18 @@ def rank_batch(folder, rank, world_size):
     batch["ref_log_prob"] = nested([expected[i] - 0.1 for i in rows])
     advantages = [(1.0 - 0.4 * i) * trajectories[i].response_mask().float() for i in rows]
     batch["advantages"] = nested(advantages)
+    batch["ref_latent_means"] = nested([trajectories[i].latents + 0.1 * i for i in rows])
     return batch
+
+
+def text_of(trajectory, log_probs, positions):
+    """The text of a completion, without its spans."""
+    is_text = trajectory.kinds == PositionKind.TEXT
+    fields = {
+        n: getattr(trajectory, n)[is_text] for n in ("token_ids", "kinds", "rollout_log_probs", "sampling_log_probs")
+    }
+    changed = replace(trajectory, latents=trajectory.latents[:0], **fields)
+    return changed, log_probs[is_text], positions[:, : len(trajectory.prompt_ids) + int(is_text.sum())]
 
 
 def actor_loss():
@@ -85,6 +113,43 @@ def train_one_step(rank, world_size, port, folder, out):
     if rank == 0:
         torch.save({"loss": loss / world_size, "grads": grads, "weights": weights}, f"{out}/result.pt")
     torch.distributed.destroy_process_group()
+
+
+def treated_gradients(rank, world_size, port, folder, out):
+    """The gradients of one update with each treatment."""
+    sys.path.insert(0, os.path.dirname(__file__))
+    torch.set_num_threads(1)
+    helpers.start_process_group(rank, world_size, port)
+    batches = {n: rank_batch(folder, rank, world_size, values, WITHOUT_LATENTS) for n, values in TREATMENTS.items()}
+    results = {}
+    for name, values in TREATMENTS.items():
+        treatment, terms = parse_treatment(values)
+        engine, loss = helpers.make_engine(folder, micro=2, treatment=values), actor_loss()
+        if treatment.is_action:
+            loss = LatentLoss(loss, terms, frozenset({int(PositionKind.LATENT)}), "token-mean")
+        with engine.train_mode(disable_auto_offload=True):
+            engine.optimizer_zero_grad()
+            engine.forward_backward_batch(batches[name], loss)
+            named = engine.module.named_parameters()
+            results[name] = {n: p.grad.full_tensor().clone() for n, p in named if p.grad is not None}
+    if rank == 0:
+        torch.save(results, f"{out}/treated{world_size}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_treatments_on_two_ranks_are_those_on_one(tmp_path):
+    """Recomputed latents run the same forwards on every rank, one without any latent included; none waits for the other."""
+    folder = helpers.make_checkpoint(tmp_path / "model", head="mlp", max_spans=3)
+    for world_size in (1, 2):
+        mp.spawn(treated_gradients, (world_size, helpers.free_port(), folder, str(tmp_path)), nprocs=world_size)
+    one, two = (torch.load(tmp_path / f"treated{world_size}.pt") for world_size in (1, 2))
+    for name in TREATMENTS:
+        assert one[name].keys() == two[name].keys() and len(one[name]) > 20
+        for parameter, grad in one[name].items():
+            torch.testing.assert_close(two[name][parameter], grad, rtol=1e-3, atol=2e-5, msg=f"{name} {parameter}")
+        assert any("lvr_head" in parameter and grad.abs().max() > 1e-4 for parameter, grad in one[name].items())
+    assert any((one["bptt"][n] - one["one_hop"][n]).abs().max() > 1e-3 for n in one["bptt"])
 
 
 @pytest.mark.slow

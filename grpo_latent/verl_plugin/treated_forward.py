@@ -1,0 +1,159 @@
+"""What a treatment of latents adds to the engine's forward; `LatentFSDPEngine` calls it before and after verl's.
+
+    prepare   recorded latents ──(recompute: one forward a latent, through the FSDP root)──▶ latents to inject
+              tap armed
+    verl's forward
+    extend    log_probs[t] at latents = their log-density;  means, for the anchor
+
+Nothing here runs with treatment `mask` and no anchor.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from itertools import accumulate
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from verl.utils.device import get_device_name
+
+from grpo_latent.errors import LatentMismatchError
+from grpo_latent.latent.treatments import LatentSource, LatentTerms, Treatment
+from grpo_latent.models.injection import LatentInjector
+from grpo_latent.models.sources import SourceTap, latent_sources, own_latents_of
+from grpo_latent.trajectory import PositionKind, latent_mask
+
+MEANS, REF_MEANS = "latent_means", "ref_latent_means"
+
+
+class TreatedForward:
+    """The treatment's part of one engine.
+
+    Args:
+        module: before any FSDP wrapping.
+        engine: read for `module` (wrapped), autocast dtype and data-parallel group when a forward runs.
+    """
+
+    def __init__(self, engine, module, injector: LatentInjector, treatment: Treatment, terms: LatentTerms):
+        self.engine, self.injector, self.treatment = engine, injector, treatment
+        self.gives_means = terms.anchor_weight > 0
+        self.taps = treatment.is_action or self.gives_means
+        self.tap = SourceTap.install(module) if self.taps or treatment.gradient is not None else None
+
+    def prepare(
+        self, model_inputs: dict, kinds_BT: Tensor, kinds_rows: list[Tensor], latents_NH: Tensor, trains: bool
+    ) -> Tensor:
+        """The latents to inject into the forward that follows."""
+        if trains and self.treatment.gradient is not None:
+            longest = max(int((kinds == PositionKind.LATENT).sum()) for kinds in kinds_rows)
+            latents_NH = self._own_latents(model_inputs, kinds_BT, latents_NH, self._over_ranks(longest))
+        if self.taps:
+            self.tap.arm(*latent_sources(kinds_BT), wants_logits=self.treatment.reads_logits)
+        return latents_NH
+
+    def _over_ranks(self, count: int) -> int:
+        """The largest of all ranks: each must run the same number of forwards, or their collectives do not meet."""
+        counts = torch.tensor(count, device=get_device_name())
+        group = self.engine.get_data_parallel_group()
+        torch.distributed.all_reduce(counts, op=torch.distributed.ReduceOp.MAX, group=group)
+        return int(counts)
+
+    def _own_latents(self, model_inputs: dict, kinds_BT: Tensor, latents_NH: Tensor, num_passes: int) -> Tensor:
+        """The current policy's latents, with the treatment's gradient.
+
+        Each pass makes all latents anew from those of the pass before. A row's k-th latent depends on the earlier ones only,
+        so it is exact after k passes, whatever the recorded ones were; so is its gradient, if all passes carry one.
+        """
+        if num_passes == 0:
+            return latents_NH
+        mask_BT, (rows, columns) = latent_mask(kinds_BT), latent_sources(kinds_BT)
+        own_M = (kinds_BT == PositionKind.LATENT)[mask_BT].nonzero()[:, 0]
+        is_packed = model_inputs["attention_mask"] is None  # rows end one after the other: nothing can be cut
+        length = kinds_BT.shape[1] if is_packed else _needed_columns(kinds_BT, columns)
+        inputs = model_inputs if is_packed else _first_columns(model_inputs, length)
+        is_fed_N = mask_BT.nonzero()[:, 1] < length
+
+        def made_from(latents_NH: Tensor) -> Tensor:
+            self.injector.arm(mask_BT[:, :length], latents_NH[is_fed_N])
+            self.tap.arm(rows, columns, is_sources_only=True)
+            with self._autocast():
+                self.engine.module(**inputs, use_cache=False)
+            means_MH, _ = self.tap.take()
+            return latents_NH.index_copy(0, own_M, means_MH.to(latents_NH.dtype))
+
+        with nullcontext() if self.treatment.gradient == "bptt" else torch.no_grad():
+            for _ in range(num_passes):
+                latents_NH = made_from(latents_NH)
+        return made_from(latents_NH) if self.treatment.gradient == "one_hop" else latents_NH
+
+    def _autocast(self):
+        dtype = self.engine._autocast_dtype
+        return nullcontext() if dtype == torch.float32 else torch.autocast(device_type=get_device_name(), dtype=dtype)
+
+    def extend(self, model_output: dict, output_args: dict, micro_batch: TensorDict, kinds_BT: Tensor, trains: bool):
+        """Writes log-densities into `log_probs`, where verl has the log-prob of a placeholder id, and adds the means.
+
+        A sequence's log_probs[t - 1] scores position t (verl shifts afterwards).
+        """
+        if not self.taps:
+            return
+        means_MH, logits_MV = self.tap.take()
+        if self.treatment.is_action:
+            temperature_M1 = _temperatures(output_args, *latent_sources(kinds_BT))[:, None]
+            source = LatentSource(means_MH, lambda: logits_MV.float() / temperature_M1)
+            latents_MH = own_latents_of(kinds_BT, torch.cat(micro_batch["latent_embeds"].unbind()))
+            density_M = self.treatment.log_density(source, latents_MH, self._aux(micro_batch, means_MH.shape[0]))
+            kinds_L = torch.cat(micro_batch["position_kinds"].unbind())
+            places_M = (kinds_L == PositionKind.LATENT).nonzero()[:, 0] - 1
+            log_probs = model_output["log_probs"]
+            values_L = log_probs.values().index_copy(0, places_M, density_M.to(log_probs.dtype))
+            model_output["log_probs"] = torch.nested.nested_tensor_from_jagged(values_L, log_probs.offsets())
+        if self.gives_means:
+            counts = [int((kinds == PositionKind.LATENT).sum()) for kinds in micro_batch["position_kinds"].unbind()]
+            offsets = torch.tensor([0, *accumulate(counts)], device=means_MH.device)
+            means = torch.nested.nested_tensor_from_jagged(means_MH.float(), offsets)
+            # the reference scores after the old policy: under this name its means are what the update finds
+            model_output[MEANS if trains else REF_MEANS] = means
+
+    def disarm(self) -> None:
+        if self.tap is not None:
+            self.tap.disarm()
+
+    def _aux(self, micro_batch: TensorDict, num_latents: int) -> Tensor | None:
+        if self.treatment.aux_size == 0:
+            return None
+        rows = list(micro_batch["latent_aux"].unbind()) if "latent_aux" in micro_batch.keys() else []
+        shape = (sum(row.shape[0] for row in rows), rows[0].shape[1] if rows else 0)
+        if shape != (num_latents, self.treatment.aux_size):
+            raise LatentMismatchError(
+                "recorded aux does not fit the latents",
+                where="latent engine, latent_aux of the micro-batch",
+                got=shape,
+                expected=f"{(num_latents, self.treatment.aux_size)}",
+                fix="Rollout and training must run the same latent.treatment.",
+            )
+        return torch.cat(rows)
+
+
+def _needed_columns(kinds_BT: Tensor, columns_M: Tensor) -> int:
+    """Columns up to the last source; all images must be among them, and a batch without latents runs whole."""
+    if columns_M.numel() == 0:
+        return kinds_BT.shape[1]
+    images = (kinds_BT == PositionKind.VISION).any(0).nonzero()
+    return max(int(columns_M.max()), int(images.max()) if images.numel() else 0) + 1
+
+
+def _first_columns(model_inputs: dict, length: int) -> dict:
+    """The model's padded inputs, cut to the first `length` columns."""
+    mask = model_inputs["attention_mask"]
+    cut = {name: model_inputs[name][..., :length] for name in ("input_ids", "position_ids")}
+    cut["attention_mask"] = mask[..., :length, :length] if mask.ndim == 4 else mask[:, :length]
+    return {**model_inputs, **cut}
+
+
+def _temperatures(output_args: dict, rows_M: Tensor, columns_M: Tensor) -> Tensor:
+    """The sampling temperature at each source: verl keeps one a row (padded) or one a position (packed)."""
+    if "temperature" in output_args:
+        return output_args["temperature"][rows_M]
+    return output_args["temperature_rmpad"][columns_M]
