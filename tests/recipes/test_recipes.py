@@ -51,6 +51,35 @@ def test_ilvr_validates_its_three_stages_at_paper_scale(capsys):
         ilvr.main(["actor_rollout_ref.rollout.n=1"])
 
 
+def test_treatments_validate_at_paper_scale(capsys):
+    """Monet's VLPO, the note that its first update needs, and the same config with every treatment."""
+    treatments = load(RECIPES / "treatments" / "validate.py")
+    treatments.main([])
+    out = capsys.readouterr().out
+    assert "monet_vlpo: valid, Gaussian(sigma=10.0, sigma_rollout=0.0, per_dimension=False)" in out
+    assert "the first update after each rollout has no latent gradient" in out and "as gumbel_soft: valid" in out
+    with pytest.raises(ConfigError, match="kl_coef: there is no reference model"):
+        treatments.main(["actor_rollout_ref.actor.use_kl_loss=false"])
+
+
+def test_the_treatments_table(tmp_path):
+    """One row a finished run, in the table's order; one that died is named."""
+    module = load(RECIPES / "treatments" / "table.py")
+    for name in ("recompute_bptt", "mask"):
+        (tmp_path / name).mkdir()
+        write_run(tmp_path / name)
+        (tmp_path / name / "run.json").write_text(json.dumps({"treatment": name, "overrides": "", "seconds": 7}))
+    (tmp_path / "gaussian").mkdir()
+    summary = module.summarize(tmp_path, seed=0)
+    assert [row["treatment"] for row in summary["rows"]] == ["mask", "recompute_bptt"]
+    assert summary["unfinished"] == ["gaussian"]
+    row = summary["rows"][0]
+    assert row["sft"]["heldout_accuracy"] == 0.4 and row["grpo"]["heldout_accuracy"] == 0.95
+    assert row["replay_logp_gap_max"] == 2e-6 and row["ablations"]["shuffle"] == 0.12
+    module.show(summary)
+    json.dumps(summary)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

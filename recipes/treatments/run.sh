@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Each RL treatment of latent positions: one GRPO run from one SFT checkpoint, then evaluation with ablations.
+# Data, vision tower and SFT are the quickstart's: those of BASE, or made under $OUT/base where BASE has none.
+#
+#   SEED=0 STEPS=30 OUT=outputs/treatments bash recipes/treatments/run.sh [hydra overrides of every GRPO run]
+#   TREATMENTS="gaussian recompute_bptt" bash recipes/treatments/run.sh    only these; the table keeps earlier rows
+#
+# Result: $OUT/summary.json, one row a treatment
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+SEED=${SEED:-0}
+STEPS=${STEPS:-30}
+OUT=${OUT:-outputs/treatments}
+BASE=${BASE:-outputs/quickstart}
+TREATMENTS=${TREATMENTS:-mask recompute_cut recompute_one_hop recompute_bptt gaussian gumbel_soft mask_anchor}
+HERE=recipes/quickstart
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+mkdir -p "$OUT"
+
+sft() { # output, overrides
+  python -m grpo_latent.sft --config-dir $HERE --config-name digits_sft model.path="$BASE/vision" \
+    data.train_files="$BASE/data/train_sft.parquet" trainer.output_dir="$1" trainer.seed="$SEED" "${@:2}"
+}
+
+if [ ! -f "$BASE/sft/model/latent_config.json" ]; then
+  BASE=$OUT/base
+  if [ ! -f "$BASE/sft/model/latent_config.json" ]; then
+    python -m grpo_latent.data.digits --out "$BASE/data" --seed "$SEED"
+    python -m grpo_latent.data.vision_pretrain --out "$BASE/vision" --seed "$SEED" --log-every 100
+    sft "$BASE/sft"
+  fi
+fi
+
+# sigma 0.1 is a third of a latent's component here (norm 3.8, hidden size 128); divided by the hidden size, the latent term's
+# gradient does not drown the text's under clip_grad
+overrides_of() {
+  case $1 in
+    mask) ;;
+    recompute_cut | recompute_one_hop | recompute_bptt)
+      echo latent.treatment.name=recompute "latent.treatment.recompute.gradient=${1#recompute_}" ;;
+    gaussian)
+      echo latent.treatment.name=gaussian latent.treatment.gaussian.sigma=0.1 latent.treatment.gaussian.per_dimension=true ;;
+    gumbel_soft) echo latent.treatment.name=gumbel_soft ;;
+    mask_anchor)
+      echo latent.treatment.anchor_weight=0.1 actor_rollout_ref.actor.use_kl_loss=true actor_rollout_ref.actor.kl_loss_coef=0 ;;
+    *) echo "unknown treatment $1" >&2; exit 2 ;;
+  esac
+}
+
+evaluate() { # checkpoint, output, treatment
+  python -m grpo_latent.evaluate --config-dir $HERE --config-name digits_evaluate model.path="$1" \
+    data.val_files="$BASE/data/heldout.parquet" output="$2" seed="$SEED" latent.treatment.name="$3"
+}
+
+run() { # name, overrides of every run
+  local name=$1 folder=$OUT/$1 checkpoint=$BASE/sft/model fed=mask started seconds
+  local overrides
+  overrides=$(overrides_of "$name")
+  if [ "$name" = gumbel_soft ]; then # feeds token embeddings, so it starts from an SFT without a head on h
+    checkpoint=$OUT/sft_without_head/model fed=gumbel_soft
+    [ -f "$checkpoint/latent_config.json" ] || sft "$OUT/sft_without_head" latent.head=none
+  fi
+  rm -rf "$folder"
+  mkdir -p "$folder"
+  echo "== $name"
+  evaluate "$checkpoint" "$folder/evaluation_sft.json" $fed
+  started=$(date +%s)
+  # shellcheck disable=SC2086
+  python -m grpo_latent.train --config-dir $HERE --config-name digits_grpo actor_rollout_ref.model.path="$checkpoint" \
+    data.train_files="$BASE/data/train_rl.parquet" data.val_files="$BASE/data/dev.parquet" \
+    latent.output_dir="$folder/grpo" latent.seed="$SEED" trainer.total_training_steps="$STEPS" \
+    trainer.save_freq="$STEPS" $overrides "${@:2}"
+  seconds=$(($(date +%s) - started))
+  evaluate "$folder/grpo/checkpoints/global_step_$STEPS/actor/huggingface" "$folder/evaluation_grpo.json" $fed
+  echo "{\"treatment\": \"$name\", \"overrides\": \"$overrides\", \"seconds\": $seconds}" > "$folder/run.json"
+}
+
+FAILED=()
+for name in $TREATMENTS; do # a run that fails is reported, and the others go on
+  set +e # `(…) ||` would switch -e off inside, too
+  (set -e; run "$name" "$@")
+  [ $? -eq 0 ] || FAILED+=("$name")
+  set -e
+done
+python recipes/treatments/table.py "$OUT" --seed "$SEED"
+[ ${#FAILED[@]} -eq 0 ] || { echo "failed: ${FAILED[*]}" >&2; exit 1; }
