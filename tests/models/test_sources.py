@@ -18,7 +18,7 @@ TREATMENTS = {"gaussian": Gaussian(sigma=0.5), "gumbel_soft": GumbelSoft(top_k=4
 TEMPERATURE = 0.9
 
 
-def mixed_batch(name, treatment, max_spans, visibility="full"):
+def mixed_batch(name, treatment, max_spans, **changes):
     """Prompts and spans of different lengths, groups of several, up to `max_spans` spans a row at any offset."""
     c = case(name)
     has_images = c.processor is not None
@@ -26,7 +26,7 @@ def mixed_batch(name, treatment, max_spans, visibility="full"):
         c.request("read", c.images(1, seed=1) if has_images else None, seeds=range(5)),
         c.request("read red blue ?", c.images(2, seed=2) if has_images else None, seeds=range(10, 14), steps=2),
     ]
-    engine = c.engine(c.config(max_spans=max_spans, visibility=visibility), treatment=treatment)
+    engine = c.engine(c.config(max_spans=max_spans, **changes), treatment=treatment)
     groups = engine.generate(requests, sampling(18, temperature=TEMPERATURE))
     trajectories = [t for group in groups for t in group]
     images = [r.images for r, group in zip(requests, groups, strict=True) for _ in group]
@@ -36,10 +36,10 @@ def mixed_batch(name, treatment, max_spans, visibility="full"):
 
 
 @torch.no_grad()
-def densities(c, trajectories, images, treatment, side="right", visibility="full"):
+def densities(c, trajectories, images, treatment, side="right"):
     """(recorded, replayed, latent mask), each over the whole sequences [B, T]."""
     batch = collate(trajectories, images, c.adapter, side)
-    log_probs_BT, hidden_BTH = replay(c.adapter, batch, visibility, TEMPERATURE)
+    log_probs_BT, hidden_BTH = replay(c.adapter, batch, "full", TEMPERATURE)
     density_BT = latent_log_densities(c.adapter, batch, hidden_BTH, treatment, TEMPERATURE)
     is_completion_BT = (batch.kinds_BT >= K.TEXT) & batch.valid_BT
     recorded = torch.cat([t.rollout_log_probs for t in trajectories])
@@ -48,10 +48,11 @@ def densities(c, trajectories, images, treatment, side="right", visibility="full
 
 
 @pytest.mark.parametrize("max_spans", [1, 3])
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3"])
+@pytest.mark.parametrize("name, exit", [("qwen2_5_vl", "steps"), ("qwen3", "steps"), ("qwen2_5_vl", "end_token")])
 @pytest.mark.parametrize("treatment", TREATMENTS.values(), ids=TREATMENTS)
-def test_rollout_equals_replay(treatment, name, max_spans):
-    c, trajectories, images = mixed_batch(name, treatment, max_spans)
+def test_rollout_equals_replay(treatment, name, exit, max_spans):
+    """LVR's exit and ILVR's."""
+    c, trajectories, images = mixed_batch(name, treatment, max_spans, exit=exit)
     for side in ("right", "left"):
         recorded_BT, replayed_BT, batch = densities(c, trajectories, images, treatment, side)
         assert (recorded_BT - replayed_BT).abs().max() <= 1e-4

@@ -33,6 +33,7 @@ CASES = {
     "recompute latents_only": ({"name": "recompute"}, tiny.tiny_qwen2_5_vl, False, "latents_only", dict(max_spans=3)),
     "recompute packed": ({"name": "recompute"}, tiny.tiny_qwen3, True, "full", dict(max_spans=3)),
     "recompute slots": ({"name": "recompute"}, tiny.tiny_qwen2_5_vl, False, "full", helpers.SLOTS),
+    "recompute coconut": ({"name": "recompute"}, tiny.tiny_qwen3, True, "full", helpers.SLOTS | {"top_k_image": 0}),
 }
 DENSITIES = [name for name in CASES if not name.startswith("recompute")]
 RECOMPUTED = {
@@ -40,6 +41,7 @@ RECOMPUTED = {
     "recompute latents_only": ("bptt",),
     "recompute packed": ("one_hop", "bptt"),
     "recompute slots": ("bptt",),
+    "recompute coconut": ("bptt",),
 }
 
 
