@@ -138,7 +138,7 @@ class Evaluator:
 
         All are encoded in one call at the beginning, so that they do not depend on what the block does.
         """
-        with VisionCache.install(self.loaded.model).reuse() if self.adapter.has_vision else nullcontext():
+        with VisionCache.install(self.loaded.model).reuse() if self.adapter.has_tower else nullcontext():
             yield self._visual(prompts)
 
     @torch.no_grad()

@@ -1,11 +1,15 @@
 """What the latent machinery needs to know of a Hugging Face model, in one place.
 
-Serves causal language models (Qwen2, Qwen3, Llama, …) and image-text-to-text models whose forward takes `input_ids`,
-`pixel_values`, `image_grid_thw` and a cache (Qwen2-VL, Qwen2.5-VL, Qwen3-VL).
+Serves causal language models (Qwen2, Qwen3, Llama, …), image-text-to-text models whose forward takes `input_ids`,
+`pixel_values`, `image_grid_thw` and a cache (Qwen2-VL, Qwen2.5-VL, Qwen3-VL), and Chameleon, whose images are discrete: its
+VQ model turns one into token ids, and an image embedding is the embedding of such an id. Here those ids take the place of
+the placeholders before the forward, which then is that of a text model.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,18 +19,29 @@ from grpo_latent.errors import ConfigError, RolloutError
 from grpo_latent.latent.config import POSITIONS
 from grpo_latent.trajectory import prompt_kinds
 
+CHAMELEON_DELIMITERS = ("<racm3:break>", "<eoss>")  # around the tokens of an image; no field of its config names them
+
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """Pixels of the images of one prompt or batch, as the Qwen image processors lay them out.
+    """Pixels of the images of one prompt or batch, as their image processors lay them out.
 
     Attributes:
-        pixel_values: float [patches, channels * temporal * patch * patch].
-        image_grid_thw: int64 [images, 3], patches along time, height and width.
+        pixel_values: float [patches, channels * temporal * patch * patch]; Chameleon: [images, channels, height, width].
+        image_grid_thw: int64 [images, 3], patches along time, height and width; Chameleon: tokens, one image in time.
     """
 
     pixel_values: Tensor
     image_grid_thw: Tensor
+
+    @staticmethod
+    def of_processor(batch: Mapping[str, Tensor], processor) -> ImageInputs:
+        """Of what a processor or its image processor returns."""
+        pixel_values = batch["pixel_values"]
+        if "image_grid_thw" in batch:
+            return ImageInputs(pixel_values, batch["image_grid_thw"])
+        side = math.isqrt(processor.image_seq_length)  # the token map of an image is square
+        return ImageInputs(pixel_values, torch.tensor([[1, side, side]] * pixel_values.shape[0]))
 
     @staticmethod
     def concat(parts: list[ImageInputs | None]) -> ImageInputs | None:
@@ -72,12 +87,20 @@ class ModelAdapter:
                 fix="Set use_sliding_window=False in the model's config.",
             )
         self.decoder = getattr(self.base, "language_model", self.base)
-        self.has_vision = hasattr(self.base, "visual")
+        self.has_tower, self.has_discrete_images = hasattr(self.base, "visual"), hasattr(self.base, "vqmodel")
+        self.has_vision = self.has_tower or self.has_discrete_images
         self.has_mrope = hasattr(self.base, "get_rope_index")
-        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        ids = {name: getattr(model.config, name, None) for name in names} if self.has_vision else {}
-        self.image_token_id: int | None = ids.get("image_token_id")
-        self.vision_ids = frozenset(token_id for token_id in ids.values() if token_id is not None)
+        ids: list[int | None] = []
+        self.unpredicted_ids: list[int] = []  # tokens that the model's own forward gives no probability
+        if self.has_tower:
+            names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+            ids = [getattr(model.config, name, None) for name in names]
+        elif self.has_discrete_images:
+            mapping = self.base.vocabulary_mapping
+            ids = [mapping.image_token_id, *(mapping.vocab_map.get(token) for token in CHAMELEON_DELIMITERS)]
+            self.unpredicted_ids = mapping.image_tokens
+        self.image_token_id = ids[0] if ids else None
+        self.vision_ids = frozenset(token_id for token_id in ids if token_id is not None)
 
     @property
     def hidden_size(self) -> int:
@@ -106,15 +129,16 @@ class ModelAdapter:
             model = type(self.model).__name__
             raise RolloutError("images for a text-only model", where=where, got=model, expected="no images")
         num_placeholders = int((prompt_ids == self.image_token_id).sum())
-        num_patches = 0 if images is None else int(images.image_grid_thw.prod(-1).sum())
-        if images is not None and num_patches != images.pixel_values.shape[0]:
-            raise RolloutError(
-                "pixels do not fit the image grid",
-                where=where,
-                got=f"{images.pixel_values.shape[0]} patches, image_grid_thw {images.image_grid_thw.tolist()}",
-                expected=f"{num_patches} patches",
-            )
-        num_tokens = num_patches // self.model.config.vision_config.spatial_merge_size**2
+        num_tokens = 0 if images is None else int(self.num_image_tokens(images).sum())
+        if images is not None:
+            num_rows = images.image_grid_thw.prod(-1).sum() if self.has_tower else images.image_grid_thw.shape[0]
+            if num_rows != images.pixel_values.shape[0]:
+                raise RolloutError(
+                    "pixels do not fit the image grid",
+                    where=where,
+                    got=f"{images.pixel_values.shape[0]} patches, image_grid_thw {images.image_grid_thw.tolist()}",
+                    expected=f"{num_rows} patches",
+                )
         if num_placeholders != num_tokens:
             raise RolloutError(
                 "image placeholders do not fit the images",
@@ -123,6 +147,11 @@ class ModelAdapter:
                 expected=f"{num_tokens}, one for each merged visual token",
                 fix="Expand placeholders with the model's own processor.",
             )
+
+    def num_image_tokens(self, images: ImageInputs) -> Tensor:
+        """int64 [images], placeholders of each."""
+        merge_area = self.model.config.vision_config.spatial_merge_size**2 if self.has_tower else 1
+        return images.image_grid_thw.prod(-1) // merge_area
 
     def prompt_kinds(self, input_ids: Tensor) -> Tensor:
         return prompt_kinds(input_ids, self.vision_ids)
@@ -165,7 +194,11 @@ class ModelAdapter:
             if not self.has_vision:  # a text model would ignore the pixels without a word
                 model = type(self.model).__name__
                 raise RolloutError("images for a text-only model", where=model, got="images", expected="no images")
-            inputs = {"pixel_values": images.pixel_values, "image_grid_thw": images.image_grid_thw}
+            if self.has_discrete_images:
+                image_ids_M = self._discrete_ids(images)
+                input_ids_BT = input_ids_BT.masked_scatter(input_ids_BT == self.image_token_id, image_ids_M)
+            else:
+                inputs = {"pixel_values": images.pixel_values, "image_grid_thw": images.image_grid_thw}
         return self.base(
             input_ids=input_ids_BT,
             attention_mask=attention_mask,
@@ -176,11 +209,19 @@ class ModelAdapter:
         ).last_hidden_state
 
     def encode_images(self, images: ImageInputs) -> Tensor:
-        """Image embeddings after the merger, [M, H], of all images in order: what stands at image placeholders."""
+        """Image embeddings, after any merger, [M, H], of all images in order: what stands at image placeholders."""
+        if self.has_discrete_images:
+            return self.embed(self._discrete_ids(images))
         features = self.base.get_image_features(
             images.pixel_values.to(self.device), images.image_grid_thw.to(self.device)
         )
         return torch.cat(tuple(features.pooler_output))
+
+    @torch.no_grad()
+    def _discrete_ids(self, images: ImageInputs) -> Tensor:
+        """int64 [M], token ids of all images in order; a choice among code vectors, which has no gradient."""
+        weight = next(self.base.vqmodel.parameters())
+        return self.base.get_image_tokens(images.pixel_values.to(weight.device, weight.dtype)).flatten().long()
 
     def decode_hidden(self, embeds_NH: Tensor, bias_N11S: Tensor, position_ids: Tensor, cache) -> Tensor:
         """One decoding step from input vectors: last hidden states [N, H]."""
@@ -196,4 +237,10 @@ class ModelAdapter:
         return self.model.get_input_embeddings()(token_ids)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.model.get_output_embeddings()(hidden)
+        """As the model's own forward makes them."""
+        logits = self.model.get_output_embeddings()(hidden)
+        if self.unpredicted_ids:
+            is_out_V = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            is_out_V[self.unpredicted_ids] = True
+            logits = logits.masked_fill(is_out_V, torch.finfo(logits.dtype).min)
+        return logits

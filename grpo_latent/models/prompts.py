@@ -53,9 +53,12 @@ def encode_prompt(
         messages = [
             {**message, "content": "".join(part["text"] for part in message["content"])} for message in messages
         ]
-    text = (processor or tokenizer).apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    template_owner = (
+        processor if getattr(processor, "chat_template", None) else tokenizer
+    )  # Chameleon's cannot have one
+    text = template_owner.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
     if not images:
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
         return Prompt(ids, None)
     batch = processor(text=[text], images=list(images), add_special_tokens=False, return_tensors="pt")
-    return Prompt(batch["input_ids"][0].to(torch.long), ImageInputs(batch["pixel_values"], batch["image_grid_thw"]))
+    return Prompt(batch["input_ids"][0].to(torch.long), ImageInputs.of_processor(batch, processor))

@@ -1,4 +1,4 @@
-"""Tiny Qwen models built from config, with a word-level tokenizer, a chat template and a real image processor.
+"""Tiny Qwen and Chameleon models built from config, with a word-level tokenizer, a chat template and a real image processor.
 
 For tests and for the embedded experiment. Nothing is downloaded. One user message becomes
 
@@ -18,7 +18,9 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
 
+from grpo_latent.models.adapter import CHAMELEON_DELIMITERS
 from grpo_latent.models.processing import build_processor
 
 QWEN_TOKENS = (
@@ -220,6 +222,36 @@ def tiny_qwen3(
 ) -> TinyModel:
     """Qwen3, text only; arguments as `tiny_qwen2_5_vl`."""
     return _tiny_text("Qwen3", words, sizes, seed, latent_tokens)
+
+
+CHAMELEON_CODES, CHAMELEON_SIDE = 16, 16  # entries of the code book; pixels of an image, which has 4 x 4 tokens
+
+
+def tiny_chameleon(
+    words: Sequence[str] = (),
+    sizes: TinySizes = UNIT_SIZES,
+    seed: int = 0,
+    latent_tokens: Sequence[str] = LVR_TOKENS,
+) -> TinyModel:
+    """Chameleon, with a VQ model of random weights; arguments as `tiny_qwen2_5_vl`. An image is 16 discrete tokens."""
+    codes = [f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(code))}Z" for code in range(CHAMELEON_CODES)]
+    image_tokens = ("<image>", *CHAMELEON_DELIMITERS, *codes)
+    tokenizer = word_tokenizer(words, (*latent_tokens, *image_tokens))
+    tokenizer.sep_token = "<|im_end|>"  # the processor puts it behind the prompt
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
+    text = _text_config(tokenizer, sizes)
+    del text["head_dim"]
+    vq = dict(base_channels=32, channel_multiplier=[1, 1, 1], num_res_blocks=1, embed_dim=8, latent_channels=8)
+    config = transformers.ChameleonConfig(
+        **text | dict(num_key_value_heads=sizes.heads),  # its QK norms know no groups
+        vq_config=vq | dict(num_embeddings=CHAMELEON_CODES, resolution=CHAMELEON_SIDE),
+        vocabulary_map={token: tokenizer.convert_tokens_to_ids(token) for token in image_tokens},
+    )
+    side = {"height": CHAMELEON_SIDE, "width": CHAMELEON_SIDE}
+    image_processor = ChameleonImageProcessorPil(size={"shortest_edge": CHAMELEON_SIDE}, crop_size=side)
+    num_tokens = (CHAMELEON_SIDE // 4) ** 2
+    processor = transformers.ChameleonProcessor(image_processor, tokenizer, image_seq_length=num_tokens)
+    return TinyModel(_build(transformers.ChameleonForConditionalGeneration, config, seed), tokenizer, processor)
 
 
 def _tiny_text(name: str, words, sizes: TinySizes, seed: int, latent_tokens) -> TinyModel:

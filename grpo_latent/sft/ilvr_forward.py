@@ -50,7 +50,7 @@ def stage2_sums(
     nothing_NH = torch.zeros(num_latents, adapter.hidden_size, device=adapter.device, dtype=adapter.dtype)
     sequences = _sequences(batch, nothing_NH)
     # the forwards over one batch show the same images
-    with VisionCache.install(adapter.model).reuse() if adapter.has_vision else nullcontext():
+    with VisionCache.install(adapter.model).reuse() if adapter.has_tower else nullcontext():
         latents_NH = own_latents(adapter, sequences, config.visibility, gradient)
         hidden_BTH = replay_hidden(adapter, with_latents(sequences, latents_NH), config.visibility)
     return {"ce": _cross_entropy(adapter, batch, hidden_BTH)}

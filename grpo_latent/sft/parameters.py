@@ -27,9 +27,14 @@ class LoraSettings:
 
 
 def freeze_vision(model: nn.Module, tower: bool = True, merger: bool = True) -> None:
-    """Freezes the vision tower, its mergers, or both; the published stages 1 freeze both. Text-only models have neither."""
+    """Freezes the vision tower, its mergers, or both; the published stages 1 freeze both. Text-only models have neither.
+
+    Chameleon's VQ model, which no gradient reaches, is always frozen.
+    """
     adapter = ModelAdapter(model)
-    for name, parameter in adapter.base.visual.named_parameters() if adapter.has_vision else ():
+    if adapter.has_discrete_images:
+        adapter.base.vqmodel.requires_grad_(False)
+    for name, parameter in adapter.base.visual.named_parameters() if adapter.has_tower else ():
         parameter.requires_grad_(not (merger if name.startswith(_MERGERS) else tower))
 
 

@@ -220,6 +220,14 @@ def check_selection(config: LatentConfig, freeze_vision: bool) -> None:
 
 def check_layout(config: LatentConfig, model_config) -> None:
     """Raises `ConfigError` at a layout that cannot carry the config's attention."""
+    if model_config.hf_config.model_type == "chameleon":
+        raise ConfigError(
+            "its images are token ids that only the rollout engine makes",
+            where="actor_rollout_ref.model.path",
+            got="a Chameleon model",
+            expected="a text or Qwen-VL model",
+            fix="Chameleon runs in SFT, rollout, replay and evaluation.",
+        )
     if model_config.use_fused_kernels:
         raise ConfigError(
             "not supported with latents", where="actor_rollout_ref.model.use_fused_kernels", got=True, expected="False"
