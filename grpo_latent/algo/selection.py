@@ -57,37 +57,39 @@ def sample_candidates(log_weights_BS: Tensor, candidates_BS: Tensor, num: int, u
     return top_k_candidates(perturbed_BS, candidates_BS, num)
 
 
-def selection_log_prob(log_weights_BS: Tensor, candidates_BS: Tensor, chosen_BK: Tensor) -> Tensor:
-    """Plackett–Luce log-probability of an ordered choice, nats, with gradient to the log-weights; float [B].
+def selection_log_probs(log_weights_BS: Tensor, candidates_BS: Tensor, chosen_BK: Tensor) -> Tensor:
+    """Plackett–Luce log-probability of each place of an ordered choice, nats; float [B, K], 0 at `NOT_CHOSEN`.
 
-        log P = sum_k [ w(c_k) - log sum over candidates not in c_1..c_{k-1} of exp w ]
+        log P(c_k | c_1..c_{k-1}) = w(c_k) - log sum over candidates not in c_1..c_{k-1} of exp w
+
+    The choice's own is the sum over its places. The gradient flows to the log-weights.
 
     Args:
         candidates_BS: bool, what could be chosen before the first draw.
-        chosen_BK: int64, distinct candidates in order; `NOT_CHOSEN` only at the end of a row.
+        chosen_BK: int64, distinct candidates in order; `NOT_CHOSEN` anywhere is a place without a draw.
 
     Raises:
         LatentMismatchError: a chosen position is no candidate, or is chosen twice.
 
     >>> candidates = torch.ones(1, 3, dtype=torch.bool)
-    >>> selection_log_prob(torch.tensor([[1.0, 2.0, 3.0]]).log(), candidates, torch.tensor([[2, 0]])).exp()  # 3/6 · 1/3
-    tensor([0.1667])
+    >>> selection_log_probs(torch.tensor([[1.0, 2.0, 3.0]]).log(), candidates, torch.tensor([[2, 0]])).exp()  # 3/6, 1/3
+    tensor([[0.5000, 0.3333]])
     """
-    left_BS = candidates_BS.clone()
-    log_prob_B = torch.zeros(log_weights_BS.shape[0], dtype=log_weights_BS.dtype, device=log_weights_BS.device)
-    for place, chosen_B in enumerate(chosen_BK.unbind(1)):
-        is_chosen_B = chosen_B != NOT_CHOSEN
-        index_B1 = chosen_B.clamp(min=0)[:, None]
-        if not bool(left_BS.gather(1, index_B1)[:, 0][is_chosen_B].all()):
-            raise LatentMismatchError(
-                "a chosen position is no candidate, or was chosen before",
-                where=f"place {place}",
-                got=chosen_B.tolist(),
-                expected="distinct candidates",
-            )
-        # finite everywhere: a row of -inf only would turn its (unused) gradient into NaN
-        logits_BS = log_weights_BS.masked_fill(~left_BS, torch.finfo(log_weights_BS.dtype).min)
-        term_B = logits_BS.log_softmax(-1).gather(1, index_B1)[:, 0]
-        log_prob_B = log_prob_B + torch.where(is_chosen_B, term_B, 0.0)
-        left_BS = left_BS.scatter(1, index_B1, left_BS.gather(1, index_B1) & ~is_chosen_B[:, None])
-    return log_prob_B
+    is_chosen_BK = chosen_BK != NOT_CHOSEN
+    index_BK, num_places = chosen_BK.clamp(min=0), chosen_BK.shape[1]
+    times_BS = torch.zeros_like(candidates_BS, dtype=torch.long).scatter_add_(1, index_BK, is_chosen_BK.long())
+    if bool((times_BS > candidates_BS.long()).any()):
+        raise LatentMismatchError(
+            "a chosen position is no candidate, or is chosen twice",
+            where="selection",
+            got=chosen_BK.tolist(),
+            expected="distinct candidates",
+        )
+    places_K = torch.arange(num_places, device=chosen_BK.device)
+    place_BS = torch.full_like(times_BS, num_places)  # of each position; a chosen one stands in the way until its own
+    place_BS.scatter_reduce_(1, index_BK, places_K.expand_as(index_BK).masked_fill(~is_chosen_BK, num_places), "amin")
+    left_BKS = candidates_BS[:, None] & (place_BS[:, None] >= places_K[:, None])
+    # finite everywhere: a row of -inf only would turn its (unused) gradient into NaN
+    minimum = torch.finfo(log_weights_BS.dtype).min
+    log_probs_BKS = log_weights_BS[:, None].masked_fill(~left_BKS, minimum).log_softmax(-1)
+    return log_probs_BKS.gather(2, index_BK[..., None])[..., 0].masked_fill(~is_chosen_BK, 0.0)

@@ -1,53 +1,65 @@
-"""Attention of the last position, averaged over all layers and heads, without a T x T map.
+"""Attention of a few positions, averaged over all layers and heads, without a T x T map.
 
-IVT-LR chooses image positions by it (2510.12603 section 3). `output_attentions` would build every layer's full map, at
-every slot; only its last row is wanted. Within `recording_last_row` the decoder's attention computes its ordinary output,
-and beside it softmax(q_last · Kᵀ) of the last query position: O(T) a layer, over a cache too.
+IVT-LR chooses image positions by that of the last one (2510.12603 section 3), and a random choice is scored by that of each
+slot's. `output_attentions` would build every layer's full map, at every slot; only these rows are wanted. Within
+`recording_last_row` or `recording_rows` the decoder's attention computes its ordinary output, and beside it
+softmax(q · Kᵀ) of the wanted queries: O(T) a layer and row, over a cache too.
 
-Legend: B rows, A attention heads, T queries, S keys, D head dim.
+Legend: B rows, A attention heads, T queries, N of them wanted, S keys, D head dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo_latent.errors import ConfigError, LatentMismatchError
 
-LAST_ROW_SDPA = "grpo_latent_last_row_sdpa"
+RECORDED_SDPA = "grpo_latent_recorded_sdpa"
 
 
 @dataclass
-class LastRowAttention:
-    """What the forwards of a `recording_last_row` block leave behind; `take` reads and clears it.
+class RecordedAttention:
+    """What the forwards of a recording block leave behind; `take` reads and clears it.
 
     Attributes:
+        rows_BN: int64, the wanted queries of a forward without cache; None for the last one.
+        allowed_BNS: bool, what they may look at; None where the forward's own mask says it.
         queries_BATD, keys_BASD: of the last layer only, as its attention read them (after rotary embedding), where asked.
     """
 
     keep_last_layer: bool = False
+    rows_BN: Tensor | None = None
+    allowed_BNS: Tensor | None = None
     queries_BATD: Tensor | None = None
     keys_BASD: Tensor | None = None
     scaling: float = 1.0
-    _sum_BS: Tensor | None = None
+    _sum: Tensor | None = None
     _num_layers: int = 0
 
-    def add(self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> None:
-        row_BS = last_row_attention(query, key, mask, scaling)
+    def add(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> None:
+        if self.rows_BN is None:
+            mask = None if mask is None else mask[:, 0, -1:, : key.shape[2]]
+            mean = rows_attention(query[:, :, -1:], key, mask, scaling)[:, 0]
+        else:
+            index_BAND = self.rows_BN[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+            mean = rows_attention(query.gather(2, index_BAND), key, self.allowed_BNS, scaling)
         if self.keep_last_layer:
             self.queries_BATD, self.keys_BASD, self.scaling = query, key, scaling
-        self._sum_BS = row_BS if self._sum_BS is None else self._sum_BS + row_BS
+        self._sum = mean if self._sum is None else self._sum + mean
         self._num_layers += 1
 
     def take(self, num_layers: int) -> Tensor:
-        """float32 [B, S], rows sum to 1: the mean over layers and heads of the forward since the last `take`.
+        """float32 [B, S], or [B, N, S] of `rows_BN`, each sums to 1: the mean over layers and heads of the forward since the
+        last `take`.
 
         Raises:
             LatentMismatchError: not each of the `num_layers` layers has run exactly once.
@@ -55,38 +67,39 @@ class LastRowAttention:
         if self._num_layers != num_layers:
             raise LatentMismatchError(
                 "the recorded attention is not that of one forward",
-                where="recording_last_row",
+                where="recorded attention",
                 got=f"{self._num_layers} layers",
                 expected=f"{num_layers}",
                 fix="Call `take` after each forward; gradient checkpointing, which repeats layers, must be off.",
             )
-        mean_BS = self._sum_BS / self._num_layers
-        self._sum_BS, self._num_layers = None, 0
-        return mean_BS
+        mean = self._sum / self._num_layers
+        self._sum, self._num_layers = None, 0
+        return mean
 
 
-_recorder: ContextVar[LastRowAttention | None] = ContextVar("grpo_latent_last_row", default=None)
+_recorder: ContextVar[RecordedAttention | None] = ContextVar("grpo_latent_recorded_attention", default=None)
 
 
-def last_row_attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """softmax(q_last · Kᵀ · scaling + mask) averaged over the heads; float32 [B, S].
+def rows_attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """softmax(q · Kᵀ · scaling + mask) averaged over the heads; float32 [B, N, S].
 
     Args:
-        query: [B, heads, T, D].
+        query: [B, heads, N, D].
         key: [B, KV heads, S, D]; query heads share keys in consecutive groups.
-        mask: additive or bool (True: may look), [B or 1, 1, T, S or more]; None where the last row sees everything.
+        mask: additive or bool (True: may look), [B or 1, N, S]; None where all is seen.
     """
-    batch_size, num_heads, _, head_dim = query.shape
-    num_kv_heads, length = key.shape[1], key.shape[2]
-    folded = query[:, :, -1].reshape(batch_size, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    batch_size, num_heads, num_rows, head_dim = query.shape
+    num_kv_heads = key.shape[1]
+    folded = query.reshape(batch_size, num_kv_heads, -1, head_dim)  # the heads of a group one after the other
     scores = (folded @ key.transpose(2, 3)).float() * scaling
+    scores = scores.view(batch_size, num_kv_heads, num_heads // num_kv_heads, num_rows, -1)
     if mask is not None:
-        row = mask[:, :, -1:, :length]
-        scores = scores.masked_fill(~row, -torch.inf) if row.dtype == torch.bool else scores + row.float()
+        mask = mask[:, None, None]
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
     return scores.softmax(-1).mean((1, 2))
 
 
-def _last_row_sdpa(
+def _recorded_sdpa(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -99,16 +112,19 @@ def _last_row_sdpa(
     """Hugging Face attention interface; [B, heads, T, head dim] -> [B, T, heads, head dim]."""
     recorder = _recorder.get()
     if recorder is not None:
-        with torch.no_grad():  # a choice has no gradient; its log-probability is `algo.selection`'s
-            recorder.add(module, query, key, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        scaling_of_rows = query.shape[-1] ** -0.5 if scaling is None else scaling
+        # what a rollout chooses has no gradient; only the score of a recorded choice has one
+        with torch.no_grad() if recorder.rows_BN is None else nullcontext():
+            recorder.add(query, key, attention_mask, scaling_of_rows)
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 
 
-ALL_ATTENTION_FUNCTIONS.register(LAST_ROW_SDPA, _last_row_sdpa)
+ALL_ATTENTION_FUNCTIONS.register(RECORDED_SDPA, _recorded_sdpa)
+ALL_MASK_ATTENTION_FUNCTIONS.register(RECORDED_SDPA, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 @contextmanager
-def recording_last_row(text_config, keep_last_layer: bool = False) -> Iterator[LastRowAttention]:
+def recording_last_row(text_config, keep_last_layer: bool = False) -> Iterator[RecordedAttention]:
     """Within the block, each forward of the decoder records its last row's attention. Give it an explicit 4-D mask.
 
     Args:
@@ -118,6 +134,24 @@ def recording_last_row(text_config, keep_last_layer: bool = False) -> Iterator[L
     Raises:
         ConfigError: the attention implementation does not compute what `sdpa` computes.
     """
+    with _recording(text_config, RecordedAttention(keep_last_layer)) as recorder:
+        yield recorder
+
+
+@contextmanager
+def recording_rows(text_config, rows_BN: Tensor, allowed_BNS: Tensor) -> Iterator[RecordedAttention]:
+    """Within the block, each forward of the decoder, without cache, records the attention of `rows_BN`, with its gradient.
+
+    Args:
+        rows_BN: int64, queries.
+        allowed_BNS: bool, what each may look at; at least itself.
+    """
+    with _recording(text_config, RecordedAttention(rows_BN=rows_BN, allowed_BNS=allowed_BNS)) as recorder:
+        yield recorder
+
+
+@contextmanager
+def _recording(text_config, recorder: RecordedAttention) -> Iterator[RecordedAttention]:
     configured = text_config._attn_implementation
     if "sdpa" not in configured and configured != "eager":
         raise ConfigError(
@@ -127,9 +161,8 @@ def recording_last_row(text_config, keep_last_layer: bool = False) -> Iterator[L
             expected="sdpa or eager",
             fix="Load the model with attn_implementation=sdpa.",
         )
-    recorder = LastRowAttention(keep_last_layer)
     token = _recorder.set(recorder)
-    text_config._attn_implementation = LAST_ROW_SDPA
+    text_config._attn_implementation = RECORDED_SDPA
     try:
         yield recorder
     finally:

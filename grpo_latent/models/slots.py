@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from grpo_latent.algo.selection import NOT_CHOSEN, top_k_candidates
+from grpo_latent.algo.selection import NOT_CHOSEN, sample_candidates, selection_log_probs, top_k_candidates
 from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter
+from grpo_latent.models.choices import log_weights
 from grpo_latent.models.head import feedback
 from grpo_latent.models.replay import ReplayBatch, caching_layers, with_latents
 from grpo_latent.models.selection import recording_last_row
@@ -35,18 +36,34 @@ from grpo_latent.trajectory import PositionKind
 
 
 @dataclass(frozen=True)
+class SlotDraws:
+    """Plackett–Luce selection: image positions drawn without replacement, in proportion to attention^(1 / temperature).
+
+    Attributes:
+        row_to_prompt_N: int64, the prompt of each row: slots then differ within a group, and run once a row.
+        uniforms_NSM: float64 in [0, 1), for each row, slot and image position; None takes the best, as `top_k` does.
+    """
+
+    row_to_prompt_N: Tensor
+    temperature: float
+    uniforms_NSM: Tensor | None
+
+
+@dataclass(frozen=True)
 class SlotRecord:
-    """The slots of one prompt, as they stand at the beginning of each of its trajectories.
+    """The slots of one row, as they stand at the beginning of its trajectories: of all of a prompt's, or of one.
 
     Attributes:
         kinds: int64 [L], SELECTED and LATENT.
         latents: float [L, H], the vectors fed.
         selected_idx: int64, one per SELECTED position: which of the prompt's image positions, counted from 0.
+        log_probs: float32 [L], nats, of the draws at SELECTED positions; 0 elsewhere, and without draws.
     """
 
     kinds: Tensor
     latents: Tensor
     selected_idx: Tensor
+    log_probs: Tensor
 
 
 @dataclass(frozen=True)
@@ -58,7 +75,7 @@ class SlotPrefill:
         cache: keys and values of S columns.
         kinds_BS, valid_BS: int64 and bool; columns that a row does not use are not valid.
         next_position_B: int64, position id of the first text token.
-        records: one a prompt.
+        records: one a row. Rows are the prompts, or with `SlotDraws` the rows of those.
     """
 
     hidden_BH: Tensor
@@ -79,6 +96,7 @@ def prefill_with_slots(
     cut: bool = True,
     feed: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     selected_idx: Sequence[Tensor | None] = (),
+    draws: SlotDraws | None = None,
 ) -> SlotPrefill:
     """Forward over left-padded prompts, then over their slots.
 
@@ -89,7 +107,8 @@ def prefill_with_slots(
         cut: whether the fed h is a constant (IVT-LR) or carries its gradient (Coconut).
         feed: maps what a slot is about to be fed [B, L, H], its kinds and whether each position is used, both [B, L], to
             what it is fed (causal ablations).
-        selected_idx: of each prompt, the image positions to take in turn instead of choosing, or None.
+        selected_idx: of each row, the image positions to take in turn instead of choosing, or None.
+        draws: of a random selection; None takes the positions of most attention.
 
     Raises:
         ConfigError: image embeddings for a model without images.
@@ -109,7 +128,7 @@ def prefill_with_slots(
     selects = top_k_image > 0 and images is not None
     recording = recording_last_row(adapter.text_config) if selects else nullcontext()
     with caching_layers(adapter.model), recording as recorder:
-        with VisionCache.install(adapter.model).reuse() if selects else nullcontext():
+        with VisionCache.install(adapter.model).reuse() if selects and adapter.has_tower else nullcontext():
             embeddings_MH = adapter.encode_images(images) if selects else None
             hidden_BH = adapter.forward_hidden(input_ids_BP, bias, position_ids, images, cache)[:, -1]
         last_position_B = position_ids.amax(-1) if position_ids.ndim == 2 else position_ids.amax((0, -1))
@@ -117,6 +136,9 @@ def prefill_with_slots(
             adapter, cache, recorder, embeddings_MH, input_ids_BP, kinds_BP, valid_BP, hidden_BH, last_position_B + 1
         )
         feeder.feed_hook = feed
+        if draws is not None:
+            num_slots_B = num_slots_B[draws.row_to_prompt_N]
+            feeder.draw(draws)
         if selects and any(idx is not None for idx in selected_idx):
             feeder.take_recorded(selected_idx, num_slots_B, top_k_image)
         for slots_left in range(int(num_slots_B.max()), 0, -1):
@@ -143,8 +165,21 @@ class _SlotFeeder:
             self.attention_BP = self._take_attention()
         self.fed_BLH: list[Tensor] = []
         self.selected_BL: list[Tensor] = []
+        self.log_probs_BL: list[Tensor] = []
+        self.draws: SlotDraws | None = None
         self.feed_hook: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         self.recorded_BF: Tensor | None = None
+
+    def draw(self, draws: SlotDraws) -> None:
+        """Goes on with the rows of `draws`, each of which draws its own image positions."""
+        rows_N = draws.row_to_prompt_N
+        self.cache.batch_select_indices(rows_N)
+        names = ("hidden_BH", "next_position_B", "kinds_BS", "valid_BS")
+        if self.recorder is not None:
+            names += ("attention_BP", "candidates_BP", "own_idx_BP", "embedding_idx_BP")
+        for name in names:
+            setattr(self, name, getattr(self, name)[rows_N])
+        self.draws, self.num_drawn_N = draws, torch.zeros_like(rows_N)
 
     def take_recorded(self, selected_idx: Sequence[Tensor | None], num_slots_B: Tensor, top_k: int) -> None:
         """Columns `recorded_BF` of the image positions that rows take in turn; rows that choose have -1."""
@@ -173,19 +208,24 @@ class _SlotFeeder:
         hidden_BH = self.hidden_BH.detach() if cut else self.hidden_BH
         block_BLH = feedback(self.adapter.model, hidden_BH)[:, None]
         selected_BL = torch.full_like(active_B, NOT_CHOSEN, dtype=torch.long)[:, None]
+        log_probs_BL = torch.zeros(active_B.shape[0], 1, device=active_B.device)
         is_used_BL = active_B[:, None]
         if top_k:
-            chosen_BK = self._choose(active_B, top_k)
+            chosen_BK, log_probs_BK = self._choose(active_B, top_k)
+            log_probs_BL = torch.cat([log_probs_BK, log_probs_BL], 1)
             place_BK, is_chosen_BK = chosen_BK.clamp(min=0), chosen_BK != NOT_CHOSEN
             embeddings_BKH = self.embeddings_MH[self.embedding_idx_BP.gather(1, place_BK).clamp(min=0)]
             block_BLH = torch.cat([embeddings_BKH.to(block_BLH.dtype), block_BLH], 1)
             selected_BL = torch.cat([self.own_idx_BP.gather(1, place_BK), selected_BL], 1)
             is_used_BL = torch.cat([is_chosen_BK, is_used_BL], 1)
+        self.log_probs_BL.append(log_probs_BL)
         self._forward(active_B, block_BLH, selected_BL, is_used_BL)
 
-    def _choose(self, active_B: Tensor, top_k: int) -> Tensor:
-        """Columns of the prompt [B, K], best first; `NOT_CHOSEN`, where a row has fewer left, in front."""
-        chosen_BK = top_k_candidates(self.attention_BP, self.candidates_BP & active_B[:, None], top_k)
+    def _choose(self, active_B: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """Columns of the prompt [B, K], best or drawn first; `NOT_CHOSEN`, where a row has fewer left, in front. And the
+        log-probs of draws [B, K]."""
+        candidates_BP = self.candidates_BP & active_B[:, None]
+        chosen_BK = self._ranked(candidates_BP, active_B, top_k)
         is_missing_BK = chosen_BK == NOT_CHOSEN
         chosen_BK = chosen_BK.gather(1, is_missing_BK.long().sort(dim=-1, descending=True, stable=True).indices)
         if self.recorded_BF is not None:
@@ -193,7 +233,21 @@ class _SlotFeeder:
         taken_BP = torch.zeros_like(self.candidates_BP, dtype=torch.long)
         taken_BP.scatter_add_(1, chosen_BK.clamp(min=0), (chosen_BK != NOT_CHOSEN).long())
         self.candidates_BP = self.candidates_BP & (taken_BP == 0)
-        return chosen_BK
+        if self.draws is None:
+            return chosen_BK, torch.zeros(chosen_BK.shape, device=chosen_BK.device)
+        weights_BP = log_weights(self.attention_BP, self.draws.temperature)
+        return chosen_BK, selection_log_probs(weights_BP, candidates_BP, chosen_BK)
+
+    def _ranked(self, candidates_BP: Tensor, active_B: Tensor, top_k: int) -> Tensor:
+        if self.draws is None or self.draws.uniforms_NSM is None:
+            return top_k_candidates(self.attention_BP, candidates_BP, top_k)
+        # a number a slot and image position: the same ones whatever the row is padded to
+        slot_N = self.num_drawn_N.clamp(max=self.draws.uniforms_NSM.shape[1] - 1)
+        uniforms_NM = self.draws.uniforms_NSM[torch.arange(len(slot_N), device=slot_N.device), slot_N]
+        uniforms_BP = uniforms_NM.gather(1, self.own_idx_BP.clamp(0, uniforms_NM.shape[1] - 1))
+        self.num_drawn_N = self.num_drawn_N + active_B
+        weights_BP = log_weights(self.attention_BP, self.draws.temperature)
+        return sample_candidates(weights_BP, candidates_BP, top_k, uniforms_BP)
 
     def _recorded(self, chosen_BK: Tensor) -> Tensor:
         """As many recorded columns as were chosen, in the rows that have them."""
@@ -233,13 +287,14 @@ class _SlotFeeder:
         for row in range(used_BL.shape[0]):
             if not self.fed_BLH:
                 nothing = torch.zeros(0, dtype=torch.long, device=used_BL.device)
-                records.append(SlotRecord(nothing, self.hidden_BH[:0], nothing))
+                records.append(SlotRecord(nothing, self.hidden_BH[:0], nothing, nothing.float()))
                 continue
             is_used_L = used_BL[row]
             kinds = kinds_BL[row][is_used_L]
             selected = torch.cat(self.selected_BL, 1)[row][is_used_L]
             latents = torch.cat(self.fed_BLH, 1)[row][is_used_L]
-            records.append(SlotRecord(kinds, latents, selected[kinds == PositionKind.SELECTED]))
+            log_probs = torch.cat(self.log_probs_BL, 1)[row][is_used_L]
+            records.append(SlotRecord(kinds, latents, selected[kinds == PositionKind.SELECTED], log_probs))
         return SlotPrefill(self.hidden_BH, self.cache, self.kinds_BS, self.valid_BS, self.next_position_B, records)
 
 

@@ -80,16 +80,17 @@ class DecodingBatch:
 
         hidden_BH, cache, kinds_BP, valid_BP, next_position_B = self._prefill(requests)
         self.prompt_length = kinds_BP.shape[1]
-        self.cache = RolloutCache(cache, row_to_prompt_N, self.prompt_length + length)
-        self.hidden_NH = hidden_BH[row_to_prompt_N]
-        self.next_position_N = next_position_B[row_to_prompt_N]
+        row_to_prefill_N = self._rows_of_prefill(row_to_prompt_N)
+        self.cache = RolloutCache(cache, row_to_prefill_N, self.prompt_length + length)
+        self.hidden_NH = hidden_BH[row_to_prefill_N]
+        self.next_position_N = next_position_B[row_to_prefill_N]
         self.seeds = np.array([seed for request in requests for seed in request.seeds], dtype=np.uint64)
         self.uniforms_NT = uniforms(self.seeds[:, None], np.arange(length)).to(device)
         self.state = SpanState(config, *(counts_B[row_to_prompt_N] for counts_B in self._span_counts(requests, device)))
         self.override = OverrideTable(requests, row_to_prompt_N, adapter.hidden_size)
         blind_B = torch.tensor([request.blind_after_span for request in requests], device=device)
         self.blind_after_span_N = blind_B[row_to_prompt_N] if bool(blind_B.any()) else None
-        self._init_bias(kinds_BP[row_to_prompt_N], valid_BP[row_to_prompt_N], length)
+        self._init_bias(kinds_BP[row_to_prefill_N], valid_BP[row_to_prefill_N], length)
 
         self.rows_N = torch.arange(num_rows, device=device)
         self.done_N = torch.zeros(num_rows, dtype=torch.bool, device=device)
@@ -117,6 +118,10 @@ class DecodingBatch:
         if images is not None:
             images = ImageInputs(images.pixel_values.to(device), images.image_grid_thw.to(device))
         return input_ids_BP, valid_BP, images
+
+    def _rows_of_prefill(self, row_to_prompt_N: Tensor) -> Tensor:
+        """int64 [N], the row of the prefill that each row goes on from."""
+        return row_to_prompt_N
 
     def _prefill(self, requests: list[RolloutRequest]):
         """Forward over the B prompts: last hidden states, cache, kinds, validity, next position."""

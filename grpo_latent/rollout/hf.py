@@ -39,6 +39,8 @@ class HFRolloutEngine:
             sampled image placeholder would break the count of image features in every later forward).
         max_batch_rows: trajectories decoded together; a group is never split.
         treatment: what RL makes of latents; it decides what is fed and recorded at them. None is `mask`.
+        selection_temperature: of the image positions that prompt slots draw (Plackett–Luce); None takes those of most
+            attention.
     """
 
     def __init__(
@@ -49,10 +51,12 @@ class HFRolloutEngine:
         banned_ids: Iterable[int] = (),
         max_batch_rows: int = 512,
         treatment: Treatment | None = None,
+        selection_temperature: float | None = None,
     ):
         self.adapter = ModelAdapter(model, config.positions)
         self.model, self.config, self.max_batch_rows = model, config, max_batch_rows
         self.policy_version, self.treatment = 0, treatment or Mask()
+        self.selection_temperature = selection_temperature
         self.treatment.check(config)
         attention = self.adapter.text_config._attn_implementation
         if attention not in ("sdpa", "eager"):
@@ -151,8 +155,11 @@ class HFRolloutEngine:
             yield chunk
 
     def _generate_chunk(self, requests: list[RolloutRequest], sampling: SamplingParams) -> list[list[Trajectory]]:
-        batch_class = SlotDecodingBatch if self.config.trigger == "prompt_slots" else DecodingBatch
-        batch = batch_class(self.adapter, self.config, self._rules, requests, sampling, self.treatment)
+        parts = (self.adapter, self.config, self._rules, requests, sampling, self.treatment)
+        if self.config.trigger == "prompt_slots":
+            batch = SlotDecodingBatch(*parts, selection_temperature=self.selection_temperature)
+        else:
+            batch = DecodingBatch(*parts)
         # the prefill is over: transformers makes masks for implementations that it knows by name only, and encoded images
         # may outlive the rollout, which tensors of inference mode (5 % faster here) must not
         with folded_attention(self.adapter.text_config), torch.inference_mode():

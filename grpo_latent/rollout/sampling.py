@@ -15,6 +15,7 @@ from torch import Tensor
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _LATENT_STREAM = 1 << 40  # counters of latents begin here, far beyond those of text positions
+_SLOT_STREAM, _MAX_IMAGE_POSITIONS = 1 << 50, 1 << 32  # counters of slots, beyond those of everything else
 
 
 def trajectory_seed(run_seed: int, step: int, row_id: str | int, trajectory_idx: int) -> int:
@@ -37,6 +38,11 @@ def latent_uniforms(seeds_M: np.ndarray, position: int, count: int) -> Tensor:
     """float64 [M, count] in (0, 1): what a latent at `position` draws from, on a stream of its own."""
     counters = _LATENT_STREAM + position * count + np.arange(count)
     return uniforms(seeds_M[:, None], counters[None]) + 2.0**-54
+
+
+def slot_uniforms(seeds_N: np.ndarray, slot: int, num_images: int) -> Tensor:
+    """float64 [N, num_images] in [0, 1): what a prompt's slot draws each image position with, on a stream of its own."""
+    return uniforms(seeds_N[:, None], _SLOT_STREAM + slot * _MAX_IMAGE_POSITIONS + np.arange(num_images))
 
 
 def truncate(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor:

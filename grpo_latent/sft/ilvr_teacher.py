@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grpo_latent.errors import LatentMismatchError
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.selection import LastRowAttention, recording_last_row
+from grpo_latent.models.selection import RecordedAttention, recording_last_row
 from grpo_latent.models.visibility import attention_bias
 from grpo_latent.sft.distillation import (
     pool_candidates,
@@ -81,7 +81,7 @@ def _targets_of_row(
     row: int,
     numbers_T: Tensor,
     hidden_TH: Tensor,
-    recorder: LastRowAttention,
+    recorder: RecordedAttention,
     candidates: list[Tensor],
     top_k: int,
     top_p: float,

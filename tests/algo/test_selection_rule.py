@@ -10,7 +10,7 @@ from grpo_latent.algo.selection import (
     NOT_CHOSEN,
     gumbel_noise,
     sample_candidates,
-    selection_log_prob,
+    selection_log_probs,
     top_k_candidates,
 )
 from grpo_latent.errors import LatentMismatchError
@@ -41,7 +41,7 @@ def test_probabilities_of_all_ordered_choices_sum_to_one_and_equal_the_products(
     log_weights_1S, total = torch.tensor([weights], dtype=torch.float64).log(), 0.0
     candidates_1S = torch.tensor([[True, True, False, True]])
     for first, second in itertools.permutations([0, 1, 3], 2):
-        log_prob = selection_log_prob(log_weights_1S, candidates_1S, torch.tensor([[first, second]]))
+        log_prob = selection_log_probs(log_weights_1S, candidates_1S, torch.tensor([[first, second]])).sum()
         expected = weights[first] / 3.5 * weights[second] / (3.5 - weights[first])
         assert math.exp(log_prob) == pytest.approx(expected, rel=1e-12)
         total += math.exp(log_prob)
@@ -52,9 +52,9 @@ def test_log_prob_gradient_is_numerically_right():
     """A full row, a row with fewer candidates than places, a row with none."""
     log_weights_BS = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     candidates_BS = torch.tensor([[True] * 6, [False, True, False, False, True, False], [False] * 6])
-    chosen_BK = torch.tensor([[4, 0, 5], [4, 1, NOT_CHOSEN], [NOT_CHOSEN] * 3])
-    assert torch.autograd.gradcheck(lambda w: selection_log_prob(w, candidates_BS, chosen_BK), log_weights_BS)
-    selection_log_prob(log_weights_BS, candidates_BS, chosen_BK).sum().backward()
+    chosen_BK = torch.tensor([[4, 0, 5], [NOT_CHOSEN, 4, 1], [NOT_CHOSEN] * 3])
+    assert torch.autograd.gradcheck(lambda w: selection_log_probs(w, candidates_BS, chosen_BK), log_weights_BS)
+    selection_log_probs(log_weights_BS, candidates_BS, chosen_BK).sum().backward()
     assert torch.isfinite(log_weights_BS.grad).all()
     assert (log_weights_BS.grad[~candidates_BS] == 0).all() and log_weights_BS.grad[0].abs().min() > 0
 
@@ -69,7 +69,7 @@ def test_gumbel_top_k_draws_with_the_stated_probability():
     )
     for pair in itertools.permutations([0, 1, 2], 2):
         frequency = float((chosen_BK == torch.tensor(pair)).all(-1).double().mean())
-        expected = float(selection_log_prob(log_weights_1S, candidates_1S, torch.tensor([pair])).exp())
+        expected = float(selection_log_probs(log_weights_1S, candidates_1S, torch.tensor([pair])).sum().exp())
         assert frequency == pytest.approx(expected, abs=4 * math.sqrt(expected / num_draws))
 
 
@@ -79,5 +79,5 @@ def test_noise_is_finite_at_zero():
 
 @pytest.mark.parametrize("chosen", [[1, 1], [2, 0]])
 def test_choices_that_no_draw_can_make_are_errors(chosen):
-    with pytest.raises(LatentMismatchError, match="no candidate, or was chosen before"):
-        selection_log_prob(torch.zeros(1, 3), torch.tensor([[True, True, False]]), torch.tensor([chosen]))
+    with pytest.raises(LatentMismatchError, match="no candidate, or is chosen twice"):
+        selection_log_probs(torch.zeros(1, 3), torch.tensor([[True, True, False]]), torch.tensor([chosen]))

@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from latent_cases import case, sampling
+from slot_cases import scored
 
 from grpo_latent.errors import ConfigError, LatentMismatchError, RolloutError
 from grpo_latent.models.replay import collate, recompute_latents, replay
@@ -167,3 +168,30 @@ def test_what_slots_cannot_do_is_an_error():
         c.engine(config_of(c)).generate([dataclasses.replace(request, latent_override=override)], sampling(20))
     with pytest.raises(ConfigError, match="latent.top_k_image: no image embeddings to insert"):
         text.engine(config_of(text, top_k_image=4)).generate([text.request()], sampling(20))
+
+
+def test_drawn_slots_differ_in_a_group_and_their_log_probs_are_a_replays():
+    """Plackett-Luce: the same seeds give the same draws whatever the batch; greedy decoding takes the best as before."""
+    c = case("qwen2_vl")
+    requests, plain, _ = recorded("qwen2_vl")
+    engine = c.engine(config_of(c), selection_temperature=0.5)
+    groups = engine.generate(requests, sampling(20, temperature=TEMPERATURE))
+    for group in groups[:2]:
+        assert len({tuple(t.selected_idx.tolist()) for t in group}) > 1
+    trajectories = [t for group in groups for t in group]
+    images = [request.images for request, group in zip(requests, groups, strict=True) for _ in group]
+    batch = collate(trajectories, images, engine.adapter, "right")
+    with torch.no_grad():
+        text_BT, _ = replay(engine.adapter, batch, "full", TEMPERATURE)
+        _, choice_M = scored(engine.adapter, batch, 0.5)
+    values_BT = text_BT.masked_scatter((batch.kinds_BT == K.SELECTED) & batch.valid_BT, choice_M)
+    for row, t in enumerate(trajectories):
+        values = values_BT[row][batch.valid_BT[row]][len(t.prompt_ids) :]
+        torch.testing.assert_close(values, t.rollout_log_probs, rtol=0, atol=1e-4)
+        assert torch.equal(t.sampling_log_probs[t.kinds == K.SELECTED], t.rollout_log_probs[t.kinds == K.SELECTED])
+    alone = engine.generate([dataclasses.replace(requests[1], seeds=[9])], sampling(20, temperature=TEMPERATURE))[0][0]
+    assert torch.equal(alone.selected_idx, groups[1][3].selected_idx) and torch.equal(
+        alone.token_ids, groups[1][3].token_ids
+    )
+    greedy = engine.generate(requests[:1], sampling(20, temperature=0.0))[0][0]
+    assert torch.equal(greedy.selected_idx, plain[0][0].selected_idx)
