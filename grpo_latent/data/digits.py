@@ -80,6 +80,10 @@ class DigitObject:
     def step(self) -> str:
         return f"{self.color} at r{self.row} c{self.column} is {self.digit}"
 
+    @property
+    def short_step(self) -> str:
+        return f"{self.color} is {self.digit}"
+
 
 @dataclass(frozen=True, eq=False)
 class DigitExample:
@@ -254,14 +258,27 @@ def text_response(example: DigitExample, has_answer: bool) -> str:
     return " ".join([*words, *digits, response_template(0, example.answer)] if has_answer else words)
 
 
+# rationale -> its steps
+STEPS = {
+    "full": lambda example: example.steps,
+    "short": lambda example: [item.short_step for item in example.asked],
+    "none": lambda example: [],
+}
+
+
 def to_rows(
-    examples: Sequence[DigitExample], split: str, has_answer: Sequence[bool] | None = None, form: str = "latent"
+    examples: Sequence[DigitExample],
+    split: str,
+    has_answer: Sequence[bool] | None = None,
+    form: str = "latent",
+    steps: str = "full",
 ) -> list[dict]:
     """verl rows. A row without its answer has an empty ground truth, so that no stage can read it by accident.
 
     Args:
         form: of the response: `latent` (a span for each box), or, for controls without latents, `direct` (the answer alone)
             or `text_boxes` (row and column in words, then the answer).
+        steps: of the rationale: `full`, `short` (no places), or `none` (the control that answers directly).
     """
     if form not in FORMS:
         raise ConfigError("unknown value", where="digits.form", got=form, expected=f"one of {FORMS}")
@@ -277,7 +294,7 @@ def to_rows(
             index=index,
             split=split,
             kind=example.kind,
-            steps=example.steps if keeps_answer else None,
+            steps=STEPS[steps](example) if keeps_answer else None,
         )
         for index, (example, keeps_answer) in enumerate(zip(examples, has_answer, strict=True))
     ]
@@ -299,6 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--form", choices=FORMS, default="latent", help="of responses; the others make controls in text"
     )
+    parser.add_argument("--steps", choices=list(STEPS), default="full", help="rationales: with places, without, none")
     options = parser.parse_args(arguments)
     sizes = {"sft": options.sft, "rl": options.rl, "dev": options.dev, "heldout": options.heldout}
     for stream, num in sizes.items():
@@ -310,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         per_answer = None if stream != "sft" or options.labels_per_answer < 0 else options.labels_per_answer
         has_answer = scarce_labels(examples, per_answer)
         path = options.out / (f"train_{stream}.parquet" if training else f"{stream}.parquet")
-        write_verl_parquet(path, to_rows(examples, stream, has_answer, form=options.form))
+        write_verl_parquet(path, to_rows(examples, stream, has_answer, options.form, options.steps))
         print(f"{path}: {num} rows, {sum(has_answer)} with an answer")
 
 

@@ -255,7 +255,6 @@ def to_verl_rows(examples: Iterator[StepwiseExample], split: str) -> Iterator[di
             answer=example.answer,
             index=index,
             split=split,
-            response=example.closing,
             steps=example.steps,
         )
 

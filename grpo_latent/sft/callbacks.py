@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-SHOWN = {"ce": "ce", "latent_loss": "latent", "latent_hit": "hit", "learning_rate": "lr"}
+SHOWN = {"stage": "stage", "ce": "ce", "latent_loss": "latent", "latent_hit": "hit", "learning_rate": "lr"}
 
 
 class ProgressBar(TrainerCallback):

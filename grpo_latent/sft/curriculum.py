@@ -21,7 +21,7 @@ from grpo_latent.errors import ConfigError
 
 @dataclass(frozen=True)
 class CurriculumConfig:
-    """What the stages minimise, and how long each lasts: the `loss` section of method `stepwise`.
+    """What the stages minimise, and how long each lasts: the `loss` section of methods `ivt_lr` and `coconut`.
 
     Attributes:
         gradient: through the slots' h: `cut` (IVT-LR, 2510.12603) or `bptt` (Coconut, 2412.06769).
@@ -69,6 +69,13 @@ class CurriculumConfig:
                 "takes the rest of trainer.max_steps",
             )
         return tuple(itertools.accumulate(lengths))
+
+
+@dataclass(frozen=True)
+class CoconutConfig(CurriculumConfig):
+    """With the gradient that Coconut published."""
+
+    gradient: str = "bptt"
 
 
 class Curriculum(TrainerCallback):

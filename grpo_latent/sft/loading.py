@@ -8,7 +8,13 @@ import shutil
 from pathlib import Path
 
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from grpo_latent.errors import CheckpointError, ConfigError
@@ -31,14 +37,19 @@ def is_latent_checkpoint(folder: Path) -> bool:
         raise CheckpointError("not valid JSON", where=str(path), got=str(error), expected="a JSON object") from error
 
 
-def load_for_sft(settings: ModelSettings, latent: LatentSettings, trains_end_vector: bool) -> LatentModel:
+def load_for_sft(
+    settings: ModelSettings, latent: LatentSettings, trains_end_vector: bool, needs_vision: bool = True
+) -> LatentModel:
     """The input checkpoint with latent tokens, head and end vector, in memory; the folder is only read.
 
     A folder that already has latents keeps its tokens and head, and takes the other fields of `latent`. New embeddings
     and modules draw from torch's global generator.
 
+    Args:
+        needs_vision: whether a text-only model is refused.
+
     Raises:
-        CheckpointError: not an image-text-to-text model with a chat template, or damaged.
+        CheckpointError: not a model of the kind wanted with a chat template, or damaged.
         ConfigError: `latent.head` is not the one that the checkpoint has.
     """
     dtype, attention = DTYPES[settings.dtype], settings.attn_implementation
@@ -47,14 +58,14 @@ def load_for_sft(settings: ModelSettings, latent: LatentSettings, trains_end_vec
         bundle = _load_latent(folder, dtype, attention, latent, trains_end_vector)
     else:
         bundle = _load_plain(settings.path, dtype, attention, latent, trains_end_vector)
-    if bundle.processor is None:
+    if bundle.processor is None and needs_vision:
         raise CheckpointError(
             "this SFT needs a vision tower",
             where=settings.path,
             got=type(bundle.model).__name__,
             expected="a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model",
         )
-    if not (bundle.processor.chat_template or bundle.tokenizer.chat_template):
+    if not (getattr(bundle.processor, "chat_template", None) or bundle.tokenizer.chat_template):
         raise CheckpointError(
             "no chat template",
             where=settings.path,
@@ -74,17 +85,12 @@ def _load_plain(path: str, dtype, attention: str, latent: LatentSettings, trains
         )
     with reading("config.json", path):
         hf_config = AutoConfig.from_pretrained(path)
-    if type(hf_config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise CheckpointError(
-            "this SFT needs a vision tower",
-            where=path,
-            got=type(hf_config).__name__,
-            expected="a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model",
-        )
+    has_vision = type(hf_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     with reading("tokenizer and processor", path):
-        tokenizer, processor = AutoTokenizer.from_pretrained(path), AutoProcessor.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path) if has_vision else None
     with reading("weights", path):
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        model, info = (AutoModelForImageTextToText if has_vision else AutoModelForCausalLM).from_pretrained(
             path, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
     if info["missing_keys"] or info["unexpected_keys"]:
@@ -95,7 +101,8 @@ def _load_plain(path: str, dtype, attention: str, latent: LatentSettings, trains
             expected=f"the weights of {type(model).__name__}",
         )
     ids = add_latent_tokens(model, tokenizer, latent.tokens)
-    processor.tokenizer = tokenizer
+    if processor is not None:
+        processor.tokenizer = tokenizer
     end_vector = {}
     if trains_end_vector:
         end_vector = dict(latent_end_token=latent.latent_end_token, latent_end_id=ids[latent.latent_end_token])

@@ -4,6 +4,8 @@
     lvr           LVR JSON, verl parquet        boxes' visual tokens as latents (2509.24251)
     ilvr_stage1   ILVR JSONL                    the momentum teacher's choice as latents (2512.05665)
     ilvr_stage2   ILVR JSONL                    answers over the model's own latents
+    ivt_lr        M3CoT, ScienceQA, verl parquet    rationales whose steps become slots, one by one (2510.12603)
+    coconut       verl parquet with steps       the same without image embeddings, gradient through the slots (2412.06769)
 
 A new method is a row here and a file `config/method/<name>.yaml` with its defaults.
 """
@@ -12,20 +14,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from grpo_latent.data.ilvr_jsonl import read_ilvr_jsonl
 from grpo_latent.data.lvr_json import read_lvr_json
 from grpo_latent.data.rows import read_verl_parquet
+from grpo_latent.data.stepwise import READERS as STEPWISE_READERS
 from grpo_latent.latent.config import LatentConfig
-from grpo_latent.latent.mechanisms import ILVR_TOKENS, LVR_TOKENS, PUBLISHED
+from grpo_latent.latent.mechanisms import ILVR_TOKENS, LVR_TOKENS, PUBLISHED, SLOT_TOKENS
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import LatentModel
+from grpo_latent.sft.curriculum import CoconutConfig, CurriculumConfig
 from grpo_latent.sft.dataset import RowEncoder
 from grpo_latent.sft.ilvr_trainer import ILVRStage1Trainer, ILVRStage2Trainer, SelfFedConfig, TeacherConfig
 from grpo_latent.sft.interleaved import InterleavedEncoder
 from grpo_latent.sft.losses import LossConfig
+from grpo_latent.sft.stepwise import StepwiseEncoder
+from grpo_latent.sft.stepwise_trainer import StepwiseTrainer
 from grpo_latent.sft.trainer import LatentSFTTrainer
 
 if TYPE_CHECKING:
@@ -99,6 +104,27 @@ class ILVRLatents(LatentSettings):
 
 
 @dataclass(frozen=True)
+class CoconutLatents(LatentSettings):
+    """`steps` slots of the prompt in the last stage."""
+
+    mechanism: ClassVar[str] = "coconut"
+
+    start_token: str = SLOT_TOKENS[0]
+    latent_token: str = SLOT_TOKENS[1]
+    end_token: str = SLOT_TOKENS[2]
+    steps: int = 3
+
+
+@dataclass(frozen=True)
+class IVTLRLatents(CoconutLatents):
+    """With image embeddings in front of each slot."""
+
+    mechanism: ClassVar[str] = "ivt_lr"
+
+    top_k_image: int = 32
+
+
+@dataclass(frozen=True)
 class Method:
     """One way to train.
 
@@ -107,6 +133,7 @@ class Method:
         readers: `data.format` -> checked examples of a file, given the folder that image paths are relative to.
         make_encoder: from an example to what the trainer's `collate_rows` takes.
         trainer: its arguments are those of `LatentSFTTrainer`, with a `loss` of the type above.
+        needs_vision: whether a text-only model is refused.
     """
 
     latent: type[LatentSettings]
@@ -114,6 +141,7 @@ class Method:
     readers: dict[str, Callable[[str, str | None], Iterator]]
     make_encoder: Callable[[LatentModel, SFTSettings], Callable]
     trainer: type[LatentSFTTrainer]
+    needs_vision: bool = True
 
 
 def _lvr_encoder(latent: LatentModel, settings: SFTSettings) -> RowEncoder:
@@ -141,15 +169,31 @@ def _interleaved_encoder(latent: LatentModel, settings: SFTSettings) -> Interlea
     )
 
 
-def _read_parquet(path: str | Path, image_folder: str | None) -> Iterator:
-    return read_verl_parquet(path)  # its images are stored in it
+def _stepwise_encoder(latent: LatentModel, settings: SFTSettings) -> StepwiseEncoder:
+    adapter = ModelAdapter(latent.model)
+    return StepwiseEncoder(
+        tokenizer=latent.tokenizer,
+        processor=latent.processor,
+        config=latent.config,
+        eos_id=latent.tokenizer.eos_token_id,
+        vision_ids=adapter.vision_ids,
+        image_token_id=adapter.image_token_id,
+        max_length=settings.data.max_length,
+    )
 
+
+def _stored(read: Callable[[str], Iterator]) -> Callable[[str, str | None], Iterator]:
+    """A reader of files that hold their images."""
+    return lambda path, image_folder: read(path)
+
+
+_STEPWISE_READERS = {name: _stored(read) for name, read in STEPWISE_READERS.items()}
 
 METHODS: dict[str, Method] = {
     "lvr": Method(
         latent=LVRLatents,
         loss=LossConfig,
-        readers={"lvr_json": read_lvr_json, "parquet": _read_parquet},
+        readers={"lvr_json": read_lvr_json, "parquet": _stored(read_verl_parquet)},
         make_encoder=_lvr_encoder,
         trainer=LatentSFTTrainer,
     ),
@@ -166,5 +210,20 @@ METHODS: dict[str, Method] = {
         readers={"ilvr_jsonl": read_ilvr_jsonl},
         make_encoder=_interleaved_encoder,
         trainer=ILVRStage2Trainer,
+    ),
+    "ivt_lr": Method(
+        latent=IVTLRLatents,
+        loss=CurriculumConfig,
+        readers=_STEPWISE_READERS,
+        make_encoder=_stepwise_encoder,
+        trainer=StepwiseTrainer,
+    ),
+    "coconut": Method(
+        latent=CoconutLatents,
+        loss=CoconutConfig,
+        readers=_STEPWISE_READERS,
+        make_encoder=_stepwise_encoder,
+        trainer=StepwiseTrainer,
+        needs_vision=False,
     ),
 }

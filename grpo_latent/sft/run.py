@@ -61,15 +61,17 @@ def run_sft(settings: SFTSettings) -> SFTResult:
     log_to_file(output_dir / "sft.log", args.should_save)
     checkpoint = find_checkpoint(settings, output_dir)
     set_seed(args.seed)
-    latent = load_for_sft(settings.model, settings.latent, settings.loss.trains_end_vector)
-    set_image_tokens(latent.processor, settings.data.min_image_tokens, settings.data.max_image_tokens)
+    parts = settings.parts
+    latent = load_for_sft(settings.model, settings.latent, settings.loss.trains_end_vector, parts.needs_vision)
+    if latent.processor is not None:
+        set_image_tokens(latent.processor, settings.data.min_image_tokens, settings.data.max_image_tokens)
     choose_parameters(latent, settings)
     dataset = build_dataset(latent, settings)
     if args.should_save:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "settings.json").write_text(json.dumps(as_dict(settings), indent=2) + "\n")
     bar = ProgressBar()
-    trainer = settings.parts.trainer(
+    trainer = parts.trainer(
         latent,
         args,
         dataset,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,14 +94,14 @@ class SFTSettings:
         _check_choice("method", name, tuple(METHODS))
         method = METHODS[name]
         model = dict(config["model"])
-        model["lora"] = _build(LoraSettings, model.get("lora") or {}, "model.lora", sequences=("target_modules",))
+        model["lora"] = _build(LoraSettings, model.get("lora") or {}, "model.lora")
         trainer = dict(config["trainer"])
         schedule = dict(config["schedule"] or {})
         _check_keys(schedule, {"horizon_steps"}, set(), where="schedule")
         settings = cls(
             method=name,
             model=_build(ModelSettings, model, "model"),
-            data=_build(DataSettings, config["data"], "data", sequences=("train_files",)),
+            data=_build(DataSettings, config["data"], "data"),
             latent=_build(method.latent, config["latent"], "latent", note=f" of method {name}"),
             loss=_build(method.loss, config["loss"], "loss", note=f" of method {name}"),
             resume=trainer.pop("resume_from_checkpoint", "auto"),
@@ -159,7 +158,7 @@ def _check_keys(values: object, known: set[str], required: set[str], where: str,
         )
 
 
-def _build(cls, values: object, where: str, sequences: Sequence[str] = (), note: str = ""):
+def _build(cls, values: object, where: str, note: str = ""):
     fields = {item.name: item for item in dataclasses.fields(cls)}
     required = {
         name
@@ -168,10 +167,9 @@ def _build(cls, values: object, where: str, sequences: Sequence[str] = (), note:
     }
     _check_keys(values, set(fields), required, where, note)
     values = dict(values)
-    for name in sequences:
-        if name in values:
-            value = values[name]
-            values[name] = (value,) if isinstance(value, str) else tuple(value)
+    for name, value in values.items():
+        if str(fields[name].type).startswith("tuple") and value is not None:
+            values[name] = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     for name, value in values.items():
         _check_type(fields[name], value, f"{where}.{name}")
     return cls(**values)

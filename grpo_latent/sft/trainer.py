@@ -57,7 +57,7 @@ class LatentSFTTrainer(Trainer):
         self.latent, self.loss_config = latent, loss_config
         self.labelled_per_batch, self.horizon_steps = labelled_per_batch, horizon_steps
         self.adapter = ModelAdapter(latent.model, latent.config.positions)
-        if self.adapter.has_vision:
+        if self.adapter.has_tower:
             VisionCache.install(latent.model, max_bytes=vision_cache_bytes)
         had_use_cache, use_cache = (
             hasattr(latent.model.config, "use_cache"),

@@ -101,6 +101,12 @@ def test_answers_are_scarce_per_kind_and_answer(examples):
     assert not any(digits.scarce_labels(examples, per_answer=0))
 
 
+def test_rationales_with_places_without_or_none(examples):
+    rows = {name: digits.to_rows(examples[:1], "sft", steps=name)[0]["extra_info"]["steps"] for name in digits.STEPS}
+    assert rows["none"] == [] and rows["full"] == examples[0].steps
+    assert rows["short"] == [f"{item.color} is {item.digit}" for item in examples[0].asked]
+
+
 def test_every_word_is_in_the_vocabulary(examples):
     tokenizer = word_tokenizer(digits.WORDS)
     texts = [" ".join([example.question, *example.steps, example.answer]) for example in examples]
