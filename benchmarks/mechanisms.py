@@ -1,14 +1,17 @@
 """Decoding of the mechanisms beside LVR, each against the way of its published code, in one run.
 
-    python benchmarks/mechanisms.py [--sections ilvr] [--repeats 5] [--json out.json]
+    python benchmarks/mechanisms.py [--sections ilvr ivt_lr] [--repeats 5] [--json out.json]
 
 The embedded experiment's model (Qwen2.5-VL, 1.3 M parameters, random weights), one thread, CPU-seconds
 (`time.process_time`), medians of repeats that interleave the paths, so that a busy machine slows all of them alike.
 
     ilvr     32 prompts with an image each, spans that repeat between texts, 64 new positions: engine `hf` over all 32 rows,
              engine `hf` one row at a time, and a plain loop over the Hugging Face model one row at a time, as published
+    ivt_lr   8 prompts with an image of 256 tokens, 3 slots of 32 image embeddings, 16 text positions: engine `hf` over all
+             rows and one at a time (keys and values reused, last row of attention only), and the published way: one row at a
+             time, the whole prefix with full maps anew for each slot; its text decoded over a cache, or like its slots
 
-Paths of a section draw the same tokens: `ilvr` checks it for the two engine paths.
+Paths of a section draw the same tokens: `ilvr` checks it for the two engine paths, `ivt_lr` for all three.
 """
 
 from __future__ import annotations
@@ -17,22 +20,29 @@ import argparse
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rollout import Contender, Setting, measure, naive_trajectory, show  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transformers.cache_utils import DynamicCache  # noqa: E402
 
 from grpo_latent.data import digits  # noqa: E402
-from grpo_latent.latent.mechanisms import ILVR_TOKENS, mechanism_config  # noqa: E402
+from grpo_latent.latent.mechanisms import ILVR_TOKENS, SLOT_TOKENS, mechanism_config  # noqa: E402
 from grpo_latent.models import tiny  # noqa: E402
-from grpo_latent.models.adapter import ImageInputs  # noqa: E402
+from grpo_latent.models.adapter import ImageInputs, ModelAdapter  # noqa: E402
 from grpo_latent.rollout.hf import HFRolloutEngine  # noqa: E402
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams  # noqa: E402
 
 NUM_ROWS, NEW_TOKENS = 32, 64
+SLOT_LAYERS = 8  # a visual token then costs about 0.4 as much in the tower as in the decoder, as in Qwen2-VL-7B
+SLOT_ROWS, SLOTS, TOP_K, TEXT_TOKENS, IMAGE_SIDE = 8, 3, 32, 16, 224  # 14 pixels a visual token
+SHARPER = 4.0  # random weights attend uniformly, and rounding would choose
 LIKELY, NEVER = 4.0, -1e4  # biases of the logits of `start` and EOS
 
 
@@ -84,7 +94,97 @@ def ilvr() -> tuple[str, list[Contender]]:
     ]
 
 
-SECTIONS: dict[str, Callable[[], tuple[str, list[Contender]]]] = {"ilvr": ilvr}
+def ivt_lr() -> tuple[str, list[Contender]]:
+    """(title, paths); the first one is what the others are compared with."""
+    model, tokenizer, processor = tiny.tiny_qwen2_5_vl(
+        digits.WORDS, replace(tiny.EXPERIMENT_SIZES, layers=SLOT_LAYERS, max_positions=1024), latent_tokens=SLOT_TOKENS
+    )
+    bias = torch.zeros(model.lm_head.out_features)
+    bias[tokenizer.eos_token_id] = NEVER
+    model.lm_head.bias = torch.nn.Parameter(bias)
+    model.requires_grad_(False)
+    for name, parameter in model.model.language_model.named_parameters():
+        if "q_proj.weight" in name or "k_proj.weight" in name:
+            parameter.mul_(SHARPER)
+    ids = tokenizer.get_vocab()
+    config = mechanism_config("ivt_lr", {token: ids[token] for token in SLOT_TOKENS}, steps=SLOTS, top_k_image=TOP_K)
+    rng = np.random.default_rng(0)
+    requests = []
+    for request in requests_of(processor, SLOT_ROWS, ("max",)):
+        pixels = rng.integers(0, 256, (IMAGE_SIDE, IMAGE_SIDE, 3), dtype=np.uint8)
+        batch = processor.image_processor(images=[pixels], return_tensors="pt")
+        place = (request.prompt_ids == model.config.image_token_id).nonzero()[:, 0]
+        image = torch.full((int(batch["image_grid_thw"].prod()) // 4,), model.config.image_token_id)
+        prompt_ids = torch.cat([request.prompt_ids[: place[0]], image, request.prompt_ids[place[-1] + 1 :]])
+        requests.append(
+            replace(request, prompt_ids=prompt_ids, images=ImageInputs(batch["pixel_values"], batch["image_grid_thw"]))
+        )
+    engine = HFRolloutEngine(model, config, [tokenizer.eos_token_id])
+    sampling = SamplingParams(SLOTS * (TOP_K + 1) + TEXT_TOKENS, temperature=0)
+
+    def decode(batches: list[list[RolloutRequest]]) -> list[tuple[list[int], list[int]]]:
+        groups = [group for batch in batches for group in engine.generate(batch, sampling)]
+        return [(t.text_ids, t.selected_idx.tolist()) for (t,) in groups]
+
+    banned = sorted(engine.adapter.vision_ids | {ids[token] for token in SLOT_TOKENS})
+
+    def published(caches_text: bool) -> list[tuple[list[int], list[int]]]:
+        return [recomputed_slots(engine.adapter, request, banned, caches_text) for request in requests]
+
+    one_by_one = [[request] for request in requests]
+    assert decode([requests]) == decode(one_by_one) == published(True) == published(False), (
+        "the paths must choose and draw the same"
+    )
+    num = sampling.max_new_tokens * SLOT_ROWS
+    return f"IVT-LR, {SLOT_ROWS} rows, {SLOTS} slots of {TOP_K} image embeddings, {TEXT_TOKENS} text positions", [
+        Contender(f"engine hf, {SLOT_ROWS} rows at a time", lambda: len(decode([requests])) and num),
+        Contender("engine hf, one row at a time", lambda: len(decode(one_by_one)) and num),
+        Contender("prefix anew for each slot", lambda: len(published(True)) and num),
+        Contender("prefix anew for each slot and token", lambda: len(published(False)) and num),
+    ]
+
+
+@torch.no_grad()
+def recomputed_slots(
+    adapter: ModelAdapter, request: RolloutRequest, banned: list[int], caches_text: bool
+) -> tuple[list[int], list[int]]:
+    """(text ids, chosen image positions), greedy: as published, the prefix is read anew, with full maps, for each slot."""
+    decoder, text_config = adapter.decoder, adapter.text_config
+    is_image = request.prompt_ids == adapter.image_token_id
+    visual_MH = adapter.encode_images(request.images)
+    embeds_TH = adapter.embed(request.prompt_ids).masked_scatter(is_image[:, None], visual_MH)
+    columns, left, chosen = is_image.nonzero()[:, 0], torch.ones(int(is_image.sum()), dtype=torch.bool), []
+    cache = DynamicCache(config=text_config)
+
+    def forward(embeds_LH: Tensor, start: int = 0, with_maps: bool = False, caches: bool = False):
+        text_config._attn_implementation = "eager" if with_maps else "sdpa"
+        return decoder(
+            inputs_embeds=embeds_LH[None],
+            position_ids=torch.arange(start, start + len(embeds_LH)).expand(3, 1, -1),
+            past_key_values=cache if caches else None,
+            use_cache=caches,
+            output_attentions=with_maps,
+        )
+
+    for _ in range(SLOTS):
+        output = forward(embeds_TH, with_maps=True)
+        weights_M = torch.stack([layer[0, :, -1] for layer in output.attentions]).mean((0, 1))[columns]
+        best_K = weights_M.masked_fill(~left, -1).argsort(descending=True, stable=True)[:TOP_K]
+        left[best_K] = False
+        chosen += best_K.tolist()
+        embeds_TH = torch.cat([embeds_TH, visual_MH[best_K], output.last_hidden_state[0, -1:]])
+    hidden_1H = forward(embeds_TH, caches=caches_text).last_hidden_state[:, -1]
+    text_ids: list[int] = []
+    for _ in range(TEXT_TOKENS):
+        token = adapter.logits(hidden_1H).index_fill(1, torch.tensor(banned), -torch.inf).argmax(-1)
+        text_ids.append(int(token))
+        embeds_TH = torch.cat([embeds_TH, adapter.embed(token)])
+        start = len(embeds_TH) - 1 if caches_text else 0
+        hidden_1H = forward(embeds_TH[start:], start, caches=caches_text).last_hidden_state[:, -1]
+    return text_ids, chosen
+
+
+SECTIONS: dict[str, Callable[[], tuple[str, list[Contender]]]] = {"ilvr": ilvr, "ivt_lr": ivt_lr}
 
 
 def main() -> None:

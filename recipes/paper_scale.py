@@ -82,9 +82,10 @@ def check_shapes(
         latent = feedback(model, hidden[:, -1])
         logits = adapter.logits(hidden[:, -1])
         vision = hf_config.vision_config
+        tower_size = getattr(vision, "embed_dim", vision.hidden_size)  # Qwen2-VL's hidden_size is the decoder's
         patch_size = vision.in_chans * vision.temporal_patch_size * vision.patch_size**2
         merged = model.model.visual.merger(
-            torch.empty(32 * vision.spatial_merge_size**2, vision.hidden_size, dtype=torch.bfloat16)
+            torch.empty(32 * vision.spatial_merge_size**2, tower_size, dtype=torch.bfloat16)
         )
     shapes = {
         "patch": (patch_size,), "visual token": tuple(merged.shape), "hidden": tuple(hidden.shape),

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-ACCURACY, REWARD = "val-core/digits/acc/mean@1", "critic/score/mean"
+ACCURACY, REWARD = ("val-core/", "/acc/mean@1"), "critic/score/mean"  # verl puts the data source between the two
 GAP, PROBS_DIFF = "latent/replay_logp_gap_max", "training/rollout_probs_diff_max"
 PACKAGES = ("grpo_latent", "torch", "transformers", "verl", "ray", "TransferQueue", "tensordict", "numpy")
 
@@ -38,7 +38,16 @@ def read_metrics(path: Path) -> list[dict]:
     return [{"step": step, **data} for step, data in sorted(steps.items())]
 
 
-def series(metrics: list[dict], key: str) -> tuple[list[int], list[float]]:
+def series(metrics: list[dict], key: str | tuple[str, str]) -> tuple[list[int], list[float]]:
+    """(steps, values) of a metric.
+
+    Args:
+        key: its name, or how it begins and ends.
+    """
+    if isinstance(key, tuple):
+        begin, end = key
+        names = {name for entry in metrics for name in entry if name.startswith(begin) and name.endswith(end)}
+        (key,) = names or {""}
     points = [(entry["step"], entry[key]) for entry in metrics if key in entry]
     return [step for step, _ in points], [value for _, value in points]
 
@@ -49,7 +58,12 @@ def sft_entry(out: Path, stage: str) -> dict:
 
 
 def summarize(
-    out: Path, seed: int, grpo_seconds: float, seconds_total: float, stages: Sequence[str] = ("sft",)
+    out: Path,
+    seed: int,
+    grpo_seconds: float,
+    seconds_total: float,
+    stages: Sequence[str] = ("sft",),
+    controls: Sequence[str] = (),
 ) -> dict:
     metrics = read_metrics(out / "grpo" / "metrics.jsonl")
     entries = [sft_entry(out, stage) for stage in stages]
@@ -64,6 +78,7 @@ def summarize(
             "steps": metrics[-1]["step"],
             "seconds": grpo_seconds,
         },
+        **({"controls": {name: sft_entry(out, name)["heldout_accuracy"] for name in controls}} if controls else {}),
         "ablations": grpo["ablations"],
         "latents": grpo["verdict"]["sentence"],
         "follow": grpo["follow"],
@@ -102,11 +117,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--name", default="quickstart", help="of the recipe, for titles")
     parser.add_argument("--stages", nargs="+", default=["sft"], help="SFT stages, in order")
+    parser.add_argument("--controls", nargs="*", default=[], help="evaluations of SFT without latents")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--grpo-seconds", type=float, required=True)
     parser.add_argument("--seconds-total", type=float, required=True)
     args = parser.parse_args()
-    summary = summarize(args.out, args.seed, args.grpo_seconds, args.seconds_total, args.stages)
+    summary = summarize(args.out, args.seed, args.grpo_seconds, args.seconds_total, args.stages, args.controls)
     (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     table = Table(title=f"{args.name}, seed {args.seed}")
     table.add_column("measure")
@@ -114,6 +130,8 @@ def main() -> None:
     for stage in args.stages:
         label = "SFT" if len(args.stages) == 1 else stage
         table.add_row(f"held-out accuracy after {label}", f"{sft_entry(args.out, stage)['heldout_accuracy']:.3f}")
+    for name, accuracy in summary.get("controls", {}).items():
+        table.add_row(f"control: {name}", f"{accuracy:.3f}")
     table.add_row("held-out accuracy after GRPO", f"{summary['grpo']['heldout_accuracy']:.3f}")
     for name, value in summary["ablations"].items():
         table.add_row(f"  latents: {name}", "-" if value is None else f"{value:.3f}")

@@ -80,6 +80,36 @@ def test_the_treatments_table(tmp_path):
     json.dumps(summary)
 
 
+def test_ivt_lr_validates_its_curriculum_and_rl_at_paper_scale(capsys):
+    """Qwen2-VL-7B on the meta device."""
+    ivt_lr = load(RECIPES / "ivt_lr" / "validate.py")
+    ivt_lr.main([])
+    out = capsys.readouterr().out
+    assert "ivt_lr_sft and ivt_lr_grpo: valid (8 GPUs a node)" in out
+    assert "qwen2_vl_7b: patch [1176], visual token [32, 3584]" in out and "logits [1, 152064]" in out
+    with pytest.raises(ConfigError, match="no room for text after the slots; got 99; expected more than the slots' 99"):
+        ivt_lr.main(["data.max_response_length=99"])
+    with pytest.raises(ConfigError, match="SFT and RL differ in slots; got 3 in SFT, 2 in RL"):
+        ivt_lr.main(["latent.steps=2"])
+
+
+def test_chains_of_the_coconut_recipe():
+    chains = load(RECIPES / "coconut" / "arithmetic.py")
+    parts = {name: chains.generate(300, stream=name, seed=0, num_steps=3) for name in chains.STREAMS}
+    for chain in parts["sft"][:50]:
+        words = chain.question.split()[:-1]
+        assert int(chain.answer) == eval(" ".join(words)) % 10  # noqa: S307  (digits and signs of our own)
+        for step, before in zip(chain.steps, [words[0], *(step.split()[-1] for step in chain.steps)], strict=False):
+            expression, result = step.split(" is ")
+            assert expression.split()[0] == before and eval(expression) % 10 == int(result)  # noqa: S307
+        assert len(chain.steps) == 3 and chain.steps[-1].endswith(f" is {chain.answer}")
+    questions = {name: {chain.question for chain in part} for name, part in parts.items()}
+    assert not questions["sft"] & questions["heldout"] and not questions["rl"] & questions["dev"]
+    assert parts["dev"] == chains.generate(300, stream="dev", seed=0, num_steps=3) != parts["heldout"]
+    direct = chains.to_rows(parts["sft"][:2], "sft", steps=False)
+    assert [row["extra_info"]["steps"] for row in direct] == [[], []] and direct[0]["images"] == []
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -136,4 +166,7 @@ def test_the_quickstarts_summary_keeps_its_contract(tmp_path):
     both = module.summarize(tmp_path, 3, 80.0, 240.0, stages=("sft", "stage2"))
     assert [(entry["stage"], entry["heldout_accuracy"]) for entry in both["sft"]] == [("sft", 0.4), ("stage2", 0.95)]
     assert both["sft"][1]["ablations"]["shuffle"] == 0.12
+    assert "controls" not in both
+    controlled = module.summarize(tmp_path, 3, 80.0, 240.0, controls=("stage2",))
+    assert controlled["controls"] == {"stage2": 0.95}
     assert module.plot(tmp_path, summary).read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# IVT-LR on GPUs: the curriculum on M3CoT, GRPO, evaluation. Needs a Qwen2-VL-7B folder and M3CoT's parquet files.
+#   MODEL=/models/Qwen2-VL-7B-Instruct TRAIN="/data/m3cot/train-*.parquet" VAL="/data/m3cot/validation-*.parquet" \
+#     bash recipes/ivt_lr/paper.sh [hydra overrides of GRPO]
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+: "${MODEL:?a Hugging Face folder}" "${TRAIN:?parquet files}" "${VAL:?parquet files}"
+OUT=${OUT:-outputs/ivt_lr_7b}
+GPUS=${GPUS:-8}
+FORMAT=${FORMAT:-m3cot}
+python recipes/ivt_lr/validate.py trainer.n_gpus_per_node="$GPUS"
+
+# shellcheck disable=SC2086  (patterns of files)
+python -m grpo_latent.data.stepwise --format "$FORMAT" --in $TRAIN --out "$OUT/data/train.parquet"
+# shellcheck disable=SC2086
+python -m grpo_latent.data.stepwise --format "$FORMAT" --in $VAL --out "$OUT/data/val.parquet" --split val
+
+# shellcheck disable=SC2086
+FILES=$(printf '%s,' $TRAIN)
+torchrun --nproc_per_node "$GPUS" -m grpo_latent.sft --config-dir recipes/ivt_lr --config-name ivt_lr_sft \
+  model.path="$MODEL" data.format="$FORMAT" data.train_files="[${FILES%,}]" trainer.output_dir="$OUT/sft"
+
+python -m grpo_latent.train --config-dir recipes/ivt_lr --config-name ivt_lr_grpo \
+  actor_rollout_ref.model.path="$OUT/sft/model" data.train_files="$OUT/data/train.parquet" \
+  data.val_files="$OUT/data/val.parquet" latent.output_dir="$OUT/grpo" trainer.n_gpus_per_node="$GPUS" "$@"
+
+STEP=$(cat "$OUT/grpo/checkpoints/latest_checkpointed_iteration.txt")
+python -m grpo_latent.evaluate model.path="$OUT/grpo/checkpoints/global_step_$STEP/actor/huggingface" \
+  model.device=cuda model.dtype=bfloat16 data.val_files="$OUT/data/val.parquet" data.max_response_length=355 \
+  reward.custom_reward_function.path=reward/choice.py leak_prompts=0 \
+  'ablations=[zero,shuffle,shuffle@text,shuffle@vision,image_blind_after_span]' output="$OUT/evaluation.json"
