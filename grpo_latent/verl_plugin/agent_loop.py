@@ -148,11 +148,6 @@ class LatentAgentLoop(AgentLoopBase):
 
 def render_prompt(tokenizer, processor, messages: list[dict], images: list, where: str) -> Prompt:
     """The prompt as SFT and evaluation make it; contents as verl's data set leaves them, text or lists of parts."""
-    if processor is None:
-        # text templates print a list of parts as it is
-        texts = [{**message, "content": text_of(message["content"])} for message in messages]
-        text = tokenizer.apply_chat_template(texts, add_generation_prompt=True, tokenize=False)
-        return Prompt(tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0], None)
     parts = [{**message, "content": parts_of(message["content"])} for message in messages]
     return encode_prompt(tokenizer, processor, parts, images, where)
 
@@ -162,10 +157,6 @@ def parts_of(content: str | list[dict]) -> list[dict]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     return [part if part.get("type") == "text" else {"type": part.get("type")} for part in content]
-
-
-def text_of(content: str | list[dict]) -> str:
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def extend_positions(prompt_positions: torch.Tensor, num_tokens: int) -> torch.Tensor:

@@ -194,15 +194,15 @@ def _check_treatment(config: DictConfig, options: LatentOptions) -> None:
                 expected="actor_rollout_ref.actor.use_kl_loss=true",
                 fix="Set it; actor_rollout_ref.actor.kl_loss_coef=0 leaves the text's KL out.",
             )
-    if terms.kl_coef and not treatment.is_action:
+    if terms.kl_coef and not options.act_kinds:
         raise ConfigError(
             "latents without a density have no KL",
             where="latent.treatment.kl_coef",
             got=f"{terms.kl_coef} with {type(treatment).__name__}",
-            expected="0, or a treatment that acts (gaussian, gumbel_soft)",
+            expected="0, a treatment that acts (gaussian, gumbel_soft), or latent.selection=plackett_luce",
             fix="latent.treatment.anchor_weight holds the predictions of any treatment to the reference's.",
         )
-    if treatment.is_action and not str(config.algorithm.adv_estimator).startswith((ALGORITHM_NAME, "grpo", "rloo")):
+    if options.act_kinds and not str(config.algorithm.adv_estimator).startswith((ALGORITHM_NAME, "grpo", "rloo")):
         raise ConfigError(
             "a latent takes its trajectory's advantage",
             where="algorithm.adv_estimator",

@@ -29,6 +29,7 @@ from grpo_latent.models.visibility import attention_bias
 from grpo_latent.models.vision_cache import VisionCache
 from grpo_latent.trajectory import PositionKind, latent_mask
 from grpo_latent.verl_plugin import compat
+from grpo_latent.verl_plugin.choice_forward import ChoiceForward, check_selection_layout
 from grpo_latent.verl_plugin.config_check import check_padding
 from grpo_latent.verl_plugin.latent_loss import NUM_ACTS, NUM_LATENTS, LatentLoss
 from grpo_latent.verl_plugin.options import LatentOptions
@@ -66,6 +67,9 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         self.injector = LatentInjector.install(module)
         self.options.treatment.check(self.latent_config)
         self.treated = TreatedForward(self, module, self.injector, self.options.treatment, self.options.terms)
+        if self.options.draw_temperature is not None:
+            check_selection_layout(self.model_config)
+        self.choices = ChoiceForward(module, self.options.draw_temperature)
         return module
 
     def _build_fsdp_module(self, module):
@@ -90,6 +94,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         finally:
             self.injector.disarm()
             self.treated.disarm()
+            self.choices.disarm()
 
     def prepare_model_inputs(self, micro_batch: TensorDict):
         kinds_rows, latents_NH = latent_fields(micro_batch)
@@ -106,6 +111,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
                 kinds_BT, valid_BT, self.latent_config.visibility, self._autocast_dtype
             )
         latents_NH = self.treated.prepare(model_inputs, kinds_BT, kinds_rows, latents_NH, self.trains)
+        self.choices.prepare(model_inputs, kinds_BT, micro_batch)
         self.injector.arm(latent_mask(kinds_BT), latents_NH)
         self.kinds_BT = kinds_BT
         return model_inputs, output_args
@@ -113,6 +119,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
     def prepare_model_outputs(self, output, output_args, micro_batch: TensorDict, logits_processor_func):
         model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         self.treated.extend(model_output, output_args, micro_batch, self.kinds_BT, self.trains)
+        self.choices.extend(model_output, micro_batch)
         return model_output
 
     def _with_placeholders(self, input_ids: Tensor, kinds_rows: list[Tensor]) -> Tensor:

@@ -20,6 +20,7 @@ from grpo_latent.models.loading import check_tokens, read_latent_config
 from grpo_latent.trajectory import PositionKind
 
 CHECKPOINT_FIELDS = ("visibility", "steps", "exit", "max_spans", "start_is_action")
+SELECTIONS = ("top_k", "plackett_luce")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class LatentOptions:
     Attributes:
         seed: of sampling; a trajectory's own seed is made of it, the step, the row and its index in the group.
         visibility, steps, exit, max_spans, start_is_action: override the checkpoint's `latent_config.json`; None keeps it.
+        selection: how prompt slots take image positions in training rollouts: `top_k`, those of most attention, or
+            `plackett_luce`, drawn in proportion to attention^(1 / `selection_temperature`): then a choice acts.
         replay_logp_gap_bound: largest |rollout - replayed log-prob| over actions, in nats, before the run stops; None
             never stops it. bf16 needs a larger one than fp32.
         dump_every: dump rollouts each so many steps; 0 never.
@@ -50,6 +53,8 @@ class LatentOptions:
     exit: str | None = None
     max_spans: int | None = None
     start_is_action: bool | None = None
+    selection: str = "top_k"
+    selection_temperature: float = 1.0
     replay_logp_gap_bound: float | None = 1e-3
     dump_every: int = 0
     dump_dir: str | None = None
@@ -69,7 +74,10 @@ class LatentOptions:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
                 raise ConfigError("not a valid count", where=f"latent.{name}", got=value, expected=f"int >= {minimum}")
-        for name in ("replay_logp_gap_bound", "rollout_timeout_s"):
+        if self.selection not in SELECTIONS:
+            expected = f"one of {SELECTIONS}"
+            raise ConfigError("unknown value", where="latent.selection", got=self.selection, expected=expected)
+        for name in ("replay_logp_gap_bound", "rollout_timeout_s", "selection_temperature"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError("not a valid bound", where=f"latent.{name}", got=value, expected="> 0")
@@ -95,7 +103,13 @@ class LatentOptions:
     def act_kinds(self) -> frozenset[int]:
         """Kinds of positions that act and are not text: their log-densities stand in `log_probs`, where `response_mask` is
         False, and they have a clipped ratio of their own."""
-        return frozenset({int(PositionKind.LATENT)} if self.treatment.is_action else ())
+        latents = {int(PositionKind.LATENT)} if self.treatment.is_action else set()
+        return frozenset(latents | ({int(PositionKind.SELECTED)} if self.draw_temperature is not None else set()))
+
+    @property
+    def draw_temperature(self) -> float | None:
+        """Of the image positions that slots draw; None where the choice is deterministic."""
+        return self.selection_temperature if self.selection == "plackett_luce" else None
 
     @property
     def density_gap_bound(self) -> float | None:
@@ -112,4 +126,12 @@ class LatentOptions:
         config = read_latent_config(folder, tokenizer)
         check_tokens(config, tokenizer, where=str(folder))
         changes = {name: getattr(self, name) for name in CHECKPOINT_FIELDS}
-        return config.replace(**{name: value for name, value in changes.items() if value is not None})
+        config = config.replace(**{name: value for name, value in changes.items() if value is not None})
+        if self.draw_temperature is not None and config.top_k_image == 0:
+            raise ConfigError(
+                "there are no image positions to draw",
+                where="latent.selection",
+                got=f"{self.selection} with {config.mechanism}, top_k_image 0",
+                expected="top_k, or a checkpoint of ivt_lr",
+            )
+        return config

@@ -64,6 +64,7 @@ class LatentRolloutServer:
             loaded.eos_ids,
             max_batch_rows=self.options.max_batch_rows,
             treatment=self.options.treatment,
+            selection_temperature=self.options.draw_temperature,
         )
         self.waves = Waves(self._generate, self.options.rollout_timeout_s, name, initializer=self._set_threads)
 

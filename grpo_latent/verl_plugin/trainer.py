@@ -53,6 +53,7 @@ WORKER_FIELDS = (
     "position_kinds",
     "latent_embeds",
     "latent_aux",
+    "selected_idx",
     "ref_latent_means",
     "prompts",
     "responses",

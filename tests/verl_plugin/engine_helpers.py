@@ -86,7 +86,7 @@ def make_requests(loaded, num_prompts=3, group_size=2, seed=0) -> list[RolloutRe
     return requests
 
 
-def roll_out(folder, visibility="full", treatment=None, **kwargs):
+def roll_out(folder, visibility="full", treatment=None, selection_temperature=None, **kwargs):
     """(loaded model, trajectories, images of each, replayed log-probs of each completion).
 
     With a treatment that acts, the log-densities stand at the latents. The replay here is the package's own on the plain
@@ -94,7 +94,13 @@ def roll_out(folder, visibility="full", treatment=None, **kwargs):
     """
     loaded = load_latent_model(folder, overrides={"visibility": visibility})
     requests = make_requests(loaded, **kwargs)
-    engine = HFRolloutEngine(loaded.model, loaded.config, loaded.eos_ids, treatment=treatment)
+    engine = HFRolloutEngine(
+        loaded.model,
+        loaded.config,
+        loaded.eos_ids,
+        treatment=treatment,
+        selection_temperature=selection_temperature,
+    )
     groups = engine.generate(requests, SamplingParams(max_new_tokens=14, temperature=TEMPERATURE))
     trajectories = [t for group in groups for t in group]
     images = [r.images for r, group in zip(requests, groups, strict=True) for _ in group]

@@ -130,12 +130,16 @@ def test_a_killed_save_and_resume_at_world_size_2(local_ray, inputs, tmp_path, m
 
 
 def test_prompt_slots_train(local_ray, tmp_path, monkeypatch):
-    """IVT-LR: chosen image embeddings and h are recorded, replayed and dumped, and are no actions."""
+    """IVT-LR with drawn image positions: choices, embeddings and h are recorded, replayed and dumped; the text's mask leaves
+    them out, and the choices have a ratio of their own."""
     inputs = tiny_run.write_inputs(tmp_path, build=tiny.tiny_qwen2_vl, **SLOTS)
+    drawn = "latent.selection=plackett_luce"
     output, sizes = tmp_path / "out", ("trainer.total_training_steps=2", "trainer.test_freq=-1")
-    train_here(tiny_run.make_config(inputs, output, "trainer.val_before_train=false", *sizes), monkeypatch)
+    train_here(tiny_run.make_config(inputs, output, "trainer.val_before_train=false", drawn, *sizes), monkeypatch)
     metrics = tiny_run.metrics_of(output)
-    assert all(metrics[step]["latent/replay_logp_gap_max"] < 1e-4 for step in (1, 2))
+    for name in ("logp", "density"):
+        assert all(metrics[step][f"latent/replay_{name}_gap_max"] < 1e-4 for step in (1, 2)), name
+    assert metrics[1]["latent/ratio_mean"] == pytest.approx(1, abs=1e-4) and metrics[1]["latent/log_density"] < -0.5
     assert metrics[1]["actor/kl_loss"] == 0.0 and metrics[2]["actor/kl_loss"] > 0.0
     dumped = read_dump(output / "rollouts")
     assert not dumped.problems and len(dumped.trajectories) == 2 * 16
