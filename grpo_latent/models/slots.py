@@ -282,19 +282,24 @@ class _SlotFeeder:
         self.selected_BL.append(selected_BL)
 
     def result(self) -> SlotPrefill:
-        records = []
         used_BL, kinds_BL = self.valid_BS[:, self.prompt_length :], self.kinds_BS[:, self.prompt_length :]
-        for row in range(used_BL.shape[0]):
-            if not self.fed_BLH:
-                nothing = torch.zeros(0, dtype=torch.long, device=used_BL.device)
-                records.append(SlotRecord(nothing, self.hidden_BH[:0], nothing, nothing.float()))
-                continue
-            is_used_L = used_BL[row]
-            kinds = kinds_BL[row][is_used_L]
-            selected = torch.cat(self.selected_BL, 1)[row][is_used_L]
-            latents = torch.cat(self.fed_BLH, 1)[row][is_used_L]
-            log_probs = torch.cat(self.log_probs_BL, 1)[row][is_used_L]
-            records.append(SlotRecord(kinds, latents, selected[kinds == PositionKind.SELECTED], log_probs))
+        counts = used_BL.sum(-1).tolist()
+
+        def rows_of(parts: list[Tensor], nothing: Tensor) -> tuple[Tensor, ...]:
+            """What each row uses of the slots' columns."""
+            values = torch.cat(parts, 1)[used_BL] if parts else nothing
+            return values.split(counts)
+
+        kinds = rows_of([kinds_BL], kinds_BL[:0, 0:0].flatten())
+        latents = rows_of(self.fed_BLH, self.hidden_BH[:0])
+        selected = rows_of(self.selected_BL, kinds_BL[:0, 0:0].flatten())
+        log_probs = rows_of(self.log_probs_BL, self.hidden_BH.new_zeros(0, dtype=torch.float32))
+        records = [
+            SlotRecord(row_kinds, row_latents, row_selected[row_kinds == PositionKind.SELECTED], row_log_probs)
+            for row_kinds, row_latents, row_selected, row_log_probs in zip(
+                kinds, latents, selected, log_probs, strict=True
+            )
+        ]
         return SlotPrefill(self.hidden_BH, self.cache, self.kinds_BS, self.valid_BS, self.next_position_B, records)
 
 

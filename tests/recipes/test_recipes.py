@@ -5,6 +5,7 @@ Does not cover: run.sh and controls.sh, which are run by hand (README has their 
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ FIRST_FREE_ID = 151665  # the size of Qwen2.5-VL's tokenizer before the latent t
 def load(path):
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
