@@ -59,8 +59,8 @@ def summarize(out: Path, seed: int) -> dict:
 
 def show(summary: dict) -> None:
     table = Table(title=f"treatments of latents, seed {summary['seed']}")
-    for column in ("treatment", "SFT", "+ GRPO", "sampled", *ABLATIONS, "hit", "steps", "seconds"):
-        table.add_column(column, justify="left" if column == "treatment" else "right")
+    for column in ("treatment", "SFT", "GRPO", "sampled", *ABLATIONS, "hit", "steps", "s"):
+        table.add_column(column, justify="left" if column == "treatment" else "right", no_wrap=True)
     number = lambda value: "-" if value is None else f"{value:.3f}"  # noqa: E731
     for row in summary["rows"]:
         grpo = row["grpo"]
@@ -70,7 +70,7 @@ def show(summary: dict) -> None:
         table.add_row(row["treatment"], *cells, str(grpo["steps"]), f"{grpo['seconds']:.0f}")
     for name in summary["unfinished"]:
         table.add_row(name, *["failed"] * 2, *[""] * 7)
-    Console().print(table)
+    Console(width=100).print(table)
 
 
 def main() -> None:

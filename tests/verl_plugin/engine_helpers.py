@@ -172,7 +172,15 @@ def free_port() -> int:
 
 
 def make_engine(
-    folder, packed=False, forward_only=False, freeze_vision=False, dtype="fp32", micro=2, lr=1e-2, **options
+    folder,
+    packed=False,
+    forward_only=False,
+    freeze_vision=False,
+    dtype="fp32",
+    micro=2,
+    lr=1e-2,
+    checkpointing=False,
+    **options,
 ):
     """verl's way to an engine, without Ray."""
     register_all()
@@ -180,7 +188,7 @@ def make_engine(
     model_config = HFModelConfig(
         path=folder,
         use_remove_padding=packed,
-        enable_gradient_checkpointing=False,
+        enable_gradient_checkpointing=checkpointing,
         override_config={"attn_implementation": "sdpa"},
     )
     engine_config = FSDPEngineConfig(

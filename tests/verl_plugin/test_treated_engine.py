@@ -139,7 +139,14 @@ def test_recomputed_latents_and_their_gradients(name, recorded, gloo):
     for gradient in RECOMPUTED[name]:
         values = {"name": "recompute", "recompute": {"gradient": gradient}}
         slots = name == "recompute slots"  # chosen image embeddings must not move
-        engine = helpers.make_engine(folder, packed, freeze_vision=slots, visibility=visibility, treatment=values)
+        engine = helpers.make_engine(
+            folder,
+            packed,
+            freeze_vision=slots,
+            checkpointing=name == "recompute latents_only",  # verl's default
+            visibility=visibility,
+            treatment=values,
+        )
         batch, seen = batch_of(recorded[name], packed), []
         is_own = torch.cat([t.kinds[t.latent_mask] == K.LATENT for t in trajectories])
         zeroed = batch["latent_embeds"].values() * ~is_own[:, None]
