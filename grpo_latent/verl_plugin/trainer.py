@@ -118,7 +118,8 @@ class LatentPPOTrainer(PPOTrainerSync):
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         self._mask_dropped(batch)
         batch = super()._compute_old_log_prob(_for_workers(batch), metrics)
-        fields = self._fetch(batch, ("rollout_log_probs", "old_log_probs", "response_mask", "position_kinds"))
+        kinds = ("position_kinds",) if self.options.act_kinds else ()
+        fields = self._fetch(batch, ("rollout_log_probs", "old_log_probs", "response_mask", *kinds))
         rollout, old, mask = (fields[n].unbind() for n in ("rollout_log_probs", "old_log_probs", "response_mask"))
         gap = rows.replay_gap(rollout, old, mask)
         metrics["latent/replay_logp_gap_max"] = gap.maximum
