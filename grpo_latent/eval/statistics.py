@@ -74,8 +74,8 @@ def bootstrap_interval(
 ) -> Interval:
     """Percentile bootstrap interval of the mean over prompts.
 
-    Equal values are all that a resample of equal values can show; there the interval is widened by the exact binomial
-    bound on a value not yet seen, 1 - (alpha/2)^(1/P) of the range, so that 3 right answers of 3 are not certainty.
+    A resample shows only values that were seen. Where the largest or smallest possible one was not, the interval reaches
+    as far as the exact binomial bound on its rate, 1 - (alpha/2)^(1/P), allows: 3 right answers of 3 are not certainty.
 
     Args:
         values_P: one number per prompt (mean over its trajectories).
@@ -102,9 +102,12 @@ def bootstrap_interval(
     alpha = 1 - level
     low, high = np.quantile(means_R, [alpha / 2, 1 - alpha / 2])
     estimate = float(values_P.mean())
-    if bounds is not None and np.ptp(values_P) == 0:
+    if bounds is not None:
         unseen = 1 - (alpha / 2) ** (1 / num_prompts)
-        low, high = estimate - unseen * (estimate - bounds[0]), estimate + unseen * (bounds[1] - estimate)
+        if values_P.min() > bounds[0]:
+            low = min(low, estimate - unseen * (estimate - bounds[0]))
+        if values_P.max() < bounds[1]:
+            high = max(high, estimate + unseen * (bounds[1] - estimate))
     return Interval(estimate, float(low), float(high), level)
 
 

@@ -89,6 +89,21 @@ def test_equal_values_are_not_certainty():
     assert bootstrap_interval([1.0] * 3, bounds=None).low == 1.0
 
 
+def test_a_value_not_seen_may_still_come():
+    """6 differences, one of -1 and none of +1: by the exact bound +1 may have a rate of 1 - 0.025^(1/6) = 0.459."""
+    interval = bootstrap_interval([-1.0, 0, 0, 0, 0, 0], bounds=(-1.0, 1.0))
+    assert interval.high == pytest.approx(-1 / 6 + 0.4593 * 7 / 6, abs=1e-3) and interval.low < -0.3
+
+
+def test_several_tests_at_once_are_stricter():
+    """Bonferroni: the interval of ten ablations is that of one at 99.5 %, and p = 0.02 is no longer significant."""
+    pairs = outcomes(60, 14, 4, 2)
+    one, ten = usage_verdict(*pairs), usage_verdict(*pairs, num_tests=10)
+    assert one.p_value == ten.p_value == pytest.approx(0.031, abs=1e-3)
+    assert (one.verdict, ten.verdict) == (USED, UNDECIDED)
+    assert ten.gap == bootstrap_difference(*pairs, level=0.995) and ten.gap.low < one.gap.low
+
+
 def test_difference_is_paired():
     """Prompts of very different difficulty, a gap of exactly 0.1 on each: paired, the interval has no width."""
     own = np.linspace(0.2, 1.0, 50)
@@ -103,6 +118,7 @@ def test_difference_is_paired():
         (outcomes(485, 6, 6, 15), {}, NOT_USED),
         (outcomes(12, 3, 1, 4), {}, UNDECIDED),  # n = 20: both 'none' and a large gap fit
         (outcomes(3, 0, 0, 0), {}, UNDECIDED),  # n = 3 without any difference is no evidence
+        (outcomes(3, 0, 1, 2), {}, UNDECIDED),  # nor is n = 6 with one that favours the ablation
         (outcomes(400, 30, 5, 77), {}, UNDECIDED),  # real (p < 1e-4), yet its size may not matter
         (outcomes(20, 30, 30, 432), {"chance": 0.1}, UNDECIDED),  # at chance there is nothing to lose
         (outcomes(485, 0, 12, 15), {}, NOT_USED),  # the ablation does better
