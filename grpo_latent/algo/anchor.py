@@ -12,6 +12,7 @@ def anchor_distances(means_MH: Tensor, ref_means_MH: Tensor) -> Tensor:
 
     The variance is that of the reference's own vector over its dimensions: scale-free, and independent of the batch.
 
+    >>> import torch
     >>> anchor_distances(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, -1.0]]))
     tensor([1.])
     """

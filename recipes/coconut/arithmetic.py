@@ -1,6 +1,6 @@
-"""The text-only task: chains of additions and subtractions modulo 10, with their running totals as the rationale.
+"""The text-only task: chains of additions and subtractions modulo 5, with their running totals as the rationale.
 
-    3 + 5 - 2 + 4 ?      steps  3 + 5 is 8 | 8 - 2 is 6 | 6 + 4 is 0      answer  0
+    3 + 4 - 1 + 4 ?      steps  3 + 4 is 2 | 2 - 1 is 1 | 1 + 4 is 0      answer  0
 
 Questions are split by a hash: training and held-out ones are disjoint. Also writes the model that SFT starts from, a tiny
 Qwen3 with random weights.
@@ -26,6 +26,7 @@ SIZES = TinySizes(hidden=96, layers=3, heads=4, kv_heads=2, intermediate=256)
 EVAL_SEED = 4242  # of dev and held-out rows, whatever the run's seed
 # purpose -> (index in the seed sequence, whether it draws from the training questions)
 STREAMS = {"sft": (0, True), "rl": (1, True), "dev": (2, False), "heldout": (3, False)}
+MODULUS = 5
 HELDOUT_SHARE = 10  # one question in so many
 
 
@@ -40,7 +41,7 @@ class Chain:
     def totals(self) -> list[int]:
         totals = [self.numbers[0]]
         for sign, number in zip(self.signs, self.numbers[1:], strict=True):
-            totals.append((totals[-1] + sign * number) % 10)
+            totals.append((totals[-1] + sign * number) % MODULUS)
         return totals
 
     @property
@@ -73,7 +74,7 @@ def generate(num: int, *, stream: str, seed: int, num_steps: int) -> list[Chain]
     rng = np.random.default_rng(np.random.SeedSequence([index, seed]))
     chains: list[Chain] = []
     while len(chains) < num:
-        numbers, signs = rng.integers(10, size=num_steps + 1), rng.choice([1, -1], size=num_steps)
+        numbers, signs = rng.integers(MODULUS, size=num_steps + 1), rng.choice([1, -1], size=num_steps)
         chain = Chain(tuple(numbers.tolist()), tuple(signs.tolist()))
         if chain.is_heldout != is_training:
             chains.append(chain)
