@@ -26,7 +26,7 @@ GRPO_PLACEHOLDERS = [
     "data.val_files=val.parquet",
     "actor_rollout_ref.model.path=model",
 ]
-SFT_PLACEHOLDERS = ["model.path=model", "data.train_files=train.json"]
+SFT_PLACEHOLDERS = ["model.path=model", "data.train_files=train.json", "trainer.output_dir=out"]
 
 
 def compose_config(folder: Path, name: str, overrides: list[str]):

@@ -112,6 +112,16 @@ def test_chains_of_the_coconut_recipe():
     assert [row["extra_info"]["steps"] for row in direct] == [[], []] and direct[0]["images"] == []
 
 
+def test_ilvr_runs_its_stages_on_one_kind_of_latents():
+    """The embedded configs: both SFT stages and GRPO agree on what `digits_sft.yaml` says of spans."""
+    shared = load(RECIPES / "paper_scale.py")
+    first, second = (shared.check_sft(RECIPES / "ilvr", f"digits_{stage}") for stage in ("stage1", "stage2"))
+    assert first.latent == second.latent and (first.method, second.method) == ("ilvr_stage1", "ilvr_stage2")
+    assert (first.latent.steps, first.latent.exit, first.latent.visibility) == (1, "steps", "latents_only")
+    grpo = shared.check_grpo(RECIPES / "ilvr", "digits_grpo", [])
+    assert grpo.latent.max_spans == 2 and grpo.latent.steps is None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
