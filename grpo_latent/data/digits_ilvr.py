@@ -69,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder; gets train_sft.jsonl and images/")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=["max"])
-    parser.add_argument("--sft", type=int, default=4096, help="rows, all with helper images")
-    parser.add_argument("--labels-per-answer", type=int, default=8, help="answers kept; -1 keeps all")
+    parser.add_argument("--sft", type=int, default=2048, help="rows, all with helper images")
+    parser.add_argument("--labels-per-answer", type=int, default=4, help="answers kept; -1 keeps all")
     options = parser.parse_args(arguments)
     examples = generate(options.sft, stream="sft", seed=options.seed, kinds=options.kinds)
     per_answer = None if options.labels_per_answer < 0 else options.labels_per_answer

@@ -17,8 +17,8 @@ VISION=${VISION:-}
 CONFIGS=recipes/quickstart
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 case $KIND in
-  read) LABELS=1 LENGTH=10 SFT_OVERRIDES=() ;;
-  max) LABELS=8 LENGTH=16 SFT_OVERRIDES=(trainer.max_steps=210) ;; # both stages of recipes/ilvr
+  read) ROWS=4096 LABELS=1 LENGTH=10 SFT_OVERRIDES=() ;;
+  max) ROWS=2048 LABELS=4 LENGTH=16 SFT_OVERRIDES=(trainer.max_steps=240) ;; # both stages of recipes/ilvr
   *) echo "KIND=$KIND: expected read or max" >&2; exit 2 ;;
 esac
 
@@ -44,7 +44,7 @@ for VARIANT in $VARIANTS; do
   STARTED=$(date +%s)
   echo "== $VARIANT: SFT"
   python -m grpo_latent.data.digits --out "$RUN/data" --seed "$SEED" --kinds "$KIND" --form "$VARIANT" \
-    --labels-per-answer $LABELS --rl 0 --dev 0 --heldout 0
+    --sft $ROWS --labels-per-answer $LABELS --rl 0 --dev 0 --heldout 0
   python -m grpo_latent.sft --config-dir $CONFIGS --config-name digits_sft model.path="$VISION" \
     data.train_files="$RUN/data/train_sft.parquet" trainer.output_dir="$RUN/sft" trainer.seed="$SEED" \
     latent.visibility=full latent.max_spans=0 latent.head=none loss.latent_weight=0 loss.latent_loss_norm=none \
