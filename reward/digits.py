@@ -4,9 +4,9 @@ The completion is one latent span, `<answer> 7 </answer>`, and its end. Form and
 `latent.visibility=latents_only` the first token of the completion is the only one that is predicted with the image in
 sight, so a digit written in front of the answer would carry it past the latents. Two variants have another form:
 
-    interleaved   red <span> 7 blue <span> 3 <answer> 7 </answer>   the asked colours in order, each with a span and a
-                                                                    number; which one is free: only the answer is known
-    text          anything <answer> 7 </answer>                     the control without latents: no span is asked for
+    interleaved   at red <span> 7 at blue <span> 3 <answer> 7 </answer>   the asked colours in order, each with a span and a
+                                                                          number; which one is free
+    text          anything <answer> 7 </answer>                           the control without latents: no span is asked for
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ FORMAT_WEIGHT = 0.1
 ANSWER_OF_VARIANT = {
     "latent": re.compile(r"\s*<answer>(.*?)</answer>\s*", re.DOTALL),
     "text": re.compile(r".*?<answer>(.*?)</answer>\s*", re.DOTALL),
-    "interleaved": re.compile(r"\s*(?:[a-z]+\s+\d+\s*)+<answer>(.*?)</answer>\s*", re.DOTALL),
+    "interleaved": re.compile(r"\s*(?:at\s+[a-z]+\s+\d+\s*)+<answer>(.*?)</answer>\s*", re.DOTALL),
 }
-OBJECT = re.compile(r"([a-z]+)\s+(\d+)\s*")
+OBJECT = re.compile(r"at\s+([a-z]+)\s+(\d+)\s*")
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, variant="latent", **kwargs) -> dict:

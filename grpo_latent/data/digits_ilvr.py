@@ -1,9 +1,10 @@
 """The embedded task as published ILVR records: an object's colour, its span, its digit, then the next object.
 
-    max red blue ?<image>      red <span> 7 blue <span> 3 <answer> 7 </answer>
-    without its answer         red <span> (unknown) blue <span> (unknown)
+    max red blue ?<image>      at red <span> 7 at blue <span> 3 <answer> 7 </answer>
+    without its answer         at red <span> (unknown) at blue <span> (unknown)
 
-A span's helper image is the object's cell. The answer follows from the digits that were written out, and each digit from
+The word `at` stands where a token after an unknown text is not scored, so that colours are learned from all rows. A span's
+helper image is the object's cell. The answer follows from the digits that were written out, and each digit from
 its own span alone where text does not see the image (`latent.visibility=latents_only`).
 
     python -m grpo_latent.data.digits_ilvr --out data --seed 0 --kinds max
@@ -22,6 +23,7 @@ from grpo_latent.data.examples import ANSWER_CLOSE, ANSWER_OPEN, IMAGE_PLACEHOLD
 from grpo_latent.data.rows import encode_png
 
 IMAGE_FOLDER = "images"
+NEXT_OBJECT = "at"
 
 
 def sequence_plan(example: DigitExample, helpers: Sequence[str], has_answer: bool) -> list[dict]:
@@ -35,7 +37,7 @@ def sequence_plan(example: DigitExample, helpers: Sequence[str], has_answer: boo
     for index, (item, helper) in enumerate(zip(example.asked, helpers, strict=True)):
         is_last = index == len(helpers) - 1
         digit = f"{item.digit}{closing if is_last else ''}" if has_answer else None
-        plan.append({"type": "text", "content": item.color})
+        plan.append({"type": "text", "content": f"{NEXT_OBJECT} {item.color}"})
         plan.append({"type": "latent", "helper_image": helper})
         plan.append({"type": "text", "content": digit})
     return plan

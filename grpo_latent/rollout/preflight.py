@@ -39,7 +39,7 @@ class PreflightReport:
     """What a checkpoint does.
 
     Attributes:
-        layout: `grpo_latent` (latent_config.json) or `official_lvr` (lvr_* fields in config.json).
+        layout: `grpo_latent` (latent_config.json) or `official_lvr`, `official_ilvr` (fields of config.json).
         tokens: id of each latent token.
         emission_rate: share of the trajectories that open at least one span; None if no prompt was tried.
         num_latent_steps: mean over the trajectories.
@@ -196,7 +196,9 @@ def make_report(folder: str | Path, loaded: LatentModel, trajectories: Sequence[
     num = len(trajectories)
     return PreflightReport(
         folder=str(folder),
-        layout="grpo_latent" if (Path(folder) / LATENT_CONFIG_FILE).is_file() else "official_lvr",
+        layout="grpo_latent"
+        if (Path(folder) / LATENT_CONFIG_FILE).is_file()
+        else f"official_{loaded.config.mechanism}",
         model_type=loaded.model.config.model_type,
         head=loaded.config.head,
         tokens=latent_tokens(loaded),

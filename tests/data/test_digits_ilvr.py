@@ -17,7 +17,7 @@ def test_written_records_are_read_back_with_their_pixels(tmp_path):
     for source, example in zip(examples, read, strict=True):
         first, second = source.asked
         known = (str(first.digit), f"{second.digit} <answer> {source.answer} </answer>")
-        texts = [first.color, None, known[0], second.color, None, known[1]]
+        texts = [f"at {first.color}", None, known[0], f"at {second.color}", None, known[1]]
         if not example.has_answer:
             texts[2] = texts[5] = None
         assert [segment.text for segment in example.segments] == texts

@@ -50,16 +50,17 @@ STEPS = ("red at r0 c1 is 7", "blue at r2 c3 is 3")
 @pytest.mark.parametrize(
     "text, spans, expected",
     [
-        ("red 7 blue 3 <answer> 7 </answer>", (3, 10), (1, 1)),
-        ("red 12 blue 0 <answer> 7 </answer>", (3, 11), (1, 1)),  # only the answer is known
-        ("red 7 blue 3 <answer> 8 </answer>", (3, 10), (0, 1)),
-        ("blue 7 red 3 <answer> 7 </answer>", (4, 10), (0, 0)),  # the first word would carry a bit past the latents
-        ("red 7 <answer> 7 </answer>", (3,), (0, 0)),
-        ("red 7 blue 3 <answer> 7 </answer>", (3,), (0, 0)),
-        ("red 7 blue 3 <answer> 7 </answer>", (0, 10), (0, 0)),
-        ("red 7 blue 3 <answer> 7 </answer>", (5, 12), (0, 0)),
-        ("red 7 blue 3 red 1 <answer> 7 </answer>", (3, 10, 16), (0, 0)),
-        ("7 red 7 blue 3 <answer> 7 </answer>", (5, 12), (0, 0)),
+        ("at red 7 at blue 3 <answer> 7 </answer>", (6, 16), (1, 1)),
+        ("at red 12 at blue 0 <answer> 7 </answer>", (6, 17), (1, 1)),  # only the answer is known
+        ("at red 7 at blue 3 <answer> 8 </answer>", (6, 16), (0, 1)),
+        ("at blue 7 at red 3 <answer> 7 </answer>", (7, 16), (0, 0)),  # the order would carry a bit past the latents
+        ("red 7 blue 3 <answer> 7 </answer>", (3, 10), (0, 0)),
+        ("at red 7 <answer> 7 </answer>", (6,), (0, 0)),
+        ("at red 7 at blue 3 <answer> 7 </answer>", (6,), (0, 0)),
+        ("at red 7 at blue 3 <answer> 7 </answer>", (0, 16), (0, 0)),
+        ("at red 7 at blue 3 <answer> 7 </answer>", (8, 18), (0, 0)),
+        ("at red 7 at blue 3 at red 1 <answer> 7 </answer>", (6, 16, 25), (0, 0)),
+        ("7 at red 7 at blue 3 <answer> 7 </answer>", (8, 18), (0, 0)),
     ],
 )
 def test_interleaved_variant_wants_each_colour_its_span_and_a_number(text, spans, expected):
