@@ -71,7 +71,7 @@ def test_interleaved_variant_wants_each_colour_its_span_and_a_number(text, spans
 
 def test_interleaved_variant_needs_the_steps():
     with pytest.raises(DataError, match="row 5, extra_info.steps: no steps"):
-        score("red 7 <answer> 7 </answer>", variant="interleaved")
+        score("at red 7 <answer> 7 </answer>", variant="interleaved")
 
 
 @pytest.mark.parametrize("truth", [0, "0", " 3 ", 9])
