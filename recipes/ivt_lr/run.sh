@@ -34,15 +34,19 @@ evaluate() { # name, checkpoint, overrides
 # stages that write steps out, and the control, may have text before the answer, and need no slots
 TEXT=('latent.reward.functions=[{path: reward/digits.py, kwargs: {variant: text}}]' 'ablations=[]' rollout.n=0)
 
+control() { # the same answers, no rationale, no slots
+  sft data_direct direct latent.steps=0 'loss.steps_per_stage=[]' loss.save_stages=false
+  evaluate direct "$OUT/direct/model" "${TEXT[@]}"
+}
+control > "$OUT/direct.log" 2>&1 & # on the other core
+CONTROL=$!
+trap 'kill $CONTROL 2> /dev/null || true' EXIT
+
 echo "== SFT curriculum: 1024 questions with rationale and answer"
 sft data sft
 evaluate stage0 "$OUT/sft/stage_0" "${TEXT[@]}"
 evaluate stage1 "$OUT/sft/stage_1" "${TEXT[@]}"
 evaluate stage2 "$OUT/sft/model"
-
-echo "== control: the same answers, no rationale, no slots"
-sft data_direct direct latent.steps=0 'loss.steps_per_stage=[]' loss.save_stages=false
-evaluate direct "$OUT/direct/model" "${TEXT[@]}"
 
 echo "== GRPO over latent trajectories"
 GRPO_STARTED=$(date +%s)
@@ -54,5 +58,6 @@ GRPO_SECONDS=$(($(date +%s) - GRPO_STARTED))
 STEP=$(cat "$OUT/grpo/checkpoints/latest_checkpointed_iteration.txt")
 evaluate grpo "$OUT/grpo/checkpoints/global_step_$STEP/actor/huggingface"
 
+wait $CONTROL || { echo "the control failed: $OUT/direct.log" >&2; exit 1; }
 python recipes/summarize.py "$OUT" --name ivt_lr --stages stage0 stage1 stage2 --controls direct --seed "$SEED" \
   --grpo-seconds "$GRPO_SECONDS" --seconds-total $(($(date +%s) - STARTED))
