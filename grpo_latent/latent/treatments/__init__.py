@@ -9,7 +9,7 @@
 Any of them takes the latent anchor, a pull of the prediction at each latent position towards the reference's.
 
 A treatment of your own is a subclass of `Treatment` in any module that the workers can import:
-`latent.treatment.name=package.module:Class`, its options in `latent.treatment.options`.
+`latent.treatment.name=package.module:Class`, its options as `+latent.treatment.options.<name>=<value>`.
 
 HRPO's hybrid gate (2505.18454) is not on this axis. It has no latent positions: the input of every token is a gated mixture
 of its own embedding and the last soft mixture, with a trained gate, so a token is an ordinary action *and* its input vector
