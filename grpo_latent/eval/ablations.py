@@ -312,8 +312,11 @@ def _post_span(kinds: Tensor) -> Tensor:
 
 
 def with_truth_of(prompts: Sequence[EvalPrompt], sources: Sequence[int | None]) -> list[EvalPrompt]:
-    """Prompts with the ground truth of their donors, for `follow`; entries without a donor stay as they are."""
+    """Prompts with the ground truth of their donors, for `follow`; entries without a donor stay as they are.
+
+    Everything else, `extra_info` too, stays the prompt's own: a reward may judge by it what the completion should look like.
+    """
     return [
-        prompt if source is None else replace(prompts[source], where=prompt.where)
+        prompt if source is None else replace(prompt, ground_truth=prompts[source].ground_truth)
         for prompt, source in zip(prompts, sources, strict=True)
     ]

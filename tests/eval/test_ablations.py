@@ -230,8 +230,10 @@ def test_nearest_token_hits():
 
 
 def test_truth_of_donors():
-    swapped = with_truth_of(inputs().prompts, [2, None, 0])
+    prompts = [dataclasses.replace(p, extra_info={"index": index}) for index, p in enumerate(inputs().prompts)]
+    swapped = with_truth_of(prompts, [2, None, 0])
     assert [(p.ground_truth, p.where) for p in swapped] == [("2", "row 0"), ("1", "row 1"), ("0", "row 2")]
+    assert [p.extra_info["index"] for p in swapped] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", [*ABLATIONS, "shuffle@span0", "noise@span1"])
