@@ -13,7 +13,7 @@ import torch
 from grpo_latent.errors import ConfigError, DataError, GrpoLatentError
 from grpo_latent.inspect.payload import GroupData, group_block, overview
 from grpo_latent.inspect.probes import Prober, find_rows
-from grpo_latent.inspect.run import Run, lookup
+from grpo_latent.inspect.run import Run, label_runs, lookup
 from grpo_latent.models.loading import LatentModel, load_latent_model
 
 PACKAGES = ("grpo_latent", "torch", "transformers", "verl", "ray", "plotly")
@@ -56,11 +56,11 @@ def build_report(
     notes: list[str] = []
     groups: list[GroupData] = []
     share = max(1, len(runs))
-    for run_idx, run in enumerate(runs):
+    for run_idx, (run, (name, _)) in enumerate(zip(runs, label_runs(runs), strict=True)):
         shown = choose_groups(run_idx, run, limits.trajectories // share)
         num_shown = sum(len(group.trajectories) for group in shown)
         if num_shown < len(run.dump.trajectories):
-            notes.append(f"{run.name}: {num_shown} of {len(run.dump.trajectories)} dumped trajectories are shown.")
+            notes.append(f"{name}: {num_shown} of {len(run.dump.trajectories)} dumped trajectories are shown.")
         chosen = spread(shown, limits.probed_groups // share)
         try:
             probe_groups(run, shown, chosen, device, dtype, progress)

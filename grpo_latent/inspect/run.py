@@ -15,6 +15,8 @@ from grpo_latent.eval.dumps import Dump, read_dump
 from grpo_latent.latent.config import LATENT_CONFIG_FILE
 
 CONFIG_FILE, METRICS_FILE, DUMP_FOLDER = "config.yaml", "metrics.jsonl", "rollouts"
+# in keys that may differ between runs of one family
+NO_MATTER = ("seed", "val_", "test_freq", "save_freq", "dump", "logger", "resume")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Run:
 
 
 def label_runs(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """(name, family) of each run: names tell all runs apart, and runs of one family differ by seed only.
+    """(name, family) of each run: names tell all runs apart, runs of one family differ by seed and by what watches them.
 
     A run without a config is judged by its name.
     """
@@ -70,12 +72,12 @@ def _without_seed(name: str) -> str:
 
 
 def _without_seeds(config: dict, prefix: str = "") -> str:
-    """The config as text, without seeds and places on disk; empty without a config."""
+    """The config as text, without seeds, places on disk and what only watches training; empty without a config."""
     lines = []
     for key, value in sorted(config.items()):
         if isinstance(value, dict):
             lines.append(_without_seeds(value, f"{prefix}{key}."))
-        elif "seed" not in key and "/" not in str(value):
+        elif not any(word in key for word in NO_MATTER) and "/" not in str(value):
             lines.append(f"{prefix}{key}={value}")
     return "\n".join(line for line in lines if line)
 
