@@ -98,7 +98,7 @@ def plot(out: Path, summary: dict) -> Path:
     figure, (curve, bars) = plt.subplots(1, 2, figsize=(9, 3.2), width_ratios=[2, 1])
     curve.plot(*series(metrics, ACCURACY), marker="o", label="held-out accuracy, greedy (dev)")
     curve.plot(*series(metrics, REWARD), alpha=0.6, label="reward of the rollouts")
-    curve.set(xlabel="step", ylim=(0, 1.12), title=f"latent GRPO, seed {summary['seed']}")
+    curve.set(xlabel="step", ylim=(0, 1.12), title=f"GRPO, seed {summary['seed']}")
     curve.legend(frameon=False, fontsize=8)
     known = {name: value for name, value in summary["ablations"].items() if value is not None}
     names, values = zip(*known.items(), strict=True)
