@@ -6,6 +6,9 @@
 #   SEED=0 OUT=outputs/coconut bash recipes/coconut/run.sh [hydra overrides of the GRPO stage]
 #
 # Result: $OUT/summary.json (one `sft` entry a stage), $OUT/learning_curve.png, $OUT/grpo/config.yaml
+#
+# It has not been run to its end. A harder form of the task (modulo 10, 450 steps, seed 0) reached 0.34 at stage 0 and stayed
+# at chance, 0.10, as soon as totals became slots.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 SEED=${SEED:-0}

@@ -6,6 +6,9 @@
 #   SEED=0 OUT=outputs/ivt_lr bash recipes/ivt_lr/run.sh [hydra overrides of the GRPO stage]
 #
 # Result: $OUT/summary.json (one `sft` entry a stage), $OUT/learning_curve.png, $OUT/grpo/config.yaml
+#
+# Expect, held out, seeds 0 / 1: stages 0.333 0.545 0.748 / 0.370 0.757 0.746, the direct control 0.380 / 0.407, after GRPO
+# 0.813 / 0.802. Another question's slots cost little (0.753 / 0.764): the text still sees the image.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 SEED=${SEED:-0}
