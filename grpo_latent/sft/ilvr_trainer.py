@@ -121,7 +121,7 @@ class ILVRStage1Trainer(KeepsTeacher, ILVRTrainer):
         loss_config = LossConfig(latent_loss="cosine", latent_weight=self.teacher_config.latent_weight)
         callbacks = [MomentumCallback(self.teacher), *callbacks]
         super().__init__(latent, args, dataset, loss_config, callbacks=callbacks, **kwargs)
-        self.teacher.model.to(self.adapter.device)
+        self.teacher.to(self.adapter.device)
         self.teacher_adapter = ModelAdapter(self.teacher.model)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):

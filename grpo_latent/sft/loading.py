@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,19 +17,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.config import LATENT_CONFIG_FILE
 from grpo_latent.models.head import END_VECTOR_ATTRIBUTE, attach_latent_modules
-from grpo_latent.models.loading import LatentModel, find_eos_ids, load_latent_model, reading, save_latent_model
+from grpo_latent.models.loading import LatentModel, find_eos_ids, load_latent_model, reading
 from grpo_latent.models.tokens import add_latent_tokens
 from grpo_latent.sft.methods import LatentSettings
 from grpo_latent.sft.settings import DTYPES, ModelSettings
 
 
 def is_latent_checkpoint(folder: Path) -> bool:
-    """Whether the folder already has latents: one of ours, or an official LVR checkpoint."""
+    """Whether the folder already has latents: one of ours, or an official checkpoint of LVR or ILVR."""
     if (folder / LATENT_CONFIG_FILE).is_file():
         return True
     path = folder / "config.json"
     try:
-        return path.is_file() and "lvr_start_id" in json.loads(path.read_text())
+        return path.is_file() and not {"lvr_start_id", "latent_size"}.isdisjoint(json.loads(path.read_text()))
     except json.JSONDecodeError as error:
         raise CheckpointError("not valid JSON", where=str(path), got=str(error), expected="a JSON object") from error
 
@@ -138,21 +135,3 @@ def _load_latent(folder: Path, dtype, attention: str, latent: LatentSettings, tr
     return LatentModel(
         bundle.model, bundle.tokenizer, bundle.processor, config.replace(exit=latent.exit), bundle.eos_ids
     )
-
-
-def save_for_rl(folder: str | Path, latent: LatentModel, state_dict: dict[str, Tensor] | None = None) -> Path:
-    """Writes the folder that RL starts from; one that was there before is replaced only once the new one is complete.
-
-    Args:
-        state_dict: gathered weights of a sharded model; None takes the model's own.
-    """
-    folder = Path(folder)
-    part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
-    for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    save_latent_model(part, latent.model, latent.tokenizer, latent.processor, latent.config, state_dict)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(part, folder)
-    shutil.rmtree(old, ignore_errors=True)
-    return folder

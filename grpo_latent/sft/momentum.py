@@ -50,11 +50,21 @@ class MomentumTeacher:
         for name in trained:
             own[name].requires_grad_(False)
         self._followed = {name: own[name] for name in trained}
-        # half precision would round the small updates away: the average is kept in float32 beside the weights
-        self._averages = {
-            name: parameter.data if parameter.dtype in (torch.float32, torch.float64) else parameter.data.float()
+        # half precision would round the small updates away: there the average is kept in float32 beside the weights
+        self._wide = {
+            name: parameter.data.float()
             for name, parameter in self._followed.items()
+            if parameter.dtype not in (torch.float32, torch.float64)
         }
+
+    @property
+    def _averages(self) -> dict[str, Tensor]:
+        """Looked up anew at each use: moving a module replaces the tensors of its parameters."""
+        return {name: self._wide.get(name, parameter.data) for name, parameter in self._followed.items()}
+
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+        self._wide = {name: average.to(device) for name, average in self._wide.items()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -65,8 +75,8 @@ class MomentumTeacher:
         self.num_updates += 1
 
     def _publish(self, name: str) -> None:
-        if self._averages[name].dtype != self._followed[name].dtype:
-            self._followed[name].data.copy_(self._averages[name])
+        if name in self._wide:
+            self._followed[name].data.copy_(self._wide[name])
 
     def save(self, checkpoint: str | Path) -> None:
         """Writes the average below a checkpoint folder."""

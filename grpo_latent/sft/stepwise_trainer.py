@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from grpo_latent.errors import ConfigError
-from grpo_latent.models.loading import LatentModel, save_latent_model
+from grpo_latent.models.loading import LatentModel
 from grpo_latent.sft.curriculum import Curriculum, CurriculumConfig
 from grpo_latent.sft.dataset import SFTDataset
 from grpo_latent.sft.losses import LossConfig
 from grpo_latent.sft.parameters import has_lora
+from grpo_latent.sft.saving import save_for_rl
 from grpo_latent.sft.stepwise import StepwiseRow, collate_stepwise, slot_sums
 from grpo_latent.sft.trainer import LatentSFTTrainer
 
@@ -87,4 +88,4 @@ class StepwiseTrainer(LatentSFTTrainer):
             return
         latent, folder = self.latent, Path(self.args.output_dir) / f"stage_{stage}"
         config = latent.config.replace(steps=stage)
-        save_latent_model(folder, latent.model, latent.tokenizer, latent.processor, config)
+        save_for_rl(folder, latent, config=config)  # whole or not at all: a resumed run does not come by here again

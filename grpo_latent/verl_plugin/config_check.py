@@ -175,15 +175,7 @@ def check_padding(visibility: str | None, use_remove_padding: bool) -> None:
 
 def _check_treatment(config: DictConfig, options: LatentOptions) -> None:
     """What a treatment needs of the rest of the config."""
-    treatment, terms = options.treatment, options.terms
-    engine = config.actor_rollout_ref.rollout.name
-    if treatment.is_action and engine != ROLLOUT_NAME:
-        raise ConfigError(
-            "only engine hf draws latents",
-            where="latent.treatment.name",
-            got=f"{type(treatment).__name__} with rollout.name={engine}",
-            expected=f"mask or recompute, or actor_rollout_ref.rollout.name={ROLLOUT_NAME}",
-        )
+    terms = options.terms
     has_reference = config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
     for name in ("anchor_weight", "kl_coef"):
         if getattr(terms, name) and not has_reference:
@@ -198,7 +190,7 @@ def _check_treatment(config: DictConfig, options: LatentOptions) -> None:
         raise ConfigError(
             "latents without a density have no KL",
             where="latent.treatment.kl_coef",
-            got=f"{terms.kl_coef} with {type(treatment).__name__}",
+            got=f"{terms.kl_coef} with {type(options.treatment).__name__}",
             expected="0, a treatment that acts (gaussian, gumbel_soft), or latent.selection=plackett_luce",
             fix="latent.treatment.anchor_weight holds the predictions of any treatment to the reference's.",
         )

@@ -16,6 +16,9 @@ TREATMENTS=${TREATMENTS:-mask recompute_cut recompute_one_hop recompute_bptt gau
 HERE=recipes/quickstart
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 mkdir -p "$OUT"
+if [ -f "$BASE/summary.json" ] && [ "$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["seed"])' "$BASE/summary.json")" != "$SEED" ]; then
+  echo "$BASE is a run of another seed than SEED=$SEED: set BASE, or BASE=none to make data and SFT anew" >&2; exit 2
+fi
 
 sft() { # output, overrides
   python -m grpo_latent.sft --config-dir $HERE --config-name digits_sft model.path="$BASE/vision" \
@@ -23,7 +26,7 @@ sft() { # output, overrides
 }
 
 if [ ! -f "$BASE/sft/model/latent_config.json" ]; then
-  BASE=$OUT/base
+  BASE=$OUT/base_seed$SEED
   if [ ! -f "$BASE/sft/model/latent_config.json" ]; then
     python -m grpo_latent.data.digits --out "$BASE/data" --seed "$SEED"
     python -m grpo_latent.data.vision_pretrain --out "$BASE/vision" --seed "$SEED" --log-every 100
@@ -57,8 +60,8 @@ run() { # name, overrides of every run
   local overrides
   overrides=$(overrides_of "$name")
   if [ "$name" = gumbel_soft ]; then # feeds token embeddings, so it starts from an SFT without a head on h
-    checkpoint=$OUT/sft_without_head/model fed=gumbel_soft
-    [ -f "$checkpoint/latent_config.json" ] || sft "$OUT/sft_without_head" latent.head=none
+    checkpoint=$OUT/sft_without_head_seed$SEED/model fed=gumbel_soft
+    [ -f "$checkpoint/latent_config.json" ] || sft "$OUT/sft_without_head_seed$SEED" latent.head=none
   fi
   rm -rf "$folder"
   mkdir -p "$folder"

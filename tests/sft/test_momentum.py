@@ -134,3 +134,18 @@ def test_a_frozen_vision_tower_is_shared_with_the_student_and_one_that_trains_is
     teacher = MomentumTeacher(model).model
     assert teacher.model.visual is model.model.visual
     assert teacher.model.language_model is not model.model.language_model
+
+
+def test_the_average_follows_a_teacher_that_was_moved():
+    """Moving replaces the tensors of parameters: an average captured before would be another one than the teacher's."""
+    student = build_case("qwen2").model
+    teacher = MomentumTeacher(student, DECAY)
+    student.to(torch.float64)
+    teacher.model.to(torch.float64)
+    before = weights(teacher.model)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+    teacher.update()
+    name = next(name for name, parameter in student.named_parameters() if parameter.requires_grad)
+    torch.testing.assert_close(weights(teacher.model)[name], before[name] + (1 - DECAY))

