@@ -67,5 +67,5 @@ class StepPrinter:
             self._task = self._progress.add_task("steps", total=report.total_steps)
         self._progress.update(self._task, completed=report.step, total=report.total_steps)
         # a step's own line carries its validation; this one is for validation outside of training
-        if report.kind == "step" or (report.kind == "validation" and report.step == 0):
+        if report.kind in ("step", "alarm") or (report.kind == "validation" and report.step == 0):
             self.console.print(short_line(report))

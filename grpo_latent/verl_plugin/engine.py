@@ -31,6 +31,7 @@ from grpo_latent.trajectory import PositionKind, latent_mask
 from grpo_latent.verl_plugin import compat
 from grpo_latent.verl_plugin.choice_forward import ChoiceForward, check_selection_layout
 from grpo_latent.verl_plugin.config_check import check_padding
+from grpo_latent.verl_plugin.gradients import InputGradients
 from grpo_latent.verl_plugin.latent_loss import NUM_ACTS, NUM_LATENTS, LatentLoss
 from grpo_latent.verl_plugin.options import LatentOptions
 from grpo_latent.verl_plugin.registration import NAME
@@ -65,6 +66,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         # within a forward only: features kept across forwards would make ranks call the tower's collectives unequally often
         self.vision_cache = VisionCache.install(module) if visual is not None and self.options.share_images else None
         self.injector = LatentInjector.install(module)
+        self.input_gradients = InputGradients(module)  # after the injector: it watches what the model is fed
         self.options.treatment.check(self.latent_config)
         self.treated = TreatedForward(self, module, self.injector, self.options.treatment, self.options.terms)
         if self.options.draw_temperature is not None:
@@ -90,6 +92,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         try:
             result = super().forward_step(micro_batch, loss_function, forward_only)
             self.injector.check_used()
+            self.input_gradients.close(None if forward_only else result[1]["metrics"])
             return result
         finally:
             self.injector.disarm()
@@ -113,6 +116,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         latents_NH = self.treated.prepare(model_inputs, kinds_BT, kinds_rows, latents_NH, self.trains)
         self.choices.prepare(model_inputs, kinds_BT, micro_batch)
         self.injector.arm(latent_mask(kinds_BT), latents_NH)
+        self.input_gradients.watch(kinds_BT)  # of verl's forward, not of those that recomputed the latents
         self.kinds_BT = kinds_BT
         return model_inputs, output_args
 

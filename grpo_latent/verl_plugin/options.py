@@ -42,6 +42,8 @@ class LatentOptions:
         rollout_timeout_s: a rollout wave that is incomplete for so long fails the run.
         output_dir: of train.log; None where the driver does not collect logs.
         preflight: of the checkpoint, before workers start.
+        usage: `eval.usage.UsageSettings`, of the measurement at each validation.
+        alarm: `usage.AlarmSettings`.
         reward: settings of the reward manager.
         treatment: what the update makes of latents, and
         terms: the loss terms at their positions; the two halves of the group `latent.treatment`.
@@ -64,6 +66,8 @@ class LatentOptions:
     rollout_timeout_s: float = 1800.0
     output_dir: str | None = None
     preflight: Mapping[str, Any] = field(default_factory=dict)
+    usage: Mapping[str, Any] = field(default_factory=dict)
+    alarm: Mapping[str, Any] = field(default_factory=dict)
     reward: Mapping[str, Any] = field(default_factory=dict)
     treatment: Treatment = field(default_factory=Mask)
     terms: LatentTerms = field(default_factory=LatentTerms)

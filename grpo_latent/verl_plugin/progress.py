@@ -12,12 +12,13 @@ BOARD_NAME = "grpo_latent_progress"
 
 @dataclass(frozen=True)
 class Report:
-    """What happened last: `kind` is start, step or validation."""
+    """What happened last: `kind` is start, step, validation or alarm (then with a line of text)."""
 
     kind: str
     step: int
     total_steps: int
     metrics: dict[str, float] = field(default_factory=dict)
+    text: str = ""
 
 
 def start_board():
@@ -53,12 +54,20 @@ class Reporter:
         if self._board is not None:
             self._board.put.remote((kind, step, total_steps, metrics))
 
+    def alarm(self, text: str | None, step: int, total_steps: int) -> None:
+        """A line that must be seen; None is silence."""
+        if text is not None:
+            print(f"ALARM at step {step}: {text}", flush=True)  # for the log, and for runs without a board
+        if text is not None and self._board is not None:
+            self._board.put.remote(Report("alarm", step, total_steps, text=text))
+
 
 SHORT_NAMES = {
     "reward": ("critic/score/mean",),
     "kl": ("actor/kl_loss", "actor/ppo_kl"),
     "entropy": ("actor/entropy",),
     "latent": ("latent/steps_mean",),
+    "used": ("latent/usage_gap/shuffle",),
     "gap": ("latent/replay_logp_gap_max",),
 }
 
@@ -76,11 +85,20 @@ def short_line(report: Report, seconds: float | None = None) -> str:
     'step 3/60  reward 0.500  latent 1.0  1.2 s'
     """
     metrics = report.metrics
+    if report.kind == "alarm":
+        return f"step {report.step}/{report.total_steps}  ALARM  {report.text}"
     if report.kind == "validation":
         value = held_out(metrics)
         return f"step {report.step}/{report.total_steps}  held-out {'none' if value is None else f'{value:.3f}'}"
     parts = [f"step {report.step}/{report.total_steps}"]
-    formats = {"reward": "{:.3f}", "kl": "{:.4f}", "entropy": "{:.3f}", "latent": "{:.1f}", "gap": "{:.1e}"}
+    formats = {
+        "reward": "{:.3f}",
+        "kl": "{:.4f}",
+        "entropy": "{:.3f}",
+        "latent": "{:.1f}",
+        "used": "{:+.2f}",
+        "gap": "{:.1e}",
+    }
     for name, keys in SHORT_NAMES.items():
         value = next((metrics[key] for key in keys if key in metrics), None)
         if value is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grpo_latent.errors import ReplayGapError, RewardError
+from grpo_latent.eval.geometry import geometry
 
 # of reward_extra_info: bookkeeping, no reward terms
 NOT_REWARD_TERMS = ("score", "acc", "dropped")
+GEOMETRY_GROUPS = 64
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,22 @@ def latent_metrics(extra_fields: list[dict]) -> dict[str, float]:
         "latent/norm_mean": float(norms.mean()) if norms.numel() else 0.0,
         "latent/stopped_at_length_frac": sum(f["stop_reason"] == "length" for f in extra_fields) / len(extra_fields),
     }
+
+
+def latent_geometry(keys: list[str], fetch: Callable[[list[str]], Mapping[str, Tensor]]) -> dict[str, float]:
+    """Signs of collapse over the first groups of a batch: cosines between latents, and their effective rank.
+
+    Args:
+        keys: of the batch's trajectories, `<group>_<session>_<output>`.
+        fetch: `latent_embeds` of some of them.
+    """
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        groups.setdefault(key.rsplit("_", 2)[0], []).append(key)
+    chosen = list(groups.values())[:GEOMETRY_GROUPS]
+    latents = iter(fetch([key for group in chosen for key in group])["latent_embeds"].unbind())
+    found = geometry([[next(latents) for _ in group] for group in chosen])
+    return {f"latent/{name}": value for name, value in found.items() if name != "norm_mean"}
 
 
 def reward_metrics(extra_fields: list[dict], rewards_N: Tensor, group_ids: list[str]) -> dict[str, float]:

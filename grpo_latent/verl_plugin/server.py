@@ -9,6 +9,7 @@ import ray
 import torch
 from torch import Tensor
 
+from grpo_latent.eval.usage import Usage
 from grpo_latent.models.adapter import ImageInputs
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.rollout.hf import HFRolloutEngine
@@ -16,6 +17,7 @@ from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.trajectory import Trajectory
 from grpo_latent.verl_plugin.options import CHECKPOINT_FIELDS, LatentOptions
 from grpo_latent.verl_plugin.registration import verify
+from grpo_latent.verl_plugin.usage import ServerUsage, UsageRequest
 from grpo_latent.verl_plugin.waves import Ticket, Waves
 
 
@@ -66,6 +68,7 @@ class LatentRolloutServer:
             treatment=self.options.treatment,
             selection_temperature=self.options.draw_temperature,
         )
+        self.usage = ServerUsage(loaded, self.options.max_batch_rows)
         self.waves = Waves(self._generate, self.options.rollout_timeout_s, name, initializer=self._set_threads)
 
     def _set_threads(self) -> None:
@@ -106,6 +109,10 @@ class LatentRolloutServer:
     def _load_weights(self, bucket_refs: list, policy_version: int) -> None:
         self.engine.model.to(self.device)
         self.engine.load_weights((weight for ref in bucket_refs for weight in ray.get(ref)), policy_version)
+
+    async def measure_usage(self, request: UsageRequest, is_start: bool) -> Usage:
+        """Whether the latents of the current weights are used, after any wave that is running."""
+        return await self.waves.run_alone(self.usage.measure, request, is_start)
 
     async def wake_up(self) -> None:
         self.engine.model.to(self.device)

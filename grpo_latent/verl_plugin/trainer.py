@@ -9,7 +9,7 @@ One training step, in verl's order (`PPOTrainer._step_once`); what this class ad
     advantages, update      `grpo_latent`
     save                    tracker written last, atomically
     weights to rollout
-    validate, log           latent and reward metrics, rollout dump, report to the driver
+    validate, log           latent and reward metrics, use of the latents, rollout dump, report to the driver
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from grpo_latent.errors import CheckpointError
-from grpo_latent.verl_plugin import checkpoint, compat, metrics_file, rows
+from grpo_latent.verl_plugin import checkpoint, compat, gradients, metrics_file, rows
+from grpo_latent.verl_plugin.board import make_board
 from grpo_latent.verl_plugin.config_check import check_config
 from grpo_latent.verl_plugin.progress import Reporter
 from grpo_latent.verl_plugin.registration import TRAINER_MODE, verify, verify_device
 from grpo_latent.verl_plugin.replay_buffer import LatentReplayBuffer
+from grpo_latent.verl_plugin.usage import LatentWatch
 
 # names in TransferQueue -> names in dumps
 DUMP_FIELDS = {
@@ -78,6 +80,8 @@ class LatentPPOTrainer(PPOTrainerSync):
             config.trainer.v1.trainer_mode = "sync"  # the base class branches on this literal
         super().__init__(config)
         self.reporter = Reporter()
+        self.watch = LatentWatch(config, self.options)
+        self.board = make_board(config)
         self.resumed_from = 0
 
     # ---- parts ----------------------------------------------------------------------------------------------------
@@ -113,7 +117,11 @@ class LatentPPOTrainer(PPOTrainerSync):
             with open_dict(self.config):  # the run that saved this checkpoint has validated it
                 trainer.val_before_train = False
         self.reporter.report("start", self.global_steps, self.total_training_steps, {})
+        if self.global_steps == 0 and not trainer.val_before_train:
+            self._measure_usage()  # drift is counted from here
         super().fit(agent_loop_manager)
+        if self.board is not None:
+            self.board.log_page(self.global_steps)
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         self._mask_dropped(batch)
@@ -161,13 +169,34 @@ class LatentPPOTrainer(PPOTrainerSync):
         rewards_N = torch.stack([scores.sum() for scores in fields["rm_scores"].unbind()])
         metrics.update(rows.score_metrics(extra_fields, rewards_N))
         metrics.update(rows.latent_metrics(extra_fields))
+        metrics.update(rows.latent_geometry(batch.keys, lambda keys: self._fetch_keys(keys, batch, "latent_embeds")))
+        gradients.rename(metrics)
         metrics.update(rows.reward_metrics(extra_fields, rewards_N, [key.rsplit("_", 2)[0] for key in batch.keys]))
         if self.options.dump_every and global_steps % self.options.dump_every == 0:
             self._dump(batch, global_steps)
+        line = self.watch.after_step(metrics)
         self.reporter.report("step", global_steps, self.total_training_steps, scalars(metrics))
+        self.reporter.alarm(line, global_steps, self.total_training_steps)
+        if self.watch.should_stop:
+            self._stop_early()
+
+    def _stop_early(self) -> None:
+        """Ends training after this step, with a checkpoint of it."""
+        trainer, is_last = self.config.trainer, self.global_steps >= self.total_training_steps
+        is_saved = trainer.save_freq > 0 and (is_last or self.global_steps % trainer.save_freq == 0)
+        if not is_saved:
+            self._save_checkpoint()
+        self.total_training_steps = self.global_steps  # the base class loops up to it
+
+    def _measure_usage(self) -> dict[str, float]:
+        servers, rows_of = self.llm_server_manager.server_handles, self.val_dataset.dataframe
+        metrics, line = self.watch.measure(servers, rows_of, is_start=self.global_steps == 0)
+        self.reporter.alarm(line, self.global_steps, self.total_training_steps)
+        return metrics
 
     def _validate(self) -> dict[str, float]:
         metrics = super()._validate()
+        metrics |= self._measure_usage()
         self.reporter.report("validation", self.global_steps, self.total_training_steps, scalars(metrics))
         return metrics
 
@@ -199,9 +228,15 @@ class LatentPPOTrainer(PPOTrainerSync):
             latents[record["id"]] = latent_rows[i]
         folder = self.options.dump_dir or Path(self.config.trainer.default_local_dir) / "rollouts"
         rows.dump_rollouts(folder, step, records, latents)
+        if self.board is not None:
+            self.board.log_rollouts(step, records, [extra_fields[i]["latent"] for i in order])
 
     def _fetch(self, batch: KVBatchMeta, names: tuple[str, ...]) -> TensorDict:
-        return tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(names))
+        return self._fetch_keys(batch.keys, batch, *names)
+
+    @staticmethod
+    def _fetch_keys(keys: list[str], batch: KVBatchMeta, *names: str) -> TensorDict:
+        return tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=list(names))
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 

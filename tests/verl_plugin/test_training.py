@@ -3,7 +3,7 @@
 world size 2, trainer in this process:    A  steps 1-6, with a reward that fails on one row: its group is dropped
                                           B  what a kill inside A's save of step 6 leaves, resumed from step 3:
                                              equal to A to the bit
-world size 1, in this process:            C  IVT-LR, steps 1-2
+world size 1, in this process:            C  IVT-LR, steps 1-2 of 4: an alarm stops it
 world size 1, a Ray head on loopback with token authentication:
                                           D  `ray job submit -- python -m grpo_latent.train`, steps 1-3, wandb offline
                                           E  stock `python -m verl.trainer.main_ppo`, resumed from D, steps 4-6
@@ -116,6 +116,11 @@ def test_a_killed_save_and_resume_at_world_size_2(local_ray, inputs, tmp_path, m
     assert metrics[1]["actor/kl_loss"] == 0.0 and metrics[6]["actor/kl_loss"] > 0.0
     assert all(metrics[step]["latent/replay_logp_gap_max"] < 1e-4 for step in range(1, 7))
     check_dropped_rows(first, metrics)
+    for step in (0, 3, 6):
+        assert {"latent/usage_gap/shuffle", "latent/usage_gap/zero", "latent/drift_cosine"} <= set(metrics[step])
+    assert metrics[0]["latent/drift_relative"] == 0.0 < metrics[6]["latent/drift_relative"]
+    assert metrics[1]["latent/grad_norm_latent"] > 0 and metrics[1]["latent/grad_norm_text"] > 0
+    assert "latent/effective_rank" in metrics[1] and metrics[1]["latent/alarm_vanished"] == 0.0
     assert checkpoint.read_tracker(first / "checkpoints") == 6 and checkpoint.read_tracker(second / "checkpoints") == 3
     assert 6 not in tiny_run.metrics_of(second) and 5 in tiny_run.metrics_of(second)
 
@@ -131,12 +136,22 @@ def test_a_killed_save_and_resume_at_world_size_2(local_ray, inputs, tmp_path, m
 
 def test_prompt_slots_train(local_ray, tmp_path, monkeypatch):
     """IVT-LR with drawn image positions: choices, embeddings and h are recorded, replayed and dumped; the text's mask leaves
-    them out, and the choices have a ratio of their own."""
+    them out, and the choices have a ratio of their own. An alarm at step 2 of 4 ends the run there, with a checkpoint."""
     inputs = tiny_run.write_inputs(tmp_path, build=tiny.tiny_qwen2_vl, **SLOTS)
     drawn = "latent.selection=plackett_luce"
-    output, sizes = tmp_path / "out", ("trainer.total_training_steps=2", "trainer.test_freq=-1")
-    train_here(tiny_run.make_config(inputs, output, "trainer.val_before_train=false", drawn, *sizes), monkeypatch)
+    output, sizes = tmp_path / "out", ("trainer.total_training_steps=4", "trainer.test_freq=-1")
+    alarm = ("latent.alarm.stop=true", "latent.alarm.patience=1")
+
+    def sound_at_step_2(trainer):
+        sounds = trainer.watch._sounds
+        trainer.watch._sounds = lambda kind: sounds(kind) or trainer.global_steps == 2
+
+    config = tiny_run.make_config(inputs, output, "trainer.val_before_train=false", drawn, *sizes, *alarm)
+    train_here(config, monkeypatch, sound_at_step_2)
     metrics = tiny_run.metrics_of(output)
+    assert max(metrics) == 2 and metrics[2]["latent/alarm_unused"] == 1.0 and metrics[1]["latent/alarm_unused"] == 0.0
+    assert checkpoint.read_tracker(output / "checkpoints") == 2
+    assert (output / "usage_start.safetensors").is_file(), "without a first validation drift still has its start"
     for name in ("logp", "density"):
         assert all(metrics[step][f"latent/replay_{name}_gap_max"] < 1e-4 for step in (1, 2)), name
     assert metrics[1]["latent/ratio_mean"] == pytest.approx(1, abs=1e-4) and metrics[1]["latent/log_density"] < -0.5
@@ -326,7 +341,11 @@ def test_jobs_stock_trainer_and_own_ray_continue_each_other(ray_head, inputs, tm
     submit[submit.index("--") : submit.index("--")] = ["--runtime-env-json", runtime_env]
     out = run_command([*submit, *arguments], tmp_path / "cwd", **auth)
     assert "succeeded" in out and out.count("step 3/3") == 1 and "TaskRunner" not in out
-    assert list((job / "wandb").glob("offline-run-*")) and checkpoint.read_tracker(job / "checkpoints") == 3
+    (board,) = (job / "wandb").glob("offline-run-*")
+    logged = [path.relative_to(board / "files" / "media").parts[:3] for path in board.rglob("media/**/*.*")]
+    for kind, name in (("table", "rollouts"), ("table", "groups"), ("html", "inspector")):
+        assert any(parts[0] == kind and name in str(parts) for parts in logged), (kind, name, logged)
+    assert checkpoint.read_tracker(job / "checkpoints") == 3
     assert (job / "train.log").stat().st_size > 1000
 
     config = tiny_run.make_config(inputs, job, masked)

@@ -1,0 +1,54 @@
+"""How much gradient reaches the latents, beside the text: norms of d loss / d input vector, position by position."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from grpo_latent.trajectory import PositionKind, latent_mask
+
+LATENT, TEXT = "latent_grad_norm", "text_grad_norm"
+
+
+class InputGradients:
+    """Watches what the embedding module returns, recorded latents included, of the forwards between `watch` and `close`."""
+
+    def __init__(self, module: nn.Module):
+        self._kinds_BT: Tensor | None = None
+        self._report: dict | None = None
+        module.get_input_embeddings().register_forward_hook(self._on_forward)
+
+    def watch(self, kinds_BT: Tensor) -> None:
+        """The next forward is of positions of these kinds."""
+        self._kinds_BT = kinds_BT
+
+    def close(self, report: dict | None = None) -> None:
+        """No more forwards. The next backward fills `report` with the mean norms over latent and over text inputs."""
+        self._kinds_BT = None
+        self._report = report
+        if report is not None:
+            report.update({LATENT: 0.0, TEXT: 0.0})
+
+    def _on_forward(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self._kinds_BT is None or not output.requires_grad:
+            return
+        kinds_BT = self._kinds_BT.to(output.device)
+        is_text_BT = (kinds_BT == PositionKind.TEXT) | (kinds_BT == PositionKind.START)
+        output.register_hook(lambda gradient: self._take(gradient, latent_mask(kinds_BT), is_text_BT))
+
+    def _take(self, gradient: Tensor, is_latent_BT: Tensor, is_text_BT: Tensor) -> None:
+        if self._report is None:
+            return
+        norms_BT = gradient.detach().float().norm(dim=-1)
+        for name, mask_BT in ((LATENT, is_latent_BT), (TEXT, is_text_BT)):
+            self._report[name] = float((norms_BT * mask_BT).sum() / mask_BT.sum().clamp(min=1))
+        self._report = None
+
+
+def rename(metrics: dict) -> None:
+    """verl logs what an engine reports under `actor/`; these belong under `latent/`, with their ratio."""
+    latent, text = metrics.pop(f"actor/{LATENT}", None), metrics.pop(f"actor/{TEXT}", None)
+    if latent is None or text is None:
+        return
+    metrics |= {"latent/grad_norm_latent": latent, "latent/grad_norm_text": text}
+    if text > 0:
+        metrics["latent/grad_norm_ratio"] = latent / text
