@@ -30,6 +30,7 @@ from grpo_latent.eval.journal import pack, unpack
 from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.eval.scoring import Scorer, accuracy
 from grpo_latent.eval.statistics import usage_verdict
+from grpo_latent.latent.treatments import Mask, Treatment
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.trajectory import Trajectory
 
@@ -65,6 +66,7 @@ class UsageProbe:
     """Measures one model, whose weights may change in between, on prompts that do not.
 
     Args:
+        treatment: what RL makes of latents; its mode is what the policy feeds greedily.
         reference: file that keeps the trajectories of the first measurement with `is_start`, over resumes.
     """
 
@@ -77,9 +79,10 @@ class UsageProbe:
         max_new_tokens: int,
         reference: Path | None = None,
         max_batch_rows: int = 512,
+        treatment: Treatment | None = None,
     ):
         self.prompts, self.scorer, self.settings, self.reference = prompts, scorer, settings, reference
-        self.evaluator = Evaluator(loaded, max_new_tokens, max_batch_rows=max_batch_rows)
+        self.evaluator = Evaluator(loaded, max_new_tokens, max_batch_rows=max_batch_rows, treatment=treatment or Mask())
         self.config = loaded.config
 
     def measure(self, is_start: bool = False) -> Usage:

@@ -68,7 +68,7 @@ class LatentRolloutServer:
             treatment=self.options.treatment,
             selection_temperature=self.options.draw_temperature,
         )
-        self.usage = ServerUsage(loaded, self.options.max_batch_rows)
+        self.usage = ServerUsage(loaded, self.options.max_batch_rows, self.options.treatment)
         self.waves = Waves(self._generate, self.options.rollout_timeout_s, name, initializer=self._set_threads)
 
     def _set_threads(self) -> None:

@@ -15,6 +15,7 @@ from grpo_latent.eval.prompts import encode_row
 from grpo_latent.eval.scoring import RewardScorer
 from grpo_latent.eval.statistics import NOT_USED
 from grpo_latent.eval.usage import Usage, UsageProbe, UsageSettings
+from grpo_latent.latent.treatments import Treatment
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.rewards.functions import specs_from_config
 from grpo_latent.rewards.runner import RewardRunner
@@ -43,8 +44,8 @@ class UsageRequest:
 class ServerUsage:
     """The server's end: makes the probe when it is first asked."""
 
-    def __init__(self, loaded: LatentModel, max_batch_rows: int):
-        self.loaded, self.max_batch_rows = loaded, max_batch_rows
+    def __init__(self, loaded: LatentModel, max_batch_rows: int, treatment: Treatment | None = None):
+        self.loaded, self.max_batch_rows, self.treatment = loaded, max_batch_rows, treatment
         self._probe: UsageProbe | None = None
 
     def measure(self, request: UsageRequest, is_start: bool) -> Usage:
@@ -59,6 +60,7 @@ class ServerUsage:
                 request.max_new_tokens,
                 Path(request.reference),
                 self.max_batch_rows,
+                self.treatment,
             )
         return self._probe.measure(is_start)
 
