@@ -30,7 +30,7 @@ def main(picture: str, folders: list[str]) -> None:
             metrics = out / folder / "metrics.jsonl"
             if metrics.is_file():
                 curves.plot(*series(read_metrics(metrics), ACCURACY), linestyle="--", label=f"control: {name}")
-    curves.set(xlabel="step", ylim=(0, 1), title="held-out accuracy, greedy (512 dev questions)")
+    curves.set(xlabel="step", ylim=(0, 1), title="held-out accuracy, greedy (dev questions)")
     curves.legend(frameon=False, fontsize=7)
     bars.axhline(0.1, linestyle=":", color="black", linewidth=1)
     bars.set(ylim=(0, 1), title="after GRPO, by latents fed")
