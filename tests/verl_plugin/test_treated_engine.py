@@ -155,7 +155,8 @@ def test_recomputed_latents_and_their_gradients(name, recorded, gloo):
         replayed = torch.cat([row[t.response_mask()] for row, t in zip(expected, trajectories, strict=True)])
         assert (torch.cat(seen) - replayed).abs().max() <= 1e-5
         reference = references[gradient]
-        assert grads.keys() == {n for n in reference if n in grads} and len(grads) > 20
+        moved = {n for n, g in reference.items() if g.abs().max() > 0 and not (slots and ".visual." in n)}
+        assert moved <= grads.keys() <= reference.keys() and len(grads) > 20
         for parameter, grad in grads.items():
             scale = float(reference[parameter].abs().max())
             torch.testing.assert_close(grad, reference[parameter], rtol=1e-3, atol=1e-4 * scale + 1e-6, msg=parameter)
