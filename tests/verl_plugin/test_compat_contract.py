@@ -7,7 +7,7 @@ import torch
 
 from grpo_latent.errors import PluginError
 from grpo_latent.verl_plugin import compat, metrics_file
-from grpo_latent.verl_plugin.compat import SEAMS, Seam
+from grpo_latent.verl_plugin.seams import SEAMS, Seam
 
 
 @pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.name)
