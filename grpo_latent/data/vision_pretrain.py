@@ -17,14 +17,14 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from grpo_latent.data import digits
 from grpo_latent.models.tiny import EXPERIMENT_SIZES, TinyModel, TinySizes, tiny_qwen2_5_vl
@@ -93,11 +93,12 @@ def pretrain_vision(
     parameters = [*visual.parameters(), *probes.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
-    rng = digits.stream_rng("pretrain", seed)
+    images = DenseImages(tiny, steps, batch_size, seed)
+    # with a generator of its own it leaves the global one as it was
+    batches = DataLoader(images, batch_size=None, num_workers=1, generator=torch.Generator())
     start = time.perf_counter()
-    for step in range(steps):
-        images, digit_NC, color_NC = digits.generate_dense(batch_size, rng, "pretrain")
-        loss = probe_loss(probes, encode(tiny, images), digit_NC, color_NC)
+    for step, (inputs, digit_NC, color_NC) in enumerate(batches):
+        loss = probe_loss(probes, encode(tiny, inputs), digit_NC, color_NC)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -109,19 +110,33 @@ def pretrain_vision(
     return VisionReport(steps=steps, seed=seed, seconds=round(seconds, 1), **evaluate_probes(tiny, probes))
 
 
-def probe_loss(probes: CellProbes, tokens_NH: Tensor, digit_NC: np.ndarray, color_NC: np.ndarray) -> Tensor:
+class DenseImages(IterableDataset):
+    """`steps` batches of (processed images, digit labels, colour labels), drawn from the seed; made beside the training."""
+
+    def __init__(self, tiny: TinyModel, steps: int, batch_size: int, seed: int):
+        self.image_processor = tiny.processor.image_processor
+        self.steps, self.batch_size, self.seed = steps, batch_size, seed
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+        rng = digits.stream_rng("pretrain", self.seed)
+        for _ in range(self.steps):
+            images, digit_NC, color_NC = digits.generate_dense(self.batch_size, rng, "pretrain")
+            inputs = self.image_processor(list(images), return_tensors="pt")
+            yield dict(inputs), torch.from_numpy(digit_NC), torch.from_numpy(color_NC)
+
+
+def probe_loss(probes: CellProbes, tokens_NH: Tensor, digit_NC: Tensor, color_NC: Tensor) -> Tensor:
     """The loss of this module's docstring, scalar; labels int64, one per token."""
     digit_logits, color_logits = probes(tokens_NH)
     return (
-        F.cross_entropy(digit_logits, torch.from_numpy(digit_NC).flatten())
-        + F.cross_entropy(color_logits, torch.from_numpy(color_NC).flatten())
+        F.cross_entropy(digit_logits, digit_NC.flatten())
+        + F.cross_entropy(color_logits, color_NC.flatten())
         + 0.01 * (tokens_NH.pow(2).mean() - 1) ** 2
     )
 
 
-def encode(tiny: TinyModel, images: np.ndarray) -> Tensor:
-    """Visual tokens [num * 16, H] after the merger, of images uint8 [num, 56, 56, 3]; row-major cells of each image."""
-    inputs = tiny.processor.image_processor(list(images), return_tensors="pt")
+def encode(tiny: TinyModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Visual tokens [num * 16, H] after the merger, of processed 56 x 56 images; row-major cells of each image."""
     return tiny.model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
 
 
@@ -130,7 +145,7 @@ def evaluate_probes(tiny: TinyModel, probes: CellProbes) -> dict[str, float]:
     """`digit_accuracy`, `color_accuracy` and `rms` on images of held-out digits."""
     rng = digits.stream_rng("dev", digits.EVAL_SEED)
     images, digit_NC, color_NC = digits.generate_dense(NUM_EVAL_IMAGES, rng, "dev")
-    tokens_NH = encode(tiny, images)
+    tokens_NH = encode(tiny, tiny.processor.image_processor(list(images), return_tensors="pt"))
     digit_logits, color_logits = probes(tokens_NH)
     digit_labels, color_labels = torch.from_numpy(digit_NC).flatten(), torch.from_numpy(color_NC).flatten()
     occupied = digit_labels != digits.NO_DIGIT

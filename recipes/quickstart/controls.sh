@@ -28,7 +28,7 @@ last() { echo "$1/checkpoints/global_step_$(cat "$1/checkpoints/latest_checkpoin
 echo "== control: random reward"
 rm -rf "$OUT/control_random"
 grpo "$OUT/sft/model" "$OUT/control_random" 'latent.reward.functions=[{path: recipes/quickstart/random_reward.py}]' "$@"
-evaluate "$(last "$OUT/control_random")" "$OUT/control_random/evaluation.json"
+evaluate "$(last "$OUT/control_random")" "$OUT/control_random/evaluation.json" 'ablations=[]' rollout.n=0 leak_prompts=0
 
 echo "== control: text only"
 VARIANTS=direct VISION="$OUT/vision" OUT="$OUT/control_text" bash recipes/text_grpo/run.sh "$@"

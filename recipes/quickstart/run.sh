@@ -26,11 +26,12 @@ python -m grpo_latent.sft --config-dir $HERE --config-name digits_sft \
   model.path="$OUT/vision" data.train_files="$OUT/data/train_sft.parquet" \
   trainer.output_dir="$OUT/sft" trainer.seed="$SEED"
 
-evaluate() { # checkpoint, output
+evaluate() { # checkpoint, output, overrides
   python -m grpo_latent.evaluate --config-dir $HERE --config-name digits_evaluate \
-    model.path="$1" data.val_files="$OUT/data/heldout.parquet" output="$2" seed="$SEED"
+    model.path="$1" data.val_files="$OUT/data/heldout.parquet" output="$2" seed="$SEED" "${@:3}"
 }
-evaluate "$OUT/sft/model" "$OUT/evaluation_sft.json" > "$OUT/evaluation_sft.log" 2>&1 & # while Ray starts
+evaluate "$OUT/sft/model" "$OUT/evaluation_sft.json" 'ablations=[shuffle, oracle]' rollout.n=0 leak_prompts=0 \
+  > "$OUT/evaluation_sft.log" 2>&1 & # while Ray starts
 EVALUATION=$!
 
 echo "== GRPO over latent trajectories"

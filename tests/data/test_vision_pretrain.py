@@ -3,7 +3,6 @@
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -45,7 +44,7 @@ def test_the_tower_learns_to_read_digits():
 def test_loss_by_hand():
     """Uniform logits cost ln 11 + ln 9; the scale term is the only one that sees the tokens' scale."""
     probes = CellProbes(4).requires_grad_(False)
-    labels = np.zeros((1, 2), int)
+    labels = torch.zeros(1, 2, dtype=torch.long)
     tokens = torch.tensor([[1.0, -1, 1, 1], [1, 1, 1, -1]])
     unscaled = probe_loss(probes, tokens, labels, labels)
     torch.testing.assert_close(probe_loss(probes, 2 * tokens, labels, labels) - unscaled, torch.tensor(0.01 * 9))
@@ -83,14 +82,14 @@ def test_visual_tokens_are_the_models_and_row_major():
     )
     with torch.no_grad():
         features = tiny.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
-        tokens = encode(tiny, images)
+        tokens = encode(tiny, tiny.processor.image_processor(list(images), return_tensors="pt"))
         torch.testing.assert_close(tokens, torch.cat(list(features)), rtol=0, atol=0)
         for block in tiny.model.model.visual.blocks:
             block.attn.proj.weight.zero_()
-        plain = encode(tiny, images)
+        plain = encode(tiny, tiny.processor.image_processor(list(images), return_tensors="pt"))
         changed = images.copy()
         changed[1, 14:28, 42:56] = 0
-        differs = (encode(tiny, changed) != plain).any(-1)
+        differs = (encode(tiny, tiny.processor.image_processor(list(changed), return_tensors="pt")) != plain).any(-1)
     assert differs.nonzero().flatten().tolist() == [16 + 1 * 4 + 3]
 
 
