@@ -59,7 +59,7 @@ class Reporter:
         if text is not None:
             print(f"ALARM at step {step}: {text}", flush=True)  # for the log, and for runs without a board
         if text is not None and self._board is not None:
-            self._board.put.remote(Report("alarm", step, total_steps, text=text))
+            self._board.put.remote(("alarm", step, total_steps, {}, text))
 
 
 SHORT_NAMES = {

@@ -30,9 +30,9 @@ from grpo_latent.eval.dumps import read_dump
 from grpo_latent.models import tiny
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.train import environment
-from grpo_latent.trajectory import PositionKind
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.verl_plugin import checkpoint
+from grpo_latent.verl_plugin.progress import drain, start_board
 from grpo_latent.verl_plugin.registration import verify
 
 pytestmark = pytest.mark.slow
@@ -147,7 +147,12 @@ def test_prompt_slots_train(local_ray, tmp_path, monkeypatch):
         trainer.watch._sounds = lambda kind: sounds(kind) or trainer.global_steps == 2
 
     config = tiny_run.make_config(inputs, output, "trainer.val_before_train=false", drawn, *sizes, *alarm)
+    board, reports = start_board(), []
     train_here(config, monkeypatch, sound_at_step_2)
+    drain(board, ray.put(None), reports.append)
+    ray.kill(board)
+    assert [report.text for report in reports if report.kind == "alarm"], "the driver hears the alarm"
+    assert [report.step for report in reports if report.kind == "step"] == [1, 2]
     metrics = tiny_run.metrics_of(output)
     assert max(metrics) == 2 and metrics[2]["latent/alarm_unused"] == 1.0 and metrics[1]["latent/alarm_unused"] == 0.0
     assert checkpoint.read_tracker(output / "checkpoints") == 2
@@ -199,9 +204,9 @@ def test_latents_that_act(local_ray, inputs, tmp_path, monkeypatch):
     assert metrics[1]["latent/kl"] == 0 and metrics[1]["latent/anchor"] < 1e-8
     assert metrics[2]["latent/kl"] > 0 and metrics[2]["latent/anchor"] > 1e-6
     lines = (tmp_path / "rollouts" / "step_1.jsonl").read_text().splitlines()
-    row = next(row for row in map(json.loads, lines) if PositionKind.LATENT in row["kinds"][len(row["prompt_ids"]) :])
+    row = next(row for row in map(json.loads, lines) if K.LATENT in row["kinds"][len(row["prompt_ids"]) :])
     kinds = row["kinds"][len(row["prompt_ids"]) :]
-    first = kinds.index(PositionKind.LATENT)
+    first = kinds.index(K.LATENT)
     assert row["rollout_log_probs"][first] < -1 and not row["response_mask"][first]
 
 
