@@ -12,6 +12,7 @@ shares moves its numbers by rounding only.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ from grpo_latent.latent.config import LatentConfig
 from grpo_latent.latent.treatments import Mask, Treatment
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.attention import folded_attention
-from grpo_latent.models.head import END_VECTOR_ATTRIBUTE
+from grpo_latent.models.head import END_VECTOR_ATTRIBUTE, HEAD_ATTRIBUTE
+from grpo_latent.models.packed_linears import packed_linears
 from grpo_latent.rollout.decoding import DecodingBatch, TokenRules
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.slots import SlotDecodingBatch
@@ -41,6 +43,9 @@ class HFRolloutEngine:
         treatment: what RL makes of latents; it decides what is fed and recorded at them. None is `mask`.
         selection_temperature: of the image positions that prompt slots draw (Plackett–Luce); None takes those of most
             attention.
+        pack_linears: decode with packed copies of the linear layers' weights, made for each batch and dropped after it,
+            where `models.packed_linears.packs` them (CPU, float32 or bfloat16). Elsewhere, and in the prefill, the layers
+            are the model's own. Moves numbers by rounding only, and takes the memory of the decoder's weights once more.
     """
 
     def __init__(
@@ -52,11 +57,12 @@ class HFRolloutEngine:
         max_batch_rows: int = 512,
         treatment: Treatment | None = None,
         selection_temperature: float | None = None,
+        pack_linears: bool = True,
     ):
         self.adapter = ModelAdapter(model, config.positions)
         self.model, self.config, self.max_batch_rows = model, config, max_batch_rows
         self.policy_version, self.treatment = 0, treatment or Mask()
-        self.selection_temperature = selection_temperature
+        self.selection_temperature, self.pack_linears = selection_temperature, pack_linears
         self.treatment.check(config)
         attention = self.adapter.text_config._attn_implementation
         if attention not in ("sdpa", "eager"):
@@ -143,6 +149,13 @@ class HFRolloutEngine:
             raise CheckpointError("weights were not sent", where="load_weights", got=names[:5], expected="all weights")
         self.policy_version = policy_version
 
+    def _packed(self):
+        if not self.pack_linears:
+            return nullcontext()
+        # what decoding runs through: towers have done their part
+        parts = (self.adapter.decoder, self.model.get_output_embeddings(), getattr(self.model, HEAD_ATTRIBUTE, None))
+        return packed_linears(part for part in parts if part is not None)
+
     def _chunks(self, requests: list[RolloutRequest]) -> Iterable[list[RolloutRequest]]:
         chunk, num_rows = [], 0
         for request in requests:
@@ -162,7 +175,7 @@ class HFRolloutEngine:
             batch = DecodingBatch(*parts)
         # the prefill is over: transformers makes masks for implementations that it knows by name only, and encoded images
         # may outlive the rollout, which tensors of inference mode (5 % faster here) must not
-        with folded_attention(self.adapter.text_config), torch.inference_mode():
+        with folded_attention(self.adapter.text_config), self._packed(), torch.inference_mode():
             for position in range(sampling.max_new_tokens):
                 embeds_NH = batch.choose(position)
                 if embeds_NH is None:

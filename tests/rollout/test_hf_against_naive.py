@@ -11,6 +11,7 @@ import torch
 from latent_cases import ALL_NAMES, TEXT_NAMES, case, sampling
 
 from grpo_latent.models.attention import FOLDED_SDPA
+from grpo_latent.models.packed_linears import packs
 from grpo_latent.trajectory import PositionKind as K
 
 TEMPERATURE = 2.0
@@ -183,19 +184,35 @@ def test_start_with_id_zero():
         assert group[seed].token_ids.tolist() == naive["token_ids"] and group[seed].kinds.tolist() == naive["kinds"]
 
 
-def test_prefill_and_decoding_use_the_attention_meant_for_them(monkeypatch):
-    """Folded attention has no mask of its own making, so the prefill must not run in it; decoding should."""
+@pytest.mark.parametrize("pack_linears", [True, False])
+def test_prefill_and_decoding_use_the_attention_and_linears_meant_for_them(monkeypatch, pack_linears):
+    """Folded attention has no mask of its own making, so the prefill must not run in it; decoding should. Packed linears
+    are for few rows; outside a rollout the model has its own."""
     c, seen = case("qwen2_5_vl"), {}
-    engine = c.engine()
+    engine = c.engine(pack_linears=pack_linears)
+    layer = engine.adapter.decoder.layers[0].mlp.up_proj
 
     def observed(name, inner, *args):
-        seen[name] = engine.adapter.text_config._attn_implementation
+        seen[name] = (engine.adapter.text_config._attn_implementation, "forward" in vars(layer))
         return inner(*args)
 
     for name in ("forward_hidden", "decode_hidden"):
         monkeypatch.setattr(engine.adapter, name, partial(observed, name, getattr(engine.adapter, name)))
     engine.generate([c.request(images=c.images(1))], sampling(3))
-    assert seen == {"forward_hidden": "sdpa", "decode_hidden": FOLDED_SDPA}
+    packed = pack_linears and packs(layer.weight)
+    assert seen == {"forward_hidden": ("sdpa", False), "decode_hidden": (FOLDED_SDPA, packed)}
+    assert "forward" not in vars(layer)
+
+
+@pytest.mark.skipif(not packs(torch.zeros(1, 1)), reason="torch without oneDNN")
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3"])
+def test_packed_linears_move_log_probs_by_rounding_only(name):
+    c = case(name)
+    _, packed = rollouts(c, "full")
+    _, plain = rollouts(c, "full", pack_linears=False)
+    for group, other in zip(packed, plain, strict=True):
+        for a, b in zip(group, other, strict=True):
+            assert_same(a, b, atol=1e-5)
 
 
 def test_trajectories_are_ordinary_tensors():
