@@ -24,6 +24,7 @@ no donor, no boxes) leaves it its own outcome.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -107,7 +108,8 @@ def make_vectors(base: str, part: str, inputs: AblationInputs) -> Vectors:
     """What each prompt's latents of the part are fed; None also where that is what they are anyway."""
     swapped = [None if trajectory is None else Places(trajectory, part) for trajectory in inputs.swapped]
     places = [Places(trajectory, part) for trajectory in inputs.own]
-    vectors = VECTORS[base](PartInputs(places, inputs.ideal, inputs.seed, swapped))
+    clusters = [prompt.cluster for prompt in inputs.prompts]
+    vectors = VECTORS[base](PartInputs(places, inputs.ideal, inputs.seed, swapped, clusters))
     return [
         None if vectors_KH is None or not len(own) or torch.equal(vectors_KH, own.latents_KH) else vectors_KH
         for own, vectors_KH in zip(places, vectors, strict=True)
@@ -166,6 +168,7 @@ class PartInputs:
     ideal: Sequence[Tensor | None]
     seed: int
     swapped: Sequence[Places | None]
+    clusters: Sequence[str]
 
 
 def _zero(inputs: PartInputs) -> Vectors:
@@ -183,7 +186,7 @@ def _noise(inputs: PartInputs) -> Vectors:
 
 
 def _shuffle(inputs: PartInputs) -> Vectors:
-    sources = donors([len(own) for own in inputs.own], inputs.seed)
+    sources = donors([len(own) for own in inputs.own], inputs.clusters, inputs.seed)
     return [
         None if source is None else own.filled_from(inputs.own[source].of_kind)
         for own, source in zip(inputs.own, sources, strict=True)
@@ -247,18 +250,32 @@ REQUESTS: dict[str, Callable[[LatentConfig], dict | None]] = {
 ABLATIONS = (*VECTORS, *REQUESTS)
 
 
-def donors(num_latents: Sequence[int], seed: int) -> list[int | None]:
-    """For each trajectory the index of another one whose latents it gets; no one is its own donor.
+def donors(num_latents: Sequence[int], clusters: Sequence[str], seed: int) -> list[int | None]:
+    """For each trajectory the index of another cluster's whose latents it gets; no two get the same one's.
 
-    A random cycle through the trajectories that have latents; None for the others, or if there is only one.
+    Random; None for those without latents, and where no other cluster is left.
     """
     holders = torch.tensor([i for i, count in enumerate(num_latents) if count], dtype=torch.long)
-    if len(holders) < 2:
-        return [None] * len(num_latents)
     generator = torch.Generator().manual_seed(trajectory_seed(seed, 0, "shuffle", 0))
-    cycle = holders[torch.randperm(len(holders), generator=generator)].tolist()
-    giver = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
+    order = holders[torch.randperm(len(holders), generator=generator)].tolist()
+    giver = of_other_clusters(order, clusters)
     return [giver.get(i) for i in range(len(num_latents))]
+
+
+def of_other_clusters(order: Sequence[int], clusters: Sequence[str]) -> dict[int, int]:
+    """For each of `order` the next one, cyclically, that belongs to another cluster, and to nobody else.
+
+    Clusters stand side by side, and each takes the one that is as many places on as the largest cluster has members. Those
+    whose cluster holds more than half of all may find none.
+
+    >>> of_other_clusters([2, 0, 1], "abc"), of_other_clusters([0, 1, 2, 3], "aabb")
+    ({2: 0, 0: 1, 1: 2}, {0: 2, 1: 3, 2: 0, 3: 1})
+    """
+    sizes = Counter(clusters[i] for i in order)  # in order of first appearance
+    places = {cluster: place for place, cluster in enumerate(sizes)}
+    row = sorted(order, key=lambda i: places[clusters[i]])
+    shift = max(sizes.values(), default=0)
+    return {a: b for a, b in zip(row, row[shift:] + row[:shift], strict=True) if clusters[a] != clusters[b]}
 
 
 def nearest_token_hits(trajectory: Trajectory, roi: Sequence[int], visual_MH: Tensor) -> list[bool]:
@@ -298,12 +315,13 @@ def leak(
 
 
 def image_partners(prompts: Sequence[EvalPrompt], rows: Sequence[int] | None = None) -> dict[int, int]:
-    """For each prompt (of `rows`) the next one whose images have the same grids, cyclically; only those that have one."""
+    """For each prompt (of `rows`) one of another cluster whose images have the same grids; only those that have one."""
     by_grid: dict[str, list[int]] = {}
+    clusters = [prompt.cluster for prompt in prompts]
     for index in range(len(prompts)) if rows is None else rows:
         if prompts[index].images is not None:
             by_grid.setdefault(str(prompts[index].images.image_grid_thw.tolist()), []).append(index)
-    return {a: b for same in by_grid.values() for a, b in zip(same, same[1:] + same[:1], strict=True) if a != b}
+    return {a: b for same in by_grid.values() for a, b in of_other_clusters(same, clusters).items()}
 
 
 def _post_span(kinds: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ class Evaluation:
         own, ideal = self._decode_all(findings)
         inputs = AblationInputs(self.prompts, own, ideal, self.config, settings.seed, self._swapped())
         changes = {name: make_changes(name, inputs) for name in settings.ablations}
-        sources = donors([len(t.latents) for t in own], settings.seed)
+        sources = donors([len(t.latents) for t in own], [p.cluster for p in self.prompts], settings.seed)
         parts: dict[str, list[Part]] = {name: [] for name in settings.ablations}
         for batch_idx, batch in enumerate(self.batches):
             with self._encoded_once(batch, settings.ablations, batch_idx):

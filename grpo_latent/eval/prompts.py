@@ -43,6 +43,11 @@ class EvalPrompt:
     extra_info: dict = field(default_factory=dict)
     item: BenchmarkItem | None = None
 
+    @property
+    def cluster(self) -> str:
+        """Equal for rows that share a question (MMVP's pairs, HRBench's rotations): statistics count these once."""
+        return self.row_id if self.item is None else self.item.group_id
+
 
 def read_prompts(files: Iterable[str | Path], loaded: LatentModel, max_rows: int | None = None) -> list[EvalPrompt]:
     """The rows of all files in order, at most `max_rows`.

@@ -139,14 +139,17 @@ def decoding_report(
     correct_PG = [[outcome.correct for outcome in group] for group in groups]
     means_P = [accuracy(values) for values in correct_PG]
     report = {"accuracy": accuracy([value for values in correct_PG for value in values])}
-    report |= {"interval": _interval(_by_cluster(prompts, means_P), settings), "n": decoding.num_sampled or 1}
+    clusters = [prompt.cluster for prompt in prompts]
+    report |= {"interval": _interval(by_cluster(clusters, means_P), settings), "n": decoding.num_sampled or 1}
     report |= _by_item(prompts, means_P, settings)
-    known = [values for values in correct_PG if None not in values]
-    if decoding.num_sampled and known and all(value in (0.0, 1.0) for values in known for value in values):
+    known = [(cluster, group) for cluster, group in zip(clusters, correct_PG, strict=True) if None not in group]
+    if decoding.num_sampled and known and all(value in (0.0, 1.0) for _, group in known for value in group):
         ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < decoding.num_sampled] + [decoding.num_sampled]
-        at_k = {k: [pass_at_k(len(values), int(sum(values)), k) for values in known] for k in ks}
+        known_clusters, groups = zip(*known, strict=True)
+        at_k = {k: [pass_at_k(len(values), int(sum(values)), k) for values in groups] for k in ks}
         report["pass_at_k"] = {
-            str(k): {"estimate": fmean(values), "interval": _interval(values, settings)} for k, values in at_k.items()
+            str(k): {"estimate": fmean(values), "interval": _interval(by_cluster(known_clusters, values), settings)}
+            for k, values in at_k.items()
         }
     if decoding.num_sampled > 1:
         by_seed = [accuracy([values[j] for values in correct_PG]) for j in range(decoding.num_sampled)]
@@ -155,23 +158,27 @@ def decoding_report(
     return report
 
 
-def _interval(values: Sequence[float | None], settings: VerdictSettings) -> list[float] | None:
-    known = [value for value in values if value is not None]
-    if not known:
+def _interval(values: Sequence[float], settings: VerdictSettings) -> list[float] | None:
+    if not values:
         return None
-    interval = bootstrap_interval(known, level=settings.level, num_resamples=settings.num_resamples, bounds=None)
-    if min(known) >= 0 and max(known) <= 1:
-        interval = bootstrap_interval(known, level=settings.level, num_resamples=settings.num_resamples)
-    return [interval.low, interval.high]
+    bounds = (0.0, 1.0) if min(values) >= 0 and max(values) <= 1 else None
+    options = dict(level=settings.level, num_resamples=settings.num_resamples, bounds=bounds)
+    return _bounds(bootstrap_interval(values, **options))
 
 
-def _by_cluster(prompts: Sequence[EvalPrompt], values_P: Sequence[float | None]) -> list[float | None]:
-    """Means over what shares a question (MMVP's pairs, HRBench's rotations), where all clusters are of one size."""
-    clusters: dict[str, list[float | None]] = {}
-    for prompt, value in zip(prompts, values_P, strict=True):
-        clusters.setdefault(prompt.row_id if prompt.item is None else prompt.item.group_id, []).append(value)
-    is_even = len({len(values) for values in clusters.values()}) == 1 and None not in values_P
-    return [fmean(values) for values in clusters.values()] if is_even else list(values_P)
+def by_cluster(clusters: Sequence[str], values: Sequence[float | None]) -> list[float]:
+    """Means over the rows that share a question (`EvalPrompt.cluster`); rows without a value are left out.
+
+    These are what may be resampled. A question counts once, however many rows of it are left.
+
+    >>> by_cluster(["a", "a", "b", "c"], [1.0, 0.0, 1.0, None])
+    [0.5, 1.0]
+    """
+    groups: dict[str, list[float]] = {}
+    for cluster, value in zip(clusters, values, strict=True):
+        if value is not None:
+            groups.setdefault(cluster, []).append(value)
+    return [fmean(values) for values in groups.values()]
 
 
 def _by_item(prompts: Sequence[EvalPrompt], means_P: Sequence[float | None], settings: VerdictSettings) -> dict:
@@ -207,20 +214,26 @@ def chance(findings: Findings) -> float:
 def usage_report(findings: Findings) -> dict[str, dict]:
     """By ablation, over the prompts that it changed: accuracies, gap with interval, McNemar's test, verdict in words.
 
+    All over questions: rows that share one are averaged first (`by_cluster`), and McNemar's test is left out where that
+    gives fractions. `num_changed` counts rows, `num_questions` what they are averaged to.
+
     The oracle feeds better vectors, and no loss under it says nothing about use: it gets no verdict. `SUBJECTS` are the
     ablations whose verdict is not about the latents.
     """
     settings, own_P = findings.verdict, findings.outcomes[OWN]
+    clusters = [prompt.cluster for prompt in findings.prompts]
     tested = [name for name, changed in findings.changed.items() if any(changed) and parse_name(name)[0] != ORACLE]
     report: dict[str, dict] = {}
     for name, changed in findings.changed.items():
-        rows = zip(own_P, findings.outcomes[name], changed, strict=True)
-        pairs = [(a, b) for a, b, is_changed in rows if is_changed and None not in (a, b)]
+        rows = zip(clusters, own_P, findings.outcomes[name], changed, strict=True)
+        pairs = [(cluster, a, b) for cluster, a, b, is_changed in rows if is_changed and None not in (a, b)]
         if not pairs:
             report[name] = {"num_changed": sum(changed), "own": None, "ablated": None, "verdict": None}
             continue
-        own, ablated = zip(*pairs, strict=True)
-        entry = {"num_changed": len(pairs), "own": fmean(own), "ablated": fmean(ablated), "verdict": None}
+        changed_clusters, own_rows, ablated_rows = zip(*pairs, strict=True)
+        own, ablated = by_cluster(changed_clusters, own_rows), by_cluster(changed_clusters, ablated_rows)
+        entry = {"num_changed": len(pairs), "num_questions": len(own), "own": fmean(own), "ablated": fmean(ablated)}
+        entry["verdict"] = None
         if name in tested:
             verdict = usage_verdict(
                 own,

@@ -105,13 +105,27 @@ def test_donors_are_a_derangement_of_the_holders(num_holders, seed):
         trajectory([[1.0, 0.0]]) if i % 3 else trajectory(torch.zeros(0, 2)) for i in range(num_holders * 3 // 2 + 2)
     ]
     holders = {i for i, t in enumerate(own) if len(t.latents)}
-    given = donors([len(t.latents) for t in own], seed)
+    given = donors([len(t.latents) for t in own], [str(i) for i in range(len(own))], seed)
     assert {d for d in given if d is not None} == holders == {i for i, d in enumerate(given) if d is not None}
     assert all(donor != i for i, donor in enumerate(given))
 
 
 def test_one_holder_has_no_donor():
-    assert donors([2, 0], 0) == [None, None] and donors([], 0) == []
+    assert donors([2, 0], "ab", 0) == [None, None] and donors([], "", 0) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("clusters", "num_donated"),
+    # rows with latents only; the last two by hand: of aaab only b and one a can swap, aabbb lacks one a for the third b
+    [("aabbcc", 6), ("aaaabbbbcccc", 12), ("abbcdd", 6), ("aaab", 2), ("aabbb", 4), ("aaa", 0)],
+)
+def test_no_donor_shares_the_question(clusters, num_donated, seed):
+    """Rows of one question have the same image and answer: their latents are no other prompt's."""
+    given = donors([3] * len(clusters) + [0], f"{clusters}a", seed)
+    chosen = [donor for donor in given if donor is not None]
+    assert len(chosen) == len(set(chosen)) == num_donated and given[-1] is None
+    assert all(clusters[donor] != clusters[i] for i, donor in enumerate(given) if donor is not None)
 
 
 def test_oracle_takes_the_boxes_tokens_in_their_order():
@@ -220,6 +234,7 @@ def test_image_partners_share_a_grid():
     wide = c.images(1, size=(28, 56))
     rows = [*rows[:2], dataclasses.replace(rows[0], images=wide), rows[2], dataclasses.replace(rows[0], images=None)]
     assert image_partners(rows) == {0: 1, 1: 3, 3: 0}
+    assert image_partners([rows[0], rows[0], rows[1]]) == {0: 2, 2: 1}, "the same question's image is no other one"
 
 
 def test_nearest_token_hits():

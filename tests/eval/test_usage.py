@@ -47,7 +47,7 @@ def test_a_measurement_against_a_recount(loaded, prompts, tmp_path):
     usage = probe.measure(is_start=True)
     own = Evaluator(loaded, NEW).greedy(prompts)
     assert usage.metrics["own_accuracy"] == 1.0
-    sources = donors([len(t.latents) for t in own], 0)
+    sources = donors([len(t.latents) for t in own], [p.row_id for p in prompts], 0)
     changed = [i for i, source in enumerate(sources) if source is not None]
     shuffled = Evaluator(loaded, NEW).greedy(
         [prompts[i] for i in changed], [{"latent_override": override(own[sources[i]].latents)} for i in changed]
