@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers.utils.logging import disable_progress_bar
@@ -17,6 +16,7 @@ from grpo_latent.inspect.page import render, write_page
 from grpo_latent.inspect.report import Limits, Report, build_report
 from grpo_latent.inspect.run import Run, read_run
 from grpo_latent.inspect.wandb_log import log_report
+from grpo_latent.models.loading import parse_dtype
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task("heat maps", total=None)
-            dtype = getattr(torch, options.dtype)
+            dtype = parse_dtype(options.dtype, "--dtype")
             report = build_report(
                 runs, limits, options.device, dtype, lambda done, total: bar.update(task, completed=done, total=total)
             )
@@ -65,7 +65,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="reads the latents; the run's newest, else its start")
     parser.add_argument("--data", type=Path, nargs="+", help="parquet files of the prompts; data.train_files")
     parser.add_argument("--device", default="cpu", help="of the checkpoint, such as cuda")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the checkpoint")
+    parser.add_argument("--dtype", default="float32", help="of the checkpoint, or bfloat16, float16")
     parser.add_argument("--wandb", metavar="PROJECT", help="also log the page and its tables to a wandb run there")
     defaults = Limits()
     parser.add_argument("--trajectories", type=int, default=defaults.trajectories, help="shown at most")

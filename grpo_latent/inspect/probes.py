@@ -20,10 +20,13 @@ from grpo_latent.data.examples import ImageRef
 from grpo_latent.data.rows import check_prompt
 from grpo_latent.errors import DataError, LatentMismatchError
 from grpo_latent.eval.dumps import DumpedTrajectory
+from grpo_latent.latent.treatments import Treatment
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.models.prompts import Prompt, encode_prompt
-from grpo_latent.models.replay import collate, recompute_latents, replay
+from grpo_latent.models.replay import ReplayBatch, collate, replay
+from grpo_latent.models.sources import source_of_latents
+from grpo_latent.trajectory import PositionKind
 
 NUM_TOKENS = 5
 
@@ -53,7 +56,9 @@ class Probe:
     Attributes:
         cosines: float [N, M].
         lens, nearest: for each step, (token, probability) of the output layer and (token, cosine) of input embeddings.
-        replay_gaps: for each step, ||recorded - recomputed|| / ||recorded||.
+        replay_gaps: for each step, ||recorded - z|| / ||recorded||, z what the treatment feeds there greedily, all latents
+            before it as recorded. NaN where nothing can be expected to agree: at chosen image embeddings, and where the
+            treatment draws its latents.
         new_log_probs: float [T], of the checkpoint, 0 where nothing acted.
     """
 
@@ -110,15 +115,21 @@ def _prompt_row(row: dict, where: str) -> PromptRow:
     return PromptRow(messages, images, boxes, list(extra_info.get("bbox_images") or [0] * len(boxes)))
 
 
+def draws(treatment: Treatment, hidden_size: int) -> bool:
+    """Whether the latents of a rollout have noise in them, so that no replay makes them again."""
+    return treatment.num_uniforms(hidden_size) > 0
+
+
 class Prober:
     """Probes groups with one checkpoint.
 
     Args:
         temperature: of the rollout, for `new_log_probs`.
+        treatment: of the run; None where it is not known, which leaves the replay gaps out.
     """
 
-    def __init__(self, loaded: LatentModel, temperature: float = 1.0):
-        self.loaded, self.temperature = loaded, temperature
+    def __init__(self, loaded: LatentModel, temperature: float = 1.0, treatment: Treatment | None = None):
+        self.loaded, self.temperature, self.treatment = loaded, temperature, treatment
         self.adapter = ModelAdapter(loaded.model, loaded.config.positions)
         embeddings = loaded.model.get_input_embeddings().weight.detach()
         self._directions_VH = normalize(embeddings.float(), dim=-1)
@@ -143,15 +154,28 @@ class Prober:
             grids, roi = self._layout(prompt, row)
         batch = collate(trajectories, [prompt.images] * len(group), self.adapter, padding_side="both")
         visibility = self.loaded.config.visibility
-        recomputed = recompute_latents(self.adapter, batch, visibility).float().cpu()
-        log_probs_BT, _ = replay(self.adapter, batch, visibility, self.temperature, self.loaded.config.start_is_action)
+        log_probs_BT, hidden_BTH = replay(
+            self.adapter, batch, visibility, self.temperature, self.loaded.config.start_is_action
+        )
+        expected_NH = self._expected_latents(batch, hidden_BTH).float().cpu()
         counts = [len(t.latents) for t in trajectories]
         start = max(len(t.prompt_ids) for t in trajectories)
         probes = [
             self._probe_latents(t.latents, visual_MH, part, log_probs_BT[i, start : start + len(t.token_ids)].cpu())
-            for i, (t, part) in enumerate(zip(trajectories, recomputed.split(counts), strict=True))
+            for i, (t, part) in enumerate(zip(trajectories, expected_NH.split(counts), strict=True))
         ]
         return GroupProbe(grids, roi, probes)
+
+    def _expected_latents(self, batch: ReplayBatch, hidden_BTH: Tensor) -> Tensor:
+        """[N, H] as `Probe.replay_gaps` compares them, NaN where there is nothing to compare with."""
+        expected_NH = torch.full_like(batch.latents_NH, torch.nan)
+        if self.treatment is None or draws(self.treatment, self.adapter.hidden_size):
+            return expected_NH
+        source = source_of_latents(self.adapter, batch, hidden_BTH, self.temperature)
+        made_MH, _ = self.treatment.draw(source, None, self.adapter.embed)
+        own_N = (batch.kinds_BT == PositionKind.LATENT)[batch.latent_mask_BT]
+        expected_NH[own_N] = made_MH.to(expected_NH.dtype)
+        return expected_NH
 
     def _check(self, prompt: Prompt, trajectory, where: str) -> None:
         hidden = trajectory.latents.shape[1]
@@ -187,15 +211,13 @@ class Prober:
             offset += rows * columns
         return grids, sorted(roi)
 
-    def _probe_latents(
-        self, latents_NH: Tensor, visual_MH: Tensor, recomputed_NH: Tensor, log_probs_T: Tensor
-    ) -> Probe:
+    def _probe_latents(self, latents_NH: Tensor, visual_MH: Tensor, expected_NH: Tensor, log_probs_T: Tensor) -> Probe:
         device = visual_MH.device
         directions_NH = normalize(latents_NH.to(device), dim=-1)
         cosines_NM = (directions_NH @ normalize(visual_MH, dim=-1).T).cpu()
         lens_NV = self.adapter.logits(latents_NH.to(self.adapter.device, self.adapter.dtype)).float().softmax(-1)
         nearest_NV = directions_NH.to(self._directions_VH.device) @ self._directions_VH.T
-        gaps = (latents_NH - recomputed_NH).norm(dim=-1) / latents_NH.norm(dim=-1).clamp(min=1e-12)
+        gaps = (latents_NH - expected_NH).norm(dim=-1) / latents_NH.norm(dim=-1).clamp(min=1e-12)
         return Probe(cosines_NM, self._top(lens_NV), self._top(nearest_NV), gaps.tolist(), log_probs_T)
 
     def _top(self, scores_NV: Tensor) -> list[list[tuple[str, float]]]:

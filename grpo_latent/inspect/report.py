@@ -12,8 +12,9 @@ import torch
 
 from grpo_latent.errors import ConfigError, DataError, GrpoLatentError
 from grpo_latent.inspect.payload import GroupData, group_block, overview
-from grpo_latent.inspect.probes import Prober, find_rows
+from grpo_latent.inspect.probes import Prober, draws, find_rows
 from grpo_latent.inspect.run import Run, label_runs, lookup
+from grpo_latent.latent.treatments import Treatment, parse_treatment
 from grpo_latent.models.loading import LatentModel, load_latent_model
 
 PACKAGES = ("grpo_latent", "torch", "transformers", "verl", "ray", "plotly")
@@ -63,7 +64,9 @@ def build_report(
             notes.append(f"{name}: {num_shown} of {len(run.dump.trajectories)} dumped trajectories are shown.")
         chosen = spread(shown, limits.probed_groups // share)
         try:
-            probe_groups(run, shown, chosen, device, dtype, progress)
+            treatment = treatment_of(run)
+            probe_groups(run, shown, chosen, device, dtype, progress, treatment)
+            notes += [f"{name}: {reason}" for reason in [no_replay_gap(treatment, shown)] if reason]
         except (GrpoLatentError, OSError) as error:
             run.problems.append(error)
         groups += shown
@@ -74,6 +77,27 @@ def build_report(
     for index, row in enumerate(summary["groups"]):
         row["open"] = index in blocks
     return Report(summary, blocks)
+
+
+def treatment_of(run: Run) -> Treatment | None:
+    """What the run made of latents; None where that is a class of the user's that this environment cannot import."""
+    try:
+        return parse_treatment(lookup(run.config, "latent.treatment"))[0]
+    except ConfigError:
+        return None
+
+
+def no_replay_gap(treatment: Treatment | None, shown: Sequence[GroupData]) -> str:
+    """Why the page has no replay gaps of a run; empty where it has."""
+    hidden_size = next((t.trajectory.latents.shape[1] for group in shown for t in group.trajectories), 0)
+    if treatment is None:
+        return "no replay gaps, because latent.treatment.name of its config cannot be imported here."
+    if hidden_size and draws(treatment, hidden_size):
+        name = type(treatment).__name__
+        return (
+            f"no replay gaps, because the treatment {name} draws its latents: they differ from the model's by design."
+        )
+    return ""
 
 
 def choose_groups(run_idx: int, run: Run, max_trajectories: int) -> list[GroupData]:
@@ -94,7 +118,13 @@ def spread(groups: Sequence[GroupData], num: int) -> list[GroupData]:
 
 
 def probe_groups(
-    run: Run, shown: list[GroupData], chosen: list[GroupData], device: str, dtype: torch.dtype, progress
+    run: Run,
+    shown: list[GroupData],
+    chosen: list[GroupData],
+    device: str,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None],
+    treatment: Treatment | None,
 ) -> None:
     """Fills tokens of `shown`, and rows and probes of `chosen`.
 
@@ -117,7 +147,7 @@ def probe_groups(
     for group in shown:
         group.row = rows.get(group.group_id)
     temperature = lookup(run.config, "actor_rollout_ref.rollout.temperature")
-    prober = Prober(loaded, float(temperature or 1.0))
+    prober = Prober(loaded, float(temperature or 1.0), treatment)
     missing = sorted({group.group_id for group in shown} - set(rows))
     for done, group in enumerate(chosen, 1):
         if group.row is not None:

@@ -40,6 +40,14 @@ def own_latents_of(kinds_BT: Tensor, latents_NH: Tensor) -> Tensor:
     return latents_NH[(kinds_BT == PositionKind.LATENT)[latent_mask(kinds_BT)]]
 
 
+def source_of_latents(
+    adapter: ModelAdapter, batch: ReplayBatch, hidden_BTH: Tensor, temperature: float = 1.0
+) -> LatentSource:
+    """What this model would make the recorded LATENT positions of; arguments as `latent_log_densities`."""
+    hidden_MH = hidden_BTH[latent_sources(batch.kinds_BT, batch.valid_BT)]
+    return LatentSource(feedback(adapter.model, hidden_MH), lambda: adapter.logits(hidden_MH) / temperature)
+
+
 def latent_log_densities(
     adapter: ModelAdapter, batch: ReplayBatch, hidden_BTH: Tensor, treatment: Treatment, temperature: float = 1.0
 ) -> Tensor:
@@ -49,9 +57,7 @@ def latent_log_densities(
         hidden_BTH: of the same batch, by `replay_hidden`.
         temperature: of the rollout.
     """
-    rows, columns = latent_sources(batch.kinds_BT, batch.valid_BT)
-    hidden_MH = hidden_BTH[rows, columns]
-    source = LatentSource(feedback(adapter.model, hidden_MH), lambda: adapter.logits(hidden_MH) / temperature)
+    source = source_of_latents(adapter, batch, hidden_BTH, temperature)
     kinds_BT = batch.kinds_BT.masked_fill(~batch.valid_BT, int(PositionKind.PROMPT))
     density_M = treatment.log_density(source, own_latents_of(kinds_BT, batch.latents_NH), batch.latent_aux_MA)
     is_own_BT = kinds_BT == PositionKind.LATENT

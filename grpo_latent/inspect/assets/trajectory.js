@@ -35,13 +35,15 @@ function buildViewer() {
   const { block, summary } = current;
   const list = el("div", {});
   const viewer = el("div", { class: "viewer" }, eye(block), list);
+  const stepColors = block.probes.some((probe) => probe.gap != null) ? STEP_COLORS : { cosine: STEP_COLORS.cosine, norm: STEP_COLORS.norm };
+  if (!stepColors[VIEW.stepColor]) VIEW.stepColor = "cosine";
   const same = block.trajectories.length > 1 && block.probes.length && new Set(block.trajectories.map((t) => t.probes.join())).size === 1;
   list.append(
     el("h3", {}, `${MANY_RUNS ? OVERVIEW.runs[summary.run].name + ", " : ""}step ${summary.step}, group ${summary.group} `,
       same ? el("span", { class: "badge", title: "Deterministic latents: the group explores text only" }, "one set of latents in the whole group") : null),
     el("div", { class: "prompt" }, block.prompt ?? "(the prompt's row was not read: this group is not among the probed ones)"),
     el("div", { class: "filters" }, el("span", {}, "truth ", el("b", {}, summary.truth ?? "–")),
-      chooser("colour steps by", STEP_COLORS, "stepColor", paintSteps), chooser("colour tokens by", TOKEN_COLORS, "tokenColor", paintTokens)),
+      chooser("colour steps by", stepColors, "stepColor", paintSteps), chooser("colour tokens by", TOKEN_COLORS, "tokenColor", paintTokens)),
     el("div", { class: "reading", id: "reading" }, "Choose a token for its log-probs, a latent step for what it looks at. ← → move along the latent steps."));
   list.append(el("div", { class: "side-by-side" }, ...block.trajectories.map(trajectoryCard)));
   byId("viewer").replaceChildren(viewer);
@@ -176,7 +178,7 @@ function showStep() {
   }
   if (!probe) return;
   const facts = [["latent step", `${current.latent} of trajectory #${block.trajectories[current.trajectory].idx}`], ["norm", num(probe.norm)]];
-  if (probe.gap != null) facts.push(["replay gap", `${num(probe.gap, 2)} (relative distance to this checkpoint's own latent)`]);
+  if (probe.gap != null) facts.push(["replay gap", `${num(probe.gap, 2)} (relative distance to what this checkpoint makes of the recorded prefix)`]);
   if (cosines(probe)) facts.push(["nearest patch", `cosine ${cosines(probe)[probe.top].toFixed(3)}${probe.hit == null ? "" : probe.hit ? ", in the box" : ", outside the box"}`]);
   const list = el("dl", { class: "facts" }, ...facts.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
   const words = probe.lens ? el("div", { class: "words" }, wordList("Logit lens, probability", probe.lens), wordList("Nearest embeddings, cosine", probe.nearest)) : null;
