@@ -80,6 +80,7 @@ def summarize(
         },
         **({"controls": {name: sft_entry(out, name)["heldout_accuracy"] for name in controls}} if controls else {}),
         "ablations": grpo["ablations"],
+        "chance": grpo["chance"],
         "latents": grpo["verdict"]["sentence"],
         "follow": grpo["follow"],
         "hit": grpo["hit"],
@@ -103,7 +104,7 @@ def plot(out: Path, summary: dict) -> Path:
     known = {name: value for name, value in summary["ablations"].items() if value is not None}
     names, values = zip(*known.items(), strict=True)
     bars.bar(names, values, color=["tab:green"] + ["tab:gray"] * (len(names) - 1))
-    bars.axhline(0.1, linestyle=":", color="black", linewidth=1)
+    bars.axhline(summary["chance"], linestyle=":", color="black", linewidth=1)
     bars.set(ylim=(0, 1.12), title="held-out accuracy by latents fed")
     bars.tick_params(axis="x", rotation=60, labelsize=8)
     figure.tight_layout()

@@ -24,8 +24,13 @@ python -m grpo_latent.train --config-dir recipes/ivt_lr --config-name ivt_lr_grp
   actor_rollout_ref.model.path="$OUT/sft/model" data.train_files="$OUT/data/train.parquet" \
   data.val_files="$OUT/data/val.parquet" latent.output_dir="$OUT/grpo" trainer.n_gpus_per_node="$GPUS" "$@"
 
+# accuracy of guessing, over questions with different numbers of choices
+# shellcheck disable=SC2086
+CHANCE=$(python -c 'import sys; from statistics import fmean; from pyarrow.parquet import read_table as read
+print(fmean(1 / len(choices) for file in sys.argv[1:] for choices in read(file, columns=["choices"])["choices"].to_pylist()))' $VAL)
 STEP=$(cat "$OUT/grpo/checkpoints/latest_checkpointed_iteration.txt")
 python -m grpo_latent.evaluate model.path="$OUT/grpo/checkpoints/global_step_$STEP/actor/huggingface" \
   model.device=cuda model.dtype=bfloat16 data.val_files="$OUT/data/val.parquet" data.max_response_length=355 \
-  reward.custom_reward_function.path=reward/choice.py leak_prompts=0 \
+  reward.custom_reward_function.path=reward/choice.py leak_prompts=0 verdict.chance="$CHANCE" \
+  prompts_per_batch=32 latent.max_batch_rows=32 \
   'ablations=[zero,shuffle,shuffle@text,shuffle@vision,image_blind_after_span]' output="$OUT/evaluation.json"

@@ -20,6 +20,7 @@ STEP=$(cat "$OUT/grpo/checkpoints/latest_checkpointed_iteration.txt")
 for STEPS in 4 8 16; do
   python -m grpo_latent.evaluate model.path="$OUT/grpo/checkpoints/global_step_$STEP/actor/huggingface" \
     model.device=cuda model.dtype=bfloat16 data.val_files="$VAL" data.max_response_length=512 latent.steps=$STEPS \
-    reward.custom_reward_function.path=reward/accuracy.py 'ablations=[zero,noise,shuffle]' \
+    reward.custom_reward_function.path=reward/accuracy.py 'ablations=[zero,noise,shuffle]' leak_prompts=0 \
+    prompts_per_batch=16 latent.max_batch_rows=16 \
     output="$OUT/evaluation_steps_$STEPS.json"
 done

@@ -155,7 +155,7 @@ def write_run(out):
     ablations = {"own": 0.95, "zero": 0.1, "noise": 0.1, "shuffle": 0.12, "oracle": 0.97}
     for name, accuracy in (("sft", 0.4), ("grpo", 0.95)):
         report = {"greedy": {"accuracy": accuracy}, "sampled": {"accuracy": accuracy}, "ablations": ablations}
-        report |= {"verdict": {"sentence": "used: as shown"}, "follow": 0.9, "hit": 1.0, "leak": 0.0}
+        report |= {"verdict": {"sentence": "used: as shown"}, "follow": 0.9, "hit": 1.0, "leak": 0.0, "chance": 0.19}
         (out / f"evaluation_{name}.json").write_text(json.dumps(report))
 
 
@@ -172,7 +172,7 @@ def test_the_quickstarts_summary_keeps_its_contract(tmp_path):
     assert list(summary["ablations"]) == ["own", "zero", "noise", "shuffle", "oracle"]
     assert summary["replay_logp_gap_max"] == 2e-6 and summary["rollout_probs_diff_max"] == 3e-6
     assert (summary["seed"], summary["rollout_engine"], summary["seconds_total"]) == (3, "hf", 240.0)
-    assert {"torch", "verl", "ray"} <= summary["versions"].keys()
+    assert {"torch", "verl", "ray"} <= summary["versions"].keys() and summary["chance"] == 0.19
     json.dumps(summary)
     (tmp_path / "evaluation_stage2.json").write_text((tmp_path / "evaluation_grpo.json").read_text())
     both = module.summarize(tmp_path, 3, 80.0, 240.0, stages=("sft", "stage2"))
