@@ -48,7 +48,7 @@ from grpo_latent.eval.report import VerdictSettings
 from grpo_latent.eval.scoring import GradeScorer, RewardScorer, Scorer
 from grpo_latent.eval.table import report_table
 from grpo_latent.latent.treatments import parse_treatment
-from grpo_latent.models.loading import LatentModel, load_latent_model
+from grpo_latent.models.loading import LatentModel, load_latent_model, parse_dtype
 from grpo_latent.rewards.functions import specs_from_config
 from grpo_latent.rewards.runner import RewardRunner
 
@@ -79,7 +79,7 @@ def run(config: DictConfig) -> dict:
     overrides = {name: config.latent[name] for name in OVERRIDES if config.latent[name] is not None}
     loaded = load_latent_model(
         config.model.path,
-        dtype=parse_dtype(config.model.dtype),
+        dtype=parse_dtype(config.model.dtype, "model.dtype"),
         device=config.model.device,
         attn_implementation=config.model.attn_implementation,
         overrides=overrides,
@@ -171,13 +171,6 @@ def weights_of(folder: str) -> list:
     """Name, size and time of a checkpoint's files: what tells another checkpoint at the same place."""
     files = sorted(path for path in Path(folder).glob("*") if path.is_file())
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ConfigError("unknown dtype", where="model.dtype", got=name, expected="float32, bfloat16 or float16")
-    return dtype
 
 
 def write_json(path: Path, report: dict) -> None:

@@ -10,14 +10,12 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from grpo_latent.errors import DataError, GrpoLatentError
+from grpo_latent.models.loading import parse_dtype
 from grpo_latent.rollout.llm import ENGINES, LatentLLM
 from grpo_latent.rollout.protocol import SamplingParams
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -26,7 +24,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", required=True, help="user message; <image> stands where an image goes")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="once for each <image>, in order")
     parser.add_argument("--engine", choices=ENGINES, default="hf")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument("--dtype", default="float32", help="of the weights, or bfloat16, float16")
     parser.add_argument("--device", default="cpu", help="of engine hf")
     parser.add_argument("--num", type=int, default=1, metavar="N", help="completions")
     parser.add_argument("--max-new-tokens", type=int, default=256)
@@ -48,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         images = [read_image(path) for path in args.image]
         sampling = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
-        llm = LatentLLM(args.model, args.engine, DTYPES[args.dtype], args.device)
+        llm = LatentLLM(args.model, args.engine, parse_dtype(args.dtype, "--dtype"), args.device)
         groups = llm.generate([args.prompt], [images], sampling, args.num, args.seed, args.steps)
     except GrpoLatentError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -162,10 +162,10 @@ def check_checkpoint(config: DictConfig):
         return None
     from grpo_latent.data.rows import check_prompt, iter_verl_rows
     from grpo_latent.latent.treatments import parse_treatment
+    from grpo_latent.models.loading import parse_dtype
     from grpo_latent.rollout.preflight import PreflightPrompt, preflight
     from grpo_latent.rollout.protocol import SamplingParams
     from grpo_latent.verl_plugin.options import CHECKPOINT_FIELDS
-    from grpo_latent.verl_plugin.server import parse_dtype
 
     files, rollout = config.data.train_files, config.actor_rollout_ref.rollout
     prompts = []

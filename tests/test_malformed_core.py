@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from grpo_latent.errors import CheckpointError, ConfigError, LatentMismatchError, RolloutError
 from grpo_latent.latent.config import LATENT_CONFIG_FILE, LatentConfig
+from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS
 from grpo_latent.models.adapter import ImageInputs
 from grpo_latent.models.head import attach_latent_modules
 from grpo_latent.models.loading import load_latent_model, save_latent_model
 from grpo_latent.models.replay import ReplayBatch, collate, replay
-from grpo_latent.models.tokens import LVR_TOKENS
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import LatentOverride, RolloutRequest, SamplingParams
 from grpo_latent.trajectory import PositionKind as K
@@ -344,4 +344,4 @@ def test_replay(make, error, where, got):
 
 def test_lvr_token_ids_used_above():
     """`official` names them by number."""
-    assert [case(TEXT).token_id(token) for token in LVR_TOKENS] == [7, 8, 9, 10]
+    assert [case(TEXT).token_id(token) for token in LVR_ADDED_TOKENS] == [7, 8, 9, 10]

@@ -16,6 +16,8 @@ from grpo_latent.latent.config import LatentConfig
 
 # (start, latent, end); the slot mechanisms add Coconut's three tokens and use the middle one, as placeholder
 LVR_TOKENS = ("<|lvr_start|>", "<|lvr|>", "<|lvr_end|>")
+LVR_LATENT_END_TOKEN = "<|lvr_latent_end|>"  # stands for the learned end vector
+LVR_ADDED_TOKENS = (*LVR_TOKENS[:2], LVR_LATENT_END_TOKEN, LVR_TOKENS[2])  # in the order in which LVR adds them
 ILVR_TOKENS = ("<|latent_start|>", "<|latent_pad|>", "<|latent_end|>")
 SLOT_TOKENS = ("<|start-latent|>", "<|latent|>", "<|end-latent|>")
 

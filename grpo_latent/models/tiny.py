@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
 
+from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS
 from grpo_latent.models.adapter import CHAMELEON_DELIMITERS
 from grpo_latent.models.processing import build_processor
 
@@ -32,7 +33,6 @@ QWEN_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-LVR_TOKENS = ("<|lvr_start|>", "<|lvr|>", "<|lvr_latent_end|>", "<|lvr_end|>")
 ANSWER_TOKENS = ("<answer>", "</answer>")
 UNKNOWN_TOKEN = "<unk>"
 NUMBERS = tuple(str(number) for number in range(19))
@@ -97,7 +97,9 @@ class TinyModel(NamedTuple):
     processor: ProcessorMixin | None
 
 
-def word_tokenizer(words: Sequence[str] = (), latent_tokens: Sequence[str] = LVR_TOKENS) -> PreTrainedTokenizerFast:
+def word_tokenizer(
+    words: Sequence[str] = (), latent_tokens: Sequence[str] = LVR_ADDED_TOKENS
+) -> PreTrainedTokenizerFast:
     """A tokenizer with one id a word: special tokens, `<answer>`, `</answer>`, 0..18, then `words`.
 
     Text splits at whitespace and at special and answer tokens; decoding joins with one space, so that
@@ -143,7 +145,7 @@ def tiny_qwen2_5_vl(
     words: Sequence[str] = (),
     sizes: TinySizes = UNIT_SIZES,
     seed: int = 0,
-    latent_tokens: Sequence[str] = LVR_TOKENS,
+    latent_tokens: Sequence[str] = LVR_ADDED_TOKENS,
 ) -> TinyModel:
     """Qwen2.5-VL with random weights; float32, on the CPU, in eval mode.
 
@@ -168,7 +170,7 @@ def tiny_qwen2_vl(
     words: Sequence[str] = (),
     sizes: TinySizes = UNIT_SIZES,
     seed: int = 0,
-    latent_tokens: Sequence[str] = LVR_TOKENS,
+    latent_tokens: Sequence[str] = LVR_ADDED_TOKENS,
 ) -> TinyModel:
     """Qwen2-VL; arguments as `tiny_qwen2_5_vl`."""
     vision = dict(
@@ -185,7 +187,7 @@ def tiny_qwen3_vl(
     words: Sequence[str] = (),
     sizes: TinySizes = UNIT_SIZES,
     seed: int = 0,
-    latent_tokens: Sequence[str] = LVR_TOKENS,
+    latent_tokens: Sequence[str] = LVR_ADDED_TOKENS,
 ) -> TinyModel:
     """Qwen3-VL, deepstack from its first vision block; arguments as `tiny_qwen2_5_vl`."""
     vision = dict(
@@ -204,7 +206,7 @@ def tiny_qwen2(
     words: Sequence[str] = (),
     sizes: TinySizes = UNIT_SIZES,
     seed: int = 0,
-    latent_tokens: Sequence[str] = LVR_TOKENS,
+    latent_tokens: Sequence[str] = LVR_ADDED_TOKENS,
 ) -> TinyModel:
     """Qwen2, text only; arguments as `tiny_qwen2_5_vl`.
 
@@ -218,7 +220,7 @@ def tiny_qwen3(
     words: Sequence[str] = (),
     sizes: TinySizes = UNIT_SIZES,
     seed: int = 0,
-    latent_tokens: Sequence[str] = LVR_TOKENS,
+    latent_tokens: Sequence[str] = LVR_ADDED_TOKENS,
 ) -> TinyModel:
     """Qwen3, text only; arguments as `tiny_qwen2_5_vl`."""
     return _tiny_text("Qwen3", words, sizes, seed, latent_tokens)
@@ -231,7 +233,7 @@ def tiny_chameleon(
     words: Sequence[str] = (),
     sizes: TinySizes = UNIT_SIZES,
     seed: int = 0,
-    latent_tokens: Sequence[str] = LVR_TOKENS,
+    latent_tokens: Sequence[str] = LVR_ADDED_TOKENS,
 ) -> TinyModel:
     """Chameleon, with a VQ model of random weights; arguments as `tiny_qwen2_5_vl`. An image is 16 discrete tokens."""
     codes = [f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(code))}Z" for code in range(CHAMELEON_CODES)]

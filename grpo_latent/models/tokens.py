@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LVR_START, LVR_LATENT, LVR_LATENT_END, LVR_END = "<|lvr_start|>", "<|lvr|>", "<|lvr_latent_end|>", "<|lvr_end|>"
-LVR_TOKENS = (LVR_START, LVR_LATENT, LVR_LATENT_END, LVR_END)  # in the order in which LVR adds them
+from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS
 
 
 def add_latent_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...] = LVR_TOKENS
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...] = LVR_ADDED_TOKENS
 ) -> dict[str, int]:
     """Ids of the latent tokens; those that are missing are added as special tokens, and the embeddings grow if needed.
 

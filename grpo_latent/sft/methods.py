@@ -21,7 +21,7 @@ from grpo_latent.data.lvr_json import read_lvr_json
 from grpo_latent.data.rows import read_verl_parquet
 from grpo_latent.data.stepwise import READERS as STEPWISE_READERS
 from grpo_latent.latent.config import LatentConfig
-from grpo_latent.latent.mechanisms import ILVR_TOKENS, LVR_TOKENS, PUBLISHED, SLOT_TOKENS
+from grpo_latent.latent.mechanisms import ILVR_TOKENS, LVR_LATENT_END_TOKEN, LVR_TOKENS, PUBLISHED, SLOT_TOKENS
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.sft.curriculum import CoconutConfig, CurriculumConfig
@@ -83,7 +83,7 @@ class LatentSettings:
 class LVRLatents(LatentSettings):
     """With the token and the rule of the learned end vector."""
 
-    latent_end_token: str = "<|lvr_latent_end|>"
+    latent_end_token: str = LVR_LATENT_END_TOKEN
     latent_end_threshold: float = 0.02
 
     @property

@@ -15,10 +15,11 @@ from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from grpo_latent.errors import RolloutError
+from grpo_latent.models.loading import parse_dtype
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.verl_plugin import compat
 from grpo_latent.verl_plugin.registration import ROLLOUT_NAME
-from grpo_latent.verl_plugin.server import GroupResult, LatentRolloutServer, parse_dtype
+from grpo_latent.verl_plugin.server import GroupResult, LatentRolloutServer
 from grpo_latent.verl_plugin.waves import Ticket
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grpo_latent.eval.usage import Usage
 from grpo_latent.models.adapter import ImageInputs
-from grpo_latent.models.loading import load_latent_model
+from grpo_latent.models.loading import load_latent_model, parse_dtype
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.trajectory import Trajectory
@@ -54,7 +54,7 @@ class LatentRolloutServer:
         overrides = {n: getattr(self.options, n) for n in CHECKPOINT_FIELDS}
         loaded = load_latent_model(
             folder,
-            dtype=parse_dtype(rollout_config["dtype"]),
+            dtype=parse_dtype(rollout_config["dtype"], "actor_rollout_ref.rollout.dtype"),
             device=device,
             attn_implementation=attn_implementation,
             overrides={n: value for n, value in overrides.items() if value is not None},
@@ -128,9 +128,3 @@ class LatentRolloutServer:
 
     abort_all_requests = resume_generation = clear_kv_cache = release_kv_cache = resume_kv_cache = nothing
     start_profile = stop_profile = nothing
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    from verl.utils.torch_dtypes import PrecisionType
-
-    return PrecisionType.to_dtype(name)

@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # recipes are scripts, not a pa
 import paper_scale  # noqa: E402
 
 from grpo_latent.latent.config import LatentConfig  # noqa: E402
-from grpo_latent.models.tokens import LVR_TOKENS  # noqa: E402
+from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS  # noqa: E402
 from grpo_latent.sft.methods import LVRLatents  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -26,7 +26,7 @@ def check_shapes(model_name: str, response_length: int) -> dict[str, tuple[int, 
         return latents.make_config(ids, latent_end_token=end_token, latent_end_id=ids[end_token])
 
     model_json = HERE / "models" / f"{model_name}.json"
-    return paper_scale.check_shapes(model_json, FIRST_FREE_ID, LVR_TOKENS, make_config, response_length)
+    return paper_scale.check_shapes(model_json, FIRST_FREE_ID, LVR_ADDED_TOKENS, make_config, response_length)
 
 
 def main(overrides: list[str]) -> None:

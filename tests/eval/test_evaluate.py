@@ -17,13 +17,21 @@ from grpo_latent.eval.decode import GREEDY, Decoding, Evaluator
 from grpo_latent.eval.evaluate import EvalSettings, Evaluation
 from grpo_latent.eval.journal import Journal
 from grpo_latent.eval.prompts import EvalPrompt, benchmark_prompts, encode_row, read_prompts
-from grpo_latent.eval.report import Findings, VerdictSettings, chance, decoding_report, latent_statistics
+from grpo_latent.eval.report import (
+    Findings,
+    VerdictSettings,
+    chance,
+    decoding_report,
+    latent_statistics,
+    usage_report,
+)
 from grpo_latent.eval.scoring import Outcome, RewardScorer, accuracy, as_outcome
-from grpo_latent.evaluate import main, parse_dtype, run
+from grpo_latent.eval.statistics import bootstrap_difference, bootstrap_interval
+from grpo_latent.evaluate import main, run
 from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS
 from grpo_latent.models import tiny
-from grpo_latent.models.loading import LatentModel, load_latent_model, save_latent_model
-from grpo_latent.models.tokens import LVR_TOKENS
+from grpo_latent.models.loading import LatentModel, load_latent_model, parse_dtype, save_latent_model
 from grpo_latent.rewards.functions import FunctionSpec
 from grpo_latent.rewards.runner import RewardResult, RewardRunner
 from grpo_latent.rollout.protocol import LatentOverride, SamplingParams
@@ -89,7 +97,7 @@ def test_report_against_a_recount(loaded, reward_file):
     assert sum(count for phase, count in phases if phase == "shuffle") == sum(c for p, c in phases if p == "own") == 10
 
     e = Evaluator(loaded, settings.max_new_tokens, settings.seed)
-    sources = donors([len(t.latents) for t in own], 3)
+    sources = donors([len(t.latents) for t in own], [p.row_id for p in prompts], 3)
     shuffled = e.greedy(prompts, [None if s is None else override(own[s].latents) for s in sources])
     answers = [text_of(loaded, t) for t in shuffled]
     right = [answer == p.ground_truth for answer, p in zip(answers, prompts, strict=True)]
@@ -345,6 +353,56 @@ def test_pairs_categories_and_chance_of_a_benchmark():
     assert chance(Findings(prompts, VerdictSettings())) == 0.5
 
 
+def rotations(sizes):
+    """Prompts of a benchmark whose question q has `sizes[q]` rows."""
+    names = [f"question {q}" for q, size in enumerate(sizes) for _ in range(size)]
+    items = [
+        BenchmarkItem("hrbench", str(i), name, "", (), (), ("7", "8", "9", "10"), "A") for i, name in enumerate(names)
+    ]
+    return [EvalPrompt(torch.ones(1), None, "hrbench", "A", "", item.item_id, item=item) for item in items]
+
+
+def test_verdicts_count_a_question_once():
+    """Four questions of two rows. Under zero two questions are lost: gap 2/4, McNemar 2 * 1/2^2 = 0.5 over questions (over
+    rows it would be 2 * 1/2^4). Under noise one row of each of two is lost: means 1/2, 1/2, 1, 1, so no McNemar. Under
+    shuffle three rows of two questions changed: means (1 + 0) / 2 and 0 against 1 and 1."""
+    findings = Findings(rotations([2] * 4), VerdictSettings(level=0.95))
+    findings.outcomes = {
+        "own": [1.0] * 8,
+        "zero": [0.0] * 4 + [1.0] * 4,
+        "noise": [0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0],
+        "shuffle": [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0],
+    }
+    findings.changed = {"zero": [True] * 8, "noise": [True] * 8, "shuffle": [True, True, True] + [False] * 5}
+    usage = usage_report(findings)
+    zero, noise, shuffle = (usage[name] for name in ("zero", "noise", "shuffle"))
+    assert (zero["num_changed"], zero["num_questions"], zero["ablated"], zero["gap"]) == (8, 4, 0.5, 0.5)
+    assert zero["mcnemar"] == {"only_own": 2, "only_other": 0, "p_value": 0.5} and "n = 4" in zero["sentence"]
+    assert noise["gap"] == 0.25 and noise["mcnemar"] is None and noise["num_questions"] == 4
+    assert (shuffle["num_changed"], shuffle["num_questions"], shuffle["gap"]) == (3, 2, 0.75)
+    level = 1 - 0.05 / 3
+    expected = bootstrap_difference([1, 1, 1, 1], [0.5, 0.5, 1, 1], level=level)
+    assert noise["gap_interval"] == [expected.low, expected.high]
+    over_rows = bootstrap_difference(findings.outcomes["own"], findings.outcomes["zero"], level=level)
+    assert zero["gap_interval"][1] - zero["gap_interval"][0] > over_rows.high - over_rows.low
+
+
+def test_intervals_count_a_question_once():
+    """Rows (1, 1, 0) and (0): question means 2/3 and 0. A row without a score is left out."""
+    prompts, settings = rotations([3, 1]), VerdictSettings()
+    expected = bootstrap_interval([2 / 3, 0.0])
+    groups = [[Outcome(value, value)] for value in (1.0, 1.0, 0.0, 0.0)]
+    assert decoding_report(prompts, GREEDY, groups, settings)["interval"] == [expected.low, expected.high]
+    groups[2] = [Outcome(None, 0.0)]
+    expected = bootstrap_interval([1.0, 0.0])
+    assert decoding_report(prompts, GREEDY, groups, settings)["interval"] == [expected.low, expected.high]
+    sampled = Decoding("sampled", 2)
+    groups = [[Outcome(float(value), 0.0) for value in pair] for pair in ((1, 0), (1, 1), (0, 0), (0, 0))]
+    report = decoding_report(prompts, sampled, groups, settings)["pass_at_k"]["2"]
+    expected = bootstrap_interval([2 / 3, 0.0])
+    assert report["estimate"] == 0.5 and report["interval"] == [expected.low, expected.high]
+
+
 def test_a_plain_model_is_evaluated_without_latents(tmp_path, reward_file, files):
     """Its greedy completions are those of `generate`."""
     _, rows, _ = files
@@ -359,7 +417,7 @@ def test_a_plain_model_is_evaluated_without_latents(tmp_path, reward_file, files
     report = evaluate(plain, prompts, reward_file, EvalSettings(6))
     assert report["latents"]["frac_rollouts"] == 0 and report["verdict"]["verdict"] == "not used"
     e = Evaluator(plain, 6)
-    never = sorted(e.adapter.vision_ids | set(plain.tokenizer.convert_tokens_to_ids(list(LVR_TOKENS))))
+    never = sorted(e.adapter.vision_ids | set(plain.tokenizer.convert_tokens_to_ids(list(LVR_ADDED_TOKENS))))
     for prompt, mine in zip(prompts, e.greedy(prompts), strict=True):
         pixels = dict(pixel_values=prompt.images.pixel_values, image_grid_thw=prompt.images.image_grid_thw)
         ids = model.eval().generate(

@@ -10,10 +10,11 @@ from latent_cases import build_case, sampling
 from safetensors.torch import load_file, save_file
 
 from grpo_latent.latent.config import LATENT_CONFIG_FILE
+from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS
 from grpo_latent.models import tiny
 from grpo_latent.models.head import END_VECTOR_ATTRIBUTE, GLUHead, MLPHead, attach_latent_modules
 from grpo_latent.models.loading import load_latent_model, save_latent_model
-from grpo_latent.models.tokens import LVR_TOKENS, add_latent_tokens
+from grpo_latent.models.tokens import add_latent_tokens
 from grpo_latent.rollout.hf import HFRolloutEngine
 
 
@@ -87,7 +88,7 @@ def official(folder, head=None, end_vector=False, drop=()):
     """An official LVR folder (SYSTEMS: LVR, "Checkpoint"): `lvr_*` fields in config.json, no `latent_config.json`."""
     case, _ = saved(folder, "qwen2_5_vl")
     (folder / LATENT_CONFIG_FILE).unlink()
-    ids = [case.token_id(token) for token in LVR_TOKENS]
+    ids = [case.token_id(token) for token in LVR_ADDED_TOKENS]
     fields = dict(zip(("lvr_start_id", "lvr_id", "lvr_latent_end_id", "lvr_end_id"), ids, strict=True))
     fields |= dict(lvr_head=head is not None, lvr_head_type=head or "simple", latent_end_token=end_vector)
     fields |= dict(loss_lvr_fct="mse")
@@ -160,7 +161,7 @@ def test_add_latent_tokens_grows_what_is_missing_in_the_published_order():
     size = len(tokenizer)
     before = model.get_input_embeddings().weight.detach().clone()
     ids = add_latent_tokens(model, tokenizer)
-    assert ids == {token: size + idx for idx, token in enumerate(LVR_TOKENS)}
+    assert ids == {token: size + idx for idx, token in enumerate(LVR_ADDED_TOKENS)}
     assert model.get_input_embeddings().weight.shape[0] == model.lm_head.weight.shape[0] == size + 4
     assert torch.equal(model.get_input_embeddings().weight[:size], before)
     assert tokenizer("read <|lvr|>").input_ids == [tokenizer.get_vocab()["read"], ids["<|lvr|>"]]

@@ -11,6 +11,7 @@ from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelCo
 from verl.workers.engine import EngineRegistry
 
 from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS
 from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ImageInputs
 from grpo_latent.models.head import attach_latent_modules
@@ -29,7 +30,7 @@ WORDS = ("read", "red", "blue", "?")
 
 
 def latent_config(tokenizer, **changes) -> LatentConfig:
-    ids = {role: tokenizer.convert_tokens_to_ids(token) for role, token in zip(ROLES, tiny.LVR_TOKENS, strict=True)}
+    ids = {role: tokenizer.convert_tokens_to_ids(token) for role, token in zip(ROLES, LVR_ADDED_TOKENS, strict=True)}
     return LatentConfig(
         start_token="<|lvr_start|>",
         latent_token="<|lvr|>",
