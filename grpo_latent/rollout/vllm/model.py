@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 from vllm import ModelRegistry
+from vllm.model_executor.model_loader import utils as loader_utils
 
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.config import LatentConfig
@@ -101,7 +102,8 @@ def latent_class(base: type[nn.Module]) -> type[nn.Module]:
 def register_latent_model(architecture: str) -> None:
     """Makes this process build `architecture` with latent parameters; idempotent.
 
-    Registering the class, not its name, also spares vLLM the subprocess in which it would inspect the model.
+    Registering the class, not its name, also spares vLLM the subprocess in which it would inspect the model. In a worker
+    process of its own, as under `vllm serve`, vLLM asks for the class before it makes the worker and remembers the answer.
     """
     registered = ModelRegistry.models.get(architecture)
     if registered is None:
@@ -117,3 +119,4 @@ def register_latent_model(architecture: str) -> None:
         latent = latent_class(stock)
         latent.is_latent = True
         ModelRegistry.register_model(architecture, latent)
+        loader_utils._MODEL_ARCH_BY_HASH.clear()

@@ -116,7 +116,8 @@ def check_mechanism(config: LatentConfig) -> None:
                 where=f"latent.{name}",
                 got=got,
                 expected=expected if isinstance(expected, str) else repr(expected),
-                fix=f"Use rollout engine hf (rollout.engine=hf), or set latent.{name}={expected}.",
+                fix="Use rollout engine hf (rollout.engine=hf; for training actor_rollout_ref.rollout.name=hf_latent), "
+                f"or set latent.{name}={expected}.",
             )
 
 

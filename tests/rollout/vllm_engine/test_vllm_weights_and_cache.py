@@ -123,7 +123,7 @@ def test_without_our_scheduler_they_would_be(tmp_path, monkeypatch):
 
     case = build_vllm_case("qwen2", tmp_path)
     stock = {False: "vllm.v1.core.sched.scheduler.Scheduler"}
-    monkeypatch.setattr("grpo_latent.rollout.vllm.engine.SCHEDULER_CLASSES", stock)
+    monkeypatch.setattr("grpo_latent.rollout.vllm.frontend.SCHEDULER_CLASSES", stock)
     with pytest.raises(ConfigError, match="latents need their own scheduler"):
         case.vllm_engine(block_size=32)
     monkeypatch.setattr(compat, "SCHEDULER_CLASSES", stock)

@@ -1,0 +1,161 @@
+"""What drives a vLLM engine with latents, whether the engine runs in this process or in another.
+
+request ──submissions──▶ (key, vLLM's prompt, vLLM's sampling params), one a trajectory
+vLLM's completion + the worker's record ──trajectory──▶ Trajectory
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from grpo_latent.errors import LatentMismatchError, RolloutError
+from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
+from grpo_latent.rollout.vllm.compat import SCHEDULER_CLASSES, WORKER_CLASSES
+from grpo_latent.rollout.vllm.skeleton import CONFIG_KEY, WorkerOptions, read_skeleton
+from grpo_latent.rollout.vllm.wire import unpack
+from grpo_latent.trajectory import PositionKind, Trajectory
+
+
+class FrontEnd:
+    """Of one checkpoint.
+
+    Args: as `VllmRolloutEngine`.
+
+    Attributes:
+        policy_version: of the weights that the engine holds; whoever loads weights sets it.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        overrides: dict | None,
+        max_model_len: int,
+        max_latents: int | None = None,
+        banned_ids: Iterable[int] = (),
+    ):
+        self.skeleton = read_skeleton(folder, overrides)
+        self.config, self.adapter = self.skeleton.config, self.skeleton.adapter
+        self.options = WorkerOptions(self.config, tuple(self.skeleton.banned_ids(banned_ids)), max_latents)
+        self.max_model_len, self.max_latents = max_model_len, self.options.room(max_model_len)
+        self.policy_version = 0
+
+    def engine_arguments(self, is_cpu: bool, is_async: bool) -> dict:
+        """Arguments of vLLM's engine that latents need, by the names of `vllm.LLM` and, as JSON, of its command line."""
+        arguments = {
+            "worker_cls": WORKER_CLASSES["cpu" if is_cpu else "cuda"],
+            "scheduler_cls": SCHEDULER_CLASSES[is_async],
+            "async_scheduling": is_async,
+            "additional_config": {CONFIG_KEY: self.options.to_json()},
+        }
+        if not self.adapter.has_vision:
+            return arguments | {"enable_prompt_embeds": True}  # makes the runner feed vectors
+        return arguments | {"limit_mm_per_prompt": {"video": 0}, "mm_processor_cache_gb": 0}
+
+    def check(self, request: RolloutRequest, sampling: SamplingParams) -> None:
+        """Raises `RolloutError` for a request that this engine cannot run."""
+        where = f"request of group {request.group_id!r}"
+        self.adapter.check_prompt(request.prompt_ids, request.images, where)
+        ablated = request.latent_override is not None or request.blind_after_span or request.max_spans is not None
+        if ablated or request.steps == 0:
+            raise RolloutError(
+                "engine vllm takes no latent_override and no other ablation",
+                where=where,
+                got=f"{request.latent_override}, steps {request.steps}, max_spans {request.max_spans}",
+                expected="None, steps >= 1",
+                fix="Run causal ablations on engine hf (rollout.engine=hf).",
+            )
+        steps, max_spans = request.steps or self.config.steps, self.config.max_spans
+        if max_spans is not None and min(steps * max_spans, sampling.max_new_tokens) > self.max_latents:
+            raise self._no_room(where, f"{max_spans} span(s) of {steps} steps")
+        length = request.prompt_ids.shape[0] + sampling.max_new_tokens
+        if length > self.max_model_len:
+            raise RolloutError(
+                "prompt and completion do not fit",
+                where=where,
+                got=f"{request.prompt_ids.shape[0]} + {sampling.max_new_tokens} positions",
+                expected=f"<= max_model_len = {self.max_model_len}",
+                fix="Raise max_model_len, or lower max_new_tokens.",
+            )
+
+    def submissions(self, request: RolloutRequest, keys: list[str], sampling: SamplingParams) -> list[tuple]:
+        """(key, prompt, sampling params) of each trajectory, as `add_request` takes them. Only the last output is sent."""
+        from vllm import SamplingParams as VllmSamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        from grpo_latent.rollout.vllm.inputs import engine_input
+
+        prompt = engine_input(request, self.adapter, self.policy_version)
+        submissions = []
+        for key, seed in zip(keys, request.seeds, strict=True):
+            latent = {
+                "key": key,
+                "seed": seed,
+                "temperature": sampling.temperature,
+                "top_k": sampling.top_k,
+                "top_p": sampling.top_p,
+                "steps": request.steps,
+            }
+            # our sampler draws; vLLM's is told greedy so that it prepares nothing. Its own EOS handling is replaced by the
+            # list of all EOS ids: none of them can stand inside a span
+            params = VllmSamplingParams(
+                temperature=0.0,
+                max_tokens=sampling.max_new_tokens,
+                ignore_eos=True,
+                stop_token_ids=list(self.skeleton.eos_ids),
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                extra_args={"latent": latent},
+            )
+            submissions.append((key, prompt, params))
+        return submissions
+
+    def trajectory(self, request: RolloutRequest, seed: int, completion, packed: dict[str, list]) -> Trajectory:
+        """Of vLLM's `CompletionOutput` and what `latent_pop` returned for the same key.
+
+        Raises:
+            LatentMismatchError: the two disagree.
+            RolloutError: more latents than there was room for, or vLLM gave the request up.
+        """
+        where = f"request of group {request.group_id!r}, seed {seed}"
+        if completion.finish_reason not in ("stop", "length"):
+            got = f"finish_reason {completion.finish_reason!r}"
+            raise RolloutError("vLLM did not finish a request", where=where, got=got, expected="stop or length")
+        record: dict[str, Tensor] = {name: unpack(value) for name, value in packed.items()}
+        token_ids = torch.tensor(list(completion.token_ids), dtype=torch.long)
+        # asynchronous scheduling may have computed a position past the end
+        kinds = record["kinds"][: len(token_ids)]
+        num_latents = int((kinds == PositionKind.LATENT).sum())
+        if record["latents"].shape[0] < num_latents:
+            raise self._no_room(where, f"{num_latents} latent steps")
+        if not torch.equal(token_ids == self.config.latent_id, kinds == PositionKind.LATENT):
+            raise LatentMismatchError(
+                "vLLM's tokens and the worker's record disagree",
+                where=where,
+                got=token_ids.tolist(),
+                expected=f"latents at {(kinds == PositionKind.LATENT).nonzero()[:, 0].tolist()}",
+            )
+        return Trajectory(
+            prompt_ids=request.prompt_ids.cpu(),
+            token_ids=token_ids,
+            kinds=kinds,
+            latents=record["latents"][:num_latents].float(),
+            rollout_log_probs=record["rollout_log_probs"][: len(token_ids)],
+            sampling_log_probs=record["sampling_log_probs"][: len(token_ids)],
+            stop_reason="eos" if completion.finish_reason == "stop" else "length",
+            group_id=request.group_id,
+            seed=seed,
+            policy_version=self.policy_version,
+        )
+
+    def _no_room(self, where: str, got: str) -> RolloutError:
+        return RolloutError(
+            "more latent steps than the engine has room for",
+            where=where,
+            got=got,
+            expected=f"<= max_latents = {self.max_latents} of a completion",
+            fix="Raise max_latents of the engine (under verl latent.max_latents), or set latent.max_spans.",
+        )
