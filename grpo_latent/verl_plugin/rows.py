@@ -58,6 +58,17 @@ def replay_gap(rollout_rows: Iterable[Tensor], old_rows: Iterable[Tensor], mask_
     return ReplayGap(worst.maximum, total / max(count, 1), worst.row, worst.position)
 
 
+def state_error_metrics(error_rows: Iterable[Tensor]) -> dict[str, float]:
+    """How far the old policy's replay makes latents other than they were recorded, the worst of the batch.
+
+    Args:
+        error_rows: float [m, 2] a trajectory, `treated_forward.state_errors` of its latents.
+    """
+    errors_M2 = torch.cat([torch.zeros(1, 2), *(row.cpu() for row in error_rows)]).nan_to_num(nan=torch.inf)
+    absolute, relative = errors_M2.amax(0).tolist()
+    return {"latent/replay_state_err": absolute, "latent/replay_state_err_rel": relative}
+
+
 def act_masks(kinds_rows: Iterable[Tensor], mask_rows: Iterable[Tensor], kinds: frozenset[int]) -> list[Tensor]:
     """bool [T] of each completion, True at positions of `kinds`.
 

@@ -32,6 +32,7 @@ from grpo_latent.verl_plugin.config_check import check_config
 from grpo_latent.verl_plugin.progress import Reporter
 from grpo_latent.verl_plugin.registration import TRAINER_MODE, verify, verify_device
 from grpo_latent.verl_plugin.replay_buffer import LatentReplayBuffer
+from grpo_latent.verl_plugin.treated_forward import STATE_ERRORS
 from grpo_latent.verl_plugin.usage import LatentWatch
 
 # names in TransferQueue -> names in dumps
@@ -126,12 +127,16 @@ class LatentPPOTrainer(PPOTrainerSync):
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         self._mask_dropped(batch)
         batch = super()._compute_old_log_prob(_for_workers(batch), metrics)
-        kinds = ("position_kinds",) if self.options.act_kinds else ()
-        fields = self._fetch(batch, ("rollout_log_probs", "old_log_probs", "response_mask", *kinds))
+        names = ["rollout_log_probs", "old_log_probs", "response_mask"]
+        names += ["position_kinds"] if self.options.act_kinds else []
+        names += [STATE_ERRORS] if self.options.treatment.feeds_mean else []
+        fields = self._fetch(batch, tuple(names))
         rollout, old, mask = (fields[n].unbind() for n in ("rollout_log_probs", "old_log_probs", "response_mask"))
         gap = rows.replay_gap(rollout, old, mask)
         metrics["latent/replay_logp_gap_max"] = gap.maximum
         metrics["latent/replay_logp_gap_mean"] = gap.mean
+        if self.options.treatment.feeds_mean:
+            metrics |= rows.state_error_metrics(fields[STATE_ERRORS].unbind())
         gap.check(self.options.replay_logp_gap_bound, self.global_steps, f"trajectory {batch.keys[gap.row]}")
         if self.options.act_kinds:
             acts = rows.act_masks(fields["position_kinds"].unbind(), mask, self.options.act_kinds)

@@ -3,9 +3,10 @@
     prepare   recorded latents ──(recompute: one forward a latent, through the FSDP root)──▶ latents to inject
               tap armed
     verl's forward
-    extend    log_probs[t] at latents = their log-density;  means, for the anchor
+    extend    log_probs[t] at latents = their log-density;  means, for the anchor;
+              in the old policy's pass, how far its means are from what was recorded
 
-Nothing here runs with treatment `mask` and no anchor.
+Nothing here runs in an update with treatment `mask` and no anchor.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from grpo_latent.models.sources import SourceTap, latent_sources, own_latents_of
 from grpo_latent.trajectory import PositionKind, latent_mask
 
 MEANS, REF_MEANS = "latent_means", "ref_latent_means"
+STATE_ERRORS = "latent_state_errors"
 
 
 class TreatedForward:
@@ -39,7 +41,10 @@ class TreatedForward:
         self.engine, self.injector, self.treatment = engine, injector, treatment
         self.gives_means = terms.anchor_weight > 0
         self.taps = treatment.is_action or self.gives_means
-        self.tap = SourceTap.install(module) if self.taps or treatment.gradient is not None else None
+        # the reference's means are not what was recorded; neither is a latent that was drawn around its mean
+        self.measures = treatment.feeds_mean and not engine.engine_config.forward_only
+        needs_tap = self.taps or self.measures or treatment.gradient is not None
+        self.tap = SourceTap.install(module) if needs_tap else None
 
     def prepare(
         self, model_inputs: dict, kinds_BT: Tensor, kinds_rows: list[Tensor], latents_NH: Tensor, trains: bool
@@ -48,7 +53,7 @@ class TreatedForward:
         if trains and self.treatment.gradient is not None:
             longest = max(int((kinds == PositionKind.LATENT).sum()) for kinds in kinds_rows)
             latents_NH = self._own_latents(model_inputs, kinds_BT, latents_NH, self._over_ranks(longest))
-        if self.taps:
+        if self.taps or (self.measures and not trains):
             self.tap.arm(*latent_sources(kinds_BT), wants_logits=self.treatment.reads_logits)
         return latents_NH
 
@@ -96,9 +101,13 @@ class TreatedForward:
 
         A sequence's log_probs[t - 1] scores position t (verl shifts afterwards).
         """
-        if not self.taps:
+        measures = self.measures and not trains
+        if not self.taps and not measures:
             return
         means_MH, logits_MV = self.tap.take()
+        if measures:
+            recorded_MH = own_latents_of(kinds_BT, torch.cat(micro_batch["latent_embeds"].unbind()))
+            model_output[STATE_ERRORS] = _by_row(state_errors(means_MH, recorded_MH), micro_batch)
         if self.treatment.is_action:
             temperature_M1 = _temperatures(output_args, *latent_sources(kinds_BT))[:, None]
             source = LatentSource(means_MH, lambda: logits_MV.float() / temperature_M1)
@@ -110,11 +119,8 @@ class TreatedForward:
             values_L = log_probs.values().index_copy(0, places_M, density_M.to(log_probs.dtype))
             model_output["log_probs"] = torch.nested.nested_tensor_from_jagged(values_L, log_probs.offsets())
         if self.gives_means:
-            counts = [int((kinds == PositionKind.LATENT).sum()) for kinds in micro_batch["position_kinds"].unbind()]
-            offsets = torch.tensor([0, *accumulate(counts)], device=means_MH.device)
-            means = torch.nested.nested_tensor_from_jagged(means_MH.float(), offsets)
             # the reference scores after the old policy: under this name its means are what the update finds
-            model_output[MEANS if trains else REF_MEANS] = means
+            model_output[MEANS if trains else REF_MEANS] = _by_row(means_MH.float(), micro_batch)
 
     def disarm(self) -> None:
         if self.tap is not None:
@@ -134,6 +140,20 @@ class TreatedForward:
                 fix="Rollout and training must run the same latent.treatment.",
             )
         return torch.cat(rows)
+
+
+def state_errors(means_MH: Tensor, recorded_MH: Tensor) -> Tensor:
+    """float32 [M, 2]: max |mean - recorded| of each latent, and |mean - recorded| / |recorded|."""
+    difference_MH, recorded_MH = (means_MH.float() - recorded_MH.float()), recorded_MH.float()
+    relative_M = difference_MH.norm(dim=-1) / recorded_MH.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.stack([difference_MH.abs().amax(-1), relative_M], dim=-1)
+
+
+def _by_row(values_MA: Tensor, micro_batch: TensorDict) -> Tensor:
+    """Values of all LATENT positions as ragged rows [B, (m), A]."""
+    counts = [int((kinds == PositionKind.LATENT).sum()) for kinds in micro_batch["position_kinds"].unbind()]
+    offsets = torch.tensor([0, *accumulate(counts)], device=values_MA.device)
+    return torch.nested.nested_tensor_from_jagged(values_MA, offsets)
 
 
 def _needed_columns(kinds_BT: Tensor, columns_M: Tensor) -> int:

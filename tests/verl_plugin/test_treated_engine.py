@@ -19,6 +19,8 @@ from grpo_latent.models.recompute import GRADIENTS, own_latents
 from grpo_latent.models.replay import collate, replay, with_latents
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.verl_plugin.latent_loss import LatentLoss
+from grpo_latent.verl_plugin.rows import state_error_metrics
+from grpo_latent.verl_plugin.treated_forward import STATE_ERRORS
 
 GAUSSIAN = {"name": "gaussian", "gaussian": {"sigma": 0.5}}
 GUMBEL = {"name": "gumbel_soft", "gumbel_soft": {"top_k": 4}}
@@ -128,6 +130,33 @@ def test_latents_of_another_row_are_other_densities(recorded, gloo):
     batch["latent_embeds"] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
     pairs = zip(helpers.infer(engine, batch), expected, trajectories, strict=True)
     assert max((a - b)[t.latent_mask].abs().max() for a, b, t in pairs if len(t.latents)) > 0.1
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_the_old_policys_pass_measures_how_latents_replay(name, recorded, gloo):
+    """Rounding for what was recorded; for one vector that was changed, its own change, at its own place."""
+    _, _, packed, visibility, _ = CASES[name]
+    folder, _, trajectories, *_ = recorded[name]
+    engine = helpers.make_engine(folder, packed, freeze_vision=name == "recompute slots", visibility=visibility)
+
+    def errors_of(batch):
+        with engine.eval_mode(disable_auto_offload=True):
+            rows = engine.infer_batch(batch)["model_output"][STATE_ERRORS].unbind()
+        assert [len(row) for row in rows] == [int((t.kinds == K.LATENT).sum()) for t in trajectories]
+        return rows
+
+    metrics = state_error_metrics(errors_of(batch_of(recorded[name], packed)))
+    assert 0 < metrics["latent/replay_state_err"] <= 1e-4 and 0 < metrics["latent/replay_state_err_rel"] <= 1e-4
+    batch = batch_of(recorded[name], packed)
+    changed = next(row for row, t in enumerate(trajectories) if len(t.latents) >= 2)
+    latents = [row.clone() for row in batch["latent_embeds"].unbind()]
+    latents[changed][-1, 3] += 0.5  # the row's last LATENT: no other's source comes after it
+    batch["latent_embeds"] = torch.nested.as_nested_tensor(latents, layout=torch.jagged)
+    rows = errors_of(batch)
+    assert rows[changed][-1, 0] == pytest.approx(0.5, abs=1e-4)
+    assert rows[changed][-1, 1] == pytest.approx(0.5 / float(latents[changed][-1].norm()), rel=1e-3)
+    others = torch.cat([rows[changed][:-1], *rows[:changed], *rows[changed + 1 :]])
+    assert others[:, 0].max() <= 1e-4
 
 
 @pytest.mark.parametrize("name", RECOMPUTED)

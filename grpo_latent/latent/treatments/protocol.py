@@ -66,6 +66,11 @@ class Treatment:
         """What the user should know before the run; printed once."""
         return []
 
+    @property
+    def feeds_mean(self) -> bool:
+        """Whether a rollout feeds and records the source's own mean at latents."""
+        return type(self).draw is Treatment.draw
+
     def num_uniforms(self, hidden_size: int) -> int:
         """U, uniform numbers that `draw` takes a latent."""
         return 0
