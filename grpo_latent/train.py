@@ -112,7 +112,7 @@ def check(config: DictConfig) -> list[str]:
     from verl.utils.config import validate_config
 
     from grpo_latent.verl_plugin import compat
-    from grpo_latent.verl_plugin.config_check import check_config, check_padding
+    from grpo_latent.verl_plugin.config_check import check_config, check_latents
     from grpo_latent.verl_plugin.registration import verify, verify_device
 
     compat.select_platform(config.trainer.device)
@@ -126,7 +126,7 @@ def check(config: DictConfig) -> list[str]:
         folder = config.actor_rollout_ref.model.path
         latent = options.latent_config(folder, AutoTokenizer.from_pretrained(folder))
         options.treatment.check(latent)
-        check_padding(latent.visibility, config.actor_rollout_ref.model.use_remove_padding)
+        check_latents(config, latent)
     try:
         validate_config(config, need_reference_policy(config), need_critic(config))
     except (AssertionError, ValueError) as error:

@@ -26,7 +26,8 @@ ALLOWED = {
     "sft": _MODELS | {"data"},
     "eval": _MODELS | {"data", "rewards", "rollout"},
     "inspect": _MODELS | {"data", "rewards", "rollout", "eval"},
-    "verl_plugin": _MODELS | {"data", "rewards", "rollout", "eval", "inspect"},  # the page of a run, for wandb
+    # the page of a run, for wandb; torchvision, which vLLM imports
+    "verl_plugin": _MODELS | {"data", "rewards", "rollout", "eval", "inspect", "torchvision_ops"},
     "config": set(),
     "entry": _MODELS | {"data", "rewards", "rollout", "sft", "eval", "inspect", "verl_plugin", "config"},
 }

@@ -7,8 +7,16 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from grpo_latent.errors import ConfigError
+from grpo_latent.latent.config import LatentConfig
+from grpo_latent.rollout.vllm.skeleton import check_mechanism
 from grpo_latent.verl_plugin.options import LatentOptions
-from grpo_latent.verl_plugin.registration import AGENT_LOOP_NAME, ALGORITHM_NAME, ROLLOUT_NAME, TRAINER_MODE
+from grpo_latent.verl_plugin.registration import (
+    AGENT_LOOP_NAME,
+    ALGORITHM_NAME,
+    ROLLOUT_NAME,
+    TRAINER_MODE,
+    VLLM_ROLLOUT_NAME,
+)
 
 REWARD_MANAGER = "grpo_latent"
 MANAGER = "grpo_latent.verl_plugin.agent_loop.LatentAgentLoopManager"
@@ -26,7 +34,20 @@ def check_config(config: DictConfig) -> LatentOptions:
     _check_batches(config)
     check_padding(options.visibility, config.actor_rollout_ref.model.use_remove_padding)
     _check_treatment(config, options)
+    if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT_NAME:
+        _check_vllm(config, options)
     return options
+
+
+def check_latents(config: DictConfig, latent: LatentConfig) -> None:
+    """What the rollout backend and the actor's layout ask of a checkpoint's latents, overrides applied.
+
+    Raises:
+        ConfigError: one of the two cannot run them.
+    """
+    check_padding(latent.visibility, config.actor_rollout_ref.model.use_remove_padding)
+    if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT_NAME:
+        check_mechanism(latent)
 
 
 def _require(config: DictConfig, key: str, allowed: tuple, what: str, fix: str | None = None) -> Any:
@@ -46,10 +67,10 @@ def _check_parts(config: DictConfig) -> None:
         raise ConfigError(
             "actor and reference differ", where="actor_rollout_ref.ref.strategy", expected="the actor's strategy"
         )
-    _require(config, f"{rollout}.name", (ROLLOUT_NAME,), "not a rollout backend for latents")
+    _require(config, f"{rollout}.name", (ROLLOUT_NAME, VLLM_ROLLOUT_NAME), "not a rollout backend for latents")
     _require(config, f"{rollout}.agent.default_agent_loop", (AGENT_LOOP_NAME,), "not an agent loop for latents")
     _require(config, f"{rollout}.agent.agent_loop_manager_class", (MANAGER,), "not a manager for latents")
-    _require(config, f"{rollout}.tensor_model_parallel_size", (1,), "engine hf runs on one device")
+    _require(config, f"{rollout}.tensor_model_parallel_size", (1,), "a rollout engine runs on one device")
     _require(config, f"{rollout}.calculate_log_probs", (True,), "the replay gap needs the rollout's log-probs")
     _require(config, "reward.reward_manager.name", (REWARD_MANAGER,), "rewards must not see latent spans")
     dropping = OmegaConf.select(config, "latent.reward.on_error", default="raise") == "drop"
@@ -87,7 +108,7 @@ def _check_parts(config: DictConfig) -> None:
     lora_rank = OmegaConf.select(config, "actor_rollout_ref.model.lora_rank", default=0)
     if lora_rank > 0 and not OmegaConf.select(config, "actor_rollout_ref.model.lora.merge", default=False):
         raise ConfigError(
-            "engine hf takes merged weights only",
+            "rollout engines take merged weights only",
             where="actor_rollout_ref.model.lora.merge",
             got=False,
             expected="True with lora_rank > 0",
@@ -170,6 +191,40 @@ def check_padding(visibility: str | None, use_remove_padding: bool) -> None:
             got=True,
             expected="False",
             fix="Set actor_rollout_ref.model.use_remove_padding=False, or latent.visibility=full.",
+        )
+
+
+def _check_vllm(config: DictConfig, options: LatentOptions) -> None:
+    """What engine vllm cannot do, as far as it shows without the checkpoint; `check_latents` has the rest."""
+    treatment, rollout = options.treatment, config.actor_rollout_ref.rollout
+    refused = (
+        ("latent.visibility", options.visibility == "latents_only", options.visibility, "full"),
+        ("latent.selection", options.draw_temperature is not None, options.selection, "top_k"),
+        (
+            "latent.treatment.name",
+            treatment.is_action or not treatment.feeds_mean,
+            type(treatment).__name__,
+            "one that feeds h itself (mask, recompute)",
+        ),
+        ("latent.usage.num_prompts", options.usage.get("num_prompts", 0) > 0, options.usage.get("num_prompts"), "0"),
+        (
+            "actor_rollout_ref.rollout.data_parallel_size",
+            rollout.data_parallel_size > 1,
+            rollout.data_parallel_size,
+            "1",
+        ),
+        ("actor_rollout_ref.rollout.load_format", rollout.load_format == "dummy", "dummy", "auto"),
+    )
+    for where, is_refused, got, expected in refused:
+        if is_refused:
+            fix = f"Use engine hf (actor_rollout_ref.rollout.name={ROLLOUT_NAME}), or set {where}."
+            raise ConfigError("engine vllm does not run this", where=where, got=got, expected=expected, fix=fix)
+    if config.trainer.device == "cpu" and rollout.free_cache_engine:
+        raise ConfigError(
+            "vLLM's CPU worker does not sleep",
+            where="actor_rollout_ref.rollout.free_cache_engine",
+            got=True,
+            expected="False on CPU, where trainer and rollout share the memory anyway",
         )
 
 

@@ -38,6 +38,7 @@ class LatentOptions:
         dump_dir: where; `rollouts` beside the checkpoints by default.
         cpu_threads: torch threads of each process on CPU. More than one is slower as soon as processes share cores.
         max_batch_rows: trajectories that engine `hf` decodes together.
+        max_latents: room for latent steps of a completion in engine `vllm`; None takes what `max_spans` allows, or 256.
         share_images: encode an image that several rows of a micro-batch have only once.
         rollout_timeout_s: a rollout wave that is incomplete for so long fails the run.
         output_dir: of train.log; None where the driver does not collect logs.
@@ -62,6 +63,7 @@ class LatentOptions:
     dump_dir: str | None = None
     cpu_threads: int = 1
     max_batch_rows: int = 512
+    max_latents: int | None = None
     share_images: bool = True
     rollout_timeout_s: float = 1800.0
     output_dir: str | None = None
@@ -73,9 +75,11 @@ class LatentOptions:
     terms: LatentTerms = field(default_factory=LatentTerms)
 
     def __post_init__(self):
-        minima = {"dump_every": 0, "cpu_threads": 1, "max_batch_rows": 1}
+        minima = {"dump_every": 0, "cpu_threads": 1, "max_batch_rows": 1, "max_latents": 1}
         for name, minimum in minima.items():
             value = getattr(self, name)
+            if name == "max_latents" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
                 raise ConfigError("not a valid count", where=f"latent.{name}", got=value, expected=f"int >= {minimum}")
         if self.selection not in SELECTIONS:
@@ -104,6 +108,12 @@ class LatentOptions:
         return cls.from_mapping(custom.get("latent", None))
 
     @property
+    def overrides(self) -> dict[str, Any]:
+        """Fields of the checkpoint's `LatentConfig` to replace."""
+        changes = {name: getattr(self, name) for name in CHECKPOINT_FIELDS}
+        return {name: value for name, value in changes.items() if value is not None}
+
+    @property
     def act_kinds(self) -> frozenset[int]:
         """Kinds of positions that act and are not text: their log-densities stand in `log_probs`, where `response_mask` is
         False, and they have a clipped ratio of their own."""
@@ -129,8 +139,7 @@ class LatentOptions:
         """
         config = read_latent_config(folder, tokenizer)
         check_tokens(config, tokenizer, where=str(folder))
-        changes = {name: getattr(self, name) for name in CHECKPOINT_FIELDS}
-        config = config.replace(**{name: value for name, value in changes.items() if value is not None})
+        config = config.replace(**self.overrides)
         if self.draw_temperature is not None and config.top_k_image == 0:
             raise ConfigError(
                 "there are no image positions to draw",

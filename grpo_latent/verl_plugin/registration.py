@@ -14,6 +14,7 @@ from grpo_latent.verl_plugin.platform import CPU_PLATFORM
 
 NAME = "latent"
 ROLLOUT_NAME = "hf_latent"
+VLLM_ROLLOUT_NAME = "vllm_latent"
 AGENT_LOOP_NAME = "latent_agent"
 TRAINER_MODE = "latent_sync"
 ALGORITHM_NAME = "grpo_latent"

@@ -1,4 +1,8 @@
-"""Rollout backend `hf_latent`: verl's replica, weight adapter and client around `LatentRolloutServer`."""
+"""Rollout backend `hf_latent`: verl's replica, weight adapter and client around `LatentRolloutServer`.
+
+The client serves backend `vllm_latent` too, whose replica and server are in `vllm_server`; importing that imports vllm, so
+both are registered here by name.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from collections.abc import Generator
 import ray
 from omegaconf import OmegaConf
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from verl.utils.device import get_device_name, get_resource_name
+from verl.utils.device import get_device_name
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
@@ -18,8 +22,8 @@ from grpo_latent.errors import RolloutError
 from grpo_latent.models.loading import parse_dtype
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.verl_plugin import compat
-from grpo_latent.verl_plugin.registration import ROLLOUT_NAME
-from grpo_latent.verl_plugin.server import GroupResult, LatentRolloutServer
+from grpo_latent.verl_plugin.registration import ROLLOUT_NAME, VLLM_ROLLOUT_NAME
+from grpo_latent.verl_plugin.server import GroupResult, LatentRolloutServer, whereabouts
 from grpo_latent.verl_plugin.waves import Ticket
 
 
@@ -41,7 +45,7 @@ class LatentReplica(RolloutReplica):
                 got=self.world_size,
                 expected="1",
             )
-        node_id, visible = await self.workers[0].__ray_call__.remote(_whereabouts)
+        node_id, visible = await self.workers[0].__ray_call__.remote(whereabouts)
         env_vars = {"CUDA_VISIBLE_DEVICES": visible} if visible is not None else {}
         if visible is not None:
             # the server shares the worker's device and must not have Ray hide it from an actor with num_gpus=0
@@ -68,12 +72,6 @@ class LatentReplica(RolloutReplica):
         await server.wake_up.remote()
         self.servers, self._server_handle = [server], server
         self._server_address = server_name(self.replica_rank)
-
-
-def _whereabouts(worker) -> tuple[str, str | None]:
-    context = ray.get_runtime_context()
-    devices = context.get_accelerator_ids().get(get_resource_name()) or []
-    return context.get_node_id(), ",".join(devices) if devices else None
 
 
 def local_folder(model_config) -> str:
@@ -131,7 +129,7 @@ class LatentRolloutClient(LLMServerClient):
 
     async def generate(self, request_id, **kwargs):
         raise RolloutError(
-            "engine hf serves whole groups, not single requests",
+            "a rollout server serves whole groups, not single requests",
             where="actor_rollout_ref.rollout.agent.default_agent_loop",
             got="an agent loop of verl's",
             expected="latent_agent",
@@ -140,3 +138,13 @@ class LatentRolloutClient(LLMServerClient):
 
 compat.register_rollout_adapter(ROLLOUT_NAME, f"{__name__}.{LatentServerAdapter.__name__}")
 RolloutReplicaRegistry.register(ROLLOUT_NAME, lambda: LatentReplica)
+
+
+def _vllm_replica() -> type[RolloutReplica]:
+    from grpo_latent.verl_plugin.vllm_server import LatentVllmReplica
+
+    return LatentVllmReplica
+
+
+compat.register_rollout_adapter(VLLM_ROLLOUT_NAME, "grpo_latent.verl_plugin.vllm_compat.ServerAdapter")
+RolloutReplicaRegistry.register(VLLM_ROLLOUT_NAME, _vllm_replica)

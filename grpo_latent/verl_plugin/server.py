@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import ray
 import torch
 from torch import Tensor
+from verl.utils.device import get_resource_name
 
 from grpo_latent.eval.usage import Usage
-from grpo_latent.models.adapter import ImageInputs
+from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model, parse_dtype
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.trajectory import Trajectory
-from grpo_latent.verl_plugin.options import CHECKPOINT_FIELDS, LatentOptions
+from grpo_latent.verl_plugin.options import LatentOptions
 from grpo_latent.verl_plugin.registration import verify
 from grpo_latent.verl_plugin.usage import ServerUsage, UsageRequest
 from grpo_latent.verl_plugin.waves import Ticket, Waves
@@ -37,6 +38,23 @@ class GroupResult:
     eos_ids: tuple[int, ...]
 
 
+def group_result(
+    adapter: ModelAdapter, request: RolloutRequest, group: list[Trajectory], eos_ids: tuple[int, ...]
+) -> GroupResult:
+    """Adds kinds and positions of the prompt, which no weight enters: a model on the meta device will do."""
+    ids = request.prompt_ids[None]
+    positions = adapter.position_ids(ids, torch.ones_like(ids, dtype=torch.bool), request.images)
+    positions = positions[:, 0] if positions.ndim == 3 else positions[0]
+    return GroupResult(group, adapter.prompt_kinds(request.prompt_ids), positions.contiguous(), eos_ids)
+
+
+def whereabouts(worker) -> tuple[str, str | None]:
+    """Node of a Ray worker, and the devices that it sees, if any."""
+    context = ray.get_runtime_context()
+    devices = context.get_accelerator_ids().get(get_resource_name()) or []
+    return context.get_node_id(), ",".join(devices) if devices else None
+
+
 class LatentRolloutServer:
     """Serves one replica. All methods are coroutines, so that control calls pass while the engine runs.
 
@@ -51,13 +69,12 @@ class LatentRolloutServer:
         verify(name)
         self.options = LatentOptions.from_rollout(rollout_config)
         self._set_threads()
-        overrides = {n: getattr(self.options, n) for n in CHECKPOINT_FIELDS}
         loaded = load_latent_model(
             folder,
             dtype=parse_dtype(rollout_config["dtype"], "actor_rollout_ref.rollout.dtype"),
             device=device,
             attn_implementation=attn_implementation,
-            overrides={n: value for n, value in overrides.items() if value is not None},
+            overrides=self.options.overrides,
         )
         self.device, self.eos_ids = torch.device(device), loaded.eos_ids
         self.engine = HFRolloutEngine(
@@ -81,16 +98,10 @@ class LatentRolloutServer:
         groups = []
         for sampling, run in itertools.groupby(payloads, key=lambda payload: payload[1]):
             groups += self.engine.generate([request for request, _ in run], sampling)
-        return [self._result(request, group) for (request, _), group in zip(payloads, groups, strict=True)]
-
-    def _result(self, request: RolloutRequest, group: list[Trajectory]) -> GroupResult:
-        adapter = self.engine.adapter
-        ids, images = request.prompt_ids[None].to(self.device), request.images
-        if images is not None:
-            images = ImageInputs(images.pixel_values.to(self.device), images.image_grid_thw.to(self.device))
-        positions = adapter.position_ids(ids, torch.ones_like(ids, dtype=torch.bool), images).cpu()
-        positions = positions[:, 0] if positions.ndim == 3 else positions[0]
-        return GroupResult(group, adapter.prompt_kinds(request.prompt_ids), positions.contiguous(), self.eos_ids)
+        return [
+            group_result(self.engine.adapter, request, group, self.eos_ids)
+            for (request, _), group in zip(payloads, groups, strict=True)
+        ]
 
     async def generate_group(self, ticket: Ticket, request: RolloutRequest, sampling: SamplingParams) -> GroupResult:
         return await self.waves.join(ticket, (request, sampling))

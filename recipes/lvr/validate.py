@@ -14,25 +14,29 @@ import paper_scale  # noqa: E402
 from grpo_latent.latent.config import LatentConfig  # noqa: E402
 from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS  # noqa: E402
 from grpo_latent.sft.methods import LVRLatents  # noqa: E402
+from grpo_latent.verl_plugin.config_check import check_latents  # noqa: E402
 
 HERE = Path(__file__).parent
 FIRST_FREE_ID = 151665  # after the tokens of Qwen2.5-VL's tokenizer
 
 
-def check_shapes(model_name: str, response_length: int) -> dict[str, tuple[int, ...]]:
-    def make_config(ids: dict[str, int]) -> LatentConfig:
-        latents = LVRLatents(head="glu")
-        end_token = latents.latent_end_token
-        return latents.make_config(ids, latent_end_token=end_token, latent_end_id=ids[end_token])
+def make_config(ids: dict[str, int]) -> LatentConfig:
+    latents = LVRLatents(head="glu")
+    end_token = latents.latent_end_token
+    return latents.make_config(ids, latent_end_token=end_token, latent_end_id=ids[end_token])
 
+
+def check_shapes(model_name: str, response_length: int) -> dict[str, tuple[int, ...]]:
     model_json = HERE / "models" / f"{model_name}.json"
     return paper_scale.check_shapes(model_json, FIRST_FREE_ID, LVR_ADDED_TOKENS, make_config, response_length)
 
 
 def main(overrides: list[str]) -> None:
     grpo = paper_scale.check_grpo(HERE, "lvr_grpo", overrides)
+    check_latents(grpo, make_config({token: idx for idx, token in enumerate(LVR_ADDED_TOKENS)}))
     paper_scale.check_sft(HERE, "lvr_sft")
-    print(f"lvr_grpo and lvr_sft: valid ({grpo.trainer.n_gpus_per_node} GPUs a node)")
+    engine = grpo.actor_rollout_ref.rollout.name
+    print(f"lvr_grpo and lvr_sft: valid ({grpo.trainer.n_gpus_per_node} GPUs a node, rollouts by {engine})")
     for model_name in ("qwen2_5_vl_3b", "qwen2_5_vl_7b"):
         paper_scale.show_shapes(model_name, check_shapes(model_name, grpo.data.max_response_length))
 

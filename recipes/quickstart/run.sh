@@ -3,14 +3,25 @@
 # evaluation with ablations. Starts anew each time.
 #
 #   SEED=0 OUT=outputs/quickstart bash recipes/quickstart/run.sh [hydra overrides of the GRPO stage]
+#   ROLLOUT=vllm bash recipes/quickstart/run.sh    # rollouts by vLLM (make vllm); its kernels take no attention mask, so
+#                                                  # text sees the image throughout and the latents are not needed
 #
 # Result: $OUT/summary.json, $OUT/learning_curve.png, $OUT/grpo/config.yaml
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 SEED=${SEED:-0}
 OUT=${OUT:-outputs/quickstart}
+ROLLOUT=${ROLLOUT:-hf}
 HERE=recipes/quickstart
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+
+case $ROLLOUT in
+  hf) SFT_OVERRIDES=() GRPO_OVERRIDES=() ;;
+  vllm) # the use of latents is measured by engine hf: after training, not during it
+    SFT_OVERRIDES=(latent.visibility=full)
+    GRPO_OVERRIDES=(actor_rollout_ref.rollout.name=vllm_latent latent.usage.num_prompts=0) ;;
+  *) echo "ROLLOUT=$ROLLOUT: expected hf or vllm" >&2; exit 2 ;;
+esac
 
 rm -rf "$OUT"
 mkdir -p "$OUT"
@@ -24,7 +35,7 @@ wait $!
 echo "== SFT: boxes on 4096 images, the answer on ten of them"
 python -m grpo_latent.sft --config-dir $HERE --config-name digits_sft \
   model.path="$OUT/vision" data.train_files="$OUT/data/train_sft.parquet" \
-  trainer.output_dir="$OUT/sft" trainer.seed="$SEED"
+  trainer.output_dir="$OUT/sft" trainer.seed="$SEED" "${SFT_OVERRIDES[@]}"
 
 evaluate() { # checkpoint, output, overrides
   python -m grpo_latent.evaluate --config-dir $HERE --config-name digits_evaluate \
@@ -39,7 +50,7 @@ GRPO_STARTED=$(date +%s)
 python -m grpo_latent.train --config-dir $HERE --config-name digits_grpo \
   actor_rollout_ref.model.path="$OUT/sft/model" \
   data.train_files="$OUT/data/train_rl.parquet" data.val_files="$OUT/data/dev.parquet" \
-  latent.output_dir="$OUT/grpo" latent.seed="$SEED" "$@"
+  latent.output_dir="$OUT/grpo" latent.seed="$SEED" "${GRPO_OVERRIDES[@]}" "$@"
 GRPO_SECONDS=$(($(date +%s) - GRPO_STARTED))
 
 wait $EVALUATION || { cat "$OUT/evaluation_sft.log"; exit 1; }

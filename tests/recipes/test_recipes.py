@@ -33,7 +33,7 @@ def test_lvr_validates_on_the_real_configs(lvr, capsys):
     """Qwen2.5-VL 3B and 7B as published, on the meta device: no weights."""
     lvr.main([])
     out = capsys.readouterr().out
-    assert "lvr_grpo and lvr_sft: valid" in out
+    assert "lvr_grpo and lvr_sft: valid (8 GPUs a node, rollouts by vllm_latent)" in out
     assert "7b: patch [1176], visual token [32, 3584]" in out and "logits [1, 152064]" in out
     assert "3b: patch [1176], visual token [32, 2048]" in out and "logits [1, 151936]" in out
 
@@ -41,6 +41,9 @@ def test_lvr_validates_on_the_real_configs(lvr, capsys):
 def test_lvr_refuses_what_cannot_train(lvr):
     with pytest.raises(ConfigError, match="rollout.n: a group of one"):
         lvr.main(["actor_rollout_ref.rollout.n=1"])
+    with pytest.raises(ConfigError, match="latent.visibility: engine vllm does not run this"):
+        lvr.main(["latent.visibility=latents_only"])
+    lvr.main(["latent.visibility=latents_only", "actor_rollout_ref.rollout.name=hf_latent"])
 
 
 def test_ilvr_validates_its_three_stages_at_paper_scale(capsys):

@@ -29,11 +29,9 @@ from grpo_latent.errors import ReplayGapError, RewardError
 from grpo_latent.eval.dumps import read_dump
 from grpo_latent.models import tiny
 from grpo_latent.models.loading import load_latent_model
-from grpo_latent.train import environment
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.verl_plugin import checkpoint
 from grpo_latent.verl_plugin.progress import Reporter, drain, short_line, start_board
-from grpo_latent.verl_plugin.registration import verify
 
 pytestmark = pytest.mark.slow
 TWO_RANKS = "trainer.n_gpus_per_node=2"
@@ -42,53 +40,6 @@ TWO_RANKS = "trainer.n_gpus_per_node=2"
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     return tiny_run.write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="module")
-def local_ray(inputs, tmp_path_factory):
-    """One Ray for all runs of this process."""
-    config = tiny_run.make_config(inputs, tmp_path_factory.mktemp("ray"))
-    own = environment(config, Path(config.latent.output_dir))
-    env_vars = {name: own[name] for name in ("VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES", "OMP_NUM_THREADS")}
-    ray.init(
-        address="local",  # not one that happens to run on this machine
-        num_cpus=16,
-        include_dashboard=False,
-        object_store_memory=300_000_000,
-        log_to_driver=False,
-        runtime_env={"env_vars": {**env_vars, "TRANSFER_QUEUE_ENABLE": "1"}},
-    )
-    yield
-    ray.shutdown()
-
-
-def train_here(config, monkeypatch, before_fit=None):
-    """What verl's TaskRunner does, in this process."""
-    import transfer_queue as tq
-    from verl.trainer.main_ppo import TaskRunnerV1
-    from verl.trainer.ppo.v1 import get_trainer_cls
-
-    verify("test")
-    monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(Path(config.latent.output_dir) / "metrics.jsonl"))
-    runner = TaskRunnerV1.__ray_actor_class__()
-    config.transfer_queue.enable = True
-    tq.init(config.transfer_queue)
-    runner.config = config
-    try:
-        runner.trainer = get_trainer_cls(config.trainer.v1.trainer_mode)(config=config)
-        runner.trainer.init()
-        runner.init_agent_loop_manager()
-        if before_fit:
-            before_fit(runner.trainer)
-        runner.trainer.fit(runner.agent_loop_manager)
-    finally:
-        tq.close()
-        for actor in ray.util.list_named_actors():
-            ray.kill(ray.get_actor(actor))
-        pool = getattr(getattr(runner, "trainer", None), "resource_pool_manager", None)
-        for group in (pg for p in (pool.resource_pool_dict.values() if pool else ()) for pg in p.pgs or ()):
-            ray.util.remove_placement_group(group)
-    return runner.trainer
 
 
 def test_reports_and_alarms_reach_the_driver(local_ray):
@@ -122,7 +73,9 @@ def test_a_killed_save_and_resume_at_world_size_2(local_ray, inputs, tmp_path, m
     reward = tmp_path / "reward.py"
     reward.write_text(tiny_run.REWARD.replace("    words", '    1 / (extra_info["index"] % 100)\n    words', 1))
     drops = [f"reward.custom_reward_function.path={reward}", "latent.reward.on_error=drop"]
-    train_here(tiny_run.make_config(inputs, first, TWO_RANKS, *drops), monkeypatch, snapshot_inside_the_last_save)
+    tiny_run.train_here(
+        tiny_run.make_config(inputs, first, TWO_RANKS, *drops), monkeypatch, snapshot_inside_the_last_save
+    )
     metrics = tiny_run.metrics_of(first)
     assert metrics[1]["actor/kl_loss"] == 0.0 and metrics[6]["actor/kl_loss"] > 0.0
     assert all(metrics[step]["latent/replay_logp_gap_max"] < 1e-4 for step in range(1, 7))
@@ -135,7 +88,7 @@ def test_a_killed_save_and_resume_at_world_size_2(local_ray, inputs, tmp_path, m
     assert checkpoint.read_tracker(first / "checkpoints") == 6 and checkpoint.read_tracker(second / "checkpoints") == 3
     assert 6 not in tiny_run.metrics_of(second) and 5 in tiny_run.metrics_of(second)
 
-    trainer = train_here(tiny_run.make_config(inputs, second, TWO_RANKS, *drops), monkeypatch)
+    trainer = tiny_run.train_here(tiny_run.make_config(inputs, second, TWO_RANKS, *drops), monkeypatch)
     assert trainer.resumed_from == 3 and checkpoint.read_tracker(second / "checkpoints") == 6
     assert not (second / "checkpoints" / "global_step_6" / "stale").exists()
     tiny_run.assert_equal_runs(first, second, range(1, 7), checkpoint=6)
@@ -158,7 +111,7 @@ def test_prompt_slots_train(local_ray, tmp_path, monkeypatch):
         trainer.watch._sounds = lambda kind: sounds(kind) or trainer.global_steps == 2
 
     config = tiny_run.make_config(inputs, output, "trainer.val_before_train=false", drawn, *sizes, *alarm)
-    train_here(config, monkeypatch, sound_at_step_2)
+    tiny_run.train_here(config, monkeypatch, sound_at_step_2)
     metrics = tiny_run.metrics_of(output)
     assert max(metrics) == 2 and metrics[2]["latent/alarm_unused"] == 1.0 and metrics[1]["latent/alarm_unused"] == 0.0
     assert checkpoint.read_tracker(output / "checkpoints") == 2
@@ -201,7 +154,7 @@ def test_latents_that_act(local_ray, inputs, tmp_path, monkeypatch):
     """Gaussian latents with a KL and an anchor, two steps: what the rollout drew is what the engine scores, to the bound."""
     changes = ["latent.treatment.name=gaussian", "latent.treatment.gaussian.sigma=0.5", "latent.treatment.kl_coef=0.1"]
     changes += ["latent.treatment.anchor_weight=0.1", "trainer.total_training_steps=2", "trainer.save_freq=-1"]
-    train_here(tiny_run.make_config(inputs, tmp_path, *changes, "trainer.val_before_train=false"), monkeypatch)
+    tiny_run.train_here(tiny_run.make_config(inputs, tmp_path, *changes, "trainer.val_before_train=false"), monkeypatch)
     metrics = tiny_run.metrics_of(tmp_path)
     for step in (1, 2):  # one update a rollout: every ratio is 1
         assert metrics[step]["latent/replay_density_gap_max"] < 1e-4
@@ -258,7 +211,7 @@ def test_failures_stop_the_run_with_their_own_error(local_ray, inputs, tmp_path,
         trainer.fit = fit_until_rewards_fail
 
     with pytest.raises(RewardError, match="returned nan"):
-        train_here(config, monkeypatch, fail_twice)
+        tiny_run.train_here(config, monkeypatch, fail_twice)
     assert not (tmp_path / "checkpoints").exists()
 
 

@@ -6,10 +6,11 @@ from omegaconf import OmegaConf
 
 import grpo_latent.train  # noqa: F401  (lets hydra find verl's configs)
 from grpo_latent.errors import ConfigError
+from grpo_latent.latent.config import LatentConfig
 from grpo_latent.latent.treatments import LatentTerms, Mask
 from grpo_latent.latent.treatments.gumbel_soft import GumbelSoft
 from grpo_latent.trajectory import PositionKind
-from grpo_latent.verl_plugin.config_check import check_config
+from grpo_latent.verl_plugin.config_check import check_config, check_latents
 from grpo_latent.verl_plugin.options import LatentOptions
 
 BASE = ("actor_rollout_ref.model.path=/model", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8")
@@ -102,3 +103,54 @@ def test_without_the_group_the_options_are_the_defaults():
 def test_unusable_configs_are_refused(override, where):
     with pytest.raises(ConfigError, match=where):
         check_config(composed(*override.split()))
+
+
+VLLM = ("actor_rollout_ref.rollout.name=vllm_latent", "latent.usage.num_prompts=0")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_engine_vllm_is_chosen_by_its_name(device):
+    config = composed(f"device={device}", *VLLM)
+    check_config(config)
+    checkpoint = LatentConfig("s", "l", "e", 0, 1, 2)
+    check_latents(config, checkpoint)
+    with pytest.raises(ConfigError, match="latent.visibility.*rollout.name=hf_latent"):
+        check_latents(config, checkpoint.replace(visibility="latents_only"))
+    check_latents(composed(f"device={device}"), checkpoint.replace(visibility="latents_only"))
+
+
+@pytest.mark.parametrize(
+    "slots",
+    [
+        dict(mechanism="ivt_lr", trigger="prompt_slots", top_k_image=2, positions="1d"),
+        dict(mechanism="coconut", trigger="prompt_slots"),
+        dict(mechanism="ilvr"),
+    ],
+    ids=lambda changes: changes["mechanism"],
+)
+def test_mechanisms_that_vllm_cannot_run_point_to_engine_hf(slots):
+    with pytest.raises(ConfigError, match="latent.mechanism.*rollout.name=hf_latent"):
+        check_latents(composed(*VLLM), LatentConfig("s", "l", "e", 0, 1, 2, **slots))
+
+
+@pytest.mark.parametrize(
+    "override, where",
+    [
+        ("latent.visibility=latents_only", "latent.visibility"),
+        ("latent.treatment.name=gaussian", "latent.treatment.name"),
+        ("latent.treatment.name=gumbel_soft", "latent.treatment.name"),
+        ("latent.selection=plackett_luce", "latent.selection"),
+        ("latent.usage.num_prompts=8", "latent.usage.num_prompts"),
+        ("actor_rollout_ref.rollout.load_format=dummy", "load_format"),
+        ("actor_rollout_ref.rollout.data_parallel_size=2", "data_parallel_size"),
+    ],
+)
+def test_what_vllm_cannot_do_points_to_engine_hf(override, where):
+    with pytest.raises(ConfigError, match=f"{where}.*rollout.name=hf_latent"):
+        check_config(composed(*VLLM, override))
+
+
+def test_vllm_does_not_sleep_on_cpu():
+    with pytest.raises(ConfigError, match="free_cache_engine"):
+        check_config(composed(*VLLM, "actor_rollout_ref.rollout.free_cache_engine=true"))
+    check_config(composed("device=cuda", *VLLM))

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import ray
 import torch
 from engine_helpers import make_checkpoint
 from hydra import compose, initialize_config_module
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 import grpo_latent.train  # noqa: F401  (lets hydra find verl's configs)
+from grpo_latent.verl_plugin.registration import verify
 
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info):
@@ -82,6 +84,35 @@ def make_config(inputs: Path, output: Path, *more: str):
         config = compose("grpo", overrides=overrides(inputs, output, *more))
     OmegaConf.resolve(config)
     return config
+
+
+def train_here(config, monkeypatch, before_fit=None):
+    """What verl's TaskRunner does, in this process."""
+    import transfer_queue as tq
+    from verl.trainer.main_ppo import TaskRunnerV1
+    from verl.trainer.ppo.v1 import get_trainer_cls
+
+    verify("test")
+    monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(Path(config.latent.output_dir) / "metrics.jsonl"))
+    runner = TaskRunnerV1.__ray_actor_class__()
+    config.transfer_queue.enable = True
+    tq.init(config.transfer_queue)
+    runner.config = config
+    try:
+        runner.trainer = get_trainer_cls(config.trainer.v1.trainer_mode)(config=config)
+        runner.trainer.init()
+        runner.init_agent_loop_manager()
+        if before_fit:
+            before_fit(runner.trainer)
+        runner.trainer.fit(runner.agent_loop_manager)
+    finally:
+        tq.close()
+        for actor in ray.util.list_named_actors():
+            ray.kill(ray.get_actor(actor))
+        pool = getattr(getattr(runner, "trainer", None), "resource_pool_manager", None)
+        for group in (pg for p in (pool.resource_pool_dict.values() if pool else ()) for pg in p.pgs or ()):
+            ray.util.remove_placement_group(group)
+    return runner.trainer
 
 
 def metrics_of(output: Path) -> dict[int, dict]:
