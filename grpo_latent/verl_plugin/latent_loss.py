@@ -89,6 +89,7 @@ class LatentLoss:
             acts_BT,
             clip_low=terms.clip_low,
             clip_high=terms.clip_high,
+            clip_ratio_c=terms.clip_ratio_c,
             log_ratio_bound=terms.log_ratio_bound,
             **reduction,
         )
@@ -101,6 +102,7 @@ class LatentLoss:
             "pg_loss": result.policy_loss,
             "ratio_mean": share(log_ratio_BT.exp()),
             "clipfrac": result.clipfrac * local_share,
+            "clipfrac_lower": result.clipfrac_lower * local_share,
             "log_density": share(log_probs_BT),
         }
         if "ref_log_prob" in data.keys():

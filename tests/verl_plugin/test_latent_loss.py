@@ -17,7 +17,8 @@ COMPLETIONS = [
     [K.START, K.LATENT, K.FORCED, K.TEXT],  # dropped: acts nowhere
 ]
 ADVANTAGES = [1.5, -0.5, 9.0]
-TERMS = LatentTerms(weight=0.7, clip_low=0.1, clip_high=0.3, kl_coef=0.4, anchor_weight=0.2)
+DUAL_CLIP = 2.5
+TERMS = LatentTerms(weight=0.7, clip_low=0.1, clip_high=0.3, clip_ratio_c=DUAL_CLIP, kl_coef=0.4, anchor_weight=0.2)
 H = 4
 
 
@@ -33,6 +34,7 @@ def make_case(dp_size=1):
     masks = [torch.tensor([float(k in (K.TEXT, K.START)) for k in kinds]) for kinds in COMPLETIONS]
     masks[2] = masks[2] * 0
     new, old, ref = ([0.4 * draw(n) for n in lengths] for _ in range(3))
+    new[1][2] = old[1][2] + 2.0  # a ratio of 7.4 at a negative advantage: beyond the dual clip
     means, ref_means = ([draw(count, H) for count in counts] for _ in range(2))
     # verl's log_probs score the position after theirs; whatever stands in the prompt or at the end is never read
     shifted = [torch.cat([torch.tensor([math.nan]), row, torch.tensor([math.nan])]) for row in new]
@@ -58,7 +60,8 @@ def expected_terms(new, old, ref, means, ref_means):
         places = [t for t, kind in enumerate(COMPLETIONS[row]) if kind == K.LATENT]
         for latent, t in enumerate(places):
             rho, advantage = math.exp(new[row][t] - old[row][t]), ADVANTAGES[row]
-            policy += -min(rho * advantage, min(max(rho, 0.9), 1.3) * advantage)
+            clipped = -min(rho * advantage, min(max(rho, 0.9), 1.3) * advantage)
+            policy += min(clipped, -DUAL_CLIP * advantage) if advantage < 0 else clipped
             d = float(ref[row][t] - new[row][t])
             kl += math.exp(d) - d - 1
             reference = ref_means[row][latent]
@@ -82,6 +85,7 @@ def test_by_hand(dp_size):
         anchor, rel=1e-5
     )
     assert logged["latent/ratio_mean"] == pytest.approx(ratio, rel=1e-5)
+    assert logged["latent/clipfrac_lower"] == pytest.approx(1 / 3)
 
 
 def test_nothing_but_live_latents_gets_a_gradient():

@@ -53,6 +53,7 @@ class LatentTerms:
     Attributes:
         weight: of the policy term, for treatments that act.
         clip_low, clip_high: of the latent ratio (Monet: 0.2 and 0.3).
+        clip_ratio_c: dual clip of the latent ratio where the advantage is negative, as the text's; None for none.
         log_ratio_bound: the log-ratio is clamped to ± this before exp (Monet: 10).
         kl_coef, kl_kind: KL of the log-densities to the reference's; k1, k2 or k3.
         anchor_weight: of mean_H (mu - mu_ref)² / var_H(mu_ref), mu the current model's prediction at a latent position; by
@@ -63,6 +64,7 @@ class LatentTerms:
     weight: float = 1.0
     clip_low: float = 0.2
     clip_high: float = 0.2
+    clip_ratio_c: float | None = 3.0
     log_ratio_bound: float = 10.0
     kl_coef: float = 0.0
     kl_kind: str = "k3"
@@ -72,6 +74,9 @@ class LatentTerms:
     def __post_init__(self):
         for name in ("weight", "clip_low", "clip_high", "kl_coef", "anchor_weight"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "finite, >= 0")
+        self._check(
+            "clip_ratio_c", self.clip_ratio_c is None or 1 < self.clip_ratio_c < math.inf, "finite, > 1, or null"
+        )
         self._check("log_ratio_bound", 0 < self.log_ratio_bound < math.inf, "finite, > 0")
         self._check("kl_kind", self.kl_kind in ("k1", "k2", "k3"), "k1, k2 or k3")
         self._check("density_gap_bound", self.density_gap_bound is None or self.density_gap_bound > 0, "> 0 or null")
