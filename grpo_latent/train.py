@@ -112,7 +112,7 @@ def check(config: DictConfig) -> list[str]:
     from verl.utils.config import validate_config
 
     from grpo_latent.verl_plugin import compat
-    from grpo_latent.verl_plugin.config_check import check_config, check_latents
+    from grpo_latent.verl_plugin.config_check import check_config, check_folder
     from grpo_latent.verl_plugin.registration import verify, verify_device
 
     compat.select_platform(config.trainer.device)
@@ -121,12 +121,7 @@ def check(config: DictConfig) -> list[str]:
     options = check_config(config)
     _check_files(config)
     if not str(config.actor_rollout_ref.model.path).startswith(("hdfs://", "s3://")):
-        from transformers import AutoTokenizer
-
-        folder = config.actor_rollout_ref.model.path
-        latent = options.latent_config(folder, AutoTokenizer.from_pretrained(folder))
-        options.treatment.check(latent)
-        check_latents(config, latent)
+        check_folder(config, options)
     try:
         validate_config(config, need_reference_policy(config), need_critic(config))
     except (AssertionError, ValueError) as error:

@@ -16,8 +16,8 @@ _MODELS = _CORE | {"models"}
 ALLOWED = {
     "errors": set(),
     "trajectory": {"errors"},
-    "latent": _TYPES,
     "algo": _TYPES,
+    "latent": _TYPES | {"algo"},  # a density's maths
     "rewards": _TYPES,  # runs a user's function in a process of its own: needs no model
     "models": _CORE,
     "torchvision_ops": set(),  # declares operator schemas so that torchvision imports beside a CPU torch

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from grpo_latent.algo.selection import NOT_CHOSEN, selection_log_probs
 from grpo_latent.errors import LatentMismatchError
+from grpo_latent.models.shift import last_sources
 from grpo_latent.trajectory import PositionKind
 
 
@@ -79,8 +80,7 @@ def slot_choices(kinds_BT: Tensor, valid_BT: Tensor, is_image_BT: Tensor, select
     num_images = int(num_images_B.max())
 
     sources_BN = torch.zeros(batch_size, num_slots, dtype=torch.long, device=device)
-    source_BT = columns_T.masked_fill(~valid_BT | is_selected_BT, 0).cummax(-1).values
-    sources_BN[row_S, slot_S] = source_BT[row_S, column_S]
+    sources_BN[row_S, slot_S] = last_sources(kinds_BT, valid_BT)[row_S, column_S]
     chosen_BNK = torch.full((batch_size, num_slots, num_places), NOT_CHOSEN, device=device)
     chosen_BNK[row_S, slot_S, place_S] = selected_idx_M
     slot_of_image_BM = torch.full((batch_size, num_images), num_slots, device=device)

@@ -16,7 +16,7 @@ from grpo_latent.latent.treatments import GRADIENTS
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.head import feedback
 from grpo_latent.models.replay import ReplayBatch, recompute_latents, replay_hidden, with_latents
-from grpo_latent.models.sources import latent_sources
+from grpo_latent.models.shift import latent_sources
 from grpo_latent.trajectory import PositionKind
 
 

@@ -3,7 +3,7 @@
     trajectories ──collate──▶ ReplayBatch ──replay──▶ log_probs [B, T], hidden [B, T, H]
 
 Everything is label-aligned: `log_probs_BT[b, t]` scores the token at position t given those before it, and the latent at
-position t is the hidden state (through the head) at position t - 1. The shift is made here and nowhere else.
+position t is made of the hidden state before it (through the head). `models.shift` makes the shift.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter
 from grpo_latent.models.head import feedback
 from grpo_latent.models.injection import LatentInjector
+from grpo_latent.models.shift import is_source, last_hidden, token_sources
 from grpo_latent.models.visibility import attention_bias
 from grpo_latent.trajectory import PositionKind, Trajectory, latent_mask, response_mask
 
@@ -152,12 +153,9 @@ def token_log_probs(
     """
     if not 0 < temperature < math.inf:
         raise ConfigError("not a temperature", where="replay", got=temperature, expected="finite, > 0")
-    rows, columns = mask_BT.nonzero(as_tuple=True)
-    if bool((columns == 0).any()):
-        raise LatentMismatchError("position 0 has no predecessor", where="mask", got="an action at 0", expected=">= 1")
-    logits_MV = adapter.logits(hidden_BTH[rows, columns - 1]).float() / temperature
-    picked_M = logits_MV.log_softmax(-1).gather(1, batch.input_ids_BT[rows, columns][:, None])[:, 0]
-    return torch.zeros(mask_BT.shape, device=picked_M.device).index_put((rows, columns), picked_M)
+    logits_MV = adapter.logits(hidden_BTH[token_sources(mask_BT)]).float() / temperature
+    picked_M = logits_MV.log_softmax(-1).gather(1, batch.input_ids_BT[mask_BT][:, None])[:, 0]
+    return torch.zeros(mask_BT.shape, device=picked_M.device).masked_scatter(mask_BT, picked_M)
 
 
 def replay(
@@ -196,8 +194,7 @@ def recompute_latents(adapter: ModelAdapter, batch: ReplayBatch, visibility: str
     bias = attention_bias(batch.kinds_BT, batch.valid_BT, visibility, adapter.dtype)
     cache = DynamicCache(config=adapter.text_config)
     is_own_BT = (batch.kinds_BT == PositionKind.LATENT) & batch.valid_BT
-    # a slot's h is that of the position before the image embeddings that were inserted for it
-    is_source_BT = (batch.kinds_BT != PositionKind.SELECTED) & batch.valid_BT
+    is_source_BT = is_source(batch.kinds_BT, batch.valid_BT)
     recorded_BTH = torch.zeros(*batch.kinds_BT.shape, batch.latents_NH.shape[-1], device=adapter.device)
     recorded_BTH = recorded_BTH.to(adapter.dtype).masked_scatter(
         batch.latent_mask_BT[..., None], batch.latents_NH.to(adapter.dtype)
@@ -226,7 +223,7 @@ def recompute_latents(adapter: ModelAdapter, batch: ReplayBatch, visibility: str
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
-            source_BH = _last_source(hidden_BLH, is_source_BT[:, piece], source_BH)
+            source_BH = last_hidden(hidden_BLH, is_source_BT[:, piece], source_BH)
     return torch.cat(fed, 1)[batch.latent_mask_BT[:, first : last + 1]]
 
 
@@ -238,15 +235,6 @@ def _decoding_pieces(has_latent_T: list[bool], first: int) -> list[tuple[int, in
         start = pieces.pop()[0] if joins else column
         pieces.append((start, column + 1))
     return pieces
-
-
-def _last_source(hidden_BLH: Tensor, is_source_BL: Tensor, source_BH: Tensor) -> Tensor:
-    """Hidden state [B, H] of each row's last source position; `source_BH` where the piece has none."""
-    length = is_source_BL.shape[1]
-    place_BL = torch.arange(1, length + 1, device=hidden_BLH.device) * is_source_BL
-    last_B = place_BL.amax(-1)
-    found_BH = hidden_BLH.gather(1, (last_B - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden_BLH.shape[-1]))[:, 0]
-    return torch.where((last_B > 0)[:, None], found_BH, source_BH)
 
 
 @contextmanager

@@ -1,10 +1,8 @@
-"""Where latents come from: the hidden state at the position before each, in a forward of ours or of somebody else's.
+"""What latents come from, in a forward of ours or of somebody else's: the hidden state that `models.shift` says.
 
-    position    …   t - 1        t
-    kind            START        LATENT
-    source          h_{t-1}  ──▶ z_t (its mean, its density)
-
-The latent off-by-one lives in `latent_sources` and nowhere else.
+position    …   t - 1        t
+kind            START        LATENT
+source          h_{t-1}  ──▶ z_t (its mean, its density)
 """
 
 from __future__ import annotations
@@ -17,22 +15,8 @@ from grpo_latent.latent.treatments import LatentSource, Treatment
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.head import feedback
 from grpo_latent.models.replay import ReplayBatch
+from grpo_latent.models.shift import latent_sources
 from grpo_latent.trajectory import PositionKind, latent_mask
-
-
-def latent_sources(kinds_BT: Tensor, valid_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(rows, columns) of the hidden state that each LATENT position feeds, row-major: the last position before it that is
-    neither padding nor SELECTED.
-
-    Args:
-        valid_BT: bool, None where padding can only follow.
-    """
-    valid_BT = torch.ones_like(kinds_BT, dtype=torch.bool) if valid_BT is None else valid_BT
-    is_source_BT = (kinds_BT != PositionKind.SELECTED) & valid_BT
-    place_BT = torch.arange(kinds_BT.shape[1], device=kinds_BT.device).masked_fill(~is_source_BT, -1)
-    before_BT = torch.nn.functional.pad(place_BT.cummax(-1).values[:, :-1], (1, 0), value=-1)
-    is_own_BT = (kinds_BT == PositionKind.LATENT) & valid_BT
-    return is_own_BT.nonzero(as_tuple=True)[0], before_BT[is_own_BT]
 
 
 def own_latents_of(kinds_BT: Tensor, latents_NH: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter
 from grpo_latent.models.head import end_vector, feedback
 from grpo_latent.models.replay import ReplayBatch, replay_hidden
+from grpo_latent.models.shift import latent_sources, token_sources
 from grpo_latent.models.vision_cache import VisionCache
 from grpo_latent.sft.dataset import END_VECTOR, IGNORED
 from grpo_latent.sft.losses import (
@@ -86,12 +87,12 @@ def sft_sums(
         sequences = ReplayBatch(batch["input_ids"], batch["kinds"], batch["valid"], inputs_NH, images)
         hidden_BTH = replay_hidden(adapter, sequences, latent_config.visibility)
 
-    rows, columns = (batch["labels"] != IGNORED).nonzero(as_tuple=True)
-    logits_MV = adapter.logits(hidden_BTH[rows, columns - 1])
-    sums = {"ce": cross_entropy_sum(logits_MV, batch["labels"][rows, columns])}
+    is_label_BT = batch["labels"] != IGNORED
+    logits_MV = adapter.logits(hidden_BTH[token_sources(is_label_BT)])
+    sums = {"ce": cross_entropy_sum(logits_MV, batch["labels"][is_label_BT])}
 
     row_N, column_N = sequences.latent_mask_BT.nonzero(as_tuple=True)
-    predicted_NH = feedback(adapter.model, hidden_BTH[row_N, column_N - 1])
+    predicted_NH = feedback(adapter.model, hidden_BTH[latent_sources(sequences.kinds_BT, sequences.valid_BT)])
     # a target is a constant, except the end vector, which is learned from both sides
     targets_NH = teacher_forced(visual_MH.detach(), batch["roi"], vector_H)
     sums["latent"] = latent_distances(predicted_NH, targets_NH, loss_config.latent_loss).sum() / target_variance

@@ -16,6 +16,7 @@ from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.head import feedback
 from grpo_latent.models.recompute import own_latents
 from grpo_latent.models.replay import ReplayBatch, replay_hidden, with_latents
+from grpo_latent.models.shift import latent_sources, token_sources
 from grpo_latent.models.vision_cache import VisionCache
 from grpo_latent.sft.dataset import IGNORED
 from grpo_latent.sft.distillation import noisy_cosine_distances
@@ -30,8 +31,7 @@ def stage1_sums(
     """Sums over labels (`ce`) and over targets (`latent`) of a batch of `with_targets`; float32 scalars."""
     sequences = _sequences(batch, batch["targets"].detach().to(adapter.dtype))
     hidden_BTH = replay_hidden(adapter, sequences, config.visibility)
-    rows, columns = sequences.latent_mask_BT.nonzero(as_tuple=True)
-    predicted_NH = feedback(adapter.model, hidden_BTH[rows, columns - 1])
+    predicted_NH = feedback(adapter.model, hidden_BTH[latent_sources(sequences.kinds_BT, sequences.valid_BT)])
     return {
         "ce": _cross_entropy(adapter, batch, hidden_BTH),
         "latent": noisy_cosine_distances(predicted_NH, batch["targets"], noise_std).sum(),
@@ -61,5 +61,5 @@ def _sequences(batch: dict[str, Tensor], latents_NH: Tensor) -> ReplayBatch:
 
 
 def _cross_entropy(adapter: ModelAdapter, batch: dict[str, Tensor], hidden_BTH: Tensor) -> Tensor:
-    rows, columns = (batch["labels"] != IGNORED).nonzero(as_tuple=True)
-    return cross_entropy_sum(adapter.logits(hidden_BTH[rows, columns - 1]), batch["labels"][rows, columns])
+    is_label_BT = batch["labels"] != IGNORED
+    return cross_entropy_sum(adapter.logits(hidden_BTH[token_sources(is_label_BT)]), batch["labels"][is_label_BT])

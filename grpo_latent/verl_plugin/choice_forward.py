@@ -13,10 +13,11 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from grpo_latent.errors import ConfigError, LatentMismatchError
+from grpo_latent.errors import LatentMismatchError
 from grpo_latent.models.choices import SlotChoices, choice_log_probs, slot_choices
 from grpo_latent.models.selection import RecordedAttention, recording_rows
 from grpo_latent.trajectory import NOT_SELECTED, PositionKind
+from grpo_latent.verl_plugin.treated_forward import write_scores
 
 
 class ChoiceForward:
@@ -53,35 +54,12 @@ class ChoiceForward:
         self._recorder = self._recording.enter_context(recording)
 
     def extend(self, model_output: dict, micro_batch: TensorDict) -> None:
-        """A sequence's log_probs[t - 1] scores position t (verl shifts afterwards)."""
         if self._recorder is None:
             return
         attention_BNT = self._recorder.take(self.text_config.num_hidden_layers)
         values_M = choice_log_probs(self._choices, attention_BNT, self.temperature)
-        kinds_L = torch.cat(micro_batch["position_kinds"].unbind())
-        places_M = (kinds_L == PositionKind.SELECTED).nonzero()[:, 0] - 1
-        log_probs = model_output["log_probs"]
-        values_L = log_probs.values().index_copy(0, places_M, values_M.to(log_probs.dtype))
-        model_output["log_probs"] = torch.nested.nested_tensor_from_jagged(values_L, log_probs.offsets())
+        write_scores(model_output, micro_batch, PositionKind.SELECTED, values_M)
 
     def disarm(self) -> None:
         self._recording.close()
         self._choices = self._recorder = None
-
-
-def check_selection_layout(model_config) -> None:
-    """Raises `ConfigError` at what random selection cannot read attention from."""
-    refused = {
-        "actor_rollout_ref.model.use_remove_padding": model_config.use_remove_padding,
-        # a checkpointed layer runs again in the backward pass, when nothing is recorded any more
-        "actor_rollout_ref.model.enable_gradient_checkpointing": model_config.enable_gradient_checkpointing,
-    }
-    for key, is_on in refused.items():
-        if is_on:
-            raise ConfigError(
-                "not supported with latent.selection=plackett_luce",
-                where=key,
-                got=True,
-                expected="False",
-                fix=f"Set {key}=False, or latent.selection=top_k.",
-            )

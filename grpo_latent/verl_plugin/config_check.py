@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from transformers import AutoConfig, AutoTokenizer
 
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.config import LatentConfig
@@ -32,7 +33,7 @@ def check_config(config: DictConfig) -> LatentOptions:
     _check_parts(config)
     _check_groups(config)
     _check_batches(config)
-    check_padding(options.visibility, config.actor_rollout_ref.model.use_remove_padding)
+    check_layout(config.actor_rollout_ref.model, options.visibility, options.draw_temperature is not None)
     _check_treatment(config, options)
     if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT_NAME:
         _check_vllm(config, options)
@@ -48,6 +49,21 @@ def check_latents(config: DictConfig, latent: LatentConfig) -> None:
     check_padding(latent.visibility, config.actor_rollout_ref.model.use_remove_padding)
     if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT_NAME:
         check_mechanism(latent)
+
+
+def check_folder(config: DictConfig, options: LatentOptions) -> None:
+    """What the checkpoint's folder tells without its weights, before any worker loads them.
+
+    Raises:
+        CheckpointError: no latents, or a tokenizer that disagrees.
+        ConfigError: a model, latents or a treatment that this config cannot train.
+    """
+    folder = config.actor_rollout_ref.model.path
+    latent = options.latent_config(folder, AutoTokenizer.from_pretrained(folder))
+    options.treatment.check(latent)
+    model_type = AutoConfig.from_pretrained(folder).model_type
+    check_model(latent, model_type, bool(config.actor_rollout_ref.actor.get("freeze_vision_tower", False)))
+    check_latents(config, latent)
 
 
 def _require(config: DictConfig, key: str, allowed: tuple, what: str, fix: str | None = None) -> Any:
@@ -84,13 +100,13 @@ def _check_parts(config: DictConfig) -> None:
     unsupported = {
         "algorithm.filter_groups.enable": "refills depend on timing, so runs would not repeat",
         "trainer.v1.sampler.sync_refill_failed_groups": "failed rollouts stop the run",
-        "actor_rollout_ref.model.use_fused_kernels": "the latent engine reads logits",
         "actor_rollout_ref.actor.use_prefix_grouper": "rows are replayed one by one",
         "critic.enable": "advantages are group-relative",
         "algorithm.rollout_correction.bypass_mode": "old log-probs must be replayed, or the replay gap is always 0",
         "actor_rollout_ref.rollout.multi_turn.enable": "a trajectory is one completion",
         "actor_rollout_ref.rollout.ignore_eos": "a completion ends at EOS",
         "reward.reward_model.enable_resource_pool": "not tried with latents",
+        "distillation.enabled": "a teacher would score the placeholders of latents",
         "data.apply_chat_template_kwargs": "prompts are made as SFT makes them",
         "data.mm_processor_kwargs": "prompts are made as SFT makes them",
     }
@@ -179,6 +195,49 @@ def _check_batches(config: DictConfig) -> None:
         if number % divisor:
             raise ConfigError(
                 f"does not divide {what}", where=divisor_key, got=divisor, expected=f"a divisor of {number}"
+            )
+
+
+def check_model(latent: LatentConfig, model_type: str, freeze_vision: bool) -> None:
+    """Raises `ConfigError` at a model that the engine cannot train with these latents."""
+    if model_type == "chameleon":
+        raise ConfigError(
+            "its images are token ids that only the rollout engine makes",
+            where="actor_rollout_ref.model.path",
+            got="a Chameleon model",
+            expected="a text or Qwen-VL model",
+            fix="Chameleon runs in SFT, rollout, replay and evaluation.",
+        )
+    if latent.top_k_image and not freeze_vision:
+        raise ConfigError(
+            "image embeddings that slots have chosen are replayed as recorded, so they must not move",
+            where="actor_rollout_ref.actor.freeze_vision_tower",
+            got=False,
+            expected=f"True with latent.top_k_image={latent.top_k_image}",
+        )
+
+
+def check_layout(model, visibility: str | None, draws_images: bool) -> None:
+    """Raises `ConfigError` where verl's layout cannot carry the latents.
+
+    Args:
+        model: `actor_rollout_ref.model`, or verl's dataclass of it.
+        visibility: None where only the checkpoint says it.
+        draws_images: whether slots draw their image positions (Plackett–Luce).
+    """
+    check_padding(visibility, model.use_remove_padding)
+    refused = {"use_fused_kernels": "the latent engine reads logits"}
+    if draws_images:
+        refused |= {
+            "use_remove_padding": "latent.selection=plackett_luce reads attention in the padded layout",
+            "enable_gradient_checkpointing": "latent.selection=plackett_luce records attention, which a checkpointed "
+            "layer computes again when nothing is recorded any more",
+        }
+    for name, reason in refused.items():
+        if getattr(model, name):
+            key = f"actor_rollout_ref.model.{name}"
+            raise ConfigError(
+                "not supported with latents", where=key, got=True, expected=f"False ({reason})", fix=f"Set {key}=False."
             )
 
 

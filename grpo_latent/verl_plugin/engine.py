@@ -29,8 +29,8 @@ from grpo_latent.models.visibility import attention_bias
 from grpo_latent.models.vision_cache import VisionCache
 from grpo_latent.trajectory import PositionKind, latent_mask
 from grpo_latent.verl_plugin import compat
-from grpo_latent.verl_plugin.choice_forward import ChoiceForward, check_selection_layout
-from grpo_latent.verl_plugin.config_check import check_padding
+from grpo_latent.verl_plugin.choice_forward import ChoiceForward
+from grpo_latent.verl_plugin.config_check import check_layout, check_model, check_padding
 from grpo_latent.verl_plugin.gradients import InputGradients
 from grpo_latent.verl_plugin.latent_loss import NUM_ACTS, NUM_LATENTS, LatentLoss
 from grpo_latent.verl_plugin.options import LatentOptions
@@ -54,8 +54,9 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
     def _build_module(self):
         folder = self.model_config.local_path
         self.latent_config: LatentConfig = self.options.latent_config(folder, self.model_config.tokenizer)
-        check_layout(self.latent_config, self.model_config)
-        check_selection(self.latent_config, self.freeze_vision)
+        check_model(self.latent_config, self.model_config.hf_config.model_type, self.freeze_vision)
+        check_layout(self.model_config, self.latent_config.visibility, self.options.draw_temperature is not None)
+        check_packed(self.model_config)
         module = super()._build_module()
         attach_latent_modules(module, self.latent_config)
         if not module.get_input_embeddings().weight.is_meta:  # the other ranks receive rank 0's weights from FSDP2
@@ -69,8 +70,6 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         self.input_gradients = InputGradients(module)  # after the injector: it watches what the model is fed
         self.options.treatment.check(self.latent_config)
         self.treated = TreatedForward(self, module, self.injector, self.options.treatment, self.options.terms)
-        if self.options.draw_temperature is not None:
-            check_selection_layout(self.model_config)
         self.choices = ChoiceForward(module, self.options.draw_temperature)
         return module
 
@@ -218,37 +217,13 @@ def pad_rows(rows: list[Tensor], shape: torch.Size) -> Tensor:
     return padded
 
 
-def check_selection(config: LatentConfig, freeze_vision: bool) -> None:
-    """Raises `ConfigError` where recorded image embeddings would not be those of the trained model."""
-    if config.top_k_image and not freeze_vision:
-        raise ConfigError(
-            "image embeddings that slots have chosen are replayed as recorded, so they must not move",
-            where="actor_rollout_ref.actor.freeze_vision_tower",
-            got=False,
-            expected=f"True with latent.top_k_image={config.top_k_image}",
-        )
-
-
-def check_layout(config: LatentConfig, model_config) -> None:
-    """Raises `ConfigError` at a layout that cannot carry the config's attention."""
-    if model_config.hf_config.model_type == "chameleon":
-        raise ConfigError(
-            "its images are token ids that only the rollout engine makes",
-            where="actor_rollout_ref.model.path",
-            got="a Chameleon model",
-            expected="a text or Qwen-VL model",
-            fix="Chameleon runs in SFT, rollout, replay and evaluation.",
-        )
-    if model_config.use_fused_kernels:
-        raise ConfigError(
-            "not supported with latents", where="actor_rollout_ref.model.use_fused_kernels", got=True, expected="False"
-        )
-    check_padding(config.visibility, model_config.use_remove_padding)
-    if not model_config.use_remove_padding:
+def check_packed(model_config) -> None:
+    """Raises `ConfigError` at a packed layout without the kernel that it needs, which only a worker can tell."""
+    if not model_config.use_remove_padding or not hasattr(model_config.hf_config, "vision_config"):
         return
     from transformers.utils import is_flash_attn_2_available
 
-    if hasattr(model_config.hf_config, "vision_config") and not is_flash_attn_2_available():
+    if not is_flash_attn_2_available():
         raise ConfigError(
             "the packed layout of a vision model needs flash-attn",
             where="actor_rollout_ref.model.use_remove_padding",

@@ -22,7 +22,8 @@ from verl.utils.device import get_device_name
 from grpo_latent.errors import LatentMismatchError
 from grpo_latent.latent.treatments import LatentSource, LatentTerms, Treatment
 from grpo_latent.models.injection import LatentInjector
-from grpo_latent.models.sources import SourceTap, latent_sources, own_latents_of
+from grpo_latent.models.shift import latent_sources, score_columns
+from grpo_latent.models.sources import SourceTap, own_latents_of
 from grpo_latent.trajectory import PositionKind, latent_mask
 
 MEANS, REF_MEANS = "latent_means", "ref_latent_means"
@@ -97,10 +98,7 @@ class TreatedForward:
         return nullcontext() if dtype == torch.float32 else torch.autocast(device_type=get_device_name(), dtype=dtype)
 
     def extend(self, model_output: dict, output_args: dict, micro_batch: TensorDict, kinds_BT: Tensor, trains: bool):
-        """Writes log-densities into `log_probs`, where verl has the log-prob of a placeholder id, and adds the means.
-
-        A sequence's log_probs[t - 1] scores position t (verl shifts afterwards).
-        """
+        """Writes log-densities into `log_probs`, where verl has the log-prob of a placeholder id, and adds the means."""
         measures = self.measures and not trains
         if not self.taps and not measures:
             return
@@ -113,11 +111,7 @@ class TreatedForward:
             source = LatentSource(means_MH, lambda: logits_MV.float() / temperature_M1)
             latents_MH = own_latents_of(kinds_BT, torch.cat(micro_batch["latent_embeds"].unbind()))
             density_M = self.treatment.log_density(source, latents_MH, self._aux(micro_batch, means_MH.shape[0]))
-            kinds_L = torch.cat(micro_batch["position_kinds"].unbind())
-            places_M = (kinds_L == PositionKind.LATENT).nonzero()[:, 0] - 1
-            log_probs = model_output["log_probs"]
-            values_L = log_probs.values().index_copy(0, places_M, density_M.to(log_probs.dtype))
-            model_output["log_probs"] = torch.nested.nested_tensor_from_jagged(values_L, log_probs.offsets())
+            write_scores(model_output, micro_batch, PositionKind.LATENT, density_M)
         if self.gives_means:
             # the reference scores after the old policy: under this name its means are what the update finds
             model_output[MEANS if trains else REF_MEANS] = _by_row(means_MH.float(), micro_batch)
@@ -154,6 +148,14 @@ def _by_row(values_MA: Tensor, micro_batch: TensorDict) -> Tensor:
     counts = [int((kinds == PositionKind.LATENT).sum()) for kinds in micro_batch["position_kinds"].unbind()]
     offsets = torch.tensor([0, *accumulate(counts)], device=values_MA.device)
     return torch.nested.nested_tensor_from_jagged(values_MA, offsets)
+
+
+def write_scores(model_output: dict, micro_batch: TensorDict, kind: int, values_M: Tensor) -> None:
+    """Puts `values_M` into the `log_probs` that score the positions of `kind`, those of all rows in order."""
+    log_probs = model_output["log_probs"]
+    columns_M = score_columns(torch.cat(micro_batch["position_kinds"].unbind()) == kind)
+    values_L = log_probs.values().index_copy(0, columns_M, values_M.to(log_probs.dtype))
+    model_output["log_probs"] = torch.nested.nested_tensor_from_jagged(values_L, log_probs.offsets())
 
 
 def _needed_columns(kinds_BT: Tensor, columns_M: Tensor) -> int:

@@ -1,14 +1,16 @@
 """The composed config is accepted as it is, and every unusable change of it is refused by name."""
 
 import pytest
+from engine_helpers import SLOTS, make_checkpoint
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-import grpo_latent.train  # noqa: F401  (lets hydra find verl's configs)
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.latent.treatments import LatentTerms, Mask
 from grpo_latent.latent.treatments.gumbel_soft import GumbelSoft
+from grpo_latent.models import tiny
+from grpo_latent.train import check  # imported, it lets hydra find verl's configs
 from grpo_latent.trajectory import PositionKind
 from grpo_latent.verl_plugin.config_check import check_config, check_latents
 from grpo_latent.verl_plugin.options import LatentOptions
@@ -82,6 +84,12 @@ def test_without_the_group_the_options_are_the_defaults():
             "ref.log_prob_micro",
         ),
         ("actor_rollout_ref.model.use_fused_kernels=true", "use_fused_kernels"),
+        (
+            "latent.selection=plackett_luce actor_rollout_ref.model.enable_gradient_checkpointing=true",
+            "model.enable_gradient_checkpointing: .*a checkpointed layer computes again",
+        ),
+        ("latent.selection=plackett_luce actor_rollout_ref.model.use_remove_padding=true", "model.use_remove_padding"),
+        ("distillation.enabled=true", "distillation.enabled"),
         ("actor_rollout_ref.model.lora_rank=8", "lora.merge"),
         ("actor_rollout_ref.actor.ulysses_sequence_parallel_size=2", "ulysses"),
         ("+data.apply_chat_template_kwargs.enable_thinking=true", "apply_chat_template_kwargs"),
@@ -154,3 +162,31 @@ def test_vllm_does_not_sleep_on_cpu():
     with pytest.raises(ConfigError, match="free_cache_engine"):
         check_config(composed(*VLLM, "actor_rollout_ref.rollout.free_cache_engine=true"))
     check_config(composed("device=cuda", *VLLM))
+
+
+@pytest.mark.parametrize(
+    ("build", "override", "message"),
+    [
+        (
+            tiny.tiny_qwen2_vl,
+            "actor_rollout_ref.actor.freeze_vision_tower=false",
+            "freeze_vision_tower: image embeddings",
+        ),
+        (tiny.tiny_chameleon, "latent.steps=2", "model.path: its images are token ids .* got a Chameleon model"),
+        (tiny.tiny_qwen2_vl, "latent.treatment.name=gaussian", "slots are shared by the group"),
+        (tiny.tiny_qwen2_vl, "latent.steps=2", None),
+    ],
+    ids=["moving image embeddings", "chameleon", "density of shared slots", "fine"],
+)
+def test_what_the_checkpoint_rules_out_is_refused_before_any_worker(build, override, message, tmp_path):
+    """IVT-LR checkpoints: `train.check` reads no weights and starts no Ray."""
+    make_checkpoint(tmp_path / "model", build, **SLOTS)
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.parquet").touch()
+    paths = [f"data.{name}_files={tmp_path / name}.parquet" for name in ("train", "val")]
+    config = composed(f"actor_rollout_ref.model.path={tmp_path / 'model'}", *paths, override)
+    if message is None:
+        assert check(config) == []
+        return
+    with pytest.raises(ConfigError, match=message):
+        check(config)

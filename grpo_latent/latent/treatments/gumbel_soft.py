@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_latent.algo.selection import gumbel_noise
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.latent.treatments.gaussian import at_least_float, is_number
@@ -85,7 +86,7 @@ class GumbelSoft(Treatment):
         logits_MK, ids_MK = logits_MV.topk(self.top_k, dim=-1)
         g_MK = logits_MK.log_softmax(-1)
         if uniforms_MU is not None:
-            g_MK = g_MK - (-uniforms_MU.log()).log().float()
+            g_MK = g_MK + gumbel_noise(uniforms_MU).float()
         weights_MK = (g_MK / self.tau).softmax(-1)
         embeds_MKH = embed(ids_MK)
         fed_MH = torch.einsum("mk,mkh->mh", weights_MK, embeds_MKH.float())

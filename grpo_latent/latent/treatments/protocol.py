@@ -4,7 +4,7 @@
     training   h_{t-1} of the current model ──▶ LatentSource ──log_density(vector, aux)──▶ log_probs[t]
                vectors enter the forward as recorded, or made anew (`gradient`)
 
-z_t pairs with the source at t - 1; that shift is made by `models.sources`, not by a treatment.
+z_t pairs with the source at t - 1; that shift is made by `models.shift`, not by a treatment.
 
 Legend: M latents of one call, H hidden, V vocabulary, U uniforms a latent, A numbers of aux a latent.
 """
