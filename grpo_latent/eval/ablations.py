@@ -16,10 +16,10 @@ are not used (SYSTEMS: "Are the latents used at all?").
     no_span       no span is opened: forced text
     image_blind_after_span  own latents, but text after the first span does not see the image
 
-`name@part` replaces only a part of the latents: `span<k>`, the k-th span (from 0), or, for prompt slots, `text` (the fed
-hidden states) or `vision` (the chosen image embeddings). Whatever is not replaced is what the model makes of the changed
-prefix; a slot's chosen image positions stay the own ones. An ablation that changes nothing for a prompt (no latents there,
-no donor, no boxes) leaves it its own outcome.
+`name@part` replaces only a part of the latents: `span<k>`, the k-th span (from 0); `latent<k>`, the k-th latent; or, for
+prompt slots, `text` (the fed hidden states) or `vision` (the chosen image embeddings). Whatever is not replaced is what the
+model makes of the changed prefix; a slot's chosen image positions stay the own ones. An ablation that changes nothing for a
+prompt (no latents there, no donor, no boxes) leaves it its own outcome.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.replay import collate, replay
-from grpo_latent.rollout.protocol import ALL, LatentOverride, check_part, part_kinds, part_span
+from grpo_latent.rollout.protocol import ALL, LatentOverride, check_part, part_kinds, part_number
 from grpo_latent.rollout.sampling import trajectory_seed
 from grpo_latent.trajectory import PositionKind, Trajectory
 
@@ -129,9 +129,13 @@ class Places:
     def __init__(self, trajectory: Trajectory, part: str):
         kinds_N = trajectory.kinds[trajectory.latent_mask]
         is_part_N = torch.isin(kinds_N, torch.tensor(part_kinds(part)))
-        if part_span(part) is not None:
+        span_number, latent_number = part_number(part, "span"), part_number(part, "latent")
+        if span_number is not None:
             lengths = torch.tensor([span.length for span in trajectory.spans], dtype=torch.long)
-            is_part_N &= torch.repeat_interleave(torch.arange(len(lengths)), lengths) == part_span(part)
+            is_part_N &= torch.repeat_interleave(torch.arange(len(lengths)), lengths) == span_number
+        if latent_number is not None:
+            is_own_N = (kinds_N == PositionKind.LATENT).long()
+            is_part_N &= is_own_N.cumsum(-1) - is_own_N == latent_number
         self.idx_K = is_part_N.nonzero()[:, 0]
         self.kinds_K = kinds_N[self.idx_K]
         is_text_K = self.kinds_K == PositionKind.LATENT

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_latent.rollout.protocol import RolloutRequest, part_kinds, part_span
+from grpo_latent.rollout.protocol import RolloutRequest, part_kinds, part_number
 from grpo_latent.trajectory import PositionKind
 
 
@@ -23,7 +23,7 @@ class OverrideTable:
         device, num_prompts = row_to_prompt_N.device, len(requests)
         overrides = [request.latent_override for request in requests]
         self.sizes_B = torch.zeros(num_prompts, dtype=torch.long, device=device)
-        self.span_B = torch.full_like(self.sizes_B, -1)
+        self.span_B, self.latent_B = torch.full_like(self.sizes_B, -1), torch.full_like(self.sizes_B, -1)
         self.has_kind_BK = torch.zeros(num_prompts, len(PositionKind), dtype=torch.bool, device=device)
         longest = max((len(o.vectors) for o in overrides if o is not None), default=0)
         self.vectors_BKH = torch.zeros(num_prompts, longest, hidden_size, device=device)
@@ -33,11 +33,12 @@ class OverrideTable:
             self.sizes_B[prompt_idx] = len(override.vectors)
             self.vectors_BKH[prompt_idx, : len(override.vectors)] = override.vectors
             self.has_kind_BK[prompt_idx, part_kinds(override.part)] = True
-            span = part_span(override.part)
-            self.span_B[prompt_idx] = -1 if span is None else span
+            for unit, number_B in (("span", self.span_B), ("latent", self.latent_B)):
+                number = part_number(override.part, unit)
+                number_B[prompt_idx] = -1 if number is None else number
         self.is_empty = longest == 0
         self.row_to_prompt_N = row_to_prompt_N
-        self.num_fed_N = torch.zeros_like(row_to_prompt_N)
+        self.num_fed_N, self.num_latents_N = torch.zeros_like(row_to_prompt_N), torch.zeros_like(row_to_prompt_N)
 
     def feed(self, rows_M: Tensor, own_MLH: Tensor, kinds_ML: Tensor, used_ML: Tensor, span_M: Tensor) -> Tensor:
         """[M, L, H]: the vectors of the overrides at the positions of their parts, `own_MLH` elsewhere.
@@ -52,6 +53,10 @@ class OverrideTable:
         prompt_M = self.row_to_prompt_N[rows_M]
         is_part_ML = used_ML & self.has_kind_BK[prompt_M].gather(1, kinds_ML)
         is_part_ML &= ((self.span_B[prompt_M] < 0) | (self.span_B[prompt_M] == span_M))[:, None]
+        is_latent_ML = used_ML & (kinds_ML == PositionKind.LATENT)
+        latent_ML = self.num_latents_N[rows_M][:, None] + is_latent_ML.long().cumsum(-1) - is_latent_ML.long()
+        self.num_latents_N[rows_M] += is_latent_ML.sum(-1)
+        is_part_ML &= (self.latent_B[prompt_M][:, None] < 0) | (self.latent_B[prompt_M][:, None] == latent_ML)
         rank_ML = self.num_fed_N[rows_M][:, None] + is_part_ML.long().cumsum(-1) - 1
         self.num_fed_N[rows_M] += is_part_ML.sum(-1)
         vector_idx_ML = rank_ML.clamp(min=0) % self.sizes_B[prompt_M].clamp(min=1)[:, None]
@@ -59,4 +64,5 @@ class OverrideTable:
         return torch.where(is_part_ML[..., None], given_MLH.to(own_MLH.dtype), own_MLH)
 
     def keep_rows(self, rows_M: Tensor) -> None:
-        self.row_to_prompt_N, self.num_fed_N = self.row_to_prompt_N[rows_M], self.num_fed_N[rows_M]
+        for name in ("row_to_prompt_N", "num_fed_N", "num_latents_N"):
+            setattr(self, name, getattr(self, name)[rows_M])

@@ -16,7 +16,7 @@ from grpo_latent.models.adapter import ImageInputs
 from grpo_latent.trajectory import PositionKind, Trajectory
 
 ALL, TEXT, VISION = "all", "text", "vision"
-_SPAN = re.compile(r"span(\d+)")
+_NUMBERED = re.compile(r"(span|latent)(\d+)")
 _PART_KINDS = {
     ALL: (PositionKind.LATENT, PositionKind.SELECTED),
     TEXT: (PositionKind.LATENT,),
@@ -55,7 +55,7 @@ class LatentOverride:
     Attributes:
         vectors: float [K, H], K >= 1.
         part: `all`; `text`, the fed hidden states (LATENT); `vision`, the chosen image embeddings (SELECTED); `span<k>`,
-            the latents of the k-th span from 0.
+            the latents of the k-th span from 0; `latent<k>`, the k-th latent and the image embeddings chosen for it.
         selected_idx: for prompt slots: the image positions taken by the SELECTED positions, where attention shall not choose
             anew (an own trajectory's, so that other vectors at some positions change nothing at the others).
     """
@@ -68,10 +68,10 @@ class LatentOverride:
         check_part(self.part, "latent_override.part")
 
 
-def part_span(part: str) -> int | None:
-    """The number of the span that a part names, None for parts of all spans."""
-    match = _SPAN.fullmatch(part)
-    return None if match is None else int(match[1])
+def part_number(part: str, unit: str) -> int | None:
+    """The number of the `span` or `latent` that a part names, None for parts of all of them."""
+    match = _NUMBERED.fullmatch(part)
+    return int(match[2]) if match is not None and match[1] == unit else None
 
 
 def part_kinds(part: str) -> list[int]:
@@ -81,10 +81,9 @@ def part_kinds(part: str) -> list[int]:
 
 def check_part(part: str, where: str) -> None:
     """Raises `ConfigError` unless `part` is one that `LatentOverride` knows."""
-    if part not in _PART_KINDS and _SPAN.fullmatch(part) is None:
-        raise ConfigError(
-            "unknown part of the latents", where=where, got=part, expected="all, text, vision or span<number>"
-        )
+    if part not in _PART_KINDS and _NUMBERED.fullmatch(part) is None:
+        expected = "all, text, vision, span<number> or latent<number>"
+        raise ConfigError("unknown part of the latents", where=where, got=part, expected=expected)
 
 
 @dataclass(frozen=True)

@@ -197,10 +197,13 @@ def test_slots_by_their_kinds():
         ("text", [[0, 7]], [[0, 1], [0, 2]]),
         ("vision", [[8, 0], [9, 0]], [[3, 0], [4, 0], [5, 0], [6, 0]]),
         ("all", [[8, 0], [9, 0], [0, 7], [8, 0], [9, 0], [0, 7]], [[3, 0], [4, 0], [0, 1]]),
+        ("latent0", [[8, 0], [9, 0], [0, 7]], [[3, 0], [4, 0], [0, 1]]),
     ):
         changes = make_changes("shuffle" if part == "all" else f"shuffle@{part}", given)
         assert [c["latent_override"].vectors.tolist() for c in changes] == [first, second]
         assert [c["latent_override"].selected_idx.tolist() for c in changes] == [[3, 2, 1, 0], [1, 0]]
+    assert make_changes("shuffle@latent1", given) == [None, None], "one of the two has a second slot"
+    assert make_changes("zero@latent1", given)[0]["latent_override"].vectors.shape == (3, 2)
     ideal = make_changes("oracle", given)[0]["latent_override"].vectors
     assert ideal.tolist() == [[3, 3], [1, 1], [0, 1], [3, 3], [1, 1], [0, 2]], "boxes at image embeddings, h as it was"
 

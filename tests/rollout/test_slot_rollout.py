@@ -102,12 +102,13 @@ def test_a_row_does_not_depend_on_its_batch():
         assert torch.equal(alone[0][0].selected_idx, group[3].selected_idx)
 
 
-PARTS = {  # whether a latent of this kind is in the part
-    "all": lambda kind: True,
-    "text": lambda kind: kind == K.LATENT,
-    "vision": lambda kind: kind == K.SELECTED,
-    "span0": lambda kind: True,
-    "span1": lambda kind: False,
+PARTS = {  # whether a latent of this kind and slot is in the part
+    "all": lambda kind, slot: True,
+    "text": lambda kind, slot: kind == K.LATENT,
+    "vision": lambda kind, slot: kind == K.SELECTED,
+    "span0": lambda kind, slot: True,
+    "span1": lambda kind, slot: False,
+    "latent1": lambda kind, slot: slot == 1,
 }
 
 
@@ -126,7 +127,8 @@ def test_override_of_slots_replaces_its_part_and_nothing_else(name, part):
     assert torch.equal(untouched[0].token_ids, groups[1][0].token_ids)
     for request, group, own in zip(requests, changed, (group[0] for group in groups), strict=True):
         kinds = own.kinds[own.latent_mask].tolist()
-        replaced = [place for place, kind in enumerate(kinds) if PARTS[part](kind)]
+        slots = [kinds[:place].count(K.LATENT) for place in range(len(kinds))]
+        replaced = [place for place, kind in enumerate(kinds) if PARTS[part](kind, slots[place])]
         kept_images = [place for place, kind in enumerate(kinds) if kind == K.SELECTED and place not in replaced]
         batch = collate(group, [request.images] * len(group), engine.adapter, "both")
         log_probs_BT, _ = replay(engine.adapter, batch, "full", TEMPERATURE)
