@@ -18,7 +18,8 @@ from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.head import attach_latent_modules, feedback
 from grpo_latent.models.visibility import attention_bias
-from grpo_latent.sft.settings import SFTSettings
+from grpo_latent.sft.parameters import add_lora, freeze_vision
+from grpo_latent.sft.settings import DTYPES, SFTSettings
 from grpo_latent.verl_plugin.config_check import check_config
 
 GRPO_PLACEHOLDERS = [
@@ -47,6 +48,63 @@ def check_sft(folder: Path, name: str) -> SFTSettings:
     return SFTSettings.from_dict(OmegaConf.to_container(config, resolve=True))
 
 
+def meta_model(model_json: Path, dtype: torch.dtype):
+    """A model of that config.json on the meta device, which has shapes and no memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(model_json, Path(folder) / "config.json")
+        hf_config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(hf_config, attn_implementation="sdpa", dtype=dtype)
+
+
+def check_memory(model_json: Path, settings: SFTSettings, gpu_gb: float = 80) -> dict[str, float]:
+    """GB that a rank of DistributedDataParallel needs for SFT of one row of the longest length, counted on the meta device.
+
+    Weights, and of those that train: gradients, DDP's copy of them, AdamW's two moments, and ILVR's teacher. Activations are
+    those that a decoder layer keeps for its backward (a rough count: norms, projections, MLP), or its input alone with
+    gradient checkpointing, beside one layer that runs again. Left out: logits, kernels' scratch space, fragmentation.
+
+    Raises:
+        ConfigError: more than 90 % of `gpu_gb`.
+    """
+    model = meta_model(model_json, DTYPES[settings.model.dtype])
+    if settings.model.lora.enabled:
+        add_lora(model, settings.model.lora, new_token_ids=[0])
+    freeze_vision(model, settings.model.freeze_vision, settings.model.freeze_merger)
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+    trained = sum(size for size, trains in sizes if trains)
+    text = model.config.get_text_config()
+    # float32 residuals (the embeddings train), bfloat16 inside: two norms, attention and its projections, four of the MLP's
+    kept = 30 * text.hidden_size + 8 * text.intermediate_size
+    is_checkpointed = bool(settings.trainer.get("gradient_checkpointing"))
+    per_token = (
+        4 * text.hidden_size * text.num_hidden_layers + kept if is_checkpointed else kept * text.num_hidden_layers
+    )
+    rows = settings.trainer["per_device_train_batch_size"]
+    parts = {
+        "weights": sum(size for size, _ in sizes),
+        "gradients": 2 * trained,
+        "optimizer": 2 * trained,
+        "teacher": trained if settings.method == "ilvr_stage1" else 0,
+        "activations": per_token * settings.data.max_length * rows,
+    }
+    parts = {name: size / 1e9 for name, size in parts.items()} | {"total": sum(parts.values()) / 1e9}
+    if parts["total"] > 0.9 * gpu_gb:
+        raise ConfigError(
+            "does not fit the GPU",
+            where=f"{settings.method} of {model_json.stem}",
+            got=", ".join(f"{name} {size:.0f} GB" for name, size in parts.items()),
+            expected=f"at most {0.9 * gpu_gb:.0f} GB",
+            fix="Train adapters (model.lora.enabled=true, model.dtype=bfloat16, trainer.bf16=true), checkpoint activations, "
+            "or lower data.max_length.",
+        )
+    return parts
+
+
+def show_memory(name: str, parts: dict[str, float]) -> None:
+    print(f"{name}: " + ", ".join(f"{part} {size:.1f}" for part, size in parts.items()) + " GB a GPU")
+
+
 def check_shapes(
     model_json: Path,
     first_free_id: int,
@@ -62,11 +120,9 @@ def check_shapes(
         make_config: the latents, given the ids of `tokens`.
     """
     name = model_json.stem
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copy(model_json, Path(folder) / "config.json")
-        hf_config = AutoConfig.from_pretrained(folder)
+    model = meta_model(model_json, torch.bfloat16)
+    hf_config = model.config
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(hf_config, attn_implementation="sdpa", dtype=torch.bfloat16)
         vocab_size = model.get_output_embeddings().weight.shape[0]
         ids = dict(zip(tokens, range(first_free_id, first_free_id + len(tokens)), strict=True))
         if max(ids.values()) >= vocab_size:

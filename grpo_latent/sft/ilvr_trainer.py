@@ -131,7 +131,8 @@ class ILVRStage1Trainer(KeepsTeacher, ILVRTrainer):
     def _with_targets(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         config = self.teacher_config
         visibility = self.latent.config.visibility
-        targets = teacher_targets(self.teacher_adapter, batch, visibility, config.top_k, config.top_p)
+        with self.accelerator.autocast():  # as the student's forward
+            targets = teacher_targets(self.teacher_adapter, batch, visibility, config.top_k, config.top_p)
         return with_targets(batch, targets)
 
     def _sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:

@@ -45,8 +45,9 @@ def vision_is_frozen(model: nn.Module) -> bool:
 def add_lora(model: nn.Module, settings: LoraSettings, new_token_ids: Sequence[int]) -> None:
     """Puts adapters into the decoder in place; the base is frozen, except the head, the end vector and new tokens' rows.
 
-    In place, not as a `PeftModel`: the model keeps its class, its names and its latent hooks. The embedding matrices
-    stay trainable as a whole and the gradient of old rows is set to 0, so the optimizer holds state for all of them.
+    What trains is in float32 even over a base in half precision, which would round small updates away. In place, not as a
+    `PeftModel`: the model keeps its class, its names and its latent hooks. The embedding matrices stay trainable as a whole
+    and the gradient of old rows is set to 0, so the optimizer holds state for all of them.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -77,6 +78,9 @@ def add_lora(model: nn.Module, settings: LoraSettings, new_token_ids: Sequence[i
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if new_token_ids and not module.weight.requires_grad:  # tied weights come twice
             _train_rows(module.weight, new_token_ids)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def _train_rows(weight: nn.Parameter, rows: Sequence[int]) -> None:
@@ -102,8 +106,10 @@ def merge_lora(model: nn.Module) -> int:
     from peft.tuners.lora import LoraLayer
 
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    dtype = layers[0][1].get_base_layer().weight.dtype
     for name, module in layers:
         module.merge(safe_merge=True)  # refuses NaN
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, module.get_base_layer())
+    model.to(dtype)  # what trained was wider than a base in half precision
     return len(layers)

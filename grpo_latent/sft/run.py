@@ -52,6 +52,7 @@ def run_sft(settings: SFTSettings) -> SFTResult:
     args = settings.training_arguments()
     output_dir, save_path = Path(args.output_dir), Path(settings.model.save_path)
     check_sharding(args, settings.model.lora.enabled)
+    check_precision(settings, args)
     if Path(settings.model.path).resolve() in (save_path.resolve(), output_dir.resolve()):
         raise ConfigError(
             "the input checkpoint would be overwritten",
@@ -118,6 +119,17 @@ def check_sharding(args: TrainingArguments, has_lora: bool) -> None:
                 got=got,
                 expected="one process, data parallelism, or FSDP on GPUs without LoRA",
             )
+
+
+def check_precision(settings: SFTSettings, args: TrainingArguments) -> None:
+    """Raises `ConfigError` where float32 adapters would meet a base in half precision without a cast between them."""
+    if settings.model.lora.enabled and settings.model.dtype == "bfloat16" and not args.bf16:
+        raise ConfigError(
+            "adapters train in float32 over a bfloat16 base",
+            where="trainer.bf16",
+            got=False,
+            expected="true with model.lora.enabled and model.dtype=bfloat16",
+        )
 
 
 def choose_parameters(latent: LatentModel, settings: SFTSettings) -> None:

@@ -25,7 +25,8 @@ class ModelSettings:
     Attributes:
         path: a plain Hugging Face folder, an official LVR checkpoint, or an output of SFT.
         save_path: where the trained model goes.
-        dtype: of weights and optimizer state; `trainer.bf16` computes in bfloat16 over float32 weights instead.
+        dtype: of weights and optimizer state; `trainer.bf16` computes in bfloat16 over float32 weights instead. With LoRA it
+            is that of the frozen base: what trains is float32.
     """
 
     path: str

@@ -27,6 +27,8 @@ def main(overrides: list[str]) -> None:
             "the stages differ in their latents", where="latent", got=stages[1].latent, expected=str(stages[0].latent)
         )
     print(f"ilvr_stage1, ilvr_stage2 and ilvr_grpo: valid ({grpo.trainer.n_gpus_per_node} GPUs a node)")
+    for stage in stages:
+        paper_scale.show_memory(f"{stage.method} of {MODEL_JSON.stem}", paper_scale.check_memory(MODEL_JSON, stage))
     length = grpo.data.max_response_length
     latents = stages[0].latent
     shapes = paper_scale.check_shapes(MODEL_JSON, FIRST_FREE_ID, ILVR_TOKENS, latents.make_config, length)

@@ -40,6 +40,7 @@ def main(overrides: list[str]) -> None:
         raise ConfigError("SFT and RL differ in slots", where="latent.steps", got=got, expected="one number")
     check_lengths(latent.steps, latent.top_k_image, grpo.data.max_response_length)
     print(f"ivt_lr_sft and ivt_lr_grpo: valid ({grpo.trainer.n_gpus_per_node} GPUs a node)")
+    paper_scale.show_memory(f"ivt_lr_sft of {MODEL_JSON.stem}", paper_scale.check_memory(MODEL_JSON, sft))
     length = grpo.data.max_response_length
     shapes = paper_scale.check_shapes(MODEL_JSON, FIRST_FREE_ID, SLOT_TOKENS, latent.make_config, length)
     paper_scale.show_shapes(MODEL_JSON.stem, shapes)

@@ -3,6 +3,7 @@
 Does not cover: run.sh and controls.sh, which are run by hand (README has their results).
 """
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from grpo_latent.errors import ConfigError
+from grpo_latent.sft.parameters import LoraSettings
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FIRST_FREE_ID = 151665  # the size of Qwen2.5-VL's tokenizer before the latent tokens
@@ -52,8 +54,24 @@ def test_ilvr_validates_its_three_stages_at_paper_scale(capsys):
     out = capsys.readouterr().out
     assert "ilvr_stage1, ilvr_stage2 and ilvr_grpo: valid (8 GPUs a node)" in out
     assert "qwen2_5_vl_7b: patch [1176], visual token [32, 3584]" in out and "latent [1, 3584]" in out
+    assert out.count(" GB a GPU") == 2
     with pytest.raises(ConfigError, match="rollout.n: a group of one"):
         ilvr.main(["actor_rollout_ref.rollout.n=1"])
+
+
+def test_memory_by_hand():
+    """Qwen2.5-VL-7B has 8.29e9 weights, 0.68e9 of them in the frozen vision part; full SFT in float32 needs 4 + 16 bytes."""
+    shared = load(RECIPES / "paper_scale.py")
+    ilvr = load(RECIPES / "ilvr" / "validate.py")
+    stage = shared.check_sft(RECIPES / "ilvr", "ilvr_stage2")
+    parts = shared.check_memory(ilvr.MODEL_JSON, stage)
+    adapters = 64 * 28 * (2 * (2 * 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
+    trained = adapters + 2 * 152064 * 3584
+    assert parts["weights"] == pytest.approx((2 * (8.2922e9 - 2 * 152064 * 3584) + 4 * trained) / 1e9, rel=1e-3)
+    assert parts["gradients"] == parts["optimizer"] == pytest.approx(8 * trained / 1e9, rel=1e-6)
+    full = dataclasses.replace(stage, model=dataclasses.replace(stage.model, dtype="float32", lora=LoraSettings()))
+    with pytest.raises(ConfigError, match="does not fit the GPU; .*weights 33 GB, gradients 61 GB, optimizer 61 GB"):
+        shared.check_memory(ilvr.MODEL_JSON, full)
 
 
 def test_treatments_validate_at_paper_scale(capsys):

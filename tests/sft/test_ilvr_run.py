@@ -24,6 +24,7 @@ from grpo_latent.models.prompts import encode_prompt
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import RolloutRequest
 from grpo_latent.sft.methods import METHODS
+from grpo_latent.sft.parameters import merge_lora
 from grpo_latent.sft.run import run_sft
 from grpo_latent.sft.settings import SFTSettings
 
@@ -108,6 +109,29 @@ def test_stage_1_resumes_student_and_teacher_and_stage_2_goes_on_from_it(inputs,
     assert torch.isfinite(trajectory.rollout_log_probs).all()
     with pytest.raises(ConfigError, match="latents of another mechanism; got ilvr; expected lvr"):
         run(inputs, tmp_path / "lvr", "lvr", **{"model.path": str(second.model_path)})
+
+
+def test_both_stages_train_float32_adapters_over_a_bfloat16_base(inputs, tmp_path, monkeypatch):
+    """As at paper scale, teacher included; the folder is all bfloat16 again."""
+    merged = []
+    monkeypatch.setattr(
+        "grpo_latent.sft.run.merge_lora", lambda model: merged.append(adapters(model)) or merge_lora(model)
+    )
+    paper = {"model.dtype": "bfloat16", "model.lora.enabled": True, "model.lora.r": 2, "trainer.bf16": True}
+    steps = {"trainer.max_steps": 3, "trainer.learning_rate": 1e-5, "trainer.save_strategy": "no"}
+    path = inputs / "base"
+    for method in ("ilvr_stage1", "ilvr_stage2"):
+        path = run(inputs, tmp_path / method, method, **paper, **steps, **{"model.path": str(path)}).model_path
+        assert {tensor.dtype for tensor in load_file(path / "model.safetensors").values()} == {torch.bfloat16}
+    for name, weight in merged[0].items():
+        assert weight.dtype == torch.float32, name
+        assert "lora_A" in name or not torch.equal(weight, weight.bfloat16().float()), f"{name} moves in finer steps"
+    with pytest.raises(ConfigError, match="trainer.bf16: adapters train in float32 over a bfloat16 base"):
+        run(inputs, tmp_path / "no", "ilvr_stage1", **paper | {"trainer.bf16": False})
+
+
+def adapters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
 
 
 @pytest.mark.parametrize(
