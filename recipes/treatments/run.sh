@@ -13,26 +13,22 @@ STEPS=${STEPS:-30}
 OUT=${OUT:-outputs/treatments}
 BASE=${BASE:-outputs/quickstart}
 TREATMENTS=${TREATMENTS:-mask recompute_cut recompute_one_hop recompute_bptt gaussian gumbel_soft mask_anchor}
-HERE=recipes/quickstart
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+CONFIGS=recipes/quickstart
+source recipes/common.sh
 mkdir -p "$OUT"
 if [ -f "$BASE/summary.json" ] && [ "$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["seed"])' "$BASE/summary.json")" != "$SEED" ]; then
   echo "$BASE is a run of another seed than SEED=$SEED: set BASE, or BASE=none to make data and SFT anew" >&2; exit 2
 fi
-
-sft() { # output, overrides
-  python -m grpo_latent.sft --config-dir $HERE --config-name digits_sft model.path="$BASE/vision" \
-    data.train_files="$BASE/data/train_sft.parquet" trainer.output_dir="$1" trainer.seed="$SEED" "${@:2}"
-}
 
 if [ ! -f "$BASE/sft/model/latent_config.json" ]; then
   BASE=$OUT/base_seed$SEED
   if [ ! -f "$BASE/sft/model/latent_config.json" ]; then
     python -m grpo_latent.data.digits --out "$BASE/data" --seed "$SEED"
     python -m grpo_latent.data.vision_pretrain --out "$BASE/vision" --seed "$SEED" --log-every 100
-    sft "$BASE/sft"
+    sft digits_sft "$BASE/vision" "$BASE/data/train_sft.parquet" "$BASE/sft"
   fi
 fi
+DATA=$BASE/data
 
 # sigma 0.1 is a third of a latent's component here (norm 3.8, hidden size 128); divided by the hidden size, the latent term's
 # gradient does not drown the text's under clip_grad
@@ -50,32 +46,22 @@ overrides_of() {
   esac
 }
 
-evaluate() { # checkpoint, output, treatment
-  python -m grpo_latent.evaluate --config-dir $HERE --config-name digits_evaluate model.path="$1" \
-    data.val_files="$BASE/data/heldout.parquet" output="$2" seed="$SEED" latent.treatment.name="$3"
-}
-
 run() { # name, overrides of every run
-  local name=$1 folder=$OUT/$1 checkpoint=$BASE/sft/model fed=mask started seconds
-  local overrides
+  local name=$1 checkpoint=$BASE/sft/model fed=mask overrides
   overrides=$(overrides_of "$name")
   if [ "$name" = gumbel_soft ]; then # feeds token embeddings, so it starts from an SFT without a head on h
     checkpoint=$OUT/sft_without_head_seed$SEED/model fed=gumbel_soft
-    [ -f "$checkpoint/latent_config.json" ] || sft "$OUT/sft_without_head_seed$SEED" latent.head=none
+    [ -f "$checkpoint/latent_config.json" ] ||
+      sft digits_sft "$BASE/vision" "$DATA/train_sft.parquet" "$OUT/sft_without_head_seed$SEED" latent.head=none
   fi
-  rm -rf "$folder"
-  mkdir -p "$folder"
+  local OUT=$OUT/$name
+  begin
   echo "== $name"
-  evaluate "$checkpoint" "$folder/evaluation_sft.json" $fed
-  started=$(date +%s)
+  evaluate digits_evaluate "$checkpoint" sft latent.treatment.name=$fed
   # shellcheck disable=SC2086
-  python -m grpo_latent.train --config-dir $HERE --config-name digits_grpo actor_rollout_ref.model.path="$checkpoint" \
-    data.train_files="$BASE/data/train_rl.parquet" data.val_files="$BASE/data/dev.parquet" \
-    latent.output_dir="$folder/grpo" latent.seed="$SEED" trainer.total_training_steps="$STEPS" \
-    trainer.save_freq="$STEPS" $overrides "${@:2}"
-  seconds=$(($(date +%s) - started))
-  evaluate "$folder/grpo/checkpoints/global_step_$STEPS/actor/huggingface" "$folder/evaluation_grpo.json" $fed
-  echo "{\"treatment\": \"$name\", \"overrides\": \"$overrides\", \"seconds\": $seconds}" > "$folder/run.json"
+  grpo digits_grpo "$checkpoint" trainer.total_training_steps="$STEPS" trainer.save_freq="$STEPS" $overrides "${@:2}"
+  evaluate digits_evaluate "$(last_checkpoint "$OUT/grpo")" grpo latent.treatment.name=$fed
+  echo "{\"treatment\": \"$name\", \"overrides\": \"$overrides\", \"seconds\": $GRPO_SECONDS}" > "$OUT/run.json"
 }
 
 FAILED=()

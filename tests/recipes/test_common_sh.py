@@ -1,0 +1,46 @@
+"""The shell functions that run.sh scripts share, without the stages that they start."""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def bash(script: str, folder: Path, **env) -> subprocess.CompletedProcess:
+    lines = f"set -euo pipefail\nsource recipes/common.sh\n{script}"
+    env = {**os.environ, "OUT": str(folder), "SEED": "0", **env}
+    return subprocess.run(["bash", "-c", lines], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_script_that_fails_takes_down_what_runs_beside_it(tmp_path):
+    """The grandchild too: of a function in the background, only the subshell would be killed by its id."""
+    script = 'run() { sleep 60 & echo $! > "$OUT/pid"; wait; }\nbeside "$OUT/log" run\nsleep 0.5\nexit 3'
+    assert bash(script, tmp_path).returncode == 3
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 10
+    while is_alive(pid):
+        assert time.monotonic() < deadline, f"process {pid} outlives the script"
+        time.sleep(0.05)
+
+
+def test_what_ran_beside_and_failed_ends_the_script_with_its_log(tmp_path):
+    done = bash('run() { echo lost; false; echo never; }\nbeside "$OUT/log" run\njoin\necho on', tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "lost\n")
+    done = bash('beside "$OUT/log" echo fine\njoin\necho on', tmp_path)
+    assert (done.returncode, done.stdout) == (0, "on\n") and (tmp_path / "log").read_text() == "fine\n"
+
+
+def test_the_last_checkpoint_is_the_trackers(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("12")
+    done = bash('last_checkpoint "$OUT"', tmp_path)
+    assert done.stdout == f"{tmp_path}/checkpoints/global_step_12/actor/huggingface\n"
