@@ -1,9 +1,13 @@
-"""The text-only task: chains of additions and subtractions modulo 5, with their running totals as the rationale.
+"""The text-only task: chains of additions and multiplications modulo 7, with their running totals as the rationale.
 
-    3 + 4 - 1 + 4 ?      steps  3 + 4 is 2 | 2 - 1 is 1 | 1 + 4 is 0      answer  0
+    3 +4 *2 +6 *5 ?      steps  0 | 0 | 6 | 2      answer  2
 
-Questions are split by a hash: training and held-out ones are disjoint. Also writes the model that SFT starts from, a tiny
-Qwen3 with random weights.
+Sums and products do not commute, so the totals have to be made one after the other; each takes a table of 91 entries. Every
+operation is a bijection: guessing scores 1/7. Questions are split by a hash: training and held-out ones are disjoint.
+
+Also writes the model that SFT starts from, a tiny Qwen3 with random weights. Its token embeddings have the norm of hidden
+states, and its output embeddings their directions, as in a pretrained model with tied embeddings: what a slot is fed is then
+like what a token is fed.
 
 python recipes/coconut/arithmetic.py --out outputs/coconut/data --model outputs/coconut/base --seed 0
 """
@@ -16,48 +20,46 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from grpo_latent.data.rows import verl_row, write_verl_parquet
 from grpo_latent.models.tiny import TinySizes, tiny_qwen3
 
 DATA_SOURCE = "arithmetic"
-WORDS = ("+", "-", "is", "?")
+MODULUS = 7
+OPERATIONS = tuple(f"+{n}" for n in range(MODULUS)) + tuple(f"*{n}" for n in range(1, MODULUS))
+WORDS = (*OPERATIONS, "?")
 SIZES = TinySizes(hidden=96, layers=3, heads=4, kv_heads=2, intermediate=256)
 EVAL_SEED = 4242  # of dev and held-out rows, whatever the run's seed
 # purpose -> (index in the seed sequence, whether it draws from the training questions)
 STREAMS = {"sft": (0, True), "rl": (1, True), "dev": (2, False), "heldout": (3, False)}
-MODULUS = 5
 HELDOUT_SHARE = 10  # one question in so many
 
 
 @dataclass(frozen=True)
 class Chain:
-    """`numbers` has one entry more than `signs`, whose entries are 1 and -1."""
+    """A first number, and operations such as `+4` and `*2`."""
 
-    numbers: tuple[int, ...]
-    signs: tuple[int, ...]
+    start: int
+    operations: tuple[str, ...]
 
     @property
     def totals(self) -> list[int]:
-        totals = [self.numbers[0]]
-        for sign, number in zip(self.signs, self.numbers[1:], strict=True):
-            totals.append((totals[-1] + sign * number) % MODULUS)
+        """After each operation."""
+        totals, total = [], self.start
+        for sign, *digits in self.operations:
+            number = int("".join(digits))
+            total = (total + number if sign == "+" else total * number) % MODULUS
+            totals.append(total)
         return totals
 
     @property
     def question(self) -> str:
-        pairs = zip(self.signs, self.numbers[1:], strict=True)
-        return " ".join(
-            [str(self.numbers[0]), *(f"{'+' if sign > 0 else '-'} {number}" for sign, number in pairs), "?"]
-        )
+        return " ".join([str(self.start), *self.operations, "?"])
 
     @property
     def steps(self) -> list[str]:
-        totals = self.totals
-        return [
-            f"{before} {'+' if sign > 0 else '-'} {number} is {after}"
-            for before, sign, number, after in zip(totals, self.signs, self.numbers[1:], totals[1:], strict=False)
-        ]
+        return [str(total) for total in self.totals]
 
     @property
     def answer(self) -> str:
@@ -74,8 +76,7 @@ def generate(num: int, *, stream: str, seed: int, num_steps: int) -> list[Chain]
     rng = np.random.default_rng(np.random.SeedSequence([index, seed]))
     chains: list[Chain] = []
     while len(chains) < num:
-        numbers, signs = rng.integers(MODULUS, size=num_steps + 1), rng.choice([1, -1], size=num_steps)
-        chain = Chain(tuple(numbers.tolist()), tuple(signs.tolist()))
+        chain = Chain(int(rng.integers(MODULUS)), tuple(rng.choice(OPERATIONS, size=num_steps).tolist()))
         if chain.is_heldout != is_training:
             chains.append(chain)
     return chains
@@ -97,6 +98,16 @@ def to_rows(chains: list[Chain], split: str, steps: bool = True) -> list[dict]:
     ]
 
 
+def write_model(folder: Path, seed: int) -> None:
+    model, tokenizer, _ = tiny_qwen3(WORDS, SIZES, seed=seed, latent_tokens=())
+    with torch.no_grad():
+        inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        outputs.copy_(inputs)
+        inputs.div_(model.config.initializer_range)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -104,8 +115,8 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3, help="operations of a question")
-    parser.add_argument("--sft", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=4, help="operations of a question")
+    parser.add_argument("--sft", type=int, default=4096)
     parser.add_argument("--rl", type=int, default=1920)
     parser.add_argument("--dev", type=int, default=512)
     parser.add_argument("--heldout", type=int, default=1024)
@@ -117,9 +128,7 @@ def main() -> None:
         print(f"{path}: {write_verl_parquet(path, to_rows(chains, stream))} rows")
         if stream == "sft":
             write_verl_parquet(options.out / "train_direct.parquet", to_rows(chains, stream, steps=False))
-    model, tokenizer, _ = tiny_qwen3(WORDS, SIZES, seed=options.seed, latent_tokens=())
-    model.save_pretrained(options.model)
-    tokenizer.save_pretrained(options.model)
+    write_model(options.model, options.seed)
 
 
 if __name__ == "__main__":
