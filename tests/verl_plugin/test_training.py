@@ -150,9 +150,14 @@ def check_dropped_rows(output: Path, metrics: dict[int, dict]) -> None:
     assert metrics[3]["val-aux/dropped_frac"] == pytest.approx(1 / 3)
 
 
-def test_latents_that_act(local_ray, inputs, tmp_path, monkeypatch):
-    """Gaussian latents with a KL and an anchor, two steps: what the rollout drew is what the engine scores, to the bound."""
-    changes = ["latent.treatment.name=gaussian", "latent.treatment.gaussian.sigma=0.5", "latent.treatment.kl_coef=0.1"]
+@pytest.mark.parametrize(
+    "treatment",
+    ["latent.treatment.gaussian.sigma=0.5", "latent.treatment.gumbel_soft.top_k=4"],
+    ids=["gaussian", "gumbel_soft"],
+)
+def test_latents_that_act(local_ray, inputs, tmp_path, monkeypatch, treatment):
+    """With a KL and an anchor, two steps: what the rollout drew, perturbed logits included, is what the engine scores."""
+    changes = [f"latent.treatment.name={treatment.split('.')[2]}", treatment, "latent.treatment.kl_coef=0.1"]
     changes += ["latent.treatment.anchor_weight=0.1", "trainer.total_training_steps=2", "trainer.save_freq=-1"]
     tiny_run.train_here(tiny_run.make_config(inputs, tmp_path, *changes, "trainer.val_before_train=false"), monkeypatch)
     metrics = tiny_run.metrics_of(tmp_path)
