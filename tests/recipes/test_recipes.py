@@ -120,12 +120,10 @@ def test_chains_of_the_coconut_recipe():
     chains = load(RECIPES / "coconut" / "arithmetic.py")
     parts = {name: chains.generate(300, stream=name, seed=0, num_steps=3) for name in chains.STREAMS}
     for chain in parts["sft"][:50]:
-        words = chain.question.split()[:-1]
-        assert int(chain.answer) == eval(" ".join(words)) % 5  # noqa: S307  (digits and signs of our own)
-        for step, before in zip(chain.steps, [words[0], *(step.split()[-1] for step in chain.steps)], strict=False):
-            expression, result = step.split(" is ")
-            assert expression.split()[0] == before and eval(expression) % 5 == int(result)  # noqa: S307
-        assert len(chain.steps) == 3 and chain.steps[-1].endswith(f" is {chain.answer}")
+        start, *operations = chain.question.split()[:-1]
+        assert len(chain.steps) == len(operations) == 3 and chain.steps[-1] == chain.answer
+        for before, operation, after in zip([start, *chain.steps], operations, chain.steps, strict=False):
+            assert int(after) == eval(before + operation) % 7  # noqa: S307  (digits and signs of our own)
     questions = {name: {chain.question for chain in part} for name, part in parts.items()}
     assert not questions["sft"] & questions["heldout"] and not questions["rl"] & questions["dev"]
     assert parts["dev"] == chains.generate(300, stream="dev", seed=0, num_steps=3) != parts["heldout"]
