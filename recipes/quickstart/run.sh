@@ -12,8 +12,9 @@ cd "$(dirname "$0")/../.."
 SEED=${SEED:-0}
 OUT=${OUT:-outputs/quickstart}
 ROLLOUT=${ROLLOUT:-hf}
-HERE=recipes/quickstart
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+DATA=$OUT/data
+CONFIGS=recipes/quickstart
+source recipes/common.sh
 
 case $ROLLOUT in
   hf) SFT_OVERRIDES=() GRPO_OVERRIDES=() ;;
@@ -23,39 +24,20 @@ case $ROLLOUT in
   *) echo "ROLLOUT=$ROLLOUT: expected hf or vllm" >&2; exit 2 ;;
 esac
 
-rm -rf "$OUT"
-mkdir -p "$OUT"
-STARTED=$(date +%s)
+begin
 
 echo "== data and vision tower (seed $SEED)"
-python -m grpo_latent.data.digits --out "$OUT/data" --seed "$SEED" &
+beside "$OUT/data.log" python -m grpo_latent.data.digits --out "$DATA" --seed "$SEED"
 python -m grpo_latent.data.vision_pretrain --out "$OUT/vision" --seed "$SEED" --log-every 100
-wait $!
+join
 
 echo "== SFT: boxes on 4096 images, the answer on ten of them"
-python -m grpo_latent.sft --config-dir $HERE --config-name digits_sft \
-  model.path="$OUT/vision" data.train_files="$OUT/data/train_sft.parquet" \
-  trainer.output_dir="$OUT/sft" trainer.seed="$SEED" "${SFT_OVERRIDES[@]}"
-
-evaluate() { # checkpoint, output, overrides
-  python -m grpo_latent.evaluate --config-dir $HERE --config-name digits_evaluate \
-    model.path="$1" data.val_files="$OUT/data/heldout.parquet" output="$2" seed="$SEED" "${@:3}"
-}
-evaluate "$OUT/sft/model" "$OUT/evaluation_sft.json" 'ablations=[shuffle, oracle]' rollout.n=0 leak_prompts=0 \
-  > "$OUT/evaluation_sft.log" 2>&1 & # while Ray starts
-EVALUATION=$!
+sft digits_sft "$OUT/vision" "$DATA/train_sft.parquet" "$OUT/sft" "${SFT_OVERRIDES[@]}"
+beside "$OUT/evaluation_sft.log" \
+  evaluate digits_evaluate "$OUT/sft/model" sft 'ablations=[shuffle, oracle]' rollout.n=0 leak_prompts=0 # while Ray starts
 
 echo "== GRPO over latent trajectories"
-GRPO_STARTED=$(date +%s)
-python -m grpo_latent.train --config-dir $HERE --config-name digits_grpo \
-  actor_rollout_ref.model.path="$OUT/sft/model" \
-  data.train_files="$OUT/data/train_rl.parquet" data.val_files="$OUT/data/dev.parquet" \
-  latent.output_dir="$OUT/grpo" latent.seed="$SEED" "${GRPO_OVERRIDES[@]}" "$@"
-GRPO_SECONDS=$(($(date +%s) - GRPO_STARTED))
-
-wait $EVALUATION || { cat "$OUT/evaluation_sft.log"; exit 1; }
-STEP=$(cat "$OUT/grpo/checkpoints/latest_checkpointed_iteration.txt")
-evaluate "$OUT/grpo/checkpoints/global_step_$STEP/actor/huggingface" "$OUT/evaluation_grpo.json"
-
-python recipes/summarize.py "$OUT" --seed "$SEED" --grpo-seconds "$GRPO_SECONDS" \
-  --seconds-total $(($(date +%s) - STARTED))
+grpo digits_grpo "$OUT/sft/model" "${GRPO_OVERRIDES[@]}" "$@"
+join
+evaluate digits_evaluate "$(last_checkpoint "$OUT/grpo")" grpo
+summarize
