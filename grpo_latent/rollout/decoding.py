@@ -21,6 +21,7 @@ from grpo_latent.models.head import end_vector, feedback
 from grpo_latent.models.kv_cache import RolloutCache
 from grpo_latent.models.visibility import attention_bias
 from grpo_latent.rollout.override import OverrideTable
+from grpo_latent.rollout.prefill import Prefill, join_prefills, length_buckets
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.sampling import latent_uniforms, sample, uniforms
 from grpo_latent.trajectory import PositionKind, Trajectory
@@ -123,8 +124,14 @@ class DecodingBatch:
         """int64 [N], the row of the prefill that each row goes on from."""
         return row_to_prompt_N
 
-    def _prefill(self, requests: list[RolloutRequest]):
-        """Forward over the B prompts: last hidden states, cache, kinds, validity, next position."""
+    def _prefill(self, requests: list[RolloutRequest]) -> Prefill:
+        """Over the B prompts, with little padding."""
+        buckets = length_buckets([request.prompt_ids.shape[0] for request in requests])
+        parts = [self._prefill_together([requests[index] for index in bucket]) for bucket in buckets]
+        return parts[0] if len(parts) == 1 else join_prefills(parts, buckets)
+
+    def _prefill_together(self, requests: list[RolloutRequest]) -> Prefill:
+        """One forward over prompts."""
         input_ids_BP, valid_BP, images = self._padded_prompts(requests)
         kinds_BP = self.adapter.prompt_kinds(input_ids_BP)
         position_ids = self.adapter.position_ids(input_ids_BP, valid_BP, images)
@@ -138,7 +145,7 @@ class DecodingBatch:
         )
         hidden = self.adapter.forward_hidden(input_ids_BP, mask, position_ids, images, cache)
         last_position_B = position_ids.amax(-1) if position_ids.ndim == 2 else position_ids.amax((0, -1))
-        return hidden[:, -1], cache, kinds_BP, valid_BP, last_position_B + 1
+        return Prefill(hidden[:, -1], cache, kinds_BP, valid_BP, last_position_B + 1)
 
     def _init_bias(self, kinds_NP: Tensor, valid_NP: Tensor, length: int) -> None:
         """Bias of the coming rows over all columns: of sighted rows, and of blind ones (the same with `full`)."""

@@ -4,9 +4,9 @@
                                                                                           │
       each step, every row in its own mode:  plan kinds ▸ sample text ▸ feed h back ▸ record ▸ one forward ▸ drop rows
 
-An image is encoded once, a prompt prefilled once, keys and values are written in place, rows that have stopped are
-dropped when they are half of the batch. A row's result depends on weights, prompt, seed and sampling; the batch that it
-shares moves its numbers by rounding only.
+An image is encoded once, a prompt prefilled once, beside prompts of about its length; keys and values are written in place;
+rows that have stopped are dropped when they are half of the batch; on CPU linear layers multiply with packed weights. A
+row's result depends on weights, prompt, seed and sampling; the batch that it shares moves its numbers by rounding only.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from grpo_latent.errors import RolloutError
 from grpo_latent.models.slots import SlotDraws, SlotRecord, prefill_with_slots
 from grpo_latent.rollout.decoding import DecodingBatch
 from grpo_latent.rollout.override import OverrideTable
+from grpo_latent.rollout.prefill import Prefill
 from grpo_latent.rollout.protocol import RolloutRequest
 from grpo_latent.rollout.sampling import slot_uniforms
 from grpo_latent.trajectory import Trajectory
@@ -37,7 +38,7 @@ class SlotDecodingBatch(DecodingBatch):
         self.selection_temperature = selection_temperature
         super().__init__(*args)
 
-    def _prefill(self, requests: list[RolloutRequest]):
+    def _prefill(self, requests: list[RolloutRequest]) -> Prefill:
         num_slots = [self.config.steps if request.steps is None else request.steps for request in requests]
         overrides = [request.latent_override for request in requests]
         is_given = any(override is not None for override in overrides)
@@ -63,7 +64,7 @@ class SlotDecodingBatch(DecodingBatch):
             self._check(request, record, limits[-1])
         self.limit_N = torch.tensor(limits, device=self.adapter.device)
         self._num_prefilled = prefill.hidden_BH.shape[0]
-        return prefill.hidden_BH, prefill.cache, prefill.kinds_BS, prefill.valid_BS, prefill.next_position_B
+        return Prefill(prefill.hidden_BH, prefill.cache, prefill.kinds_BS, prefill.valid_BS, prefill.next_position_B)
 
     def _draws(self, requests: list[RolloutRequest], num_slots: list[int]) -> SlotDraws | None:
         if self.selection_temperature is None or self.config.top_k_image == 0:

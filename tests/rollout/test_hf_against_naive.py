@@ -12,6 +12,7 @@ from latent_cases import ALL_NAMES, TEXT_NAMES, case, sampling
 
 from grpo_latent.models.attention import FOLDED_SDPA
 from grpo_latent.models.packed_linears import packs
+from grpo_latent.rollout import prefill
 from grpo_latent.trajectory import PositionKind as K
 
 TEMPERATURE = 2.0
@@ -88,6 +89,29 @@ def assert_same(first, second, atol):
     assert first.stop_reason == second.stop_reason
     for name in ("latents", "rollout_log_probs", "sampling_log_probs"):
         torch.testing.assert_close(getattr(first, name), getattr(second, name), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("visibility", ["full", "latents_only"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3"])
+def test_prompts_of_different_lengths_are_prefilled_apart_and_decode_as_together(monkeypatch, name, visibility):
+    """A bucket a length, in another order than the requests', against one padded prefill of all."""
+    c, shapes = case(name), []
+    _, together = rollouts(c, visibility)
+    monkeypatch.setattr(prefill, "MIN_POSITIONS", 1)
+    monkeypatch.setattr(prefill, "MIN_FILL", 1.0)
+    requests = mixed_requests(c)
+    engine = c.engine(c.config(visibility=visibility))
+    inner = engine.adapter.forward_hidden
+    monkeypatch.setattr(
+        engine.adapter, "forward_hidden", lambda ids, *args: shapes.append(ids.shape) or inner(ids, *args)
+    )
+    apart = engine.generate(requests, sampling(16, temperature=TEMPERATURE))
+    lengths = sorted({len(request.prompt_ids) for request in requests}, reverse=True)
+    assert [shape[1] for shape in shapes] == lengths and len(lengths) > 2
+    assert sum(shape[0] for shape in shapes) == len(requests)
+    for group, other in zip(apart, together, strict=True):
+        for a, b in zip(group, other, strict=True):
+            assert_same(a, b, atol=5e-5)
 
 
 @pytest.mark.parametrize("visibility", ["full", "latents_only"])

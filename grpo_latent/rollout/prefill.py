@@ -1,0 +1,89 @@
+"""Prompts of different lengths, prefilled with little padding: those of about one length together.
+
+Padding costs a forward as much as prompt does, and a prompt's image makes lengths differ by hundreds. The parts are put
+side by side afterwards, padded on the left, so that decoding sees one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import Cache, DynamicCache
+
+from grpo_latent.trajectory import PositionKind
+
+MIN_POSITIONS = 256  # of a forward: smaller ones cost their overhead
+MIN_FILL = 7 / 8  # of the longest prompt's length
+
+
+class Prefill(NamedTuple):
+    """A forward over B prompts of at most P positions, padded on the left.
+
+    Attributes:
+        hidden_BH: last hidden states.
+        cache: keys and values of P positions.
+        kinds_BP, valid_BP: `PositionKind`, and False at padding.
+        next_position_B: position id of the first completion position.
+    """
+
+    hidden_BH: Tensor
+    cache: Cache
+    kinds_BP: Tensor
+    valid_BP: Tensor
+    next_position_B: Tensor
+
+
+def length_buckets(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of the prompts that are prefilled together, buckets of long prompts first.
+
+    A bucket takes shorter and shorter prompts, until it has `MIN_POSITIONS` and the next would be padded by more than an
+    eighth.
+
+    >>> length_buckets([300, 20, 290, 30]), length_buckets([30, 20, 30])
+    ([[0, 2], [1, 3]], [[0, 1, 2]])
+    """
+    buckets: list[list[int]] = []
+    longest = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        is_full = bool(buckets) and longest * len(buckets[-1]) >= MIN_POSITIONS
+        if not buckets or (is_full and lengths[index] < MIN_FILL * longest):
+            buckets.append([])
+            longest = lengths[index]
+        buckets[-1].append(index)
+    return [sorted(bucket) for bucket in buckets]
+
+
+def join_prefills(parts: Sequence[Prefill], buckets: Sequence[Sequence[int]]) -> Prefill:
+    """One prefill of all prompts, in their own order; the parts' caches are emptied on the way.
+
+    Args:
+        buckets: of each part, the indices of its prompts.
+    """
+    length = max(part.kinds_BP.shape[1] for part in parts)
+    order_B = torch.tensor([index for bucket in buckets for index in bucket], device=parts[0].hidden_BH.device)
+    place_B = order_B.argsort()
+
+    def join(tensors: Sequence[Tensor], value: int = 0, dim: int | None = None) -> Tensor:
+        """Rows in the prompts' order; `dim` is padded on the left to P, with zeros or `value`."""
+        if dim is not None:
+            later_dims = [0] * 2 * (tensors[0].ndim - 1 - dim)
+            tensors = [pad(tensor, [*later_dims, length - tensor.shape[dim], 0], value=value) for tensor in tensors]
+        return torch.cat(list(tensors))[place_B]
+
+    cache = DynamicCache()
+    for layer_idx in range(len(parts[0].cache.layers)):
+        layers = [part.cache.layers[layer_idx] for part in parts]
+        cache.update(join([x.keys for x in layers], dim=2), join([x.values for x in layers], dim=2), layer_idx)
+        for layer in layers:
+            layer.keys = layer.values = None
+    return Prefill(
+        join([part.hidden_BH for part in parts]),
+        cache,
+        join([part.kinds_BP for part in parts], int(PositionKind.PROMPT), dim=1),
+        join([part.valid_BP for part in parts], dim=1),
+        join([part.next_position_B for part in parts]),
+    )
