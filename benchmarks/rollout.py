@@ -1,16 +1,19 @@
-"""Rollout throughput: engine `hf` with latents against Hugging Face `generate` without, and against a naive latent loop.
+"""Rollout throughput: engine `hf` with latents against Hugging Face `generate` without, a naive latent loop, and vLLM.
 
-    python benchmarks/rollout.py [--new-tokens 11 64] [--repeats 5] [--json out.json]
+    python benchmarks/rollout.py [--new-tokens 11 64] [--text-positions 64] [--repeats 5] [--json out.json]
 
-The embedded experiment's model (Qwen2.5-VL, 1.3 M parameters, random weights), 16 prompts with an image each, 8 trajectories
-a prompt, one thread. All three sample at temperature 1 without truncation; EOS is never sampled, so that every trajectory
-has the same number of positions. The numbers are CPU-seconds (`time.process_time`), medians of repeats that interleave
-the paths, so that a busy machine slows all of them alike.
+First part. The embedded experiment's model (Qwen2.5-VL, 1.3 M parameters, random weights), 16 prompts with an image each, 8
+trajectories a prompt, one thread. All three sample at temperature 1 without truncation; EOS is never sampled, so that every
+trajectory has the same number of positions. The numbers are CPU-seconds (`time.process_time`), medians of repeats that
+interleave the paths, so that a busy machine slows all of them alike.
 
 What is compared is what each is: `generate` gets the whole batch, `num_return_sequences=8`, no logits processors and returns
 ids only; the engine also feeds latents (a span of 4 in every trajectory) and returns log-probs and latents. The naive loop
 runs one trajectory at a time and encodes the image for each, as the published code does; it is timed on the first 16
 trajectories, since each costs the same.
+
+Second part (text_models.py), where vLLM is installed: text models of 3 M and 0.15 B parameters, 32 prompts. Engine `vllm`
+with latents against stock vLLM that samples text at all positions, compiled and eager; engine `hf` against engine `vllm`.
 """
 
 from __future__ import annotations
@@ -21,16 +24,18 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import text_models  # noqa: E402
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from grpo_latent.data import digits  # noqa: E402
 from grpo_latent.latent.config import LatentConfig  # noqa: E402
@@ -100,8 +105,9 @@ def build() -> Setting:
     return Setting(model, processor, config, tokenizer.eos_token_id, batch, requests)
 
 
-def engine_path(setting: Setting, new_tokens: int, visibility: str) -> Contender:
-    engine = HFRolloutEngine(setting.model, setting.config.replace(visibility=visibility), [setting.eos_id])
+def engine_path(setting: Setting, new_tokens: int, visibility: str, pack_linears: bool = True) -> Contender:
+    config = setting.config.replace(visibility=visibility)
+    engine = HFRolloutEngine(setting.model, config, [setting.eos_id], pack_linears=pack_linears)
 
     def run() -> int:
         groups = engine.generate(setting.requests, SamplingParams(new_tokens))
@@ -110,7 +116,7 @@ def engine_path(setting: Setting, new_tokens: int, visibility: str) -> Contender
         assert with_span > 0.9 * len(trajectories), "the benchmark must have latents"
         return sum(len(t.token_ids) for t in trajectories)
 
-    return Contender(f"engine hf, latents, {visibility}", run)
+    return Contender(f"engine hf, latents, {visibility}{'' if pack_linears else ', plain linears'}", run)
 
 
 def generate_path(setting: Setting, new_tokens: int) -> Contender:
@@ -218,21 +224,69 @@ def show(console: Console, title: str, results: dict[str, dict], base: str) -> N
     console.print(table)
 
 
+def text_report(console: Console, new_tokens: int, repeats: int, folder: Path) -> dict[str, dict]:
+    """Second part: a table and the ratios of each size. Ratios are medians over rounds, each of neighbouring turns.
+
+    Args:
+        folder: keeps the checkpoints, because vLLM's cache of compiled code knows a model by its path.
+    """
+    version, report = text_models.vllm_version(), {}
+    if version is None:
+        console.print("rows of vLLM are left out: it is not installed here (make vllm)")
+    for label, sizes in text_models.SIZES.items():
+        checkpoint = folder / label.replace(" ", "")
+        num_parameters = text_models.write_checkpoint(checkpoint, sizes)
+        turns = text_models.compare(checkpoint, new_tokens, repeats, with_vllm=version is not None)
+        table = Table(title=f"text model, {num_parameters / 1e6:.1f} M parameters, fp32, {new_tokens} new positions")
+        for column in ("path", "CPU s", "wall s", "positions", "latents", "positions / CPU s"):
+            table.add_column(column, justify="left" if column == "path" else "right")
+        rows = {name: median_turn(values) for name, values in turns.items()}
+        for name, turn in rows.items():
+            cells = (f"{turn.cpu_s:.2f}", f"{turn.wall_s:.2f}", str(turn.num_positions), str(turn.num_latents))
+            table.add_row(name, *cells, f"{turn.num_positions / turn.cpu_s:,.0f}")
+        console.print(table)
+        ratios = {
+            f"{a} / {b}": statistics.median(
+                y.cpu_s / x.cpu_s for x, y in zip(turns.get(a, []), turns.get(b, []), strict=True)
+            )
+            for a, b in text_models.RATIOS
+            if a in turns and b in turns
+        }
+        for name, ratio in ratios.items():
+            console.print(f"  {ratio:.2f} x  {name}")
+        report[label] = {"vllm": version, "parameters": num_parameters, "ratios": ratios}
+        report[label]["paths"] = {name: asdict(turn) for name, turn in rows.items()}
+    return report
+
+
+def median_turn(turns: list[text_models.Turn]) -> text_models.Turn:
+    cpu_s, wall_s = (statistics.median(getattr(turn, name) for turn in turns) for name in ("cpu_s", "wall_s"))
+    return replace(turns[0], cpu_s=cpu_s, wall_s=wall_s)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[11, 64])
+    parser.add_argument("--text-positions", type=int, default=64, help="of the text models")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", choices=("images", "text"), default=["images", "text"])
+    parser.add_argument("--folder", type=Path, default=Path("outputs/benchmark_rollout"), help="of the text models")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    setting, console, report = build(), Console(width=120), {}
-    for new_tokens in options.new_tokens:
-        engines = [engine_path(setting, new_tokens, visibility) for visibility in ("full", "latents_only")]
+    disable_progress_bar()  # transformers', for weights
+    console, report = Console(width=120), {}
+    setting = build()
+    for new_tokens in options.new_tokens if "images" in options.parts else []:
+        variants = (("full", True), ("latents_only", True), ("full", False))
+        engines = [engine_path(setting, new_tokens, *variant) for variant in variants]
         paths = [*engines, generate_path(setting, new_tokens), naive_path(setting, new_tokens)]
         results = measure(paths, options.repeats)
         show(console, f"{NUM_PROMPTS} prompts x {GROUP_SIZE}, {new_tokens} new positions", results, engines[0].name)
         report[str(new_tokens)] = results
+    if "text" in options.parts:
+        report["text"] = text_report(console, options.text_positions, options.repeats, options.folder.resolve())
     text = json.dumps(report, indent=2)
     print(text)
     if options.json is not None:
