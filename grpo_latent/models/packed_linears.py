@@ -1,9 +1,9 @@
 """Linear layers on CPU through oneDNN, with weights laid out once for many products.
 
-torch's own `linear` hands the weight to its BLAS as it lies in memory, in each call anew. A decoding step multiplies a few
-rows with every weight, so that the layout decides the time; a rollout makes hundreds of such steps with the same weights.
-Laying them out costs about as much as one step, so that it is done for each rollout and forgotten: no copy can outlive an
-update of the weights. Results differ from the plain layers' by the order of summation.
+torch's own `linear` hands the weight to its BLAS as it lies in memory, in each call anew. A rollout multiplies with the same
+weights hundreds of times, a few rows at each decoding step, so that the layout decides the time. Laying the weights out
+costs about as much as two steps: it is done for each rollout and forgotten, so that no copy can outlive an update of the
+weights. Results differ from the plain layers' by the order of summation.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-LAYOUT_ROWS = (
-    64  # the layout is chosen for so many rows, whatever their number is: a constant keeps results reproducible
-)
+# rows that the layout is chosen for, whatever their number is: of a constant, so that results are reproducible
+LAYOUT_ROWS = 64
 _linear = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
 
 

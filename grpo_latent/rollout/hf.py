@@ -43,9 +43,9 @@ class HFRolloutEngine:
         treatment: what RL makes of latents; it decides what is fed and recorded at them. None is `mask`.
         selection_temperature: of the image positions that prompt slots draw (Plackett–Luce); None takes those of most
             attention.
-        pack_linears: decode with packed copies of the linear layers' weights, made for each batch and dropped after it,
-            where `models.packed_linears.packs` them (CPU, float32 or bfloat16). Elsewhere, and in the prefill, the layers
-            are the model's own. Moves numbers by rounding only, and takes the memory of the decoder's weights once more.
+        pack_linears: multiply with packed copies of the decoder's linear weights, made for each call of `generate` and
+            dropped after it, where `models.packed_linears.packs` them (CPU, float32 or bfloat16; elsewhere the layers run as
+            they are). Moves numbers by rounding only, and takes the memory of the decoder's weights once more.
     """
 
     def __init__(
@@ -123,7 +123,8 @@ class HFRolloutEngine:
         was_training = self.model.training
         self.model.eval()
         try:
-            return [group for chunk in self._chunks(requests) for group in self._generate_chunk(chunk, sampling)]
+            with self._packed():
+                return [group for chunk in self._chunks(requests) for group in self._generate_chunk(chunk, sampling)]
         finally:
             self.model.train(was_training)
 
@@ -150,9 +151,9 @@ class HFRolloutEngine:
         self.policy_version = policy_version
 
     def _packed(self):
+        """Whatever reads the prompt or decodes; an image tower has its own batch sizes, and often its own cache."""
         if not self.pack_linears:
             return nullcontext()
-        # what decoding runs through: towers have done their part
         parts = (self.adapter.decoder, self.model.get_output_embeddings(), getattr(self.model, HEAD_ATTRIBUTE, None))
         return packed_linears(part for part in parts if part is not None)
 
@@ -175,7 +176,7 @@ class HFRolloutEngine:
             batch = DecodingBatch(*parts)
         # the prefill is over: transformers makes masks for implementations that it knows by name only, and encoded images
         # may outlive the rollout, which tensors of inference mode (5 % faster here) must not
-        with folded_attention(self.adapter.text_config), self._packed(), torch.inference_mode():
+        with folded_attention(self.adapter.text_config), torch.inference_mode():
             for position in range(sampling.max_new_tokens):
                 embeds_NH = batch.choose(position)
                 if embeds_NH is None:

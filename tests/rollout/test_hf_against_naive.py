@@ -210,8 +210,8 @@ def test_start_with_id_zero():
 
 @pytest.mark.parametrize("pack_linears", [True, False])
 def test_prefill_and_decoding_use_the_attention_and_linears_meant_for_them(monkeypatch, pack_linears):
-    """Folded attention has no mask of its own making, so the prefill must not run in it; decoding should. Packed linears
-    are for few rows; outside a rollout the model has its own."""
+    """Folded attention has no mask of its own making, so the prefill must not run in it; decoding should. Linears
+    are packed in both, and the model's own again afterwards."""
     c, seen = case("qwen2_5_vl"), {}
     engine = c.engine(pack_linears=pack_linears)
     layer = engine.adapter.decoder.layers[0].mlp.up_proj
@@ -224,7 +224,7 @@ def test_prefill_and_decoding_use_the_attention_and_linears_meant_for_them(monke
         monkeypatch.setattr(engine.adapter, name, partial(observed, name, getattr(engine.adapter, name)))
     engine.generate([c.request(images=c.images(1))], sampling(3))
     packed = pack_linears and packs(layer.weight)
-    assert seen == {"forward_hidden": ("sdpa", False), "decode_hidden": (FOLDED_SDPA, packed)}
+    assert seen == {"forward_hidden": ("sdpa", packed), "decode_hidden": (FOLDED_SDPA, packed)}
     assert "forward" not in vars(layer)
 
 
