@@ -52,7 +52,7 @@ class FrontEnd:
             "additional_config": {CONFIG_KEY: self.options.to_json()},
         }
         if not self.adapter.has_vision:
-            return arguments | {"enable_prompt_embeds": True}  # makes the runner feed vectors
+            return arguments
         return arguments | {"limit_mm_per_prompt": {"video": 0}, "mm_processor_cache_gb": 0}
 
     def check(self, request: RolloutRequest, sampling: SamplingParams) -> None:

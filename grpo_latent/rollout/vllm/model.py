@@ -77,9 +77,12 @@ class LatentParameters:
 
 
 def latent_class(base: type[nn.Module]) -> type[nn.Module]:
-    """`base` with `latent_parameters`; keeps its name, which vLLM logs and hashes."""
+    """`base` with `latent_parameters` and the hidden states of this step; keeps its name, which vLLM logs and hashes."""
 
     class LatentModelClass(base):
+        # [N, H] after the final norm: what the last `compute_logits` was given, a row a request when a runner samples
+        scored_hidden: Tensor | None = None
+
         def __init__(self, *, vllm_config, prefix: str = ""):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
             model_config = vllm_config.model_config
@@ -93,6 +96,17 @@ def latent_class(base: type[nn.Module]) -> type[nn.Module]:
 
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
             return super().load_weights(self.latent_parameters.take(weights))
+
+        def compute_logits(self, hidden_states, *args, **kwargs):
+            self.scored_hidden = hidden_states
+            return super().compute_logits(hidden_states, *args, **kwargs)
+
+        @classmethod
+        def get_model_state_cls(cls):
+            """Asked for by the V2 runner only."""
+            from grpo_latent.rollout.vllm.model_state import LatentModelState
+
+            return LatentModelState
 
     LatentModelClass.__name__, LatentModelClass.__qualname__ = base.__name__, base.__qualname__
     LatentModelClass.__module__ = base.__module__

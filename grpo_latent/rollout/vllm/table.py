@@ -19,6 +19,7 @@ from grpo_latent.errors import RolloutError
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.latent.lvr import SpanState
 from grpo_latent.rollout.sampling import sample, uniforms
+from grpo_latent.rollout.vllm.middleware import STEPS_FIELD
 from grpo_latent.trajectory import PositionKind
 
 # columns of the state before each position
@@ -37,9 +38,10 @@ class RowSampling:
 
 @dataclass(frozen=True)
 class LatentRequest:
-    """What a request asks of the worker, `SamplingParams.extra_args["latent"]` in vLLM's terms.
+    """What a request asks of the worker: `SamplingParams.extra_args["latent"]` in vLLM's terms.
 
-    `key` names the record that `pop` returns; None (a served request) keeps none, and vLLM's sampler draws its text.
+    `key` names the record that `pop` returns; None (a served request) keeps none, and vLLM's sampler draws its text. Such a
+    request may set `extra_args["latent_steps"]`, which `middleware` has checked for HTTP clients.
     """
 
     key: str | None = None
@@ -48,9 +50,11 @@ class LatentRequest:
 
     @staticmethod
     def from_extra_args(extra_args: dict | None) -> LatentRequest:
-        values = (extra_args or {}).get("latent") or {}
-        if "key" not in values:
-            return LatentRequest(steps=values.get("steps"))
+        extra_args = extra_args or {}
+        values = extra_args.get("latent")
+        if not isinstance(values, dict):
+            steps = extra_args.get(STEPS_FIELD)
+            return LatentRequest(steps=max(steps, 1) if isinstance(steps, int) else None)
         names = ("seed", "temperature", "top_k", "top_p")
         return LatentRequest(values["key"], values.get("steps"), RowSampling(*(values[name] for name in names)))
 

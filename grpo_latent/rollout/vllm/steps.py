@@ -1,0 +1,159 @@
+"""One scheduler step of latent decoding, the same for both of vLLM's model runners.
+
+    finish, add     who goes and who comes
+    begin           before the forward: recorded vectors go in, and the rows that choose a position are noted
+    choose          after it: their next positions are decided and recorded
+
+All three read what the scheduler announced, on the CPU, and tensors on the device: nothing waits for a sampled id, so
+asynchronous scheduling keeps its overlap.
+
+Letters as in `table`: N requests of a step, M rows among them, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grpo_latent.errors import RolloutError
+from grpo_latent.rollout.vllm.skeleton import WorkerOptions
+from grpo_latent.rollout.vllm.table import LatentRequest, LatentTable, StepRows
+
+
+class LatentSteps:
+    """Follows the requests of a worker.
+
+    Args:
+        feedback: last hidden states [M, H] -> vectors that a latent step feeds.
+        end_vector: the learned end vector [H], or None; asked for at every step, as new weights may replace it.
+        num_slots: requests in flight that the table starts with.
+        max_length: longest completion.
+    """
+
+    def __init__(
+        self,
+        options: WorkerOptions,
+        feedback: Callable[[Tensor], Tensor],
+        end_vector: Callable[[], Tensor | None],
+        *,
+        vocab_size: int,
+        num_slots: int,
+        max_length: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        banned_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        banned_V[list(options.banned_ids)] = True
+        self.table = LatentTable(
+            options.config, banned_V, num_slots, max_length, options.room(max_length), hidden_size, dtype
+        )
+        self.feedback, self.end_vector = feedback, end_vector
+        self.prompt_lengths: dict[str, int] = {}
+        self.num_replayed_rows = 0
+        self.rows: StepRows | None = None
+
+    def add(self, request_id: str, prompt_length: int, extra_args: dict | None) -> None:
+        """A request's first step, or, in the V2 runner, its first one after a preemption: it then has its slot still."""
+        known = self.prompt_lengths.setdefault(request_id, prompt_length)
+        if known != prompt_length:
+            raise RolloutError(
+                "latents cannot go through a request whose prompt grows",
+                where=f"request {request_id}",
+                got=f"{prompt_length} prompt ids, before {known}",
+                expected="no streaming input",
+            )
+        if request_id not in self.table.slots:
+            self.table.add(request_id, LatentRequest.from_extra_args(extra_args))
+
+    def finish(self, request_ids) -> None:
+        for request_id in request_ids:
+            self.prompt_lengths.pop(request_id, None)
+            self.table.finish(request_id)
+
+    def begin(
+        self,
+        embeds: Tensor,
+        request_ids: list[str],
+        starts_N: np.ndarray,
+        counts_N: np.ndarray,
+        is_choosing_N: np.ndarray,
+    ) -> None:
+        """Feeds the recorded vectors of this step's inputs, in place.
+
+        Args:
+            embeds: input vectors [rows of the step, H], requests one after the other.
+            starts_N: int64, each request's first position of this step in its sequence, prompt included.
+            counts_N: int64, its number of positions.
+            is_choosing_N: bool, False where known tokens are left after this step, so that nothing is sampled.
+        """
+        table = self.table
+        slots_N = np.array([table.slots[request_id] for request_id in request_ids])
+        positions_N = starts_N - np.array([self.prompt_lengths[request_id] for request_id in request_ids])
+        self._feed(embeds, slots_N, positions_N, counts_N)
+        rows_M = np.nonzero(is_choosing_N)[0]
+        chosen_ids = [request_ids[row] for row in rows_M]
+        positions_M = (positions_N + counts_N)[rows_M]
+        self.rows = StepRows(rows_M, slots_N[rows_M], positions_M, [table.requests[name] for name in chosen_ids])
+        table.note_chosen(chosen_ids, positions_M)
+
+    def _feed(self, embeds: Tensor, slots_N: np.ndarray, positions_N: np.ndarray, counts_N: np.ndarray) -> None:
+        """`positions_N` may be negative, inside prompts."""
+        first_rows_N = np.cumsum(counts_N) - counts_N
+        offsets = np.arange(int(counts_N.sum())) - np.repeat(first_rows_N, counts_N)
+        positions = np.repeat(positions_N, counts_N) + offsets
+        rows_M = np.nonzero(positions >= 0)[0]
+        if rows_M.size:
+            self.table.feed(embeds, rows_M, np.repeat(slots_N, counts_N)[rows_M], positions[rows_M])
+        self.num_replayed_rows += rows_M.size - int(((counts_N == 1) & (positions_N >= 0)).sum())
+
+    @property
+    def has_served_rows(self) -> bool:
+        """Whether vLLM's own sampler draws for a row of this step."""
+        return any(request.key is None for request in self.rows.requests)
+
+    def without_banned(self, logits_NV: Tensor) -> Tensor:
+        """A copy of the logits for vLLM's own sampler, banned tokens at -inf."""
+        masked = logits_NV.clone()
+        if self.rows.requests:
+            rows_M = self._row_tensor(logits_NV)
+            masked[rows_M] = masked[rows_M].masked_fill(self.table.banned(self.rows), -torch.inf)
+        return masked
+
+    def choose(self, hidden_NH: Tensor, logits_NV: Tensor, tokens_N1: Tensor, log_probs=None) -> None:
+        """Decides, records and writes the next id of every row that chooses one.
+
+        Args:
+            hidden_NH: last hidden states after the final norm, a row a request.
+            logits_NV: their logits, nothing masked.
+            tokens_N1: ids that vLLM's sampler drew; overwritten.
+            log_probs: vLLM's `LogprobsTensors` of them, or None; overwritten where its sampler did not draw, with 0 where
+                nothing is sampled.
+        """
+        rows = self.rows
+        if not rows.requests:
+            return
+        rows_M = self._row_tensor(logits_NV)
+        is_all = len(rows.requests) == logits_NV.shape[0]
+        chosen_M, full_M, is_forced_M = self.table.choose(
+            rows,
+            hidden_NH if is_all else hidden_NH[rows_M],
+            logits_NV if is_all else logits_NV[rows_M],
+            self.table.banned(rows),
+            tokens_N1[rows_M, 0].long(),
+            self.feedback,
+            self.end_vector(),
+        )
+        tokens_N1[rows_M, 0] = chosen_M.to(tokens_N1.dtype)
+        if log_probs is None:
+            return
+        is_recorded_M = torch.tensor([request.key is not None for request in rows.requests], device=rows_M.device)
+        ours_M = is_recorded_M | is_forced_M
+        for target, values_M in ((log_probs.logprob_token_ids, chosen_M), (log_probs.logprobs, full_M)):
+            target[rows_M, 0] = torch.where(ours_M, values_M.to(target.dtype), target[rows_M, 0])
+
+    def _row_tensor(self, like: Tensor) -> Tensor:
+        return torch.from_numpy(self.rows.rows_N).to(like.device)

@@ -1,0 +1,95 @@
+"""`python -m grpo_latent.serve FOLDER [flags of vllm serve …]`: vLLM's own OpenAI-compatible server, latents on.
+
+Checks the checkpoint, then becomes `vllm serve FOLDER` with the flags that latents need. `--print-command` prints that
+command instead, to be run or changed by hand; vLLM's worker checks it again. Without `--host` it listens on loopback only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+
+from grpo_latent.errors import ConfigError, GrpoLatentError
+from grpo_latent.rollout.vllm.compat import (
+    RUNNER_VARIABLE,
+    SCHEDULER_CLASSES,
+    WORKER_CLASSES,
+    check_version,
+    installed_vllm,
+    pin_runner,
+)
+from grpo_latent.rollout.vllm.skeleton import CONFIG_KEY, Skeleton, read_skeleton
+
+CLI, MIDDLEWARE = "grpo_latent.rollout.vllm.cli", "grpo_latent.rollout.vllm.middleware.LatentRequests"
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("model", help="folder of a latent checkpoint")
+    parser.add_argument("--steps", type=int, help="latent steps a span; the checkpoint's if left out")
+    parser.add_argument(
+        "--max-latents", type=int, help="latent steps that a completion may hold (default: 256, or fewer)"
+    )
+    parser.add_argument("--print-command", action="store_true", help="print vLLM's command and stop")
+    return parser.parse_known_args(argv)
+
+
+def vllm_command(
+    skeleton: Skeleton, model: str, platform: str, flags: list[str], overrides: dict, max_latents: int | None
+) -> list[str]:
+    """Arguments of `vllm`. Flags of the user come last, so that they win.
+
+    Args:
+        platform: `cpu` or `cuda`.
+        flags: the user's own, passed on.
+        overrides: fields of `LatentConfig` to replace.
+    """
+    names = {flag.split("=")[0] for flag in flags}
+    # vLLM schedules asynchronously on GPUs unless told otherwise, never on CPU
+    is_async = platform == "cuda" and "--no-async-scheduling" not in names
+    command = ["serve", model, "--worker-cls", WORKER_CLASSES[platform], "--scheduler-cls", SCHEDULER_CLASSES[is_async]]
+    command += ["--async-scheduling" if is_async else "--no-async-scheduling", "--middleware", MIDDLEWARE]
+    if skeleton.adapter.has_vision and "--limit-mm-per-prompt" not in names:
+        command += ["--limit-mm-per-prompt", json.dumps({"video": 0})]
+    if "--host" not in names:
+        command += ["--host", "127.0.0.1"]
+    options = ({"overrides": overrides} if overrides else {}) | ({"max_latents": max_latents} if max_latents else {})
+    if options and "--additional-config" in names:
+        raise ConfigError(
+            "two places for the same options",
+            where="--additional-config",
+            got=f"also {sorted(options)}",
+            expected="either",
+            fix=f'Put them under "{CONFIG_KEY}" of --additional-config.',
+        )
+    if options:
+        command += ["--additional-config", json.dumps({CONFIG_KEY: options})]
+    return command + flags
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, flags = parse(argv)
+    try:
+        version, platform = installed_vllm()
+        check_version(version)
+        overrides = {} if args.steps is None else {"steps": args.steps}
+        skeleton = read_skeleton(args.model, overrides)
+        command = vllm_command(skeleton, args.model, platform, flags, overrides, args.max_latents)
+        is_v2 = pin_runner()
+    except GrpoLatentError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    if args.print_command:
+        program = "vllm" if platform == "cuda" else f"python -m {CLI}"
+        print(f"{RUNNER_VARIABLE}={int(is_v2)} {program} {shlex.join(command)}")
+        return 0
+    os.execv(sys.executable, [sys.executable, "-m", CLI, *command])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
