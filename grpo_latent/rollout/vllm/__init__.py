@@ -1,8 +1,12 @@
 """Engine `vllm`: latent rollouts in stock vLLM, through its own plug-in points.
 
-    VllmRolloutEngine ──requests──▶ LLMEngine ▸ LatentScheduler ▸ latent worker ▸ V1 runner with LatentRunner's hooks
-           ▲                                                                        │ _preprocess: recorded vectors go in
-           └──────────trajectories────── latent_pop (RPC) ◀── LatentTable ◀─────────┘ _sample: next position is chosen
+    VllmRolloutEngine, or vLLM's HTTP server (`python -m grpo_latent.serve`)
+           │ requests                             ▲ trajectories, by latent_pop (RPC); or text
+           ▼                                      │
+    LLMEngine ▸ LatentScheduler ▸ latent worker ▸ LatentSteps ▸ LatentTable
+                                        │           ▲ before the forward: recorded vectors go in
+                                        ▼           │ after it: next positions are chosen and recorded
+                         V1 runner with LatentRunner's hooks, or V2 runner with LatentModelState
 
-Only this package (and verl's side of it) imports vllm. `compat` names every vLLM symbol that is relied on.
+Only this package (and verl's side of it) imports vllm. `contract` names every vLLM symbol that is relied on.
 """

@@ -2,7 +2,7 @@
 
 Greedy trajectories are engine hf's; sampled ones draw the same uniform numbers, so they differ only where rounding moves a
 token across a boundary. In-process vLLM changes its process: `torch.set_num_threads` no longer acts, a gloo group exists,
-and the environment pins the V1 runner.
+and the environment pins the model runner.
 """
 
 from __future__ import annotations
