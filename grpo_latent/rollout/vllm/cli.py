@@ -12,9 +12,11 @@ from grpo_latent.rollout.vllm.compat import installed_vllm
 
 
 def main() -> None:
-    own_version, _ = installed_vllm()
-    version = importlib.metadata.version
-    importlib.metadata.version = lambda name: own_version if name == "vllm" else version(name)
+    version, platform = installed_vllm()
+    if platform == "cpu" and "cpu" not in version:
+        version = f"{version}+cpu"  # by which vLLM knows where it runs
+    stock = importlib.metadata.version
+    importlib.metadata.version = lambda name: version if name == "vllm" else stock(name)
     from vllm.entrypoints.cli.main import main as vllm_main
 
     vllm_main()
