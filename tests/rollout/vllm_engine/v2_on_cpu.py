@@ -14,8 +14,6 @@ import sys
 import types
 from pathlib import Path
 
-os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
-
 
 def pretend_triton_runs_here() -> None:
     """vLLM asks for a Triton backend `cpu`, and for the version of a distribution that the CPU wheel does not have."""
@@ -64,6 +62,7 @@ def main(name: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
+    os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
     sys.path.insert(0, str(Path(__file__).parents[2]))
     pretend_triton_runs_here()
     main(*sys.argv[1:])
