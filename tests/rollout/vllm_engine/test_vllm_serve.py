@@ -122,7 +122,8 @@ def test_a_chat_with_an_image_runs_the_spans_that_engine_hf_runs(server, client,
             assert choice.finish_reason == {"eos": "stop", "length": "length"}[trajectory.stop_reason]
     reported = [entry.logprob for entry in answers[0].choices[0].logprobs.content]
     acted = reference[0][0].response_mask().tolist()
-    assert all((value == 0) != is_action or value > -1e-6 for value, is_action in zip(reported, acted, strict=True))
+    assert all(value == 0 for value, is_action in zip(reported, acted, strict=True) if not is_action)
+    assert sum(value < 0 for value in reported) > 4
 
 
 @pytest.mark.slow
