@@ -29,7 +29,7 @@ def test_the_cpu_build_answers_to_the_name_that_verl_asks_for():
 
 def test_the_extension_fits_the_latent_workers():
     """vLLM refuses an extension that redefines what the worker has; the methods that it needs must be the worker's."""
-    from grpo_latent.rollout.vllm.worker import LatentCPUWorker
+    from grpo_latent.rollout.vllm.cpu_worker import LatentCPUWorker
     from grpo_latent.verl_plugin.vllm_worker import LatentWorkerExtension
 
     clashes = [

@@ -16,7 +16,7 @@ SCHEDULER_CLASSES = {
     True: "grpo_latent.rollout.vllm.scheduler.LatentAsyncScheduler",
 }
 WORKER_CLASSES = {
-    "cpu": "grpo_latent.rollout.vllm.worker.LatentCPUWorker",
+    "cpu": "grpo_latent.rollout.vllm.cpu_worker.LatentCPUWorker",
     "cuda": "grpo_latent.rollout.vllm.worker.LatentGPUWorker",
 }
 # whether it is the V2 one -> model runners that have our hooks

@@ -1,10 +1,9 @@
-"""Worker classes, `worker_cls` of vLLM: a stock worker whose model runner has the latent hooks."""
+"""`worker_cls` of vLLM on CUDA: the stock worker, its model runner with the latent hooks. On CPU: `cpu_worker`."""
 
 from __future__ import annotations
 
 import torch
 import vllm
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from grpo_latent.errors import PluginError
@@ -16,7 +15,9 @@ from grpo_latent.rollout.vllm.steps import LatentSteps
 from grpo_latent.rollout.vllm.wire import pack
 
 
-class _LatentWorker:
+class LatentWorker:
+    """Mixin over a worker of vLLM's."""
+
     def init_device(self):
         is_v2 = self.use_v2_model_runner
         check_version(vllm.__version__)
@@ -92,9 +93,5 @@ class _LatentWorker:
         self.model_runner.reload_weights(weights_iterator=iter(weights))
 
 
-class LatentCPUWorker(_LatentWorker, CPUWorker):
-    """On CPU."""
-
-
-class LatentGPUWorker(_LatentWorker, Worker):
-    """On CUDA."""
+class LatentGPUWorker(LatentWorker, Worker):
+    """`LatentWorker` over vLLM's."""

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import types
+from pathlib import Path
 
 import pytest
 from vllm_cases import build_vllm_case
@@ -159,6 +160,17 @@ def test_worker_options_survive_json_and_are_read_from_the_folder_otherwise(fold
     Config.additional_config = {"grpo_latent": {"step": 9}}
     with pytest.raises(ConfigError, match=r"unknown option.*\['step'\]"):
         worker_options(Config)
+
+
+def test_only_the_cpu_worker_imports_vllms_cpu_modules():
+    """Importing them replaces torch.cuda.Stream, events and pinned memory by nothing, on a GPU too."""
+    package = Path(compat.__file__).parent
+    texts = {path.name: path.read_text() for path in package.glob("*.py")}
+    assert [
+        name
+        for name, text in texts.items()
+        if re.search(r"import.* vllm\.v1\.worker\.cpu|vllm\.v1\.worker\.cpu\S* import", text)
+    ] == ["cpu_worker.py"]
 
 
 @pytest.mark.vllm
