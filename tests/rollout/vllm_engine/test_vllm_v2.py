@@ -18,8 +18,7 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(
         importlib.util.find_spec("triton") is None,
-        reason="the V2 runner needs Triton, which requirements/vllm-cpu.txt leaves out (1 GB): "
-        "pip install --no-deps --target DIR triton==3.9.0, and PYTHONPATH=DIR",
+        reason="the V2 runner needs Triton, which requirements/vllm-cpu.txt leaves out (1 GB): run `make vllm-v2`",
     ),
 ]
 TIGHT = {"num_gpu_blocks_override": 12, "block_size": 32, "max_num_batched_tokens": 48, "max_num_seqs": 16}
