@@ -224,7 +224,7 @@ def show(console: Console, title: str, results: dict[str, dict], base: str) -> N
     console.print(table)
 
 
-def text_report(console: Console, new_tokens: int, repeats: int, folder: Path) -> dict[str, dict]:
+def text_report(console: Console, labels: list[str], new_tokens: int, repeats: int, folder: Path) -> dict[str, dict]:
     """Second part: a table and the ratios of each size. Ratios are medians over rounds, each of neighbouring turns.
 
     Args:
@@ -233,9 +233,9 @@ def text_report(console: Console, new_tokens: int, repeats: int, folder: Path) -
     version, report = text_models.vllm_version(), {}
     if version is None:
         console.print("rows of vLLM are left out: it is not installed here (make vllm)")
-    for label, sizes in text_models.SIZES.items():
+    for label in labels:
         checkpoint = folder / label.replace(" ", "")
-        num_parameters = text_models.write_checkpoint(checkpoint, sizes)
+        num_parameters = text_models.write_checkpoint(checkpoint, text_models.SIZES[label])
         turns = text_models.compare(checkpoint, new_tokens, repeats, with_vllm=version is not None)
         table = Table(title=f"text model, {num_parameters / 1e6:.1f} M parameters, fp32, {new_tokens} new positions")
         for column in ("path", "CPU s", "wall s", "positions", "latents", "positions / CPU s"):
@@ -269,6 +269,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[11, 64])
     parser.add_argument("--text-positions", type=int, default=64, help="of the text models")
     parser.add_argument("--repeats", type=int, default=5)
+    sizes = list(text_models.SIZES)
+    parser.add_argument("--sizes", nargs="+", choices=sizes, default=sizes, help="of the text models")
     parser.add_argument("--parts", nargs="+", choices=("images", "text"), default=["images", "text"])
     parser.add_argument("--folder", type=Path, default=Path("outputs/benchmark_rollout"), help="of the text models")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
@@ -286,7 +288,8 @@ def main() -> None:
         show(console, f"{NUM_PROMPTS} prompts x {GROUP_SIZE}, {new_tokens} new positions", results, engines[0].name)
         report[str(new_tokens)] = results
     if "text" in options.parts:
-        report["text"] = text_report(console, options.text_positions, options.repeats, options.folder.resolve())
+        folder = options.folder.resolve()
+        report["text"] = text_report(console, options.sizes, options.text_positions, options.repeats, folder)
     text = json.dumps(report, indent=2)
     print(text)
     if options.json is not None:

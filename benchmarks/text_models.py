@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -211,4 +212,5 @@ def compare(folder: Path, new_tokens: int, repeats: int, with_vllm: bool) -> dic
             for _ in range(repeats):
                 for name, contender in contenders.items():
                     turns.setdefault(name, []).append(contender())
+                    print(f"  {name}: {turns[name][-1].cpu_s:.2f} CPU s", file=sys.stderr, flush=True)
     return turns
