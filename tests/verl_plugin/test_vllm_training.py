@@ -1,9 +1,10 @@
 """Rollout backend `vllm_latent` under the real trainer: real Ray, verl and vLLM, the tiniest model. Slow.
 
 Covers, on CPU: the launch of verl's server, groups and waves, images, the transfer of weights over shared memory and their
-reload, records of latents that replay, rollout correction. Not covered: CUDA IPC, sleep, tensor parallelism.
+reload, records of latents that replay, rollout correction, resume. Not covered: CUDA IPC, sleep, tensor parallelism.
 """
 
+import shutil
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ import tiny_run
 from grpo_latent.eval.dumps import read_dump
 from grpo_latent.models import tiny
 from grpo_latent.trajectory import PositionKind as K
+from grpo_latent.verl_plugin import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
@@ -22,7 +24,7 @@ OPTIONS = (
     "algorithm.rollout_correction.rollout_is=token",
     "trainer.val_before_train=false",
     "trainer.total_training_steps=3",
-    "trainer.save_freq=-1",
+    "trainer.save_freq=2",
 )
 
 
@@ -32,9 +34,10 @@ def inputs(tmp_path_factory):
     return tiny_run.write_inputs(tmp_path_factory.mktemp("inputs"), build=build, head="mlp")
 
 
-def test_three_steps(inputs, local_ray, tmp_path, monkeypatch):
-    tiny_run.train_here(tiny_run.make_config(inputs, tmp_path, *OPTIONS), monkeypatch)
-    metrics = tiny_run.metrics_of(tmp_path)
+def test_three_steps_and_the_third_again(inputs, local_ray, tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    tiny_run.train_here(tiny_run.make_config(inputs, first, *OPTIONS), monkeypatch)
+    metrics = tiny_run.metrics_of(first)
     assert sorted(metrics) == [1, 2, 3] and "val-core/tiny/acc/mean@1" in str(metrics[3])
     for step in (1, 2, 3):
         of_step = metrics[step]
@@ -43,7 +46,7 @@ def test_three_steps(inputs, local_ray, tmp_path, monkeypatch):
         assert of_step["rollout_corr/rollout_is_mean"] == pytest.approx(1, abs=1e-4)
     assert metrics[1]["actor/kl_loss"] < 1e-8 and metrics[3]["actor/kl_loss"] > 1e-6
 
-    dumped = read_dump(tmp_path / "rollouts")
+    dumped = read_dump(first / "rollouts")
     assert not dumped.problems and len(dumped.trajectories) == 3 * 16
     assert any((item.trajectory.kinds == K.LATENT).any() for item in dumped.trajectories)
     # step 3 sampled from weights that two updates had moved: those of the start, the reference, are elsewhere
@@ -53,3 +56,9 @@ def test_three_steps(inputs, local_ray, tmp_path, monkeypatch):
         if item.step == 3
     ]
     assert max(moved) > 1e-2
+
+    shutil.copytree(first, second)
+    shutil.rmtree(second / "checkpoints" / "global_step_3")
+    checkpoint.write_tracker(second / "checkpoints", 2)
+    assert tiny_run.train_here(tiny_run.make_config(inputs, second, *OPTIONS), monkeypatch).resumed_from == 2
+    tiny_run.assert_equal_runs(first, second, [3], checkpoint=3)
