@@ -1,6 +1,6 @@
 """The verl plug-in: the only package that imports verl or ray.
 
-    trainer ──prompts──▶ agent loops ──groups──▶ rollout servers (engine hf)
+    trainer ──prompts──▶ agent loops ──groups──▶ rollout servers (engine hf or vllm)
        ▲                      │ trajectories with latents, rewards
        │                      ▼
        └──metrics──── workers (latent FSDP2 engine: replay, loss, update) ──weights──▶ rollout servers

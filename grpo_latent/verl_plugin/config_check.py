@@ -265,7 +265,6 @@ def _check_vllm(config: DictConfig, options: LatentOptions) -> None:
             type(treatment).__name__,
             "one that feeds h itself (mask, recompute)",
         ),
-        ("latent.usage.num_prompts", options.usage.get("num_prompts", 0) > 0, options.usage.get("num_prompts"), "0"),
         (
             "actor_rollout_ref.rollout.data_parallel_size",
             rollout.data_parallel_size > 1,

@@ -45,33 +45,40 @@ class LatentReplica(RolloutReplica):
                 got=self.world_size,
                 expected="1",
             )
-        node_id, visible = await self.workers[0].__ray_call__.remote(whereabouts)
-        env_vars = {"CUDA_VISIBLE_DEVICES": visible} if visible is not None else {}
-        if visible is not None:
-            # the server shares the worker's device and must not have Ray hide it from an actor with num_gpus=0
-            env_vars |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-        rollout_config = OmegaConf.to_container(OmegaConf.create(dict(self.config)), resolve=True)
-        attention = (self.model_config.get("override_config", None) or {}).get("attn_implementation", "sdpa")
-        server = (
-            ray.remote(LatentRolloutServer)
-            .options(
-                num_cpus=0,
-                max_concurrency=self.max_concurrency,
-                name=server_name(self.replica_rank),
-                runtime_env={"env_vars": env_vars},
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),
-            )
-            .remote(
-                local_folder(self.model_config),
-                rollout_config,
-                self.replica_rank,
-                get_device_name(),
-                attention if attention in ("sdpa", "eager") else "sdpa",
-            )
+        name = server_name(self.replica_rank)
+        server = await launch_server(name, self.workers[0], self.config, self.model_config, self.replica_rank)
+        self.servers, self._server_handle, self._server_address = [server], server, name
+
+
+async def launch_server(
+    name: str, worker, rollout_config, model_config, replica_rank: int = 0
+) -> ray.actor.ActorHandle:
+    """A server with engine hf beside a training worker: on its node and, on GPUs, on its device."""
+    node_id, visible = await worker.__ray_call__.remote(whereabouts)
+    env_vars = {"CUDA_VISIBLE_DEVICES": visible} if visible is not None else {}
+    if visible is not None:
+        # the server shares the worker's device and must not have Ray hide it from an actor with num_gpus=0
+        env_vars |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+    attention = (model_config.get("override_config", None) or {}).get("attn_implementation", "sdpa")
+    server = (
+        ray.remote(LatentRolloutServer)
+        .options(
+            num_cpus=0,
+            max_concurrency=max(1000, rollout_config.max_num_seqs),
+            name=name,
+            runtime_env={"env_vars": env_vars},
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),
         )
-        await server.wake_up.remote()
-        self.servers, self._server_handle = [server], server
-        self._server_address = server_name(self.replica_rank)
+        .remote(
+            local_folder(model_config),
+            OmegaConf.to_container(OmegaConf.create(dict(rollout_config)), resolve=True),
+            replica_rank,
+            get_device_name(),
+            attention if attention in ("sdpa", "eager") else "sdpa",
+        )
+    )
+    await server.wake_up.remote()
+    return server
 
 
 def local_folder(model_config) -> str:
@@ -96,22 +103,27 @@ class LatentServerAdapter(BaseRollout):
     async def update_weights(
         self, weights: Generator, wire_format="named_tensors", global_steps=None, **kwargs
     ) -> None:
-        """Sends every weight in buckets through the object store. Reading `weights` is a collective over all ranks."""
-        dtype = parse_dtype(self.config.dtype)
-        limit = self.config.checkpoint_engine.update_weights_bucket_megabytes << 20
-        refs, bucket, num_bytes = [], [], 0
-        for name, tensor in weights:
-            # a copy: on CPU the generator hands out the live parameters
-            tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
-            bucket.append((name, tensor))
-            num_bytes += tensor.numel() * tensor.element_size()
-            if num_bytes >= limit:
-                refs.append(ray.put(bucket))
-                bucket, num_bytes = [], 0
-        refs.append(ray.put(bucket))
         server = ray.get_actor(server_name(self.replica_rank))
-        # nested references are passed on as references, and are alive until the call returns
-        await server.load_weights.remote(refs, int(global_steps or 0))
+        await send_weights(server, weights, self.config, int(global_steps or 0))
+
+
+async def send_weights(server: ray.actor.ActorHandle, weights: Generator, rollout_config, policy_version: int) -> None:
+    """Sends every weight in buckets through the object store to a server with engine hf. Reading `weights` is a collective
+    over all ranks."""
+    dtype = parse_dtype(rollout_config.dtype)
+    limit = rollout_config.checkpoint_engine.update_weights_bucket_megabytes << 20
+    refs, bucket, num_bytes = [], [], 0
+    for name, tensor in weights:
+        # a copy: on CPU the generator hands out the live parameters
+        tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        bucket.append((name, tensor))
+        num_bytes += tensor.numel() * tensor.element_size()
+        if num_bytes >= limit:
+            refs.append(ray.put(bucket))
+            bucket, num_bytes = [], 0
+    refs.append(ray.put(bucket))
+    # nested references are passed on as references, and are alive until the call returns
+    await server.load_weights.remote(refs, policy_version)
 
 
 class LatentRolloutClient(LLMServerClient):

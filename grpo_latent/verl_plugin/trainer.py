@@ -34,6 +34,7 @@ from grpo_latent.verl_plugin.registration import TRAINER_MODE, verify, verify_de
 from grpo_latent.verl_plugin.replay_buffer import LatentReplayBuffer
 from grpo_latent.verl_plugin.treated_forward import STATE_ERRORS
 from grpo_latent.verl_plugin.usage import LatentWatch
+from grpo_latent.verl_plugin.usage_server import UsageServer
 
 # names in TransferQueue -> names in dumps
 DUMP_FIELDS = {
@@ -83,6 +84,7 @@ class LatentPPOTrainer(PPOTrainerSync):
         self.reporter = Reporter()
         self.watch = LatentWatch(config, self.options)
         self.board = make_board(config)
+        self.usage_server: UsageServer | None = None
         self.resumed_from = 0
 
     # ---- parts ----------------------------------------------------------------------------------------------------
@@ -194,8 +196,11 @@ class LatentPPOTrainer(PPOTrainerSync):
         self.total_training_steps = self.global_steps  # the base class loops up to it
 
     def _measure_usage(self) -> dict[str, float]:
-        servers, rows_of = self.llm_server_manager.server_handles, self.val_dataset.dataframe
-        metrics, line = self.watch.measure(servers, rows_of, is_start=self.global_steps == 0)
+        if self.usage_server is None:
+            servers = self.llm_server_manager.server_handles
+            self.usage_server = UsageServer(self.config, self.actor_rollout_wg, servers)
+        holding, is_start = self.usage_server.holding(self.global_steps), self.global_steps == 0
+        metrics, line = self.watch.measure(holding, self.val_dataset.dataframe, is_start)
         self.reporter.alarm(line, self.global_steps, self.total_training_steps)
         return metrics
 

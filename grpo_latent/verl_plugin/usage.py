@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -107,17 +108,21 @@ class LatentWatch:
         self._request: UsageRequest | None = None
         self._bad = {"vanished": 0, "unused": 0}
 
-    def measure(self, servers: list, rows: Iterable[dict], is_start: bool) -> tuple[dict[str, float], str | None]:
-        """Metrics of the weights that the servers hold, and the alarm line if there is one.
+    def measure(
+        self, holding: AbstractContextManager, rows: Iterable[dict], is_start: bool
+    ) -> tuple[dict[str, float], str | None]:
+        """Metrics of the weights that a server holds, and the alarm line if there is one.
 
         Args:
+            holding: gives the server; not entered where nothing is to be measured.
             rows: of the validation data, the first of which are the fixed set.
         """
-        if not self.settings.num_prompts or not servers:
+        if not self.settings.num_prompts:
             return {}, None
         if self._request is None:
             self._request = self._make_request(rows)
-        usage: Usage = ray.get(servers[0].measure_usage.remote(self._request, is_start))
+        with holding as server:
+            usage: Usage = ray.get(server.measure_usage.remote(self._request, is_start))
         line = self._count("unused", usage.verdict == NOT_USED, f"latents are {usage.sentence}")
         return as_metrics(usage), line
 

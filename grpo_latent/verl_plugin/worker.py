@@ -58,6 +58,18 @@ class LatentActorRolloutRefWorker(ActorRolloutRefWorker):
         super().__init__(config, role, distillation_config, **kwargs)
         self.options = options
 
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    async def send_weights_to(self, server, policy_version: int):
+        """Sends the actor's weights to a server with engine hf; every rank takes part in gathering them."""
+        from grpo_latent.verl_plugin.rollout import send_weights
+
+        weights, _ = self.actor.engine.get_per_tensor_param()
+        if torch.distributed.get_rank() == 0:
+            await send_weights(server, weights, self.config.rollout, policy_version)
+        else:
+            for _ in weights:
+                pass
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self):
         super().init_model()

@@ -18,9 +18,7 @@ source recipes/common.sh
 
 case $ROLLOUT in
   hf) SFT_OVERRIDES=() GRPO_OVERRIDES=() ;;
-  vllm) # the use of latents is measured by engine hf: after training, not during it
-    SFT_OVERRIDES=(latent.visibility=full)
-    GRPO_OVERRIDES=(actor_rollout_ref.rollout.name=vllm_latent latent.usage.num_prompts=0) ;;
+  vllm) SFT_OVERRIDES=(latent.visibility=full) GRPO_OVERRIDES=(actor_rollout_ref.rollout.name=vllm_latent) ;;
   *) echo "ROLLOUT=$ROLLOUT: expected hf or vllm" >&2; exit 2 ;;
 esac
 

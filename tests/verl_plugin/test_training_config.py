@@ -113,7 +113,7 @@ def test_unusable_configs_are_refused(override, where):
         check_config(composed(*override.split()))
 
 
-VLLM = ("actor_rollout_ref.rollout.name=vllm_latent", "latent.usage.num_prompts=0")
+VLLM = ("actor_rollout_ref.rollout.name=vllm_latent",)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -148,7 +148,6 @@ def test_mechanisms_that_vllm_cannot_run_point_to_engine_hf(slots):
         ("latent.treatment.name=gaussian", "latent.treatment.name"),
         ("latent.treatment.name=gumbel_soft", "latent.treatment.name"),
         ("latent.selection=plackett_luce", "latent.selection"),
-        ("latent.usage.num_prompts=8", "latent.usage.num_prompts"),
         ("actor_rollout_ref.rollout.load_format=dummy", "load_format"),
         ("actor_rollout_ref.rollout.data_parallel_size=2", "data_parallel_size"),
     ],

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,7 +56,7 @@ def test_unused_latents_sound_once_after_patience_and_again_after_they_got_bette
     watch = make_watch(monkeypatch, patience=2, stop=True)
     server = Server(["used", "not used", "not used", "not used", "undecided at this n", "not used", "not used"])
     rows = [{"row": i} for i in range(9)]
-    lines = [watch.measure([server], rows, is_start=i == 0)[1] for i in range(7)]
+    lines = [watch.measure(nullcontext(server), rows, is_start=i == 0)[1] for i in range(7)]
     assert [line is not None for line in lines] == [False, False, True, False, False, False, True]
     assert lines[2] == "latents are not used: because" and watch.should_stop
     assert server.asked == [(i == 0, rows[:4]) for i in range(7)], "the same rows each time"
@@ -75,7 +76,7 @@ def test_vanishing_latents_sound_and_are_logged(monkeypatch):
 def test_nothing_is_measured_without_prompts(monkeypatch):
     watch = make_watch(monkeypatch)
     watch.settings = UsageSettings(num_prompts=0)
-    assert watch.measure([Server([])], [], False) == ({}, None)
+    assert watch.measure(nullcontext(Server([])), [], False) == ({}, None)
 
 
 def test_names_in_the_log():

@@ -20,7 +20,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 SIZES = tiny.TinySizes(hidden=64)  # vLLM's CPU attention wants heads of 32
 OPTIONS = (
     "actor_rollout_ref.rollout.name=vllm_latent",
-    "latent.usage.num_prompts=0",
     "algorithm.rollout_correction.rollout_is=token",
     "trainer.val_before_train=false",
     "trainer.total_training_steps=3",
@@ -44,7 +43,9 @@ def test_three_steps_and_the_third_again(inputs, local_ray, tmp_path, monkeypatc
         assert of_step["latent/replay_logp_gap_max"] <= 1e-4 and of_step["latent/steps_mean"] > 0.2
         assert 0 < of_step["latent/replay_state_err"] <= 1e-4 and of_step["latent/replay_state_err_rel"] <= 1e-4
         assert of_step["rollout_corr/rollout_is_mean"] == pytest.approx(1, abs=1e-4)
+    assert {"latent/usage_gap/shuffle", "latent/drift_cosine"} <= set(metrics[3])  # by engine hf, with step 3's weights
     assert metrics[1]["actor/kl_loss"] < 1e-8 and metrics[3]["actor/kl_loss"] > 1e-6
+    assert metrics[3]["latent/drift_relative"] > 0
 
     dumped = read_dump(first / "rollouts")
     assert not dumped.problems and len(dumped.trajectories) == 3 * 16
