@@ -60,6 +60,8 @@ def test_three_steps_and_the_third_again(inputs, local_ray, tmp_path, monkeypatc
 
     shutil.copytree(first, second)
     shutil.rmtree(second / "checkpoints" / "global_step_3")
+    for path in (second / "rollouts").glob("step_3.*"):
+        path.unlink()
     checkpoint.write_tracker(second / "checkpoints", 2)
     assert tiny_run.train_here(tiny_run.make_config(inputs, second, *OPTIONS), monkeypatch).resumed_from == 2
     tiny_run.assert_equal_runs(first, second, [3], checkpoint=3)
