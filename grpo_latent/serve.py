@@ -56,6 +56,9 @@ def vllm_command(
     command += ["--async-scheduling" if is_async else "--no-async-scheduling", "--middleware", MIDDLEWARE]
     if skeleton.adapter.has_vision and "--limit-mm-per-prompt" not in names:
         command += ["--limit-mm-per-prompt", json.dumps({"video": 0})]
+    if skeleton.adapter.has_vision and "--mm-processor-cache-gb" not in names:
+        # a request that vLLM refuses after it has read the image leaves the cache's two halves at odds: 500 from then on
+        command += ["--mm-processor-cache-gb", "0"]
     if "--host" not in names:
         command += ["--host", "127.0.0.1"]
     options = ({"overrides": overrides} if overrides else {}) | ({"max_latents": max_latents} if max_latents else {})
