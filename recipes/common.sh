@@ -49,4 +49,5 @@ beside() { # log, command: runs beside what follows, as a group of processes tha
 
 join() { # waits for it
   wait "$BESIDE" || { cat "$BESIDE_LOG" >&2; exit 1; }
+  trap - EXIT
 }

@@ -272,7 +272,10 @@ def overall_verdict(findings: Findings, usage: dict[str, dict]) -> dict:
         return {"verdict": NOT_USED, "ablation": None, "sentence": f"{NOT_USED}: no trajectory has latents"}
     entry = usage.get(primary)
     if entry is None or entry["verdict"] is None:
-        return {"verdict": UNDECIDED, "ablation": primary, "sentence": f"{UNDECIDED}: {primary} was not run"}
+        why = (
+            "was not run" if entry is None else "gives no verdict" if entry["own"] is not None else "changed no prompt"
+        )
+        return {"verdict": UNDECIDED, "ablation": primary, "sentence": f"{UNDECIDED}: {primary} {why}"}
     return {"verdict": entry["verdict"], "ablation": primary, "sentence": entry["sentence"]}
 
 

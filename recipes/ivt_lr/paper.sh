@@ -8,7 +8,7 @@ cd "$(dirname "$0")/../.."
 OUT=${OUT:-outputs/ivt_lr_7b}
 GPUS=${GPUS:-8}
 FORMAT=${FORMAT:-m3cot}
-python recipes/ivt_lr/validate.py trainer.n_gpus_per_node="$GPUS"
+python recipes/ivt_lr/validate.py trainer.n_gpus_per_node="$GPUS" "$@"
 
 # shellcheck disable=SC2086  (patterns of files)
 python -m grpo_latent.data.stepwise --format "$FORMAT" --in $TRAIN --out "$OUT/data/train.parquet"

@@ -18,8 +18,8 @@ DATA=$OUT/data
 CONFIGS=recipes/quickstart
 source recipes/common.sh
 case $KIND in
-  read) ROWS=4096 LABELS=1 LENGTH=10 SFT_OVERRIDES=() ;;
-  max) ROWS=2048 LABELS=4 LENGTH=16 SFT_OVERRIDES=(trainer.max_steps=240) ;; # both stages of recipes/ilvr
+  read) ROWS=4096 LABELS=1 LENGTH=10 CHANCE=0.1 SFT_OVERRIDES=() ;;
+  max) ROWS=2048 LABELS=4 LENGTH=16 CHANCE=0.19 SFT_OVERRIDES=(trainer.max_steps=240) ;; # both stages of recipes/ilvr
   *) echo "KIND=$KIND: expected read or max" >&2; exit 2 ;;
 esac
 begin
@@ -32,7 +32,8 @@ if [ -z "$VISION" ]; then
 fi
 
 REWARD='latent.reward.functions=[{path: reward/digits.py, kwargs: {variant: text}}]'
-TEXT=("$REWARD" data.max_response_length=$LENGTH 'ablations=[]' leak_prompts=0)
+TEXT=("$REWARD" data.max_response_length=$LENGTH 'ablations=[]' leak_prompts=0 verdict.chance=$CHANCE)
+NO_LATENTS=(latent.preflight.min_emission_rate=0 latent.usage.num_prompts=0 latent.alarm.min_frac_rollouts=0)
 
 run() { # variant, overrides of GRPO
   local OUT=$OUT/$1
@@ -46,7 +47,7 @@ run() { # variant, overrides of GRPO
 
   echo "== $1: GRPO"
   grpo digits_grpo "$OUT/sft/model" data.max_response_length=$LENGTH trainer.experiment_name="text_$1" \
-    latent.preflight.min_emission_rate=0 "$REWARD" "${@:2}"
+    "${NO_LATENTS[@]}" "$REWARD" "${@:2}"
   evaluate digits_evaluate "$(last_checkpoint "$OUT/grpo")" grpo "${TEXT[@]}"
   summarize --name "text_grpo, $1"
 }

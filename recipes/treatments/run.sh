@@ -61,7 +61,7 @@ run() { # name, overrides of every run
   # shellcheck disable=SC2086
   grpo digits_grpo "$checkpoint" trainer.total_training_steps="$STEPS" trainer.save_freq="$STEPS" $overrides "${@:2}"
   evaluate digits_evaluate "$(last_checkpoint "$OUT/grpo")" grpo latent.treatment.name=$fed
-  echo "{\"treatment\": \"$name\", \"overrides\": \"$overrides\", \"seconds\": $GRPO_SECONDS}" > "$OUT/run.json"
+  echo "{\"treatment\": \"$name\", \"overrides\": \"$overrides\", \"seed\": $SEED, \"seconds\": $GRPO_SECONDS}" > "$OUT/run.json"
 }
 
 FAILED=()

@@ -50,6 +50,10 @@ def summarize(out: Path, seed: int) -> dict:
     folders = [folder for folder in sorted(out.iterdir()) if folder.name in ORDER]
     folders.sort(key=lambda folder: ORDER.index(folder.name))
     finished = [folder for folder in folders if (folder / "run.json").is_file()]
+    for folder in finished:
+        of_row = json.loads((folder / "run.json").read_text())["seed"]
+        if of_row != seed:
+            sys.exit(f"{folder} is a run of seed {of_row}, the table is of seed {seed}: take another OUT for each seed")
     return {
         "seed": seed,
         "rows": [read_row(folder) for folder in finished],

@@ -91,7 +91,9 @@ def test_the_treatments_table(tmp_path):
     for name in ("recompute_bptt", "mask"):
         (tmp_path / name).mkdir()
         write_run(tmp_path / name)
-        (tmp_path / name / "run.json").write_text(json.dumps({"treatment": name, "overrides": "", "seconds": 7}))
+        (tmp_path / name / "run.json").write_text(
+            json.dumps({"treatment": name, "overrides": "", "seed": 0, "seconds": 7})
+        )
     (tmp_path / "gaussian").mkdir()
     summary = module.summarize(tmp_path, seed=0)
     assert [row["treatment"] for row in summary["rows"]] == ["mask", "recompute_bptt"]
