@@ -21,7 +21,7 @@ from grpo_latent.rollout.vllm.compat import (
     installed_vllm,
     pin_runner,
 )
-from grpo_latent.rollout.vllm.skeleton import CONFIG_KEY, Skeleton, read_skeleton
+from grpo_latent.rollout.vllm.skeleton import CONFIG_KEY, Skeleton, WorkerOptions, read_skeleton
 
 CLI, MIDDLEWARE = "grpo_latent.rollout.vllm.cli", "grpo_latent.rollout.vllm.middleware.LatentRequests"
 
@@ -33,7 +33,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("model", help="folder of a latent checkpoint")
     parser.add_argument("--steps", type=int, help="latent steps a span; the checkpoint's if left out")
     parser.add_argument(
-        "--max-latents", type=int, help="latent steps that a completion may hold (default: 256, or fewer)"
+        "--max-latents", type=int, help="latent steps that a completion may hold (default: 256, or more for max_spans)"
     )
     parser.add_argument("--print-command", action="store_true", help="print vLLM's command and stop")
     return parser.parse_known_args(argv)
@@ -49,7 +49,9 @@ def vllm_command(
         flags: the user's own, passed on.
         overrides: fields of `LatentConfig` to replace.
     """
-    names = {flag.split("=")[0] for flag in flags}
+    WorkerOptions(skeleton.config, (), max_latents)  # refuses what the worker would
+    # vLLM also takes --additional_config and --additional-config.grpo_latent.max_latents=9
+    names = {flag.split("=")[0].split(".")[0].replace("_", "-") for flag in flags}
     # vLLM schedules asynchronously on GPUs unless told otherwise, never on CPU
     is_async = platform == "cuda" and "--no-async-scheduling" not in names
     command = ["serve", model, "--worker-cls", WORKER_CLASSES[platform], "--scheduler-cls", SCHEDULER_CLASSES[is_async]]
@@ -61,7 +63,9 @@ def vllm_command(
         command += ["--mm-processor-cache-gb", "0"]
     if "--host" not in names:
         command += ["--host", "127.0.0.1"]
-    options = ({"overrides": overrides} if overrides else {}) | ({"max_latents": max_latents} if max_latents else {})
+    options = ({"overrides": overrides} if overrides else {}) | (
+        {} if max_latents is None else {"max_latents": max_latents}
+    )
     if options and "--additional-config" in names:
         raise ConfigError(
             "two places for the same options",

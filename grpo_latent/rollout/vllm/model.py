@@ -17,6 +17,7 @@ from vllm.model_executor.model_loader import utils as loader_utils
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.head import END_VECTOR_ATTRIBUTE, HEAD_ATTRIBUTE, LATENT_PARAMETER_PREFIXES, build_head
+from grpo_latent.rollout.vllm.compat import ENGINE_HF
 from grpo_latent.rollout.vllm.skeleton import worker_options
 
 
@@ -126,7 +127,7 @@ def register_latent_model(architecture: str) -> None:
             where="config.json: architectures",
             got=architecture,
             expected="one of vLLM's own",
-            fix="Use rollout engine hf (rollout.engine=hf).",
+            fix=f"Use {ENGINE_HF}.",
         )
     stock = registered.load_model_cls()
     if not getattr(stock, "is_latent", False):

@@ -28,6 +28,7 @@ from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.head import attach_latent_modules
 from grpo_latent.models.loading import check_tokens, find_eos_ids, read_latent_config, reading
+from grpo_latent.rollout.vllm.compat import ENGINE_HF
 
 # key of vLLM's `additional_config`
 CONFIG_KEY = "grpo_latent"
@@ -116,8 +117,7 @@ def check_mechanism(config: LatentConfig) -> None:
                 where=f"latent.{name}",
                 got=got,
                 expected=expected if isinstance(expected, str) else repr(expected),
-                fix="Use rollout engine hf (rollout.engine=hf; for training actor_rollout_ref.rollout.name=hf_latent), "
-                f"or set latent.{name}={expected}.",
+                fix=f"Use {ENGINE_HF}, or set latent.{name}={expected}.",
             )
 
 
@@ -137,11 +137,25 @@ def check_rope(hf_config, where: str) -> None:
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """What the worker and scheduler processes need; JSON under `additional_config["grpo_latent"]`."""
+    """What the worker and scheduler processes need; JSON under `additional_config["grpo_latent"]`.
+
+    Raises:
+        ConfigError: `max_latents` has no room for one span, so that none would ever open.
+    """
 
     config: LatentConfig
     banned_ids: tuple[int, ...]
     max_latents: int | None = None
+
+    def __post_init__(self):
+        if self.max_latents is not None and self.max_latents < self.config.steps:
+            raise ConfigError(
+                "no room for one latent span",
+                where="max_latents",
+                got=self.max_latents,
+                expected=f">= latent.steps = {self.config.steps}",
+                fix="Raise max_latents, or lower latent.steps.",
+            )
 
     def room(self, max_model_len: int) -> int:
         """Latents that a request has room for: the option, what `max_spans` allows, or `DEFAULT_MAX_LATENTS`.
@@ -151,7 +165,7 @@ class WorkerOptions:
         (16, 256)
         """
         if self.max_latents is not None:
-            return self.max_latents
+            return min(self.max_latents, max_model_len)
         max_spans = self.config.max_spans
         bound = DEFAULT_MAX_LATENTS if max_spans is None else max(1, max_spans * self.config.steps)
         return min(bound, max_model_len)
@@ -167,7 +181,8 @@ class WorkerOptions:
 def worker_options(vllm_config) -> WorkerOptions:
     """Options that the engine sent, or, where vLLM was started without it, read from the model's folder.
 
-    There `--additional-config '{"grpo_latent": {"overrides": {"steps": 4}, "max_latents": 512}}'` may change them.
+    There `--additional-config '{"grpo_latent": {"overrides": {"steps": 4}, "max_latents": 512}}'` may change them. Unless it
+    says otherwise there is room for `DEFAULT_MAX_LATENTS` at least: clients may ask for more steps a span.
     """
     values = (vllm_config.additional_config or {}).get(CONFIG_KEY) or {}
     unknown = sorted(set(values) - {"config", "banned_ids", "max_latents", "overrides"})
@@ -178,7 +193,10 @@ def worker_options(vllm_config) -> WorkerOptions:
         return WorkerOptions(config, tuple(values["banned_ids"]), values["max_latents"])
     overrides = tuple(sorted((values.get("overrides") or {}).items()))
     skeleton = _cached_skeleton(vllm_config.model_config.model, overrides)
-    return WorkerOptions(skeleton.config, tuple(skeleton.banned_ids()), values.get("max_latents"))
+    max_latents, config = values.get("max_latents"), skeleton.config
+    if max_latents is None:
+        max_latents = max(DEFAULT_MAX_LATENTS, config.steps * (config.max_spans or 1))
+    return WorkerOptions(config, tuple(skeleton.banned_ids()), max_latents)
 
 
 @functools.lru_cache(maxsize=4)

@@ -24,6 +24,7 @@ from grpo_latent.trajectory import PositionKind
 
 # columns of the state before each position
 _IN_SPAN, _NUM_FED, _NUM_SPANS, _END_IS_DUE, _NUM_LATENTS = range(5)
+_MAX_STEPS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,13 @@ class LatentRequest:
 
     @staticmethod
     def from_extra_args(extra_args: dict | None) -> LatentRequest:
+        """Of a rollout only if all that a rollout sends is there: a worker must outlive what clients send."""
         extra_args = extra_args or {}
         values = extra_args.get("latent")
-        if not isinstance(values, dict):
-            steps = extra_args.get(STEPS_FIELD)
-            return LatentRequest(steps=max(steps, 1) if isinstance(steps, int) else None)
         names = ("seed", "temperature", "top_k", "top_p")
+        if not isinstance(values, dict) or not {"key", *names} <= set(values):
+            steps = extra_args.get(STEPS_FIELD)
+            return LatentRequest(steps=min(max(steps, 1), _MAX_STEPS) if isinstance(steps, int) else None)
         return LatentRequest(values["key"], values.get("steps"), RowSampling(*(values[name] for name in names)))
 
 

@@ -7,7 +7,7 @@ import vllm
 from vllm.v1.worker.gpu_worker import Worker
 
 from grpo_latent.errors import PluginError
-from grpo_latent.rollout.vllm.compat import RUNNERS, check_version, check_vllm_config
+from grpo_latent.rollout.vllm.compat import ENGINE_HF, RUNNERS, check_version, check_vllm_config
 from grpo_latent.rollout.vllm.contract import check_symbols
 from grpo_latent.rollout.vllm.model import register_latent_model
 from grpo_latent.rollout.vllm.skeleton import worker_options
@@ -37,7 +37,7 @@ class LatentWorker:
                 where="worker",
                 got=got,
                 expected=" or ".join(RUNNERS[is_v2]),
-                fix="Use stock vLLM on CPU or CUDA, or rollout engine hf (rollout.engine=hf).",
+                fix=f"Use stock vLLM on CPU or CUDA, or {ENGINE_HF}.",
             )
 
     def load_model(self, *args, **kwargs):

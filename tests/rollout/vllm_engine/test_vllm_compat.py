@@ -61,7 +61,7 @@ def test_the_runner_is_pinned(version, platform, pinned, monkeypatch):
     monkeypatch.setenv(RUNNER_VARIABLE, "1")  # the user's choice stands
     assert pin_runner() is True
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="V2 model runner needs Triton.*Unset"):
+    with pytest.raises(ConfigError, match="V2 model runner needs Triton.*" + ("Install" if pinned == "1" else "Unset")):
         pin_runner()
     monkeypatch.setenv(RUNNER_VARIABLE, "yes")
     with pytest.raises(ConfigError, match="got yes; expected 0 or 1"):
@@ -127,7 +127,7 @@ def test_a_skeleton_holds_what_engine_hf_would(folder):
 
 
 def test_mechanisms_that_need_engine_hf_are_refused(folder):
-    with pytest.raises(ConfigError, match="visibility.*latents_only.*rollout.engine=hf"):
+    with pytest.raises(ConfigError, match="visibility.*latents_only.*rollout.name=hf_latent"):
         read_skeleton(folder, {"visibility": "latents_only"})
     with pytest.raises(CheckpointError, match="no such folder"):
         read_skeleton(folder / "nowhere")
@@ -157,6 +157,14 @@ def test_worker_options_survive_json_and_are_read_from_the_folder_otherwise(fold
     Config.additional_config = {"grpo_latent": {"overrides": {"steps": 9}, "max_latents": 32}}
     served = worker_options(Config)
     assert served.config.steps == 9 and served.max_latents == 32 and served.banned_ids == tuple(skeleton.banned_ids())
+    Config.additional_config = {"grpo_latent": {"overrides": {"steps": 9, "max_spans": 2}}}
+    # a client may ask for more steps than the checkpoint's: room for them although max_spans * steps is 18
+    assert worker_options(Config).room(4096) == 256 and worker_options(Config).room(100) == 100
+    Config.additional_config = {"grpo_latent": {"overrides": {"steps": 200, "max_spans": 2}}}
+    assert worker_options(Config).room(4096) == 400
+    Config.additional_config = {"grpo_latent": {"overrides": {"steps": 9}, "max_latents": 8}}
+    with pytest.raises(ConfigError, match="no room for one latent span.*got 8; expected >= latent.steps = 9"):
+        worker_options(Config)
     Config.additional_config = {"grpo_latent": {"step": 9}}
     with pytest.raises(ConfigError, match=r"unknown option.*\['step'\]"):
         worker_options(Config)

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -194,6 +195,51 @@ def test_the_middleware_passes_bodies_on(chunks):
     assert b"".join(seen[:-1]) == body and len(seen) == chunks + 1 and seen[-1] == "http.disconnect"
 
 
+LATENT = {"key": "a", "steps": 2, "seed": 1, "temperature": 0.5, "top_k": -1, "top_p": 1.0}
+
+
+@pytest.mark.parametrize("place", ["vllm_xargs", "sampling_params.extra_args"])
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"latent": {}}, "latent: reserved for rollouts"),
+        ({"latent": LATENT}, "latent: reserved for rollouts"),
+        ({"latent_steps": True}, "latent_steps: got True, expected an integer >= 1"),
+        ({"latent_steps": 10}, "latent_steps: got 10, expected <= 9, the server's max_latents"),
+        ({"latent_steps": 9}, None),
+        ({}, None),
+    ],
+)
+def test_the_middleware_refuses_by_the_room_of_the_server(folder, place, extra, message):
+    """As vLLM keeps its config: the application's state."""
+    body, sent, passed = {}, [], []
+    inner = body
+    for name in place.split(".")[:-1]:
+        inner = inner.setdefault(name, {})
+    inner[place.split(".")[-1]] = extra
+    namespace = types.SimpleNamespace
+    vllm_config = namespace(
+        additional_config={"grpo_latent": {"max_latents": 9}},
+        model_config=namespace(model=str(folder), max_model_len=MAX_MODEL_LEN),
+    )
+
+    async def receive():
+        return {"type": "http.request", "body": json.dumps(body).encode()}
+
+    async def send(event):
+        sent.append(event)
+
+    async def app(scope, receive, send):
+        passed.append(await receive())
+
+    scope = {"type": "http", "method": "POST", "app": namespace(state=namespace(vllm_config=vllm_config))}
+    asyncio.run(LatentRequests(app)(scope, receive, send))
+    assert bool(passed) is (message is None)
+    if message is not None:
+        assert sent[0]["status"] == 400
+        assert json.loads(sent[1]["body"])["error"]["message"].startswith(f"{place}.{message}")
+
+
 def arguments(folder, platform, *flags):
     skeleton = serve.read_skeleton(folder)
     return serve.vllm_command(skeleton, str(folder), platform, list(flags), {}, None)
@@ -234,9 +280,16 @@ def test_what_cannot_be_served_is_said_before_vllm_starts(folder, tmp_path, caps
 
     monkeypatch.setattr(serve, "installed_vllm", lambda: ("0.27.1", "cpu"))
     monkeypatch.setattr(serve, "pin_runner", lambda: False)
-    assert serve.main([str(tmp_path / "nowhere")]) == 1
+    monkeypatch.setattr(serve.os, "execv", lambda *args: None)  # would make this process a server
     assert serve.main([str(folder), "--steps", "4", "--additional-config", "{}"]) == 1
+    for flag in ("--additional_config={}", "--additional-config.grpo_latent.max_latents=9"):
+        assert serve.main([str(folder), "--steps", "4", flag]) == 1
+    assert capsys.readouterr().err.count("two places for the same options") == 3
+    for room in ("0", "3"):
+        assert serve.main([str(folder), "--steps", "4", "--max-latents", room]) == 1
+        assert f"no room for one latent span; got {room}; expected >= latent.steps = 4" in capsys.readouterr().err
+    assert serve.main([str(tmp_path / "nowhere")]) == 1
     monkeypatch.setattr(serve, "installed_vllm", nothing)
     assert serve.main([str(folder)]) == 1
     errors = capsys.readouterr().err
-    assert "CheckpointError" in errors and "two places for the same options" in errors and "not installed" in errors
+    assert "CheckpointError" in errors and "not installed" in errors

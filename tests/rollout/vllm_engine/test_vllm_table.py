@@ -117,6 +117,9 @@ def test_two_requests_with_one_key_are_refused():
         (None, LatentRequest()),
         ({"latent_steps": 4}, LatentRequest(steps=4)),
         ({"latent_steps": "4", "latent": "x"}, LatentRequest()),  # a worker must outlive what a client sends
+        ({"latent_steps": 10**30}, LatentRequest(steps=2**31 - 1)),
+        ({"latent": {}}, LatentRequest()),
+        ({"latent": {"key": "a", "seed": 1}, "latent_steps": 4}, LatentRequest(steps=4)),
         (
             {"latent": {"key": "a", "steps": 2, "seed": 1, "temperature": 0.5, "top_k": -1, "top_p": 1.0}},
             LatentRequest("a", 2, RowSampling(1, 0.5, -1, 1.0)),

@@ -33,7 +33,10 @@ def test_new_weights_replace_everything_that_the_old_ones_computed(cases, engine
         engine.generate(requests, sampling())
         hf = case.hf_engine()
         hf.policy_version = version
+        images = engine._llm.llm_engine.engine_core.engine_core.scheduler.encoder_cache_manager.cached
+        assert images
         engine.load_weights(case.case.model.state_dict().items(), policy_version=version)
+        assert not images
         result = compare(engine.generate(requests, sampling()), hf.generate(requests, sampling()))
         assert result.different == [] and result.num_latents > 12
         assert result.latent_gap <= 1e-4 and result.log_prob_gap <= 1e-4, result
