@@ -8,8 +8,8 @@ The same code serves GPU and CPU; verl's server runs vLLM's asynchronous engine,
 differs on CPU: the launch (there is no accelerator to ask a worker for), the executor (one worker, inside the engine's
 process: vLLM's multi-process executor would reserve one of the cores), the reload of packed weights, and no sleep.
 
-A wave is admitted as a whole before vLLM schedules any of it, so that continuous batching, preemption and chunked prefill depend
-on the wave and not on timing. That a resumed run therefore repeats an uninterrupted one to the bit has not been shown here.
+A wave is admitted as a whole before vLLM schedules any of it, so that continuous batching, preemption and chunked prefill
+depend on the wave and not on timing. That a resumed run therefore repeats an uninterrupted one has not been shown.
 """
 
 from __future__ import annotations
