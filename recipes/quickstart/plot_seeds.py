@@ -25,7 +25,7 @@ def main(picture: str, folders: list[str]) -> None:
         curves.plot(*points, marker="o", markersize=3, label=f"latent GRPO, seed {summary['seed']}")
         names, values = zip(*summary["ablations"].items(), strict=True)
         bars.plot(names, values, "o", alpha=0.7)
-        controls = {"random reward": "control_random", "text only, same labels": "control_text/direct/grpo"}
+        controls = {"random reward": "control_random/grpo", "text only, same labels": "control_text/direct/grpo"}
         for name, folder in controls.items():
             metrics = out / folder / "metrics.jsonl"
             if metrics.is_file():
