@@ -31,9 +31,12 @@ class SpanState:
     def __init__(self, config: LatentConfig, steps_N: Tensor, max_spans_N: Tensor | None = None):
         self.config = config
         self.steps_N = steps_N
-        default = UNBOUNDED if config.max_spans is None else config.max_spans
-        self.max_spans_N = torch.full_like(steps_N, default) if max_spans_N is None else max_spans_N
-        self.is_bounded = bool((self.max_spans_N < UNBOUNDED).any())
+        if max_spans_N is None:
+            self.is_bounded = config.max_spans is not None
+            max_spans_N = torch.full_like(steps_N, config.max_spans if self.is_bounded else UNBOUNDED)
+        else:
+            self.is_bounded = bool((max_spans_N < UNBOUNDED).any())
+        self.max_spans_N = max_spans_N
         self.in_span_N = torch.zeros_like(steps_N, dtype=torch.bool)
         self.num_fed_N = torch.zeros_like(steps_N)
         self.num_spans_N = torch.zeros_like(steps_N)

@@ -95,10 +95,8 @@ class LatentSteps:
         positions_N = starts_N - np.array([self.prompt_lengths[request_id] for request_id in request_ids])
         self._feed(embeds, slots_N, positions_N, counts_N)
         rows_M = np.nonzero(is_choosing_N)[0]
-        chosen_ids = [request_ids[row] for row in rows_M]
-        positions_M = (positions_N + counts_N)[rows_M]
-        self.rows = StepRows(rows_M, slots_N[rows_M], positions_M, [table.requests[name] for name in chosen_ids])
-        table.note_chosen(chosen_ids, positions_M)
+        self.rows = StepRows(rows_M, slots_N[rows_M], (positions_N + counts_N)[rows_M])
+        table.note_chosen(self.rows)
 
     def _feed(self, embeds: Tensor, slots_N: np.ndarray, positions_N: np.ndarray, counts_N: np.ndarray) -> None:
         """`positions_N` may be negative, inside prompts."""
@@ -113,12 +111,12 @@ class LatentSteps:
     @property
     def has_served_rows(self) -> bool:
         """Whether vLLM's own sampler draws for a row of this step."""
-        return any(request.key is None for request in self.rows.requests)
+        return bool(self.table.is_served(self.rows).any())
 
     def without_banned(self, logits_NV: Tensor) -> Tensor:
         """A copy of the logits for vLLM's own sampler, banned tokens at -inf."""
         masked = logits_NV.clone()
-        if self.rows.requests:
+        if self.rows.rows_N.size:
             rows_M = self._row_tensor(logits_NV)
             masked[rows_M] = masked[rows_M].masked_fill(self.table.banned(self.rows), -torch.inf)
         return masked
@@ -134,15 +132,14 @@ class LatentSteps:
                 nothing is sampled.
         """
         rows = self.rows
-        if not rows.requests:
+        if not rows.rows_N.size:
             return
         rows_M = self._row_tensor(logits_NV)
-        is_all = len(rows.requests) == logits_NV.shape[0]
+        is_all = rows.rows_N.size == logits_NV.shape[0]
         chosen_M, full_M, is_forced_M = self.table.choose(
             rows,
             hidden_NH if is_all else hidden_NH[rows_M],
             logits_NV if is_all else logits_NV[rows_M],
-            self.table.banned(rows),
             tokens_N1[rows_M, 0].long(),
             self.feedback,
             self.end_vector(),
@@ -150,8 +147,7 @@ class LatentSteps:
         tokens_N1[rows_M, 0] = chosen_M.to(tokens_N1.dtype)
         if log_probs is None:
             return
-        is_recorded_M = torch.tensor([request.key is not None for request in rows.requests], device=rows_M.device)
-        ours_M = is_recorded_M | is_forced_M
+        ours_M = is_forced_M | ~torch.from_numpy(self.table.is_served(rows)).to(rows_M.device)
         for target, values_M in ((log_probs.logprob_token_ids, chosen_M), (log_probs.logprobs, full_M)):
             target[rows_M, 0] = torch.where(ours_M, values_M.to(target.dtype), target[rows_M, 0])
 

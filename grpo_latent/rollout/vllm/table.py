@@ -17,21 +17,20 @@ from torch import Tensor
 
 from grpo_latent.errors import RolloutError
 from grpo_latent.latent.config import LatentConfig
-from grpo_latent.latent.lvr import SpanState
+from grpo_latent.latent.lvr import UNBOUNDED, SpanState
 from grpo_latent.rollout.sampling import sample, uniforms
 from grpo_latent.rollout.vllm.middleware import STEPS_FIELD
 from grpo_latent.trajectory import PositionKind
 
-# columns of the state before each position
-_IN_SPAN, _NUM_FED, _NUM_SPANS, _END_IS_DUE, _NUM_LATENTS = range(5)
+# columns of the state before each position; the last is the kind of the position before it
+_IN_SPAN, _END_IS_DUE, _NUM_FED, _NUM_SPANS, _NUM_LATENTS, _KIND = range(6)
 _MAX_STEPS = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class RowSampling:
-    """How a recorded request draws: values of `rollout.protocol.SamplingParams` and the trajectory's seed."""
+    """How a recorded request draws: values of `rollout.protocol.SamplingParams`."""
 
-    seed: int
     temperature: float
     top_k: int
     top_p: float
@@ -48,17 +47,20 @@ class LatentRequest:
     key: str | None = None
     steps: int | None = None
     sampling: RowSampling | None = None
+    seed: int = 0
 
     @staticmethod
     def from_extra_args(extra_args: dict | None) -> LatentRequest:
         """Of a rollout only if all that a rollout sends is there: a worker must outlive what clients send."""
         extra_args = extra_args or {}
         values = extra_args.get("latent")
-        names = ("seed", "temperature", "top_k", "top_p")
-        if not isinstance(values, dict) or not {"key", *names} <= set(values):
+        names = ("temperature", "top_k", "top_p")
+        if not isinstance(values, dict) or not {"key", "seed", *names} <= set(values):
             steps = extra_args.get(STEPS_FIELD)
             return LatentRequest(steps=min(max(steps, 1), _MAX_STEPS) if isinstance(steps, int) else None)
-        return LatentRequest(values["key"], values.get("steps"), RowSampling(*(values[name] for name in names)))
+        return LatentRequest(
+            values["key"], values.get("steps"), RowSampling(*(values[name] for name in names)), values["seed"]
+        )
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,6 @@ class StepRows:
     rows_N: np.ndarray
     slots_N: np.ndarray
     positions_N: np.ndarray
-    requests: list[LatentRequest]
 
 
 class LatentTable:
@@ -89,51 +90,65 @@ class LatentTable:
     ):
         self.config, self.banned_V, self.device = config, banned_V, banned_V.device
         self.max_latents = max_latents
-        self.requests: dict[str, LatentRequest] = {}
         self.slots: dict[str, int] = {}
-        self.num_chosen: dict[str, int] = {}
+        self.keys: dict[str, str] = {}  # of the recorded requests, by request
         self.records: dict[str, dict[str, Tensor]] = {}
+        self.samplings: list[RowSampling | None] = [None]  # ways of drawing text met so far; None is vLLM's sampler
         self._free = list(range(num_slots))[::-1]
+        # by slot, on the CPU: what the scheduler's announcements say
+        self.sampling_S, self.seeds_S = np.zeros(num_slots, np.int64), np.zeros(num_slots, np.uint64)
+        self.num_chosen_S = np.zeros(num_slots, np.int64)
+        # by slot, on the device; the last latent of a slot is scratch
         options = {"device": self.device}
-        self.state_SL = torch.zeros(num_slots, max_length + 1, 5, dtype=torch.int32, **options)
-        self.kinds_SL = torch.zeros(num_slots, max_length, dtype=torch.int8, **options)
-        self.full_SL = torch.zeros(num_slots, max_length, **options)
-        self.drawn_SL = torch.zeros(num_slots, max_length, **options)
-        self.latents_SCH = torch.zeros(num_slots, max_latents, hidden_size, dtype=dtype, **options)
         self.steps_S = torch.zeros(num_slots, dtype=torch.long, **options)
+        self.state_SL6 = torch.zeros(num_slots, max_length + 1, 6, dtype=torch.int32, **options)
+        self.log_probs_SL2 = torch.zeros(num_slots, max_length, 2, **options)  # full, drawn
+        self.latents_SCH = torch.zeros(num_slots, max_latents + 1, hidden_size, dtype=dtype, **options)
 
     def add(self, request_id: str, request: LatentRequest) -> None:
-        if request.key is not None and any(known.key == request.key for known in self.requests.values()):
-            raise RolloutError("two requests share one key", where=request_id, got=request.key, expected="unique keys")
+        if request.key is not None:
+            if request.key in self.keys.values():
+                raise RolloutError(
+                    "two requests share one key", where=request_id, got=request.key, expected="unique keys"
+                )
+            self.keys[request_id] = request.key
         if not self._free:
             self._grow()
-        slot = self._free.pop()
-        self.requests[request_id], self.slots[request_id], self.num_chosen[request_id] = request, slot, 0
+        slot = self.slots[request_id] = self._free.pop()
+        if request.sampling not in self.samplings:
+            self.samplings.append(request.sampling)
+        self.sampling_S[slot], self.seeds_S[slot] = self.samplings.index(request.sampling), request.seed
+        self.num_chosen_S[slot] = 0
         self.steps_S[slot] = request.steps or self.config.steps
 
     def _grow(self) -> None:
         num_slots = self.steps_S.shape[0]
-        for name in ("state_SL", "kinds_SL", "full_SL", "drawn_SL", "latents_SCH", "steps_S"):
+        for name in ("steps_S", "state_SL6", "log_probs_SL2", "latents_SCH"):
             tensor = getattr(self, name)
             setattr(self, name, torch.cat([tensor, torch.zeros_like(tensor)]))
+        for name in ("sampling_S", "seeds_S", "num_chosen_S"):
+            setattr(self, name, np.concatenate([getattr(self, name), np.zeros_like(getattr(self, name))]))
         self._free = list(range(num_slots, 2 * num_slots))[::-1]
 
     def finish(self, request_id: str) -> None:
         """Frees the slot; keeps the record if the request has a key."""
-        request = self.requests.pop(request_id, None)
-        if request is None:
+        slot, key = self.slots.pop(request_id, None), self.keys.pop(request_id, None)
+        if slot is None:
             return
-        slot, length = self.slots.pop(request_id), self.num_chosen.pop(request_id)
         self._free.append(slot)
-        if request.key is not None:
-            num_latents = int(self.state_SL[slot, length, _NUM_LATENTS])
-            self.records[request.key] = {
-                "kinds": self.kinds_SL[slot, :length].to("cpu", torch.int64),
-                "rollout_log_probs": self.full_SL[slot, :length].to("cpu", copy=True),
-                "sampling_log_probs": self.drawn_SL[slot, :length].to("cpu", copy=True),
-                "latents": self.latents_SCH[slot, : min(num_latents, self.max_latents)].to("cpu", copy=True),
-                "num_latents": torch.tensor(num_latents),
-            }
+        if key is None:
+            return
+        length = int(self.num_chosen_S[slot])
+        state_T6 = self.state_SL6[slot, : length + 1].to("cpu", torch.int64)
+        num_latents = state_T6[-1, _NUM_LATENTS]
+        log_probs_T2 = self.log_probs_SL2[slot, :length].to("cpu", copy=True)
+        self.records[key] = {
+            "kinds": state_T6[1:, _KIND].contiguous(),
+            "rollout_log_probs": log_probs_T2[:, 0].contiguous(),
+            "sampling_log_probs": log_probs_T2[:, 1].contiguous(),
+            "latents": self.latents_SCH[slot, : min(int(num_latents), self.max_latents)].to("cpu", copy=True),
+            "num_latents": num_latents.clone(),
+        }
 
     def pop(self, keys: list[str] | None) -> dict[str, dict[str, Tensor]]:
         """Records of finished requests by key, all of them if `keys` is None; each is returned once.
@@ -141,8 +156,8 @@ class LatentTable:
         A finished request whose end vLLM has not announced to the worker yet (it does so with its next step) counts.
         """
         wanted = None if keys is None else set(keys)
-        for request_id, request in list(self.requests.items()):
-            if request.key is not None and (wanted is None or request.key in wanted):
+        for request_id, key in list(self.keys.items()):
+            if wanted is None or key in wanted:
                 self.finish(request_id)
         return {key: self.records.pop(key) for key in list(self.records) if wanted is None or key in wanted}
 
@@ -154,27 +169,37 @@ class LatentTable:
             rows_M, slots_M, positions_M: int64, the step's inputs that are completion positions.
         """
         rows, slots, positions = (self._to_device(values) for values in (rows_M, slots_M, positions_M))
-        is_latent_M1 = (self.kinds_SL[slots, positions] == PositionKind.LATENT)[:, None]
-        latent_idx_M = self.state_SL[slots, positions, _NUM_LATENTS].long().clamp(max=self.max_latents - 1)
-        latents_MH = self.latents_SCH[slots, latent_idx_M].to(embeds.dtype)
-        embeds[rows] = torch.where(is_latent_M1, latents_MH, embeds[rows])
+        after_M6 = self.state_SL6[slots, positions + 1]
+        is_latent_M1 = after_M6[:, _KIND, None] == int(PositionKind.LATENT)
+        latents_MH = self.latents_SCH[slots, (after_M6[:, _NUM_LATENTS] - 1).clamp(0, self.max_latents - 1)]
+        embeds[rows] = torch.where(is_latent_M1, latents_MH.to(embeds.dtype), embeds[rows])
 
     def _to_device(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.device, non_blocking=True)
 
+    def is_served(self, rows: StepRows) -> np.ndarray:
+        """bool [N], rows whose text vLLM's sampler draws."""
+        return self.sampling_S[rows.slots_N] == 0
+
     def banned(self, rows: StepRows) -> Tensor:
         """bool [N, V] or [1, V], tokens that no row may draw: where a span may not open, `start` is one of them."""
+        return self._banned(rows, *self._state_of(rows))
+
+    def _state_of(self, rows: StepRows) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots and positions, int64 [N], and the state there, int64 [N, 6]."""
         slots, positions = self._to_device(rows.slots_N), self._to_device(rows.positions_N)
-        room_N = torch.ones(len(rows.requests), dtype=torch.bool, device=self.device)
-        if self.config.max_spans is not None:
-            room_N = self.state_SL[slots, positions, _NUM_SPANS] < self.config.max_spans
-        elif all(request.key is not None for request in rows.requests):
+        return slots, positions, self.state_SL6[slots, positions].long()
+
+    def _banned(self, rows: StepRows, slots: Tensor, positions: Tensor, state_N6: Tensor) -> Tensor:
+        is_served_N, max_spans = self.is_served(rows), self.config.max_spans
+        if max_spans is None and not is_served_N.any():
             return self.banned_V[None]
-        # a served request must not run out of room for its latents; a recorded one that does is reported by `pop`
-        is_served_N = self._to_device(np.array([request.key is None for request in rows.requests]))
-        num_latents_N = self.state_SL[slots, positions, _NUM_LATENTS] + self.steps_S[slots]
-        room_N = room_N & (~is_served_N | (num_latents_N <= self.max_latents))
-        banned_NV = self.banned_V.repeat(len(rows.requests), 1)
+        room_N = state_N6[:, _NUM_SPANS] < (UNBOUNDED if max_spans is None else max_spans)
+        if is_served_N.any():
+            # a served request must not run out of room for its latents; a recorded one that does is reported by `pop`
+            has_room_N = state_N6[:, _NUM_LATENTS] + self.steps_S[slots] <= self.max_latents
+            room_N &= has_room_N | ~self._to_device(is_served_N)
+        banned_NV = self.banned_V.repeat(len(slots), 1)
         banned_NV[:, self.config.start_id] |= ~room_N
         return banned_NV
 
@@ -183,7 +208,6 @@ class LatentTable:
         rows: StepRows,
         hidden_NH: Tensor,
         logits_NV: Tensor,
-        banned_NV: Tensor,
         served_tokens_N: Tensor,
         feedback,
         end_vector_H: Tensor | None,
@@ -200,55 +224,58 @@ class LatentTable:
             token ids int64 [N]; log-probs under the full distribution float32 [N] (0 where nothing is sampled or vLLM's
             sampler drew); bool [N], True where the token is forced.
         """
-        slots, positions = self._to_device(rows.slots_N), self._to_device(rows.positions_N)
-        state_N5 = self.state_SL[slots, positions]
+        slots, positions, state_N6 = self._state_of(rows)
+        in_span_N, end_is_due_N, num_fed_N, num_spans_N, num_latents_N, _ = state_N6.unbind(-1)
         state = SpanState(self.config, self.steps_S[slots])
-        state.in_span_N, state.end_is_due_N = state_N5[:, _IN_SPAN].bool(), state_N5[:, _END_IS_DUE].bool()
-        state.num_fed_N, state.num_spans_N = state_N5[:, _NUM_FED].long(), state_N5[:, _NUM_SPANS].long()
-        num_latents_N = state_N5[:, _NUM_LATENTS].long()
+        state.in_span_N, state.end_is_due_N = in_span_N.bool(), end_is_due_N.bool()
+        state.num_fed_N, state.num_spans_N = num_fed_N, num_spans_N
 
         planned_N = state.plan(logits_NV)
-        is_latent_N, is_text_N = planned_N == PositionKind.LATENT, planned_N == PositionKind.TEXT
-        tokens_N, full_N, drawn_N = self._draw(rows, logits_NV, banned_NV, served_tokens_N)
+        is_latent_N, is_text_N = planned_N == int(PositionKind.LATENT), planned_N == int(PositionKind.TEXT)
+        tokens_N, log_probs_N2 = self._draw(
+            rows, logits_NV, self._banned(rows, slots, positions, state_N6), served_tokens_N
+        )
         tokens_N = torch.where(is_latent_N, self.config.latent_id, tokens_N)
-        tokens_N = torch.where(planned_N == PositionKind.FORCED, self.config.end_id, tokens_N)
-        full_N, drawn_N = full_N * is_text_N, drawn_N * is_text_N
+        tokens_N = torch.where(planned_N == int(PositionKind.FORCED), self.config.end_id, tokens_N)
+        log_probs_N2 = log_probs_N2 * is_text_N[:, None]
         latents_NH = feedback(hidden_NH).to(self.latents_SCH.dtype)
         kinds_N = state.advance(planned_N, tokens_N, latents_NH, end_vector_H)
 
-        latent_idx_N = num_latents_N.clamp(max=self.max_latents - 1)
-        self.latents_SCH[slots, latent_idx_N] = torch.where(
-            is_latent_N[:, None], latents_NH, self.latents_SCH[slots, latent_idx_N]
+        scratch = self.max_latents
+        self.latents_SCH[slots, torch.where(is_latent_N, num_latents_N, scratch).clamp(max=scratch)] = latents_NH
+        self.log_probs_SL2[slots, positions] = log_probs_N2
+        columns = (
+            state.in_span_N,
+            state.end_is_due_N,
+            state.num_fed_N,
+            state.num_spans_N,
+            num_latents_N + is_latent_N,
+            kinds_N,
         )
-        self.kinds_SL[slots, positions] = kinds_N.to(torch.int8)
-        self.full_SL[slots, positions], self.drawn_SL[slots, positions] = full_N, drawn_N
-        columns = (state.in_span_N, state.num_fed_N, state.num_spans_N, state.end_is_due_N, num_latents_N + is_latent_N)
-        self.state_SL[slots, positions + 1] = torch.stack([column.to(torch.int32) for column in columns], -1)
-        return tokens_N, full_N, ~is_text_N
+        self.state_SL6[slots, positions + 1] = torch.stack(columns, -1).to(torch.int32)
+        return tokens_N, log_probs_N2[:, 0], ~is_text_N
 
-    def _draw(self, rows: StepRows, logits_NV: Tensor, banned_NV: Tensor, served_tokens_N: Tensor):
-        """Token ids and both log-probs, each [N]; rows draw together where their sampling is the same."""
-        tokens_N = served_tokens_N.clone()
-        full_N = torch.zeros(tokens_N.shape, device=self.device)
-        drawn_N = torch.zeros_like(full_N)
-        seeds_N = np.array([0 if r.sampling is None else r.sampling.seed for r in rows.requests], dtype=np.uint64)
-        draws_N = uniforms(seeds_N, rows.positions_N)
-        groups: dict[tuple[float, int, float], list[int]] = {}
-        for row, request in enumerate(rows.requests):
-            if request.sampling is not None:
-                key = (request.sampling.temperature, request.sampling.top_k, request.sampling.top_p)
-                groups.setdefault(key, []).append(row)
-        for (temperature, top_k, top_p), members in groups.items():
-            if len(members) == len(rows.requests):
-                return sample(logits_NV, draws_N, temperature, top_k, top_p, banned_NV)
-            picked = self._to_device(np.array(members))
+    def _draw(
+        self, rows: StepRows, logits_NV: Tensor, banned_NV: Tensor, served_tokens_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids [N] and full and drawn log-probs [N, 2]; rows draw together where their sampling is the same."""
+        ways_N = self.sampling_S[rows.slots_N]
+        draws_N = uniforms(self.seeds_S[rows.slots_N], rows.positions_N)
+        tokens_N, log_probs_N2 = served_tokens_N.clone(), torch.zeros(len(ways_N), 2, device=self.device)
+        for way in set(ways_N.tolist()) - {0}:
+            sampling = self.samplings[way]
+            drawing = (sampling.temperature, sampling.top_k, sampling.top_p)
+            is_way_N = ways_N == way
+            if is_way_N.all():
+                tokens_N, *log_probs = sample(logits_NV, draws_N, *drawing, banned_NV)
+                return tokens_N, torch.stack(log_probs, -1)
+            members = np.nonzero(is_way_N)[0]
+            picked = self._to_device(members)
             banned_MV = banned_NV if banned_NV.shape[0] == 1 else banned_NV[picked]
-            drawn = sample(logits_NV[picked], draws_N[members], temperature, top_k, top_p, banned_MV)
-            for target, values in zip((tokens_N, full_N, drawn_N), drawn, strict=True):
-                target[picked] = values.to(target.dtype)
-        return tokens_N, full_N, drawn_N
+            drawn_M, *log_probs = sample(logits_NV[picked], draws_N[members], *drawing, banned_MV)
+            tokens_N[picked], log_probs_N2[picked] = drawn_M, torch.stack(log_probs, -1)
+        return tokens_N, log_probs_N2
 
-    def note_chosen(self, request_ids: list[str], positions_N: np.ndarray) -> None:
+    def note_chosen(self, rows: StepRows) -> None:
         """Remembers how far each request has come."""
-        for request_id, position in zip(request_ids, positions_N.tolist(), strict=True):
-            self.num_chosen[request_id] = position + 1
+        self.num_chosen_S[rows.slots_N] = rows.positions_N + 1

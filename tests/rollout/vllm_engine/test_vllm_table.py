@@ -22,19 +22,19 @@ def table(num_slots=2, max_latents=8, **changes):
 
 
 def greedy(key, steps=None):
-    return LatentRequest(key, steps, RowSampling(seed=1, temperature=0.0, top_k=-1, top_p=1.0))
+    return LatentRequest(key, steps, RowSampling(temperature=0.0, top_k=-1, top_p=1.0), seed=1)
 
 
 def step(table, ids, positions, best, hidden=None, served=None):
     """One decision for the requests `ids`, whose best tokens are `best`."""
     slots = np.array([table.slots[request_id] for request_id in ids])
-    rows = StepRows(np.arange(len(ids)), slots, np.array(positions), [table.requests[request_id] for request_id in ids])
+    rows = StepRows(np.arange(len(ids)), slots, np.array(positions))
     logits = torch.zeros(len(ids), VOCAB)
     logits[torch.arange(len(ids)), torch.tensor(best)] = 5.0
     hidden = torch.full((len(ids), HIDDEN), float(positions[0])) if hidden is None else hidden
     served = torch.zeros(len(ids), dtype=torch.long) if served is None else torch.tensor(served)
-    tokens, full, forced = table.choose(rows, hidden, logits, table.banned(rows), served, lambda h: h, None)
-    table.note_chosen(ids, rows.positions_N)
+    tokens, full, forced = table.choose(rows, hidden, logits, served, lambda h: h, None)
+    table.note_chosen(rows)
     return tokens.tolist(), full, forced.tolist()
 
 
@@ -78,7 +78,7 @@ def test_slots_are_reused_and_grow():
 def test_rows_of_different_sampling_in_one_step():
     t = table(num_slots=4)
     t.add("greedy", greedy("greedy"))
-    t.add("sampled", LatentRequest("sampled", None, RowSampling(seed=7, temperature=0.5, top_k=1, top_p=1.0)))
+    t.add("sampled", LatentRequest("sampled", None, RowSampling(temperature=0.5, top_k=1, top_p=1.0), seed=7))
     t.add("served", LatentRequest())
     tokens, full, forced = step(t, ["greedy", "sampled", "served"], [0, 0, 0], [WORD, 4, 5], served=[0, 0, START])
     assert tokens == [WORD, 4, START] and forced == [False] * 3
@@ -96,11 +96,11 @@ def test_start_is_banned_after_the_last_span_and_where_a_served_request_has_no_r
     assert tokens[:4] == [START, LATENT, LATENT, END] and START not in tokens[4:]
     t = table(max_latents=3)
     t.add("b", LatentRequest())
-    rows = StepRows(np.array([0]), np.array([t.slots["b"]]), np.array([0]), [t.requests["b"]])
+    rows = StepRows(np.array([0]), np.array([t.slots["b"]]), np.array([0]))
     assert not t.banned(rows)[0, START]
     for position in range(4):
         step(t, ["b"], [position], [START], served=[START])
-    rows = StepRows(rows.rows_N, rows.slots_N, np.array([4]), rows.requests)
+    rows = StepRows(rows.rows_N, rows.slots_N, np.array([4]))
     assert t.banned(rows)[0, START]
 
 
@@ -122,7 +122,7 @@ def test_two_requests_with_one_key_are_refused():
         ({"latent": {"key": "a", "seed": 1}, "latent_steps": 4}, LatentRequest(steps=4)),
         (
             {"latent": {"key": "a", "steps": 2, "seed": 1, "temperature": 0.5, "top_k": -1, "top_p": 1.0}},
-            LatentRequest("a", 2, RowSampling(1, 0.5, -1, 1.0)),
+            LatentRequest("a", 2, RowSampling(0.5, -1, 1.0), 1),
         ),
     ],
 )
