@@ -31,12 +31,10 @@ class SpanState:
     def __init__(self, config: LatentConfig, steps_N: Tensor, max_spans_N: Tensor | None = None):
         self.config = config
         self.steps_N = steps_N
-        if max_spans_N is None:
-            self.is_bounded = config.max_spans is not None
-            max_spans_N = torch.full_like(steps_N, config.max_spans if self.is_bounded else UNBOUNDED)
-        else:
-            self.is_bounded = bool((max_spans_N < UNBOUNDED).any())
-        self.max_spans_N = max_spans_N
+        self.max_spans_N: Tensor | int = UNBOUNDED if config.max_spans is None else config.max_spans
+        self.is_bounded = config.max_spans is not None
+        if max_spans_N is not None:
+            self.max_spans_N, self.is_bounded = max_spans_N, bool((max_spans_N < UNBOUNDED).any())
         self.in_span_N = torch.zeros_like(steps_N, dtype=torch.bool)
         self.num_fed_N = torch.zeros_like(steps_N)
         self.num_spans_N = torch.zeros_like(steps_N)
@@ -91,5 +89,7 @@ class SpanState:
         return self.num_spans_N < self.max_spans_N
 
     def keep_rows(self, rows_M: Tensor) -> None:
-        for name in ("steps_N", "max_spans_N", "in_span_N", "num_fed_N", "num_spans_N", "end_is_due_N"):
+        for name in ("steps_N", "in_span_N", "num_fed_N", "num_spans_N", "end_is_due_N"):
             setattr(self, name, getattr(self, name)[rows_M])
+        if isinstance(self.max_spans_N, Tensor):
+            self.max_spans_N = self.max_spans_N[rows_M]

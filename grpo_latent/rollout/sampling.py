@@ -80,7 +80,7 @@ def sample(
         under the distribution drawn from, float32 [N] (0 when greedy).
     """
     greedy = temperature == 0
-    scaled_NV = logits_NV.float() if greedy else logits_NV.float() / temperature
+    scaled_NV = logits_NV.float() if greedy or temperature == 1 else logits_NV.float() / temperature
     full_NV = scaled_NV.log_softmax(-1)
     allowed_NV = scaled_NV if banned_NV is None else scaled_NV.masked_fill(banned_NV, -torch.inf)
     if greedy:

@@ -134,22 +134,16 @@ class LatentSteps:
         rows = self.rows
         if not rows.rows_N.size:
             return
-        rows_M = self._row_tensor(logits_NV)
-        is_all = rows.rows_N.size == logits_NV.shape[0]
+        picked = slice(None) if rows.rows_N.size == logits_NV.shape[0] else self._row_tensor(logits_NV)
         chosen_M, full_M, is_forced_M = self.table.choose(
-            rows,
-            hidden_NH if is_all else hidden_NH[rows_M],
-            logits_NV if is_all else logits_NV[rows_M],
-            tokens_N1[rows_M, 0].long(),
-            self.feedback,
-            self.end_vector(),
+            rows, hidden_NH[picked], logits_NV[picked], tokens_N1[picked, 0].long(), self.feedback, self.end_vector()
         )
-        tokens_N1[rows_M, 0] = chosen_M.to(tokens_N1.dtype)
+        tokens_N1[picked, 0] = chosen_M.to(tokens_N1.dtype)
         if log_probs is None:
             return
-        ours_M = is_forced_M | ~torch.from_numpy(self.table.is_served(rows)).to(rows_M.device)
+        ours_M = is_forced_M | ~torch.from_numpy(self.table.is_served(rows)).to(logits_NV.device)
         for target, values_M in ((log_probs.logprob_token_ids, chosen_M), (log_probs.logprobs, full_M)):
-            target[rows_M, 0] = torch.where(ours_M, values_M.to(target.dtype), target[rows_M, 0])
+            target[picked, 0] = torch.where(ours_M, values_M.to(target.dtype), target[picked, 0])
 
     def _row_tensor(self, like: Tensor) -> Tensor:
         return torch.from_numpy(self.rows.rows_N).to(like.device)

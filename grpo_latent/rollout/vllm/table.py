@@ -168,7 +168,9 @@ class LatentTable:
             embeds: [rows of the step, H].
             rows_M, slots_M, positions_M: int64, the step's inputs that are completion positions.
         """
-        rows, slots, positions = (self._to_device(values) for values in (rows_M, slots_M, positions_M))
+        slots, positions = self._to_device(slots_M), self._to_device(positions_M)
+        is_range = rows_M[-1] - rows_M[0] + 1 == rows_M.size  # as in a step that only decodes: a view instead of a copy
+        rows = slice(rows_M[0], rows_M[-1] + 1) if is_range else self._to_device(rows_M)
         after_M6 = self.state_SL6[slots, positions + 1]
         is_latent_M1 = after_M6[:, _KIND, None] == int(PositionKind.LATENT)
         latents_MH = self.latents_SCH[slots, (after_M6[:, _NUM_LATENTS] - 1).clamp(0, self.max_latents - 1)]
@@ -259,22 +261,24 @@ class LatentTable:
         self, rows: StepRows, logits_NV: Tensor, banned_NV: Tensor, served_tokens_N: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Token ids [N] and full and drawn log-probs [N, 2]; rows draw together where their sampling is the same."""
-        ways_N = self.sampling_S[rows.slots_N]
         draws_N = uniforms(self.seeds_S[rows.slots_N], rows.positions_N)
+        ways_N = self.sampling_S[rows.slots_N]
+        ways = set(ways_N.tolist()) - {0}
+        if len(ways) == 1 and ways_N.all():
+            tokens_N, *log_probs = self._draw_alike(ways.pop(), logits_NV, draws_N, banned_NV)
+            return tokens_N, torch.stack(log_probs, -1)
         tokens_N, log_probs_N2 = served_tokens_N.clone(), torch.zeros(len(ways_N), 2, device=self.device)
-        for way in set(ways_N.tolist()) - {0}:
-            sampling = self.samplings[way]
-            drawing = (sampling.temperature, sampling.top_k, sampling.top_p)
-            is_way_N = ways_N == way
-            if is_way_N.all():
-                tokens_N, *log_probs = sample(logits_NV, draws_N, *drawing, banned_NV)
-                return tokens_N, torch.stack(log_probs, -1)
-            members = np.nonzero(is_way_N)[0]
+        for way in ways:
+            members = np.nonzero(ways_N == way)[0]
             picked = self._to_device(members)
             banned_MV = banned_NV if banned_NV.shape[0] == 1 else banned_NV[picked]
-            drawn_M, *log_probs = sample(logits_NV[picked], draws_N[members], *drawing, banned_MV)
-            tokens_N[picked], log_probs_N2[picked] = drawn_M, torch.stack(log_probs, -1)
+            tokens_M, *log_probs = self._draw_alike(way, logits_NV[picked], draws_N[members], banned_MV)
+            tokens_N[picked], log_probs_N2[picked] = tokens_M, torch.stack(log_probs, -1)
         return tokens_N, log_probs_N2
+
+    def _draw_alike(self, way: int, logits_MV: Tensor, draws_M: Tensor, banned_MV: Tensor):
+        sampling = self.samplings[way]
+        return sample(logits_MV, draws_M, sampling.temperature, sampling.top_k, sampling.top_p, banned_MV)
 
     def note_chosen(self, rows: StepRows) -> None:
         """Remembers how far each request has come."""
