@@ -143,11 +143,11 @@ class LatentTable:
         num_latents = state_T6[-1, _NUM_LATENTS]
         log_probs_T2 = self.log_probs_SL2[slot, :length].to("cpu", copy=True)
         self.records[key] = {
-            "kinds": state_T6[1:, _KIND].contiguous(),
-            "rollout_log_probs": log_probs_T2[:, 0].contiguous(),
-            "sampling_log_probs": log_probs_T2[:, 1].contiguous(),
+            "kinds": state_T6[1:, _KIND],
+            "rollout_log_probs": log_probs_T2[:, 0],
+            "sampling_log_probs": log_probs_T2[:, 1],
             "latents": self.latents_SCH[slot, : min(int(num_latents), self.max_latents)].to("cpu", copy=True),
-            "num_latents": num_latents.clone(),
+            "num_latents": num_latents,
         }
 
     def pop(self, keys: list[str] | None) -> dict[str, dict[str, Tensor]]:

@@ -12,8 +12,11 @@ def pack(tensor: Tensor) -> list:
     >>> unpack(pack(torch.tensor([[1.0], [2.0]], dtype=torch.bfloat16)))
     tensor([[1.],
             [2.]], dtype=torch.bfloat16)
+    >>> unpack(pack(torch.arange(8)[3:4].as_strided((1,), (6,))))
+    tensor([3])
     """
-    flat = tensor.contiguous().reshape(-1)
+    # `contiguous` would leave one element at the stride that it has, which no view as bytes takes
+    flat = tensor.clone(memory_format=torch.contiguous_format).reshape(-1)
     return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), flat.view(torch.uint8).numpy().tobytes()]
 
 
