@@ -22,9 +22,9 @@ def main(picture: str, folders: list[str]) -> None:
     for out in map(Path, folders):
         summary = json.loads((out / "summary.json").read_text())
         points = series(read_metrics(out / "grpo" / "metrics.jsonl"), ACCURACY)
-        curves.plot(*points, marker="o", markersize=3, label=f"latent GRPO, seed {summary['seed']}")
+        (line,) = curves.plot(*points, marker="o", markersize=3, label=f"latent GRPO, seed {summary['seed']}")
         names, values = zip(*summary["ablations"].items(), strict=True)
-        bars.plot(names, values, "o", alpha=0.7)
+        bars.plot(names, values, "o", alpha=0.7, color=line.get_color())
         controls = {"random reward": "control_random/grpo", "text only, same labels": "control_text/direct/grpo"}
         for name, folder in controls.items():
             metrics = out / folder / "metrics.jsonl"
@@ -34,7 +34,7 @@ def main(picture: str, folders: list[str]) -> None:
     curves.legend(frameon=False, fontsize=7)
     bars.axhline(0.1, linestyle=":", color="black", linewidth=1)
     bars.set(ylim=(0, 1), title="after GRPO, by latents fed")
-    bars.tick_params(axis="x", rotation=30)
+    bars.tick_params(axis="x", rotation=60, labelsize=8)
     figure.tight_layout()
     figure.savefig(picture, dpi=120)
 
