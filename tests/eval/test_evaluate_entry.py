@@ -1,0 +1,139 @@
+"""The entry point of evaluation on the embedded task's files: rows read, reports written, errors by their setting's name."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+
+from grpo_latent.data import digits
+from grpo_latent.errors import ConfigError, DataError
+from grpo_latent.eval.benchmarks import load_benchmark
+from grpo_latent.eval.decode import Evaluator
+from grpo_latent.eval.prompts import benchmark_prompts, encode_row, read_prompts
+from grpo_latent.evaluate import main, run
+from grpo_latent.latent.config import LatentConfig
+from grpo_latent.models import tiny
+from grpo_latent.models.loading import LatentModel, parse_dtype, save_latent_model
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The embedded task's held-out rows, and a random model of its architecture that likes to open spans."""
+    folder = tmp_path_factory.mktemp("digits")
+    for kind in ("read", "sum"):
+        rows = digits.to_rows(digits.generate(6, stream="heldout", seed=0, kinds=(kind,)), "heldout")
+        digits.write_verl_parquet(folder / f"{kind}.parquet", rows)
+    model, tokenizer, processor = tiny.tiny_qwen2_5_vl(digits.WORDS)
+    ids = tokenizer.get_vocab()
+    with torch.no_grad():  # the final norm's output is roughly along this row, so `start` is the arg-max at first
+        probe = processor(text=["<|im_start|> read <|im_end|>"], return_tensors="pt").input_ids
+        hidden = model.model(input_ids=probe).last_hidden_state[0, -1]
+        model.lm_head.weight[ids["<|lvr_start|>"]] = hidden
+    names = dict(start_token="<|lvr_start|>", latent_token="<|lvr|>", end_token="<|lvr_end|>")
+    config = LatentConfig(**names, **{k.replace("token", "id"): ids[v] for k, v in names.items()}, steps=1, max_spans=1)
+    save_latent_model(folder / "model", model, tokenizer, processor, config)
+    return folder, rows, LatentModel(model, tokenizer, processor, config, (tokenizer.eos_token_id,))
+
+
+def test_prompts_of_the_embedded_task(files):
+    folder, rows, loaded = files
+    prompts = read_prompts([folder / "sum.parquet"], loaded)
+    examples = digits.generate(6, stream="heldout", seed=0, kinds=("sum",))
+    assert len(read_prompts([folder / "read.parquet", folder / "sum.parquet"], loaded, max_rows=8)) == 8
+    for index, (prompt, example) in enumerate(zip(prompts, examples, strict=True)):
+        assert prompt.ground_truth == example.answer and prompt.where.endswith(f"row {index}")
+        # a cell of the 4 x 4 grid is a visual token
+        assert prompt.roi == tuple(4 * item.row + item.column for item in example.asked)
+        assert int((prompt.prompt_ids == loaded.model.config.image_token_id).sum()) == 16
+        assert prompt.extra_info["index"] == index
+
+
+def test_roi_of_the_second_image_is_offset_and_bad_boxes_are_named(files):
+    _, rows, loaded = files
+    row = json.loads(json.dumps({k: v for k, v in rows[0].items() if k != "images"}))
+    row["images"] = [rows[0]["images"][0], rows[1]["images"][0]]
+    row["prompt"] = [{"role": "user", "content": "<image> read red ? <image>"}]
+    row["extra_info"] |= {"bboxes": [[0.0, 0.0, 0.2, 0.2], [0.3, 0.0, 0.45, 0.2]], "bbox_images": [1, 0]}
+    assert encode_row(row, "rows.parquet row 4", loaded, "4").roi == (16, 1)
+    for changes, message in (
+        ({"bbox_images": [2, 0]}, r"rows.parquet row 4: extra_info.bbox_images.*\[2, 0\] for 2 boxes, 2 images"),
+        ({"bboxes": [[0.0, 0.0, 2.0, 0.2], [0, 0, 1, 1]]}, "rows.parquet row 4: extra_info.bboxes.*outside the image"),
+    ):
+        with pytest.raises(DataError, match=message):
+            encode_row(row | {"extra_info": row["extra_info"] | changes}, "rows.parquet row 4", loaded, "4")
+
+
+def config_for(folder, *overrides):
+    base = [
+        f"model.path={folder / 'model'}",
+        f"data.val_files={folder / 'read.parquet'}",
+        "data.max_response_length=6",
+        "reward.custom_reward_function.path=reward/digits.py",
+        f"output={folder / 'report.json'}",
+    ]
+    with initialize_config_module("grpo_latent.config", version_base=None):
+        return compose("evaluate", overrides=[*base, *overrides])
+
+
+def test_entry_point_writes_the_report(files, monkeypatch, request):
+    folder, _, _ = files
+    monkeypatch.chdir(request.config.rootpath)
+    report = run(config_for(folder, "latent.visibility=latents_only", "rollout.n=2", "data.max_rows=5"))
+    text = (folder / "report.json").read_text()
+    assert json.loads(text) == json.loads(json.dumps(report))
+    assert report["num_prompts"] == 5 and report["latent_config"]["visibility"] == "latents_only"
+    assert report["latents"]["frac_rollouts"] > 0 and report["leak"] in (0.0, None)
+    assert not list(folder.glob("*.part*")), "no parts are left"
+    assert f"[{', '.join(f'{v:.1f}' for v in report['outcomes']['own'])}]" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.path=nowhere", "CheckpointError: nowhere: no such folder"),
+        ("ablations=[lobotomy]", "ConfigError: ablations: unknown ablation"),
+        ("reward.custom_reward_function.path=null", "ConfigError: latent.reward.functions: no reward function"),
+        ("data.val_files=nowhere.parquet", "DataError: nowhere.parquet"),
+        ("model.dtype=int32", "ConfigError: model.dtype"),
+        ("rollout.n=-1", "ConfigError: num_sampled"),
+        ("data.max_response_length=0", "ConfigError: sampling.max_new_tokens"),
+        ("decodings=[{stepps: 4}]", "ConfigError: decodings[0]: not a decoding strategy"),
+        ("decodings=[{temperature: 0.7}]", "ConfigError: decodings[0]: sampling settings of a greedy"),
+        ("verdict.primary=lobotomy", "ConfigError: ablations: unknown ablation"),
+        ("data.benchmark.name=mmvp", "ConfigError: data.benchmark.path: no folder"),
+        ("model.plain=true", "ConfigError: model.plain: a plain model has no latents"),
+    ],
+)
+def test_entry_point_prints_typed_errors(files, monkeypatch, capsys, request, override, message):
+    folder, _, _ = files
+    monkeypatch.chdir(request.config.rootpath)
+    with pytest.raises(SystemExit) as info:
+        main.__wrapped__(config_for(folder, override))
+    assert info.value.code == 1 and message in capsys.readouterr().err
+
+
+def test_a_benchmark_is_graded_strictly_and_needs_no_reward(files, monkeypatch, tmp_path):
+    """The embedded task's rows as a benchmark: the accuracy of its grader."""
+    folder, rows, loaded = files
+    options = ("data.val_files=null", "reward.custom_reward_function.path=null", "latent.reward.functions=[]")
+    benchmark = ("data.benchmark.name=digits", f"data.benchmark.path={folder / 'read.parquet'}")
+    report = run(
+        config_for(
+            folder, *options, *benchmark, "latent.steps=2", f"output={tmp_path / 'r.json'}", "verdict.chance=0.1"
+        )
+    )
+    items = load_benchmark("digits", folder / "read.parquet")
+    prompts = benchmark_prompts(items, loaded)
+    e = Evaluator(dataclasses.replace(loaded, config=loaded.config.replace(steps=2)), 6)
+    decode = loaded.tokenizer.decode
+    expected = [item.grade(decode(t.text_ids)).correct for item, t in zip(items, e.greedy(prompts), strict=True)]
+    assert report["outcomes"]["own"] == expected and report["data"] == [f"digits {folder / 'read.parquet'}"]
+    assert report["chance"] == 0.1 and [p["row_id"] for p in report["prompts"]] == [item.item_id for item in items]
+
+
+def test_dtypes():
+    assert parse_dtype("bfloat16") is torch.bfloat16
+    with pytest.raises(ConfigError, match="float99"):
+        parse_dtype("float99")
