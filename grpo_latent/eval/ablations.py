@@ -88,6 +88,27 @@ def parse_name(name: str) -> tuple[str, str]:
     return base, part
 
 
+def check_decides(name: str, where: str) -> None:
+    """Whether a loss under this ablation shows that what the latents hold is used.
+
+    `shuffle` and `image_swap` feed each place what the model itself makes there, for another question or image. Zeros,
+    noise, means, the first latent at every place and missing latents are inputs that it has never seen, under which it may
+    fail whatever it reads; the oracle's vectors are better ones; `no_span` and `image_blind_after_span` take away something
+    else.
+
+    Raises:
+        ConfigError: it does not, or there is no such ablation.
+    """
+    if parse_name(name)[0] not in DECIDING:
+        raise ConfigError(
+            "a loss under this ablation need not mean that the latents are used",
+            where=where,
+            got=name,
+            expected=f"{' or '.join(DECIDING)}, or a part as in shuffle@span1",
+            fix="It can be one of the other ablations, which are reported beside the verdict.",
+        )
+
+
 def make_changes(name: str, inputs: AblationInputs) -> Changes:
     """How an ablation changes each prompt's request; prompts whose own trajectory has no latents stay as they are."""
     base, part = parse_name(name)
@@ -252,6 +273,7 @@ REQUESTS: dict[str, Callable[[LatentConfig], dict | None]] = {
     BLIND: lambda config: {"blind_after_span": True} if config.visibility == "full" else None,
 }
 ABLATIONS = (*VECTORS, *REQUESTS)
+DECIDING = (SHUFFLE, IMAGE_SWAP)
 
 
 def donors(num_latents: Sequence[int], clusters: Sequence[str], seed: int) -> list[int | None]:

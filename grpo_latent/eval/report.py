@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean, pstdev
 
 from grpo_latent.errors import ConfigError
-from grpo_latent.eval.ablations import BLIND, ORACLE, SHUFFLE, parse_name
+from grpo_latent.eval.ablations import BLIND, ORACLE, SHUFFLE, check_decides, parse_name
 from grpo_latent.eval.decode import GREEDY, Decoding
 from grpo_latent.eval.geometry import geometry
 from grpo_latent.eval.graders import pair_accuracy
@@ -41,8 +41,7 @@ class VerdictSettings:
         margin: smallest loss of accuracy that counts as use.
         level: of all intervals and tests of a report together (Bonferroni over its ablations).
         chance: accuracy of guessing; a benchmark with options brings its own.
-        primary: the ablation whose verdict is the report's: `shuffle` by default, because zeros, noise and missing spans are
-            inputs that no model has seen, and a loss under them need not mean that the *content* is used.
+        primary: the ablation whose verdict is the report's; one that `ablations.check_decides` lets decide.
     """
 
     margin: float = DEFAULT_MARGIN
@@ -59,7 +58,7 @@ class VerdictSettings:
         ):
             if not holds:
                 raise ConfigError("not usable", where=f"verdict.{name}", got=getattr(self, name), expected="in (0, 1)")
-        parse_name(self.primary)
+        check_decides(self.primary, "verdict.primary")
 
 
 @dataclass

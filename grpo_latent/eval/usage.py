@@ -20,6 +20,7 @@ from grpo_latent.errors import DataError
 from grpo_latent.eval.ablations import (
     IMAGE_SWAP,
     AblationInputs,
+    check_decides,
     make_changes,
     nearest_token_hits,
     parse_name,
@@ -39,7 +40,7 @@ from grpo_latent.trajectory import Trajectory
 class UsageSettings:
     """Attributes:
     num_prompts: of the fixed set; 0 measures nothing. Below about 75 "not used" cannot be shown at a margin of 0.05.
-    ablations: names of `eval.ablations.ABLATIONS`, or `name@part`; the first one decides about use.
+    ablations: names of `eval.ablations.ABLATIONS`, or `name@part`; the first one decides about use (`check_decides`).
     margin, chance: see `statistics.usage_verdict`.
     """
 
@@ -51,6 +52,8 @@ class UsageSettings:
     def __post_init__(self):
         for name in self.ablations:
             parse_name(name)
+        for name in self.ablations[:1]:
+            check_decides(name, "latent.usage.ablations")
 
 
 @dataclass(frozen=True)

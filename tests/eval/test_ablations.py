@@ -11,6 +11,7 @@ from grpo_latent.errors import ConfigError
 from grpo_latent.eval.ablations import (
     ABLATIONS,
     AblationInputs,
+    check_decides,
     donors,
     image_partners,
     leak,
@@ -230,6 +231,17 @@ def test_ablations_of_the_request():
 def test_unknown_names_are_refused(name):
     with pytest.raises(ConfigError, match="ablations"):
         make_changes(name, inputs())
+
+
+def test_only_latents_that_the_model_makes_itself_decide_about_use():
+    allowed = {"shuffle", "image_swap"}
+    for name in (*allowed, "shuffle@span1", "image_swap@latent0"):
+        check_decides(name, "verdict.primary")
+    for name in (*sorted(set(ABLATIONS) - allowed), "oracle@span0"):
+        with pytest.raises(
+            ConfigError, match=f"verdict.primary: a loss under.*got {name}; expected shuffle or image_sw"
+        ):
+            check_decides(name, "verdict.primary")
 
 
 def test_image_partners_share_a_grid():

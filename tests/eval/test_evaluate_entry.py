@@ -102,6 +102,7 @@ def test_entry_point_writes_the_report(files, monkeypatch, request):
         ("decodings=[{stepps: 4}]", "ConfigError: decodings[0]: not a decoding strategy"),
         ("decodings=[{temperature: 0.7}]", "ConfigError: decodings[0]: sampling settings of a greedy"),
         ("verdict.primary=lobotomy", "ConfigError: ablations: unknown ablation"),
+        ("verdict.primary=oracle", "ConfigError: verdict.primary: a loss under this ablation need not mean"),
         ("data.benchmark.name=mmvp", "ConfigError: data.benchmark.path: no folder"),
         ("model.plain=true", "ConfigError: model.plain: a plain model has no latents"),
     ],

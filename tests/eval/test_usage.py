@@ -7,7 +7,7 @@ import torch
 from latent_cases import build_case, case
 from torch.nn.functional import cosine_similarity
 
-from grpo_latent.errors import DataError
+from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.eval.ablations import donors
 from grpo_latent.eval.decode import Evaluator
 from grpo_latent.eval.prompts import EvalPrompt
@@ -73,7 +73,7 @@ def override(vectors):
 
 def test_drift_is_from_the_start_over_resumes(loaded, prompts, tmp_path):
     """Another process finds the start's latents in the file; a moved head moves them; other prompts are refused."""
-    settings, path = UsageSettings(ablations=("zero",)), tmp_path / "start.safetensors"
+    settings, path = UsageSettings(ablations=("shuffle",)), tmp_path / "start.safetensors"
     UsageProbe(loaded, prompts, scorer, settings, NEW, path).measure(is_start=True)
     c = build_case("qwen2_5_vl")
     with torch.no_grad():
@@ -85,6 +85,13 @@ def test_drift_is_from_the_start_over_resumes(loaded, prompts, tmp_path):
         UsageProbe(loaded, prompts[:3], scorer, settings, NEW, path).measure()
     nothing = UsageProbe(loaded, prompts, scorer, settings, NEW, tmp_path / "none").measure().metrics
     assert not [name for name in nothing if "drift" in name], "a run that has lost its start has no drift"
+
+
+def test_the_first_ablation_is_one_that_can_decide():
+    for allowed in ((), ("shuffle", "zero"), ("image_swap@span0", "oracle")):
+        UsageSettings(ablations=allowed)
+    with pytest.raises(ConfigError, match="latent.usage.ablations: a loss under this.*got zero; expected shuffle or"):
+        UsageSettings(ablations=("zero", "shuffle"))
 
 
 def test_drift_by_hand(loaded, prompts):
