@@ -3,11 +3,11 @@
 Writes (and prints) one JSON object:
 
     greedy      {"accuracy", "interval", "score", "n", "tokens_per_question", "seconds_per_question"}; of a benchmark also
-                "pair_accuracy" (MMVP), "group_accuracy", "by_category"
+                "row_accuracy", "pair_accuracy" (MMVP), "group_accuracy", "by_category"
     sampled     the same and {"pass_at_k", "accuracy_by_seed", "seed_std"}, null without
     decodings   the same for each further strategy
     latents     {"frac_rollouts", "spans_mean", "steps_mean", "steps_max", "norm_mean", "effective_rank", …} of greedy ones
-    ablations   {"own", "zero", "shuffle", …}: greedy accuracies over all prompts, null where nothing could be changed
+    ablations   {"own", "zero", "shuffle", …}: greedy accuracies over all questions, null where nothing could be changed
     num_changed prompts that each ablation changed
     usage       by ablation, over the prompts that it changed: {"own", "ablated", "gap", "gap_interval", "p_value",
                 "mcnemar", "verdict" (used, not used, undecided at this n), "sentence", "about"}
@@ -15,8 +15,12 @@ Writes (and prints) one JSON object:
     follow      how often the answer under `shuffle` is the right one of the prompt whose latents were put in
     hit         how often a latent's nearest visual token is the one of the box (alignment, not use)
     leak        largest change of a post-span log-prob when the image is swapped under the recorded latents, in nats
-    prompts     [{"row_id", "where", "truth"}]; outcomes: by ablation one number a prompt
+    prompts     [{"row_id", "question", "where", "truth"}]; outcomes: by ablation one number a prompt
     checkpoint, data, latent_config, chance, seed, num_prompts, seconds
+
+Accuracies, pass@k, gaps and their intervals are over questions: rows of a benchmark that share one (MMVP's pairs, HRBench's
+rotated options) are averaged first, and it counts once. "row_accuracy", where rows share questions, is the plain mean over
+rows; "score" is the mean reward over rows.
 
 An interrupted evaluation that has an `output` goes on where it stopped and gives the same report, run times aside.
 """

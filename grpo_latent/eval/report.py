@@ -1,6 +1,8 @@
 """From outcomes to the report: intervals, pass@k, paired tests, and the verdict on the latents.
 
-Legend: P prompts, G trajectories of a prompt, A ablations.
+Every accuracy is over questions, as its interval is: rows that share one are averaged first, and it counts once.
+
+Legend: P prompts (rows), Q questions, G trajectories of a prompt.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from grpo_latent.eval.statistics import (
     Interval,
     UsageVerdict,
     bootstrap_interval,
+    by_cluster,
     pass_at_k,
     usage_verdict,
 )
@@ -76,6 +79,10 @@ class Findings:
     changed: dict[str, list[bool]] = field(default_factory=dict)
     follow: list[float] = field(default_factory=list)
 
+    def accuracy(self, name: str) -> float | None:
+        """Greedy accuracy under an ablation, or `OWN`, over questions."""
+        return accuracy(by_cluster([prompt.cluster for prompt in self.prompts], self.outcomes[name]))
+
     def add_own(self, own: list[Trajectory], parts: Sequence[Part]) -> None:
         self.own = own
         outcomes = [group[0] for part in parts for group in part.outcomes]
@@ -102,7 +109,6 @@ class Findings:
 
 def build_report(findings: Findings) -> dict:
     """Everything but run time, checkpoint and data; see `grpo_latent.evaluate`."""
-    own = findings.outcomes[OWN]
     tried = {name: sum(changed) for name, changed in findings.changed.items()}
     greedy = findings.decodings[GREEDY.name]
     sampled = findings.decodings.get("sampled")
@@ -115,8 +121,8 @@ def build_report(findings: Findings) -> dict:
         "decodings": further,
         "latents": latent_statistics(findings.own),
         "chance": chance(findings),
-        "ablations": {OWN: accuracy(own)}
-        | {name: accuracy(findings.outcomes[name]) if count else None for name, count in tried.items()},
+        "ablations": {OWN: findings.accuracy(OWN)}
+        | {name: findings.accuracy(name) if count else None for name, count in tried.items()},
         "num_changed": tried,
         "usage": usage,
         "verdict": overall_verdict(findings, usage),
@@ -124,7 +130,12 @@ def build_report(findings: Findings) -> dict:
         "hit": fmean(findings.hits) if findings.hits else None,
         "leak": findings.leak,
         "prompts": [
-            {"row_id": prompt.row_id, "where": prompt.where, "truth": str(prompt.ground_truth)}
+            {
+                "row_id": prompt.row_id,
+                "question": prompt.cluster,
+                "where": prompt.where,
+                "truth": str(prompt.ground_truth),
+            }
             for prompt in findings.prompts
         ],
         "outcomes": {name: values for name, values in findings.outcomes.items() if tried.get(name, 1)},
@@ -134,24 +145,27 @@ def build_report(findings: Findings) -> dict:
 def decoding_report(
     prompts: Sequence[EvalPrompt], decoding: Decoding, groups: list[list[Outcome]], settings: VerdictSettings
 ) -> dict:
-    """Accuracy with its interval over prompts, pass@k, and accuracy by trajectory index (each is a seed of its own)."""
+    """Accuracy with its interval, pass@k, and accuracy by trajectory index (each is a seed of its own), over questions:
+    trajectories of a row, then rows of a question are averaged first (`by_cluster`)."""
     correct_PG = [[outcome.correct for outcome in group] for group in groups]
     means_P = [accuracy(values) for values in correct_PG]
-    report = {"accuracy": accuracy([value for values in correct_PG for value in values])}
     clusters = [prompt.cluster for prompt in prompts]
-    report |= {"interval": _interval(by_cluster(clusters, means_P), settings), "n": decoding.num_sampled or 1}
+    means_Q = by_cluster(clusters, means_P)
+    report = {"accuracy": accuracy(means_Q), "interval": _interval(means_Q, settings), "n": decoding.num_sampled or 1}
     report |= _by_item(prompts, means_P, settings)
     known = [(cluster, group) for cluster, group in zip(clusters, correct_PG, strict=True) if None not in group]
     if decoding.num_sampled and known and all(value in (0.0, 1.0) for _, group in known for value in group):
         ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < decoding.num_sampled] + [decoding.num_sampled]
         known_clusters, groups = zip(*known, strict=True)
         at_k = {k: [pass_at_k(len(values), int(sum(values)), k) for values in groups] for k in ks}
+        at_k = {k: by_cluster(known_clusters, values) for k, values in at_k.items()}
         report["pass_at_k"] = {
-            str(k): {"estimate": fmean(values), "interval": _interval(by_cluster(known_clusters, values), settings)}
-            for k, values in at_k.items()
+            str(k): {"estimate": fmean(values_Q), "interval": _interval(values_Q, settings)}
+            for k, values_Q in at_k.items()
         }
     if decoding.num_sampled > 1:
-        by_seed = [accuracy([values[j] for values in correct_PG]) for j in range(decoding.num_sampled)]
+        seeds = range(decoding.num_sampled)
+        by_seed = [accuracy(by_cluster(clusters, [values[j] for values in correct_PG])) for j in seeds]
         spread = [value for value in by_seed if value is not None]
         report |= {"accuracy_by_seed": by_seed, "seed_std": pstdev(spread) if spread else None}
     return report
@@ -165,23 +179,9 @@ def _interval(values: Sequence[float], settings: VerdictSettings) -> list[float]
     return _bounds(bootstrap_interval(values, **options))
 
 
-def by_cluster(clusters: Sequence[str], values: Sequence[float | None]) -> list[float]:
-    """Means over the rows that share a question (`EvalPrompt.cluster`); rows without a value are left out.
-
-    These are what may be resampled. A question counts once, however many rows of it are left.
-
-    >>> by_cluster(["a", "a", "b", "c"], [1.0, 0.0, 1.0, None])
-    [0.5, 1.0]
-    """
-    groups: dict[str, list[float]] = {}
-    for cluster, value in zip(clusters, values, strict=True):
-        if value is not None:
-            groups.setdefault(cluster, []).append(value)
-    return [fmean(values) for values in groups.values()]
-
-
 def _by_item(prompts: Sequence[EvalPrompt], means_P: Sequence[float | None], settings: VerdictSettings) -> dict:
-    """A benchmark's own measures: pairs or groups that are right as a whole, and accuracy by category."""
+    """A benchmark's own measures: plain accuracy over rows where some share a question, pairs or groups that are right as a
+    whole, and accuracy by category, over questions."""
     items = [prompt.item for prompt in prompts]
     if any(item is None for item in items):
         return {}
@@ -190,6 +190,8 @@ def _by_item(prompts: Sequence[EvalPrompt], means_P: Sequence[float | None], set
     for item, value in zip(items, means_P, strict=True):
         groups.setdefault(item.group_id, []).append(float(value or 0.0))
     whole = [float(min(values) == 1.0) for values in groups.values()]
+    if len(groups) < len(items):
+        report["row_accuracy"] = accuracy(means_P)
     if items[0].benchmark == "mmvp":
         report["pair_accuracy"] = pair_accuracy([float(value or 0) for value in means_P], [i.group_id for i in items])
         report["pair_interval"] = _interval(whole, settings)
@@ -197,10 +199,10 @@ def _by_item(prompts: Sequence[EvalPrompt], means_P: Sequence[float | None], set
         report |= {"group_accuracy": fmean(whole), "group_interval": _interval(whole, settings)}
     categories = sorted({item.category for item in items})
     if len(categories) > 1:
-        report["by_category"] = {
-            category: accuracy([v for item, v in zip(items, means_P, strict=True) if item.category == category])
-            for category in categories
-        }
+        report["by_category"] = {}
+        for category in categories:
+            rows = [(item.group_id, v) for item, v in zip(items, means_P, strict=True) if item.category == category]
+            report["by_category"][category] = accuracy(by_cluster(*zip(*rows, strict=True)))
     return report
 
 
@@ -213,8 +215,8 @@ def chance(findings: Findings) -> float:
 def usage_report(findings: Findings) -> dict[str, dict]:
     """By ablation, over the prompts that it changed: accuracies, gap with interval, McNemar's test, verdict in words.
 
-    All over questions: rows that share one are averaged first (`by_cluster`), and McNemar's test is left out where that
-    gives fractions. `num_changed` counts rows, `num_questions` what they are averaged to.
+    All over questions (`by_cluster`); McNemar's test is left out where their means are fractions. `num_changed` counts rows,
+    `num_questions` what they are averaged to.
 
     The oracle feeds better vectors, and no loss under it says nothing about use: it gets no verdict. `SUBJECTS` are the
     ablations whose verdict is not about the latents.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 
@@ -62,6 +63,21 @@ class UsageVerdict:
     @property
     def p_value(self) -> float | None:
         return None if self.mcnemar is None else self.mcnemar.p_value
+
+
+def by_cluster(clusters: Sequence[str], values: Sequence[float | None]) -> list[float]:
+    """Means over the rows that share a question (`EvalPrompt.cluster`); rows without a value are left out.
+
+    These are what may be resampled. A question counts once, however many rows of it are left.
+
+    >>> by_cluster(["a", "a", "b", "c"], [1.0, 0.0, 1.0, None])
+    [0.5, 1.0]
+    """
+    groups: dict[str, list[float]] = {}
+    for cluster, value in zip(clusters, values, strict=True):
+        if value is not None:
+            groups.setdefault(cluster, []).append(value)
+    return [fmean(values) for values in groups.values()]
 
 
 def bootstrap_interval(

@@ -30,9 +30,10 @@ def _accuracies(report: dict, title: str) -> Table:
         for k, at_k in found.get("pass_at_k", {}).items():
             if k != "1":
                 table.add_row(f"  pass@{k}", number(at_k["estimate"]), interval(at_k["interval"]), "", "")
-        for key in ("pair", "group"):
+        for key in ("row", "pair", "group"):
             if f"{key}_accuracy" in found:
-                table.add_row(f"  {key}s", number(found[f"{key}_accuracy"]), interval(found[f"{key}_interval"]), "", "")
+                bounds = interval(found.get(f"{key}_interval"))
+                table.add_row(f"  {key}s", number(found[f"{key}_accuracy"]), bounds, "", "")
         for category, value in found.get("by_category", {}).items():
             table.add_row(f"  {category}", number(value), "", "", "")
     facts = {

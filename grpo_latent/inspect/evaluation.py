@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grpo_latent.eval.statistics import bootstrap_interval
+from grpo_latent.eval.statistics import bootstrap_interval, by_cluster
 
 OWN = "own"
 FACTS = {
@@ -25,8 +25,12 @@ def ablation_rows(name: str, report: dict) -> dict:
     for ablation, accuracy in report["ablations"].items():
         if not isinstance(accuracy, int | float):
             continue
-        values = [value for value in outcomes.get(ablation) or [] if value is not None]
-        interval = bootstrap_interval(values) if values else None
+        values = outcomes.get(ablation) or []
+        # without names of questions each row is one
+        prompts = report.get("prompts") or [{}] * len(values)
+        questions = [prompt.get("question", str(row)) for row, prompt in enumerate(prompts)]
+        means_Q = by_cluster(questions, values) if values else []
+        interval = bootstrap_interval(means_Q) if means_Q else None
         entry = usage.get(ablation) or {}
         gap_low, gap_high = entry.get("gap_interval") or (None, None)
         rows.append(

@@ -89,17 +89,31 @@ def test_verdicts_count_a_question_once():
     assert zero["gap_interval"][1] - zero["gap_interval"][0] > over_rows.high - over_rows.low
 
 
-def test_intervals_count_a_question_once():
-    """Rows (1, 1, 0) and (0): question means 2/3 and 0. A row without a score is left out."""
+def test_accuracies_and_their_intervals_count_a_question_once():
+    """Rows (1, 1, 0) and (0): question means 2/3 and 0, so 1/3, and 2/4 over rows. A row without a score is left out."""
     prompts, settings = rotations([3, 1]), VerdictSettings()
     expected = bootstrap_interval([2 / 3, 0.0])
     groups = [[Outcome(value, value)] for value in (1.0, 1.0, 0.0, 0.0)]
-    assert decoding_report(prompts, GREEDY, groups, settings)["interval"] == [expected.low, expected.high]
+    report = decoding_report(prompts, GREEDY, groups, settings)
+    assert report["interval"] == [expected.low, expected.high]
+    assert report["accuracy"] == pytest.approx(expected.estimate) == pytest.approx(1 / 3)
+    assert report["row_accuracy"] == 0.5 and report["group_accuracy"] == 0.0
+    findings = Findings(prompts, settings, outcomes={"own": [1.0, 1.0, 0.0, 0.0], "zero": [1.0, None, 0.0, 1.0]})
+    assert (findings.accuracy("own"), findings.accuracy("zero")) == (pytest.approx(1 / 3), 0.75)
     groups[2] = [Outcome(None, 0.0)]
-    expected = bootstrap_interval([1.0, 0.0])
-    assert decoding_report(prompts, GREEDY, groups, settings)["interval"] == [expected.low, expected.high]
-    sampled = Decoding("sampled", 2)
+    report, expected = decoding_report(prompts, GREEDY, groups, settings), bootstrap_interval([1.0, 0.0])
+    assert report["interval"] == [expected.low, expected.high]
+    assert (report["accuracy"], report["row_accuracy"]) == (0.5, pytest.approx(2 / 3))
+
+
+def test_sampled_accuracies_count_a_question_once():
+    """Rows of two trajectories (1, 0), (1, 1), (0, 0) and, another question, (0, 0). Means of the first question: accuracy
+    (1/2 + 1 + 0) / 3, pass@2 (1 + 1 + 0) / 3, by seed (1 + 1 + 0) / 3 and (0 + 1 + 0) / 3; of the second 0."""
+    sampled, settings = Decoding("sampled", 2), VerdictSettings()
     groups = [[Outcome(float(value), 0.0) for value in pair] for pair in ((1, 0), (1, 1), (0, 0), (0, 0))]
-    report = decoding_report(prompts, sampled, groups, settings)["pass_at_k"]["2"]
+    report = decoding_report(rotations([3, 1]), sampled, groups, settings)
     expected = bootstrap_interval([2 / 3, 0.0])
-    assert report["estimate"] == 0.5 and report["interval"] == [expected.low, expected.high]
+    assert report["accuracy"] == report["pass_at_k"]["1"]["estimate"] == 0.25 and report["row_accuracy"] == 3 / 8
+    assert report["pass_at_k"]["2"]["estimate"] == pytest.approx(1 / 3)
+    assert report["pass_at_k"]["2"]["interval"] == [expected.low, expected.high]
+    assert report["accuracy_by_seed"] == [pytest.approx(1 / 3), pytest.approx(1 / 6)]

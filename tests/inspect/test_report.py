@@ -191,6 +191,9 @@ def test_ablation_rows():
     )
     assert (shuffle["gap_low"], shuffle["gap_high"], shuffle["verdict"], shuffle["changed"]) == (0.7, 0.9, "used", 99)
     assert [value for _, value in full["facts"]] == [0.5]
+    pairs = [{"question": str(i // 2)} for i in range(100)]
+    paired = ablation_rows("x", report | {"outcomes": outcomes, "prompts": pairs})["rows"][0]
+    assert paired["high"] - paired["low"] == pytest.approx(4 * math.sqrt(0.09 / 50), abs=0.03), "50 questions, not 100"
     old = ablation_rows("x", report)["rows"][1]
     assert old["accuracy"] == 0.1 and old["verdict"] is old["low"] is old["gap"] is None
 

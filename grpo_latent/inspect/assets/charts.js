@@ -133,7 +133,7 @@ function bottomLine(report) {
   const facts = report.facts.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, num(value, 3))]);
   return [
     report.verdict ? el("p", { class: "verdict" }, "The latents are ", el("b", { class: VERDICT_TONES[report.verdict.verdict] || "" }, report.verdict.sentence)) : null,
-    el("p", { class: "note" }, `${report.num_prompts ?? "?"} prompts, chance ${num(report.chance ?? 0, 2)}. Bars: 95 % bootstrap intervals over prompts. Gap: own minus ablated accuracy over the prompts that an ablation changes; ` +
+    el("p", { class: "note" }, `${report.num_prompts ?? "?"} prompts, chance ${num(report.chance ?? 0, 2)}. Bars: 95 % bootstrap intervals over questions. Gap: own minus ablated accuracy over the prompts that an ablation changes; ` +
       "its interval and McNemar's test are those of all ablations together."),
     facts.length ? el("dl", { class: "facts" }, ...facts) : null,
   ].filter(Boolean);
