@@ -1,8 +1,11 @@
-"""1.0 where the text of `<answer>…</answer>` equals the ground truth, else 0.0: math-verify first, then as text.
+"""1.0 where the answer equals the ground truth, else 0.0: math-verify first, then as text. The answer is
 
-As LVR's accuracy reward (arXiv 2509.24251), with two differences. The answer is read from the answer tags only, where LVR
-lets math-verify search the whole completion. And math-verify decides only where it read *all* digits of both texts: it
-stops at the first number that it finds, so it takes `12:45` for `12:30`, and `4 or 5` for `4`.
+    tags     the text of `<answer>…</answer>`, of which there is exactly one pair (LVR's form)
+    stated   what follows the last "answer is" or "answer:", to the end of a completion that ended by itself (ILVR's form)
+
+As LVR's accuracy reward (arXiv 2509.24251), with two differences. The answer is read where the system was trained to write
+it, where LVR lets math-verify search the whole completion. And math-verify decides only where it read *all* digits of both
+texts: it stops at the first number that it finds, so it takes `12:45` for `12:30`, and `4 or 5` for `4`.
 """
 
 from __future__ import annotations
@@ -13,33 +16,47 @@ import threading
 
 from math_verify import parse, verify
 
-from grpo_latent.errors import DataError, RewardError
+from grpo_latent.errors import ConfigError, DataError, RewardError
 
+VARIANTS = ("tags", "stated")
 MATH_TIMEOUT_S = 2
 MAX_MATH_CHARS = 1000  # no published answer is longer; a policy's endless one is compared as text
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+STATED = re.compile(r"answer(?:\s+is\b\s*:?|\s*:)", re.IGNORECASE)
 BOXED = re.compile(r"\\boxed\{(.*)\}", re.DOTALL)
 
 # it warns that its time-out is off, which is the caller's business here: the reward runner has its own
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
-def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> float:
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, variant="tags", **kwargs) -> float:
     """Args:
         data_source: name of the data set, used in errors.
         solution_str: completion without latent spans.
         ground_truth: the answer, text or number; `\\boxed{…}` is taken off.
-        extra_info: `index` of the row, used in errors.
+        extra_info: `index` of the row, used in errors; `latent`: {stop_reason, …}.
+        variant: `tags` or `stated`.
 
     Raises:
+        ConfigError: unknown variant.
         DataError: the ground truth is no text or number, or is blank.
         RewardError: `solution_str` is no text.
 
     >>> compute_score("geo", "<answer> 0.5 </answer>", "1/2")
     1.0
+    >>> compute_score("comt", "Look at the sign. The answer is (B).", "B", variant="stated")
+    1.0
     """
+    if variant not in VARIANTS:
+        raise ConfigError("unknown form", where="kwargs.variant", got=variant, expected=f"one of {VARIANTS}")
     gold = _ground_truth_text(ground_truth, data_source, extra_info)
-    answer = answer_text(solution_str)
+    if not isinstance(solution_str, str):
+        raise RewardError("solution_str is no text", kind="type", got=solution_str, expected="str")
+    if variant == "tags":
+        answer = answer_text(solution_str)
+    else:
+        latent = (extra_info or {}).get("latent") or {}
+        answer = stated_answer(solution_str) if latent.get("stop_reason", "eos") == "eos" else None
     if answer is None:
         return 0.0
     return float(_equal_as_maths(gold, answer) or _normalise(gold) == _normalise(answer))
@@ -51,12 +68,20 @@ def answer_text(solution_str: str) -> str | None:
     >>> answer_text("so <answer> 4 </answer>"), answer_text("<answer>4</answer> <answer>5</answer>")
     ('4', None)
     """
-    if not isinstance(solution_str, str):
-        raise RewardError("solution_str is no text", kind="type", got=solution_str, expected="str")
     if solution_str.count("<answer>") != 1 or solution_str.count("</answer>") != 1:
         return None
     match = ANSWER.search(solution_str)
     return match.group(1).strip() if match else None
+
+
+def stated_answer(solution_str: str) -> str | None:
+    """What the last statement of an answer says, without the sentence's full stop, bold and maths marks.
+
+    >>> stated_answer("The answer is not A. Final answer: **B**."), stated_answer("B")
+    ('B', None)
+    """
+    parts = STATED.split(solution_str)
+    return parts[-1].strip("*$ \n").removesuffix(".").strip("*$ \n") if len(parts) > 1 else None
 
 
 def _equal_as_maths(gold: str, answer: str) -> bool:

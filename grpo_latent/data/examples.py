@@ -33,6 +33,12 @@ class ImageRef:
         self._check_exists()
         return self.path.read_bytes()
 
+    def checked_bytes(self) -> bytes:
+        """`read_bytes` of a file that is an image by header and checksums. Raises `DataError`."""
+        data = self.read_bytes()
+        ImageRef(self.where, data=data).check()
+        return data
+
     def _check_exists(self) -> None:
         if not self.path.is_file():
             raise DataError(

@@ -5,7 +5,10 @@
                        {"type": "text", "content": "The answer is B."}],
      "original_final_answer": "B"}
 
-Each helper image becomes one latent span; the momentum teacher picks its targets from that image's visual tokens.
+Each helper image becomes one latent span; the momentum teacher picks its targets from that image's visual tokens. RL
+reads the question and `original_final_answer` only, from rows that have no need of a plan:
+
+    python -m grpo_latent.data.ilvr_jsonl --in TRAIN.jsonl --out rl.parquet
 
 Beyond the published format, a record may say `"has_answer": false`: its helper images are known, its answer is not.
 `original_final_answer` is then left out, and `"content": null` stands where a text is unknown; nothing is fed there, and
@@ -14,13 +17,17 @@ what follows it, a token of another text or the end, is not scored.
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo_latent.data.examples import IMAGE_PLACEHOLDER, ImageRef, check_images, split_content
+from grpo_latent.data.examples import IMAGE_PLACEHOLDER, ImageRef, check_images, join_content, split_content
+from grpo_latent.data.rows import verl_row, write_verl_parquet
 from grpo_latent.errors import DataError
+
+DATA_SOURCE = "ilvr"
 
 
 @dataclass(frozen=True)
@@ -37,12 +44,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class InterleavedExample:
-    """One supervised example of ILVR.
+    """One example of ILVR.
 
     Attributes:
         messages: before the response; contents are lists of {"type": "text", "text"} and {"type": "image"} in order.
         images: in the order of the image parts.
-        segments: of the response; the last one is a text, known if `has_answer`.
+        segments: of the response; the last one is a text, known if `has_answer`. () where the plan was not read.
         answer: the final answer, as a reward compares it; "" if unknown.
         has_answer: whether the answer is known.
         where: file and row, for messages.
@@ -56,11 +63,14 @@ class InterleavedExample:
     where: str
 
 
-def read_ilvr_jsonl(path: str | Path, image_folder: str | Path | None = None) -> Iterator[InterleavedExample]:
+def read_ilvr_jsonl(
+    path: str | Path, image_folder: str | Path | None = None, reads_plan: bool = True
+) -> Iterator[InterleavedExample]:
     """Checked examples of a file, line by line; the file is never held in memory as a whole.
 
     Args:
         image_folder: what image paths are relative to; by default the file's folder.
+        reads_plan: False for RL, which needs neither `sequence_plan` nor the helper images.
 
     Raises:
         DataError: not JSON lines, no records, or a malformed record.
@@ -75,7 +85,7 @@ def read_ilvr_jsonl(path: str | Path, image_folder: str | Path | None = None) ->
                 if not line.strip():
                     continue
                 num_records += 1
-                yield parse_ilvr_record(json.loads(line), f"{path} line {line_idx}", image_folder)
+                yield parse_ilvr_record(json.loads(line), f"{path} line {line_idx}", image_folder, reads_plan)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         where = f"{path} after {num_records} records"
         raise DataError(
@@ -85,8 +95,8 @@ def read_ilvr_jsonl(path: str | Path, image_folder: str | Path | None = None) ->
         raise DataError("no records", where=str(path), got="an empty file", expected=expected)
 
 
-def parse_ilvr_record(record: object, where: str, image_folder: Path) -> InterleavedExample:
-    """A checked example of one published record.
+def parse_ilvr_record(record: object, where: str, image_folder: Path, reads_plan: bool = True) -> InterleavedExample:
+    """A checked example of one published record, see `read_ilvr_jsonl`.
 
     Raises:
         DataError: names row, field, what was got and expected, and a fix.
@@ -117,10 +127,13 @@ def parse_ilvr_record(record: object, where: str, image_folder: Path) -> Interle
         question = IMAGE_PLACEHOLDER * len(images) + question
     messages = [{"role": "user", "content": split_content(question)}]
     check_images(messages, images, f"{where}: text_input")
+    segments = ()
+    if reads_plan:
+        segments = _segments(record.get("sequence_plan"), has_answer, image_folder, problem, where)
     return InterleavedExample(
         messages=tuple(messages),
         images=tuple(images),
-        segments=_segments(record.get("sequence_plan"), has_answer, image_folder, problem, where),
+        segments=segments,
         answer=texts["original_final_answer"].strip(),
         has_answer=has_answer,
         where=where,
@@ -164,3 +177,44 @@ def _segments(plan: object, has_answer: bool, image_folder: Path, problem, where
     if not has_answer and all(segment.helper_image is None for segment in segments):
         raise problem("sequence_plan", "neither an answer nor a span", plan, "a latent item", "Drop the record.")
     return tuple(segments)
+
+
+def to_verl_rows(examples: Iterator[InterleavedExample], split: str) -> Iterator[dict]:
+    """verl rows with the prompts of SFT, image files included byte for byte.
+
+    Raises:
+        DataError: an image file that is no image, or a record without its answer.
+    """
+    for index, example in enumerate(examples):
+        if not example.has_answer:
+            raise DataError(
+                "nothing to reward",
+                where=f"{example.where}: has_answer",
+                got=False,
+                expected="a record with its answer",
+                fix="Leave such records to SFT.",
+            )
+        yield verl_row(
+            data_source=DATA_SOURCE,
+            prompt=join_content(example.messages[0]["content"]),
+            images=[image.checked_bytes() for image in example.images],
+            answer=example.answer,
+            index=index,
+            split=split,
+            response="",  # these rows are for RL; SFT reads the JSONL
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m grpo_latent.data.ilvr_jsonl", description="Writes rows for RL.")
+    parser.add_argument("--in", dest="source", type=Path, required=True, help="ILVR JSONL")
+    parser.add_argument("--images", type=Path, help="what image paths are relative to (default: the JSONL's folder)")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--split", default="train")
+    options = parser.parse_args(arguments)
+    examples = read_ilvr_jsonl(options.source, options.images, reads_plan=False)
+    print(f"{options.out}: {write_verl_parquet(options.out, to_verl_rows(examples, options.split))} rows")
+
+
+if __name__ == "__main__":
+    main()

@@ -163,13 +163,10 @@ def to_verl_row(example: LvrExample, index: int, split: str, data_source: str | 
     Raises:
         DataError: an image file that is no image.
     """
-    images = [image.read_bytes() for image in example.images]
-    for image, data in zip(example.images, images, strict=True):
-        ImageRef(image.where, data=data).check()
     row = verl_row(
         data_source=data_source or example.data_source,
         prompt="",
-        images=images,
+        images=[image.checked_bytes() for image in example.images],
         answer=example.answer if example.has_answer else None,
         index=index,
         split=split,

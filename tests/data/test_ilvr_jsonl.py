@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grpo_latent.data.ilvr_jsonl import parse_ilvr_record, read_ilvr_jsonl
+from grpo_latent.data.ilvr_jsonl import main, parse_ilvr_record, read_ilvr_jsonl
+from grpo_latent.data.rows import check_prompt, iter_verl_rows
 from grpo_latent.errors import DataError
 
 RECORD = {
@@ -116,3 +117,31 @@ def test_unreadable_files(tmp_path, content, message):
         path.write_text(content)
     with pytest.raises(DataError, match=message):
         list(read_ilvr_jsonl(path))
+
+
+def test_rows_for_rl_need_no_plan(folder, capsys):
+    path, out = folder / "train.jsonl", folder / "rl.parquet"
+    path.write_text(json.dumps(without("sequence_plan")) + "\n" + json.dumps(RECORD) + "\n")
+    main(["--in", str(path), "--out", str(out), "--split", "val"])
+    rows = list(iter_verl_rows(out))
+    assert "2 rows" in capsys.readouterr().out and [row["extra_info"]["index"] for row, _ in rows] == [0, 1]
+    for (row, where), example in zip(rows, read_ilvr_jsonl(path, reads_plan=False), strict=True):
+        messages, images = check_prompt(row, where)
+        assert messages == list(example.messages), "the prompt of SFT"
+        assert images[0].read_bytes() == (folder / "q.png").read_bytes() and len(images) == 1
+        assert row["reward_model"]["ground_truth"] == "7" and row["data_source"] == "ilvr"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"has_answer": False, "original_final_answer": None}, "line 1: has_answer: nothing to reward"),
+        ({"image_input": ["train.jsonl"]}, r"line 1: image_input\[0\]: not a readable image"),
+    ],
+)
+def test_what_rl_cannot_use_leaves_no_file(folder, change, message):
+    path, out = folder / "train.jsonl", folder / "rl.parquet"
+    path.write_text(json.dumps(RECORD | change))
+    with pytest.raises(DataError, match=message):
+        main(["--in", str(path), "--out", str(out)])
+    assert not out.exists()

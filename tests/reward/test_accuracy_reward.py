@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from grpo_latent.errors import DataError, RewardError
+from grpo_latent.errors import ConfigError, DataError, RewardError
 from reward.accuracy import answer_text, compute_score
 
 
@@ -93,6 +93,37 @@ def test_solution_that_is_no_text_is_an_error(text):
     with pytest.raises(RewardError, match="no text") as caught:
         compute_score("x", text, "4")
     assert caught.value.kind == "type"
+
+
+@pytest.mark.parametrize(
+    "text, right",
+    [
+        ("Look at it.And then there.The answer is B.", 1),
+        ("so Answer: B", 1),
+        ("The answer is A. No, the final answer is: **B**.", 1),
+        ("**The answer is (B).**", 1),
+        ("The answer is\n\\boxed{B}", 1),
+        ("The answer is A. The answer is B because A is blue.", 0),
+        ("The answer is B or A", 0),
+        ("The answer is B. The answer is A.", 0),
+        ("The answer is not B", 0),
+        ("The answer isn't known, B", 0),
+        ("B", 0),
+        ("<answer> B </answer>", 0),
+        ("The answer is", 0),
+        ("", 0),
+    ],
+)
+def test_a_stated_answer_closes_the_completion(text, right):
+    assert compute_score("comt", text, "B", {"index": 3}, variant="stated") == right
+    assert compute_score("comt", text, "B", {"latent": {"stop_reason": "length"}}, variant="stated") == 0
+
+
+def test_stated_answers_are_compared_as_maths_and_only_where_asked_for():
+    assert compute_score("x", "The answer is 1/2.", "0.5", variant="stated") == 1.0
+    assert compute_score("x", "The answer is 1/2.", "0.5") == 0.0
+    with pytest.raises(ConfigError, match="kwargs.variant: unknown form; got boxed"):
+        compute_score("x", "7", "7", variant="boxed")
 
 
 def test_works_outside_the_main_thread():

@@ -1,22 +1,30 @@
 """ILVR's SFT: rows, the teacher's targets against a slow reading, both stages' sums."""
 
 import functools
+import json
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from ilvr_cases import PLANS, record, write_images
 from latent_cases import build_case, case
+from omegaconf import OmegaConf
 
+from grpo_latent.data import ilvr_jsonl
 from grpo_latent.data.ilvr_jsonl import parse_ilvr_record
 from grpo_latent.errors import DataError, LatentMismatchError
 from grpo_latent.models.selection import recording_last_row
+from grpo_latent.models.tiny import word_tokenizer
 from grpo_latent.models.visibility import attention_bias
+from grpo_latent.rewards.functions import load_function, specs_from_config
+from grpo_latent.rewards.view import reward_view
 from grpo_latent.sft.dataset import IGNORED
 from grpo_latent.sft.ilvr_forward import stage1_sums, stage2_sums
 from grpo_latent.sft.ilvr_teacher import teacher_targets
 from grpo_latent.sft.interleaved import InterleavedEncoder, collate_interleaved, with_targets
 from grpo_latent.trajectory import PositionKind as K
+from grpo_latent.trajectory import Trajectory
 
 STEPS = 3
 
@@ -78,6 +86,27 @@ def test_what_follows_an_unknown_text_is_not_scored(tmp_path):
         row.helper_images is not None
         and encoder(c, reads_helpers=False)(parse_ilvr_record(content, "row 1", tmp_path)).helper_images is None
     )
+
+
+def test_a_policy_that_writes_what_stage_1_taught_is_rewarded(tmp_path):
+    """The published record of the reader's docstring, read as SFT reads it and scored as the paper-scale RL scores."""
+    doc = ilvr_jsonl.__doc__
+    published = json.loads(doc[doc.index('{"text_input"') : doc.index("Each helper")])
+    c = case("qwen2_5_vl")
+    write_images(tmp_path)
+    example = parse_ilvr_record(published, "row 0", tmp_path)
+    words = " ".join(["Q", *(segment.text for segment in example.segments if segment.text)]).split()
+    tokenizer = word_tokenizer(words)
+    row = InterleavedEncoder(tokenizer, c.processor, c.config(steps=STEPS), c.eos_id, c.adapter.vision_ids)(example)
+    ids, kinds = row.input_ids[row.kinds > K.VISION], row.kinds[row.kinds > K.VISION]
+    zeros = torch.zeros(len(ids))
+    trajectory = Trajectory(row.input_ids, ids, kinds, torch.zeros(STEPS, 32), zeros, zeros, "eos")
+    view = reward_view(trajectory, functools.partial(tokenizer.decode, skip_special_tokens=False), {c.eos_id})
+    config = OmegaConf.load(Path(__file__).parents[2] / "recipes/ilvr/ilvr_grpo.yaml")
+    (spec,) = specs_from_config(OmegaConf.to_container(config.latent.reward.functions))
+    score = functools.partial(load_function(spec), "ilvr", view.solution_str, extra_info={"latent": view.latent})
+    assert view.latent["num_spans"] == 1 and view.solution_str.endswith("The answer is B.")
+    assert score(example.answer, **spec.kwargs) == 1.0 and score("A", **spec.kwargs) == 0.0
 
 
 def test_batch_aligns_completions(rows):
