@@ -133,7 +133,7 @@ class ILVRStage1Trainer(KeepsTeacher, ILVRTrainer):
         visibility = self.latent.config.visibility
         with self.accelerator.autocast():  # as the student's forward
             targets = teacher_targets(self.teacher_adapter, batch, visibility, config.top_k, config.top_p)
-        return with_targets(batch, targets)
+        return with_targets(batch, targets, self.teacher_adapter.hidden_size)
 
     def _sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
         return stage1_sums(self.adapter, batch, self.latent.config, self.teacher_config.noise_std)

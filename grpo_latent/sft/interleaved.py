@@ -176,11 +176,12 @@ def span_numbers(kinds_BT: Tensor) -> Tensor:
     return numbers_BT.masked_fill(~is_latent_BT, -1)
 
 
-def with_targets(batch: dict[str, Tensor], targets: Sequence[Tensor]) -> dict[str, Tensor]:
+def with_targets(batch: dict[str, Tensor], targets: Sequence[Tensor], hidden_size: int) -> dict[str, Tensor]:
     """The batch with the teacher's choice: `targets` [N, H] in order of position, other latent positions FORCED.
 
     Args:
-        targets: [K*, H] of each span, in row-major order.
+        targets: [K*, H] of each span, in row-major order; none in a batch without spans.
+        hidden_size: H.
 
     Raises:
         LatentMismatchError: not one per span, or more targets than a span has positions.
@@ -197,7 +198,7 @@ def with_targets(batch: dict[str, Tensor], targets: Sequence[Tensor]) -> dict[st
             expected=f"between 1 and {sizes_S.tolist()} targets",
         )
     if num_spans == 0:
-        return batch | {"targets": torch.zeros(0, 0, device=batch["kinds"].device)}
+        return batch | {"targets": torch.zeros(0, hidden_size, device=batch["kinds"].device)}
     kinds_BT = batch["kinds"].clone()
     number_N = numbers_BT[numbers_BT >= 0]
     starts_S = sizes_S.cumsum(0) - sizes_S

@@ -197,7 +197,7 @@ def targets_by_hand(query, tokens):
 def test_targets_become_latents_and_the_rest_placeholders(rows):
     c, batch = case("qwen2_5_vl"), collate_interleaved(rows)
     targets = [torch.full((count, 32), float(idx)) for idx, count in enumerate((2, 3, 1, 3))]
-    placed = with_targets(batch, targets)
+    placed = with_targets(batch, targets, 32)
     is_latent_BT = placed["kinds"] == K.LATENT
     assert (
         is_latent_BT.sum(-1).tolist() == [5, 4, 0]
@@ -210,7 +210,7 @@ def test_targets_become_latents_and_the_rest_placeholders(rows):
     assert placed["kinds"][0, first_span].tolist() == [K.LATENT, K.LATENT, K.FORCED]
     for wrong in (targets[:3], [torch.zeros(4, 32), *targets[1:]], [torch.zeros(0, 32), *targets[1:]]):
         with pytest.raises(LatentMismatchError, match="do not fit the spans"):
-            with_targets(batch, wrong)
+            with_targets(batch, wrong, 32)
     with pytest.raises(LatentMismatchError, match="helper images do not match the spans"):
         teacher_targets(c.adapter, {k: v for k, v in batch.items() if "helper" not in k}, "full")
 
@@ -219,7 +219,7 @@ def test_stage_1_sums_equal_plain_forwards_row_by_row(rows):
     c = case("qwen2_5_vl")
     batch = collate_interleaved(rows)
     targets = teacher_targets(c.adapter, batch, "full")
-    sums = stage1_sums(c.adapter, with_targets(batch, targets), c.config(), noise_std=0.0)
+    sums = stage1_sums(c.adapter, with_targets(batch, targets, 32), c.config(), noise_std=0.0)
     ce = distance = 0.0
     remaining = list(targets)
     for row in rows:

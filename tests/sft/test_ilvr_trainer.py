@@ -15,15 +15,15 @@ from grpo_latent.sft.interleaved import InterleavedEncoder
 from grpo_latent.sft.parameters import freeze_vision
 
 
-def dataset(latent, folder):
+def dataset(latent, folder, plans=PLANS * 2):
     write_images(folder)
-    examples = [parse_ilvr_record(record(*plan), f"row {i}", folder) for i, plan in enumerate(PLANS * 2)]
+    examples = [parse_ilvr_record(record(*plan), f"row {i}", folder) for i, plan in enumerate(plans)]
     vision_ids = ModelAdapter(latent.model).vision_ids
     encoder = InterleavedEncoder(latent.tokenizer, latent.processor, latent.config, latent.eos_ids[0], vision_ids)
     return SFTDataset(examples, encoder)
 
 
-def train(folder, trainer_class, steps, config, resume=None):
+def train(folder, trainer_class, steps, config, resume=None, **rows):
     latent = latent_model(exit="end_token", steps=3)
     freeze_vision(latent.model)
     arguments = TrainingArguments(
@@ -40,7 +40,7 @@ def train(folder, trainer_class, steps, config, resume=None):
         disable_tqdm=True,
         seed=1,
     )
-    trainer = trainer_class(latent, arguments, dataset(latent, folder), config)
+    trainer = trainer_class(latent, arguments, dataset(latent, folder, **rows), config)
     calls = []
     if trainer_class is ILVRStage1Trainer:
         trainer.teacher_adapter.decoder.register_forward_hook(lambda *_: calls.append(1))
@@ -73,6 +73,17 @@ def test_stage_2_learns(tmp_path, gradient):
     trainer, _ = train(tmp_path, ILVRStage2Trainer, 3, SelfFedConfig(gradient))
     logs = [entry for entry in trainer.state.log_history if "ce" in entry]
     assert logs[-1]["ce"] < logs[0]["ce"] and logs[0]["latent_loss"] == 0
+
+
+def test_both_stages_take_a_batch_without_spans(tmp_path):
+    """Known answer, no helper image: without latents the two stages are one and the same."""
+    ce = []
+    for trainer_class, config in ((ILVRStage1Trainer, TeacherConfig()), (ILVRStage2Trainer, SelfFedConfig())):
+        trainer, calls = train(tmp_path, trainer_class, 1, config, plans=PLANS[2:] * 3)
+        (entry,) = [entry for entry in trainer.state.log_history if "ce" in entry]
+        assert entry["latent_loss"] == 0 and calls == []
+        ce.append(entry["ce"])
+    assert ce[0] == ce[1] > 0
 
 
 def test_what_does_not_fit_is_an_error(tmp_path):
