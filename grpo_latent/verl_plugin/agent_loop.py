@@ -109,7 +109,8 @@ class LatentAgentLoop(AgentLoopBase):
                 where=where(row),
                 got=f"{len(prompt.ids)} tokens",
                 expected=f"<= data.max_prompt_length={self.rollout_config.prompt_length}",
-                fix="Raise data.max_prompt_length, lower max_pixels, or set data.filter_overlong_prompts=True.",
+                fix="Raise data.max_prompt_length, set data.filter_overlong_prompts=True, or lower size.longest_edge of the "
+                "checkpoint's image processor, which data.max_image_tokens of SFT sets.",
             )
         request = RolloutRequest(prompt_ids=prompt.ids, seeds=seeds, images=prompt.images, group_id=str(row["uid"]))
         pixels = {} if prompt.images is None else dict(vars(prompt.images))

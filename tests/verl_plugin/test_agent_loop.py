@@ -1,6 +1,8 @@
 """Prompt to group and back, in one process: the real server object and engine, without Ray or TransferQueue."""
 
 import asyncio
+import copy
+import dataclasses
 import io
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.rollout.protocol import SamplingParams
+from grpo_latent.sft.dataset import set_image_tokens
 from grpo_latent.trajectory import PositionKind
 from grpo_latent.verl_plugin import agent_loop as module
 from grpo_latent.verl_plugin.agent_loop import LatentAgentLoop, extend_positions, reward_input, row_index
@@ -59,11 +62,11 @@ def make_loop(loaded, server):
     )
 
 
-def prompt_row(index, loaded, text="read red ?"):
+def prompt_row(index, loaded, text="read red ?", size=(28, 42)):
     content = [{"type": "text", "text": text}]
     if loaded.processor is not None:
         buffer = io.BytesIO()
-        Image.new("RGB", (28, 42), (index * 40, 10, 99)).save(buffer, "PNG")
+        Image.new("RGB", size, (index * 40, 10, 99)).save(buffer, "PNG")
         content.append({"type": "image", "bytes": buffer.getvalue(), "path": None, "image": Image.open(buffer)})
     return {
         "uid": f"uid{index}",
@@ -129,6 +132,19 @@ def test_a_bad_row_is_named_and_ends_the_wave(parts):
     long = prompt_row(5, loaded, "read " * 80)
     with pytest.raises(DataError, match="row 5 of test: prompt is too long; got [0-9]+ tokens"):
         run_groups(loaded, server, [long])
+
+
+def test_what_the_message_advises_shortens_a_prompt(parts):
+    loaded, server = parts
+    if loaded.processor is None:
+        pytest.skip("no images")
+    rows = [prompt_row(0, loaded, size=(140, 140))]  # 100 tokens
+    with pytest.raises(DataError, match="lower size.longest_edge of the checkpoint's image processor"):
+        run_groups(loaded, server, rows)
+    smaller = dataclasses.replace(loaded, processor=copy.deepcopy(loaded.processor))
+    set_image_tokens(smaller.processor, None, 16)
+    ((outputs, pixels),) = run_groups(smaller, server, rows)
+    assert len(outputs) == 3 and int(pixels["image_grid_thw"].prod()) // 4 <= 16
 
 
 def test_rows_without_an_index_are_refused():
