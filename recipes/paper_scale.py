@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import grpo_latent.train  # noqa: F401  (puts verl's configs on hydra's search path)
 from grpo_latent.errors import ConfigError
@@ -48,13 +48,30 @@ def check_sft(folder: Path, name: str) -> SFTSettings:
     return SFTSettings.from_dict(OmegaConf.to_container(config, resolve=True))
 
 
+def check_slots(sft: SFTSettings, grpo) -> None:
+    """Raises `ConfigError` where SFT and RL differ in their slots, or the slots leave no room for text."""
+    slots, length = sft.latent.steps, grpo.data.max_response_length
+    if grpo.latent.steps != slots:
+        got = f"{slots} in SFT, {grpo.latent.steps} in RL"
+        raise ConfigError("SFT and RL differ in slots", where="latent.steps", got=got, expected="one number")
+    num_positions = slots * (getattr(sft.latent, "top_k_image", 0) + 1)
+    if num_positions >= length:
+        raise ConfigError(
+            "no room for text after the slots",
+            where="data.max_response_length",
+            got=length,
+            expected=f"more than the slots' {num_positions} positions",
+        )
+
+
 def meta_model(model_json: Path, dtype: torch.dtype):
     """A model of that config.json on the meta device, which has shapes and no memory."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(model_json, Path(folder) / "config.json")
         hf_config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(hf_config, attn_implementation="sdpa", dtype=dtype)
+        auto_class = AutoModelForImageTextToText if hasattr(hf_config, "vision_config") else AutoModelForCausalLM
+        return auto_class.from_config(hf_config, attn_implementation="sdpa", dtype=dtype)
 
 
 def check_memory(model_json: Path, settings: SFTSettings, gpu_gb: float = 80) -> dict[str, float]:
@@ -112,7 +129,8 @@ def check_shapes(
     make_config: Callable[[dict[str, int]], LatentConfig],
     response_length: int,
 ) -> dict[str, tuple[int, ...]]:
-    """Builds the model on the meta device and runs one latent forward: hidden states, logits, feedback.
+    """Builds the model on the meta device and runs one latent forward: hidden states, logits, feedback; of a vision model
+    also the merger.
 
     Args:
         model_json: its config.json.
@@ -121,7 +139,6 @@ def check_shapes(
     """
     name = model_json.stem
     model = meta_model(model_json, torch.bfloat16)
-    hf_config = model.config
     with torch.device("meta"):
         vocab_size = model.get_output_embeddings().weight.shape[0]
         ids = dict(zip(tokens, range(first_free_id, first_free_id + len(tokens)), strict=True))
@@ -134,23 +151,29 @@ def check_shapes(
         length = 64 + response_length
         input_ids = torch.zeros(1, length, dtype=torch.long)
         bias = attention_bias(input_ids, torch.ones_like(input_ids, dtype=torch.bool), "full", adapter.dtype)
-        hidden = adapter.forward_hidden(input_ids, bias, torch.zeros(3, 1, length, dtype=torch.long))
+        position_ids = input_ids.expand(3, 1, -1) if adapter.has_mrope else input_ids
+        hidden = adapter.forward_hidden(input_ids, bias, position_ids)
         latent = feedback(model, hidden[:, -1])
         logits = adapter.logits(hidden[:, -1])
-        vision = hf_config.vision_config
-        tower_size = getattr(vision, "embed_dim", vision.hidden_size)  # Qwen2-VL's hidden_size is the decoder's
-        patch_size = vision.in_chans * vision.temporal_patch_size * vision.patch_size**2
-        merged = model.model.visual.merger(
-            torch.empty(32 * vision.spatial_merge_size**2, tower_size, dtype=torch.bfloat16)
-        )
     shapes = {
-        "patch": (patch_size,), "visual token": tuple(merged.shape), "hidden": tuple(hidden.shape),
-        "latent": tuple(latent.shape), "logits": tuple(logits.shape), "vocabulary": (vocab_size,),
+        "hidden": tuple(hidden.shape), "latent": tuple(latent.shape), "logits": tuple(logits.shape),
+        "vocabulary": (vocab_size,),
     }  # fmt: skip
+    if adapter.has_tower:
+        shapes = vision_shapes(model) | shapes
     expected = (32, adapter.hidden_size)
-    if shapes["visual token"] != expected or shapes["latent"] != (1, adapter.hidden_size):
+    if shapes.get("visual token", expected) != expected or shapes["latent"] != (1, adapter.hidden_size):
         raise ConfigError("visual tokens and latents differ in size", where=name, got=shapes, expected=str(expected))
     return shapes
+
+
+def vision_shapes(model) -> dict[str, tuple[int, ...]]:
+    """Of a patch, and of 32 visual tokens after the merger."""
+    vision = model.config.vision_config
+    tower_size = getattr(vision, "embed_dim", vision.hidden_size)  # Qwen2-VL's hidden_size is the decoder's
+    patch_size = vision.in_chans * vision.temporal_patch_size * vision.patch_size**2
+    patches = torch.empty(32 * vision.spatial_merge_size**2, tower_size, dtype=torch.bfloat16, device="meta")
+    return {"patch": (patch_size,), "visual token": tuple(model.model.visual.merger(patches).shape)}
 
 
 def show_shapes(name: str, shapes: dict[str, tuple[int, ...]]) -> None:

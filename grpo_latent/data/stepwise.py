@@ -1,9 +1,10 @@
-"""Multiple-choice questions with a rationale in steps: what IVT-LR's curriculum replaces by latents, one by one.
+"""Questions with a rationale in steps: what the curriculum of IVT-LR and Coconut replaces by latents, one by one.
 
-Two published schemas on the Hugging Face hub, read from their parquet files, and verl's:
+Two published schemas on the Hugging Face hub, read from their parquet files, Coconut's JSON (a list), and verl's:
 
     M3CoT      id, question, choices [str], context, answer "B", rationale, image {bytes, path}, domain, topic, …
     ScienceQA  question, choices [str], answer 1 (index), hint, lecture, solution, image {bytes, path} or null, …
+    Coconut    question, answer "18", steps ["<<16-3-4=9>>", "<<9*2=18>>"]          (GSM8K-Aug and others)
     verl       as in data.rows, with extra_info.steps [str]
 
 All become a `StepwiseExample`. The prompt of a published record is made here, once for training and evaluation (the
@@ -15,6 +16,7 @@ published code's two differ); `to_verl_rows` writes it down for RL:
 from __future__ import annotations
 
 import argparse
+import json
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,7 +46,7 @@ class StepwiseExample:
     Attributes:
         messages: one user message, content split into text and image parts.
         images: in the order of the image parts.
-        steps: of the rationale; () where the data set has none for the row. At most `MAX_STEPS` in the published schemas.
+        steps: of the rationale; () where the data set has none for the row. At most `MAX_STEPS` of M3CoT and ScienceQA.
         answer: the letter of the right choice, or what verl's ground truth says.
         closing: what follows the steps, with the answer in it.
         where: file and row, for messages.
@@ -81,14 +83,14 @@ def rationale_steps(rationale: str, max_steps: int = MAX_STEPS) -> tuple[str, ..
     return tuple(steps)
 
 
-def stage_text(example: StepwiseExample, stage: int) -> str:
-    """What stage `stage` of the curriculum writes out: the steps from `stage` on, then the answer.
+def remaining_text(example: StepwiseExample, first_step: int | None) -> str:
+    """The steps from `first_step` on, None for no step at all, then the answer.
 
     >>> steps = ("Red is a 7.", "Blue is a 2.")
-    >>> stage_text(StepwiseExample((), (), steps, "B", "Therefore, the answer is B", "m3cot", ""), 1)
+    >>> remaining_text(StepwiseExample((), (), steps, "B", "Therefore, the answer is B", "m3cot", ""), 1)
     'Blue is a 2. Therefore, the answer is B'
     """
-    return " ".join([*example.steps[stage:], example.closing])
+    return " ".join([*(() if first_step is None else example.steps[first_step:]), example.closing])
 
 
 def read_m3cot(path: str | Path) -> Iterator[StepwiseExample]:
@@ -99,6 +101,21 @@ def read_m3cot(path: str | Path) -> Iterator[StepwiseExample]:
 def read_scienceqa(path: str | Path) -> Iterator[StepwiseExample]:
     """Checked examples of a ScienceQA parquet file. Raises `DataError`."""
     return _read(path, parse_scienceqa_record)
+
+
+def read_coconut_json(path: str | Path) -> Iterator[StepwiseExample]:
+    """Checked examples of a JSON file in Coconut's form. Raises `DataError`."""
+    expected = 'a list of {"question", "answer", "steps"}'
+    try:
+        records = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(
+            "not a readable JSON file", where=str(path), got=str(error), expected=expected, fix="Check path and syntax."
+        ) from error
+    if not isinstance(records, list) or not records:
+        raise DataError("no records", where=str(path), got=type(records).__name__, expected=expected)
+    for index, record in enumerate(records):
+        yield parse_coconut_record(record, f"{path} row {index}")
 
 
 def read_stepwise_rows(path: str | Path) -> Iterator[StepwiseExample]:
@@ -118,13 +135,35 @@ def parse_stepwise_row(row: dict, where: str) -> StepwiseExample:
     answer = row["reward_model"]["ground_truth"]
     if extra_info.get("has_answer") is False or not isinstance(answer, str) or not answer.strip():
         raise _problem(where, "reward_model.ground_truth", "no answer", answer, "a non-empty string")
-    steps = extra_info.get("steps")
-    valid = isinstance(steps, list) and all(isinstance(step, str) and step.strip() for step in steps)
-    if not valid:
-        raise _problem(where, "extra_info.steps", "no rationale in steps", steps, "a list of non-empty strings, or []")
-    closing = f"{ANSWER_OPEN} {answer.strip()} {ANSWER_CLOSE}"
-    texts = tuple(step.strip() for step in steps)
-    return StepwiseExample(tuple(messages), tuple(images), texts, answer.strip(), closing, row["data_source"], where)
+    steps = _steps(extra_info.get("steps"), "extra_info.steps", where)
+    return _tagged(messages, images, steps, answer.strip(), row["data_source"], where)
+
+
+def parse_coconut_record(record: object, where: str) -> StepwiseExample:
+    """A checked example of one record of Coconut's JSON; its answer is written in answer tags, not after "###".
+
+    Raises:
+        DataError: names row, field, what was got and expected, and a fix.
+    """
+    record = _check_record(record, where)
+    texts = {name: _text(record, name, where) for name in ("question", "answer")}
+    for name, text in texts.items():
+        if not text:
+            raise _problem(where, name, f"no {name}", record.get(name), "a non-empty string")
+    messages = [{"role": "user", "content": split_content(texts["question"])}]
+    check_images(messages, [], f"{where}: question")
+    return _tagged(messages, [], _steps(record.get("steps"), "steps", where), texts["answer"], "coconut", where)
+
+
+def _steps(steps: object, field: str, where: str) -> tuple[str, ...]:
+    if not isinstance(steps, list) or not all(isinstance(step, str) and step.strip() for step in steps):
+        raise _problem(where, field, "no rationale in steps", steps, "a list of non-empty strings, or []")
+    return tuple(step.strip() for step in steps)
+
+
+def _tagged(messages, images, steps: tuple[str, ...], answer: str, data_source: str, where: str) -> StepwiseExample:
+    closing = f"{ANSWER_OPEN} {answer} {ANSWER_CLOSE}"
+    return StepwiseExample(tuple(messages), tuple(images), steps, answer, closing, data_source, where)
 
 
 def parse_m3cot_record(record: object, where: str) -> StepwiseExample:
@@ -240,7 +279,12 @@ def _example(
     return StepwiseExample(messages, tuple(images), rationale_steps(rationale), answer, closing, data_source, where)
 
 
-READERS = {"m3cot": read_m3cot, "scienceqa": read_scienceqa, "parquet": read_stepwise_rows}
+READERS = {
+    "m3cot": read_m3cot,
+    "scienceqa": read_scienceqa,
+    "coconut_json": read_coconut_json,
+    "parquet": read_stepwise_rows,
+}
 
 
 def to_verl_rows(examples: Iterator[StepwiseExample], split: str) -> Iterator[dict]:
@@ -261,8 +305,8 @@ def to_verl_rows(examples: Iterator[StepwiseExample], split: str) -> Iterator[di
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m grpo_latent.data.stepwise", description="Writes rows for RL.")
-    parser.add_argument("--format", choices=["m3cot", "scienceqa"], required=True)
-    parser.add_argument("--in", dest="source", type=Path, nargs="+", required=True, help="parquet files of the hub")
+    parser.add_argument("--format", choices=[name for name in READERS if name != "parquet"], required=True)
+    parser.add_argument("--in", dest="source", type=Path, nargs="+", required=True, help="published files")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--split", default="train")
     options = parser.parse_args(arguments)

@@ -20,18 +20,31 @@ from grpo_latent.errors import ConfigError
 
 
 @dataclass(frozen=True)
+class Stage:
+    """`num_slots` slots of the prompt, then the rationale from `first_step` on; None: the answer alone."""
+
+    num_slots: int
+    first_step: int | None
+
+
+@dataclass(frozen=True)
 class CurriculumConfig:
     """What the stages minimise, and how long each lasts: the `loss` section of methods `ivt_lr` and `coconut`.
 
     Attributes:
         gradient: through the slots' h: `cut` (IVT-LR, 2510.12603) or `bptt` (Coconut, 2412.06769).
+        slots_per_step: slots that replace a step (Coconut's c).
+        answers_only: whether one more stage follows, in which the steps that have no slot are left out too (Coconut: of
+            rationales with more steps than the slots stand for).
         epochs_per_stage: of each stage; the last one goes on to the end of training. Or
-        steps_per_stage: optimizer steps of stage 0, 1, …, S - 1; replaces `epochs_per_stage`.
+        steps_per_stage: optimizer steps of each stage but the last; replaces `epochs_per_stage`.
         reset_optimizer: whether a new stage begins with an optimizer that has no moments, as published.
-        save_stages: whether stage s < S is saved when it ends, as `<output_dir>/stage_<s>`.
+        save_stages: whether each stage but the last is saved when it ends, as `<output_dir>/stage_<s>`.
     """
 
     gradient: str = "cut"
+    slots_per_step: int = 1
+    answers_only: bool = False
     epochs_per_stage: int | None = 4
     steps_per_stage: tuple[int, ...] | None = None
     reset_optimizer: bool = True
@@ -50,8 +63,28 @@ class CurriculumConfig:
                 expected="epochs_per_stage >= 1, or a list of optimizer steps",
             )
 
+    def stages(self, num_slots: int) -> tuple[Stage, ...]:
+        """Stages 0, …, S, the last of which have all `num_slots`.
+
+        >>> coconut = CurriculumConfig(slots_per_step=2, answers_only=True)
+        >>> [(stage.num_slots, stage.first_step) for stage in coconut.stages(4)]
+        [(0, 0), (2, 1), (4, 2), (4, None)]
+
+        Raises:
+            ConfigError: the slots stand for no whole number of steps.
+        """
+        if self.slots_per_step < 1 or num_slots % self.slots_per_step:
+            raise ConfigError(
+                "slots for a part of a step",
+                where="latent.steps, loss.slots_per_step",
+                got=f"{num_slots} slots, {self.slots_per_step} a step",
+                expected="a multiple",
+            )
+        stages = tuple(Stage(step * self.slots_per_step, step) for step in range(num_slots // self.slots_per_step + 1))
+        return (*stages, Stage(num_slots, None)) if self.answers_only else stages
+
     def boundaries(self, num_stages: int, steps_per_epoch: int) -> tuple[int, ...]:
-        """Optimizer steps at which stages 1, …, S begin.
+        """Optimizer steps at which stages 1, …, `num_stages` begin.
 
         >>> CurriculumConfig(epochs_per_stage=4).boundaries(3, 10)
         (40, 80, 120)
@@ -65,8 +98,8 @@ class CurriculumConfig:
                 "stages and slots differ",
                 where="loss.steps_per_stage",
                 got=lengths,
-                expected=f"{num_stages} numbers: stages 0 to {num_stages - 1}; the last one, with all {num_stages} slots, "
-                "takes the rest of trainer.max_steps",
+                expected=f"{num_stages} numbers: stages 0 to {num_stages - 1}; the last one takes the rest of "
+                "trainer.max_steps",
             )
         return tuple(itertools.accumulate(lengths))
 
@@ -82,7 +115,7 @@ class Curriculum(TrainerCallback):
     """Knows the stage of each optimizer step, and acts where one ends.
 
     Args:
-        num_stages: S, slots of the last stage.
+        num_stages: S, number of the last stage.
         save: called with a stage that has ended, None for never.
     """
 

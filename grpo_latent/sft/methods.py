@@ -5,7 +5,7 @@
     ilvr_stage1   ILVR JSONL                    the momentum teacher's choice as latents (2512.05665)
     ilvr_stage2   ILVR JSONL                    answers over the model's own latents
     ivt_lr        M3CoT, ScienceQA, verl parquet    rationales whose steps become slots, one by one (2510.12603)
-    coconut       verl parquet with steps       the same without image embeddings, gradient through the slots (2412.06769)
+    coconut       Coconut JSON, verl parquet    the same without image embeddings, gradient through the slots (2412.06769)
 
 A new method is a row here and a file `config/method/<name>.yaml` with its defaults.
 """
@@ -179,6 +179,7 @@ def _stepwise_encoder(latent: LatentModel, settings: SFTSettings) -> StepwiseEnc
         vision_ids=adapter.vision_ids,
         image_token_id=adapter.image_token_id,
         max_length=settings.data.max_length,
+        curriculum=settings.loss,
     )
 
 

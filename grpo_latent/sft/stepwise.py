@@ -5,7 +5,8 @@
     stage 3    [question] slot slot slot          Therefore, the answer is B <eos>
 
 Slots run as in a rollout (`models.slots`): what is trained is what is rolled out. CE on the text only; through the slots'
-h the gradient is cut (IVT-LR, 2510.12603) or flows (Coconut, 2412.06769).
+h the gradient is cut (IVT-LR, 2510.12603) or flows (Coconut, 2412.06769), which may also give a step several slots and
+end with a stage of answers alone (`sft.curriculum`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from grpo_latent.data.stepwise import StepwiseExample, stage_text
+from grpo_latent.data.stepwise import StepwiseExample, remaining_text
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter
@@ -25,6 +26,7 @@ from grpo_latent.models.prompts import encode_prompt
 from grpo_latent.models.replay import caching_layers
 from grpo_latent.models.slots import prefill_with_slots
 from grpo_latent.models.visibility import attention_bias
+from grpo_latent.sft.curriculum import CurriculumConfig, Stage
 from grpo_latent.sft.losses import cross_entropy_sum
 from grpo_latent.trajectory import PositionKind
 
@@ -35,7 +37,7 @@ class StepwiseRow:
 
     Attributes:
         prompt_ids: int64 [P].
-        response_ids: int64 [R] with EOS, for each stage 0, …, S: what it writes out.
+        response_ids: int64 [R] with EOS, for each stage: what it writes out.
         images: of the prompt, or None.
     """
 
@@ -46,7 +48,7 @@ class StepwiseRow:
 
 @dataclass(frozen=True)
 class StepwiseEncoder:
-    """Tokenises examples for one model, for stages 0 to `config.steps`.
+    """Tokenises examples for one model, for the stages of a curriculum up to `config.steps` slots.
 
     Attributes:
         eos_id: ends every response.
@@ -62,6 +64,7 @@ class StepwiseEncoder:
     vision_ids: frozenset[int]
     image_token_id: int | None
     max_length: int | None = None
+    curriculum: CurriculumConfig = CurriculumConfig()
 
     def __call__(self, example: StepwiseExample) -> StepwiseRow:
         """The example's prompt, and what each stage writes out.
@@ -73,7 +76,8 @@ class StepwiseEncoder:
         pictures = [image.open() for image in example.images]
         prompt = encode_prompt(self.tokenizer, self.processor, example.messages, pictures, example.where)
         self._check_image_tokens(prompt.ids, len(pictures), example.where)
-        responses = tuple(self._response(example, stage) for stage in range(self.config.steps + 1))
+        stages = self.curriculum.stages(self.config.steps)
+        responses = tuple(self._response(example, stage) for stage in stages)
         length = prompt.ids.shape[0] + max(response.shape[0] for response in responses)
         length += self.config.steps * (1 + self.config.top_k_image)
         if self.max_length is not None and length > self.max_length:
@@ -100,8 +104,8 @@ class StepwiseEncoder:
                 fix="Raise data.min_image_tokens, lower latent.steps, or drop the row.",
             )
 
-    def _response(self, example: StepwiseExample, stage: int) -> Tensor:
-        ids = self.tokenizer(stage_text(example, stage), add_special_tokens=False).input_ids
+    def _response(self, example: StepwiseExample, stage: Stage) -> Tensor:
+        ids = self.tokenizer(remaining_text(example, stage.first_step), add_special_tokens=False).input_ids
         latent_ids = {self.config.start_id, self.config.latent_id, self.config.end_id}
         reserved = sorted(set(ids) & (self.vision_ids | latent_ids))
         if reserved:

@@ -44,9 +44,17 @@ class StepwiseTrainer(LatentSFTTrainer):
                 expected="false, or neither of them",
             )
         self.gradient = config.gradient
-        self.curriculum = Curriculum(config, latent.config.steps, self._save_stage if config.save_stages else None)
+        self.stages = config.stages(latent.config.steps)
+        self.curriculum = Curriculum(config, len(self.stages) - 1, self._save_stage if config.save_stages else None)
         callbacks = [self.curriculum, *callbacks]
         super().__init__(latent, args, dataset, LossConfig(latent_weight=0.0), callbacks=callbacks, **kwargs)
+        if dataset.encoder.curriculum.stages(latent.config.steps) != self.stages:
+            raise ConfigError(
+                "rows are tokenised for the stages of another curriculum",
+                where="loss",
+                got=dataset.encoder.curriculum,
+                expected=str(config),
+            )
 
     def check(self, latent: LatentModel, loss_config: LossConfig) -> None:
         if latent.config.trigger != "prompt_slots":
@@ -74,7 +82,8 @@ class StepwiseTrainer(LatentSFTTrainer):
         return torch.tensor([int(batch["response_valid"].sum()), 0])
 
     def _sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
-        sums = slot_sums(self.adapter, batch, self.latent.config, self.stage, self.gradient == "cut")
+        num_slots = self.stages[self.stage].num_slots
+        sums = slot_sums(self.adapter, batch, self.latent.config, num_slots, self.gradient == "cut")
         return sums | {"latent": torch.zeros((), device=sums["ce"].device)}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -87,5 +96,5 @@ class StepwiseTrainer(LatentSFTTrainer):
         if not self.args.should_save:
             return
         latent, folder = self.latent, Path(self.args.output_dir) / f"stage_{stage}"
-        config = latent.config.replace(steps=stage)
+        config = latent.config.replace(steps=self.stages[stage].num_slots)
         save_for_rl(folder, latent, config=config)  # whole or not at all: a resumed run does not come by here again

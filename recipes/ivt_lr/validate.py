@@ -11,7 +11,6 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))  # recipes are scripts, not a package
 import paper_scale  # noqa: E402
 
-from grpo_latent.errors import ConfigError  # noqa: E402
 from grpo_latent.latent.mechanisms import SLOT_TOKENS  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -19,30 +18,14 @@ MODEL_JSON = HERE / "models" / "qwen2_vl_7b.json"
 FIRST_FREE_ID = 151657  # after the tokens of Qwen2-VL's tokenizer; its embedding table has rows to spare
 
 
-def check_lengths(slots: int, top_k: int, max_response_length: int) -> None:
-    """Raises `ConfigError` where the slots leave no room for text."""
-    num_positions = slots * (top_k + 1)
-    if num_positions >= max_response_length:
-        raise ConfigError(
-            "no room for text after the slots",
-            where="data.max_response_length",
-            got=max_response_length,
-            expected=f"more than the slots' {num_positions} positions",
-        )
-
-
 def main(overrides: list[str]) -> None:
     sft = paper_scale.check_sft(HERE, "ivt_lr_sft")
     grpo = paper_scale.check_grpo(HERE, "ivt_lr_grpo", overrides)
-    latent = sft.latent
-    if grpo.latent.steps != latent.steps:
-        got = f"{latent.steps} in SFT, {grpo.latent.steps} in RL"
-        raise ConfigError("SFT and RL differ in slots", where="latent.steps", got=got, expected="one number")
-    check_lengths(latent.steps, latent.top_k_image, grpo.data.max_response_length)
+    paper_scale.check_slots(sft, grpo)
     print(f"ivt_lr_sft and ivt_lr_grpo: valid ({grpo.trainer.n_gpus_per_node} GPUs a node)")
     paper_scale.show_memory(f"ivt_lr_sft of {MODEL_JSON.stem}", paper_scale.check_memory(MODEL_JSON, sft))
     length = grpo.data.max_response_length
-    shapes = paper_scale.check_shapes(MODEL_JSON, FIRST_FREE_ID, SLOT_TOKENS, latent.make_config, length)
+    shapes = paper_scale.check_shapes(MODEL_JSON, FIRST_FREE_ID, SLOT_TOKENS, sft.latent.make_config, length)
     paper_scale.show_shapes(MODEL_JSON.stem, shapes)
 
 

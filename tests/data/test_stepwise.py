@@ -1,6 +1,7 @@
 """M3CoT and ScienceQA: steps, prompts, and one typed error for each way to break a record."""
 
 import io
+import json
 
 import numpy as np
 import pyarrow as pa
@@ -8,13 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from grpo_latent.data.rows import iter_verl_rows
 from grpo_latent.data.stepwise import (
+    main,
+    parse_coconut_record,
     parse_m3cot_record,
     parse_scienceqa_record,
     rationale_steps,
+    read_coconut_json,
     read_m3cot,
     read_scienceqa,
-    stage_text,
+    remaining_text,
 )
 from grpo_latent.errors import DataError
 
@@ -69,8 +74,10 @@ def test_m3cot(tmp_path):
     assert first.steps == ("There is no air. So nothing slows them.", "Both fall. They fall alike.", "Hence both")
     assert first.answer == "C" and first.images[0].open().size == (4, 4) and "row 0" in first.where
     assert second.images == () and "Context" not in second.messages[0]["content"][0]["text"] and "row 1" in second.where
-    assert stage_text(first, 0).startswith("There is no air. So") and stage_text(first, 0).endswith("the answer is C")
-    assert stage_text(first, 3) == "Therefore, the answer is C" == stage_text(first, 9)
+    assert remaining_text(first, 0).startswith("There is no air. So") and remaining_text(first, 0).endswith(
+        "the answer is C"
+    )
+    assert remaining_text(first, 3) == "Therefore, the answer is C" == remaining_text(first, 9)
 
 
 def test_scienceqa(tmp_path):
@@ -78,7 +85,34 @@ def test_scienceqa(tmp_path):
     first, second = read_scienceqa(write(tmp_path / "a.parquet", SCIENCEQA, SCIENCEQA | plain | {"image": IMAGE}))
     assert first.steps == ("Air slows things.", "A stone is heavy.") and first.answer == "B"
     assert second.steps == () and len(second.images) == 1
-    assert stage_text(second, 0) == "Therefore, the answer is B"
+    assert remaining_text(second, 0) == "Therefore, the answer is B"
+
+
+COCONUT = {"question": "2 + 3, times 2?", "answer": "10", "steps": ["<<2+3=5>>", " <<5*2=10>> "]}
+
+
+def test_coconut_json_in_sft_and_rl(tmp_path):
+    path, out = tmp_path / "gsm.json", tmp_path / "rl.parquet"
+    path.write_text(json.dumps([COCONUT, COCONUT | {"steps": []}]))
+    first, second = read_coconut_json(path)
+    assert first.messages == ({"role": "user", "content": [{"type": "text", "text": "2 + 3, times 2?"}]},)
+    assert first.steps == ("<<2+3=5>>", "<<5*2=10>>") and second.steps == () and "row 1" in second.where
+    assert remaining_text(first, 1) == "<<5*2=10>> <answer> 10 </answer>"
+    main(["--format", "coconut_json", "--in", str(path), "--out", str(out)])
+    row, _ = next(iter_verl_rows(out))
+    assert row["prompt"] == [{"role": "user", "content": "2 + 3, times 2?"}] and row["extra_info"]["steps"] == list(
+        first.steps
+    )
+    assert row["reward_model"]["ground_truth"] == "10" and row["images"] == []
+
+
+@pytest.mark.parametrize(
+    "content, message", [("[", "not a readable JSON file"), ("{}", "no records"), ("[]", "no records")]
+)
+def test_unreadable_coconut_json(tmp_path, content, message):
+    (tmp_path / "gsm.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        list(read_coconut_json(tmp_path / "gsm.json"))
 
 
 @pytest.mark.parametrize("num", range(1, 9))
@@ -115,12 +149,22 @@ BROKEN_SCIENCEQA = BROKEN | {
     "answer  ": ({"answer": True}, "not the index of a choice"),
     "hint": ({"hint": 3}, "not a text"),
 }
+BROKEN_COCONUT = {
+    "record": ([1], "not a record"),
+    "question": ({"question": " "}, "no question"),
+    "question ": ({"question": "<image>Q"}, "placeholders do not match"),
+    "answer": ({"answer": 10}, "not a text"),
+    "answer ": ({"answer": ""}, "no answer"),
+    "steps": ({"steps": "5"}, "no rationale in steps"),
+    "steps ": ({"steps": ["5", ""]}, "no rationale in steps"),
+}
 
 
 @pytest.mark.parametrize(
     "parse, good, field, change, message",
     [(parse_m3cot_record, M3COT, field, *case) for field, case in BROKEN_M3COT.items()]
-    + [(parse_scienceqa_record, SCIENCEQA, field, *case) for field, case in BROKEN_SCIENCEQA.items()],
+    + [(parse_scienceqa_record, SCIENCEQA, field, *case) for field, case in BROKEN_SCIENCEQA.items()]
+    + [(parse_coconut_record, COCONUT, field, *case) for field, case in BROKEN_COCONUT.items()],
 )
 def test_malformed_records_name_row_and_field(parse, good, field, change, message):
     parse(good, "row 3")

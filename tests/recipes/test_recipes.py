@@ -118,6 +118,17 @@ def test_ivt_lr_validates_its_curriculum_and_rl_at_paper_scale(capsys):
         ivt_lr.main(["latent.steps=2"])
 
 
+def test_coconut_validates_its_curriculum_and_rl_at_paper_scale(capsys):
+    """Qwen3-0.6B on the meta device: c = 2, three steps, then answers alone."""
+    coconut = load(RECIPES / "coconut" / "validate.py")
+    coconut.main([])
+    out = capsys.readouterr().out
+    assert "coconut_sft and coconut_grpo: valid (8 GPUs a node), slots by stage 0, 2, 4, 6, 6" in out
+    assert "latent [1, 1024]" in out and "logits [1, 151936]" in out and "patch" not in out
+    with pytest.raises(ConfigError, match="SFT and RL differ in slots; got 6 in SFT, 3 in RL"):
+        coconut.main(["latent.steps=3"])
+
+
 def test_chains_of_the_coconut_recipe():
     chains = load(RECIPES / "coconut" / "arithmetic.py")
     parts = {name: chains.generate(300, stream=name, seed=0, num_steps=3) for name in chains.STREAMS}

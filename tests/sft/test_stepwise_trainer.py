@@ -41,9 +41,9 @@ def trainer(folder, steps, mechanism="ivt_lr", loss=None, lora=False, **argument
     latent = latent_model(case=build_case(name), savable=True, **SLOTS, **changes)
     freeze_vision(latent.model)
     adapter = ModelAdapter(latent.model)
-    encoder = StepwiseEncoder(
-        latent.tokenizer, latent.processor, latent.config, latent.eos_ids[0], adapter.vision_ids, adapter.image_token_id
-    )
+    ids = latent.eos_ids[0], adapter.vision_ids, adapter.image_token_id
+    curriculum = loss or CurriculumConfig()
+    encoder = StepwiseEncoder(latent.tokenizer, latent.processor, latent.config, *ids, curriculum=curriculum)
     values = dict(
         max_steps=steps,
         per_device_train_batch_size=2,
@@ -118,6 +118,27 @@ def test_the_loss_is_that_of_the_stage(tmp_path):
     assert logged == pytest.approx(expected, rel=1e-5) and len({round(value, 3) for value in expected}) == 3
 
 
+def test_several_slots_a_step_and_a_last_stage_of_answers_alone(tmp_path):
+    """Coconut's c = 2: stages of 0, 2 and 2 slots, which write out all steps, all but the first, and none."""
+    sizes = dict(learning_rate=0.0, save_strategy="no", per_device_train_batch_size=4)
+    loss = CurriculumConfig("bptt", slots_per_step=2, answers_only=True, steps_per_stage=(1, 1), save_stages=True)
+    run = trainer(tmp_path, 3, "coconut", loss, **sizes)
+    expected = []
+    example, written = run.train_dataset.examples[1], [(0, "blue 1 red 1 "), (2, "red 1 "), (2, "")]
+    for stage, (num_slots, steps) in enumerate(written):
+        row = run.train_dataset[1].response_ids[stage]
+        assert run.latent.tokenizer.decode(row[:-1]) == f"{steps}{example.closing}"
+        batch = collate_stepwise([run.train_dataset[i] for i in range(8)], stage)
+        with torch.no_grad():
+            sums = slot_sums(run.adapter, batch, run.latent.config, num_slots, False)
+        expected.append(float(sums["ce"]) / int(batch["response_valid"].sum()))
+    run.train()
+    run.release()
+    logged = [entry["ce"] for entry in run.state.log_history if "ce" in entry]
+    assert logged == pytest.approx(expected, rel=1e-5) and len({round(value, 3) for value in expected}) == 3
+    assert [load_latent_model(tmp_path / f"stage_{stage}").config.steps for stage in (0, 1)] == [0, 2]
+
+
 def test_stages_by_epochs():
     """8 rows, 4 an optimizer step: an epoch has 2 steps. 16 epochs of the published schedule, 4 a stage."""
     assert CurriculumConfig().boundaries(3, 2) == (8, 16, 24)
@@ -129,6 +150,11 @@ def test_what_does_not_fit_is_an_error(tmp_path):
         train(tmp_path, 5, loss=CurriculumConfig(steps_per_stage=(3,)))
     with pytest.raises(ConfigError, match="ends before its last stage; got 3 steps; expected more than 3"):
         train(tmp_path, 3, loss=CurriculumConfig(steps_per_stage=(2, 1)))
+    with pytest.raises(ConfigError, match="loss.slots_per_step: slots for a part of a step; got 2 slots, 3 a step"):
+        trainer(tmp_path, 5, loss=CurriculumConfig(slots_per_step=3))
+    with pytest.raises(ConfigError, match="the stages of another curriculum"):
+        run = trainer(tmp_path, 5)
+        StepwiseTrainer(run.latent, run.args, run.train_dataset, CurriculumConfig(answers_only=True))
     with pytest.raises(ConfigError, match="loss.gradient"):
         CurriculumConfig(gradient="one_hop")
     with pytest.raises(ConfigError, match="stages without a length"):
