@@ -4,8 +4,7 @@
 
 The run's rollout dumps are repeated under new step numbers until there are enough trajectories; checkpoint, data and
 metrics are the run's. "Open" is from navigation to a table that can be used (`document.body.dataset.ready`): median and
-largest of the repeats, each in a tab of its own. Needs Chromium with its driver, and `pip install "grpo_latent[inspect]"
-selenium`.
+largest of the repeats, each in a tab of its own. Needs Chromium with its driver, and `pip install -e ".[inspect]" selenium`.
 """
 
 from __future__ import annotations

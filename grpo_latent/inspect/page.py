@@ -80,7 +80,10 @@ def plotly_bundle() -> str:
         script = resources.files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
     except (ModuleNotFoundError, FileNotFoundError) as error:
         raise ConfigError(
-            "plotly is not installed", where="inspector", expected="plotly", fix='pip install "grpo_latent[inspect]"'
+            "plotly is not installed",
+            where="inspector",
+            expected="plotly",
+            fix='In the checkout: pip install -e ".[inspect]"',
         ) from error
     return script.replace("\r\n", "\n").replace("\r", "\n")  # as browsers read it before they hash it
 

@@ -13,16 +13,9 @@ NUM_ROWS = 256  # of a step; all are in the dump
 
 
 class Board:
-    """Logs into the wandb run that verl has begun in this process.
-
-    Raises:
-        ConfigError: what draws the page is not installed; found out before training, not after it.
-    """
+    """Logs into the wandb run that verl has begun in this process."""
 
     def __init__(self, folder: Path, device: str):
-        from grpo_latent.inspect.page import plotly_bundle
-
-        plotly_bundle()
         self.folder, self.device = folder, device
 
     def log_rollouts(self, step: int, records: list[dict], summaries: list[dict]) -> None:
@@ -57,10 +50,22 @@ class Board:
         log_report(wandb.run, report, render(report, run.name), step)
 
 
+def logs_to_wandb(config: DictConfig) -> bool:
+    loggers = config.trainer.logger
+    return "wandb" in ([loggers] if isinstance(loggers, str) else loggers)
+
+
+def check_board(config: DictConfig) -> None:
+    """Raises `ConfigError` where wandb is among the loggers and what draws its page is not installed."""
+    if logs_to_wandb(config):
+        from grpo_latent.inspect.page import plotly_bundle
+
+        plotly_bundle()
+
+
 def make_board(config: DictConfig) -> Board | None:
     """None where wandb is not among the loggers."""
-    loggers = config.trainer.logger
-    if "wandb" not in ([loggers] if isinstance(loggers, str) else list(loggers)):
+    if not logs_to_wandb(config):
         return None
     options = LatentOptions.from_rollout(config.actor_rollout_ref.rollout)
     folder = options.output_dir or Path(config.trainer.default_local_dir).parent

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.rollout.vllm.skeleton import check_mechanism
+from grpo_latent.verl_plugin.board import check_board
 from grpo_latent.verl_plugin.options import LatentOptions
 from grpo_latent.verl_plugin.registration import (
     AGENT_LOOP_NAME,
@@ -35,6 +36,7 @@ def check_config(config: DictConfig) -> LatentOptions:
     _check_batches(config)
     check_layout(config.actor_rollout_ref.model, options.visibility, options.draw_temperature is not None)
     _check_treatment(config, options)
+    check_board(config)
     if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT_NAME:
         _check_vllm(config, options)
     return options

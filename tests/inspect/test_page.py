@@ -11,10 +11,8 @@ from grpo_latent.inspect.__main__ import main
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-webdriver = pytest.importorskip(
-    "selenium.webdriver", reason="selenium is not installed: pip install 'grpo_latent[dev]'"
-)
-pytest.importorskip("plotly", reason="plotly is not installed: pip install 'grpo_latent[inspect]'")
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install -e '.[dev]'")
+pytest.importorskip("plotly", reason="plotly is not installed: pip install -e '.[inspect]'")
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="no Chromium: apt-get install chromium chromium-driver (Debian)"
 )

@@ -1,5 +1,9 @@
 """The composed config is accepted as it is, and every unusable change of it is refused by name."""
 
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 from engine_helpers import SLOTS, make_checkpoint
 from hydra import compose, initialize_config_module
@@ -29,6 +33,27 @@ def composed(*overrides):
 def test_defaults_are_usable(device):
     options = check_config(composed(f"device={device}"))
     assert options.seed == 0 and options.visibility is None
+
+
+@pytest.mark.parametrize("pinned", ["cpu", "cuda"])
+def test_the_pinned_sets_have_what_the_loggers_need(pinned):
+    lines = (Path(__file__).parents[2] / "requirements" / f"{pinned}.txt").read_text().splitlines()
+    assert {"wandb", "plotly", "tensorboard"} <= {re.split(r"\W", line)[0] for line in lines}
+
+
+def test_wandbs_page_is_not_missed_after_training_only(monkeypatch):
+    """As where plotly is not installed."""
+
+    def not_installed(package):
+        raise ModuleNotFoundError(package)
+
+    monkeypatch.setattr("grpo_latent.inspect.page.resources", SimpleNamespace(files=not_installed))
+    config = composed()
+    check_config(config)
+    for loggers in (["file", "wandb"], "wandb"):
+        config.trainer.logger = loggers
+        with pytest.raises(ConfigError, match="plotly is not installed"):
+            check_config(config)
 
 
 def test_options_reach_every_process():
