@@ -59,7 +59,9 @@ def as_outcome(result: RewardResult) -> Outcome:
     if result.dropped:
         return Outcome(None, result.score)
     info = result.info()
-    return Outcome(float(info.get("acc", info["score"])), result.score)
+    # a failure's score is error_score, which says nothing about accuracy
+    acc = info.get("acc", 0.0 if result.error_kind else info["score"])
+    return Outcome(0.0 if acc is None else float(acc), result.score)
 
 
 class GradeScorer:

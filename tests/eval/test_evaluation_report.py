@@ -32,6 +32,20 @@ def test_accuracy_prefers_acc_and_leaves_dropped_out():
     assert as_outcome(RewardResult(0.25, {"mine": 0.25}, {})).correct == 0.25, "else the score"
 
 
+@pytest.mark.parametrize(
+    "terms, extras, correct",
+    [
+        ({"accuracy": None}, {}, 0.0),
+        ({"digits": None}, {}, 0.0),
+        ({"format": None, "accuracy": 1.0}, {}, 1.0),
+    ],
+)
+def test_a_failure_that_is_scored_is_not_correct(terms, extras, correct):
+    """`on_error=score` with error_score -2; what another function says about accuracy stays."""
+    outcome = as_outcome(RewardResult(-2.0, terms, extras, error_kind="timeout"))
+    assert (outcome.correct, outcome.score) == (correct, -2.0)
+
+
 def test_latent_statistics_by_hand():
     c = build_case("qwen2")
     group = c.engine(c.config(steps=2)).generate([c.request(seeds=range(6))], SamplingParams(9))[0]
