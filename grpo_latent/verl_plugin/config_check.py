@@ -19,6 +19,7 @@ from grpo_latent.verl_plugin.registration import (
     TRAINER_MODE,
     VLLM_ROLLOUT_NAME,
 )
+from grpo_latent.verl_plugin.reward_manager import reward_settings
 
 REWARD_MANAGER = "grpo_latent"
 MANAGER = "grpo_latent.verl_plugin.agent_loop.LatentAgentLoopManager"
@@ -91,7 +92,7 @@ def _check_parts(config: DictConfig) -> None:
     _require(config, f"{rollout}.tensor_model_parallel_size", (1,), "a rollout engine runs on one device")
     _require(config, f"{rollout}.calculate_log_probs", (True,), "the replay gap needs the rollout's log-probs")
     _require(config, "reward.reward_manager.name", (REWARD_MANAGER,), "rewards must not see latent spans")
-    dropping = OmegaConf.select(config, "latent.reward.on_error", default="raise") == "drop"
+    dropping = reward_settings(config).get("on_error") == "drop"
     if dropping and not str(config.algorithm.adv_estimator).startswith(ALGORITHM_NAME):
         raise ConfigError(
             "a dropped trajectory would count as reward 0",

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from engine_helpers import SLOTS, make_checkpoint
 from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.config import LatentConfig
@@ -136,6 +136,17 @@ def test_without_the_group_the_options_are_the_defaults():
 def test_unusable_configs_are_refused(override, where):
     with pytest.raises(ConfigError, match=where):
         check_config(composed(*override.split()))
+
+
+def test_dropping_is_refused_where_stock_verl_has_the_options_too():
+    """Stock `verl.trainer.main_ppo`: no top-level `latent`, the group lies in the rollout's config."""
+    config = composed("latent.reward.on_error=drop", "algorithm.adv_estimator=rloo")
+    with open_dict(config):
+        del config["latent"]
+    with pytest.raises(ConfigError, match="a dropped trajectory would count as reward 0"):
+        check_config(config)
+    config.algorithm.adv_estimator = "grpo_latent_rloo"
+    check_config(config)
 
 
 VLLM = ("actor_rollout_ref.rollout.name=vllm_latent",)
