@@ -53,7 +53,7 @@ from grpo_latent.eval.scoring import GradeScorer, RewardScorer, Scorer
 from grpo_latent.eval.table import report_table
 from grpo_latent.latent.treatments import parse_treatment
 from grpo_latent.models.loading import LatentModel, load_latent_model, parse_dtype
-from grpo_latent.rewards.functions import specs_from_config
+from grpo_latent.rewards.functions import source_digest, specs_from_config
 from grpo_latent.rewards.runner import RewardRunner
 
 OVERRIDES = ("visibility", "steps", "exit", "max_spans")
@@ -97,6 +97,7 @@ def run(config: DictConfig) -> dict:
             done = fingerprint(loaded, prompts, settings) | {"weights": weights_of(config.model.path), "data": data}
             if config.data.benchmark.name is None:
                 done["reward"] = [OmegaConf.to_container(part) for part in (config.reward, config.latent.reward)]
+                done["reward files"] = [source_digest(spec) for spec in scorer.runner.functions]
             journal = Journal(Path(f"{config.output}.parts"), done)
         report = Evaluation(
             loaded,

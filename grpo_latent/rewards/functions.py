@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -125,10 +126,22 @@ def load_function(spec: FunctionSpec) -> Callable:
     return function
 
 
+def source_digest(spec: FunctionSpec) -> str:
+    """Of the file that a function which has been loaded lies in; not of what that file imports."""
+    name = spec.path
+    if name.startswith(PACKAGE_PREFIX):
+        name = importlib.util.find_spec(_module_name(name)).origin
+    return hashlib.blake2b(Path(name).expanduser().read_bytes(), digest_size=16).hexdigest()
+
+
+def _module_name(path: str) -> str:
+    return path.removeprefix(PACKAGE_PREFIX).replace("/", ".")
+
+
 def _load_module(path: str):
     try:
         if path.startswith(PACKAGE_PREFIX):
-            return importlib.import_module(path.removeprefix(PACKAGE_PREFIX).replace("/", "."))
+            return importlib.import_module(_module_name(path))
         file = Path(path).expanduser()
         if not file.is_file():
             raise ConfigError(

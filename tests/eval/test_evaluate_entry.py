@@ -11,6 +11,7 @@ from grpo_latent.data import digits
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.eval.benchmarks import load_benchmark
 from grpo_latent.eval.decode import Evaluator
+from grpo_latent.eval.evaluate import Evaluation
 from grpo_latent.eval.prompts import benchmark_prompts, encode_row, read_prompts
 from grpo_latent.evaluate import main, run
 from grpo_latent.latent.config import LatentConfig
@@ -87,6 +88,24 @@ def test_entry_point_writes_the_report(files, monkeypatch, request):
     assert report["latents"]["frac_rollouts"] > 0 and report["leak"] in (0.0, None)
     assert not list(folder.glob("*.part*")), "no parts are left"
     assert f"[{', '.join(f'{v:.1f}' for v in report['outcomes']['own'])}]" in text
+
+
+def test_an_evaluation_does_not_go_on_with_an_edited_reward(files, monkeypatch, tmp_path, request):
+    folder, _, _ = files
+    reward, code = tmp_path / "mine.py", (request.config.rootpath / "reward" / "digits.py").read_text()
+    reward.write_text(code)
+    config = config_for(folder, f"reward.custom_reward_function.path={reward}", f"output={tmp_path / 'report.json'}")
+
+    def interrupted(evaluation):
+        raise InterruptedError
+
+    monkeypatch.setattr(Evaluation, "run", interrupted)
+    for _ in range(2):  # the second one may go on
+        with pytest.raises(InterruptedError):
+            run(config)
+    reward.write_text(code + "# edited\n")
+    with pytest.raises(ConfigError, match=r"another one.*\['reward files'\]"):
+        run(config)
 
 
 @pytest.mark.parametrize(

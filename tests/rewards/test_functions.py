@@ -5,7 +5,7 @@ import textwrap
 import pytest
 
 from grpo_latent.errors import ConfigError
-from grpo_latent.rewards.functions import FunctionSpec, load_function, specs_from_config
+from grpo_latent.rewards.functions import FunctionSpec, load_function, source_digest, specs_from_config
 
 GOOD = "def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs): return 1.0\n"
 
@@ -24,6 +24,12 @@ def test_loads_a_file_and_a_package_module(write):
     function = load_function(FunctionSpec(write(code), "other", kwargs={"scale": 2}))
     assert function("x", "", "", {}, scale=2) == 2
     assert load_function(FunctionSpec("pkg://reward.digits")).__module__ == "reward.digits"
+
+
+def test_the_digest_is_of_the_file_however_it_is_named(write):
+    module = FunctionSpec("pkg://reward.digits")
+    file = load_function(module).__globals__["__file__"]
+    assert source_digest(module) == source_digest(FunctionSpec(file)) != source_digest(FunctionSpec(write(GOOD)))
 
 
 def test_files_with_dataclasses_load(write):
