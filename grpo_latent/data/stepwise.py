@@ -7,8 +7,8 @@ Two published schemas on the Hugging Face hub, read from their parquet files, Co
     Coconut    question, answer "18", steps ["<<16-3-4=9>>", "<<9*2=18>>"]          (GSM8K-Aug and others)
     verl       as in data.rows, with extra_info.steps [str]
 
-All become a `StepwiseExample`. The prompt of a published record is made here, once for training and evaluation (the
-published code's two differ); `to_verl_rows` writes it down for RL:
+All become a `StepwiseExample`. The prompt of a published record is made here, once for SFT, RL (`to_verl_rows` writes it
+down) and evaluation (the published code's prompts differ):
 
     python -m grpo_latent.data.stepwise --format m3cot --in train.parquet --out rl.parquet
 """
@@ -37,6 +37,23 @@ from grpo_latent.errors import DataError
 MAX_STEPS = 3  # 2510.12603: a rationale becomes at most three steps
 SENTENCE_END = ". "
 ROWS_PER_BATCH = 256
+
+
+@dataclass(frozen=True)
+class ChoiceQuestion:
+    """A published question as SFT, RL and evaluation ask it.
+
+    Attributes:
+        messages: one user message, content split into text and image parts.
+        images: in the order of the image parts.
+        choices: texts in the order of their letters.
+        answer: the letter of the right one.
+    """
+
+    messages: tuple[dict, ...]
+    images: tuple[ImageRef, ...]
+    choices: tuple[str, ...]
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -172,17 +189,22 @@ def parse_m3cot_record(record: object, where: str) -> StepwiseExample:
     Raises:
         DataError: names row, field, what was got and expected, and a fix.
     """
+    question = m3cot_question(record, where)
+    rationale = _text(record, "rationale", where)
+    if not rationale:
+        raise _problem(where, "rationale", "no rationale", record.get("rationale"), "a non-empty string")
+    return _example(question, rationale, "m3cot", where)
+
+
+def m3cot_question(record: object, where: str) -> ChoiceQuestion:
+    """The checked question of one M3CoT record, which needs no rationale. Raises `DataError`."""
     record = _check_record(record, where)
     choices = _choices(record, where)
     answer = record.get("answer")
     letters = string.ascii_uppercase[: len(choices)]
     if not isinstance(answer, str) or answer.strip().upper() not in tuple(letters):
         raise _problem(where, "answer", "not the letter of a choice", answer, f"one of {letters}")
-    rationale = _text(record, "rationale", where)
-    if not rationale:
-        raise _problem(where, "rationale", "no rationale", record.get("rationale"), "a non-empty string")
-    context = _text(record, "context", where)
-    return _example(record, choices, context, rationale, answer.strip().upper(), "m3cot", where)
+    return _question(record, choices, _text(record, "context", where), answer.strip().upper(), where)
 
 
 def parse_scienceqa_record(record: object, where: str) -> StepwiseExample:
@@ -191,14 +213,19 @@ def parse_scienceqa_record(record: object, where: str) -> StepwiseExample:
     Raises:
         DataError: names row, field, what was got and expected, and a fix.
     """
+    question = scienceqa_question(record, where)
+    rationale = " ".join(text for text in (_text(record, name, where) for name in ("lecture", "solution")) if text)
+    return _example(question, rationale, "scienceqa", where)
+
+
+def scienceqa_question(record: object, where: str) -> ChoiceQuestion:
+    """The checked question of one ScienceQA record. Raises `DataError`."""
     record = _check_record(record, where)
     choices = _choices(record, where)
     answer = record.get("answer")
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise _problem(where, "answer", "not the index of a choice", answer, f"an integer in [0, {len(choices)})")
-    rationale = " ".join(text for text in (_text(record, name, where) for name in ("lecture", "solution")) if text)
-    hint = _text(record, "hint", where)
-    return _example(record, choices, hint, rationale, string.ascii_uppercase[answer], "scienceqa", where)
+    return _question(record, choices, _text(record, "hint", where), string.ascii_uppercase[answer], where)
 
 
 def _read(path: str | Path, parse) -> Iterator[StepwiseExample]:
@@ -257,9 +284,7 @@ def _choices(record: dict, where: str) -> list[str]:
     return [choice.strip() for choice in choices]
 
 
-def _example(
-    record: dict, choices: list[str], context: str, rationale: str, answer: str, data_source: str, where: str
-) -> StepwiseExample:
+def _question(record: dict, choices: list[str], context: str, answer: str, where: str) -> ChoiceQuestion:
     question = _text(record, "question", where)
     if not question:
         raise _problem(where, "question", "no question", record.get("question"), "a non-empty string")
@@ -275,8 +300,12 @@ def _example(
     content = split_content(IMAGE_PLACEHOLDER * len(images)) + [{"type": "text", "text": "\n".join(parts)}]
     messages = ({"role": "user", "content": content},)
     check_images(messages, images, f"{where}: question")
-    closing = f"Therefore, the answer is {answer}"
-    return StepwiseExample(messages, tuple(images), rationale_steps(rationale), answer, closing, data_source, where)
+    return ChoiceQuestion(messages, tuple(images), tuple(choices), answer)
+
+
+def _example(question: ChoiceQuestion, rationale: str, data_source: str, where: str) -> StepwiseExample:
+    steps, closing = rationale_steps(rationale), f"Therefore, the answer is {question.answer}"
+    return StepwiseExample(question.messages, question.images, steps, question.answer, closing, data_source, where)
 
 
 READERS = {

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from grpo_latent.data.examples import ImageRef
 from grpo_latent.data.rows import read_verl_parquet
+from grpo_latent.data.stepwise import ChoiceQuestion, m3cot_question, scienceqa_question
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.eval.graders import LETTERS, Grade, grade
 
@@ -231,27 +232,29 @@ def _hrbench(row: dict, where: str, file: Path) -> BenchmarkItem:
 
 
 def _m3cot(row: dict, where: str, file: Path) -> BenchmarkItem:
-    image = row["image"]
-    if isinstance(image, str):  # the jsonl names a file
-        images = [_image_file(file.parent, ("images", "."), image, where)]
-    else:
-        images = [] if image is None else [_stored_image(image, f"{where}: image")]
-    question = "\n".join(part for part in (row.get("context"), row["question"]) if part)
-    prompt = _options_prompt(question, row["choices"])
-    category = row.get("domain") or ""
-    return _item("m3cot", str(row["id"]), None, category, prompt, images, row["choices"], row["answer"], where)
+    if isinstance(row["image"], str):  # the jsonl names a file
+        image = _image_file(file.parent, ("images", "."), row["image"], where)
+        row = row | {"image": {"bytes": image.read_bytes()}}
+    return _choice_item("m3cot", str(row["id"]), row.get("domain"), m3cot_question(row, where))
 
 
 def _scienceqa(row: dict, where: str, file: Path) -> BenchmarkItem:
-    choices, index = row["choices"], _integer(row["answer"], f"{where}: answer")
-    if not 0 <= index < len(choices):
-        raise _bad(f"{where}: answer", index, f"an index into {len(choices)} choices")
-    images = [] if row["image"] is None else [_stored_image(row["image"], f"{where}: image")]
-    question = "\n".join(part for part in (row.get("hint"), row["question"]) if part)
     item_id = where.rsplit(" ", 1)[-1] if row.get("id") is None else str(row["id"])
-    prompt = _options_prompt(question, choices)
-    category = row.get("subject") or ""
-    return _item("scienceqa", item_id, None, category, prompt, images, choices, LETTERS[index], where)
+    return _choice_item("scienceqa", item_id, row.get("subject"), scienceqa_question(row, where))
+
+
+def _choice_item(benchmark: str, item_id: str, category: str | None, question: ChoiceQuestion) -> BenchmarkItem:
+    """Asked as in training."""
+    return BenchmarkItem(
+        benchmark,
+        item_id,
+        item_id,
+        category or "",
+        question.messages,
+        question.images,
+        question.choices,
+        question.answer,
+    )
 
 
 def _verl_items(file: Path) -> Iterator[BenchmarkItem]:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from grpo_latent.data.digits import generate, to_rows
 from grpo_latent.data.rows import write_verl_parquet
+from grpo_latent.data.stepwise import read_m3cot, read_scienceqa, read_stepwise_rows, to_verl_rows
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.eval.benchmarks import BENCHMARKS, load_benchmark
 from grpo_latent.eval.graders import pair_accuracy
@@ -138,6 +139,29 @@ def test_hrbench_groups_the_rotations_of_a_question(tmp_path):
     write_hrbench(tmp_path)
     first, second = load_benchmark("hrbench", tmp_path)
     assert first.group_id == second.group_id and first.item_id != second.item_id
+
+
+@pytest.mark.parametrize("name, read", [("m3cot", read_m3cot), ("scienceqa", read_scienceqa)])
+def test_questions_that_are_trained_on_are_asked_as_in_training(name, read, tmp_path):
+    """One file, read for evaluation, for SFT, and for RL by way of its rows."""
+    WRITERS[name](tmp_path)
+    (file,) = tmp_path.glob("data/*.parquet")
+    write_verl_parquet(tmp_path / "rl.parquet", to_verl_rows(read(file), "train"))
+    evaluated = [(item.messages, item.answer) for item in load_benchmark(name, tmp_path)]
+    for trained in (read(file), read_stepwise_rows(tmp_path / "rl.parquet")):
+        assert [(example.messages, example.answer) for example in trained] == evaluated
+
+
+def test_m3cots_jsonl_names_image_files(tmp_path):
+    write_m3cot(tmp_path)
+    (expected,) = load_benchmark("m3cot", tmp_path)
+    (row,) = pq.read_table(next(tmp_path.glob("data/*.parquet"))).to_pylist()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "one.png").write_bytes(png())
+    del row["rationale"]
+    (tmp_path / "test.jsonl").write_text(json.dumps(row | {"image": "one.png"}))
+    (item,) = load_benchmark("m3cot", tmp_path / "test.jsonl")
+    assert item.messages == expected.messages and item.images[0].open().size == (4, 3)
 
 
 def test_subset(tmp_path):
