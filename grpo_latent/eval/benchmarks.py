@@ -19,6 +19,7 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -216,8 +217,8 @@ def _hrbench(row: dict, where: str, file: Path) -> BenchmarkItem:
         raise _bad(f"{where}: image", str(row["image"])[:40], f"base64 ({error})") from error
     options = [str(row[letter]) for letter in "ABCD"]
     prompt, image = _options_prompt(row["question"], options), ImageRef(f"{where}: image", data=data)
-    # each question comes four times with its options rotated
-    group = f"{row['category']}: {row['question']}"
+    # each question comes four times with its options rotated; other questions may have its words, of another image
+    group = f"{row['category']}: {row['question']} {hashlib.blake2b(data, digest_size=8).hexdigest()}"
     return _item(
         "hrbench",
         f"{file.stem}/{row['index']}",

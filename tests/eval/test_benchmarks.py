@@ -139,6 +139,11 @@ def test_hrbench_groups_the_rotations_of_a_question(tmp_path):
     write_hrbench(tmp_path)
     first, second = load_benchmark("hrbench", tmp_path)
     assert first.group_id == second.group_id and first.item_id != second.item_id
+    (tmp_path / "other").mkdir()
+    write_hrbench(tmp_path / "other", image=base64.b64encode(png("blue")).decode())
+    assert load_benchmark("hrbench", tmp_path / "other")[0].group_id != first.group_id, (
+        "the same words of another image"
+    )
 
 
 @pytest.mark.parametrize("name, read", [("m3cot", read_m3cot), ("scienceqa", read_scienceqa)])
