@@ -8,6 +8,7 @@ fixed prompts ──greedy──▶ own ──┬─ ablations ──greedy─�
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from grpo_latent.errors import DataError
+from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.eval.ablations import (
     IMAGE_SWAP,
     AblationInputs,
@@ -41,11 +42,13 @@ class UsageSettings:
     """Attributes:
     num_prompts: of the fixed set; 0 measures nothing. Below about 75 "not used" cannot be shown at a margin of 0.05.
     ablations: names of `eval.ablations.ABLATIONS`, or `name@part`; the first one decides about use (`check_decides`).
+    prompts_per_batch: prompts decoded together, and kept encoded together.
     margin, chance: see `statistics.usage_verdict`.
     """
 
     num_prompts: int = 128
     ablations: tuple[str, ...] = ("shuffle", "zero")
+    prompts_per_batch: int = 256
     margin: float = 0.05
     chance: float = 0.0
 
@@ -54,6 +57,9 @@ class UsageSettings:
             parse_name(name)
         for name in self.ablations[:1]:
             check_decides(name, "latent.usage.ablations")
+        size = self.prompts_per_batch
+        if not isinstance(size, int) or size < 1:
+            raise ConfigError("not a count", where="latent.usage.prompts_per_batch", got=size, expected="int >= 1")
 
 
 @dataclass(frozen=True)
@@ -87,19 +93,17 @@ class UsageProbe:
         self.prompts, self.scorer, self.settings, self.reference = prompts, scorer, settings, reference
         self.evaluator = Evaluator(loaded, max_new_tokens, max_batch_rows=max_batch_rows, treatment=treatment or Mask())
         self.config = loaded.config
+        size = settings.prompts_per_batch
+        self.batches = [slice(start, start + size) for start in range(0, len(prompts), size)]
 
     def measure(self, is_start: bool = False) -> Usage:
         """Metrics without a prefix; what cannot be measured is left out."""
         prompts = list(self.prompts)
-        with self.evaluator.encoded_once(prompts) as visual:
-            own = self.evaluator.greedy(prompts)
-            ideal = [
-                None if visual_MH is None or not prompt.roi else visual_MH[list(prompt.roi)].cpu()
-                for prompt, visual_MH in zip(prompts, visual, strict=True)
-            ]
+        # several batches are encoded twice: only when all have been decoded can the first be ablated
+        with self.evaluator.encoded_once(prompts) if len(self.batches) == 1 else nullcontext():
+            own, ideal, metrics = self._own(prompts)
             inputs = AblationInputs(prompts, own, ideal, self.config, swapped=self._swapped(prompts))
-            ablated = {name: self._ablated(name, inputs) for name in self.settings.ablations}
-            metrics = alignment(prompts, own, ideal, visual)
+            ablated = self._ablated(inputs)
         own_P = [outcome.correct for outcome in self.scorer(prompts, own)]
         metrics["own_accuracy"] = accuracy(own_P) or 0.0
         metrics |= {name: value for name, value in geometry([[t.latents] for t in own]).items() if "group" not in name}
@@ -120,19 +124,54 @@ class UsageProbe:
                 usage = Usage(metrics, verdict.verdict, verdict.sentence)
         return usage
 
+    def _own(self, prompts: list[EvalPrompt]) -> tuple[list[Trajectory], list[Tensor | None], dict[str, float]]:
+        """Greedy trajectories, the image embeddings of each row's boxes, and alignment with these: `alignment_cosine` of
+        latents and embeddings, and `alignment_hit`, how often the nearest visual token is the box's. It says nothing about
+        the latents' quality or use."""
+        own: list[Trajectory] = []
+        ideal: list[Tensor | None] = []
+        cosines: list[Tensor] = []
+        hits: list[bool] = []
+        for batch in self.batches:
+            with self.evaluator.encoded_once(prompts[batch]) as visual:
+                decoded = self.evaluator.greedy(prompts[batch])
+                for prompt, trajectory, visual_MH in zip(prompts[batch], decoded, visual, strict=True):
+                    if visual_MH is None or not prompt.roi:
+                        ideal.append(None)
+                        continue
+                    ideal.append(visual_MH[list(prompt.roi)].cpu())
+                    num = min(len(prompt.roi), len(trajectory.latents))
+                    cosines.append(cosine_similarity(trajectory.latents[:num], ideal[-1][:num], dim=-1))
+                    hits += nearest_token_hits(trajectory, prompt.roi, visual_MH.cpu())
+            own += decoded
+        if not hits:
+            return own, ideal, {}
+        return own, ideal, {"alignment_cosine": float(torch.cat(cosines).mean()), "alignment_hit": fmean(hits)}
+
     def _swapped(self, prompts: list[EvalPrompt]) -> list[Trajectory | None]:
         if not any(parse_name(name)[0] == IMAGE_SWAP for name in self.settings.ablations):
             return [None] * len(prompts)
         swapped = with_partners_images(prompts)
-        decoded = iter(self.evaluator.greedy([prompt for prompt in swapped if prompt is not None]))
-        return [None if prompt is None else next(decoded) for prompt in swapped]
+        decoded: list[Trajectory] = []
+        for batch in self.batches:
+            decoded += self.evaluator.greedy([prompt for prompt in swapped[batch] if prompt is not None])
+        rest = iter(decoded)
+        return [None if prompt is None else next(rest) for prompt in swapped]
 
-    def _ablated(self, name: str, inputs: AblationInputs) -> list[Trajectory | None]:
-        changes = make_changes(name, inputs)
-        changed = [i for i, change in enumerate(changes) if change is not None]
-        decoded = self.evaluator.greedy([inputs.prompts[i] for i in changed], [changes[i] for i in changed])
-        found = dict(zip(changed, decoded, strict=True))
-        return [found.get(i) for i in range(len(changes))]
+    def _ablated(self, inputs: AblationInputs) -> dict[str, list[Trajectory | None]]:
+        """By ablation a trajectory a prompt, None for a prompt that it does not change."""
+        changes = {name: make_changes(name, inputs) for name in self.settings.ablations}
+        ablated: dict[str, list[Trajectory | None]] = {name: [] for name in changes}
+        for batch in self.batches:
+            prompts = inputs.prompts[batch]
+            with self.evaluator.encoded_once(prompts):
+                for name in changes:
+                    wanted = changes[name][batch]
+                    changed = [i for i, change in enumerate(wanted) if change is not None]
+                    decoded = self.evaluator.greedy([prompts[i] for i in changed], [wanted[i] for i in changed])
+                    found = dict(zip(changed, decoded, strict=True))
+                    ablated[name] += [found.get(i) for i in range(len(wanted))]
+        return ablated
 
     def _drift(self, own: list[Trajectory], is_start: bool) -> dict[str, float]:
         """How far the latents are from those of the start, prompt by prompt and step by step."""
@@ -174,23 +213,3 @@ def drift(own: Sequence[Trajectory], start: Sequence[Trajectory]) -> dict[str, f
 def common(a: Trajectory, b: Trajectory) -> int:
     """Latent steps that both trajectories have."""
     return min(len(a.latents), len(b.latents))
-
-
-def alignment(
-    prompts: Sequence[EvalPrompt],
-    own: Sequence[Trajectory],
-    ideal: Sequence[Tensor | None],
-    visual: Sequence[Tensor | None],
-) -> dict[str, float]:
-    """`alignment_cosine` of latents and the boxes' image embeddings, and `alignment_hit`: how often the nearest visual token
-    is the box's. How well latents are aligned, which says nothing about their quality or use."""
-    cosines, hits = [], []
-    for prompt, trajectory, ideal_RH, visual_MH in zip(prompts, own, ideal, visual, strict=True):
-        if ideal_RH is None:
-            continue
-        num = min(len(ideal_RH), len(trajectory.latents))
-        cosines.append(cosine_similarity(trajectory.latents[:num], ideal_RH[:num], dim=-1))
-        hits += nearest_token_hits(trajectory, prompt.roi, visual_MH.cpu())
-    if not hits:
-        return {}
-    return {"alignment_cosine": float(torch.cat(cosines).mean()), "alignment_hit": fmean(hits)}

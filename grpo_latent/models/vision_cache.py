@@ -87,7 +87,11 @@ class VisionCache:
 
     @contextmanager
     def reuse(self):
-        """Within the block, an image is encoded once over all calls, as long as weights and autocast stay."""
+        """Within the block, an image is encoded once over all calls, as long as weights and autocast stay. A block within a
+        block goes on with what the outer one has."""
+        if self._block is not None:
+            yield self
+            return
         self._block, self._last_call = [], None
         try:
             yield self

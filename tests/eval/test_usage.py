@@ -14,6 +14,7 @@ from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.eval.scoring import Outcome
 from grpo_latent.eval.usage import UsageProbe, UsageSettings, drift
 from grpo_latent.models.loading import LatentModel
+from grpo_latent.models.vision_cache import VisionCache
 
 TEXTS = ("read red ?", "read blue ?", "? green", "read ? ?", "red", "blue ? read", "green", "? ?")
 NEW = 8
@@ -63,6 +64,26 @@ def test_a_measurement_against_a_recount(loaded, prompts, tmp_path):
             cosines += [float(cosine_similarity(z, visual_MH[prompt.roi[0]], dim=0)) for z in trajectory.latents[:1]]
     assert usage.metrics["alignment_cosine"] == pytest.approx(sum(cosines) / len(cosines), abs=1e-5)
     assert 0 <= usage.metrics["alignment_hit"] <= 1
+
+
+def test_batches_bound_what_runs_at_once_and_change_no_number(loaded, prompts, monkeypatch):
+    cache, rows, images = VisionCache.install(loaded.model), [], []
+    encode = cache._forward_of_tower
+    monkeypatch.setattr(
+        cache, "_forward_of_tower", lambda x, grid, **kw: images.append(len(grid)) or encode(x, grid, **kw)
+    )
+    settings = UsageSettings(ablations=("shuffle", "image_swap"))
+    whole = UsageProbe(loaded, prompts, scorer, settings, NEW).measure()
+    assert images == [8], "once each"
+    images.clear()
+    hook = loaded.model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    settings = dataclasses.replace(settings, prompts_per_batch=3)
+    parts = UsageProbe(loaded, prompts, scorer, settings, NEW).measure()
+    hook.remove()
+    assert max(rows) == max(images) == 3
+    assert parts.metrics == pytest.approx(whole.metrics, abs=1e-4) and parts.sentence == whole.sentence
 
 
 def override(vectors):

@@ -112,6 +112,19 @@ def test_reuse_lasts_for_the_block_and_the_weights():
     assert cache.num_encoded == 6
 
 
+def test_a_block_within_a_block_leaves_the_outer_one_what_it_has():
+    item, _, model = fresh("qwen2_vl")
+    cache, images = VisionCache.install(model), item.images(2)
+    with cache.reuse():
+        features(model, images)
+        with cache.reuse():  # as prompt slots open one within an evaluation's
+            features(model, images)
+        features(model, ImageInputs(images.pixel_values.clone(), images.image_grid_thw))
+    assert cache.num_encoded == 2
+    features(model, images)
+    assert cache.num_encoded == 4
+
+
 def test_features_without_gradient_do_not_serve_a_forward_with_one():
     item, _, model = fresh("qwen2_vl")
     images = item.images(1)

@@ -89,6 +89,7 @@ def test_names_in_the_log():
     ("kind", "values", "message"),
     [
         (UsageSettings, {"ablations": ["lobotomy"]}, "unknown ablation"),
+        (UsageSettings, {"prompts_per_batch": 0}, "latent.usage.prompts_per_batch"),
         (UsageSettings, {"prompts": 3}, "latent.x: unknown key"),
         (AlarmSettings, {"patience": 0}, "latent.alarm.patience"),
         (AlarmSettings, {"min_frac_rollouts": 2}, "latent.alarm.min_frac_rollouts"),
