@@ -1,6 +1,7 @@
 """Loud when the plug-in is not loaded, cheap when verl loads it itself, in fresh interpreters."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -39,12 +40,23 @@ print(get_trainer_cls("latent_sync").__name__, sorted(compat.registered_names()[
     assert "LatentPPOTrainer" in out and "hf_latent" in out
 
 
-def test_a_missing_registry_entry_is_named(monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("trainer", "latent_sync"),
+        ("rollout adapter", "hf_latent"),
+        ("rollout adapter", "vllm_latent"),
+        ("rollout replica", "vllm_latent"),
+    ],
+)
+def test_a_missing_registry_entry_is_named(kind, name, monkeypatch):
     registration.verify("here")
-    names = {kind: entries - {"latent_sync", "hf_latent"} for kind, entries in compat.registered_names().items()}
+    names = compat.registered_names()
+    names[kind] -= {name}
     monkeypatch.setattr(compat, "registered_names", lambda: names)
-    with pytest.raises(PluginError, match="rollout server 3: the verl plug-in is not loaded.*'trainer': 'latent_sync'"):
-        registration.verify("rollout server 3")
+    message = re.escape(f"server 3: the verl plug-in is not loaded; got no {{'{kind}': ['{name}']}}; expected")
+    with pytest.raises(PluginError, match=message):
+        registration.verify("server 3")
 
 
 def test_another_device_is_named():
