@@ -16,7 +16,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_device_id
+from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
@@ -159,8 +159,15 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
     def _merged_weights(self):
         from verl.utils.fsdp_utils import merged_lora_context, normalize_peft_param_name
 
-        with merged_lora_context(self.module, backup_adapters=True):
-            yield from full_tensors(normalize_peft_param_name(self.module.state_dict()))
+        # merging is arithmetic on the module itself, and copies to the host may still be under way where it was offloaded
+        if self.is_param_offload_enabled:
+            self.to(get_device_name(), model=True, optimizer=False, grad=False)
+        try:
+            with merged_lora_context(self.module, backup_adapters=True):
+                yield from full_tensors(normalize_peft_param_name(self.module.state_dict()))
+        finally:
+            if self.is_param_offload_enabled:
+                self.to("cpu", model=True, optimizer=False, grad=False)
 
     def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None, **kwargs):
         super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)

@@ -117,6 +117,12 @@ SEAMS = (
         "latent_config.json joins the Hugging Face folder",
         ("self", "local_path", "hdfs_path", "global_step", "max_ckpt_to_keep", "kwargs"),
     ),
+    Seam(
+        "engine: moves",
+        f"{_ENGINE}.to",
+        "offloaded parameters are on the device while adapters are merged",
+        ("self", "device", "model", "optimizer", "grad"),
+    ),
     Seam("LoRA merge", "verl.utils.fsdp_utils:merged_lora_context", "weights of a merged adapter are read inside it"),
     Seam(
         "training worker",

@@ -181,6 +181,7 @@ def make_engine(
     micro=2,
     lr=1e-2,
     checkpointing=False,
+    lora_rank=0,
     **options,
 ):
     """verl's way to an engine, without Ray."""
@@ -191,6 +192,8 @@ def make_engine(
         use_remove_padding=packed,
         enable_gradient_checkpointing=checkpointing,
         override_config={"attn_implementation": "sdpa"},
+        lora_rank=lora_rank,
+        lora={"merge": True},
     )
     engine_config = FSDPEngineConfig(
         strategy="fsdp2",
