@@ -46,6 +46,28 @@ class SlotChoices:
         return (before_BNT & valid_BT[:, None]) | (columns_T == self.sources_BN[..., None])
 
 
+def chosen_columns(
+    kinds_BT: Tensor, valid_BT: Tensor, is_image_BT: Tensor, selected_idx_M: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sequence, position, position of the chosen image embedding), each int64 [M]; arguments as `slot_choices`.
+
+    Raises:
+        LatentMismatchError: the indices are not as many as the positions, or no image position of the sequence.
+    """
+    row_M, column_M = ((kinds_BT == PositionKind.SELECTED) & valid_BT).nonzero(as_tuple=True)
+    num_images_B = is_image_BT.sum(-1)
+    fits = selected_idx_M.shape == row_M.shape
+    if not fits or bool(((selected_idx_M < 0) | (selected_idx_M >= num_images_B[row_M])).any()):
+        raise LatentMismatchError(
+            "chosen image positions do not fit the images",
+            where="selected_idx",
+            got=selected_idx_M.tolist(),
+            expected=f"{row_M.shape[0]} indices below the numbers of image positions {num_images_B.tolist()}",
+        )
+    first_B = num_images_B.cumsum(0) - num_images_B
+    return row_M, column_M, is_image_BT.nonzero()[first_B[row_M] + selected_idx_M, 1]
+
+
 def slot_choices(kinds_BT: Tensor, valid_BT: Tensor, is_image_BT: Tensor, selected_idx_M: Tensor) -> SlotChoices:
     """Choices of sequences in which each run of SELECTED positions is one.
 
@@ -60,16 +82,8 @@ def slot_choices(kinds_BT: Tensor, valid_BT: Tensor, is_image_BT: Tensor, select
     """
     is_selected_BT = (kinds_BT == PositionKind.SELECTED) & valid_BT
     starts_BT = is_selected_BT & ~torch.nn.functional.pad(is_selected_BT[:, :-1], (1, 0))
-    row_S, column_S = is_selected_BT.nonzero(as_tuple=True)
+    row_S, column_S, _ = chosen_columns(kinds_BT, valid_BT, is_image_BT, selected_idx_M)
     num_images_B = is_image_BT.sum(-1)
-    fits = selected_idx_M.shape == row_S.shape
-    if not fits or bool(((selected_idx_M < 0) | (selected_idx_M >= num_images_B[row_S])).any()):
-        raise LatentMismatchError(
-            "chosen image positions do not fit the images",
-            where="slot_choices",
-            got=selected_idx_M.tolist(),
-            expected=f"{row_S.shape[0]} indices below the numbers of image positions {num_images_B.tolist()}",
-        )
     batch_size, device = kinds_BT.shape[0], kinds_BT.device
     slot_S = starts_BT.cumsum(-1)[row_S, column_S] - 1
     columns_T = torch.arange(kinds_BT.shape[1], device=device).expand_as(kinds_BT)

@@ -2,7 +2,8 @@
 
 Passing `inputs_embeds` would not do: verl's patched vision-language forward overwrites them, and Hugging Face's own
 forward then cannot tell image positions from text. The hook sees what the embedding module returns, padded or packed,
-and writes the recorded vectors over the latent positions; images are scattered in afterwards, elsewhere.
+and writes the recorded vectors over the latent positions; images are scattered in afterwards, elsewhere. Image embeddings
+that prompt slots have chosen stand among those images already: they enter behind that, in front of the decoder.
 """
 
 from __future__ import annotations
@@ -91,3 +92,42 @@ class LatentInjector:
         self._num_uses += 1
         mask = self._mask_BT.to(output.device).unsqueeze(-1)
         return output.masked_scatter(mask, self._latents_NH.to(output.device, output.dtype))
+
+
+class SelectionInjector:
+    """Replay by index: SELECTED positions read what the forward has at the image positions that they chose.
+
+    Whatever was recorded, and with a gradient into a vision tower that trains. Does nothing until it is armed.
+    """
+
+    _ATTRIBUTE = "_grpo_latent_selection_injector"
+
+    def __init__(self):
+        self._places: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @classmethod
+    def install(cls, model: nn.Module) -> SelectionInjector:
+        """The model's injector; installs the hook the first time, before any FSDP wrapping."""
+        decoder = model.model.language_model
+        injector = getattr(decoder, cls._ATTRIBUTE, None)
+        if injector is None:
+            injector = cls()
+            decoder.register_forward_pre_hook(injector._hook, with_kwargs=True)
+            object.__setattr__(decoder, cls._ATTRIBUTE, injector)
+        return injector
+
+    def arm(self, rows_M: Tensor, columns_M: Tensor, image_columns_M: Tensor) -> None:
+        """For all forwards until `disarm`: position (row, column) reads (row, image column), as far as a forward goes."""
+        self._places = (rows_M, columns_M, image_columns_M)
+
+    def disarm(self) -> None:
+        self._places = None
+
+    def _hook(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if self._places is None:
+            return None
+        embeds_BTH = kwargs["inputs_embeds"]
+        is_in_M = self._places[1] < embeds_BTH.shape[1]
+        rows_M, columns_M, image_columns_M = (places_M[is_in_M] for places_M in self._places)
+        chosen_MH = embeds_BTH[rows_M, image_columns_M]
+        return args, kwargs | {"inputs_embeds": embeds_BTH.index_put((rows_M, columns_M), chosen_MH)}

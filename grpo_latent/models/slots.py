@@ -28,7 +28,7 @@ from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter
 from grpo_latent.models.choices import log_weights
 from grpo_latent.models.head import feedback
-from grpo_latent.models.replay import ReplayBatch, caching_layers, with_latents
+from grpo_latent.models.replay import caching_layers
 from grpo_latent.models.selection import recording_last_row
 from grpo_latent.models.visibility import attention_bias
 from grpo_latent.models.vision_cache import VisionCache
@@ -301,31 +301,3 @@ class _SlotFeeder:
             )
         ]
         return SlotPrefill(self.hidden_BH, self.cache, self.kinds_BS, self.valid_BS, self.next_position_B, records)
-
-
-def reselect(adapter: ModelAdapter, batch: ReplayBatch) -> ReplayBatch:
-    """Replay by index: the batch with SELECTED vectors taken anew from its images, at the recorded indices.
-
-    Equal to the recorded vectors as long as vision tower and merger stay; with a gradient into them where they train.
-
-    Raises:
-        LatentMismatchError: an index beyond the row's image positions, or no images.
-    """
-    if batch.selected_idx_M is None:
-        return batch
-    rows_M, _ = ((batch.kinds_BT == PositionKind.SELECTED) & batch.valid_BT).nonzero(as_tuple=True)
-    is_image_BT = (batch.input_ids_BT == adapter.image_token_id) & (batch.kinds_BT == PositionKind.VISION)
-    counts_B = (is_image_BT & batch.valid_BT).sum(-1)
-    idx_M = batch.selected_idx_M
-    if batch.images is None or idx_M.shape != rows_M.shape or bool(((idx_M < 0) | (idx_M >= counts_B[rows_M])).any()):
-        raise LatentMismatchError(
-            "chosen image positions do not fit the images",
-            where="reselect",
-            got=idx_M.tolist(),
-            expected=f"{rows_M.shape[0]} indices below {counts_B[rows_M].tolist()}",
-        )
-    embeddings = adapter.encode_images(batch.images)[(counts_B.cumsum(0) - counts_B)[rows_M] + idx_M]
-    is_selected_N = (batch.kinds_BT == PositionKind.SELECTED)[batch.latent_mask_BT]
-    latents_NH = batch.latents_NH.to(embeddings.dtype).clone()
-    latents_NH[is_selected_N] = embeddings
-    return with_latents(batch, latents_NH)

@@ -64,8 +64,7 @@ def check_folder(config: DictConfig, options: LatentOptions) -> None:
     folder = config.actor_rollout_ref.model.path
     latent = options.latent_config(folder, AutoTokenizer.from_pretrained(folder))
     options.treatment.check(latent)
-    model_type = AutoConfig.from_pretrained(folder).model_type
-    check_model(latent, model_type, bool(config.actor_rollout_ref.actor.get("freeze_vision_tower", False)))
+    check_model(AutoConfig.from_pretrained(folder).model_type)
     check_latents(config, latent)
 
 
@@ -201,8 +200,8 @@ def _check_batches(config: DictConfig) -> None:
             )
 
 
-def check_model(latent: LatentConfig, model_type: str, freeze_vision: bool) -> None:
-    """Raises `ConfigError` at a model that the engine cannot train with these latents."""
+def check_model(model_type: str) -> None:
+    """Raises `ConfigError` at a model that the engine cannot train."""
     if model_type == "chameleon":
         raise ConfigError(
             "its images are token ids that only the rollout engine makes",
@@ -210,13 +209,6 @@ def check_model(latent: LatentConfig, model_type: str, freeze_vision: bool) -> N
             got="a Chameleon model",
             expected="a text or Qwen-VL model",
             fix="Chameleon runs in SFT, rollout, replay and evaluation.",
-        )
-    if latent.top_k_image and not freeze_vision:
-        raise ConfigError(
-            "image embeddings that slots have chosen are replayed as recorded, so they must not move",
-            where="actor_rollout_ref.actor.freeze_vision_tower",
-            got=False,
-            expected=f"True with latent.top_k_image={latent.top_k_image}",
         )
 
 

@@ -5,7 +5,8 @@
       position_kinds  [B, (L)]   ├─ prepare_model_inputs ─▶ ids, mask or bias, injector armed ─▶ log-probs
       latent_embeds   [B, (n), H]┘
 
-Kinds and vectors are what the rollout recorded; nothing here derives a latent from a token id. The placeholder ids at
+Kinds and vectors are what the rollout recorded; nothing here derives a latent from a token id. Chosen image embeddings are
+replayed by index: their vectors are the forward's own. The placeholder ids at
 latent positions are even overwritten, so that an image placeholder or EOS among them has no effect.
 """
 
@@ -54,7 +55,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
     def _build_module(self):
         folder = self.model_config.local_path
         self.latent_config: LatentConfig = self.options.latent_config(folder, self.model_config.tokenizer)
-        check_model(self.latent_config, self.model_config.hf_config.model_type, self.freeze_vision)
+        check_model(self.model_config.hf_config.model_type)
         check_layout(self.model_config, self.latent_config.visibility, self.options.draw_temperature is not None)
         check_packed(self.model_config)
         module = super()._build_module()
@@ -70,7 +71,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         self.input_gradients = InputGradients(module)  # after the injector: it watches what the model is fed
         self.options.treatment.check(self.latent_config)
         self.treated = TreatedForward(self, module, self.injector, self.options.treatment, self.options.terms)
-        self.choices = ChoiceForward(module, self.options.draw_temperature)
+        self.choices = ChoiceForward(module, self.latent_config.top_k_image, self.options.draw_temperature)
         return module
 
     def _build_fsdp_module(self, module):
@@ -112,6 +113,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
             model_inputs["attention_mask"] = attention_bias(
                 kinds_BT, valid_BT, self.latent_config.visibility, self._autocast_dtype
             )
+        self.choices.feed(micro_batch, packed)
         latents_NH = self.treated.prepare(model_inputs, kinds_BT, kinds_rows, latents_NH, self.trains)
         self.choices.prepare(model_inputs, kinds_BT, micro_batch)
         self.injector.arm(latent_mask(kinds_BT), latents_NH)

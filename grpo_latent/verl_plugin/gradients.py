@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from grpo_latent.trajectory import PositionKind, latent_mask
+from grpo_latent.trajectory import PositionKind
 
 LATENT, TEXT = "latent_grad_norm", "text_grad_norm"
 
 
 class InputGradients:
-    """Watches what the embedding module returns, recorded latents included, of the forwards between `watch` and `close`."""
+    """Watches what the embedding module returns, recorded latents included, of the forwards between `watch` and `close`.
+
+    Chosen image embeddings, which no hidden state makes, are left out.
+    """
 
     def __init__(self, module: nn.Module):
         self._kinds_BT: Tensor | None = None
@@ -33,7 +36,8 @@ class InputGradients:
             return
         kinds_BT = self._kinds_BT.to(output.device)
         is_text_BT = (kinds_BT == PositionKind.TEXT) | (kinds_BT == PositionKind.START)
-        output.register_hook(lambda gradient: self._take(gradient, latent_mask(kinds_BT), is_text_BT))
+        is_latent_BT = kinds_BT == PositionKind.LATENT
+        output.register_hook(lambda gradient: self._take(gradient, is_latent_BT, is_text_BT))
 
     def _take(self, gradient: Tensor, is_latent_BT: Tensor, is_text_BT: Tensor) -> None:
         if self._report is None:

@@ -1,19 +1,22 @@
-"""Plackett-Luce selection through verl's engine: choices' log-probs at SELECTED positions, their gradient, the loss on them.
+"""Chosen image positions through verl's engine: replay by index; drawn choices' log-probs, their gradient, the loss on them.
 
 Does not cover: several ranks.
 """
+
+import dataclasses
+from functools import partial
 
 import engine_helpers as helpers
 import pytest
 import torch
 from slot_cases import scored
-from test_treated_engine import batch_of, gradients, no_text
+from test_treated_engine import batch_of, gradients, no_text, text_sum
 from verl.workers.utils.padding import no_padding_2_padding
 
 from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.replay import collate
+from grpo_latent.models.replay import collate, replay, with_latents
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.verl_plugin.latent_loss import LatentLoss
 from grpo_latent.verl_plugin.options import LatentOptions
@@ -88,6 +91,37 @@ def test_choices_have_a_clipped_ratio_of_their_own(recorded, gloo):
     taken = torch.cat([t.rollout_log_probs[t.kinds == K.SELECTED] for t in trajectories])
     assert metrics["latent/log_density"] == pytest.approx(float(taken.mean()), abs=1e-4)
     assert max(float(grad.abs().max()) for name, grad in found.items() if "q_proj" in name) > 1e-6
+
+
+def reference_gradient(loaded, trajectories, images):
+    """Of the sum of action log-probs by a plain forward that is fed the chosen image embeddings, which carry theirs."""
+    adapter = ModelAdapter(loaded.model, loaded.config.positions)
+    batch = collate(trajectories, images, adapter)
+    chosen = [adapter.encode_images(image)[t.selected_idx] for t, image in zip(trajectories, images, strict=True)]
+    is_selected_N = (batch.kinds_BT == K.SELECTED)[batch.latent_mask_BT]
+    latents_NH = batch.latents_NH.index_put((is_selected_N.nonzero()[:, 0],), torch.cat(chosen))
+    loaded.model.zero_grad()
+    replay(adapter, with_latents(batch, latents_NH), "full", helpers.TEMPERATURE)[0].sum().backward()
+    return {name: p.grad.clone() for name, p in loaded.model.named_parameters() if p.grad is not None}
+
+
+def test_chosen_embeddings_are_replayed_by_index_into_a_vision_tower_that_trains(recorded, gloo):
+    case, _ = recorded
+    folder, loaded, trajectories, images, expected, positions = case
+    reference = reference_gradient(loaded, trajectories, images)
+    spoiled = []
+    for t in trajectories:
+        is_selected_N = t.kinds[t.latent_mask] == K.SELECTED
+        spoiled.append(dataclasses.replace(t, latents=t.latents.masked_fill(is_selected_N[:, None], 9.0)))
+    case = (folder, loaded, spoiled, images, expected, positions)
+    engine, seen = helpers.make_engine(folder), []
+    found, _ = gradients(engine, batch_of(case, False), partial(text_sum, seen=seen))
+    replayed = torch.cat([row[t.response_mask()] for row, t in zip(expected, trajectories, strict=True)])
+    assert (torch.cat(seen) - replayed).abs().max() <= 1e-5
+    assert any(".visual." in name and float(grad.abs().max()) > 0 for name, grad in found.items())
+    for name, grad in found.items():
+        scale = float(reference[name].abs().max())
+        torch.testing.assert_close(grad, reference[name], rtol=1e-3, atol=1e-4 * scale + 1e-6, msg=name)
 
 
 def test_what_cannot_be_scored_is_refused(recorded, gloo, tmp_path):

@@ -61,7 +61,7 @@ def test_without_the_latents_the_log_probs_differ(name, recorded, gloo):
     assert helpers.gap(helpers.infer(engine, batch, packed), expected, trajectories) > 1e-2
 
 
-def test_slots_with_another_numbering_differ_and_a_vision_tower_that_trains_is_refused(recorded, gloo):
+def test_slots_with_another_numbering_differ(recorded, gloo):
     folder, loaded, trajectories, images, expected, positions = recorded["qwen2-vl slots"]
     assert all(torch.equal(p[0], p[1]) for p in positions), "1-D"
     text_style = [
@@ -70,8 +70,6 @@ def test_slots_with_another_numbering_differ_and_a_vision_tower_that_trains_is_r
     batch = helpers.make_batch(trajectories, images, text_style, ModelAdapter(loaded.model))
     engine = helpers.make_engine(folder, freeze_vision=True)
     assert helpers.gap(helpers.infer(engine, batch), expected, trajectories) > 1e-3
-    with pytest.raises(ConfigError, match="freeze_vision_tower: .* replayed as recorded"):
-        helpers.make_engine(folder)
 
 
 def test_visibility_reaches_the_decoder(recorded, gloo):

@@ -99,10 +99,11 @@ def test_a_killed_save_and_resume_at_world_size_2(local_ray, inputs, tmp_path, m
 
 
 def test_prompt_slots_train(local_ray, tmp_path, monkeypatch):
-    """IVT-LR with drawn image positions: choices, embeddings and h are recorded, replayed and dumped; the text's mask leaves
-    them out, and the choices have a ratio of their own. An alarm at step 2 of 4 ends the run there, with a checkpoint."""
+    """IVT-LR with drawn image positions and a vision tower that trains: choices, embeddings and h are recorded,
+    replayed and dumped; the text's mask leaves them out, and the choices have a ratio of their own. An alarm at step 2 of 4
+    ends the run there, with a checkpoint."""
     inputs = tiny_run.write_inputs(tmp_path, build=tiny.tiny_qwen2_vl, **SLOTS)
-    drawn = "latent.selection=plackett_luce"
+    drawn = ("latent.selection=plackett_luce", "actor_rollout_ref.actor.freeze_vision_tower=false")
     output, sizes = tmp_path / "out", ("trainer.total_training_steps=4", "trainer.test_freq=-1")
     alarm = ("latent.alarm.stop=true", "latent.alarm.patience=1")
 
@@ -110,7 +111,7 @@ def test_prompt_slots_train(local_ray, tmp_path, monkeypatch):
         sounds = trainer.watch._sounds
         trainer.watch._sounds = lambda kind: sounds(kind) or trainer.global_steps == 2
 
-    config = tiny_run.make_config(inputs, output, "trainer.val_before_train=false", drawn, *sizes, *alarm)
+    config = tiny_run.make_config(inputs, output, "trainer.val_before_train=false", *drawn, *sizes, *alarm)
     tiny_run.train_here(config, monkeypatch, sound_at_step_2)
     metrics = tiny_run.metrics_of(output)
     assert max(metrics) == 2 and metrics[2]["latent/alarm_unused"] == 1.0 and metrics[1]["latent/alarm_unused"] == 0.0
@@ -129,7 +130,9 @@ def test_prompt_slots_train(local_ray, tmp_path, monkeypatch):
         assert len(set(trajectory.selected_idx.tolist())) == 4 and len(trajectory.kinds) <= 12
         assert item.response_mask[6:].all() and "<|lvr|>" not in item.text
     trained = load_latent_model(output / "checkpoints" / "global_step_2" / "actor" / "huggingface")
-    assert trained.config == load_latent_model(inputs / "model").config
+    start = load_latent_model(inputs / "model")
+    assert trained.config == start.config
+    assert not torch.equal(*(m.model.model.visual.merger.mlp[2].weight for m in (trained, start)))
 
 
 def check_dropped_rows(output: Path, metrics: dict[int, dict]) -> None:

@@ -113,7 +113,8 @@ class Model(nn.Module):
 
 
 def test_gradient_norms_of_inputs_against_autograd():
-    """Latents in the place of embeddings; norms by an explicit gradient with respect to the whole input."""
+    """Latents in the place of embeddings; norms by an explicit gradient with respect to the whole input. A chosen image
+    embedding is no latent."""
     torch.manual_seed(0)
     model, ids = Model(), torch.tensor([[1, 2, 3, 4], [5, 6, 0, 1]])
     injector, watched = LatentInjector.install(model), InputGradients(model)
@@ -129,7 +130,7 @@ def test_gradient_norms_of_inputs_against_autograd():
     inputs = model.embedding(ids).detach().masked_scatter(is_latent[..., None], latents).requires_grad_()
     model.mix(inputs).tanh().cumsum(1).square().sum().backward()
     norms = inputs.grad.norm(dim=-1)
-    assert report[gradients.LATENT] == pytest.approx(float((norms[0, 1] + norms[1, 2]) / 2), rel=1e-5)
+    assert report[gradients.LATENT] == pytest.approx(float(norms[0, 1]), rel=1e-5)
     assert report[gradients.TEXT] == pytest.approx(float((norms[0, 2] + norms[0, 3] + norms[1, 1]) / 3), rel=1e-5)
     metrics = {f"actor/{name}": value for name, value in report.items()}
     gradients.rename(metrics)
