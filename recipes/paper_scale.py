@@ -77,9 +77,10 @@ def meta_model(model_json: Path, dtype: torch.dtype):
 def check_memory(model_json: Path, settings: SFTSettings, gpu_gb: float = 80) -> dict[str, float]:
     """GB that a rank of DistributedDataParallel needs for SFT of one row of the longest length, counted on the meta device.
 
-    Weights, and of those that train: gradients, DDP's copy of them, AdamW's two moments, and ILVR's teacher. Activations are
-    those that a decoder layer keeps for its backward (a rough count: norms, projections, MLP), or its input alone with
-    gradient checkpointing, beside one layer that runs again. Left out: logits, kernels' scratch space, fragmentation.
+    Weights, and of those that train: gradients, DDP's copy of them, AdamW's two moments, autocast's bfloat16 copies of
+    float32 linear layers (kept until the forward ends), and ILVR's teacher. Activations are those that a decoder layer keeps
+    for its backward (a rough count: norms, projections, MLP), or its input alone with gradient checkpointing, beside one
+    layer that runs again. Left out: logits, kernels' scratch space, fragmentation.
 
     Raises:
         ConfigError: more than 90 % of `gpu_gb`.
@@ -90,6 +91,8 @@ def check_memory(model_json: Path, settings: SFTSettings, gpu_gb: float = 80) ->
     freeze_vision(model, settings.model.freeze_vision, settings.model.freeze_merger)
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
     trained = sum(size for size, trains in sizes if trains)
+    linear = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    copied = [weight.numel() for weight in linear if weight.requires_grad and weight.dtype == torch.float32]
     text = model.config.get_text_config()
     # float32 residuals (the embeddings train), bfloat16 inside: two norms, attention and its projections, four of the MLP's
     kept = 30 * text.hidden_size + 8 * text.intermediate_size
@@ -102,6 +105,7 @@ def check_memory(model_json: Path, settings: SFTSettings, gpu_gb: float = 80) ->
         "weights": sum(size for size, _ in sizes),
         "gradients": 2 * trained,
         "optimizer": 2 * trained,
+        "autocast": 2 * sum(copied) if settings.trainer.get("bf16") else 0,
         "teacher": trained if settings.method == "ilvr_stage1" else 0,
         "activations": per_token * settings.data.max_length * rows,
     }

@@ -1,4 +1,4 @@
-"""Checks recipes/lvr without weights or GPU: configs compose, options agree, and every shape holds on the meta device.
+"""Checks recipes/lvr without weights or GPU: configs compose, options agree, every shape holds and memory suffices.
 
 python recipes/lvr/validate.py [hydra overrides of GRPO]
 """
@@ -26,18 +26,24 @@ def make_config(ids: dict[str, int]) -> LatentConfig:
     return latents.make_config(ids, latent_end_token=end_token, latent_end_id=ids[end_token])
 
 
+def model_json(model_name: str) -> Path:
+    return HERE / "models" / f"{model_name}.json"
+
+
 def check_shapes(model_name: str, response_length: int) -> dict[str, tuple[int, ...]]:
-    model_json = HERE / "models" / f"{model_name}.json"
-    return paper_scale.check_shapes(model_json, FIRST_FREE_ID, LVR_ADDED_TOKENS, make_config, response_length)
+    return paper_scale.check_shapes(
+        model_json(model_name), FIRST_FREE_ID, LVR_ADDED_TOKENS, make_config, response_length
+    )
 
 
 def main(overrides: list[str]) -> None:
     grpo = paper_scale.check_grpo(HERE, "lvr_grpo", overrides)
     check_latents(grpo, make_config({token: idx for idx, token in enumerate(LVR_ADDED_TOKENS)}))
-    paper_scale.check_sft(HERE, "lvr_sft")
+    sft = paper_scale.check_sft(HERE, "lvr_sft")
     engine = grpo.actor_rollout_ref.rollout.name
     print(f"lvr_grpo and lvr_sft: valid ({grpo.trainer.n_gpus_per_node} GPUs a node, rollouts by {engine})")
     for model_name in ("qwen2_5_vl_3b", "qwen2_5_vl_7b"):
+        paper_scale.show_memory(f"lvr_sft of {model_name}", paper_scale.check_memory(model_json(model_name), sft))
         paper_scale.show_shapes(model_name, check_shapes(model_name, grpo.data.max_response_length))
 
 

@@ -38,6 +38,7 @@ def test_lvr_validates_on_the_real_configs(lvr, capsys):
     assert "lvr_grpo and lvr_sft: valid (8 GPUs a node, rollouts by vllm_latent)" in out
     assert "7b: patch [1176], visual token [32, 3584]" in out and "logits [1, 152064]" in out
     assert "3b: patch [1176], visual token [32, 2048]" in out and "logits [1, 151936]" in out
+    assert out.count(" GB a GPU") == 2
 
 
 def test_lvr_refuses_what_cannot_train(lvr):
@@ -69,9 +70,17 @@ def test_memory_by_hand():
     trained = adapters + 2 * 152064 * 3584
     assert parts["weights"] == pytest.approx((2 * (8.2922e9 - 2 * 152064 * 3584) + 4 * trained) / 1e9, rel=1e-3)
     assert parts["gradients"] == parts["optimizer"] == pytest.approx(8 * trained / 1e9, rel=1e-6)
+    assert parts["autocast"] == pytest.approx(2 * (adapters + 152064 * 3584) / 1e9, rel=1e-6)
     full = dataclasses.replace(stage, model=dataclasses.replace(stage.model, dtype="float32", lora=LoraSettings()))
     with pytest.raises(ConfigError, match="does not fit the GPU; .*weights 33 GB, gradients 61 GB, optimizer 61 GB"):
         shared.check_memory(ilvr.MODEL_JSON, full)
+    lvr = shared.check_sft(RECIPES / "lvr", "lvr_sft")
+    checkpointed = 4 * 28 * 3584 + 30 * 3584 + 8 * 18944  # bytes a position: the layers' inputs, and one layer again
+    assert shared.check_memory(ilvr.MODEL_JSON, lvr)["activations"] == pytest.approx(checkpointed * 16384 / 1e9)
+    full = dataclasses.replace(lvr, model=dataclasses.replace(lvr.model, dtype="float32", lora=LoraSettings()))
+    for size in ("3b", "7b"):
+        with pytest.raises(ConfigError, match=f"lvr of qwen2_5_vl_{size}: does not fit the GPU"):
+            shared.check_memory(RECIPES / "lvr" / "models" / f"qwen2_5_vl_{size}.json", full)
 
 
 def test_treatments_validate_at_paper_scale(capsys):

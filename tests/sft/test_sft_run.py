@@ -245,10 +245,18 @@ def test_sft_starts_from_the_official_layout_and_never_writes_to_it(inputs, tmp_
     assert load_latent_model(result.model_path).config.head == "mlp"
 
 
-def test_lora_writes_a_plain_folder(inputs, tmp_path):
-    result = run(inputs, tmp_path / "run", **LORA, **{"trainer.max_steps": 2})
-    names = load_file(result.model_path / "model.safetensors").keys()
-    assert not [name for name in names if "lora" in name or "base_layer" in name]
+# of recipes/lvr at paper scale
+HALF = {"model.dtype": "bfloat16", "trainer.bf16": True, "trainer.gradient_checkpointing": True, "latent.head": "none"}
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"), [({}, torch.float32), (HALF, torch.bfloat16)], ids=["float32", "bfloat16"]
+)
+def test_lora_writes_a_plain_folder(inputs, tmp_path, options, dtype):
+    result = run(inputs, tmp_path / "run", **LORA | {"trainer.max_steps": 2} | options)
+    weights = load_file(result.model_path / "model.safetensors")
+    assert not [name for name in weights if "lora" in name or "base_layer" in name]
+    assert {tensor.dtype for tensor in weights.values()} == {dtype}
     load_latent_model(result.model_path)
 
 
