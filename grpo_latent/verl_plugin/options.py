@@ -87,7 +87,9 @@ class LatentOptions:
             raise ConfigError("unknown value", where="latent.selection", got=self.selection, expected=expected)
         for name in ("replay_logp_gap_bound", "rollout_timeout_s", "selection_temperature"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is None and name == "replay_logp_gap_bound":
+                continue
+            if value is None or not value > 0:
                 raise ConfigError("not a valid bound", where=f"latent.{name}", got=value, expected="> 0")
 
     @classmethod

@@ -33,6 +33,7 @@ def composed(*overrides):
 def test_defaults_are_usable(device):
     options = check_config(composed(f"device={device}"))
     assert options.seed == 0 and options.visibility is None
+    assert LatentOptions(replay_logp_gap_bound=None).replay_logp_gap_bound is None, "never stops the run"
 
 
 @pytest.mark.parametrize("pinned", ["cpu", "cuda"])
@@ -123,6 +124,11 @@ def test_without_the_group_the_options_are_the_defaults():
         ("latent.dump_every=-1", "latent.dump_every"),
         ("latent.replay_logp_gap_bound=0", "replay_logp_gap_bound"),
         ("latent.rollout_timeout_s=-3", "rollout_timeout_s"),
+        ("latent.rollout_timeout_s=null", "latent.rollout_timeout_s: not a valid bound"),
+        (
+            "latent.selection=plackett_luce latent.selection_temperature=null",
+            "latent.selection_temperature: not a valid bound",
+        ),
         ("+latent.vizibility=full", "vizibility"),
         ("latent.treatment.name=vlpo", "unknown treatment"),
         ("latent.treatment.name=gaussian latent.treatment.gaussian.sigma=0", "gaussian.sigma"),
