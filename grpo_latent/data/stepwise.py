@@ -29,6 +29,7 @@ from grpo_latent.data.examples import (
     IMAGE_PLACEHOLDER,
     ImageRef,
     check_images,
+    join_content,
     split_content,
 )
 from grpo_latent.data.rows import check_prompt, iter_verl_rows, verl_row, write_verl_parquet
@@ -319,11 +320,9 @@ READERS = {
 def to_verl_rows(examples: Iterator[StepwiseExample], split: str) -> Iterator[dict]:
     """verl rows with the prompts of SFT; `extra_info.steps` keeps the rationale."""
     for index, example in enumerate(examples):
-        parts = example.messages[0]["content"]
-        prompt = "".join(IMAGE_PLACEHOLDER if part["type"] == "image" else part["text"] for part in parts)
         yield verl_row(
             data_source=example.data_source,
-            prompt=prompt,
+            prompt=join_content(example.messages[0]["content"]),
             images=[image.read_bytes() for image in example.images],
             answer=example.answer,
             index=index,

@@ -10,6 +10,9 @@
     digits     the embedded task, or any parquet of verl's  data_source, prompt, images, reward_model
                schema whose answers are numbers
 
+m3cot and scienceqa are asked in the form that IVT-LR is trained with (`data.stepwise`), which asks for no form of answer;
+the other choice questions end with `INSTRUCTION`.
+
 Each row becomes a `BenchmarkItem`; graders see its options and answer. A missing or malformed file raises `DataError` with
 the file, where it comes from and the expected columns.
 """

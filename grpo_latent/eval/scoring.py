@@ -39,7 +39,7 @@ class _Views:
 
 
 class RewardScorer:
-    """As training scores: what the reward reports as `acc` or `accuracy` counts as correct, else its score."""
+    """As training scores: what a reward reports as `acc` or `accuracy` counts as correct, else its score; 0 if it failed."""
 
     def __init__(self, runner: RewardRunner, loaded: LatentModel):
         self.runner, self.view = runner, _Views(loaded)

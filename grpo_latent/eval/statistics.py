@@ -1,4 +1,4 @@
-"""Statistics of an evaluation: intervals over prompts, pass@k, paired tests, and the verdict on an ablation.
+"""Statistics of an evaluation: intervals over questions, pass@k, paired tests, and the verdict on an ablation.
 
 The prompt is the unit throughout: trajectories of one prompt are averaged before anything is resampled, because they
 share its difficulty. P prompts, R resamples.
@@ -88,13 +88,13 @@ def bootstrap_interval(
     seed: int = 0,
     bounds: tuple[float, float] | None = (0.0, 1.0),
 ) -> Interval:
-    """Percentile bootstrap interval of the mean over prompts.
+    """Percentile bootstrap interval of the mean over questions.
 
     A resample shows only values that were seen. Where the largest or smallest possible one was not, the interval reaches
     as far as the exact binomial bound on its rate, 1 - (alpha/2)^(1/P), allows: 3 right answers of 3 are not certainty.
 
     Args:
-        values_P: one number per prompt (mean over its trajectories).
+        values_P: one number per question (mean over its trajectories).
         bounds: range of the values, for the widening; None leaves it out.
 
     Raises:

@@ -108,7 +108,7 @@ class SelectionInjector:
     @classmethod
     def install(cls, model: nn.Module) -> SelectionInjector:
         """The model's injector; installs the hook the first time, before any FSDP wrapping."""
-        decoder = model.model.language_model
+        decoder = getattr(model.model, "language_model", model.model)
         injector = getattr(decoder, cls._ATTRIBUTE, None)
         if injector is None:
             injector = cls()

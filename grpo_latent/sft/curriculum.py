@@ -54,6 +54,13 @@ class CurriculumConfig:
     def __post_init__(self):
         if self.gradient not in ("cut", "bptt"):
             raise ConfigError("unknown value", where="loss.gradient", got=self.gradient, expected="cut or bptt")
+        typed = {"slots_per_step": (int, self.slots_per_step), "answers_only": (bool, self.answers_only)}
+        for name, (kind, value) in typed.items():
+            if type(value) is not kind or (kind is int and value < 1):
+                expected = "true or false" if kind is bool else "int >= 1"
+                raise ConfigError(
+                    "not a value of this option", where=f"loss.{name}", got=repr(value), expected=expected
+                )
         lengths = (self.epochs_per_stage,) if self.steps_per_stage is None else self.steps_per_stage
         if not all(isinstance(length, int) and length >= 1 for length in lengths):
             raise ConfigError(
@@ -73,7 +80,7 @@ class CurriculumConfig:
         Raises:
             ConfigError: the slots stand for no whole number of steps.
         """
-        if self.slots_per_step < 1 or num_slots % self.slots_per_step:
+        if num_slots % self.slots_per_step:
             raise ConfigError(
                 "slots for a part of a step",
                 where="latent.steps, loss.slots_per_step",

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoTokenizer
 
 from grpo_latent.errors import ConfigError
+from grpo_latent.eval.usage import UsageSettings
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.rollout.vllm.skeleton import check_mechanism
 from grpo_latent.verl_plugin.board import check_board
@@ -20,6 +21,7 @@ from grpo_latent.verl_plugin.registration import (
     VLLM_ROLLOUT_NAME,
 )
 from grpo_latent.verl_plugin.reward_manager import reward_settings
+from grpo_latent.verl_plugin.usage import AlarmSettings, settings_from
 
 REWARD_MANAGER = "grpo_latent"
 MANAGER = "grpo_latent.verl_plugin.agent_loop.LatentAgentLoopManager"
@@ -38,6 +40,8 @@ def check_config(config: DictConfig) -> LatentOptions:
     check_layout(config.actor_rollout_ref.model, options.visibility, options.draw_temperature is not None)
     _check_treatment(config, options)
     check_board(config)
+    settings_from(UsageSettings, options.usage, "latent.usage")
+    settings_from(AlarmSettings, options.alarm, "latent.alarm")
     if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT_NAME:
         _check_vllm(config, options)
     return options

@@ -157,6 +157,9 @@ def test_what_does_not_fit_is_an_error(tmp_path):
         StepwiseTrainer(run.latent, run.args, run.train_dataset, CurriculumConfig(answers_only=True))
     with pytest.raises(ConfigError, match="loss.gradient"):
         CurriculumConfig(gradient="one_hop")
+    for values in ({"slots_per_step": 2.0}, {"slots_per_step": 0}, {"slots_per_step": True}, {"answers_only": "no"}):
+        with pytest.raises(ConfigError, match=f"loss.{next(iter(values))}: not a value of this option"):
+            CurriculumConfig(**values)
     with pytest.raises(ConfigError, match="stages without a length"):
         CurriculumConfig(steps_per_stage=(0, 1))
     with pytest.raises(ConfigError, match="the curriculum fills slots"):

@@ -1,6 +1,6 @@
 """Chosen image positions through verl's engine: replay by index; drawn choices' log-probs, their gradient, the loss on them.
 
-Does not cover: several ranks.
+Does not cover: several ranks; of the packed layout, more than the places (vision models need flash-attn there).
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import engine_helpers as helpers
 import pytest
 import torch
 from slot_cases import scored
+from tensordict import TensorDict
 from test_treated_engine import batch_of, gradients, no_text, text_sum
 from verl.workers.utils.padding import no_padding_2_padding
 
@@ -17,7 +18,9 @@ from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.replay import collate, replay, with_latents
+from grpo_latent.trajectory import NOT_SELECTED
 from grpo_latent.trajectory import PositionKind as K
+from grpo_latent.verl_plugin.choice_forward import ChoiceForward
 from grpo_latent.verl_plugin.latent_loss import LatentLoss
 from grpo_latent.verl_plugin.options import LatentOptions
 
@@ -38,6 +41,28 @@ def recorded(tmp_path_factory):
         row.masked_scatter(t.kinds == K.SELECTED, part) for row, t, part in zip(rows, trajectories, parts, strict=True)
     ]
     return (folder, loaded, trajectories, images, rows, positions), own
+
+
+@pytest.mark.parametrize(
+    ("packed", "expected"),
+    [(False, [[0, 1, 1], [3, 4, 5], [1, 3, 1]]), (True, [[0, 0, 0], [3, 8, 9], [1, 7, 5]])],
+)
+def test_chosen_places(packed, expected):
+    """(row, position, image position) of each SELECTED position, by hand; packed, the second sequence begins at 4."""
+    module, _, _ = tiny.tiny_qwen2_vl(words=helpers.WORDS)
+    image, chosen = module.config.image_token_id, K.SELECTED
+    rows = {
+        "input_ids": [[image, image, 1, 0], [1, image, image, image, 0, 0]],
+        "position_kinds": [[K.VISION, K.VISION, K.PROMPT, chosen], [K.PROMPT, *3 * [K.VISION], chosen, chosen]],
+        "selected_idx": [[*3 * [NOT_SELECTED], 1], [*4 * [NOT_SELECTED], 2, 0]],
+    }
+    nested = {
+        name: torch.nested.nested_tensor([torch.tensor(row) for row in values], layout=torch.jagged)
+        for name, values in rows.items()
+    }
+    choices = ChoiceForward(module, top_k_image=2, temperature=None)
+    choices.feed(TensorDict(nested, batch_size=2), packed)
+    assert [places_M.tolist() for places_M in choices.selection._places] == expected
 
 
 def test_rollout_replay_and_engine_give_one_number(recorded, gloo):

@@ -167,7 +167,7 @@ def test_recomputed_latents_and_their_gradients(name, recorded, gloo):
     norms = {}
     for gradient in RECOMPUTED[name]:
         values = {"name": "recompute", "recompute": {"gradient": gradient}}
-        slots = name == "recompute slots"  # chosen image embeddings must not move
+        slots = name == "recompute slots"  # the reference feeds recorded image embeddings: no gradient to the tower
         engine = helpers.make_engine(
             folder,
             packed,
