@@ -100,6 +100,9 @@ class LatentSteps:
 
     def _feed(self, embeds: Tensor, slots_N: np.ndarray, positions_N: np.ndarray, counts_N: np.ndarray) -> None:
         """`positions_N` may be negative, inside prompts."""
+        if counts_N.max() == 1 and positions_N.min() >= 0:  # a step that only decodes
+            self.table.feed(embeds, np.arange(len(slots_N)), slots_N, positions_N)
+            return
         first_rows_N = np.cumsum(counts_N) - counts_N
         offsets = np.arange(int(counts_N.sum())) - np.repeat(first_rows_N, counts_N)
         positions = np.repeat(positions_N, counts_N) + offsets

@@ -96,8 +96,8 @@ class LatentTable:
         self.samplings: list[RowSampling | None] = [None]  # ways of drawing text met so far; None is vLLM's sampler
         self._free = list(range(num_slots))[::-1]
         # by slot, on the CPU: what the scheduler's announcements say
-        self.sampling_S, self.seeds_S = np.zeros(num_slots, np.int64), np.zeros(num_slots, np.uint64)
-        self.num_chosen_S = np.zeros(num_slots, np.int64)
+        self.sampling_S, self.num_chosen_S = np.zeros(num_slots, np.int64), np.zeros(num_slots, np.int64)
+        self.draws_SL = np.zeros((num_slots, max_length))  # the uniform number of each position
         # by slot, on the device; the last latent of a slot is scratch
         options = {"device": self.device}
         self.steps_S = torch.zeros(num_slots, dtype=torch.long, **options)
@@ -117,8 +117,10 @@ class LatentTable:
         slot = self.slots[request_id] = self._free.pop()
         if request.sampling not in self.samplings:
             self.samplings.append(request.sampling)
-        self.sampling_S[slot], self.seeds_S[slot] = self.samplings.index(request.sampling), request.seed
-        self.num_chosen_S[slot] = 0
+        self.sampling_S[slot], self.num_chosen_S[slot] = self.samplings.index(request.sampling), 0
+        if request.sampling is not None:
+            seed_1, positions_L = np.array([request.seed], np.uint64), np.arange(self.draws_SL.shape[1])
+            self.draws_SL[slot] = uniforms(seed_1, positions_L).numpy()
         self.steps_S[slot] = request.steps or self.config.steps
 
     def _grow(self) -> None:
@@ -126,7 +128,7 @@ class LatentTable:
         for name in ("steps_S", "state_SL6", "log_probs_SL2", "latents_SCH"):
             tensor = getattr(self, name)
             setattr(self, name, torch.cat([tensor, torch.zeros_like(tensor)]))
-        for name in ("sampling_S", "seeds_S", "num_chosen_S"):
+        for name in ("sampling_S", "num_chosen_S", "draws_SL"):
             setattr(self, name, np.concatenate([getattr(self, name), np.zeros_like(getattr(self, name))]))
         self._free = list(range(num_slots, 2 * num_slots))[::-1]
 
@@ -261,7 +263,7 @@ class LatentTable:
         self, rows: StepRows, logits_NV: Tensor, banned_NV: Tensor, served_tokens_N: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Token ids [N] and full and drawn log-probs [N, 2]; rows draw together where their sampling is the same."""
-        draws_N = uniforms(self.seeds_S[rows.slots_N], rows.positions_N)
+        draws_N = torch.from_numpy(self.draws_SL[rows.slots_N, rows.positions_N])
         ways_N = self.sampling_S[rows.slots_N]
         ways = set(ways_N.tolist()) - {0}
         if len(ways) == 1 and ways_N.all():
