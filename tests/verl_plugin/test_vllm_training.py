@@ -1,7 +1,7 @@
 """Rollout backend `vllm_latent` under the real trainer: real Ray, verl and vLLM, the tiniest model. Slow.
 
 Covers, on CPU: the launch of verl's server, groups and waves, images, the transfer of weights over shared memory and their
-reload, records of latents that replay, rollout correction, resume. Not covered: CUDA IPC, sleep, tensor parallelism.
+reload, records of latents that replay, rollout correction, exact resume. Not covered: CUDA IPC, sleep, tensor parallelism.
 """
 
 import shutil
