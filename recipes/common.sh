@@ -5,6 +5,8 @@
 # Further arguments of sft, evaluate and grpo are hydra overrides.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 
+source recipes/last_checkpoint.sh
+
 begin() { # starts anew
   rm -rf "$OUT"
   mkdir -p "$OUT"
@@ -23,10 +25,6 @@ grpo() { # config, checkpoint: trains into $OUT/grpo
     data.train_files="$DATA/train_rl.parquet" data.val_files="$DATA/dev.parquet" \
     latent.output_dir="$OUT/grpo" latent.seed="$SEED" "${@:3}"
   GRPO_SECONDS=$(($(date +%s) - started))
-}
-
-last_checkpoint() { # folder of a GRPO run
-  echo "$1/checkpoints/global_step_$(cat "$1/checkpoints/latest_checkpointed_iteration.txt")/actor/huggingface"
 }
 
 evaluate() { # config, checkpoint, name: writes $OUT/evaluation_<name>.json

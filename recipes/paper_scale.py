@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 import grpo_latent.train  # noqa: F401  (puts verl's configs on hydra's search path)
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import SLOT_TOKENS
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.head import attach_latent_modules, feedback
 from grpo_latent.models.visibility import attention_bias
@@ -62,6 +63,22 @@ def check_slots(sft: SFTSettings, grpo) -> None:
             got=length,
             expected=f"more than the slots' {num_positions} positions",
         )
+
+
+def validate_curriculum(folder: Path, name: str, model_json: Path, first_free_id: int, overrides: list[str]) -> None:
+    """Checks <name>_sft and <name>_grpo of a recipe whose SFT is a curriculum of slots, on one model; prints what it found.
+
+    Args:
+        model_json, first_free_id: as for `check_shapes`.
+        overrides: of GRPO.
+    """
+    sft, grpo = check_sft(folder, f"{name}_sft"), check_grpo(folder, f"{name}_grpo", overrides)
+    check_slots(sft, grpo)
+    slots = ", ".join(str(stage.num_slots) for stage in sft.loss.stages(sft.latent.steps))
+    print(f"{name}_sft and {name}_grpo: valid ({grpo.trainer.n_gpus_per_node} GPUs a node), slots by stage {slots}")
+    show_memory(f"{name}_sft of {model_json.stem}", check_memory(model_json, sft))
+    length = grpo.data.max_response_length
+    show_shapes(model_json.stem, check_shapes(model_json, first_free_id, SLOT_TOKENS, sft.latent.make_config, length))
 
 
 def meta_model(model_json: Path, dtype: torch.dtype):

@@ -5,6 +5,7 @@
 #     bash recipes/coconut/paper.sh [hydra overrides of GRPO]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+source recipes/last_checkpoint.sh
 : "${MODEL:?a Hugging Face folder}" "${TRAIN:?JSON file}" "${VAL:?JSON file}"
 OUT=${OUT:-outputs/coconut_gsm}
 GPUS=${GPUS:-8}
@@ -20,8 +21,8 @@ python -m grpo_latent.train --config-dir recipes/coconut --config-name coconut_g
   actor_rollout_ref.model.path="$OUT/sft/model" data.train_files="$OUT/data/train.parquet" \
   data.val_files="$OUT/data/val.parquet" latent.output_dir="$OUT/grpo" trainer.n_gpus_per_node="$GPUS" "$@"
 
-STEP=$(cat "$OUT/grpo/checkpoints/latest_checkpointed_iteration.txt")
-python -m grpo_latent.evaluate model.path="$OUT/grpo/checkpoints/global_step_$STEP/actor/huggingface" \
+CHECKPOINT=$(last_checkpoint "$OUT/grpo")
+python -m grpo_latent.evaluate model.path="$CHECKPOINT" \
   model.device=cuda model.dtype=bfloat16 data.val_files="$OUT/data/val.parquet" data.max_response_length=70 \
   reward.custom_reward_function.path=reward/accuracy.py leak_prompts=0 \
   'ablations=[zero,noise,shuffle,mean]' output="$OUT/evaluation.json"

@@ -5,6 +5,7 @@
 # RL_TRAIN names other questions for GRPO: JSONL of the same form, which needs no sequence_plan.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+source recipes/last_checkpoint.sh
 : "${MODEL:?a Hugging Face folder}" "${TRAIN:?ILVR JSONL}" "${VAL:?ILVR JSONL}" "${IMAGES:?what image paths are relative to}"
 OUT=${OUT:-outputs/ilvr_7b}
 GPUS=${GPUS:-8}
@@ -25,8 +26,8 @@ python -m grpo_latent.train --config-dir recipes/ilvr --config-name ilvr_grpo \
   actor_rollout_ref.model.path="$OUT/stage2/model" data.train_files="$OUT/data/train.parquet" \
   data.val_files="$OUT/data/val.parquet" latent.output_dir="$OUT/grpo" trainer.n_gpus_per_node="$GPUS" "$@"
 
-STEP=$(cat "$OUT/grpo/checkpoints/latest_checkpointed_iteration.txt")
-python -m grpo_latent.evaluate model.path="$OUT/grpo/checkpoints/global_step_$STEP/actor/huggingface" \
+CHECKPOINT=$(last_checkpoint "$OUT/grpo")
+python -m grpo_latent.evaluate model.path="$CHECKPOINT" \
   model.device=cuda model.dtype=bfloat16 data.val_files="$OUT/data/val.parquet" data.max_response_length=1024 \
   'latent.reward.functions=[{path: reward/accuracy.py, kwargs: {variant: stated}}]' latent.max_spans=8 \
   prompts_per_batch=16 latent.max_batch_rows=16 leak_prompts=0 \

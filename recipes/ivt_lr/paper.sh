@@ -4,6 +4,7 @@
 #     bash recipes/ivt_lr/paper.sh [hydra overrides of GRPO]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+source recipes/last_checkpoint.sh
 : "${MODEL:?a Hugging Face folder}" "${TRAIN:?parquet files}" "${VAL:?parquet files}"
 OUT=${OUT:-outputs/ivt_lr_7b}
 GPUS=${GPUS:-8}
@@ -28,8 +29,8 @@ python -m grpo_latent.train --config-dir recipes/ivt_lr --config-name ivt_lr_grp
 # shellcheck disable=SC2086
 CHANCE=$(python -c 'import sys; from statistics import fmean; from pyarrow.parquet import read_table as read
 print(fmean(1 / len(choices) for file in sys.argv[1:] for choices in read(file, columns=["choices"])["choices"].to_pylist()))' $VAL)
-STEP=$(cat "$OUT/grpo/checkpoints/latest_checkpointed_iteration.txt")
-python -m grpo_latent.evaluate model.path="$OUT/grpo/checkpoints/global_step_$STEP/actor/huggingface" \
+CHECKPOINT=$(last_checkpoint "$OUT/grpo")
+python -m grpo_latent.evaluate model.path="$CHECKPOINT" \
   model.device=cuda model.dtype=bfloat16 data.val_files="$OUT/data/val.parquet" data.max_response_length=355 \
   reward.custom_reward_function.path=reward/choice.py leak_prompts=0 verdict.chance="$CHANCE" \
   prompts_per_batch=32 latent.max_batch_rows=32 \

@@ -4,6 +4,7 @@
 #   TRAIN=/data/virl39k/train.parquet VAL=/data/virl39k/val.parquet bash recipes/lvr/run.sh [hydra overrides of GRPO]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+source recipes/last_checkpoint.sh
 : "${MODEL:?a Hugging Face folder}" "${SFT_JSON:?LVR JSON}" "${IMAGES:?image folder}" "${TRAIN:?parquet}" "${VAL:?parquet}"
 OUT=${OUT:-outputs/lvr}
 GPUS=${GPUS:-8}
@@ -18,9 +19,9 @@ python -m grpo_latent.train --config-dir recipes/lvr --config-name lvr_grpo \
   actor_rollout_ref.model.path="$OUT/sft/model" data.train_files="$TRAIN" data.val_files="$VAL" \
   latent.output_dir="$OUT/grpo" trainer.n_gpus_per_node="$GPUS" "$@"
 
-STEP=$(cat "$OUT/grpo/checkpoints/latest_checkpointed_iteration.txt")
+CHECKPOINT=$(last_checkpoint "$OUT/grpo")
 for STEPS in 4 8 16; do
-  python -m grpo_latent.evaluate model.path="$OUT/grpo/checkpoints/global_step_$STEP/actor/huggingface" \
+  python -m grpo_latent.evaluate model.path="$CHECKPOINT" \
     model.device=cuda model.dtype=bfloat16 data.val_files="$VAL" data.max_response_length=512 latent.steps=$STEPS \
     reward.custom_reward_function.path=reward/accuracy.py 'ablations=[zero,noise,shuffle]' leak_prompts=0 \
     prompts_per_batch=16 latent.max_batch_rows=16 \

@@ -187,14 +187,15 @@ class LatentTable:
 
     def banned(self, rows: StepRows) -> Tensor:
         """bool [N, V] or [1, V], tokens that no row may draw: where a span may not open, `start` is one of them."""
-        return self._banned(rows, *self._state_of(rows))
+        slots, _, state_N6 = self._state_of(rows)
+        return self._banned(rows, slots, state_N6)
 
     def _state_of(self, rows: StepRows) -> tuple[Tensor, Tensor, Tensor]:
         """Slots and positions, int64 [N], and the state there, int64 [N, 6]."""
         slots, positions = self._to_device(rows.slots_N), self._to_device(rows.positions_N)
         return slots, positions, self.state_SL6[slots, positions].long()
 
-    def _banned(self, rows: StepRows, slots: Tensor, positions: Tensor, state_N6: Tensor) -> Tensor:
+    def _banned(self, rows: StepRows, slots: Tensor, state_N6: Tensor) -> Tensor:
         is_served_N, max_spans = self.is_served(rows), self.config.max_spans
         if max_spans is None and not is_served_N.any():
             return self.banned_V[None]
@@ -236,9 +237,7 @@ class LatentTable:
 
         planned_N = state.plan(logits_NV)
         is_latent_N, is_text_N = planned_N == int(PositionKind.LATENT), planned_N == int(PositionKind.TEXT)
-        tokens_N, log_probs_N2 = self._draw(
-            rows, logits_NV, self._banned(rows, slots, positions, state_N6), served_tokens_N
-        )
+        tokens_N, log_probs_N2 = self._draw(rows, logits_NV, self._banned(rows, slots, state_N6), served_tokens_N)
         tokens_N = torch.where(is_latent_N, self.config.latent_id, tokens_N)
         tokens_N = torch.where(planned_N == int(PositionKind.FORCED), self.config.end_id, tokens_N)
         log_probs_N2 = log_probs_N2 * is_text_N[:, None]
