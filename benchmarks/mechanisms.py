@@ -32,7 +32,7 @@ from rollout import Contender, Setting, measure, naive_trajectory, show  # noqa:
 from torch import Tensor  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
 
-from grpo_latent.data import digits  # noqa: E402
+from grpo_latent.data.embedded import digits  # noqa: E402
 from grpo_latent.latent.mechanisms import ILVR_TOKENS, SLOT_TOKENS, mechanism_config  # noqa: E402
 from grpo_latent.models import tiny  # noqa: E402
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter  # noqa: E402

@@ -37,7 +37,7 @@ from torch import Tensor  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
-from grpo_latent.data import digits  # noqa: E402
+from grpo_latent.data.embedded import digits  # noqa: E402
 from grpo_latent.latent.config import LatentConfig  # noqa: E402
 from grpo_latent.models import tiny  # noqa: E402
 from grpo_latent.models.adapter import ImageInputs  # noqa: E402

@@ -8,7 +8,7 @@ import sys
 from rich.console import Console
 
 from grpo_latent.errors import GrpoLatentError
-from grpo_latent.verl_plugin.cluster import check_cluster
+from grpo_latent.verl_plugin.boot.cluster import check_cluster
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -56,7 +56,7 @@ def train(config: DictConfig) -> None:
     output_dir = Path(config.latent.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     set_environment(config, output_dir)
-    from grpo_latent.verl_plugin.console import output_to_file  # after the environment: this imports verl
+    from grpo_latent.verl_plugin.trainer.console import output_to_file  # after the environment: this imports verl
 
     with output_to_file(output_dir / LOG_FILE) as console:
         for note in check(config):
@@ -112,9 +112,9 @@ def check(config: DictConfig) -> list[str]:
     from verl.utils.config import validate_config
 
     from grpo_latent.rollout.vllm.compat import check_installed
-    from grpo_latent.verl_plugin import compat
-    from grpo_latent.verl_plugin.config_check import check_config, check_folder
-    from grpo_latent.verl_plugin.registration import VLLM_ROLLOUT_NAME, verify, verify_device
+    from grpo_latent.verl_plugin.boot import compat
+    from grpo_latent.verl_plugin.boot.registration import VLLM_ROLLOUT_NAME, verify, verify_device
+    from grpo_latent.verl_plugin.trainer.config_check import check_config, check_folder
 
     compat.select_platform(config.trainer.device)
     verify("driver")
@@ -163,7 +163,7 @@ def check_checkpoint(config: DictConfig):
     from grpo_latent.models.loading import parse_dtype
     from grpo_latent.rollout.preflight import PreflightPrompt, preflight
     from grpo_latent.rollout.protocol import SamplingParams
-    from grpo_latent.verl_plugin.options import CHECKPOINT_FIELDS
+    from grpo_latent.verl_plugin.boot.options import CHECKPOINT_FIELDS
 
     files, rollout = config.data.train_files, config.actor_rollout_ref.rollout
     prompts = []
@@ -226,9 +226,9 @@ def _run(config: DictConfig, console, log_path: Path) -> None:
     import ray
     from verl.trainer.main_ppo import TaskRunnerV1
 
-    from grpo_latent.verl_plugin.cluster_resources import check_cpus
-    from grpo_latent.verl_plugin.console import StepPrinter
-    from grpo_latent.verl_plugin.progress import drain, start_board
+    from grpo_latent.verl_plugin.boot.cluster_resources import check_cpus
+    from grpo_latent.verl_plugin.trainer.console import StepPrinter
+    from grpo_latent.verl_plugin.trainer.reports import drain, start_board
 
     ray.init(**ray_arguments(config))
     try:

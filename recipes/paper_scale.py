@@ -19,9 +19,9 @@ from grpo_latent.latent.mechanisms import SLOT_TOKENS
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.head import attach_latent_modules, feedback
 from grpo_latent.models.visibility import attention_bias
-from grpo_latent.sft.parameters import add_lora, freeze_vision
+from grpo_latent.sft.common.parameters import add_lora, freeze_vision
 from grpo_latent.sft.settings import DTYPES, SFTSettings
-from grpo_latent.verl_plugin.config_check import check_config
+from grpo_latent.verl_plugin.trainer.config_check import check_config
 
 GRPO_PLACEHOLDERS = [
     "data.train_files=train.parquet",

@@ -89,7 +89,7 @@ def _colors(extra_info: dict) -> list[str]:
             where=f"row {extra_info.get('index')}, extra_info.steps",
             got=steps,
             expected='texts such as "red at r1 c2 is 7"',
-            fix="Write the rows with grpo_latent.data.digits.",
+            fix="Write the rows with grpo_latent.data.embedded.digits.",
         )
     return [step.split()[0] for step in steps]
 

@@ -164,7 +164,7 @@ def iter_verl_rows(path: str | Path) -> Iterator[tuple[dict, str]]:
             where=str(path),
             got=str(error),
             expected="a file in verl's schema",
-            fix="Check the path; `python -m grpo_latent.data.lvr_json to-parquet` converts LVR JSON.",
+            fix="Check the path; `python -m grpo_latent.data.formats.lvr_json to-parquet` converts LVR JSON.",
         ) from error
     missing = [name for name in REQUIRED_COLUMNS if name not in file.schema_arrow.names]
     if missing or file.metadata.num_rows == 0:

@@ -30,8 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_latent.data.examples import ImageRef
+from grpo_latent.data.formats.stepwise import ChoiceQuestion, m3cot_question, scienceqa_question
 from grpo_latent.data.rows import read_verl_parquet
-from grpo_latent.data.stepwise import ChoiceQuestion, m3cot_question, scienceqa_question
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.eval.graders import LETTERS, Grade, grade
 
@@ -370,7 +370,7 @@ BENCHMARKS = {
         ),
         Benchmark(
             "digits",
-            "`python -m grpo_latent.data.digits --out data`",
+            "`python -m grpo_latent.data.embedded.digits --out data`",
             ("heldout.parquet", "*.parquet"),
             ("data_source", "prompt", "images", "reward_model"),
         ),

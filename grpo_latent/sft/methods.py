@@ -16,21 +16,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from grpo_latent.data.ilvr_jsonl import read_ilvr_jsonl
-from grpo_latent.data.lvr_json import read_lvr_json
+from grpo_latent.data.formats.ilvr_jsonl import read_ilvr_jsonl
+from grpo_latent.data.formats.lvr_json import read_lvr_json
+from grpo_latent.data.formats.stepwise import READERS as STEPWISE_READERS
 from grpo_latent.data.rows import read_verl_parquet
-from grpo_latent.data.stepwise import READERS as STEPWISE_READERS
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.latent.mechanisms import ILVR_TOKENS, LVR_LATENT_END_TOKEN, LVR_TOKENS, PUBLISHED, SLOT_TOKENS
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import LatentModel
-from grpo_latent.sft.curriculum import CoconutConfig, CurriculumConfig
-from grpo_latent.sft.dataset import RowEncoder
-from grpo_latent.sft.ilvr_trainer import ILVRStage1Trainer, ILVRStage2Trainer, SelfFedConfig, TeacherConfig
-from grpo_latent.sft.interleaved import InterleavedEncoder
-from grpo_latent.sft.losses import LossConfig
-from grpo_latent.sft.stepwise import StepwiseEncoder
-from grpo_latent.sft.stepwise_trainer import StepwiseTrainer
+from grpo_latent.sft.common.losses import LossConfig
+from grpo_latent.sft.ilvr.rows import InterleavedEncoder
+from grpo_latent.sft.ilvr.trainer import ILVRStage1Trainer, ILVRStage2Trainer, SelfFedConfig, TeacherConfig
+from grpo_latent.sft.lvr.rows import RowEncoder
+from grpo_latent.sft.stepwise.curriculum import CoconutConfig, CurriculumConfig
+from grpo_latent.sft.stepwise.rows import StepwiseEncoder
+from grpo_latent.sft.stepwise.trainer import StepwiseTrainer
 from grpo_latent.sft.trainer import LatentSFTTrainer
 
 if TYPE_CHECKING:

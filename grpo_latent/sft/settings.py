@@ -11,8 +11,8 @@ import torch
 from transformers import TrainingArguments
 
 from grpo_latent.errors import ConfigError
+from grpo_latent.sft.common.parameters import LoraSettings
 from grpo_latent.sft.methods import METHODS, LatentSettings, Method
-from grpo_latent.sft.parameters import LoraSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _REQUIRED = "???"

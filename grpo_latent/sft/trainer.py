@@ -22,12 +22,12 @@ from grpo_latent.errors import CheckpointError, ConfigError, TrainingError
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter
 from grpo_latent.models.loading import LatentModel, read_tensors
 from grpo_latent.models.vision_cache import VisionCache
-from grpo_latent.sft.collator import collate
-from grpo_latent.sft.dataset import IGNORED, SFTDataset
-from grpo_latent.sft.forward import SFT_KEYWORD, route_sft_batches, sft_sums, visual_embeddings
-from grpo_latent.sft.losses import LossConfig, target_variance
-from grpo_latent.sft.parameters import has_lora, vision_is_frozen
-from grpo_latent.sft.sampler import SeededBatchSampler
+from grpo_latent.sft.common.losses import LossConfig, target_variance
+from grpo_latent.sft.common.parameters import has_lora, vision_is_frozen
+from grpo_latent.sft.common.sampler import SeededBatchSampler
+from grpo_latent.sft.lvr.collator import collate
+from grpo_latent.sft.lvr.forward import SFT_KEYWORD, route_sft_batches, sft_sums, visual_embeddings
+from grpo_latent.sft.lvr.rows import IGNORED, SFTDataset
 
 VARIANCE_ROWS = 256  # rows whose targets estimate the variance of all
 _METRICS = ("ce", "labels", "latent", "end", "latents", "hits", "targets")

@@ -12,9 +12,9 @@ VERL_USE_EXTERNAL_MODULES=grpo_latent.verl_plugin, which `grpo_latent.train` set
 
 import os
 
-from grpo_latent.verl_plugin import platform  # noqa: F401
+from grpo_latent.verl_plugin.boot import platform  # noqa: F401
 
 if __name__ in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(","):
-    from grpo_latent.verl_plugin.registration import register_all
+    from grpo_latent.verl_plugin.boot.registration import register_all
 
     register_all()

@@ -11,8 +11,8 @@ OUT=${OUT:-outputs/coconut_gsm}
 GPUS=${GPUS:-8}
 python recipes/coconut/validate.py trainer.n_gpus_per_node="$GPUS" "$@"
 
-python -m grpo_latent.data.stepwise --format coconut_json --in "$TRAIN" --out "$OUT/data/train.parquet"
-python -m grpo_latent.data.stepwise --format coconut_json --in "$VAL" --out "$OUT/data/val.parquet" --split val
+python -m grpo_latent.data.formats.stepwise --format coconut_json --in "$TRAIN" --out "$OUT/data/train.parquet"
+python -m grpo_latent.data.formats.stepwise --format coconut_json --in "$VAL" --out "$OUT/data/val.parquet" --split val
 
 torchrun --nproc_per_node "$GPUS" -m grpo_latent.sft --config-dir recipes/coconut --config-name coconut_sft \
   model.path="$MODEL" data.train_files="$TRAIN" trainer.output_dir="$OUT/sft"

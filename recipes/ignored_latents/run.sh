@@ -14,7 +14,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 [ -d "$QUICKSTART/vision" ] || { echo "no $QUICKSTART/vision: run recipes/quickstart/run.sh first" >&2; exit 1; }
 
 rm -rf "$OUT"
-python -m grpo_latent.data.digits --out "$OUT/data" --seed "$SEED" --labels-per-answer -1
+python -m grpo_latent.data.embedded.digits --out "$OUT/data" --seed "$SEED" --labels-per-answer -1
 python -m grpo_latent.sft --config-dir recipes/ignored_latents --config-name ignored_sft \
   model.path="$QUICKSTART/vision" data.train_files="$OUT/data/train_sft.parquet" \
   trainer.output_dir="$OUT/sft" trainer.seed="$SEED" "$@"

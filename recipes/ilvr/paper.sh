@@ -11,7 +11,7 @@ OUT=${OUT:-outputs/ilvr_7b}
 GPUS=${GPUS:-8}
 python recipes/ilvr/validate.py trainer.n_gpus_per_node="$GPUS" "$@"
 
-rows() { python -m grpo_latent.data.ilvr_jsonl --in "$1" --images "$IMAGES" --out "$2" --split "$3"; }
+rows() { python -m grpo_latent.data.formats.ilvr_jsonl --in "$1" --images "$IMAGES" --out "$2" --split "$3"; }
 rows "${RL_TRAIN:-$TRAIN}" "$OUT/data/train.parquet" train
 rows "$VAL" "$OUT/data/val.parquet" val
 

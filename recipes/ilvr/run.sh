@@ -16,11 +16,11 @@ begin
 
 echo "== data and vision tower (seed $SEED)"
 write_data() {
-  python -m grpo_latent.data.digits --out "$DATA" --seed "$SEED" --kinds max --sft 0
-  python -m grpo_latent.data.digits_ilvr --out "$DATA" --seed "$SEED" --kinds max
+  python -m grpo_latent.data.embedded.digits --out "$DATA" --seed "$SEED" --kinds max --sft 0
+  python -m grpo_latent.data.embedded.digits_ilvr --out "$DATA" --seed "$SEED" --kinds max
 }
 beside "$OUT/data.log" write_data
-python -m grpo_latent.data.vision_pretrain --out "$OUT/vision" --seed "$SEED" --log-every 100
+python -m grpo_latent.data.embedded.vision_pretrain --out "$OUT/vision" --seed "$SEED" --log-every 100
 join
 
 echo "== SFT stage 1: the momentum teacher's targets"

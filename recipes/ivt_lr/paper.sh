@@ -12,9 +12,9 @@ FORMAT=${FORMAT:-m3cot}
 python recipes/ivt_lr/validate.py trainer.n_gpus_per_node="$GPUS" "$@"
 
 # shellcheck disable=SC2086  (patterns of files)
-python -m grpo_latent.data.stepwise --format "$FORMAT" --in $TRAIN --out "$OUT/data/train.parquet"
+python -m grpo_latent.data.formats.stepwise --format "$FORMAT" --in $TRAIN --out "$OUT/data/train.parquet"
 # shellcheck disable=SC2086
-python -m grpo_latent.data.stepwise --format "$FORMAT" --in $VAL --out "$OUT/data/val.parquet" --split val
+python -m grpo_latent.data.formats.stepwise --format "$FORMAT" --in $VAL --out "$OUT/data/val.parquet" --split val
 
 # shellcheck disable=SC2086
 FILES=$(printf '%s,' $TRAIN)

@@ -20,9 +20,9 @@ begin
 
 LABELS=(--kinds max --sft 1024 --labels-per-answer -1)
 echo "== data and vision tower (seed $SEED)"
-python -m grpo_latent.data.digits --out "$DATA" --seed "$SEED" "${LABELS[@]}" --steps short
-python -m grpo_latent.data.digits --out "$OUT/data_direct" --seed "$SEED" "${LABELS[@]}" --steps none --rl 0 --dev 0 --heldout 0
-python -m grpo_latent.data.vision_pretrain --out "$OUT/vision" --seed "$SEED" --log-every 100
+python -m grpo_latent.data.embedded.digits --out "$DATA" --seed "$SEED" "${LABELS[@]}" --steps short
+python -m grpo_latent.data.embedded.digits --out "$OUT/data_direct" --seed "$SEED" "${LABELS[@]}" --steps none --rl 0 --dev 0 --heldout 0
+python -m grpo_latent.data.embedded.vision_pretrain --out "$OUT/vision" --seed "$SEED" --log-every 100
 
 # stages that write steps out, and the control, may have text before the answer, and need no slots
 TEXT=('latent.reward.functions=[{path: reward/digits.py, kwargs: {variant: text}}]' 'ablations=[]' rollout.n=0)

@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ $# = 3 ] || { echo "usage: prepare.sh IN.json IMAGE_FOLDER OUT.parquet" >&2; exit 2; }
-python -m grpo_latent.data.lvr_json to-parquet --json "$1" --images "$2" --out "$3" --data-source virl39k
+python -m grpo_latent.data.formats.lvr_json to-parquet --json "$1" --images "$2" --out "$3" --data-source virl39k

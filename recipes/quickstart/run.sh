@@ -26,8 +26,8 @@ esac
 begin
 
 echo "== data and vision tower (seed $SEED)"
-beside "$OUT/data.log" python -m grpo_latent.data.digits --out "$DATA" --seed "$SEED"
-python -m grpo_latent.data.vision_pretrain --out "$OUT/vision" --seed "$SEED" --log-every 100
+beside "$OUT/data.log" python -m grpo_latent.data.embedded.digits --out "$DATA" --seed "$SEED"
+python -m grpo_latent.data.embedded.vision_pretrain --out "$OUT/vision" --seed "$SEED" --log-every 100
 join
 
 echo "== SFT: boxes on 4096 images, the answer on ten of them"

@@ -25,10 +25,10 @@ esac
 begin
 
 echo "== data and vision tower (seed $SEED)"
-python -m grpo_latent.data.digits --out "$DATA" --seed "$SEED" --kinds "$KIND" --sft 0
+python -m grpo_latent.data.embedded.digits --out "$DATA" --seed "$SEED" --kinds "$KIND" --sft 0
 if [ -z "$VISION" ]; then
   VISION=$OUT/vision
-  python -m grpo_latent.data.vision_pretrain --out "$VISION" --seed "$SEED" --log-every 100
+  python -m grpo_latent.data.embedded.vision_pretrain --out "$VISION" --seed "$SEED" --log-every 100
 fi
 
 REWARD='latent.reward.functions=[{path: reward/digits.py, kwargs: {variant: text}}]'
@@ -39,7 +39,7 @@ run() { # variant, overrides of GRPO
   local OUT=$OUT/$1
   begin
   echo "== $1: SFT"
-  python -m grpo_latent.data.digits --out "$OUT/data" --seed "$SEED" --kinds "$KIND" --form "$1" \
+  python -m grpo_latent.data.embedded.digits --out "$OUT/data" --seed "$SEED" --kinds "$KIND" --form "$1" \
     --sft $ROWS --labels-per-answer $LABELS --rl 0 --dev 0 --heldout 0
   sft digits_sft "$VISION" "$OUT/data/train_sft.parquet" "$OUT/sft" latent.visibility=full latent.max_spans=0 \
     latent.head=none loss.latent_weight=0 loss.latent_loss_norm=none "${SFT_OVERRIDES[@]}"

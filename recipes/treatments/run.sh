@@ -23,8 +23,8 @@ fi
 if [ ! -f "$BASE/sft/model/latent_config.json" ]; then
   BASE=$OUT/base_seed$SEED
   if [ ! -f "$BASE/sft/model/latent_config.json" ]; then
-    python -m grpo_latent.data.digits --out "$BASE/data" --seed "$SEED"
-    python -m grpo_latent.data.vision_pretrain --out "$BASE/vision" --seed "$SEED" --log-every 100
+    python -m grpo_latent.data.embedded.digits --out "$BASE/data" --seed "$SEED"
+    python -m grpo_latent.data.embedded.vision_pretrain --out "$BASE/vision" --seed "$SEED" --log-every 100
     sft digits_sft "$BASE/vision" "$BASE/data/train_sft.parquet" "$BASE/sft"
   fi
 fi

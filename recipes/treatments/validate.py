@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # recipes are scripts, not a pa
 import paper_scale  # noqa: E402
 
 from grpo_latent.latent.treatments import TREATMENTS  # noqa: E402
-from grpo_latent.verl_plugin.options import LatentOptions  # noqa: E402
+from grpo_latent.verl_plugin.boot.options import LatentOptions  # noqa: E402
 
 HERE = Path(__file__).parent
 

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from grpo_latent.data import digits, lvr_json
+from grpo_latent.data.embedded import digits
 from grpo_latent.data.examples import ImageRef, join_content, split_content
-from grpo_latent.data.lvr_json import read_lvr_json, write_lvr_json
+from grpo_latent.data.formats import lvr_json
+from grpo_latent.data.formats.lvr_json import read_lvr_json, write_lvr_json
 from grpo_latent.data.rows import check_prompt, encode_png, parse_verl_row, read_verl_parquet, verl_row
 from grpo_latent.errors import DataError
 

@@ -21,7 +21,7 @@ from verl.utils.tokenizer import (  # noqa: E402
     hf_tokenizer,
 )
 
-from grpo_latent.data import digits  # noqa: E402
+from grpo_latent.data.embedded import digits  # noqa: E402
 from grpo_latent.data.rows import verl_row, write_verl_parquet  # noqa: E402
 from grpo_latent.errors import DataError  # noqa: E402
 from grpo_latent.models import tiny  # noqa: E402
@@ -49,7 +49,7 @@ def dataset_file(tmp_path_factory):
 
 
 def dataset_class():
-    name = {"path": "pkg://grpo_latent.verl_plugin.dataset", "name": "LatentDataset"}
+    name = {"path": "pkg://grpo_latent.verl_plugin.trainer.dataset", "name": "LatentDataset"}
     return get_dataset_class(OmegaConf.create({"custom_cls": name}))
 
 

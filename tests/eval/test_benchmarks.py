@@ -8,9 +8,9 @@ import json
 import pytest
 from PIL import Image
 
-from grpo_latent.data.digits import generate, to_rows
+from grpo_latent.data.embedded.digits import generate, to_rows
+from grpo_latent.data.formats.stepwise import read_m3cot, read_scienceqa, read_stepwise_rows, to_verl_rows
 from grpo_latent.data.rows import write_verl_parquet
-from grpo_latent.data.stepwise import read_m3cot, read_scienceqa, read_stepwise_rows, to_verl_rows
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.eval.benchmarks import BENCHMARKS, load_benchmark
 from grpo_latent.eval.graders import pair_accuracy

@@ -37,7 +37,7 @@ def record(step=3, trajectory_id="17/2", **changes):
 def write(folder, records, step=3, size=2):
     """By the trainer's writer, so that the two cannot drift apart."""
     pytest.importorskip("verl")
-    from grpo_latent.verl_plugin.rows import dump_rollouts
+    from grpo_latent.verl_plugin.trainer.step_rows import dump_rollouts
 
     latents = {r["id"]: torch.arange(size * 4.0).reshape(size, 4) for r in records if "id" in r}
     dump_rollouts(folder, step, records, latents)

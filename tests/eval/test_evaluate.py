@@ -8,7 +8,7 @@ import pytest
 import torch
 from latent_cases import build_case, case
 
-from grpo_latent.data import digits
+from grpo_latent.data.embedded import digits
 from grpo_latent.errors import CheckpointError, ConfigError, DataError
 from grpo_latent.eval.ablations import donors
 from grpo_latent.eval.decode import Decoding, Evaluator

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 
-from grpo_latent.data import digits
+from grpo_latent.data.embedded import digits
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.eval.benchmarks import load_benchmark
 from grpo_latent.eval.decode import Evaluator

@@ -9,7 +9,7 @@ import torch
 from latent_cases import Case, build_case
 from safetensors.torch import save_file
 
-from grpo_latent.data import digits
+from grpo_latent.data.embedded import digits
 from grpo_latent.data.rows import write_verl_parquet
 from grpo_latent.eval.dumps import read_dump
 from grpo_latent.eval.journal import Part

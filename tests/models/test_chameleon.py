@@ -16,7 +16,7 @@ from grpo_latent.models.loading import load_latent_model, save_latent_model
 from grpo_latent.models.prompts import encode_prompt
 from grpo_latent.models.replay import collate, recompute_latents, replay
 from grpo_latent.rollout.protocol import RolloutRequest
-from grpo_latent.sft.stepwise import StepwiseRow, collate_stepwise, slot_sums
+from grpo_latent.sft.stepwise.rows import StepwiseRow, collate_stepwise, slot_sums
 from grpo_latent.trajectory import PositionKind as K
 
 NUM_TOKENS, TOP_K = 16, 4

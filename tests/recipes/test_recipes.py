@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from grpo_latent.errors import ConfigError
-from grpo_latent.sft.parameters import LoraSettings
+from grpo_latent.sft.common.parameters import LoraSettings
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FIRST_FREE_ID = 151665  # the size of Qwen2.5-VL's tokenizer before the latent tokens

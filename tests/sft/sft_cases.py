@@ -14,10 +14,10 @@ from grpo_latent.data.examples import ImageRef, LvrExample, response_template
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.head import attach_latent_modules
 from grpo_latent.models.loading import LatentModel
-from grpo_latent.sft.collator import collate
-from grpo_latent.sft.dataset import RowEncoder, SFTDataset
-from grpo_latent.sft.losses import LossConfig
-from grpo_latent.sft.parameters import freeze_vision
+from grpo_latent.sft.common.losses import LossConfig
+from grpo_latent.sft.common.parameters import freeze_vision
+from grpo_latent.sft.lvr.collator import collate
+from grpo_latent.sft.lvr.rows import RowEncoder, SFTDataset
 from grpo_latent.sft.trainer import LatentSFTTrainer
 
 COLORS = ("red", "blue", "green")

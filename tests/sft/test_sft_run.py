@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from sft_cases import examples
 
 import grpo_latent.config
-from grpo_latent.data.lvr_json import write_lvr_json
+from grpo_latent.data.formats.lvr_json import write_lvr_json
 from grpo_latent.data.rows import read_verl_parquet, verl_row, write_verl_parquet
 from grpo_latent.errors import CheckpointError, ConfigError, DataError
 from grpo_latent.latent.config import LATENT_CONFIG_FILE

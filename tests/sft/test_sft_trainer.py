@@ -15,9 +15,9 @@ from sft_cases import batch_of, examples, latent_model, trainer
 from grpo_latent.errors import CheckpointError, ConfigError, TrainingError
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model
-from grpo_latent.sft.forward import sft_sums
-from grpo_latent.sft.losses import LossConfig
-from grpo_latent.sft.parameters import LoraSettings, add_lora, freeze_vision, merge_lora
+from grpo_latent.sft.common.losses import LossConfig
+from grpo_latent.sft.common.parameters import LoraSettings, add_lora, freeze_vision, merge_lora
+from grpo_latent.sft.lvr.forward import sft_sums
 from grpo_latent.sft.trainer import VARIANCE_ROWS, check_exit, load_all_weights
 
 NAME = "qwen2_5_vl"

@@ -22,8 +22,8 @@ from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.sampling import trajectory_seed
 from grpo_latent.trajectory import NOT_SELECTED
-from grpo_latent.verl_plugin.options import LatentOptions
-from grpo_latent.verl_plugin.registration import register_all
+from grpo_latent.verl_plugin.boot.options import LatentOptions
+from grpo_latent.verl_plugin.boot.registration import register_all
 
 TEMPERATURE = 0.9
 WORDS = ("read", "red", "blue", "?")

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 import grpo_latent.train  # noqa: F401  (lets hydra find verl's configs)
-from grpo_latent.verl_plugin.registration import verify
+from grpo_latent.verl_plugin.boot.registration import verify
 
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info):

@@ -1,0 +1,348 @@
+"""Questions with a rationale in steps: what the curriculum of IVT-LR and Coconut replaces by latents, one by one.
+
+Two published schemas on the Hugging Face hub, read from their parquet files, Coconut's JSON (a list), and verl's:
+
+    M3CoT      id, question, choices [str], context, answer "B", rationale, image {bytes, path}, domain, topic, …
+    ScienceQA  question, choices [str], answer 1 (index), hint, lecture, solution, image {bytes, path} or null, …
+    Coconut    question, answer "18", steps ["<<16-3-4=9>>", "<<9*2=18>>"]          (GSM8K-Aug and others)
+    verl       as in data.rows, with extra_info.steps [str]
+
+All become a `StepwiseExample`. The prompt of a published record is made here, once for SFT, RL (`to_verl_rows` writes it
+down) and evaluation (the published code's prompts differ):
+
+    python -m grpo_latent.data.formats.stepwise --format m3cot --in train.parquet --out rl.parquet
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import string
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from grpo_latent.data.examples import (
+    ANSWER_CLOSE,
+    ANSWER_OPEN,
+    IMAGE_PLACEHOLDER,
+    ImageRef,
+    check_images,
+    join_content,
+    split_content,
+)
+from grpo_latent.data.rows import check_prompt, iter_verl_rows, verl_row, write_verl_parquet
+from grpo_latent.errors import DataError
+
+MAX_STEPS = 3  # 2510.12603: a rationale becomes at most three steps
+SENTENCE_END = ". "
+ROWS_PER_BATCH = 256
+
+
+@dataclass(frozen=True)
+class ChoiceQuestion:
+    """A published question as SFT, RL and evaluation ask it.
+
+    Attributes:
+        messages: one user message, content split into text and image parts.
+        images: in the order of the image parts.
+        choices: texts in the order of their letters.
+        answer: the letter of the right one.
+    """
+
+    messages: tuple[dict, ...]
+    images: tuple[ImageRef, ...]
+    choices: tuple[str, ...]
+    answer: str
+
+
+@dataclass(frozen=True)
+class StepwiseExample:
+    """One question with its rationale.
+
+    Attributes:
+        messages: one user message, content split into text and image parts.
+        images: in the order of the image parts.
+        steps: of the rationale; () where the data set has none for the row. At most `MAX_STEPS` of M3CoT and ScienceQA.
+        answer: the letter of the right choice, or what verl's ground truth says.
+        closing: what follows the steps, with the answer in it.
+        where: file and row, for messages.
+    """
+
+    has_answer: ClassVar[bool] = True  # one without teaches nothing, and is refused
+
+    messages: tuple[dict, ...]
+    images: tuple[ImageRef, ...]
+    steps: tuple[str, ...]
+    answer: str
+    closing: str
+    data_source: str
+    where: str
+
+
+def rationale_steps(rationale: str, max_steps: int = MAX_STEPS) -> tuple[str, ...]:
+    """The rationale split at ". " and merged, in order, into at most `max_steps` steps of nearly equal sentence counts.
+
+    >>> rationale_steps("Red is at r1. It is a 7. Blue is a 2. 7 and 2 make 9.", 3)
+    ('Red is at r1. It is a 7.', 'Blue is a 2.', '7 and 2 make 9.')
+    >>> rationale_steps("Only one")
+    ('Only one',)
+    """
+    sentences = [part.strip() for part in rationale.strip().split(SENTENCE_END) if part.strip(" .")]
+    # the split took the full stop of all but the last sentence
+    sentences = [part if part.endswith(".") else f"{part}." for part in sentences[:-1]] + sentences[-1:]
+    num_steps = min(max_steps, len(sentences))
+    steps, start = [], 0
+    for step_idx in range(num_steps):
+        size = len(sentences) // num_steps + (step_idx < len(sentences) % num_steps)
+        steps.append(" ".join(sentences[start : start + size]))
+        start += size
+    return tuple(steps)
+
+
+def remaining_text(example: StepwiseExample, first_step: int | None) -> str:
+    """The steps from `first_step` on, None for no step at all, then the answer.
+
+    >>> steps = ("Red is a 7.", "Blue is a 2.")
+    >>> remaining_text(StepwiseExample((), (), steps, "B", "Therefore, the answer is B", "m3cot", ""), 1)
+    'Blue is a 2. Therefore, the answer is B'
+    """
+    return " ".join([*(() if first_step is None else example.steps[first_step:]), example.closing])
+
+
+def read_m3cot(path: str | Path) -> Iterator[StepwiseExample]:
+    """Checked examples of an M3CoT parquet file. Raises `DataError`."""
+    return _read(path, parse_m3cot_record)
+
+
+def read_scienceqa(path: str | Path) -> Iterator[StepwiseExample]:
+    """Checked examples of a ScienceQA parquet file. Raises `DataError`."""
+    return _read(path, parse_scienceqa_record)
+
+
+def read_coconut_json(path: str | Path) -> Iterator[StepwiseExample]:
+    """Checked examples of a JSON file in Coconut's form. Raises `DataError`."""
+    expected = 'a list of {"question", "answer", "steps"}'
+    try:
+        records = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(
+            "not a readable JSON file", where=str(path), got=str(error), expected=expected, fix="Check path and syntax."
+        ) from error
+    if not isinstance(records, list) or not records:
+        raise DataError("no records", where=str(path), got=type(records).__name__, expected=expected)
+    for index, record in enumerate(records):
+        yield parse_coconut_record(record, f"{path} row {index}")
+
+
+def read_stepwise_rows(path: str | Path) -> Iterator[StepwiseExample]:
+    """Checked examples of a parquet file in verl's schema. Raises `DataError`."""
+    for row, where in iter_verl_rows(path):
+        yield parse_stepwise_row(row, where)
+
+
+def parse_stepwise_row(row: dict, where: str) -> StepwiseExample:
+    """A checked example of one verl row; its answer is written in answer tags.
+
+    Raises:
+        DataError: names row, field, what was got and expected, and a fix.
+    """
+    messages, images = check_prompt(row, where)
+    extra_info = row.get("extra_info") or {}
+    answer = row["reward_model"]["ground_truth"]
+    if extra_info.get("has_answer") is False or not isinstance(answer, str) or not answer.strip():
+        raise _problem(where, "reward_model.ground_truth", "no answer", answer, "a non-empty string")
+    steps = _steps(extra_info.get("steps"), "extra_info.steps", where)
+    return _tagged(messages, images, steps, answer.strip(), row["data_source"], where)
+
+
+def parse_coconut_record(record: object, where: str) -> StepwiseExample:
+    """A checked example of one record of Coconut's JSON; its answer is written in answer tags, not after "###".
+
+    Raises:
+        DataError: names row, field, what was got and expected, and a fix.
+    """
+    record = _check_record(record, where)
+    texts = {name: _text(record, name, where) for name in ("question", "answer")}
+    for name, text in texts.items():
+        if not text:
+            raise _problem(where, name, f"no {name}", record.get(name), "a non-empty string")
+    messages = [{"role": "user", "content": split_content(texts["question"])}]
+    check_images(messages, [], f"{where}: question")
+    return _tagged(messages, [], _steps(record.get("steps"), "steps", where), texts["answer"], "coconut", where)
+
+
+def _steps(steps: object, field: str, where: str) -> tuple[str, ...]:
+    if not isinstance(steps, list) or not all(isinstance(step, str) and step.strip() for step in steps):
+        raise _problem(where, field, "no rationale in steps", steps, "a list of non-empty strings, or []")
+    return tuple(step.strip() for step in steps)
+
+
+def _tagged(messages, images, steps: tuple[str, ...], answer: str, data_source: str, where: str) -> StepwiseExample:
+    closing = f"{ANSWER_OPEN} {answer} {ANSWER_CLOSE}"
+    return StepwiseExample(tuple(messages), tuple(images), steps, answer, closing, data_source, where)
+
+
+def parse_m3cot_record(record: object, where: str) -> StepwiseExample:
+    """A checked example of one M3CoT record.
+
+    Raises:
+        DataError: names row, field, what was got and expected, and a fix.
+    """
+    question = m3cot_question(record, where)
+    rationale = _text(record, "rationale", where)
+    if not rationale:
+        raise _problem(where, "rationale", "no rationale", record.get("rationale"), "a non-empty string")
+    return _example(question, rationale, "m3cot", where)
+
+
+def m3cot_question(record: object, where: str) -> ChoiceQuestion:
+    """The checked question of one M3CoT record, which needs no rationale. Raises `DataError`."""
+    record = _check_record(record, where)
+    choices = _choices(record, where)
+    answer = record.get("answer")
+    letters = string.ascii_uppercase[: len(choices)]
+    if not isinstance(answer, str) or answer.strip().upper() not in tuple(letters):
+        raise _problem(where, "answer", "not the letter of a choice", answer, f"one of {letters}")
+    return _question(record, choices, _text(record, "context", where), answer.strip().upper(), where)
+
+
+def parse_scienceqa_record(record: object, where: str) -> StepwiseExample:
+    """A checked example of one ScienceQA record; lecture and solution make the rationale, either may be missing.
+
+    Raises:
+        DataError: names row, field, what was got and expected, and a fix.
+    """
+    question = scienceqa_question(record, where)
+    rationale = " ".join(text for text in (_text(record, name, where) for name in ("lecture", "solution")) if text)
+    return _example(question, rationale, "scienceqa", where)
+
+
+def scienceqa_question(record: object, where: str) -> ChoiceQuestion:
+    """The checked question of one ScienceQA record. Raises `DataError`."""
+    record = _check_record(record, where)
+    choices = _choices(record, where)
+    answer = record.get("answer")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise _problem(where, "answer", "not the index of a choice", answer, f"an integer in [0, {len(choices)})")
+    return _question(record, choices, _text(record, "hint", where), string.ascii_uppercase[answer], where)
+
+
+def _read(path: str | Path, parse) -> Iterator[StepwiseExample]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = Path(path)
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(
+            "not a readable parquet file",
+            where=str(path),
+            got=str(error),
+            expected="a parquet file of the data set's hub repository",
+            fix="Check the path.",
+        ) from error
+    if file.metadata.num_rows == 0:
+        raise DataError("no rows", where=str(path), got="an empty file", expected="at least one row")
+    index = 0
+    for batch in file.iter_batches(ROWS_PER_BATCH):
+        for record in batch.to_pylist():
+            yield parse(record, f"{path} row {index}")
+            index += 1
+
+
+def _problem(where: str, field: str, what: str, got: object, expected: str) -> DataError:
+    return DataError(
+        what,
+        where=f"{where}: {field}",
+        got=got,
+        expected=expected,
+        fix="Compare with the published schema; drop the row.",
+    )
+
+
+def _check_record(record: object, where: str) -> dict:
+    if not isinstance(record, dict):
+        raise _problem(where, "record", "not a record", record, "an object with the published fields")
+    return record
+
+
+def _text(record: dict, field: str, where: str) -> str:
+    """The stripped text of an optional field."""
+    value = record.get(field)
+    if not isinstance(value, str | None):
+        raise _problem(where, field, "not a text", value, "a string or null")
+    return (value or "").strip()
+
+
+def _choices(record: dict, where: str) -> list[str]:
+    choices = record.get("choices")
+    valid = isinstance(choices, list) and 2 <= len(choices) <= len(string.ascii_uppercase)
+    if not valid or not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise _problem(where, "choices", "not a list of choices", choices, "2 to 26 non-empty strings")
+    return [choice.strip() for choice in choices]
+
+
+def _question(record: dict, choices: list[str], context: str, answer: str, where: str) -> ChoiceQuestion:
+    question = _text(record, "question", where)
+    if not question:
+        raise _problem(where, "question", "no question", record.get("question"), "a non-empty string")
+    image = record.get("image")
+    images = []
+    if image is not None:
+        data = image.get("bytes") if isinstance(image, dict) else None
+        if not isinstance(data, bytes) or not data:
+            raise _problem(where, "image", "no image bytes", image, '{"bytes": <file content>, "path": ...} or null')
+        images = [ImageRef(f"{where}: image", data=data)]
+    options = "\n".join(f"({letter}) {choice}" for letter, choice in zip(string.ascii_uppercase, choices, strict=False))
+    parts = [question, *([f"Context: {context}"] if context else []), f"Options:\n{options}"]
+    content = split_content(IMAGE_PLACEHOLDER * len(images)) + [{"type": "text", "text": "\n".join(parts)}]
+    messages = ({"role": "user", "content": content},)
+    check_images(messages, images, f"{where}: question")
+    return ChoiceQuestion(messages, tuple(images), tuple(choices), answer)
+
+
+def _example(question: ChoiceQuestion, rationale: str, data_source: str, where: str) -> StepwiseExample:
+    steps, closing = rationale_steps(rationale), f"Therefore, the answer is {question.answer}"
+    return StepwiseExample(question.messages, question.images, steps, question.answer, closing, data_source, where)
+
+
+READERS = {
+    "m3cot": read_m3cot,
+    "scienceqa": read_scienceqa,
+    "coconut_json": read_coconut_json,
+    "parquet": read_stepwise_rows,
+}
+
+
+def to_verl_rows(examples: Iterator[StepwiseExample], split: str) -> Iterator[dict]:
+    """verl rows with the prompts of SFT; `extra_info.steps` keeps the rationale."""
+    for index, example in enumerate(examples):
+        yield verl_row(
+            data_source=example.data_source,
+            prompt=join_content(example.messages[0]["content"]),
+            images=[image.read_bytes() for image in example.images],
+            answer=example.answer,
+            index=index,
+            split=split,
+            steps=example.steps,
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m grpo_latent.data.formats.stepwise", description="Writes rows for RL."
+    )
+    parser.add_argument("--format", choices=[name for name in READERS if name != "parquet"], required=True)
+    parser.add_argument("--in", dest="source", type=Path, nargs="+", required=True, help="published files")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--split", default="train")
+    options = parser.parse_args(arguments)
+    examples = (example for path in options.source for example in READERS[options.format](path))
+    print(f"{options.out}: {write_verl_parquet(options.out, to_verl_rows(examples, options.split))} rows")
+
+
+if __name__ == "__main__":
+    main()

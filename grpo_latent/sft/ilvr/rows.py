@@ -1,0 +1,209 @@
+"""From an ILVR record to the positions that its SFT trains on.
+
+    segments   "look"  helper image  "it is 7"            K = latent.steps = 3
+
+    token      look  <start>  <latent>  <latent>  <latent>  <end>   it is 7  <eos>
+    kind       TEXT  START    LATENT    LATENT    LATENT    FORCED  TEXT     TEXT
+    label      look  <start>  -         -         -         <end>   it is 7  <eos>
+
+Every span has K latent positions. In stage 1 the teacher may choose fewer targets than K for a span: the positions left
+over are then fed the placeholder's own embedding, without a loss (`with_targets` makes them FORCED). A record without its
+answer has no EOS, and no label on a token that follows an unknown text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from grpo_latent.data.formats.ilvr_jsonl import InterleavedExample
+from grpo_latent.errors import DataError, LatentMismatchError
+from grpo_latent.latent.config import LatentConfig
+from grpo_latent.models.adapter import ImageInputs
+from grpo_latent.models.prompts import encode_prompt
+from grpo_latent.sft.lvr.rows import IGNORED
+from grpo_latent.trajectory import PositionKind, prompt_kinds
+
+
+@dataclass(frozen=True)
+class InterleavedRow:
+    """One tokenised example of T positions.
+
+    Attributes:
+        input_ids, kinds, labels: int64 [T]; labels are label-aligned, `IGNORED` where nothing is scored.
+        images: of the question, or None.
+        helper_images: one per span, in order, or None.
+    """
+
+    input_ids: Tensor
+    kinds: Tensor
+    labels: Tensor
+    images: ImageInputs | None
+    helper_images: ImageInputs | None
+
+
+@dataclass(frozen=True)
+class InterleavedEncoder:
+    """Tokenises ILVR examples for one model. Attributes as in `sft.dataset.RowEncoder`.
+
+    Attributes:
+        reads_helpers: whether rows carry their helper images, which stage 1 alone looks at.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    processor: ProcessorMixin
+    config: LatentConfig
+    eos_id: int
+    vision_ids: frozenset[int]
+    max_length: int | None = None
+    reads_helpers: bool = True
+
+    def __call__(self, example: InterleavedExample) -> InterleavedRow:
+        """The example's positions.
+
+        Raises:
+            DataError: unreadable image, a latent or vision token spelled out in a text, or a row too long.
+        """
+        pictures = [image.open() for image in example.images]
+        prompt = encode_prompt(self.tokenizer, self.processor, example.messages, pictures, example.where)
+        ids, kinds, labels = self._response(example)
+        input_ids = torch.cat([prompt.ids, ids])
+        if self.max_length is not None and input_ids.shape[0] > self.max_length:
+            raise DataError(
+                "row too long",
+                where=example.where,
+                got=f"{input_ids.shape[0]} positions",
+                expected=f"at most {self.max_length}",
+                fix="Raise data.max_length, lower data.max_image_tokens, or drop the row.",
+            )
+        return InterleavedRow(
+            input_ids=input_ids,
+            kinds=torch.cat([prompt_kinds(prompt.ids, self.vision_ids), kinds]),
+            labels=torch.cat([torch.full_like(prompt.ids, IGNORED), labels]),
+            images=prompt.images,
+            helper_images=self._helper_images(example) if self.reads_helpers else None,
+        )
+
+    def _response(self, example: InterleavedExample) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, kinds and labels of the response."""
+        config, ids, kinds, after_unknown = self.config, [], [], []
+        for segment in example.segments:
+            if segment.is_unknown:
+                after_unknown.append(len(ids))
+                continue
+            if segment.text is None:
+                ids += [config.start_id, *[config.latent_id] * config.steps, config.end_id]
+                kinds += [PositionKind.START, *[PositionKind.LATENT] * config.steps, PositionKind.FORCED]
+                continue
+            text_ids = self.tokenizer(segment.text, add_special_tokens=False).input_ids
+            reserved = sorted(set(text_ids) & (self.vision_ids | {config.start_id, config.latent_id, config.end_id}))
+            if reserved:
+                raise DataError(
+                    "a reserved token in the text of the response",
+                    where=example.where,
+                    got=self.tokenizer.convert_ids_to_tokens(reserved),
+                    expected="plain text",
+                    fix='Make it an item of type "latent", or take the token out.',
+                )
+            ids += text_ids
+            kinds += [PositionKind.TEXT] * len(text_ids)
+        if example.has_answer:
+            ids.append(self.eos_id)
+            kinds.append(PositionKind.TEXT)
+        ids, kinds = torch.tensor(ids), torch.tensor([int(kind) for kind in kinds])
+        labels = torch.where(kinds == PositionKind.LATENT, IGNORED, ids)
+        # the text that is missing before them would come first
+        labels[[index for index in after_unknown if index < len(labels)]] = IGNORED
+        return ids, kinds, labels
+
+    def _helper_images(self, example: InterleavedExample) -> ImageInputs | None:
+        pictures = [segment.helper_image.open() for segment in example.segments if segment.helper_image is not None]
+        if not pictures:
+            return None
+        batch = self.processor.image_processor(images=pictures, return_tensors="pt")
+        return ImageInputs(batch["pixel_values"], batch["image_grid_thw"])
+
+
+def collate_interleaved(rows: Sequence[InterleavedRow]) -> dict[str, Tensor]:
+    """Rows to one batch; prompts padded left and responses right, so that all responses begin in one column, which
+    self-fed latents need.
+
+    Returns:
+        input_ids, kinds, labels: int64 [B, T]; valid: bool [B, T].
+        pixel_values, image_grid_thw: of the questions' images in order; absent if there are none.
+        helper_pixel_values, helper_grid_thw: of the spans' helper images in order; absent if there are none.
+    """
+    prompt_lengths = [int((row.kinds <= PositionKind.VISION).sum()) for row in rows]
+    starts = [max(prompt_lengths) - length for length in prompt_lengths]
+    shape = (len(rows), max(start + row.input_ids.shape[0] for start, row in zip(starts, rows, strict=True)))
+    fills = {"input_ids": 0, "kinds": int(PositionKind.PROMPT), "labels": IGNORED}
+    batch = {name: torch.full(shape, fill, dtype=torch.long) for name, fill in fills.items()}
+    batch["valid"] = torch.zeros(shape, dtype=torch.bool)
+    for row_idx, (start, row) in enumerate(zip(starts, rows, strict=True)):
+        columns = slice(start, start + row.input_ids.shape[0])
+        for name in fills:
+            batch[name][row_idx, columns] = getattr(row, name)
+        batch["valid"][row_idx, columns] = True
+    images = ImageInputs.concat([row.images for row in rows])
+    if images is not None:
+        batch |= {"pixel_values": images.pixel_values, "image_grid_thw": images.image_grid_thw}
+    helpers = ImageInputs.concat([row.helper_images for row in rows])
+    if helpers is not None:
+        batch |= {"helper_pixel_values": helpers.pixel_values, "helper_grid_thw": helpers.image_grid_thw}
+    return batch
+
+
+def batch_images(batch: dict[str, Tensor]) -> ImageInputs | None:
+    """The questions' images of a batch."""
+    return ImageInputs(batch["pixel_values"], batch["image_grid_thw"]) if "pixel_values" in batch else None
+
+
+def helper_images(batch: dict[str, Tensor]) -> ImageInputs | None:
+    """The helper images of a batch."""
+    present = "helper_pixel_values" in batch
+    return ImageInputs(batch["helper_pixel_values"], batch["helper_grid_thw"]) if present else None
+
+
+def span_numbers(kinds_BT: Tensor) -> Tensor:
+    """int64 [B, T]: which span of the batch (row-major) a latent position belongs to, -1 elsewhere."""
+    is_latent_BT = kinds_BT == PositionKind.LATENT
+    opens_BT = is_latent_BT & ~torch.nn.functional.pad(is_latent_BT[:, :-1], (1, 0))
+    numbers_BT = (opens_BT.flatten().cumsum(0) - 1).view_as(kinds_BT)
+    return numbers_BT.masked_fill(~is_latent_BT, -1)
+
+
+def with_targets(batch: dict[str, Tensor], targets: Sequence[Tensor], hidden_size: int) -> dict[str, Tensor]:
+    """The batch with the teacher's choice: `targets` [N, H] in order of position, other latent positions FORCED.
+
+    Args:
+        targets: [K*, H] of each span, in row-major order; none in a batch without spans.
+        hidden_size: H.
+
+    Raises:
+        LatentMismatchError: not one per span, or more targets than a span has positions.
+    """
+    numbers_BT = span_numbers(batch["kinds"])
+    num_spans = int(numbers_BT.max()) + 1
+    sizes_S = torch.bincount(numbers_BT[numbers_BT >= 0], minlength=num_spans)
+    counts_S = torch.tensor([len(rows) for rows in targets], device=sizes_S.device, dtype=torch.long)
+    if len(targets) != num_spans or bool((counts_S > sizes_S).any()) or bool((counts_S == 0).any()):
+        raise LatentMismatchError(
+            "the teacher's targets do not fit the spans",
+            where="with_targets",
+            got=[len(rows) for rows in targets],
+            expected=f"between 1 and {sizes_S.tolist()} targets",
+        )
+    if num_spans == 0:
+        return batch | {"targets": torch.zeros(0, hidden_size, device=batch["kinds"].device)}
+    kinds_BT = batch["kinds"].clone()
+    number_N = numbers_BT[numbers_BT >= 0]
+    starts_S = sizes_S.cumsum(0) - sizes_S
+    place_N = torch.arange(number_N.shape[0], device=number_N.device) - starts_S[number_N]
+    kinds_BT[numbers_BT >= 0] = torch.where(
+        place_N < counts_S[number_N], int(PositionKind.LATENT), int(PositionKind.FORCED)
+    )
+    return batch | {"kinds": kinds_BT, "targets": torch.cat(list(targets))}

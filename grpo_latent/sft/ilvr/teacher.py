@@ -1,0 +1,111 @@
+"""What ILVR's momentum teacher does for a batch: one forward of its own, then the targets of every span.
+
+    examples, latents as placeholders ──teacher, one forward──▶ h [B, T, H], last layer's q and k
+    helper images ──teacher's vision──▶ candidates of each span
+    span by span: query ──select──▶ targets [K*, H]         (pure functions of `sft.distillation`)
+
+A later span's query looks at the targets of earlier ones, but needs no forward of its own: the published recipe's
+choice depends on earlier targets through their mean only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_latent.errors import LatentMismatchError
+from grpo_latent.models.adapter import ModelAdapter
+from grpo_latent.models.selection import RecordedAttention, recording_last_row
+from grpo_latent.models.visibility import attention_bias
+from grpo_latent.sft.ilvr.distillation import (
+    pool_candidates,
+    question_vector,
+    question_weights,
+    select_candidates,
+    span_query,
+)
+from grpo_latent.sft.ilvr.rows import batch_images, helper_images, span_numbers
+from grpo_latent.sft.lvr.forward import visual_embeddings
+from grpo_latent.trajectory import PositionKind
+
+
+@torch.no_grad()
+def teacher_targets(
+    teacher: ModelAdapter, batch: dict[str, Tensor], visibility: str, top_k: int = 8, top_p: float = 0.9
+) -> list[Tensor]:
+    """Targets [K*, H] of each span of a batch of `collate_interleaved`, in row-major order, best first.
+
+    Args:
+        teacher: adapter of the teacher's model.
+
+    Raises:
+        LatentMismatchError: helper images and spans differ in number.
+    """
+    candidates = helper_candidates(teacher, batch)
+    numbers_BT = span_numbers(batch["kinds"])
+    num_spans = int(numbers_BT.max()) + 1
+    if len(candidates) != num_spans:
+        raise LatentMismatchError(
+            "helper images do not match the spans",
+            where="teacher_targets",
+            got=len(candidates),
+            expected=str(num_spans),
+        )
+    if num_spans == 0:
+        return []
+    images = batch_images(batch)
+    bias = attention_bias(batch["kinds"], batch["valid"], visibility, teacher.dtype)
+    position_ids = teacher.position_ids(batch["input_ids"], batch["valid"], images)
+    with recording_last_row(teacher.text_config, keep_last_layer=True) as recorder:
+        hidden_BTH = teacher.forward_hidden(batch["input_ids"], bias, position_ids, images)
+    targets: list[Tensor] = []
+    for row in range(numbers_BT.shape[0]):
+        targets += _targets_of_row(
+            teacher, batch, row, numbers_BT[row], hidden_BTH[row], recorder, candidates, top_k, top_p
+        )
+    return targets
+
+
+def helper_candidates(teacher: ModelAdapter, batch: dict[str, Tensor]) -> list[Tensor]:
+    """Candidates [M, H] of each helper image: its embeddings after the merger, pooled to at most 256."""
+    images = helper_images(batch)
+    if images is None:
+        return []
+    counts = (images.image_grid_thw.prod(-1) // teacher.base.visual.spatial_merge_size**2).tolist()
+    return [pool_candidates(tokens) for tokens in visual_embeddings(teacher, images).split(counts)]
+
+
+def _targets_of_row(
+    teacher: ModelAdapter,
+    batch: dict[str, Tensor],
+    row: int,
+    numbers_T: Tensor,
+    hidden_TH: Tensor,
+    recorder: RecordedAttention,
+    candidates: list[Tensor],
+    top_k: int,
+    top_p: float,
+) -> list[Tensor]:
+    """Targets of the spans of one row, in order."""
+    kinds_T, valid_T = batch["kinds"][row], batch["valid"][row]
+    is_question_T = (kinds_T == PositionKind.PROMPT) & valid_T
+    is_image_T = (batch["input_ids"][row] == teacher.image_token_id) & (kinds_T == PositionKind.VISION) & valid_T
+    weights_M = None
+    if bool(is_image_T.any()):
+        weights_M = question_weights(
+            recorder.queries_BATD[row][:, is_question_T], recorder.keys_BASD[row][:, is_image_T], recorder.scaling
+        )
+    question_H = question_vector(hidden_TH[is_question_T], hidden_TH[is_image_T], weights_M)
+    targets: list[Tensor] = []
+    end_of_last = 0
+    for number in numbers_T[numbers_T >= 0].unique().tolist():
+        columns = (numbers_T == number).nonzero()[:, 0]
+        start = int(columns[0])
+        is_text_T = kinds_T == PositionKind.TEXT
+        is_text_T[:end_of_last] = is_text_T[start:] = False
+        earlier_NH = torch.cat(targets) if targets else hidden_TH[:0]
+        query_H = span_query(question_H, hidden_TH[is_text_T], earlier_NH)
+        chosen = select_candidates(query_H, candidates[number], min(top_k, len(columns)), top_p)
+        targets.append(candidates[number][chosen])
+        end_of_last = int(columns[-1]) + 1
+    return targets

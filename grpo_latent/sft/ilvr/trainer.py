@@ -1,0 +1,158 @@
+"""ILVR's two stages on the trainer of LVR's SFT: another batch, another forward, and in stage 1 the momentum teacher.
+
+    stage 1   batch ──teacher, one forward──▶ targets ──▶ CE + weight · (1 - cos)      then teacher ← EMA
+    stage 2   batch ──own latents, gradient through them──▶ CE
+
+Single process or DistributedDataParallel; a teacher of FSDP shards is not supported and refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import TrainingArguments
+
+from grpo_latent.errors import ConfigError
+from grpo_latent.models.adapter import ModelAdapter
+from grpo_latent.models.loading import LatentModel
+from grpo_latent.models.recompute import GRADIENTS
+from grpo_latent.sft.common.losses import LossConfig
+from grpo_latent.sft.ilvr.forward import stage1_sums, stage2_sums
+from grpo_latent.sft.ilvr.momentum import KeepsTeacher, MomentumCallback, MomentumTeacher
+from grpo_latent.sft.ilvr.rows import InterleavedRow, collate_interleaved, with_targets
+from grpo_latent.sft.ilvr.teacher import teacher_targets
+from grpo_latent.sft.lvr.rows import IGNORED, SFTDataset
+from grpo_latent.sft.trainer import LatentSFTTrainer
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """What stage 1 minimises: CE + latent_weight · (1 - cos) to the teacher's choice (2512.05665 section 3).
+
+    Attributes:
+        decay: of the teacher.
+        top_k, top_p: of the selection; `top_k` is also bounded by the positions of a span.
+        noise_std: of the targets' noise.
+        latent_weight: of the cosine term.
+    """
+
+    decay: float = 0.999
+    top_k: int = 8
+    top_p: float = 0.9
+    noise_std: float = 0.01
+    latent_weight: float = 1.0
+    trains_end_vector: ClassVar[bool] = False
+
+    def __post_init__(self):
+        bounds = (
+            ("decay", 0 <= self.decay < 1, "in [0, 1)"),
+            ("top_k", self.top_k >= 1, ">= 1"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("noise_std", self.noise_std >= 0, ">= 0"),
+            ("latent_weight", self.latent_weight >= 0, ">= 0"),
+        )
+        for name, is_valid, expected in bounds:
+            if not is_valid:
+                raise ConfigError("out of bounds", where=f"loss.{name}", got=getattr(self, name), expected=expected)
+
+
+@dataclass(frozen=True)
+class SelfFedConfig:
+    """What stage 2 minimises: CE over the model's own latents.
+
+    Attributes:
+        gradient: through them, `bptt` (published), `one_hop` or `cut`.
+    """
+
+    gradient: str = "bptt"
+    trains_end_vector: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.gradient not in GRADIENTS:
+            raise ConfigError("unknown value", where="loss.gradient", got=self.gradient, expected=f"one of {GRADIENTS}")
+
+
+class ILVRTrainer(LatentSFTTrainer):
+    """What both stages share. `dataset` is an `SFTDataset` with an `InterleavedEncoder`."""
+
+    def check(self, latent: LatentModel, loss_config: LossConfig) -> None:
+        # every span ends with a labelled end token, so that the cross-entropy trains the exit `end_token`
+        if latent.config.trigger != "emitted" or latent.config.exit == "latent_end":
+            raise ConfigError(
+                "ILVR's spans are opened and closed by tokens",
+                where="latent.trigger, latent.exit",
+                got=f"{latent.config.trigger}, {latent.config.exit}",
+                expected="emitted, and end_token or steps",
+            )
+
+    def collate_rows(self, rows: Sequence[InterleavedRow]) -> dict[str, Tensor]:
+        return collate_interleaved(rows)
+
+    def count(self, batch: dict[str, Tensor]) -> Tensor:
+        num_targets = batch["targets"].shape[0] if "targets" in batch else 0
+        return torch.tensor([int((batch["labels"] != IGNORED).sum()), num_targets])
+
+
+class ILVRStage1Trainer(KeepsTeacher, ILVRTrainer):
+    """Selective distillation from the momentum teacher."""
+
+    def __init__(
+        self,
+        latent: LatentModel,
+        args: TrainingArguments,
+        dataset: SFTDataset,
+        config: TeacherConfig | None = None,
+        callbacks: Sequence = (),
+        **kwargs,
+    ):
+        if args.fsdp or args.deepspeed:
+            raise ConfigError(
+                "a momentum teacher of sharded weights",
+                where="trainer.fsdp, trainer.deepspeed",
+                got=args.fsdp or args.deepspeed,
+                expected="one process, or DistributedDataParallel",
+            )
+        self.teacher_config = config or TeacherConfig()
+        self.teacher = MomentumTeacher(latent.model, self.teacher_config.decay)
+        loss_config = LossConfig(latent_loss="cosine", latent_weight=self.teacher_config.latent_weight)
+        callbacks = [MomentumCallback(self.teacher), *callbacks]
+        super().__init__(latent, args, dataset, loss_config, callbacks=callbacks, **kwargs)
+        self.teacher.to(self.adapter.device)
+        self.teacher_adapter = ModelAdapter(self.teacher.model)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """As the base's, with the teacher's targets: their number is part of the loss's denominator."""
+        return super().get_batch_samples(map(self._with_targets, epoch_iterator), num_batches, device)
+
+    def _with_targets(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        config = self.teacher_config
+        visibility = self.latent.config.visibility
+        with self.accelerator.autocast():  # as the student's forward
+            targets = teacher_targets(self.teacher_adapter, batch, visibility, config.top_k, config.top_p)
+        return with_targets(batch, targets, self.teacher_adapter.hidden_size)
+
+    def _sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
+        return stage1_sums(self.adapter, batch, self.latent.config, self.teacher_config.noise_std)
+
+
+class ILVRStage2Trainer(ILVRTrainer):
+    """Latents fed by the model itself."""
+
+    def __init__(
+        self,
+        latent: LatentModel,
+        args: TrainingArguments,
+        dataset: SFTDataset,
+        config: SelfFedConfig | None = None,
+        **kwargs,
+    ):
+        self.gradient = (config or SelfFedConfig()).gradient
+        super().__init__(latent, args, dataset, LossConfig(latent_weight=0.0), **kwargs)
+
+    def _sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
+        sums = stage2_sums(self.adapter, batch, self.latent.config, self.gradient)
+        return sums | {"latent": torch.zeros((), device=sums["ce"].device)}

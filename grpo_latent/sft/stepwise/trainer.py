@@ -1,0 +1,100 @@
+"""SFT with prompt slots on the trainer of LVR's SFT: rows at the curriculum's stage, CE over what they still write out.
+
+rows ──stage of this optimizer step──▶ batch ──slots as in a rollout──▶ CE
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import TrainingArguments
+
+from grpo_latent.errors import ConfigError
+from grpo_latent.models.loading import LatentModel
+from grpo_latent.sft.common.losses import LossConfig
+from grpo_latent.sft.common.parameters import has_lora
+from grpo_latent.sft.common.saving import save_for_rl
+from grpo_latent.sft.lvr.rows import SFTDataset
+from grpo_latent.sft.stepwise.curriculum import Curriculum, CurriculumConfig
+from grpo_latent.sft.stepwise.rows import StepwiseRow, collate_stepwise, slot_sums
+from grpo_latent.sft.trainer import LatentSFTTrainer
+
+
+class StepwiseTrainer(LatentSFTTrainer):
+    """IVT-LR and Coconut. `dataset` is an `SFTDataset` with a `StepwiseEncoder`; the last stage has `config.steps` slots."""
+
+    def __init__(
+        self,
+        latent: LatentModel,
+        args: TrainingArguments,
+        dataset: SFTDataset,
+        config: CurriculumConfig | None = None,
+        callbacks: Sequence = (),
+        **kwargs,
+    ):
+        config = config or CurriculumConfig()
+        if config.save_stages and (args.fsdp or has_lora(latent.model)):
+            raise ConfigError(
+                "stages are saved of whole models",
+                where="loss.save_stages",
+                got="FSDP or LoRA",
+                expected="false, or neither of them",
+            )
+        self.gradient = config.gradient
+        self.stages = config.stages(latent.config.steps)
+        self.curriculum = Curriculum(config, len(self.stages) - 1, self._save_stage if config.save_stages else None)
+        callbacks = [self.curriculum, *callbacks]
+        super().__init__(latent, args, dataset, LossConfig(latent_weight=0.0), callbacks=callbacks, **kwargs)
+        if dataset.encoder.curriculum.stages(latent.config.steps) != self.stages:
+            raise ConfigError(
+                "rows are tokenised for the stages of another curriculum",
+                where="loss",
+                got=dataset.encoder.curriculum,
+                expected=str(config),
+            )
+
+    def check(self, latent: LatentModel, loss_config: LossConfig) -> None:
+        if latent.config.trigger != "prompt_slots":
+            raise ConfigError(
+                "the curriculum fills slots of the prompt",
+                where="latent.trigger",
+                got=f"{latent.config.trigger} ({latent.config.mechanism})",
+                expected="prompt_slots (ivt_lr, coconut)",
+            )
+
+    @property
+    def stage(self) -> int:
+        """Of the optimizer step that comes next."""
+        return self.curriculum.stage_of(self.state.global_step)
+
+    def collate_rows(self, rows: Sequence[StepwiseRow]) -> list[StepwiseRow]:
+        return list(rows)  # loader workers read ahead and cannot know the stage
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """As the base's, with the rows of the step put together at its stage."""
+        batches = (collate_stepwise(rows, self.stage) for rows in epoch_iterator)
+        return super().get_batch_samples(batches, num_batches, device)
+
+    def count(self, batch: dict[str, Tensor]) -> Tensor:
+        return torch.tensor([int(batch["response_valid"].sum()), 0])
+
+    def _sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
+        num_slots = self.stages[self.stage].num_slots
+        sums = slot_sums(self.adapter, batch, self.latent.config, num_slots, self.gradient == "cut")
+        return sums | {"latent": torch.zeros((), device=sums["ce"].device)}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["stage"] = self.curriculum.stage_of(self.state.global_step - 1)
+        super().log(logs, start_time)
+
+    def _save_stage(self, stage: int) -> None:
+        """A folder that RL and evaluation can start from, with as many slots as the stage has."""
+        if not self.args.should_save:
+            return
+        latent, folder = self.latent, Path(self.args.output_dir) / f"stage_{stage}"
+        config = latent.config.replace(steps=self.stages[stage].num_slots)
+        save_for_rl(folder, latent, config=config)  # whole or not at all: a resumed run does not come by here again

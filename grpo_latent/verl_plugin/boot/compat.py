@@ -1,0 +1,207 @@
+"""What is done to verl beyond its public registries: registries without a register(), verl on CPU, and work-arounds of every
+verl bug that was met.
+
+`seams.SEAMS` lists all that is used; nothing private of verl is touched elsewhere but by the subclasses that it names.
+`apply_patches` installs the work-arounds, once a process.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from grpo_latent.errors import PluginError
+from grpo_latent.verl_plugin.boot import metrics_file
+from grpo_latent.verl_plugin.boot.seams import FIX
+
+SUPPORTED_VERL = ("0.9",)
+
+
+def check_verl_version() -> None:
+    """Raises `PluginError` unless the installed verl is a supported one."""
+    import importlib.metadata
+
+    version = importlib.metadata.version("verl")
+    if not version.startswith(tuple(f"{prefix}." for prefix in SUPPORTED_VERL)):
+        raise PluginError("unsupported verl", where="verl.__version__", got=version, expected="0.9.x", fix=FIX)
+
+
+def select_platform(device: str) -> None:
+    """Makes the driver's platform the configured one; composing the config imported verl before VERL_PLATFORM was set."""
+    from verl.plugin.platform import PlatformRegistry, get_platform, set_platform
+
+    if get_platform().device_name != device:
+        set_platform(PlatformRegistry.get("cpu" if device == "cpu" else "nvidia")())
+
+
+def is_cpu() -> bool:
+    from verl.utils.device import get_device_name
+
+    return get_device_name() == "cpu"
+
+
+# ---- registries without a public register() -------------------------------------------------------------------------
+
+
+def register_rollout_adapter(name: str, fqn: str) -> None:
+    """Makes `rollout.name=<name>` find an adapter class (seam: rollout adapter)."""
+    from verl.workers.rollout.base import _ROLLOUT_REGISTRY
+
+    _ROLLOUT_REGISTRY[(name, "async")] = fqn
+
+
+def registered_names() -> dict[str, set[str]]:
+    """What verl's registries hold in this process, for `registration.verify`."""
+    from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
+    from verl.plugin.platform import PlatformRegistry
+    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
+    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+    from verl.workers.engine import EngineRegistry
+    from verl.workers.rollout.base import _ROLLOUT_REGISTRY
+    from verl.workers.rollout.replica import RolloutReplicaRegistry
+
+    engines = EngineRegistry._engines.get("language_model", {})
+    return {
+        "platform": set(PlatformRegistry.registered_names()),
+        "engine": {key[1] for table in engines.values() for key in table if isinstance(key, tuple)},
+        "rollout adapter": {name for name, _ in _ROLLOUT_REGISTRY},
+        "rollout replica": set(RolloutReplicaRegistry._registry),
+        "agent loop": set(_agent_loop_registry),
+        "trainer": set(TRAINER_REGISTRY),
+        "advantage": set(ADV_ESTIMATOR_REGISTRY),
+        "policy loss": set(POLICY_LOSS_REGISTRY),
+    }
+
+
+# ---- CPU ------------------------------------------------------------------------------------------------------------
+
+
+def init_cpu_process_group() -> None:
+    """gloo before verl's own call, which would ask for 'cpu:gloo,cpu:gloo' and be refused by torch."""
+    if torch.distributed.is_initialized() or not is_cpu():
+        return
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    torch.distributed.init_process_group("cpu:gloo", rank=rank, world_size=world_size)
+
+
+@contextmanager
+def without_pinned_offload(engine_config):
+    """Builds a reference model on CPU: verl gives it CPUOffloadPolicy(pin_memory=True), which needs an accelerator."""
+    forward_only = engine_config.forward_only
+    if forward_only and is_cpu():
+        engine_config.forward_only = False
+    try:
+        yield
+    finally:
+        engine_config.forward_only = forward_only
+
+
+def cpu_pool_manager(manager):
+    """The same pools as `manager`'s, of CPU bundles (seam: pool manager)."""
+    from verl.single_controller.ray import RayResourcePool, ResourcePoolManager
+
+    class CPUResourcePoolManager(ResourcePoolManager):
+        def create_resource_pool(self):
+            for name, processes in self.resource_pool_spec.items():
+                self.resource_pool_dict[name] = RayResourcePool(
+                    process_on_nodes=processes, use_gpu=False, max_colocate_count=1, name_prefix=name
+                )
+
+    return CPUResourcePoolManager(manager.resource_pool_spec, manager.mapping)
+
+
+# ---- verl bugs ------------------------------------------------------------------------------------------------------
+
+
+def fix_position_ids(position_ids: Tensor) -> Tensor:
+    """mRoPE position ids as nested rows [4, L], ragged in L, whatever way they arrived.
+
+    verl 0.9.1 forces `_ragged_idx = 2` on what it is given. Rows of equal length arrive ragged in the 4 (torch picks the
+    first dimension), or dense, and then fail later with a size mismatch.
+    """
+    from verl.utils import tensordict_utils as tu
+
+    if position_ids.dim() != 3:
+        return position_ids
+    if not position_ids.is_nested:
+        return tu.nested_tensor_from_tensor_list(list(position_ids), ragged_idx=2)
+    values, offsets = position_ids.values(), position_ids.offsets()
+    num_rows = offsets.shape[0] - 1
+    num_components = values.shape[0] // num_rows
+    if int(offsets[-1]) == values.shape[0] and set(offsets.diff().tolist()) == {num_components}:
+        rows = values.reshape(num_rows, num_components, -1)
+        return tu.nested_tensor_from_tensor_list(list(rows), ragged_idx=2)
+    position_ids._ragged_idx = 2
+    return position_ids
+
+
+def _patch_position_ids() -> None:
+    """`maybe_fix_3d_position_ids` breaks rows of equal length; see `fix_position_ids`."""
+    from verl.utils import tensordict_utils
+    from verl.workers import engine_workers
+    from verl.workers.engine import base
+
+    def maybe_fix_3d_position_ids(data) -> None:
+        if "position_ids" in data.keys():
+            data["position_ids"] = fix_position_ids(data["position_ids"])
+
+    for module in (tensordict_utils, engine_workers, base):
+        module.maybe_fix_3d_position_ids = maybe_fix_3d_position_ids
+
+
+def _patch_text_only_vision() -> None:
+    """A micro-batch without images: verl calls `.mean()` on what transformers >= 5 returns as an object."""
+    from verl.models.transformers import qwen2_vl
+    from verl.utils.transformers_compat import unpack_visual_output
+
+    original = qwen2_vl._get_input_embeds
+
+    def _get_input_embeds(model, input_ids, attention_mask=None, pixel_values=None, pixel_values_videos=None, *args):
+        if pixel_values is not None or pixel_values_videos is not None:
+            return original(model, input_ids, attention_mask, pixel_values, pixel_values_videos, *args)
+        inputs_embeds = model.get_input_embeddings()(input_ids)
+        vision = model.config.vision_config
+        patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        side = 2 * vision.spatial_merge_size
+        pixels = torch.zeros((side * side, patch_dim), dtype=inputs_embeds.dtype, device=inputs_embeds.device)
+        grid = torch.tensor([[1, side, side]], device=inputs_embeds.device)
+        # verl runs the vision tower on nothing, so that its parameters take part in every backward and FSDP's
+        # collectives match across ranks
+        image_embeds, _ = unpack_visual_output(model.visual(pixels, grid_thw=grid))
+        return inputs_embeds + 0.0 * image_embeds.mean(), attention_mask
+
+    qwen2_vl._get_input_embeds = _get_input_embeds
+
+
+def _patch_file_logger() -> None:
+    """verl opens its jsonl with "wb", so a resumed run erases its history; here it appends."""
+    from verl.utils import tracking
+
+    class AppendingFileLogger(tracking.FileLogger):
+        def __init__(self, project_name: str, experiment_name: str):
+            self.project_name, self.experiment_name = project_name, experiment_name
+            path = metrics_file.metrics_path(project_name, experiment_name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.filepath = str(path)
+            self.fp = open(path, "ab", buffering=0)
+
+    tracking.FileLogger = AppendingFileLogger
+
+
+_PATCHES = {
+    "equal-length mRoPE rows": _patch_position_ids,
+    "text-only micro-batch of a vision model": _patch_text_only_vision,
+    "jsonl metrics on resume": _patch_file_logger,
+}
+_applied: set[str] = set()
+
+
+def apply_patches() -> None:
+    """Installs the work-arounds in this process; idempotent."""
+    for name, patch in _PATCHES.items():
+        if name not in _applied:
+            patch()
+            _applied.add(name)

@@ -1,0 +1,53 @@
+"""Which models and layouts of verl's can carry latents: asked by the driver before a run, and by each worker."""
+
+from __future__ import annotations
+
+from grpo_latent.errors import ConfigError
+
+
+def check_model(model_type: str) -> None:
+    """Raises `ConfigError` at a model that the engine cannot train."""
+    if model_type == "chameleon":
+        raise ConfigError(
+            "its images are token ids that only the rollout engine makes",
+            where="actor_rollout_ref.model.path",
+            got="a Chameleon model",
+            expected="a text or Qwen-VL model",
+            fix="Chameleon runs in SFT, rollout, replay and evaluation.",
+        )
+
+
+def check_layout(model, visibility: str | None, draws_images: bool) -> None:
+    """Raises `ConfigError` where verl's layout cannot carry the latents.
+
+    Args:
+        model: `actor_rollout_ref.model`, or verl's dataclass of it.
+        visibility: None where only the checkpoint says it.
+        draws_images: whether slots draw their image positions (Plackett–Luce).
+    """
+    check_padding(visibility, model.use_remove_padding)
+    refused = {"use_fused_kernels": "the latent engine reads logits"}
+    if draws_images:
+        refused |= {
+            "use_remove_padding": "latent.selection=plackett_luce reads attention in the padded layout",
+            "enable_gradient_checkpointing": "latent.selection=plackett_luce records attention, which a checkpointed "
+            "layer computes again when nothing is recorded any more",
+        }
+    for name, reason in refused.items():
+        if getattr(model, name):
+            key = f"actor_rollout_ref.model.{name}"
+            raise ConfigError(
+                "not supported with latents", where=key, got=True, expected=f"False ({reason})", fix=f"Set {key}=False."
+            )
+
+
+def check_padding(visibility: str | None, use_remove_padding: bool) -> None:
+    """Raises `ConfigError` where the packed layout cannot carry the attention mask of `visibility`."""
+    if visibility == "latents_only" and use_remove_padding:
+        raise ConfigError(
+            "visibility latents_only needs the padded layout",
+            where="actor_rollout_ref.model.use_remove_padding",
+            got=True,
+            expected="False",
+            fix="Set actor_rollout_ref.model.use_remove_padding=False, or latent.visibility=full.",
+        )

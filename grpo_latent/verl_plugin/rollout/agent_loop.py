@@ -1,0 +1,395 @@
+"""Agent loop `latent_agent`: a prompt becomes one request for its whole group, the group becomes rows in TransferQueue.
+
+    prompt row ──tokens, pixels──▶ ticketed request ──▶ server (wave barrier) ──▶ G trajectories
+       ──▶ G rows with kinds, latents, positions, masks ──▶ rewards ──▶ TransferQueue
+
+verl's own worker runs one coroutine a trajectory and lets failures pass as the status of a group. This one keeps the group
+together, so that its image is processed, its prompt prefilled and its rewards requested once, and keeps each exception
+for the trainer to raise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import traceback
+import zlib
+from functools import partial
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import transfer_queue as tq
+from tensordict import NonTensorStack, TensorDict
+from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput, register
+from verl.protocol import DataProto
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
+from verl.utils.profiler import simple_timer
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+from grpo_latent.errors import DataError, RolloutError
+from grpo_latent.latent.config import LatentConfig
+from grpo_latent.models.prompts import Prompt, encode_prompt
+from grpo_latent.rewards.view import reward_view
+from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
+from grpo_latent.rollout.sampling import trajectory_seed
+from grpo_latent.trajectory import NOT_SELECTED, Trajectory, latent_mask
+from grpo_latent.verl_plugin.boot import compat
+from grpo_latent.verl_plugin.boot.options import LatentOptions
+from grpo_latent.verl_plugin.boot.registration import AGENT_LOOP_NAME, verify
+from grpo_latent.verl_plugin.rollout.replica import LatentRolloutClient
+from grpo_latent.verl_plugin.rollout.server import GroupResult
+from grpo_latent.verl_plugin.rollout.waves import Ticket
+
+TICKET = "latent_ticket"
+# of verl's data set, and read by nobody after the rollout: a column costs time for every trajectory
+NOT_STORED = ("raw_prompt", "dummy_tensor", "tools_kwargs", "interaction_kwargs")
+
+
+class LatentAgentLoopOutput(AgentLoopOutput):
+    """verl's output of one trajectory, plus what replays it. L is prompt and completion, n latent steps, H hidden size."""
+
+    latent_embeds: Any = None
+    """float32 [n, H]."""
+    position_kinds: Any = None
+    """int64 [L], values of `PositionKind`."""
+    position_ids: Any = None
+    """int64 [L], or [4, L] for mRoPE, text positions first as verl has them."""
+    selected_idx: Any = None
+    """int64 [L], which image position of the prompt stands at a SELECTED position, `NOT_SELECTED` elsewhere."""
+    latent_aux: Any = None
+    """float32 [m, A], what the treatment recorded beside each of the m LATENT vectors; unset where A is 0."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As verl's, with `latent_embeds`, `latent_mask`, `position_kinds`, `position_ids` and `selected_idx` as tensors of
+        the row."""
+        fields = super().as_dict()
+        fields["latent_mask"] = latent_mask(self.position_kinds).long()
+        return fields
+
+
+@register(AGENT_LOOP_NAME)
+class LatentAgentLoop(AgentLoopBase):
+    """Prompt to group."""
+
+    def __init__(self, trainer_config, server_manager, tokenizer, processor, dataset_cls, data_config, latent_config):
+        # not verl's __init__: its token builder for multi-turn chats insists on tokens such as a newline
+        self.config = trainer_config.config
+        self.rollout_config = self.config.actor_rollout_ref.rollout
+        self.server_manager: LatentRolloutClient = server_manager
+        self.tokenizer, self.processor = tokenizer, processor
+        self.dataset_cls, self.data_config = dataset_cls, data_config.config
+        self.latent_config: LatentConfig = latent_config
+        self.loop = asyncio.get_running_loop()
+
+    async def run(self, sampling_params: dict[str, Any], **kwargs) -> AgentLoopOutput:
+        raise RolloutError(
+            "latent_agent samples groups, not single trajectories",
+            where="actor_rollout_ref.rollout.agent.agent_loop_manager_class",
+            got="verl's manager",
+            expected=f"{LatentAgentLoopManager.__module__}.{LatentAgentLoopManager.__name__}",
+        )
+
+    async def run_group(
+        self, sampling: SamplingParams, ticket: Ticket, seeds: list[int], row: dict[str, Any]
+    ) -> tuple[list[LatentAgentLoopOutput], dict[str, torch.Tensor]]:
+        """The group of one prompt row, and the pixels that all of it shares (empty without images)."""
+        metrics: dict[str, float] = {}
+        messages = list(row["raw_prompt"])
+        media = await self.process_multi_modal_info(messages)
+        if media.get("videos") or media.get("audios"):
+            raise DataError("videos and audio are not supported", where=where(row), expected="images and text")
+        prompt = await self.loop.run_in_executor(
+            None, render_prompt, self.tokenizer, self.processor, messages, media.get("images") or [], where(row)
+        )
+        if len(prompt.ids) > self.rollout_config.prompt_length:
+            raise DataError(
+                "prompt is too long",
+                where=where(row),
+                got=f"{len(prompt.ids)} tokens",
+                expected=f"<= data.max_prompt_length={self.rollout_config.prompt_length}",
+                fix="Raise data.max_prompt_length, set data.filter_overlong_prompts=True, or lower size.longest_edge of the "
+                "checkpoint's image processor, which data.max_image_tokens of SFT sets.",
+            )
+        request = RolloutRequest(prompt_ids=prompt.ids, seeds=seeds, images=prompt.images, group_id=str(row["uid"]))
+        pixels = {} if prompt.images is None else dict(vars(prompt.images))
+        with simple_timer("generate_sequences", metrics):
+            group = await self.server_manager.generate_group(ticket, request, sampling)
+        return [self._output(trajectory, group, metrics) for trajectory in group.trajectories], pixels
+
+    def _output(self, trajectory: Trajectory, group: GroupResult, metrics: dict) -> LatentAgentLoopOutput:
+        view = reward_view(trajectory, partial(self.tokenizer.decode, skip_special_tokens=False), group.eos_ids)
+        acted = trajectory.response_mask(self.latent_config.start_is_action)
+        return LatentAgentLoopOutput(
+            prompt_ids=trajectory.prompt_ids.tolist(),
+            response_ids=trajectory.token_ids.tolist(),
+            response_mask=acted.long().tolist(),
+            response_logprobs=trajectory.rollout_log_probs.tolist(),
+            num_turns=2,
+            metrics=AgentLoopMetrics(**metrics),
+            extra_fields={
+                "solution_str": view.solution_str,
+                "latent": view.latent,
+                "latent_norms": trajectory.latents.norm(dim=-1).numpy(),
+                "stop_reason": trajectory.stop_reason,
+                "min_global_steps": trajectory.policy_version,
+                "max_global_steps": trajectory.policy_version,
+                "sampling_log_probs": trajectory.sampling_log_probs.numpy(),
+                "turn_scores": [],
+                "tool_rewards": [],
+            },
+            latent_embeds=trajectory.latents,
+            position_kinds=torch.cat([group.prompt_kinds, trajectory.kinds]),
+            position_ids=extend_positions(group.prompt_positions, len(trajectory.token_ids)),
+            selected_idx=torch.cat([torch.full_like(group.prompt_kinds, NOT_SELECTED), trajectory.selected_idx_T]),
+            **({"latent_aux": trajectory.latent_aux} if trajectory.latent_aux.shape[1] else {}),
+        )
+
+
+def render_prompt(tokenizer, processor, messages: list[dict], images: list, where: str) -> Prompt:
+    """The prompt as SFT and evaluation make it; contents as verl's data set leaves them, text or lists of parts."""
+    parts = [{**message, "content": parts_of(message["content"])} for message in messages]
+    return encode_prompt(tokenizer, processor, parts, images, where)
+
+
+def parts_of(content: str | list[dict]) -> list[dict]:
+    """Content as text and image parts, without pixels."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return [part if part.get("type") == "text" else {"type": part.get("type")} for part in content]
+
+
+def extend_positions(prompt_positions: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Positions of prompt and completion: the completion counts on from the prompt's largest, as text, latents included.
+
+    Args:
+        prompt_positions: int64 [P] or [3, P].
+
+    Returns:
+        int64 [P + T], or [4, P + T] with the text positions first.
+    """
+    following = prompt_positions.max() + 1 + torch.arange(num_tokens)
+    if prompt_positions.ndim == 1:
+        return torch.cat([prompt_positions, following])
+    rope = torch.cat([prompt_positions, following.expand(3, -1)], dim=1)
+    return torch.cat([torch.arange(rope.shape[1])[None], rope])
+
+
+def where(row: dict[str, Any]) -> str:
+    """How messages name a data row."""
+    return f"row {row.get('index')} of {row.get('data_source', 'the data')}"
+
+
+class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
+    """verl's worker with one request, one reward call and one write a group."""
+
+    def __init__(self, *args, **kwargs):
+        verify("agent loop worker")
+        super().__init__(*args, **kwargs)
+        self.options = LatentOptions.from_rollout(self.rollout_config)
+        if compat.is_cpu():
+            torch.set_num_threads(self.options.cpu_threads)
+        self._agent_loop: LatentAgentLoop | None = None
+        self._failures: list[Exception] = []
+
+    def ping(self) -> None:
+        """Answers while the process lives."""
+
+    def failures(self) -> list[Exception]:
+        """What prompts of this worker failed with, the cause first."""
+        return self._failures
+
+    async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
+        uid, partition_id = prompt["uid"], "val" if trajectory["validate"] else "train"
+        ticket: Ticket = prompt.pop(TICKET)
+        await tq.async_kv_put(key=uid, partition_id=partition_id, tag={"status": "running"})
+        status = "finished"
+        try:
+            outputs, pixels = await self._run_group(prompt, sampling_params, trajectory, ticket)
+            await self._score(outputs, prompt)
+            await self._store(outputs, pixels, prompt, partition_id)
+        except Exception as error:
+            status = "failure"
+            traceback.print_exc()
+            self._failures.append(portable(error))
+            await self.llm_client.fail_wave(ticket.wave_id, portable(error))
+        await tq.async_kv_put(key=uid, partition_id=partition_id, tag={"status": status})
+
+    async def _run_group(self, prompt: dict, sampling_params: dict, trajectory: dict, ticket: Ticket):
+        validate = trajectory["validate"]
+        n = self.rollout_config.val_kwargs.n if validate else self.rollout_config.n
+        if self._agent_loop is None:
+            self._agent_loop = self._make_agent_loop()
+        row_id = row_index(prompt)
+        # validation draws its own numbers, so that it can be switched on and off without changing the training
+        step = f"val{trajectory['step']}" if validate else trajectory["step"]
+        seeds = [trajectory_seed(self.options.seed, step, row_id, i) for i in range(n)]
+        sampling = SamplingParams(
+            max_new_tokens=self.rollout_config.response_length,
+            temperature=sampling_params["temperature"],
+            top_k=sampling_params["top_k"],
+            top_p=sampling_params["top_p"],
+        )
+        return await self._agent_loop.run_group(sampling, ticket, seeds, prompt)
+
+    def _make_agent_loop(self) -> LatentAgentLoop:
+        from verl.experimental.agent_loop.agent_loop import DictConfigWrap
+
+        return LatentAgentLoop(
+            trainer_config=DictConfigWrap(config=self.config),
+            server_manager=self.llm_client,
+            tokenizer=self.tokenizer,
+            processor=self.processor,
+            dataset_cls=self.dataset_cls,
+            data_config=DictConfigWrap(self.config.data),
+            latent_config=self.options.latent_config(self.model_config.local_path, self.tokenizer),
+        )
+
+    async def _score(self, outputs: list[LatentAgentLoopOutput], prompt: dict) -> None:
+        """Rewards of a group, in one call of a reward worker that the row's index chooses."""
+        workers = self.reward_loop_worker_handles
+        if workers is None:  # a colocated reward model scores the whole batch later
+            return
+        timing: dict[str, float] = {}
+        with simple_timer("compute_score", timing):
+            worker = workers[zlib.crc32(row_index(prompt).encode()) % len(workers)]
+            results = await worker.compute_score_batch.remote(reward_input(outputs, prompt))
+        for output, result in zip(outputs, results, strict=True):
+            output.reward_score = result["reward_score"]
+            output.extra_fields["reward_extra_info"] = result.get("reward_extra_info", {})
+            output.metrics.compute_score = timing["compute_score"]
+
+    async def _store(self, outputs, pixels: dict, prompt: dict, partition_id: str) -> None:
+        row = {name: value for name, value in prompt.items() if name not in NOT_STORED}
+        if self.reward_loop_worker_handles is None:  # read by a colocated reward model only
+            row["raw_prompt"] = [{**m, "content": parts_of(m["content"])} for m in prompt["raw_prompt"]]
+        fields, tags, keys = [], [], []
+        for session_id, output in enumerate(outputs):
+            field = {**output.as_dict(), **row, "session_id": session_id, "multi_modal_inputs": pixels}
+            field["loss_mask"] = field["response_mask"]
+            field["input_ids"] = torch.cat([field["prompts"], field["responses"]])
+            fields.append(field)
+            keys.append(f"{prompt['uid']}_{session_id}_0")
+            tags.append(
+                {
+                    "status": "success",
+                    "prompt_len": len(output.prompt_ids),
+                    "response_len": len(output.response_ids),
+                    "seq_len": len(output.prompt_ids) + len(output.response_ids),
+                    "global_steps": prompt["global_steps"],
+                    "min_global_steps": output.extra_fields["min_global_steps"],
+                    "max_global_steps": output.extra_fields["max_global_steps"],
+                }
+            )
+        await tq.async_kv_batch_put(
+            keys=keys, fields=list_of_dict_to_tensordict(fields), tags=tags, partition_id=partition_id
+        )
+
+
+def row_index(prompt: dict) -> str:
+    """The data row's `extra_info.index`, which seeds its trajectories.
+
+    Raises:
+        DataError: the row has none; rows without one would share their random numbers.
+    """
+    index = (prompt.get("extra_info") or {}).get("index")
+    if index is None:
+        raise DataError(
+            "a data row has no index",
+            where=f"data source {prompt.get('data_source')!r}, extra_info",
+            got=prompt.get("extra_info"),
+            expected="extra_info.index, unique in the data set",
+        )
+    return str(index)
+
+
+def reward_input(outputs: list[LatentAgentLoopOutput], prompt: dict) -> DataProto:
+    """The group as verl's reward managers read it, padded right; prompts of a group are equal."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    prompts = torch.tensor([output.prompt_ids for output in outputs])
+    responses = [torch.tensor(output.response_ids) for output in outputs]
+    masks = [torch.ones(prompts.shape[1] + len(response), dtype=torch.long) for response in responses]
+    padded = pad(responses, batch_first=True)
+    columns = {name: value for name, value in prompt.items() if name != "dummy_tensor"}
+    per_output = {
+        "tool_extra_fields": [output.extra_fields for output in outputs],
+        "__num_turns__": [output.num_turns for output in outputs],
+        "session_id": list(range(len(outputs))),
+        "prompt_len": [len(output.prompt_ids) for output in outputs],
+        "response_len": [len(output.response_ids) for output in outputs],
+    }
+    non_tensors = {name: object_array([value] * len(outputs)) for name, value in columns.items()}
+    return DataProto(
+        batch=TensorDict(
+            {
+                "prompts": prompts,
+                "responses": padded,
+                "input_ids": torch.cat([prompts, padded], dim=1),
+                "attention_mask": pad(masks, batch_first=True),
+            },
+            batch_size=len(outputs),
+        ),
+        non_tensor_batch={**non_tensors, **{name: object_array(values) for name, values in per_output.items()}},
+    )
+
+
+def object_array(values: list) -> np.ndarray:
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
+
+
+def portable(error: Exception) -> Exception:
+    """The error itself if it survives pickling, else a `RolloutError` with its text."""
+    import pickle
+
+    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Exception):
+        error = error.cause
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RolloutError("a rollout failed", where="agent loop", got=f"{type(error).__name__}: {error}")
+
+
+class LatentAgentLoopManager(AgentLoopManagerTQ):
+    """verl's manager; gives each dispatched prompt its ticket and remembers the order of dispatch."""
+
+    def __init__(self, *args, **kwargs):
+        verify("agent loop manager")
+        super().__init__(*args, **kwargs)
+        self.agent_loop_workers_class = ray.remote(LatentAgentLoopWorker)
+        self._waves = itertools.count()
+        self._dispatched = itertools.count()
+        self.order_of_uid: dict[str, int] = {}
+
+    def generate_sequences(self, prompts: TensorDict) -> None:
+        wave_id = f"wave-{next(self._waves)}"
+        num_rows, num_replicas = len(prompts), max(1, len(self.llm_client.servers))
+        for uid in prompts["uid"]:
+            self.order_of_uid[str(uid)] = next(self._dispatched)
+        rows_of = [tuple(range(replica, num_rows, num_replicas)) for replica in range(num_replicas)]
+        tickets = [Ticket(wave_id, row, rows_of[row % num_replicas], row % num_replicas) for row in range(num_rows)]
+        prompts[TICKET] = NonTensorStack(*tickets)
+        super().generate_sequences(prompts)
+
+    def forget(self, uids: set[str]) -> None:
+        """Drops uids whose groups have been taken."""
+        for uid in uids:
+            self.order_of_uid.pop(uid, None)
+
+    def check_alive(self, timeout_s: float) -> None:
+        """Raises Ray's error if a worker has died."""
+        ray.get([worker.ping.remote() for worker in self.agent_loop_workers], timeout=timeout_s)
+
+    def raise_failure(self, partition_id: str, num_failed: int) -> None:
+        """Raises what the first failed prompt failed with."""
+        failures = [
+            error for errors in ray.get([w.failures.remote() for w in self.agent_loop_workers]) for error in errors
+        ]
+        # when one prompt fails, the others of its wave get the same error: the first is the cause
+        cause = failures[0] if failures else None
+        raise cause or RolloutError(
+            "rollouts failed", where=f"partition {partition_id}", got=f"{num_failed} groups", expected="none"
+        )

@@ -1,0 +1,162 @@
+"""Rollout backend `hf_latent`: verl's replica, weight adapter and client around `LatentRolloutServer`.
+
+The client serves backend `vllm_latent` too, whose replica and server are in `vllm_server`; importing that imports vllm, so
+both are registered here by name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Generator
+
+import ray
+from omegaconf import OmegaConf
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from verl.utils.device import get_device_name
+from verl.workers.rollout.base import BaseRollout
+from verl.workers.rollout.llm_server import LLMServerClient
+from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
+
+from grpo_latent.errors import RolloutError
+from grpo_latent.models.loading import parse_dtype
+from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
+from grpo_latent.verl_plugin.boot import compat
+from grpo_latent.verl_plugin.boot.registration import ROLLOUT_NAME, VLLM_ROLLOUT_NAME
+from grpo_latent.verl_plugin.rollout.server import GroupResult, LatentRolloutServer, whereabouts
+from grpo_latent.verl_plugin.rollout.waves import Ticket
+
+
+def server_name(replica_rank: int) -> str:
+    return f"{ROLLOUT_NAME}_server_{replica_rank}"
+
+
+class LatentReplica(RolloutReplica):
+    """One server beside each training worker, on its node and, on GPUs, on its device."""
+
+    def rollout_worker_use_gpu(self) -> bool:
+        return get_device_name() != "cpu"
+
+    async def launch_servers(self) -> None:
+        if self.world_size != 1:
+            raise RolloutError(
+                "engine hf runs on one device",
+                where="actor_rollout_ref.rollout.tensor_model_parallel_size",
+                got=self.world_size,
+                expected="1",
+            )
+        name = server_name(self.replica_rank)
+        server = await launch_server(name, self.workers[0], self.config, self.model_config, self.replica_rank)
+        self.servers, self._server_handle, self._server_address = [server], server, name
+
+
+async def launch_server(
+    name: str, worker, rollout_config, model_config, replica_rank: int = 0
+) -> ray.actor.ActorHandle:
+    """A server with engine hf beside a training worker: on its node and, on GPUs, on its device."""
+    node_id, visible = await worker.__ray_call__.remote(whereabouts)
+    env_vars = {"CUDA_VISIBLE_DEVICES": visible} if visible is not None else {}
+    if visible is not None:
+        # the server shares the worker's device and must not have Ray hide it from an actor with num_gpus=0
+        env_vars |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+    attention = (model_config.get("override_config", None) or {}).get("attn_implementation", "sdpa")
+    server = (
+        ray.remote(LatentRolloutServer)
+        .options(
+            num_cpus=0,
+            max_concurrency=max(1000, rollout_config.max_num_seqs),
+            name=name,
+            runtime_env={"env_vars": env_vars},
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),
+        )
+        .remote(
+            local_folder(model_config),
+            OmegaConf.to_container(OmegaConf.create(dict(rollout_config)), resolve=True),
+            replica_rank,
+            get_device_name(),
+            attention if attention in ("sdpa", "eager") else "sdpa",
+        )
+    )
+    await server.wake_up.remote()
+    return server
+
+
+def local_folder(model_config) -> str:
+    from verl.utils.fs import copy_to_local
+
+    return copy_to_local(model_config.path, use_shm=model_config.get("use_shm", False))
+
+
+class LatentServerAdapter(BaseRollout):
+    """Lives in a training worker and sends its weights to the server of the same rank."""
+
+    def __init__(self, config, model_config, device_mesh, replica_rank: int = -1, **kwargs):
+        super().__init__(config, model_config, device_mesh)
+        self.replica_rank = int(os.environ["RANK"]) if replica_rank == -1 else replica_rank
+
+    async def resume(self, tags: list[str]) -> None:
+        await ray.get_actor(server_name(self.replica_rank)).wake_up.remote()
+
+    async def release(self) -> None:
+        await ray.get_actor(server_name(self.replica_rank)).sleep.remote()
+
+    async def update_weights(
+        self, weights: Generator, wire_format="named_tensors", global_steps=None, **kwargs
+    ) -> None:
+        server = ray.get_actor(server_name(self.replica_rank))
+        await send_weights(server, weights, self.config, int(global_steps or 0))
+
+
+async def send_weights(server: ray.actor.ActorHandle, weights: Generator, rollout_config, policy_version: int) -> None:
+    """Sends every weight in buckets through the object store to a server with engine hf. Reading `weights` is a collective
+    over all ranks."""
+    dtype = parse_dtype(rollout_config.dtype)
+    limit = rollout_config.checkpoint_engine.update_weights_bucket_megabytes << 20
+    refs, bucket, num_bytes = [], [], 0
+    for name, tensor in weights:
+        # a copy: on CPU the generator hands out the live parameters
+        tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        bucket.append((name, tensor))
+        num_bytes += tensor.numel() * tensor.element_size()
+        if num_bytes >= limit:
+            refs.append(ray.put(bucket))
+            bucket, num_bytes = [], 0
+    refs.append(ray.put(bucket))
+    # nested references are passed on as references, and are alive until the call returns
+    await server.load_weights.remote(refs, policy_version)
+
+
+class LatentRolloutClient(LLMServerClient):
+    """What agent loops hold: requests go to the replica that their ticket names, not to the least busy one."""
+
+    def __init__(self, config, load_balancer_handle=None, servers: list | None = None, **kwargs):
+        super().__init__(config, load_balancer_handle, **kwargs)
+        self.servers = list(servers or [])
+
+    async def generate_group(self, ticket: Ticket, request: RolloutRequest, sampling: SamplingParams) -> GroupResult:
+        return await self.servers[ticket.replica].generate_group.remote(ticket, request, sampling)
+
+    async def fail_wave(self, wave_id: str, error: BaseException) -> None:
+        await asyncio.gather(*(server.fail_wave.remote(wave_id, error) for server in self.servers))
+
+    async def generate(self, request_id, **kwargs):
+        raise RolloutError(
+            "a rollout server serves whole groups, not single requests",
+            where="actor_rollout_ref.rollout.agent.default_agent_loop",
+            got="an agent loop of verl's",
+            expected="latent_agent",
+        )
+
+
+compat.register_rollout_adapter(ROLLOUT_NAME, f"{__name__}.{LatentServerAdapter.__name__}")
+RolloutReplicaRegistry.register(ROLLOUT_NAME, lambda: LatentReplica)
+
+
+def _vllm_replica() -> type[RolloutReplica]:
+    from grpo_latent.verl_plugin.rollout.vllm_server import LatentVllmReplica
+
+    return LatentVllmReplica
+
+
+compat.register_rollout_adapter(VLLM_ROLLOUT_NAME, "grpo_latent.verl_plugin.rollout.vllm_compat.ServerAdapter")
+RolloutReplicaRegistry.register(VLLM_ROLLOUT_NAME, _vllm_replica)

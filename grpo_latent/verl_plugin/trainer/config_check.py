@@ -1,0 +1,268 @@
+"""What verl would only find out an hour in, or never: combinations of options that latent training refuses at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from transformers import AutoConfig, AutoTokenizer
+
+from grpo_latent.errors import ConfigError
+from grpo_latent.eval.usage import UsageSettings
+from grpo_latent.latent.config import LatentConfig
+from grpo_latent.rollout.vllm.skeleton import check_mechanism
+from grpo_latent.verl_plugin.boot.layout import check_layout, check_model, check_padding
+from grpo_latent.verl_plugin.boot.options import LatentOptions
+from grpo_latent.verl_plugin.boot.registration import (
+    AGENT_LOOP_NAME,
+    ALGORITHM_NAME,
+    ROLLOUT_NAME,
+    TRAINER_MODE,
+    VLLM_ROLLOUT_NAME,
+)
+from grpo_latent.verl_plugin.rewards.manager import reward_settings
+from grpo_latent.verl_plugin.trainer.latent_watch import AlarmSettings, settings_from
+from grpo_latent.verl_plugin.trainer.wandb_board import check_board
+
+REWARD_MANAGER = "grpo_latent"
+MANAGER = "grpo_latent.verl_plugin.rollout.agent_loop.LatentAgentLoopManager"
+
+
+def check_config(config: DictConfig) -> LatentOptions:
+    """Raises `ConfigError` at the first unusable value, naming its key.
+
+    Returns:
+        the `latent:` group, parsed.
+    """
+    options = LatentOptions.from_rollout(config.actor_rollout_ref.rollout)
+    _check_parts(config)
+    _check_groups(config)
+    _check_batches(config)
+    check_layout(config.actor_rollout_ref.model, options.visibility, options.draw_temperature is not None)
+    _check_treatment(config, options)
+    check_board(config)
+    settings_from(UsageSettings, options.usage, "latent.usage")
+    settings_from(AlarmSettings, options.alarm, "latent.alarm")
+    if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT_NAME:
+        _check_vllm(config, options)
+    return options
+
+
+def check_latents(config: DictConfig, latent: LatentConfig) -> None:
+    """What the rollout backend and the actor's layout ask of a checkpoint's latents, overrides applied.
+
+    Raises:
+        ConfigError: one of the two cannot run them.
+    """
+    check_padding(latent.visibility, config.actor_rollout_ref.model.use_remove_padding)
+    if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT_NAME:
+        check_mechanism(latent)
+
+
+def check_folder(config: DictConfig, options: LatentOptions) -> None:
+    """What the checkpoint's folder tells without its weights, before any worker loads them.
+
+    Raises:
+        CheckpointError: no latents, or a tokenizer that disagrees.
+        ConfigError: a model, latents or a treatment that this config cannot train.
+    """
+    folder = config.actor_rollout_ref.model.path
+    latent = options.latent_config(folder, AutoTokenizer.from_pretrained(folder))
+    options.treatment.check(latent)
+    check_model(AutoConfig.from_pretrained(folder).model_type)
+    check_latents(config, latent)
+
+
+def _require(config: DictConfig, key: str, allowed: tuple, what: str, fix: str | None = None) -> Any:
+    value = OmegaConf.select(config, key)
+    if value not in allowed:
+        raise ConfigError(what, where=key, got=value, expected=" or ".join(map(str, allowed)), fix=fix)
+    return value
+
+
+def _check_parts(config: DictConfig) -> None:
+    """Trainer mode, engine, rollout and agent loop belong together."""
+    rollout = "actor_rollout_ref.rollout"
+    modes = (TRAINER_MODE, "sync")  # the trainer itself poses as verl's sync
+    _require(config, "trainer.v1.trainer_mode", modes, "not a trainer for latents")
+    _require(config, "actor_rollout_ref.actor.strategy", ("fsdp2",), "the latent engine is FSDP2")
+    if config.actor_rollout_ref.ref.strategy != config.actor_rollout_ref.actor.strategy:
+        raise ConfigError(
+            "actor and reference differ", where="actor_rollout_ref.ref.strategy", expected="the actor's strategy"
+        )
+    _require(config, f"{rollout}.name", (ROLLOUT_NAME, VLLM_ROLLOUT_NAME), "not a rollout backend for latents")
+    _require(config, f"{rollout}.agent.default_agent_loop", (AGENT_LOOP_NAME,), "not an agent loop for latents")
+    _require(config, f"{rollout}.agent.agent_loop_manager_class", (MANAGER,), "not a manager for latents")
+    _require(config, f"{rollout}.tensor_model_parallel_size", (1,), "a rollout engine runs on one device")
+    _require(config, f"{rollout}.calculate_log_probs", (True,), "the replay gap needs the rollout's log-probs")
+    _require(config, "reward.reward_manager.name", (REWARD_MANAGER,), "rewards must not see latent spans")
+    dropping = reward_settings(config).get("on_error") == "drop"
+    if dropping and not str(config.algorithm.adv_estimator).startswith(ALGORITHM_NAME):
+        raise ConfigError(
+            "a dropped trajectory would count as reward 0",
+            where="algorithm.adv_estimator",
+            got=config.algorithm.adv_estimator,
+            expected=f"{ALGORITHM_NAME} or {ALGORITHM_NAME}_rloo with latent.reward.on_error=drop",
+        )
+    unsupported = {
+        "algorithm.filter_groups.enable": "refills depend on timing, so runs would not repeat",
+        "trainer.v1.sampler.sync_refill_failed_groups": "failed rollouts stop the run",
+        "actor_rollout_ref.actor.use_prefix_grouper": "rows are replayed one by one",
+        "critic.enable": "advantages are group-relative",
+        "algorithm.rollout_correction.bypass_mode": "old log-probs must be replayed, or the replay gap is always 0",
+        "actor_rollout_ref.rollout.multi_turn.enable": "a trajectory is one completion",
+        "actor_rollout_ref.rollout.ignore_eos": "a completion ends at EOS",
+        "reward.reward_model.enable_resource_pool": "not tried with latents",
+        "distillation.enabled": "a teacher would score the placeholders of latents",
+        "data.apply_chat_template_kwargs": "prompts are made as SFT makes them",
+        "data.mm_processor_kwargs": "prompts are made as SFT makes them",
+    }
+    for key, reason in unsupported.items():
+        if OmegaConf.select(config, key, default=None):
+            got = OmegaConf.select(config, key)
+            raise ConfigError("not supported with latents", where=key, got=got, expected=f"unset ({reason})")
+    if int(OmegaConf.select(config, "actor_rollout_ref.actor.ulysses_sequence_parallel_size", default=1)) > 1:
+        raise ConfigError(
+            "not supported with latents",
+            where="actor_rollout_ref.actor.ulysses_sequence_parallel_size",
+            got=config.actor_rollout_ref.actor.ulysses_sequence_parallel_size,
+            expected="1",
+        )
+    lora_rank = OmegaConf.select(config, "actor_rollout_ref.model.lora_rank", default=0)
+    if lora_rank > 0 and not OmegaConf.select(config, "actor_rollout_ref.model.lora.merge", default=False):
+        raise ConfigError(
+            "rollout engines take merged weights only",
+            where="actor_rollout_ref.model.lora.merge",
+            got=False,
+            expected="True with lora_rank > 0",
+        )
+
+
+def _check_groups(config: DictConfig) -> None:
+    group_size = config.actor_rollout_ref.rollout.n
+    if group_size < 2:
+        raise ConfigError(
+            "a group of one has no baseline",
+            where="actor_rollout_ref.rollout.n",
+            got=group_size,
+            expected=">= 2",
+            fix="verl would give the only trajectory of a group its raw reward as advantage.",
+        )
+    temperature = config.actor_rollout_ref.rollout.temperature
+    if not temperature > 0:
+        raise ConfigError(
+            "greedy rollouts make equal trajectories",
+            where="actor_rollout_ref.rollout.temperature",
+            got=temperature,
+            expected="> 0",
+        )
+
+
+def _check_batches(config: DictConfig) -> None:
+    """verl pads a batch that does not divide with synthetic rows, which have no latents."""
+    actor, group_size = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
+    world_size = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    prompts, mini = config.data.train_batch_size, actor.ppo_mini_batch_size
+    generated = config.data.get("gen_batch_size", None) or prompts
+    checks = [
+        ("data.train_batch_size", prompts, "actor_rollout_ref.actor.ppo_mini_batch_size", mini),
+        (
+            "actor_rollout_ref.actor.ppo_mini_batch_size * rollout.n",
+            mini * group_size,
+            "the number of ranks",
+            world_size,
+        ),
+        ("data.train_batch_size", prompts, "data.gen_batch_size", generated),
+    ]
+    if not actor.use_dynamic_bsz:
+        rows_of_rank = mini * group_size // world_size
+        micro = actor.ppo_micro_batch_size_per_gpu
+        log_prob_micro = config.actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu
+        checks += [
+            (
+                "rows of a mini-batch a rank",
+                rows_of_rank,
+                "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
+                micro,
+            ),
+            (
+                "rows of a batch a rank",
+                prompts * group_size // world_size,
+                "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu",
+                log_prob_micro,
+            ),
+        ]
+        if actor.use_kl_loss or config.algorithm.use_kl_in_reward:
+            ref_key = "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu"
+            ref_micro = OmegaConf.select(config, ref_key)
+            checks.append(("rows of a batch a rank", prompts * group_size // world_size, ref_key, ref_micro))
+    for what, number, divisor_key, divisor in checks:
+        if divisor is None:
+            raise ConfigError("not set", where=divisor_key, expected=f"a divisor of {what}={number}")
+        if number % divisor:
+            raise ConfigError(
+                f"does not divide {what}", where=divisor_key, got=divisor, expected=f"a divisor of {number}"
+            )
+
+
+def _check_vllm(config: DictConfig, options: LatentOptions) -> None:
+    """What engine vllm cannot do, as far as it shows without the checkpoint; `check_latents` has the rest."""
+    treatment, rollout = options.treatment, config.actor_rollout_ref.rollout
+    refused = (
+        ("latent.visibility", options.visibility == "latents_only", options.visibility, "full"),
+        ("latent.selection", options.draw_temperature is not None, options.selection, "top_k"),
+        (
+            "latent.treatment.name",
+            treatment.is_action or not treatment.feeds_mean,
+            type(treatment).__name__,
+            "one that feeds h itself (mask, recompute)",
+        ),
+        (
+            "actor_rollout_ref.rollout.data_parallel_size",
+            rollout.data_parallel_size > 1,
+            rollout.data_parallel_size,
+            "1",
+        ),
+        ("actor_rollout_ref.rollout.load_format", rollout.load_format == "dummy", "dummy", "auto"),
+    )
+    for where, is_refused, got, expected in refused:
+        if is_refused:
+            fix = f"Use engine hf (actor_rollout_ref.rollout.name={ROLLOUT_NAME}), or set {where}."
+            raise ConfigError("engine vllm does not run this", where=where, got=got, expected=expected, fix=fix)
+    if config.trainer.device == "cpu" and rollout.free_cache_engine:
+        raise ConfigError(
+            "vLLM's CPU worker does not sleep",
+            where="actor_rollout_ref.rollout.free_cache_engine",
+            got=True,
+            expected="False on CPU, where trainer and rollout share the memory anyway",
+        )
+
+
+def _check_treatment(config: DictConfig, options: LatentOptions) -> None:
+    """What a treatment needs of the rest of the config."""
+    terms = options.terms
+    has_reference = config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
+    for name in ("anchor_weight", "kl_coef"):
+        if getattr(terms, name) and not has_reference:
+            raise ConfigError(
+                "there is no reference model",
+                where=f"latent.treatment.{name}",
+                got=getattr(terms, name),
+                expected="actor_rollout_ref.actor.use_kl_loss=true",
+                fix="Set it; actor_rollout_ref.actor.kl_loss_coef=0 leaves the text's KL out.",
+            )
+    if terms.kl_coef and not options.act_kinds:
+        raise ConfigError(
+            "latents without a density have no KL",
+            where="latent.treatment.kl_coef",
+            got=f"{terms.kl_coef} with {type(options.treatment).__name__}",
+            expected="0, a treatment that acts (gaussian, gumbel_soft), or latent.selection=plackett_luce",
+            fix="latent.treatment.anchor_weight holds the predictions of any treatment to the reference's.",
+        )
+    if options.act_kinds and not str(config.algorithm.adv_estimator).startswith((ALGORITHM_NAME, "grpo", "rloo")):
+        raise ConfigError(
+            "a latent takes its trajectory's advantage",
+            where="algorithm.adv_estimator",
+            got=config.algorithm.adv_estimator,
+            expected="an estimator with one advantage a trajectory (grpo_latent, grpo, rloo)",
+        )

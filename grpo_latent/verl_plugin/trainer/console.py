@@ -1,0 +1,71 @@
+"""The driver's console: a progress bar and one short line a step; everything else goes to a log file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from grpo_latent.verl_plugin.trainer.reports import Report, short_line
+
+
+@contextmanager
+def output_to_file(path: Path):
+    """Sends this process's stdout and stderr, and with them what Ray prints of all workers, to `path` (appending).
+
+    Yields:
+        a rich console on the stdout that was there before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        with os.fdopen(os.dup(1), "w", buffering=1) as terminal:
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            yield Console(file=terminal, highlight=False, soft_wrap=True)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for target, original in zip((1, 2), saved, strict=True):
+            os.dup2(original, target)
+            os.close(original)
+        os.close(log)
+
+
+class StepPrinter:
+    """Prints each report once; the bar shows on terminals only."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self._progress = Progress(
+            TextColumn("GRPO"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = None
+
+    def __enter__(self) -> StepPrinter:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._progress.stop()
+
+    def __call__(self, report: Report) -> None:
+        if self._task is None:
+            self._task = self._progress.add_task("steps", total=report.total_steps)
+        self._progress.update(self._task, completed=report.step, total=report.total_steps)
+        # a step's own line carries its validation; this one is for validation outside of training
+        if report.kind in ("step", "alarm") or (report.kind == "validation" and report.step == 0):
+            self.console.print(short_line(report))

@@ -1,0 +1,240 @@
+"""verl's FSDP2 engine with latents: recorded vectors enter through the embedding hook, padded or packed.
+
+    micro-batch (ragged rows)                     model forward of verl
+      input_ids       [B, (L)]  ─┐
+      position_kinds  [B, (L)]   ├─ prepare_model_inputs ─▶ ids, mask or bias, injector armed ─▶ log-probs
+      latent_embeds   [B, (n), H]┘
+
+Kinds and vectors are what the rollout recorded; nothing here derives a latent from a token id. Chosen image embeddings are
+replayed by index: their vectors are the forward's own. The placeholder ids at
+latent positions are even overwritten, so that an image placeholder or EOS among them has no effect.
+"""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id, get_device_name
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from grpo_latent.errors import ConfigError, LatentMismatchError
+from grpo_latent.latent.config import LatentConfig
+from grpo_latent.models.head import attach_latent_modules
+from grpo_latent.models.injection import LatentInjector
+from grpo_latent.models.loading import load_latent_parameters
+from grpo_latent.models.visibility import attention_bias
+from grpo_latent.models.vision_cache import VisionCache
+from grpo_latent.trajectory import PositionKind, latent_mask
+from grpo_latent.verl_plugin.boot import compat
+from grpo_latent.verl_plugin.boot.layout import check_layout, check_model, check_padding
+from grpo_latent.verl_plugin.boot.options import LatentOptions
+from grpo_latent.verl_plugin.boot.registration import NAME
+from grpo_latent.verl_plugin.worker.choice_forward import ChoiceForward
+from grpo_latent.verl_plugin.worker.gradients import InputGradients
+from grpo_latent.verl_plugin.worker.hf_folder import complete_hf_folder
+from grpo_latent.verl_plugin.worker.latent_loss import NUM_ACTS, NUM_LATENTS, LatentLoss
+from grpo_latent.verl_plugin.worker.treated_forward import TreatedForward
+
+
+@EngineRegistry.register(model_type="language_model", backend=["fsdp2"], device=["cpu", "cuda"], vendor=NAME)
+class LatentFSDPEngine(FSDPEngineWithLMHead):
+    """Replays recorded latents; otherwise verl's engine."""
+
+    options = LatentOptions()
+    freeze_vision = False
+
+    def configure(self, options: LatentOptions, freeze_vision: bool = False) -> None:
+        """To be called before `initialize`."""
+        self.options, self.freeze_vision = options, freeze_vision
+
+    # ---- building -------------------------------------------------------------------------------------------------
+
+    def _build_module(self):
+        folder = self.model_config.local_path
+        self.latent_config: LatentConfig = self.options.latent_config(folder, self.model_config.tokenizer)
+        check_model(self.model_config.hf_config.model_type)
+        check_layout(self.model_config, self.latent_config.visibility, self.options.draw_temperature is not None)
+        check_packed(self.model_config)
+        module = super()._build_module()
+        attach_latent_modules(module, self.latent_config)
+        if not module.get_input_embeddings().weight.is_meta:  # the other ranks receive rank 0's weights from FSDP2
+            load_latent_parameters(module, folder)
+        visual = getattr(getattr(module, "model", None), "visual", None)
+        if visual is not None and self.freeze_vision:
+            visual.requires_grad_(False)
+        # within a forward only: features kept across forwards would make ranks call the tower's collectives unequally often
+        self.vision_cache = VisionCache.install(module) if visual is not None and self.options.share_images else None
+        self.injector = LatentInjector.install(module)
+        self.input_gradients = InputGradients(module)  # after the injector: it watches what the model is fed
+        self.options.treatment.check(self.latent_config)
+        self.treated = TreatedForward(self, module, self.injector, self.options.treatment, self.options.terms)
+        self.choices = ChoiceForward(module, self.latent_config.top_k_image, self.options.draw_temperature)
+        return module
+
+    def _build_fsdp_module(self, module):
+        with compat.without_pinned_offload(self.engine_config):
+            return super()._build_fsdp_module(module)
+
+    # ---- forward --------------------------------------------------------------------------------------------------
+
+    def forward_backward_batch(self, data: TensorDict, loss_function, forward_only=False):
+        if isinstance(loss_function, LatentLoss) and not forward_only:
+            counts = loss_function.count(data).to(get_device_id())
+            torch.distributed.all_reduce(counts, group=self.get_data_parallel_group())
+            tu.assign_non_tensor(data, **dict(zip((NUM_ACTS, NUM_LATENTS), counts.tolist(), strict=True)))
+        return super().forward_backward_batch(data, loss_function, forward_only)
+
+    def forward_step(self, micro_batch: TensorDict, loss_function, forward_only):
+        self.trains = not forward_only
+        try:
+            result = super().forward_step(micro_batch, loss_function, forward_only)
+            self.injector.check_used()
+            self.input_gradients.close(None if forward_only else result[1]["metrics"])
+            return result
+        finally:
+            self.injector.disarm()
+            self.treated.disarm()
+            self.choices.disarm()
+
+    def prepare_model_inputs(self, micro_batch: TensorDict):
+        kinds_rows, latents_NH = latent_fields(micro_batch)
+        micro_batch["input_ids"] = self._with_placeholders(micro_batch["input_ids"], kinds_rows)
+        micro_batch["position_ids"] = self._with_mrope(micro_batch["position_ids"])
+        model_inputs, output_args = super().prepare_model_inputs(micro_batch)
+        shape = model_inputs["input_ids"].shape
+        packed = tu.get_non_tensor_data(micro_batch, "use_remove_padding", True)
+        kinds_BT = pad_rows([torch.cat(kinds_rows)] if packed else kinds_rows, shape)
+        if self.latent_config.visibility == "latents_only":
+            check_padding(self.latent_config.visibility, packed)
+            valid_BT = model_inputs["attention_mask"].bool()
+            model_inputs["attention_mask"] = attention_bias(
+                kinds_BT, valid_BT, self.latent_config.visibility, self._autocast_dtype
+            )
+        self.choices.feed(micro_batch, packed)
+        latents_NH = self.treated.prepare(model_inputs, kinds_BT, kinds_rows, latents_NH, self.trains)
+        self.choices.prepare(model_inputs, kinds_BT, micro_batch)
+        self.injector.arm(latent_mask(kinds_BT), latents_NH)
+        self.input_gradients.watch(kinds_BT)  # of verl's forward, not of those that recomputed the latents
+        self.kinds_BT = kinds_BT
+        return model_inputs, output_args
+
+    def prepare_model_outputs(self, output, output_args, micro_batch: TensorDict, logits_processor_func):
+        model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+        self.treated.extend(model_output, output_args, micro_batch, self.kinds_BT, self.trains)
+        self.choices.extend(model_output, micro_batch)
+        return model_output
+
+    def _with_placeholders(self, input_ids: Tensor, kinds_rows: list[Tensor]) -> Tensor:
+        values = input_ids.values().masked_fill(latent_mask(torch.cat(kinds_rows)), self.latent_config.latent_id)
+        return torch.nested.nested_tensor_from_jagged(values, offsets=input_ids.offsets())
+
+    def _with_mrope(self, position_ids: Tensor) -> Tensor:
+        """Rows of a vision model always have four position components; text-only rows may come with one."""
+        if position_ids.dim() != 2 or not hasattr(self.model_config.hf_config, "vision_config"):
+            return position_ids
+        rows = [row.expand(4, -1).contiguous() for row in position_ids.unbind()]
+        return tu.nested_tensor_from_tensor_list(rows, ragged_idx=2)
+
+    # ---- weights and checkpoints ----------------------------------------------------------------------------------
+
+    def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
+        """All weights in full precision under the module's own names, head and end vector with them.
+
+        verl's own version renames to checkpoint names and sends merged LoRA weights as bf16, which would put the rollout's
+        policy beside the trained one. A collective: every rank must iterate the generator to its end.
+        """
+        model = getattr(self.module, "_fsdp_wrapped_module", self.module)
+        if not hasattr(model, "peft_config"):
+            return full_tensors(self.module.state_dict()), None
+        if not self.model_config.lora.get("merge", False):
+            raise ConfigError(
+                "engine hf takes merged weights only",
+                where="actor_rollout_ref.model.lora.merge",
+                got=False,
+                expected="True with LoRA",
+            )
+        return self._merged_weights(), None
+
+    def _merged_weights(self):
+        from verl.utils.fsdp_utils import merged_lora_context, normalize_peft_param_name
+
+        # merging is arithmetic on the module itself, and copies to the host may still be under way where it was offloaded
+        if self.is_param_offload_enabled:
+            self.to(get_device_name(), model=True, optimizer=False, grad=False)
+        try:
+            with merged_lora_context(self.module, backup_adapters=True):
+                yield from full_tensors(normalize_peft_param_name(self.module.state_dict()))
+        finally:
+            if self.is_param_offload_enabled:
+                self.to("cpu", model=True, optimizer=False, grad=False)
+
+    def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None, **kwargs):
+        super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
+        if self.rank == 0:
+            complete_hf_folder(f"{local_path}/huggingface", self.model_config, self.latent_config)
+        torch.distributed.barrier()
+
+
+def full_tensors(state: dict):
+    """(name, full tensor) of each weight; gathers shards, so every rank must iterate."""
+    device = get_device_id()
+    for name, tensor in state.items():
+        yield name, tensor.to(device).full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def latent_fields(micro_batch: TensorDict) -> tuple[list[Tensor], Tensor]:
+    """Kinds of each row, and the recorded latents of all rows in order [N, H].
+
+    Raises:
+        LatentMismatchError: the fields are missing, or a row's counts disagree.
+    """
+    for name in ("position_kinds", "latent_embeds"):
+        if name not in micro_batch.keys():
+            raise LatentMismatchError(
+                "batch without recorded latents",
+                where="latent engine",
+                got=f"no {name} among {sorted(micro_batch.keys())}",
+                expected="position_kinds and latent_embeds, as agent loop latent_agent writes them",
+                fix="Set actor_rollout_ref.rollout.agent.default_agent_loop=latent_agent.",
+            )
+    kinds_rows = list(micro_batch["position_kinds"].unbind())
+    latent_rows = list(micro_batch["latent_embeds"].unbind())
+    lengths = micro_batch["input_ids"].offsets().diff().tolist()
+    for row, (kinds, latents, length) in enumerate(zip(kinds_rows, latent_rows, lengths, strict=True)):
+        num_latents = int(latent_mask(kinds).sum())
+        if kinds.shape[0] != length or latents.shape[0] != num_latents:
+            raise LatentMismatchError(
+                "recorded latents do not fit the sequence",
+                where=f"latent engine, row {row} of the micro-batch",
+                got=f"{length} ids, {kinds.shape[0]} kinds with {num_latents} latents, {latents.shape[0]} vectors",
+                expected="one kind an id, one vector a latent",
+                fix="The three fields of a row must come from one recorded trajectory.",
+            )
+    return kinds_rows, torch.cat(latent_rows)
+
+
+def pad_rows(rows: list[Tensor], shape: torch.Size) -> Tensor:
+    """int64 [B, T] of `shape`, rows padded right with PROMPT."""
+    padded = torch.full(shape, int(PositionKind.PROMPT), dtype=torch.long, device=rows[0].device)
+    for row, values in enumerate(rows):
+        padded[row, : values.shape[0]] = values
+    return padded
+
+
+def check_packed(model_config) -> None:
+    """Raises `ConfigError` at a packed layout without the kernel that it needs, which only a worker can tell."""
+    if not model_config.use_remove_padding or not hasattr(model_config.hf_config, "vision_config"):
+        return
+    from transformers.utils import is_flash_attn_2_available
+
+    if not is_flash_attn_2_available():
+        raise ConfigError(
+            "the packed layout of a vision model needs flash-attn",
+            where="actor_rollout_ref.model.use_remove_padding",
+            got=True,
+            expected="False, or flash-attn installed",
+        )

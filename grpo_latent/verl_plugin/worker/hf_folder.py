@@ -1,0 +1,17 @@
+"""`actor/huggingface` of a checkpoint, completed to a folder that `load_latent_model` and stage-2 runs read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from grpo_latent.latent.config import LatentConfig
+
+
+def complete_hf_folder(folder: str | Path, model_config, latent_config: LatentConfig) -> None:
+    """Adds what verl leaves out of `actor/huggingface`: latent_config.json, and the tokenizer beside the processor."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if model_config.processor is not None:
+        model_config.processor.save_pretrained(folder)
+    model_config.tokenizer.save_pretrained(folder)
+    latent_config.save(folder)

@@ -1,0 +1,80 @@
+"""Ray workers: verl's, with the latent engine, one thread a process on CPU, and gloo."""
+
+from __future__ import annotations
+
+import os
+import random
+from functools import partial
+
+import numpy as np
+import torch
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+
+from grpo_latent.verl_plugin.boot import compat
+from grpo_latent.verl_plugin.boot.options import LatentOptions
+from grpo_latent.verl_plugin.boot.registration import NAME, verify
+from grpo_latent.verl_plugin.worker.latent_loss import LatentLoss
+
+
+def prepare_process(options: LatentOptions) -> None:
+    """Selects the latent engine and, on CPU, limits threads and starts gloo; idempotent."""
+    os.environ["VERL_ENGINE_VENDOR"] = NAME
+    if compat.is_cpu():
+        torch.set_num_threads(options.cpu_threads)
+        compat.init_cpu_process_group()
+
+
+def seed_process(seed: int, rank: int) -> None:
+    """Checkpoints hold the generators' states: with a fixed start, a resumed run ends with those of an uninterrupted one."""
+    random.seed(f"{seed}/{rank}")
+    np.random.seed((seed * 1000 + rank) % 2**32)
+    torch.manual_seed(seed * 1000 + rank)
+
+
+class LatentTrainingWorker(TrainingWorker):
+    """One model of one role on one rank."""
+
+    def __init__(self, config, options: LatentOptions | None = None, freeze_vision: bool = False):
+        verify(f"training worker, rank {os.environ.get('RANK', 0)}")
+        options = options or LatentOptions()
+        prepare_process(options)
+        super().__init__(config)
+        self.engine.configure(options, freeze_vision)
+
+
+class LatentActorRolloutRefWorker(ActorRolloutRefWorker):
+    """Actor, reference and rollout adapter of one rank."""
+
+    def __init__(self, config, role, distillation_config=None, **kwargs):
+        verify(f"{role} worker, rank {os.environ.get('RANK', 0)}")
+        options = LatentOptions.from_rollout(config.rollout)
+        prepare_process(options)
+        seed_process(options.seed, int(os.environ.get("RANK", 0)))
+        # verl 0.9.1 has `freeze_vision_tower` in its config and reads it nowhere; the merger is frozen with the tower
+        freeze_vision = bool(config.actor.get("freeze_vision_tower", False))
+        self.actor_worker_cls = partial(LatentTrainingWorker, options=options, freeze_vision=freeze_vision)
+        self.ref_worker_cls = partial(LatentTrainingWorker, options=options, freeze_vision=freeze_vision)
+        super().__init__(config, role, distillation_config, **kwargs)
+        self.options = options
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    async def send_weights_to(self, server, policy_version: int):
+        """Sends the actor's weights to a server with engine hf; every rank takes part in gathering them."""
+        from grpo_latent.verl_plugin.rollout.replica import send_weights
+
+        weights, _ = self.actor.engine.get_per_tensor_param()
+        if torch.distributed.get_rank() == 0:
+            await send_weights(server, weights, self.config.rollout, policy_version)
+        else:
+            for _ in weights:
+                pass
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self):
+        super().init_model()
+        terms, acts = self.options.terms, self.options.act_kinds
+        if self.actor is not None and (acts or terms.anchor_weight):
+            actor = self.config.actor
+            loss = LatentLoss(self.loss_fn, terms, acts, actor.loss_agg_mode, actor.get("loss_scale_factor", None))
+            self.actor.set_loss_fn(loss)

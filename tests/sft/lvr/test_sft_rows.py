@@ -1,0 +1,195 @@
+"""Examples to rows, rows to batches, and which rows make a batch: against layouts written out by hand."""
+
+import dataclasses
+
+import pytest
+import torch
+from sft_cases import batch_of, encoder, example, examples, latent_model
+
+from grpo_latent.data.examples import ImageRef
+from grpo_latent.errors import ConfigError, DataError
+from grpo_latent.models.prompts import encode_prompt
+from grpo_latent.sft.common.sampler import SeededBatchSampler
+from grpo_latent.sft.lvr.collator import collate
+from grpo_latent.sft.lvr.rows import END_VECTOR, IGNORED, SFTDataset, set_image_tokens
+from grpo_latent.trajectory import PositionKind as K
+
+
+@pytest.fixture(scope="module")
+def latent():
+    return latent_model("qwen2_5_vl")
+
+
+@pytest.fixture(scope="module")
+def latent_with_end():
+    return latent_model("qwen2_5_vl", end=True)
+
+
+def words(latent, ids):
+    return latent.tokenizer.convert_ids_to_tokens([int(token) for token in ids])
+
+
+IMAGE = ["<|vision_start|>", *["<|image_pad|>"] * 6, "<|vision_end|>"]
+SPAN = ["<|lvr_start|>", "<|lvr|>", "<|lvr_end|>"]
+
+
+def test_layout_of_one_span(latent):
+    row = encoder(latent)(example())
+    prompt = ["<|im_start|>", "read", "red", "?", *IMAGE, "<|im_end|>"]
+    completion = [*SPAN, "<answer>", "7", "</answer>", "<|im_end|>"]
+    assert words(latent, row.input_ids) == prompt + completion
+    kinds = [K.PROMPT] * 4 + [K.VISION] * 8 + [K.PROMPT, K.START, K.LATENT, K.FORCED] + [K.TEXT] * 4
+    assert row.kinds.tolist() == kinds
+    assert row.labels.tolist() == [
+        IGNORED if kind in (K.PROMPT, K.VISION, K.LATENT) else token
+        for kind, token in zip(kinds, row.input_ids.tolist(), strict=True)
+    ]
+    assert row.roi_N.tolist() == [0] and row.num_visual_tokens == 6
+
+
+def test_layout_of_spans_between_text_over_two_images(latent):
+    boxes = ((0.0, 0.0, 0.3, 0.4), (0.4, 0.1, 1.0, 0.9))
+    item = example(
+        boxes=boxes, box_images=(1, 0), num_images=2, response="<lvr> red <lvr>\n<answer> 7 </answer>", answer="7"
+    )
+    row = encoder(latent)(item)
+    start = row.kinds.tolist().index(K.START)
+    four = ["<|lvr_start|>", *["<|lvr|>"] * 4, "<|lvr_end|>"]
+    assert words(latent, row.input_ids[start:]) == [*SPAN, "red", *four, "<answer>", "7", "</answer>", "<|im_end|>"]
+    # the first box lies in the second image (tokens 6..11), the second covers the two right columns of the first one
+    assert row.roi_N.tolist() == [6, 1, 2, 4, 5] and row.num_visual_tokens == 12
+
+
+def test_row_without_an_answer_stops_before_it_and_never_sees_it(latent):
+    item = example(answer=None)
+    row = encoder(latent)(item)
+    assert words(latent, row.input_ids[-4:]) == [*SPAN, "<answer>"]
+    assert words(latent, row.labels[row.labels != IGNORED]) == ["<|lvr_start|>", "<|lvr_end|>", "<answer>"]
+    told = encoder(latent)(dataclasses.replace(item, answer="7"))
+    assert torch.equal(told.input_ids, row.input_ids) and torch.equal(told.labels, row.labels)
+
+
+def test_end_vector_is_one_more_latent_of_each_span(latent_with_end):
+    row = encoder(latent_with_end, has_end_vector=True)(example(boxes=((0.0, 0.0, 0.6, 0.4),)))
+    span = row.kinds.tolist()[row.kinds.tolist().index(K.START) :][:5]
+    assert span == [K.START, K.LATENT, K.LATENT, K.LATENT, K.FORCED]
+    assert row.roi_N.tolist() == [0, 1, END_VECTOR]
+
+
+def test_prompt_is_the_one_that_rollouts_get(latent):
+    item = example(num_images=2)
+    row = encoder(latent)(item)
+    pictures = [image.open() for image in item.images]
+    prompt = encode_prompt(latent.tokenizer, latent.processor, item.messages, pictures, "here")
+    assert torch.equal(row.input_ids[: len(prompt.ids)], prompt.ids)
+    assert row.kinds[len(prompt.ids)] == K.START
+    assert torch.equal(row.images.pixel_values, prompt.images.pixel_values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(response="<lvr> <|lvr|> <answer> 7 </answer>"), "reserved token"),
+        (dict(response="<lvr> <|image_pad|> <answer> 7 </answer>"), "reserved token"),
+        (dict(response="<answer> 7 </answer>"), "spans do not match the boxes"),
+        (dict(response="<lvr> <lvr> <answer> 7 </answer>"), "spans do not match the boxes"),
+        (dict(images=(ImageRef("row 0: images[0]", data=b"no image"),)), "not a readable image"),
+        (dict(images=()), "images do not match the prompt"),
+    ],
+)
+def test_malformed_examples_name_the_row(latent, change, message):
+    with pytest.raises(DataError, match=message) as caught:
+        encoder(latent)(dataclasses.replace(example(), **change))
+    assert "row 0" in str(caught.value)
+
+
+def test_too_long_rows_are_refused(latent):
+    length = len(encoder(latent)(example()).input_ids)
+    encoder(latent, max_length=length)(example())
+    with pytest.raises(DataError, match="row too long"):
+        encoder(latent, max_length=length - 1)(example())
+
+
+def test_no_rows_are_refused(latent):
+    with pytest.raises(DataError, match="no examples"):
+        SFTDataset([], encoder(latent))
+
+
+def test_batch_pads_right_and_counts_visual_tokens_over_rows(latent):
+    rows = [encoder(latent)(item) for item in (example(0), example(1, answer=None, boxes=((0.0, 0.0, 0.6, 0.4),)))]
+    batch = collate(rows)
+    lengths = [len(row.input_ids) for row in rows]
+    assert batch["valid"].sum(-1).tolist() == lengths and batch["input_ids"].shape == (2, max(lengths))
+    for row, item in enumerate(rows):
+        for name in ("input_ids", "kinds", "labels"):
+            assert torch.equal(batch[name][row, : lengths[row]], getattr(item, name))
+        assert (batch["labels"][row, lengths[row] :] == IGNORED).all()
+    assert batch["roi"].tolist() == [0, 6, 7] and batch["num_visual_tokens"].tolist() == [6, 6]
+    assert batch["pixel_values"].shape[0] == 48 and batch["image_grid_thw"].shape == (2, 3)
+
+
+def test_batch_of_rows_without_images_has_no_pixels(latent):
+    text = example(num_images=0, boxes=(), response="<answer> 7 </answer>")
+    batch = batch_of(latent, [text, text])
+    assert "pixel_values" not in batch and batch["roi"].shape == (0,)
+
+
+def test_dataset_keeps_rows_up_to_its_bound(latent, monkeypatch):
+    size = encoder(latent)(example()).images.pixel_values.nbytes
+    dataset = SFTDataset(examples(3), encoder(latent), cache_bytes=2 * size)
+    first = [dataset[index] for index in range(3)]
+    assert [dataset[index] is row for index, row in enumerate(first)] == [True, True, False]
+
+
+def test_image_token_bounds_reach_the_processor(latent):
+    processor = latent_model("qwen2_vl").processor
+    set_image_tokens(processor, None, 4)
+    grid = processor.image_processor(images=[example().images[0].open()], return_tensors="pt")["image_grid_thw"][0]
+    assert int(grid.prod()) // 4 <= 4
+    with pytest.raises(ConfigError, match="no image size fits"):
+        set_image_tokens(processor, 9, 4)
+
+
+LABELLED = [index % 4 == 0 for index in range(22)]
+
+
+def batches(epoch=0, seed=0, **kwargs):
+    sampler = SeededBatchSampler(LABELLED, 4, seed, **kwargs)
+    sampler.set_epoch(epoch)
+    assert len(sampler) == len(list(sampler))
+    return list(sampler)
+
+
+def test_an_epoch_is_a_permutation():
+    rows = [row for batch in batches() for row in batch]
+    assert len(batches()) == 5 and len(set(rows)) == 20 and rows != sorted(rows)
+
+
+def test_order_depends_on_seed_and_epoch_only():
+    assert batches(epoch=1) == batches(epoch=1)
+    assert len({str(batches(epoch, seed)) for epoch in range(3) for seed in range(3)}) == 9
+
+
+def test_labelled_rows_have_their_share_of_each_batch():
+    own = batches(labelled_per_batch=2)
+    assert [sum(LABELLED[row] for row in batch) for batch in own] == [2] * 8
+    unlabelled = [row for batch in own for row in batch if not LABELLED[row]]
+    assert len(set(unlabelled)) == 16, "no row without an answer twice in an epoch"
+    labelled = [row for batch in own for row in batch if LABELLED[row]]
+    assert {labelled.count(row) for row in set(labelled)} == {2, 3}, "16 draws of 6 rows, evenly"
+
+
+@pytest.mark.parametrize(
+    ("has_answer", "batch_size", "labelled_per_batch"),
+    [
+        ([True] * 3, 4, None),
+        ([True] * 8, 4, 1),
+        ([False] * 8, 4, 1),
+        ([True, False] * 4, 4, 4),
+        ([True, False] * 4, 4, 5),
+        ([True, False] * 4, 4, 0),
+    ],
+)
+def test_impossible_batches_are_refused(has_answer, batch_size, labelled_per_batch):
+    with pytest.raises(ConfigError, match="not enough rows"):
+        SeededBatchSampler(has_answer, batch_size, 0, labelled_per_batch)

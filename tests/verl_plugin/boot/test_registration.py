@@ -1,0 +1,72 @@
+"""Loud when the plug-in is not loaded, cheap when verl loads it itself, in fresh interpreters."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from grpo_latent.errors import PluginError
+from grpo_latent.verl_plugin.boot import compat, registration
+
+
+def run(code, **env):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("VERL_")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], env={**clean, **env}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_verl_loads_the_platform_by_entry_point_and_nothing_else():
+    code = """
+import sys, verl
+from verl.utils.device import get_device_name
+print(get_device_name(), "grpo_latent.verl_plugin.trainer.trainer" in sys.modules)
+"""
+    assert run(code, VERL_PLATFORM="cpu").split()[-2:] == ["cpu", "False"]
+
+
+def test_verl_loads_everything_by_environment():
+    code = """
+import verl
+from verl.trainer.ppo.v1 import get_trainer_cls
+from grpo_latent.verl_plugin.boot import compat
+print(get_trainer_cls("latent_sync").__name__, sorted(compat.registered_names()["rollout replica"]))
+"""
+    out = run(code, VERL_USE_EXTERNAL_MODULES="grpo_latent.verl_plugin")
+    assert "LatentPPOTrainer" in out and "hf_latent" in out
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("trainer", "latent_sync"),
+        ("rollout adapter", "hf_latent"),
+        ("rollout adapter", "vllm_latent"),
+        ("rollout replica", "vllm_latent"),
+    ],
+)
+def test_a_missing_registry_entry_is_named(kind, name, monkeypatch):
+    registration.verify("here")
+    names = compat.registered_names()
+    names[kind] -= {name}
+    monkeypatch.setattr(compat, "registered_names", lambda: names)
+    message = re.escape(f"server 3: the verl plug-in is not loaded; got no {{'{kind}': ['{name}']}}; expected")
+    with pytest.raises(PluginError, match=message):
+        registration.verify("server 3")
+
+
+def test_another_device_is_named():
+    with pytest.raises(PluginError, match="trainer: verl settled on another device; got c.*VERL_PLATFORM"):
+        registration.verify_device("trainer", "tpu")
+
+
+def test_another_verl_is_refused(monkeypatch):
+    import importlib.metadata
+
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.10.0")
+    with pytest.raises(PluginError, match="unsupported verl; got 0.10.0"):
+        compat.check_verl_version()

@@ -1,0 +1,155 @@
+"""From dispatch to batch without Ray: tickets, failures that end the wave at once, and the order of a batch."""
+
+import asyncio
+import time
+from types import SimpleNamespace
+
+import engine_helpers as helpers
+import pytest
+from tensordict import NonTensorData, NonTensorStack, TensorDict
+from test_agent_loop import ROLLOUT, LocalClient, make_loop, prompt_row
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
+
+from grpo_latent.errors import DataError, PluginError, RewardError
+from grpo_latent.models.loading import load_latent_model
+from grpo_latent.verl_plugin.boot.options import LatentOptions
+from grpo_latent.verl_plugin.rollout import agent_loop
+from grpo_latent.verl_plugin.rollout.agent_loop import TICKET, LatentAgentLoopManager, LatentAgentLoopWorker
+from grpo_latent.verl_plugin.rollout.server import LatentRolloutServer
+from grpo_latent.verl_plugin.rollout.waves import Ticket
+from grpo_latent.verl_plugin.trainer import replay_buffer
+from grpo_latent.verl_plugin.trainer.replay_buffer import LatentReplayBuffer
+
+
+class FakeQueue:
+    """What the worker does with TransferQueue."""
+
+    def __init__(self):
+        self.tags, self.rows = {}, {}
+
+    async def async_kv_put(self, key, partition_id, tag):
+        self.tags.setdefault(key, []).append(tag["status"])
+
+    async def async_kv_batch_put(self, keys, fields, tags, partition_id):
+        self.rows.update(zip(keys, tags, strict=True))
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = helpers.make_checkpoint(tmp_path_factory.mktemp("model"))
+    rollout = {**ROLLOUT, "custom": {"latent": {"rollout_timeout_s": 20.0}}}
+    return load_latent_model(folder), LatentRolloutServer(folder, rollout, 0, "cpu", "sdpa")
+
+
+def make_worker(loaded, server, score=lambda index: 1.0):
+    """A worker whose rewards come from `score`."""
+    worker = LatentAgentLoopWorker.__new__(LatentAgentLoopWorker)
+    worker.options, worker.llm_client, worker._failures = LatentOptions(), LocalClient(server), []
+    worker.rollout_config = SimpleNamespace(n=2, response_length=12, val_kwargs=SimpleNamespace(n=1))
+    worker._agent_loop = make_loop(loaded, server)
+
+    async def fake_score(outputs, prompt):
+        for output in outputs:
+            output.reward_score = score(prompt["index"])
+
+    worker._score, worker.reward_loop_worker_handles = fake_score, ["one"]
+    return worker
+
+
+def run_wave(parts, monkeypatch, rows, **kwargs):
+    queue = FakeQueue()
+    monkeypatch.setattr(agent_loop, "tq", queue)
+    monkeypatch.setattr(LocalClient, "fail_wave", lambda self, *a: self.servers[0].fail_wave(*a), raising=False)
+
+    async def scenario():
+        worker = make_worker(*parts, **kwargs)
+        indices = tuple(range(len(rows)))
+        prompts = [
+            {**row, TICKET: Ticket(f"w{time.monotonic()}", i, indices, 0), "global_steps": 1}
+            for i, row in enumerate(rows)
+        ]
+        wave_id = prompts[0][TICKET].wave_id
+        for prompt in prompts:
+            prompt[TICKET] = Ticket(wave_id, prompt[TICKET].row, indices, 0)
+        sampling = {"temperature": 1.0, "top_k": -1, "top_p": 1.0}
+        await asyncio.gather(*(worker._run_prompt(p, sampling, {"validate": False, "step": 1}) for p in prompts))
+        return worker
+
+    return asyncio.run(scenario()), queue
+
+
+def test_a_wave_ends_in_finished_groups(parts, monkeypatch):
+    worker, queue = run_wave(parts, monkeypatch, [prompt_row(i, parts[0]) for i in range(3)])
+    assert worker.failures() == [] and set(map(tuple, queue.tags.values())) == {("running", "finished")}
+    assert sorted(queue.rows) == [f"uid{i}_{session}_0" for i in range(3) for session in range(2)]
+    assert all(tag["status"] == "success" and tag["seq_len"] > tag["prompt_len"] for tag in queue.rows.values())
+
+
+def test_a_bad_prompt_ends_the_whole_wave_at_once(parts, monkeypatch):
+    """The others wait at the barrier for the bad one: it has to tell the server."""
+    rows = [prompt_row(0, parts[0]), prompt_row(1, parts[0], "read " * 80), prompt_row(2, parts[0])]
+    worker, queue = run_wave(parts, monkeypatch, rows)
+    assert [tags[-1] for tags in queue.tags.values()] == ["failure"] * 3 and queue.rows == {}
+    assert all(isinstance(error, DataError) and "row 1 of test" in str(error) for error in worker.failures())
+
+
+def test_a_failing_reward_fails_its_group(parts, monkeypatch):
+    def score(index):
+        if index == 1:
+            raise RewardError("reward returned nan", kind="nan")
+        return 1.0
+
+    worker, queue = run_wave(parts, monkeypatch, [prompt_row(i, parts[0]) for i in range(2)], score=score)
+    assert [queue.tags[uid][-1] for uid in ("uid0", "uid1")] == ["finished", "failure"]
+    assert [type(error) for error in worker.failures()] == [RewardError]
+
+
+def make_manager(num_servers, monkeypatch):
+    dispatched = []
+    monkeypatch.setattr(AgentLoopManagerTQ, "generate_sequences", lambda self, prompts: dispatched.append(prompts))
+    manager = LatentAgentLoopManager.__new__(LatentAgentLoopManager)
+    manager.llm_client = SimpleNamespace(servers=list(range(num_servers)))
+    manager._waves, manager._dispatched, manager.order_of_uid = iter(range(99)), iter(range(99)), {}
+    return manager, dispatched
+
+
+def prompts_of(uids):
+    return TensorDict({"uid": NonTensorStack(*map(NonTensorData, uids))}, batch_size=len(uids))
+
+
+def test_tickets_spread_whole_groups_over_the_replicas(monkeypatch):
+    manager, dispatched = make_manager(2, monkeypatch)
+    manager.generate_sequences(prompts_of(["e", "d", "c"]))
+    manager.generate_sequences(prompts_of(["b", "a"]))
+    tickets = [[t.data if hasattr(t, "data") else t for t in batch[TICKET]] for batch in dispatched]
+    assert [(t.row, t.rows, t.replica) for t in tickets[0]] == [(0, (0, 2), 0), (1, (1,), 1), (2, (0, 2), 0)]
+    assert len({t.wave_id for batch in tickets for t in batch}) == 2
+    assert manager.order_of_uid == {"e": 0, "d": 1, "c": 2, "b": 3, "a": 4}
+
+
+def test_batches_follow_dispatch_and_session_not_arrival(monkeypatch):
+    monkeypatch.setattr(replay_buffer.tq, "kv_clear", lambda **kwargs: None)
+    manager, _ = make_manager(1, monkeypatch)
+    manager.generate_sequences(prompts_of(["z", "y", "x"]))
+    buffer = LatentReplayBuffer.adopt(ReplayBuffer.__new__(ReplayBuffer))
+    buffer.manager = manager
+    arrival = ["x_1_0", "z_10_0", "y_0_0", "other_0_0", "z_2_0", "x_0_0"]
+    batch = buffer._materialize_batch("train", ["x", "y", "z"], {key: {"key": key} for key in arrival})
+    assert batch.keys == ["z_2_0", "z_10_0", "y_0_0", "x_0_0", "x_1_0"] and manager.order_of_uid == {}
+    assert [tag["key"] for tag in batch.tags] == batch.keys
+
+
+def test_other_buffers_are_refused():
+    with pytest.raises(PluginError, match="custom_sampler; got|brings its own replay buffer"):
+        LatentReplayBuffer.adopt(ReplayBufferAsync.__new__(ReplayBufferAsync))
+
+
+def test_failures_are_raised_by_type(monkeypatch):
+    manager, _ = make_manager(1, monkeypatch)
+    error = RewardError("reward returned inf", kind="inf")
+    worker = SimpleNamespace(failures=SimpleNamespace(remote=lambda: [error, DataError("later")]))
+    manager.agent_loop_workers = [worker]
+    monkeypatch.setattr(agent_loop.ray, "get", lambda values: values)
+    with pytest.raises(RewardError, match="returned inf"):
+        manager.raise_failure("train", 2)

@@ -1,0 +1,342 @@
+"""Training end to end on Ray, with the tiniest model. Slow; runs share what they can.
+
+world size 2, trainer in this process:    A  steps 1-6, with a reward that fails on one row: its group is dropped
+                                          B  what a kill inside A's save of step 6 leaves, resumed from step 3:
+                                             equal to A to the bit
+world size 1, in this process:            C  IVT-LR, steps 1-2 of 4: an alarm stops it
+world size 1, a Ray head on loopback with token authentication:
+                                          D  `ray job submit -- python -m grpo_latent.train`, steps 1-3, wandb offline
+                                          E  stock `python -m verl.trainer.main_ppo`, resumed from D, steps 4-6
+                                          F  `python -m grpo_latent.train` on a Ray of its own, steps 1-6: equal to D + E
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import tiny_run
+import torch
+from engine_helpers import SLOTS, free_port
+
+from grpo_latent.errors import ReplayGapError, RewardError
+from grpo_latent.eval.dumps import read_dump
+from grpo_latent.models import tiny
+from grpo_latent.models.loading import load_latent_model
+from grpo_latent.trajectory import PositionKind as K
+from grpo_latent.verl_plugin.trainer import checkpoint
+from grpo_latent.verl_plugin.trainer.reports import Reporter, drain, short_line, start_board
+
+pytestmark = pytest.mark.slow
+TWO_RANKS = "trainer.n_gpus_per_node=2"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return tiny_run.write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def test_reports_and_alarms_reach_the_driver(local_ray):
+    board, lines = start_board(), []
+    reporter = Reporter()
+    reporter.report("step", 1, 4, {"critic/score/mean": 0.5})
+    reporter.alarm("latents vanish", 1, 4)
+    reporter.alarm(None, 2, 4)
+    drain(board, ray.put(None), lambda report: lines.append(short_line(report)))
+    ray.kill(board)
+    assert lines == ["step 1/4  reward 0.500", "step 1/4  ALARM  latents vanish"]
+
+
+def test_a_killed_save_and_resume_at_world_size_2(local_ray, inputs, tmp_path, monkeypatch):
+    first, second = tmp_path / "a", tmp_path / "b"
+
+    def snapshot_inside_the_last_save(trainer):
+        """Copies the output folder as a kill in the middle of that save would leave it."""
+        save = trainer.actor_rollout_wg.save_checkpoint
+
+        def saving(folder, remote, step, **kwargs):
+            save(folder, remote, step, **kwargs)
+            if step == 6:
+                shutil.copytree(first, second)
+                half = second / "checkpoints" / "global_step_6"
+                next((half / "actor").glob("optim_*_rank_1.pt")).unlink()
+                (half / "stale").touch()
+
+        trainer.actor_rollout_wg.save_checkpoint = saving
+
+    reward = tmp_path / "reward.py"
+    reward.write_text(tiny_run.REWARD.replace("    words", '    1 / (extra_info["index"] % 100)\n    words', 1))
+    drops = [f"reward.custom_reward_function.path={reward}", "latent.reward.on_error=drop"]
+    tiny_run.train_here(
+        tiny_run.make_config(inputs, first, TWO_RANKS, *drops), monkeypatch, snapshot_inside_the_last_save
+    )
+    metrics = tiny_run.metrics_of(first)
+    assert metrics[1]["actor/kl_loss"] == 0.0 and metrics[6]["actor/kl_loss"] > 0.0
+    assert all(metrics[step]["latent/replay_logp_gap_max"] < 1e-4 for step in range(1, 7))
+    check_dropped_rows(first, metrics)
+    for step in (0, 3, 6):
+        assert {"latent/usage_gap/shuffle", "latent/usage_gap/zero", "latent/drift_cosine"} <= set(metrics[step])
+    assert metrics[0]["latent/drift_relative"] == 0.0 < metrics[6]["latent/drift_relative"]
+    assert metrics[1]["latent/grad_norm_latent"] > 0 and metrics[1]["latent/grad_norm_text"] > 0
+    assert "latent/effective_rank" in metrics[1] and metrics[1]["latent/alarm_vanished"] == 0.0
+    assert checkpoint.read_tracker(first / "checkpoints") == 6 and checkpoint.read_tracker(second / "checkpoints") == 3
+    assert 6 not in tiny_run.metrics_of(second) and 5 in tiny_run.metrics_of(second)
+
+    trainer = tiny_run.train_here(tiny_run.make_config(inputs, second, TWO_RANKS, *drops), monkeypatch)
+    assert trainer.resumed_from == 3 and checkpoint.read_tracker(second / "checkpoints") == 6
+    assert not (second / "checkpoints" / "global_step_6" / "stale").exists()
+    tiny_run.assert_equal_runs(first, second, range(1, 7), checkpoint=6)
+    trained = load_latent_model(second / "checkpoints" / "global_step_6" / "actor" / "huggingface")
+    start = load_latent_model(inputs / "model")
+    assert trained.config == start.config
+    assert not torch.equal(*(m.model.get_output_embeddings().weight for m in (trained, start)))
+
+
+def test_prompt_slots_train(local_ray, tmp_path, monkeypatch):
+    """IVT-LR with drawn image positions and a vision tower that trains: choices, embeddings and h are recorded,
+    replayed and dumped; the text's mask leaves them out, and the choices have a ratio of their own. An alarm at step 2 of 4
+    ends the run there, with a checkpoint."""
+    inputs = tiny_run.write_inputs(tmp_path, build=tiny.tiny_qwen2_vl, **SLOTS)
+    drawn = ("latent.selection=plackett_luce", "actor_rollout_ref.actor.freeze_vision_tower=false")
+    output, sizes = tmp_path / "out", ("trainer.total_training_steps=4", "trainer.test_freq=-1")
+    alarm = ("latent.alarm.stop=true", "latent.alarm.patience=1")
+
+    def sound_at_step_2(trainer):
+        sounds = trainer.watch._sounds
+        trainer.watch._sounds = lambda kind: sounds(kind) or trainer.global_steps == 2
+
+    config = tiny_run.make_config(inputs, output, "trainer.val_before_train=false", *drawn, *sizes, *alarm)
+    tiny_run.train_here(config, monkeypatch, sound_at_step_2)
+    metrics = tiny_run.metrics_of(output)
+    assert max(metrics) == 2 and metrics[2]["latent/alarm_unused"] == 1.0 and metrics[1]["latent/alarm_unused"] == 0.0
+    assert checkpoint.read_tracker(output / "checkpoints") == 2
+    assert (output / "usage_start.safetensors").is_file(), "without a first validation drift still has its start"
+    for name in ("logp", "density"):
+        assert all(metrics[step][f"latent/replay_{name}_gap_max"] < 1e-4 for step in (1, 2)), name
+    assert metrics[1]["latent/ratio_mean"] == pytest.approx(1, abs=1e-4) and metrics[1]["latent/log_density"] < -0.5
+    assert metrics[1]["actor/kl_loss"] == 0.0 and metrics[2]["actor/kl_loss"] > 0.0
+    dumped = read_dump(output / "rollouts")
+    assert not dumped.problems and len(dumped.trajectories) == 2 * 16
+    slots = ([K.SELECTED] * 2 + [K.LATENT]) * 2
+    for item in dumped.trajectories:
+        trajectory = item.trajectory
+        assert trajectory.kinds[:6].tolist() == slots and not item.response_mask[:6].any()
+        assert len(set(trajectory.selected_idx.tolist())) == 4 and len(trajectory.kinds) <= 12
+        assert item.response_mask[6:].all() and "<|lvr|>" not in item.text
+    trained = load_latent_model(output / "checkpoints" / "global_step_2" / "actor" / "huggingface")
+    start = load_latent_model(inputs / "model")
+    assert trained.config == start.config
+    assert not torch.equal(*(m.model.model.visual.merger.mlp[2].weight for m in (trained, start)))
+
+
+def check_dropped_rows(output: Path, metrics: dict[int, dict]) -> None:
+    """Row 0 of each epoch raises: its four trajectories act nowhere, and no mean counts them."""
+    num_dropped = 0
+    for step in range(1, 7):
+        lines = (output / "rollouts" / f"step_{step}.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        dropped = [row for row in rows if row["id"].startswith("0/")]
+        kept = [row["reward"] for row in rows if row not in dropped]
+        for row in dropped:
+            assert not any(row["response_mask"]) and not any(row["advantages"]) and row["reward"] == 0.0
+        assert metrics[step]["critic/score/mean"] == pytest.approx(sum(kept) / len(kept))
+        assert metrics[step]["rewards/errors/exception"] == len(dropped)
+        num_dropped += len(dropped)
+    assert num_dropped >= 4
+    # one of the three validation rows, with the index 100, raises too
+    assert metrics[3]["val-aux/dropped_frac"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    "treatment",
+    ["latent.treatment.gaussian.sigma=0.5", "latent.treatment.gumbel_soft.top_k=4"],
+    ids=["gaussian", "gumbel_soft"],
+)
+def test_latents_that_act(local_ray, inputs, tmp_path, monkeypatch, treatment):
+    """With a KL and an anchor, two steps: what the rollout drew, perturbed logits included, is what the engine scores."""
+    changes = [f"latent.treatment.name={treatment.split('.')[2]}", treatment, "latent.treatment.kl_coef=0.1"]
+    changes += ["latent.treatment.anchor_weight=0.1", "trainer.total_training_steps=2", "trainer.save_freq=-1"]
+    tiny_run.train_here(tiny_run.make_config(inputs, tmp_path, *changes, "trainer.val_before_train=false"), monkeypatch)
+    metrics = tiny_run.metrics_of(tmp_path)
+    for step in (1, 2):  # one update a rollout: every ratio is 1
+        assert metrics[step]["latent/replay_density_gap_max"] < 1e-4
+        assert metrics[step]["latent/ratio_mean"] == pytest.approx(1, abs=1e-3)
+        assert metrics[step]["latent/log_density"] < -1
+    assert metrics[1]["latent/kl"] == 0 and metrics[1]["latent/anchor"] < 1e-8
+    assert metrics[2]["latent/kl"] > 0 and metrics[2]["latent/anchor"] > 1e-6
+    lines = (tmp_path / "rollouts" / "step_1.jsonl").read_text().splitlines()
+    row = next(row for row in map(json.loads, lines) if K.LATENT in row["kinds"][len(row["prompt_ids"]) :])
+    kinds = row["kinds"][len(row["prompt_ids"]) :]
+    first = kinds.index(K.LATENT)
+    assert row["rollout_log_probs"][first] < -1 and not row["response_mask"][first]
+
+
+FAILING_REWARD = """
+import os
+def compute_score(data_source, solution_str, ground_truth, extra_info):
+    return float("nan") if os.path.exists({flag!r}) else float(len(solution_str))
+"""
+
+
+def test_failures_stop_the_run_with_their_own_error(local_ray, inputs, tmp_path, monkeypatch):
+    """First a policy that is not the one that acted, then, in the same workers, a reward that is no number."""
+    import transfer_queue as tq
+
+    from grpo_latent.verl_plugin.trainer.replay_buffer import LatentReplayBuffer
+
+    config = tiny_run.make_config(inputs, tmp_path, "trainer.val_before_train=false", "trainer.save_freq=1")
+    reward, flag = tmp_path / "bad.py", tmp_path / "flag"
+    reward.write_text(FAILING_REWARD.format(flag=str(flag)))
+    config.reward.custom_reward_function.path = str(reward)
+    materialize = LatentReplayBuffer._materialize_batch
+
+    def corrupt(buffer, *args):
+        """What the sampler reported is off by 1e-3 nats."""
+        batch = materialize(buffer, *args)
+        data = tq.kv_batch_get(batch.keys, batch.partition_id, select_fields=["rollout_log_probs"])
+        data["rollout_log_probs"] = data["rollout_log_probs"] + 1e-3
+        tq.kv_batch_put(batch.keys, batch.partition_id, fields=data)
+        return batch
+
+    def fail_twice(trainer):
+        fit = trainer.fit
+
+        def fit_until_rewards_fail(manager):
+            bound = "step 1, trajectory .* 0.001 nats; expected <= latent.replay_logp_gap_bound=0.0001"
+            with monkeypatch.context() as patch, pytest.raises(ReplayGapError, match=bound):
+                patch.setattr(LatentReplayBuffer, "_materialize_batch", corrupt)
+                fit(manager)
+            tq.kv_clear(keys=list(tq.kv_list("train").get("train", {})), partition_id="train")
+            flag.touch()
+            fit(manager)
+
+        trainer.fit = fit_until_rewards_fail
+
+    with pytest.raises(RewardError, match="returned nan"):
+        tiny_run.train_here(config, monkeypatch, fail_twice)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def clean_environment() -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("VERL_", "RAY_"))}
+    return {**clean, "OMP_NUM_THREADS": "1"}
+
+
+def run_command(command, cwd, **env):
+    env = {**clean_environment(), **env}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def wait_for_jobs(script: str, dashboard: str, folder: Path, auth: dict, timeout_s: float = 180) -> None:
+    """A head answers some seconds before its agent takes jobs ("No available agent to submit job")."""
+    deadline = time.monotonic() + timeout_s
+    command = [script, "job", "submit", "--address", dashboard, "--", "true"]
+    while True:
+        done = subprocess.run(command, cwd=folder, env={**os.environ, **auth}, capture_output=True, text=True)
+        if done.returncode == 0:
+            return
+        assert time.monotonic() < deadline, done.stdout + done.stderr
+        time.sleep(1)
+
+
+class RayHead:
+    """A Ray head on loopback, with its own token, in the foreground of a process of ours.
+
+    `ray stop` would not do: it ends every Ray of this user on this machine.
+    """
+
+    def __init__(self, folder: Path):
+        token = folder / "token"
+        token.write_text("f00d" * 16)
+        self.auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        self.script = str(Path(sys.executable).parent / "ray")
+        port, dashboard, agent = free_port(), free_port(), free_port()
+        self.address, self.dashboard = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
+        self.process = subprocess.Popen(
+            [self.script, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4"]
+            + [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--disable-usage-stats"]
+            + [f"--dashboard-agent-listen-port={agent}"],
+            cwd=folder,
+            env={**clean_environment(), **self.auth},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            wait_for_jobs(self.script, self.dashboard, folder, self.auth)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        self.process.terminate()  # the command then ends the processes that it has started
+        try:
+            self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+@pytest.fixture
+def ray_head(tmp_path, local_ray):
+    ray.shutdown()  # the other one: two at a time are too much for two cores
+    head = RayHead(tmp_path)
+    yield head
+    head.stop()
+
+
+def test_jobs_stock_trainer_and_own_ray_continue_each_other(ray_head, inputs, tmp_path):
+    script, dashboard, auth = ray_head.script, ray_head.dashboard, ray_head.auth
+    job, own = tmp_path / "job", tmp_path / "own"
+    (tmp_path / "cwd").mkdir()
+    # the gap bound then also says that rollout and replay have the same attention
+    masked = "latent.visibility=latents_only"
+    logger = "trainer.logger=[file,wandb]"
+    arguments = tiny_run.overrides(inputs, job, masked, "trainer.total_training_steps=3", logger)
+    submit = [script, "job", "submit", "--address", dashboard, "--", sys.executable, "-m", "grpo_latent.train"]
+    denied = subprocess.run(
+        [*submit, *arguments],
+        env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "beef" * 16},
+        capture_output=True,
+        text=True,
+    )
+    assert denied.returncode != 0 and "uth" in denied.stdout + denied.stderr  # 401/403, whatever ray calls it
+    runtime_env = json.dumps({"env_vars": {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}})
+    submit[submit.index("--") : submit.index("--")] = ["--runtime-env-json", runtime_env]
+    out = run_command([*submit, *arguments], tmp_path / "cwd", **auth)
+    assert "succeeded" in out and out.count("step 3/3") == 1 and "TaskRunner" not in out
+    (board,) = (job / "wandb").glob("offline-run-*")
+    logged = [path.relative_to(board / "files" / "media").parts[:3] for path in board.rglob("media/**/*.*")]
+    for kind, name in (("table", "rollouts"), ("table", "groups"), ("html", "inspector")):
+        assert any(parts[0] == kind and name in str(parts) for parts in logged), (kind, name, logged)
+    assert checkpoint.read_tracker(job / "checkpoints") == 3
+    assert (job / "train.log").stat().st_size > 1000
+
+    config = tiny_run.make_config(inputs, job, masked)
+    from omegaconf import OmegaConf, open_dict
+
+    env = {
+        "VERL_USE_EXTERNAL_MODULES": "grpo_latent.verl_plugin",
+        "VERL_PLATFORM": "cpu",
+        "VERL_FILE_LOGGER_PATH": str(job / "metrics.jsonl"),
+    }
+    with open_dict(config):
+        config.ray_kwargs.ray_init = {"address": ray_head.address, "runtime_env": {"env_vars": dict(env)}}
+    OmegaConf.save(config, tmp_path / "cwd" / "stock.yaml")
+    stock = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", ".", "--config-name", "stock"]
+    run_command(stock, tmp_path / "cwd", **env, **auth)
+    ray_head.stop()
+
+    own_args = tiny_run.overrides(inputs, own, masked)
+    out = run_command([sys.executable, "-m", "grpo_latent.train", *own_args], tmp_path / "cwd")
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("step")] == [f"{s}/6" for s in range(7)]
+    tiny_run.assert_equal_runs(own, job, range(1, 7), checkpoint=6)
+    shutil.rmtree(own)

@@ -1,0 +1,192 @@
+"""Alarm lines of the trainer's watch, with a server that answers what it is told; gradient norms against autograd."""
+
+import asyncio
+import io
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import engine_helpers as helpers
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from grpo_latent.errors import ConfigError
+from grpo_latent.eval.prompts import encode_row
+from grpo_latent.eval.scoring import RewardScorer
+from grpo_latent.eval.usage import Usage, UsageProbe, UsageSettings
+from grpo_latent.models.injection import LatentInjector
+from grpo_latent.models.loading import load_latent_model
+from grpo_latent.rewards.functions import specs_from_config
+from grpo_latent.rewards.runner import RewardRunner
+from grpo_latent.trajectory import PositionKind as K
+from grpo_latent.verl_plugin.rollout.server import LatentRolloutServer
+from grpo_latent.verl_plugin.trainer import latent_watch as usage
+from grpo_latent.verl_plugin.trainer.latent_watch import AlarmSettings, LatentWatch, as_metrics, settings_from
+from grpo_latent.verl_plugin.worker import gradients
+from grpo_latent.verl_plugin.worker.gradients import InputGradients
+
+
+class Server:
+    """Stands in for a rollout server; `verdicts` are its answers in turn."""
+
+    def __init__(self, verdicts):
+        self.asked, self.verdicts = [], iter(verdicts)
+        self.measure_usage = SimpleNamespace(remote=self._measure)
+
+    def _measure(self, request, is_start):
+        self.asked.append((is_start, [row for row, _ in request.rows]))
+        verdict = next(self.verdicts)
+        return Usage({"gap/shuffle": 0.01, "own_accuracy": 0.9}, verdict, f"{verdict}: because")
+
+
+def make_watch(monkeypatch, **alarm):
+    monkeypatch.setattr(usage.ray, "get", lambda reference: reference)
+    monkeypatch.setattr(usage.ray, "put", lambda value: value)
+    monkeypatch.setattr(usage, "reward_settings", lambda config: {"functions": []})
+    trainer, data = (
+        SimpleNamespace(default_local_dir="x"),
+        SimpleNamespace(max_response_length=8),
+    )
+    options = SimpleNamespace(usage={"num_prompts": 4, "ablations": ["shuffle"]}, alarm=alarm, output_dir="out")
+    return LatentWatch(SimpleNamespace(data=data, trainer=trainer), options)
+
+
+def test_unused_latents_sound_once_after_patience_and_again_after_they_got_better(monkeypatch):
+    watch = make_watch(monkeypatch, patience=2, stop=True)
+    server = Server(["used", "not used", "not used", "not used", "undecided at this n", "not used", "not used"])
+    rows = [{"row": i} for i in range(9)]
+    lines = [watch.measure(nullcontext(server), rows, is_start=i == 0)[1] for i in range(7)]
+    assert [line is not None for line in lines] == [False, False, True, False, False, False, True]
+    assert lines[2] == "latents are not used: because" and watch.should_stop
+    assert server.asked == [(i == 0, rows[:4]) for i in range(7)], "the same rows each time"
+
+
+def test_vanishing_latents_sound_and_are_logged(monkeypatch):
+    watch = make_watch(monkeypatch, min_frac_rollouts=0.2, patience=3)
+    lines, logged = [], []
+    for share in (0.9, 0.1, 0.0, 0.1, 0.05, 0.5):
+        metrics = {"latent/frac_rollouts": share}
+        lines.append(watch.after_step(metrics))
+        logged.append(metrics["latent/alarm_vanished"])
+    assert [line is not None for line in lines] == [False, False, False, True, False, False]
+    assert "10.0% of the trajectories" in lines[3] and logged == [0, 0, 0, 1, 1, 0] and not watch.should_stop
+
+
+def test_nothing_is_measured_without_prompts(monkeypatch):
+    watch = make_watch(monkeypatch)
+    watch.settings = UsageSettings(num_prompts=0)
+    assert watch.measure(nullcontext(Server([])), [], False) == ({}, None)
+
+
+def test_names_in_the_log():
+    names = as_metrics(Usage({"gap/zero@text": 0.5, "own_accuracy": 1.0, "drift_cosine": 0.9, "norm_mean": 2.0}))
+    expected = {"latent/usage_gap/zero@text": 0.5, "latent/usage_own_accuracy": 1.0}
+    assert names == expected | {"latent/drift_cosine": 0.9, "latent/usage_norm_mean": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (UsageSettings, {"ablations": ["lobotomy"]}, "unknown ablation"),
+        (UsageSettings, {"prompts_per_batch": 0}, "latent.usage.prompts_per_batch"),
+        (UsageSettings, {"prompts": 3}, "latent.x: unknown key"),
+        (AlarmSettings, {"patience": 0}, "latent.alarm.patience"),
+        (AlarmSettings, {"min_frac_rollouts": 2}, "latent.alarm.min_frac_rollouts"),
+    ],
+)
+def test_unusable_settings_are_named(kind, values, message):
+    with pytest.raises(ConfigError, match=message):
+        settings_from(kind, values, "latent.x")
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.mix = nn.Embedding(7, 4), nn.Linear(4, 4)
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, ids):
+        return self.mix(self.embedding(ids)).tanh().cumsum(1)
+
+
+def test_gradient_norms_of_inputs_against_autograd():
+    """Latents in the place of embeddings; norms by an explicit gradient with respect to the whole input. A chosen image
+    embedding is no latent."""
+    torch.manual_seed(0)
+    model, ids = Model(), torch.tensor([[1, 2, 3, 4], [5, 6, 0, 1]])
+    injector, watched = LatentInjector.install(model), InputGradients(model)
+    kinds = torch.tensor([[K.PROMPT, K.LATENT, K.TEXT, K.TEXT], [K.PROMPT, K.START, K.SELECTED, K.FORCED]])
+    latents, report = torch.randn(2, 4), {}
+    is_latent = (kinds == K.LATENT) | (kinds == K.SELECTED)
+    watched.watch(kinds)
+    with injector.inject(is_latent, latents):
+        loss = model(ids).square().sum()
+    watched.close(report)
+    assert report == {gradients.LATENT: 0.0, gradients.TEXT: 0.0}
+    loss.backward()
+    inputs = model.embedding(ids).detach().masked_scatter(is_latent[..., None], latents).requires_grad_()
+    model.mix(inputs).tanh().cumsum(1).square().sum().backward()
+    norms = inputs.grad.norm(dim=-1)
+    assert report[gradients.LATENT] == pytest.approx(float(norms[0, 1]), rel=1e-5)
+    assert report[gradients.TEXT] == pytest.approx(float((norms[0, 2] + norms[0, 3] + norms[1, 1]) / 3), rel=1e-5)
+    metrics = {f"actor/{name}": value for name, value in report.items()}
+    gradients.rename(metrics)
+    assert metrics["latent/grad_norm_ratio"] == pytest.approx(report[gradients.LATENT] / report[gradients.TEXT])
+    model(ids)  # not watched: nothing to report, nothing to fail
+
+
+REWARD = """
+def compute_score(data_source, solution_str, ground_truth, extra_info):
+    return {"score": float(len(solution_str.split()) % 2), "accuracy": float(len(solution_str.split()) % 2)}
+"""
+
+
+def test_a_server_measures_its_current_weights(tmp_path, monkeypatch):
+    """The server itself, without Ray: numbers of a probe of ours on the same rows, before and after new weights
+    are loaded, and drift is from the first measurement."""
+    folder = helpers.make_checkpoint(tmp_path / "model")
+    server = LatentRolloutServer(folder, {"dtype": "float32", "custom": {"latent": {}}}, 0, "cpu", "sdpa")
+    (tmp_path / "reward.py").write_text(REWARD)
+    rows = [row | {"extra_info": {"index": i}} for i, row in enumerate(tiny_rows(6))]
+    monkeypatch.setattr(usage.ray, "get", lambda value: value)
+    request = usage.UsageRequest(
+        UsageSettings(num_prompts=6, ablations=("shuffle", "zero")),
+        [(row, f"row {i}") for i, row in enumerate(rows)],
+        12,
+        {"functions": [{"path": str(tmp_path / "reward.py"), "name": "compute_score"}]},
+        str(tmp_path / "start.safetensors"),
+    )
+    first = asyncio.run(server.measure_usage(request, True))
+    assert first.metrics["drift_relative"] == 0.0 and {"gap/shuffle", "gap/zero"} <= set(first.metrics)
+    weights = {name: tensor.clone() for name, tensor in server.engine.model.state_dict().items()}
+    weights["model.language_model.norm.weight"] *= 1.5
+    monkeypatch.setattr("grpo_latent.verl_plugin.rollout.server.ray.get", lambda bucket: bucket)
+    asyncio.run(server.load_weights([list(weights.items())], 1))
+    second = asyncio.run(server.measure_usage(request, False))
+    assert second.metrics["drift_relative"] > 0.1
+
+    moved = load_latent_model(folder)
+    moved.model.load_state_dict(weights)
+    prompts = [encode_row(row, "", moved, str(i)) for i, row in enumerate(rows)]
+    with RewardRunner(specs_from_config(request.reward["functions"])) as runner:
+        scorer = RewardScorer(runner, moved)
+        ours = UsageProbe(moved, prompts, scorer, request.settings, 12, Path(request.reference)).measure()
+    assert ours.metrics == pytest.approx(second.metrics, rel=1e-5)
+
+
+def tiny_rows(num):
+    from PIL import Image
+
+    rows = []
+    for i in range(num):
+        buffer = io.BytesIO()
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (28, 28, 3), dtype=np.uint8)).save(buffer, "PNG")
+        prompt = [{"role": "user", "content": "read red ? <image>" if i % 2 else "read <image>"}]
+        truth = {"style": "rule", "ground_truth": "1"}
+        images = [{"bytes": buffer.getvalue(), "path": None}]
+        rows.append({"data_source": "tiny", "prompt": prompt, "images": images, "ability": "x", "reward_model": truth})
+    return rows

@@ -1,0 +1,100 @@
+"""The terms at latents, written out one position at a time. (Through the engine: test_treated_engine.py.)"""
+
+import math
+
+import pytest
+import torch
+from verl.utils import tensordict_utils as tu
+
+from grpo_latent.latent.treatments import LatentTerms
+from grpo_latent.trajectory import PositionKind as K
+from grpo_latent.verl_plugin.worker.latent_loss import NUM_ACTS, NUM_LATENTS, LatentLoss
+
+PROMPT = [K.PROMPT, K.VISION]
+COMPLETIONS = [
+    [K.START, K.LATENT, K.LATENT, K.FORCED, K.TEXT],
+    [K.TEXT, K.START, K.LATENT, K.FORCED, K.TEXT, K.TEXT],
+    [K.START, K.LATENT, K.FORCED, K.TEXT],  # dropped: acts nowhere
+]
+ADVANTAGES = [1.5, -0.5, 9.0]
+DUAL_CLIP = 2.5
+TERMS = LatentTerms(weight=0.7, clip_low=0.1, clip_high=0.3, clip_ratio_c=DUAL_CLIP, kl_coef=0.4, anchor_weight=0.2)
+H = 4
+
+
+def nested(rows):
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+def make_case(dp_size=1):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    lengths = [len(kinds) for kinds in COMPLETIONS]
+    counts = [kinds.count(K.LATENT) for kinds in COMPLETIONS]
+    masks = [torch.tensor([float(k in (K.TEXT, K.START)) for k in kinds]) for kinds in COMPLETIONS]
+    masks[2] = masks[2] * 0
+    new, old, ref = ([0.4 * draw(n) for n in lengths] for _ in range(3))
+    new[1][2] = old[1][2] + 2.0  # a ratio of 7.4 at a negative advantage: beyond the dual clip
+    means, ref_means = ([draw(count, H) for count in counts] for _ in range(2))
+    # verl's log_probs score the position after theirs; whatever stands in the prompt or at the end is never read
+    shifted = [torch.cat([torch.tensor([math.nan]), row, torch.tensor([math.nan])]) for row in new]
+    fields = {
+        "prompts": nested([torch.zeros(2, dtype=torch.long)] * 3),
+        "responses": nested([torch.zeros(n, dtype=torch.long) for n in lengths]),
+        "position_kinds": nested([torch.tensor(PROMPT + kinds) for kinds in COMPLETIONS]),
+        "response_mask": nested(masks),
+        "old_log_probs": nested(old),
+        "ref_log_prob": nested(ref),
+        "advantages": nested([a * mask for a, mask in zip(ADVANTAGES, masks, strict=True)]),
+        "ref_latent_means": nested(ref_means),
+    }
+    counts_of_batch = {NUM_ACTS: 3, NUM_LATENTS: 3}
+    data = tu.get_tensordict(fields, {"dp_size": dp_size, "global_batch_size": 3, **counts_of_batch})
+    output = {"log_probs": nested([row.requires_grad_() for row in shifted]), "latent_means": nested(means)}
+    return data, output, (new, old, ref, means, ref_means)
+
+
+def expected_terms(new, old, ref, means, ref_means):
+    policy, kl, anchor, ratios = 0.0, 0.0, 0.0, 0.0
+    for row in (0, 1):
+        places = [t for t, kind in enumerate(COMPLETIONS[row]) if kind == K.LATENT]
+        for latent, t in enumerate(places):
+            rho, advantage = math.exp(new[row][t] - old[row][t]), ADVANTAGES[row]
+            clipped = -min(rho * advantage, min(max(rho, 0.9), 1.3) * advantage)
+            policy += min(clipped, -DUAL_CLIP * advantage) if advantage < 0 else clipped
+            d = float(ref[row][t] - new[row][t])
+            kl += math.exp(d) - d - 1
+            reference = ref_means[row][latent]
+            anchor += float(((means[row][latent] - reference) ** 2).mean() / reference.var(correction=0))
+            ratios += rho
+    return policy / 3, kl / 3, anchor / 3, ratios / 3
+
+
+@pytest.mark.parametrize("dp_size", [1, 2])
+def test_by_hand(dp_size):
+    """With two ranks the same rows are half of the batch: FSDP's average makes up for the factor."""
+    data, output, values = make_case(dp_size)
+    loss = LatentLoss(lambda **_: (torch.tensor(5.0), {"text": 1}), TERMS, frozenset({int(K.LATENT)}), "token-mean")
+    assert loss.count(data).tolist() == [3, 3]
+    total, metrics = loss(output, data)
+    policy, kl, anchor, ratio = expected_terms(*values)
+    assert float(total) == pytest.approx(5.0 + dp_size * (0.7 * policy + 0.4 * kl + 0.2 * anchor), rel=1e-5)
+    logged = {name: metric.aggregate() / dp_size for name, metric in metrics.items() if name != "text"}
+    assert metrics["text"] == 1 and logged["latent/pg_loss"] == pytest.approx(policy, rel=1e-5)
+    assert logged["latent/kl"] == pytest.approx(kl, rel=1e-5) and logged["latent/anchor"] == pytest.approx(
+        anchor, rel=1e-5
+    )
+    assert logged["latent/ratio_mean"] == pytest.approx(ratio, rel=1e-5)
+    assert logged["latent/clipfrac_lower"] == pytest.approx(1 / 3)
+
+
+def test_nothing_but_live_latents_gets_a_gradient():
+    """Text, delimiters, padding and dropped rows, whose log-probs are even NaN here and there."""
+    data, output, _ = make_case()
+    leaf = output["log_probs"].values().detach().clone().requires_grad_()
+    output["log_probs"] = torch.nested.nested_tensor_from_jagged(leaf, output["log_probs"].offsets())
+    loss = LatentLoss(lambda **_: (torch.tensor(0.0), {}), TERMS, frozenset({int(K.LATENT)}), "token-mean")
+    loss(output, data)[0].backward()
+    kinds = torch.cat([torch.tensor(PROMPT + kinds) for kinds in COMPLETIONS])
+    live = (kinds == K.LATENT) & (torch.arange(len(kinds)) < sum(len(PROMPT) + len(k) for k in COMPLETIONS[:2]))
+    assert torch.equal(leaf.grad.roll(1) != 0, live)
