@@ -5,7 +5,8 @@
 
 As LVR's accuracy reward (arXiv 2509.24251), with two differences. The answer is read where the system was trained to write
 it, where LVR lets math-verify search the whole completion. And math-verify decides only where it read *all* digits of both
-texts: it stops at the first number that it finds, so it takes `12:45` for `12:30`, and `4 or 5` for `4`.
+texts: it stops at the first number that it finds, so it takes `12:45` for `12:30`, and `4 or 5` for `4`. Thousands that are
+set apart (`1\\,200`) are joined before: math-verify 0.9.0 adds such groups up, as the parts of a mixed number, to 201.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ MATH_TIMEOUT_S = 2
 MAX_MATH_CHARS = 1000  # no published answer is longer; a policy's endless one is compared as text
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 STATED = re.compile(r"answer(?:\s+is\b\s*:?|\s*:)", re.IGNORECASE)
+# what typesetting puts between thousands: LaTeX's spaces and {,}, no-break and thin spaces, the Swiss apostrophe
+THOUSANDS = re.compile(r"(?<=\d)(?:\\[,;:! ]|\{,\}|[~'\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
+MINUS_SIGN = "\u2212"  # typographic; math-verify reads "−5" as no number at all
 BOXED = re.compile(r"\\boxed\{(.*)\}", re.DOTALL)
 
 # it warns that its time-out is off, which is the caller's business here: the reward runner has its own
@@ -87,6 +91,7 @@ def stated_answer(solution_str: str) -> str | None:
 def _equal_as_maths(gold: str, answer: str) -> bool:
     if max(len(gold), len(answer)) > MAX_MATH_CHARS:
         return False
+    gold, answer = _plain_numbers(gold), _plain_numbers(answer)
     # its time-outs are signals, which only the main thread may set; elsewhere the caller must be able to kill
     timeout_s = MATH_TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
     parsed = [parse(text, parsing_timeout=timeout_s) for text in (gold, answer)]
@@ -94,6 +99,15 @@ def _equal_as_maths(gold: str, answer: str) -> bool:
         if not found or _digits(str(found[-1])) != _digits(text):
             return False
     return verify(*parsed, timeout_seconds=timeout_s)
+
+
+def _plain_numbers(text: str) -> str:
+    r"""Numbers as math-verify reads them right.
+
+    >>> _plain_numbers(r"$1\,234\,567$"), _plain_numbers("\u22125 or 0,5")
+    ('$1234567$', '-5 or 0,5')
+    """
+    return THOUSANDS.sub("", text.replace(MINUS_SIGN, "-"))
 
 
 def _digits(text: str) -> str:
