@@ -20,7 +20,8 @@ from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.head import attach_latent_modules, feedback
 from grpo_latent.models.visibility import attention_bias
 from grpo_latent.sft.common.parameters import add_lora, freeze_vision
-from grpo_latent.sft.settings import DTYPES, SFTSettings
+from grpo_latent.sft.common.settings import DTYPES
+from grpo_latent.sft.settings import SFTSettings
 from grpo_latent.verl_plugin.trainer.config_check import check_config
 
 GRPO_PLACEHOLDERS = [

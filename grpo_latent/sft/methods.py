@@ -14,16 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from grpo_latent.data.formats.ilvr_jsonl import read_ilvr_jsonl
 from grpo_latent.data.formats.lvr_json import read_lvr_json
 from grpo_latent.data.formats.stepwise import READERS as STEPWISE_READERS
 from grpo_latent.data.rows import read_verl_parquet
-from grpo_latent.latent.config import LatentConfig
-from grpo_latent.latent.mechanisms import ILVR_TOKENS, LVR_LATENT_END_TOKEN, LVR_TOKENS, PUBLISHED, SLOT_TOKENS
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import LatentModel
+from grpo_latent.sft.common.latents import CoconutLatents, ILVRLatents, IVTLRLatents, LatentSettings, LVRLatents
 from grpo_latent.sft.common.losses import LossConfig
 from grpo_latent.sft.ilvr.rows import InterleavedEncoder
 from grpo_latent.sft.ilvr.trainer import ILVRStage1Trainer, ILVRStage2Trainer, SelfFedConfig, TeacherConfig
@@ -33,96 +32,6 @@ from grpo_latent.sft.stepwise.rows import StepwiseEncoder
 from grpo_latent.sft.stepwise.trainer import StepwiseTrainer
 from grpo_latent.sft.trainer import LatentSFTTrainer
 
-if TYPE_CHECKING:
-    from grpo_latent.sft.settings import SFTSettings
-
-_NOT_RULES = ("start_token", "latent_token", "end_token", "latent_end_token", "head")
-
-
-@dataclass(frozen=True)
-class LatentSettings:
-    """The latents of the checkpoint that SFT writes, see `LatentConfig`. Tokens that the tokenizer lacks are added."""
-
-    mechanism: ClassVar[str] = "lvr"
-
-    start_token: str = LVR_TOKENS[0]
-    latent_token: str = LVR_TOKENS[1]
-    end_token: str = LVR_TOKENS[2]
-    steps: int = 8
-    exit: str = "steps"
-    max_spans: int | None = None
-    head: str = "none"
-    visibility: str = "full"
-    start_is_action: bool = True
-
-    @property
-    def tokens(self) -> tuple[str, ...]:
-        """In the order in which they are added."""
-        return self.start_token, self.latent_token, self.end_token
-
-    @property
-    def rules(self) -> dict[str, Any]:
-        """Fields of `LatentConfig` that SFT may change on a checkpoint that has latents already."""
-        return {name: value for name, value in vars(self).items() if name not in _NOT_RULES}
-
-    def make_config(self, ids: dict[str, int], **more) -> LatentConfig:
-        """The `LatentConfig` of a model that has no latents yet.
-
-        Args:
-            ids: of `tokens`.
-            more: further fields of `LatentConfig`.
-        """
-        roles = {"start": self.start_token, "latent": self.latent_token, "end": self.end_token}
-        values = {f"{role}_token": token for role, token in roles.items()}
-        values |= {f"{role}_id": ids[token] for role, token in roles.items()}
-        rules = PUBLISHED[self.mechanism] | self.rules
-        return LatentConfig(**values, mechanism=self.mechanism, head=self.head, **rules | more)
-
-
-@dataclass(frozen=True)
-class LVRLatents(LatentSettings):
-    """With the token and the rule of the learned end vector."""
-
-    latent_end_token: str = LVR_LATENT_END_TOKEN
-    latent_end_threshold: float = 0.02
-
-    @property
-    def tokens(self) -> tuple[str, ...]:
-        return self.start_token, self.latent_token, self.latent_end_token, self.end_token
-
-
-@dataclass(frozen=True)
-class ILVRLatents(LatentSettings):
-    """Spans repeat between texts and end by a token, or at `steps`."""
-
-    mechanism: ClassVar[str] = "ilvr"
-
-    start_token: str = ILVR_TOKENS[0]
-    latent_token: str = ILVR_TOKENS[1]
-    end_token: str = ILVR_TOKENS[2]
-    exit: str = "end_token"
-
-
-@dataclass(frozen=True)
-class CoconutLatents(LatentSettings):
-    """`steps` slots of the prompt in the last stage."""
-
-    mechanism: ClassVar[str] = "coconut"
-
-    start_token: str = SLOT_TOKENS[0]
-    latent_token: str = SLOT_TOKENS[1]
-    end_token: str = SLOT_TOKENS[2]
-    steps: int = 3
-
-
-@dataclass(frozen=True)
-class IVTLRLatents(CoconutLatents):
-    """With image embeddings in front of each slot."""
-
-    mechanism: ClassVar[str] = "ivt_lr"
-
-    top_k_image: int = 32
-
 
 @dataclass(frozen=True)
 class Method:
@@ -131,7 +40,7 @@ class Method:
     Attributes:
         latent, loss: types of the config's sections of these names; a key that the type lacks is refused.
         readers: `data.format` -> checked examples of a file, given the folder that image paths are relative to.
-        make_encoder: from an example to what the trainer's `collate_rows` takes.
+        make_encoder: (model, `loss`, longest row) -> from an example to what the trainer's `collate_rows` takes.
         trainer: its arguments are those of `LatentSFTTrainer`, with a `loss` of the type above.
         needs_vision: whether a text-only model is refused.
     """
@@ -139,12 +48,12 @@ class Method:
     latent: type[LatentSettings]
     loss: type
     readers: dict[str, Callable[[str, str | None], Iterator]]
-    make_encoder: Callable[[LatentModel, SFTSettings], Callable]
+    make_encoder: Callable[[LatentModel, Any, int | None], Callable]
     trainer: type[LatentSFTTrainer]
     needs_vision: bool = True
 
 
-def _lvr_encoder(latent: LatentModel, settings: SFTSettings) -> RowEncoder:
+def _lvr_encoder(latent: LatentModel, loss: Any, max_length: int | None) -> RowEncoder:
     return RowEncoder(
         tokenizer=latent.tokenizer,
         processor=latent.processor,
@@ -152,24 +61,24 @@ def _lvr_encoder(latent: LatentModel, settings: SFTSettings) -> RowEncoder:
         eos_id=latent.tokenizer.eos_token_id,
         vision_ids=ModelAdapter(latent.model).vision_ids,
         merge_size=latent.processor.image_processor.merge_size,
-        has_end_vector=settings.loss.trains_end_vector,
-        max_length=settings.data.max_length,
+        has_end_vector=loss.trains_end_vector,
+        max_length=max_length,
     )
 
 
-def _interleaved_encoder(latent: LatentModel, settings: SFTSettings) -> InterleavedEncoder:
+def _interleaved_encoder(latent: LatentModel, loss: Any, max_length: int | None) -> InterleavedEncoder:
     return InterleavedEncoder(
         tokenizer=latent.tokenizer,
         processor=latent.processor,
         config=latent.config,
         eos_id=latent.tokenizer.eos_token_id,
         vision_ids=ModelAdapter(latent.model).vision_ids,
-        max_length=settings.data.max_length,
-        reads_helpers=isinstance(settings.loss, TeacherConfig),
+        max_length=max_length,
+        reads_helpers=isinstance(loss, TeacherConfig),
     )
 
 
-def _stepwise_encoder(latent: LatentModel, settings: SFTSettings) -> StepwiseEncoder:
+def _stepwise_encoder(latent: LatentModel, loss: Any, max_length: int | None) -> StepwiseEncoder:
     adapter = ModelAdapter(latent.model)
     return StepwiseEncoder(
         tokenizer=latent.tokenizer,
@@ -178,8 +87,8 @@ def _stepwise_encoder(latent: LatentModel, settings: SFTSettings) -> StepwiseEnc
         eos_id=latent.tokenizer.eos_token_id,
         vision_ids=adapter.vision_ids,
         image_token_id=adapter.image_token_id,
-        max_length=settings.data.max_length,
-        curriculum=settings.loss,
+        max_length=max_length,
+        curriculum=loss,
     )
 
 

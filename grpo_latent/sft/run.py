@@ -148,7 +148,7 @@ def build_dataset(latent: LatentModel, settings: SFTSettings) -> SFTDataset:
     data, parts = settings.data, settings.parts
     read = parts.readers[data.format]
     examples = itertools.chain.from_iterable(read(path, data.image_folder) for path in data.train_files)
-    encoder = parts.make_encoder(latent, settings)
+    encoder = parts.make_encoder(latent, settings.loss, data.max_length)
     return SFTDataset(list(itertools.islice(examples, data.max_rows)), encoder, data.cache_bytes)
 
 

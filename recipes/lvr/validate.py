@@ -13,7 +13,7 @@ import paper_scale  # noqa: E402
 
 from grpo_latent.latent.config import LatentConfig  # noqa: E402
 from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS  # noqa: E402
-from grpo_latent.sft.methods import LVRLatents  # noqa: E402
+from grpo_latent.sft.common.latents import LVRLatents  # noqa: E402
 from grpo_latent.verl_plugin.trainer.config_check import check_latents  # noqa: E402
 
 HERE = Path(__file__).parent

@@ -19,8 +19,8 @@ from grpo_latent.latent.config import LATENT_CONFIG_FILE
 from grpo_latent.models.head import END_VECTOR_ATTRIBUTE, attach_latent_modules
 from grpo_latent.models.loading import LatentModel, find_eos_ids, load_latent_model, reading
 from grpo_latent.models.tokens import add_latent_tokens
-from grpo_latent.sft.methods import LatentSettings
-from grpo_latent.sft.settings import DTYPES, ModelSettings
+from grpo_latent.sft.common.latents import LatentSettings
+from grpo_latent.sft.common.settings import DTYPES, ModelSettings
 
 
 def is_latent_checkpoint(folder: Path) -> bool:
