@@ -34,6 +34,7 @@ class PositionKind(IntEnum):
     LATENT = 4  # latent step: the input is a recorded vector
     FORCED = 5  # token that the mechanism appended, such as the end of a span
     SELECTED = 6  # latent step whose vector is an image embedding that attention chose (IVT-LR)
+    MIXED = 7  # sampled token whose input is composed of its embedding and a recorded vector (HRPO's gate)
 
 
 COMPLETION_KINDS = frozenset(int(kind) for kind in PositionKind if kind >= PositionKind.TEXT)
@@ -57,7 +58,8 @@ class Trajectory:
         prompt_ids: int64 [P].
         token_ids: int64 [T]; a placeholder at latent positions.
         kinds: int64 [T], values of `PositionKind`.
-        latents: float32 [N, H], the vectors as they were fed, in order of position.
+        latents: float32 [N, H], the recorded vectors (`recorded_mask`), in order of position: at latent steps as they
+            were fed, at MIXED positions what the token's embedding was composed with.
         rollout_log_probs: float32 [T], nats; log-density of each sampled token under the *full* distribution at the
             sampling temperature, the one that a replay can recompute, hence the one that enters ratios; 0 where nothing
             was sampled. At LATENT positions it is the latent log-density, where the RL treatment gives them one.
@@ -101,13 +103,13 @@ class Trajectory:
                 got=f"kinds {sorted(unknown)}, stop_reason {self.stop_reason!r}",
                 expected=f"kinds in {sorted(COMPLETION_KINDS)}, stop_reason in {STOP_REASONS}",
             )
-        num_latents = int(self.latent_mask.sum())
-        if self.latents.ndim != 2 or self.latents.shape[0] != num_latents:
+        num_recorded = int(self.recorded_mask.sum())
+        if self.latents.ndim != 2 or self.latents.shape[0] != num_recorded:
             raise LatentMismatchError(
                 "recorded latents do not match the latent positions",
                 where=f"trajectory of group {self.group_id!r}",
                 got=f"latents of shape {tuple(self.latents.shape)}",
-                expected=f"[{num_latents}, hidden]",
+                expected=f"[{num_recorded}, hidden]",
             )
         num_selected = int((self.kinds == PositionKind.SELECTED).sum())
         if self.selected_idx.shape != (num_selected,):
@@ -117,7 +119,7 @@ class Trajectory:
                 got=f"selected_idx of shape {tuple(self.selected_idx.shape)}",
                 expected=f"[{num_selected}]",
             )
-        num_own = num_latents - num_selected
+        num_own = int((self.kinds == PositionKind.LATENT).sum())
         if self.latent_aux.ndim != 2 or (self.latent_aux.shape[1] and self.latent_aux.shape[0] != num_own):
             raise LatentMismatchError(
                 "recorded aux does not match the LATENT positions",
@@ -140,6 +142,11 @@ class Trajectory:
         """bool [T], True at latent positions."""
         return latent_mask(self.kinds)
 
+    @property
+    def recorded_mask(self) -> Tensor:
+        """bool [T], True where `latents` holds a vector."""
+        return recorded_mask(self.kinds)
+
     def response_mask(self, start_is_action: bool = True) -> Tensor:
         """bool [T], True where the policy acted."""
         return response_mask(self.kinds, start_is_action)
@@ -158,7 +165,7 @@ class Trajectory:
     @property
     def text_ids(self) -> list[int]:
         """Ids outside latent spans and their delimiters: what a reward may see."""
-        return self.token_ids[self.kinds == PositionKind.TEXT].tolist()
+        return self.token_ids[is_text(self.kinds)].tolist()
 
     @property
     def num_forced_ends(self) -> int:
@@ -166,12 +173,27 @@ class Trajectory:
 
 
 def latent_mask(kinds: Tensor) -> Tensor:
-    """bool, True where the input is a recorded vector: LATENT and SELECTED.
+    """bool, True at latent steps, where no token stands: LATENT and SELECTED.
 
     Args:
         kinds: integer tensor of any shape, values of `PositionKind`.
     """
     return (kinds == PositionKind.LATENT) | (kinds == PositionKind.SELECTED)
+
+
+def made_mask(kinds: Tensor) -> Tensor:
+    """bool, True where a hidden state made the recorded vector: LATENT and MIXED."""
+    return (kinds == PositionKind.LATENT) | (kinds == PositionKind.MIXED)
+
+
+def recorded_mask(kinds: Tensor) -> Tensor:
+    """bool, True where a vector is recorded, whether it is the input (LATENT, SELECTED) or a part of it (MIXED)."""
+    return latent_mask(kinds) | (kinds == PositionKind.MIXED)
+
+
+def is_text(kinds: Tensor) -> Tensor:
+    """bool, True at sampled tokens that are text: TEXT and MIXED."""
+    return (kinds == PositionKind.TEXT) | (kinds == PositionKind.MIXED)
 
 
 def response_mask(kinds: Tensor, start_is_action: bool = True) -> Tensor:
@@ -180,7 +202,7 @@ def response_mask(kinds: Tensor, start_is_action: bool = True) -> Tensor:
     Args:
         kinds: integer tensor of any shape, values of `PositionKind`.
     """
-    acted = kinds == PositionKind.TEXT
+    acted = is_text(kinds)
     return acted | (kinds == PositionKind.START) if start_is_action else acted
 
 

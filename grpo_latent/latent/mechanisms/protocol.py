@@ -1,0 +1,334 @@
+"""The protocol of the mechanism axis: what a latent *is* for one system. Twin of `latent.treatments.protocol`.
+
+    prompt     num_slots, top_k_image, positions             what stands before the first text token
+    decoding   begin ─▶ RowStates: plan ▸ advance ▸ plan …   what stands at the next position of each row
+    feed       h_{t-1} ──make──▶ recorded at t ──compose──▶ input vector at t
+    training   sources: which h made which recorded vector; make and compose again, on the current model
+
+The engine, replay, SFT, ablations and checks ask these methods and never a mechanism's name. A mechanism is a frozen
+dataclass: *its fields are its settings*, which `latent_config.json` stores. What is fixed for a system is a class attribute
+(`positions`, of spans the delimiter's kind, …); a subclass that makes it a setting annotates it.
+
+Legend: N rows of a batch, M of their positions, B x T sequences, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from grpo_latent.errors import ConfigError
+from grpo_latent.trajectory import PositionKind, made_mask
+
+VISIBILITIES = ("full", "latents_only")
+POSITIONS = ("text_style", "1d")
+UNBOUNDED = 2**62  # spans of a row without a bound
+
+
+@dataclass(frozen=True)
+class HiddenSource:
+    """What a recorded vector is made of: the hidden state of the position before it.
+
+    Attributes:
+        hidden_MH: last hidden states after the final norm; leading dimensions may be any.
+        logits: makes the logits [M, V] of the same hidden states, nothing masked, temperature 1.
+        embed: token embeddings of ids of any shape.
+    """
+
+    hidden_MH: Tensor
+    logits: Callable[[], Tensor]
+    embed: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A setting that an engine cannot run: `where` it stands, what it is, what it would have to be, and why."""
+
+    setting: str
+    got: Any
+    expected: Any
+    why: str
+
+
+class RowStates:
+    """Where each of N rows stands. By itself: rows that hold sampled text and nothing else.
+
+    It decides and runs no model: `plan` says what each next position is, `advance` is told what was put there. Nothing here
+    waits for the device.
+    """
+
+    is_bounded = False  # whether `may_open_N` is ever False
+
+    def __init__(self, like_N: Tensor):
+        """`like_N`: a tensor [N] on the rows' device."""
+        self._text_N = torch.full_like(like_N, int(PositionKind.TEXT), dtype=torch.long)
+
+    def plan(self, logits_NV: Tensor | None) -> Tensor:
+        """Kind of each row's next position, int64 [N].
+
+        TEXT (a token is to be sampled), MIXED (a token is to be sampled, and a vector recorded beside it), LATENT (a vector
+        is to be made), or FORCED (the mechanism's own token).
+
+        Args:
+            logits_NV: of the last position; None unless the mechanism `reads_logits`.
+        """
+        return self._text_N
+
+    def advance(self, kinds_N: Tensor, token_ids_N: Tensor, latents_NH: Tensor | None) -> Tensor:
+        """Takes note of what stands at the position that `plan` announced; returns its final kinds (TEXT may become START).
+
+        Args:
+            kinds_N: as planned, except that rows which have stopped hold TEXT.
+            token_ids_N: sampled ids; meaningful at TEXT and MIXED only.
+            latents_NH: recorded vectors, meaningful at LATENT and MIXED; None unless the mechanism `reads_latents`.
+        """
+        return kinds_N
+
+    @property
+    def may_open_N(self) -> Tensor:
+        """bool [N], rows that may still open a span: elsewhere `Mechanism.opening_ids` are banned."""
+        return torch.ones_like(self._text_N, dtype=torch.bool)
+
+    @property
+    def span_N(self) -> Tensor:
+        """int64 [N], number of the span that each row is in or was in last, from 0."""
+        return torch.zeros_like(self._text_N)
+
+    @property
+    def is_last_latent_N(self) -> Tensor:
+        """bool [N], asked after `advance`: the position just put is the last latent of its span."""
+        return torch.zeros_like(self._text_N, dtype=torch.bool)
+
+    @property
+    def is_after_span_N(self) -> Tensor:
+        """bool [N], asked after `advance`: the position just put stands after the first latents, and in no span."""
+        return torch.zeros_like(self._text_N, dtype=torch.bool)
+
+    def keep_rows(self, rows_M: Tensor) -> None:
+        """Goes on with the rows `rows_M` only."""
+        self._text_N = self._text_N[rows_M]
+
+    def pack(self) -> tuple[Tensor, ...]:
+        """What `advance` changes, as `Mechanism.state_size` integer columns [N]: an engine may keep it for each position."""
+        return ()
+
+    def unpack(self, columns: tuple[Tensor, ...]) -> None:
+        """Takes over what `pack` gave, int64 columns [N]."""
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """Base of all mechanisms; by itself a model without latents. The fields of a subclass are its settings.
+
+    Attributes:
+        name: in the registry; a class of a user's own has none and is stored as package.module:Class.
+        published_tokens: role -> token, in the order in which the system adds them. Each role has the fields `<role>_token`
+            and `<role>_id`, unless its token is None.
+        parameter_prefixes: names (of `state_dict`) of all parameters that `attach` may make.
+        steps: latent steps of a span (or their cap), slots of the prompt.
+        max_spans: spans that a completion may open; None for no bound.
+        visibility: `full` (published by all) or `latents_only` (text sees question and latents only).
+        start_is_action: whether emitting the token that opens a span counts as an action of the policy.
+        has_slots: whether completions begin with `num_slots` latent steps, which run right after the prompt.
+        top_k_image: image embeddings inserted before each slot, chosen by attention; 0 for none.
+        positions: `text_style` (the model's own for the prompt, latents count on as text) or `1d` (0, 1, 2, … for
+            everything, images included).
+        reads_logits, reads_latents: whether `RowStates.plan` needs logits, and `advance` the recorded vectors.
+        state_size: number of columns of `RowStates.pack`.
+    """
+
+    name: ClassVar[str] = ""
+    published_tokens: ClassVar[Mapping[str, str]] = {}
+    parameter_prefixes: ClassVar[tuple[str, ...]] = ()
+    state_size: ClassVar[int] = 0
+    has_slots: ClassVar[bool] = False
+    # no annotation below: a subclass that annotates one makes it a setting
+    steps = 0
+    max_spans = None
+    visibility = "full"
+    start_is_action = True
+    top_k_image = 0
+    positions = "text_style"
+    reads_logits = False
+    reads_latents = False
+
+    # ---- tokens ----------------------------------------------------------------------------------------------------
+
+    @property
+    def token_ids(self) -> dict[str, int]:
+        """Token -> id of all latent tokens."""
+        tokens = {role: getattr(self, f"{role}_token") for role in self.published_tokens}
+        return {token: getattr(self, f"{role}_id") for role, token in tokens.items() if token is not None}
+
+    @property
+    def banned_ids(self) -> frozenset[int]:
+        """Latent tokens that are never sampled."""
+        return frozenset(self.token_ids.values()) - self.opening_ids
+
+    @property
+    def opening_ids(self) -> frozenset[int]:
+        """Tokens that open a span when they are sampled; banned in rows that may not open one."""
+        return frozenset()
+
+    def placeholder_id(self, kind: PositionKind) -> int:
+        """The id that stands at positions of `kind` if nothing is sampled there; 0 if the mechanism has no such positions."""
+        return 0
+
+    # ---- parameters ------------------------------------------------------------------------------------------------
+
+    def new_parameters(
+        self, text_config, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, nn.Module | nn.Parameter]:
+        """What this mechanism adds to a model, freshly initialised, by attribute name; drawn from torch's global generator.
+
+        Args:
+            text_config: of the decoder.
+        """
+        return {}
+
+    def attach(self, model: nn.Module) -> None:
+        """Adds `new_parameters` to a Hugging Face model, in its dtype and on its device.
+
+        They become submodules or parameters, so that optimizers, FSDP, `state_dict` and `save_pretrained` see them.
+        """
+        weight = model.get_input_embeddings().weight
+        text_config = model.config.get_text_config()
+        for name, value in self.new_parameters(text_config, weight.dtype, weight.device).items():
+            setattr(model, name, value)
+
+    def own_modules(self, model: nn.Module) -> list[nn.Module]:
+        """Modules of `attach` that `model` has, which run while decoding."""
+        found = [getattr(model, prefix.rstrip("."), None) for prefix in self.parameter_prefixes]
+        return [module for module in found if isinstance(module, nn.Module)]
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raises `CheckpointError` where `model` lacks what these settings need."""
+
+    # ---- prompt ----------------------------------------------------------------------------------------------------
+
+    def num_slots(self, steps: int | None) -> int:
+        """Latent steps that stand at the beginning of a completion.
+
+        Args:
+            steps: of the request; None for the checkpoint's.
+        """
+        return 0
+
+    # ---- decoding and feed -----------------------------------------------------------------------------------------
+
+    def begin(self, model: nn.Module, steps_N: Tensor, max_spans_N: Tensor | None = None) -> RowStates:
+        """The state of N rows behind their prompts (and slots).
+
+        Args:
+            model: has what `attach` made; a container of these alone will do.
+            steps_N: int64 [N], latent steps a span, or their cap.
+            max_spans_N: int64 [N], spans that each row may open (`UNBOUNDED` for no bound); None for the checkpoint's.
+        """
+        return RowStates(steps_N)
+
+    def make(self, model: nn.Module, source: HiddenSource) -> Tensor:
+        """What is recorded, in the shape of `source.hidden_MH`: h, a head's output, a soft mixture, an embedding of its own.
+
+        Under training with gradient to `source` and to the parameters of `attach`.
+        """
+        return source.hidden_MH
+
+    def compose(self, model: nn.Module, embeds_MH: Tensor, recorded_MH: Tensor) -> Tensor:
+        """The input vectors [M, H] where `recorded_MH` was recorded: the recorded vectors themselves.
+
+        A mechanism whose sampled tokens are MIXED overrides this, with gradient to whatever it mixes by.
+
+        Args:
+            embeds_MH: token embeddings at the same positions.
+        """
+        return recorded_MH
+
+    @property
+    def composes(self) -> bool:
+        """Whether what is fed differs from what was recorded; such a mechanism's sampled tokens are MIXED."""
+        return type(self).compose is not Mechanism.compose
+
+    def sources(self, kinds_BT: Tensor, valid_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(rows, columns) of the hidden state that made each recorded vector (`made_mask`), row-major.
+
+        By default the last position before it that is neither padding nor SELECTED, which no hidden state makes.
+
+        Args:
+            kinds_BT: int64, `PositionKind`.
+            valid_BT: bool, None where padding can only follow.
+        """
+        valid_BT = torch.ones_like(kinds_BT, dtype=torch.bool) if valid_BT is None else valid_BT
+        columns_T = torch.arange(kinds_BT.shape[1], device=kinds_BT.device)
+        is_source_BT = (kinds_BT != PositionKind.SELECTED) & valid_BT
+        last_BT = columns_T.masked_fill(~is_source_BT, -1).cummax(-1).values
+        before_BT = nn.functional.pad(last_BT[:, :-1], (1, 0), value=-1)
+        is_made_BT = made_mask(kinds_BT) & valid_BT
+        return is_made_BT.nonzero(as_tuple=True)[0], before_BT[is_made_BT]
+
+    # ---- ablations -------------------------------------------------------------------------------------------------
+
+    def requests_without_latents(self) -> dict | None:
+        """Fields of a `RolloutRequest` whose completion has no latents; None where there is no such request."""
+        return None
+
+    def requests_with_markers_only(self) -> dict | None:
+        """Fields of a `RolloutRequest` with the delimiters of spans and nothing between them; None without delimiters."""
+        return None
+
+    # ---- engines and checkpoints -----------------------------------------------------------------------------------
+
+    def refusals(self, engine: str) -> list[Refusal]:
+        """What `engine` (`hf` or `vllm`) cannot run of this mechanism; engine `hf` runs all."""
+        if engine == "hf":
+            return []
+        return [Refusal("mechanism", self.key(), "lvr", f"engine {engine} does not run this mechanism")]
+
+    @classmethod
+    def official_layout(cls, config_json: dict, tokenizer, where: str) -> Mechanism | None:
+        """The mechanism of a published checkpoint that has no latent_config.json; None where it is not one of this system.
+
+        Args:
+            config_json: its config.json.
+            where: names that file in messages.
+
+        Raises:
+            CheckpointError: it is one of this system, and damaged.
+        """
+        return None
+
+    @classmethod
+    def key(cls) -> str:
+        """How `latent_config.json` and configs name this class."""
+        return vars(cls).get("name") or f"{cls.__module__}:{cls.__qualname__}"
+
+    def replace(self, **changes) -> Mechanism:
+        """A copy with other settings.
+
+        What is fixed for this mechanism may be "set" to the value that it has.
+
+        Raises:
+            ConfigError: not a setting of this mechanism, or a value or combination that cannot run.
+        """
+        known = {field.name for field in dataclasses.fields(self)}
+        for name in sorted(set(changes) - known):
+            value, is_fixed = changes[name], name in _FIXABLE and hasattr(self, name)
+            if is_fixed and value == getattr(self, name):
+                del changes[name]
+                continue
+            raise ConfigError(
+                "fixed for this mechanism" if is_fixed else "unknown field",
+                where=f"latent.{name}",
+                got=value,
+                expected=f"{getattr(self, name)!r}, as {self.key()} has it"
+                if is_fixed
+                else f"a setting of {self.key()}: {sorted(known)}",
+            )
+        return dataclasses.replace(self, **changes)
+
+
+_FIXABLE = ("steps", "max_spans", "visibility", "start_is_action", "top_k_image", "positions", "exit", "head")
