@@ -10,12 +10,14 @@ PACKAGE = ROOT / "grpo_latent"
 
 # layer -> layers of grpo_latent that it may import, itself aside. `entry` is every module at the top of the package that has
 # no row of its own: `python -m grpo_latent.<entry>`.
-_TYPES = {"errors", "trajectory"}
+_BASE = {"errors", "common"}
+_TYPES = _BASE | {"trajectory"}
 _CORE = _TYPES | {"latent", "algo"}
 _MODELS = _CORE | {"models"}
 ALLOWED = {
     "errors": set(),
-    "trajectory": {"errors"},
+    "common": {"errors"},  # atomic writes, strict settings, the command wrapper, dtype names
+    "trajectory": _BASE,
     "algo": _TYPES,
     "latent": _TYPES | {"algo"},  # a density's maths
     "rewards": _TYPES,  # runs a user's function in a process of its own: needs no model
@@ -127,6 +129,8 @@ def test_reward_functions_use_types_and_errors_only(path):
         ("grpo_latent.latent.x", "from ..models.tiny import word_tokenizer", 1),
         ("grpo_latent.models.x", "from grpo_latent.latent.config import LatentConfig", 0),
         ("grpo_latent.models.x", "from . import tiny", 0),
+        ("grpo_latent.common.x", "from grpo_latent.trajectory import Trajectory", 1),
+        ("grpo_latent.trajectory", "from grpo_latent.common.files import write_text", 0),
         ("grpo_latent.models.x", "import ray", 1),
         ("grpo_latent.rollout.hf", "from verl.utils import x", 1),
         ("grpo_latent.verl_plugin.x", "from verl.utils import x\nimport ray", 0),

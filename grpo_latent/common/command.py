@@ -1,0 +1,123 @@
+"""How every `python -m grpo_latent.…` ends: one line that a user can act on, and one meaning for each exit code.
+
+    0    done
+    1    something broke that is no fault of what was given: a traceback of ours
+    2    what was given cannot be used: command line, config, data, checkpoint, reward, cluster; or the run stopped on a
+         typed error. stderr has `ErrorType: message`, with what, where, got, expected and the fix
+    130  interrupted from the keyboard (128 + SIGINT, as shells count)
+
+2 is also what argparse ends with where a command line does not parse.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from grpo_latent.errors import ConfigError, GrpoLatentError
+
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+_HYDRA_RAISES = "HYDRA_FULL_ERROR"
+
+
+def command(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Wraps the `main` of an entry point: it returns the exit code, 0 where `main` returns nothing.
+
+    What is no error of this package, of hydra or of omegaconf leaves as it came: Python prints the traceback and ends
+    with 1.
+
+        @command
+        def main(argv=None): ...
+
+        if __name__ == "__main__":
+            sys.exit(main())
+    """
+
+    @functools.wraps(main)
+    def run(*args, **kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or DONE
+        except GrpoLatentError as error:
+            print_error(error)
+            return REFUSED
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
+        except Exception as error:
+            if not _is_of_config_library(error):
+                raise
+            print_error(_as_config_error(error))
+            return REFUSED
+
+    return run
+
+
+def config_command(config_name: str) -> Callable[[Callable], Callable[..., int]]:
+    """Wraps a `main(config)` whose config hydra composes: `grpo_latent/config/<config_name>.yaml` and the command line.
+
+    The wrapped function is a `command`. Called with a config, it runs on that one and hydra has no part in it.
+    """
+
+    def decorate(task: Callable) -> Callable[..., int]:
+        @command
+        @functools.wraps(task)
+        def main(config=None) -> int | None:
+            if config is not None:
+                return task(config)
+            return _with_hydra(task, config_name)
+
+        return main
+
+    return decorate
+
+
+def _with_hydra(task: Callable, config_name: str) -> None:
+    import hydra
+
+    raised = []
+
+    @functools.wraps(task)
+    def job(config) -> None:
+        # kept from hydra, which would print a line of its own about it
+        try:
+            task(config)
+        except Exception as error:
+            raised.append(error)
+
+    with _hydra_raising():
+        hydra.main(config_path="pkg://grpo_latent.config", config_name=config_name, version_base=None)(job)()
+    if raised:
+        raise raised[0]
+
+
+@contextmanager
+def _hydra_raising() -> Iterator[None]:
+    """hydra raises what is wrong with a command line or config, in place of printing it and ending with 1."""
+    before = os.environ.get(_HYDRA_RAISES)
+    os.environ[_HYDRA_RAISES] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_HYDRA_RAISES]
+        if before is not None:
+            os.environ[_HYDRA_RAISES] = before
+
+
+def print_error(error: GrpoLatentError) -> None:
+    """Prints `ErrorType: message` to stderr: the form of every message that ends a command, or that a command survives."""
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+
+
+def _is_of_config_library(error: Exception) -> bool:
+    # by name: commands without a config import neither
+    return type(error).__module__.split(".")[0] in ("hydra", "omegaconf")
+
+
+def _as_config_error(error: Exception) -> ConfigError:
+    """`error` of hydra or omegaconf, whose messages take several lines, the first of which says most."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    what = lines[0].rstrip(".;") if lines else type(error).__name__
+    return ConfigError(what, where="config", fix=" ".join(lines[1:3]) or None)

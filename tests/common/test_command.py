@@ -1,0 +1,96 @@
+"""Exit codes and messages of commands."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from grpo_latent import errors
+from grpo_latent.common.command import command, config_command
+
+TYPES = [t for t in vars(errors).values() if isinstance(t, type) and issubclass(t, errors.GrpoLatentError)]
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.__name__)
+def test_every_typed_error_is_one_line_and_code_2(kind, capsys):
+    @command
+    def main():
+        raise kind("broken", where="here", fix="Mend it.")
+
+    assert main() == 2
+    assert capsys.readouterr() == ("", f"{kind.__name__}: here: broken. Mend it.\n")
+
+
+def test_codes_of_what_is_no_typed_error(capsys):
+    assert command(lambda: None)() == 0
+    assert command(lambda: 3)() == 3
+
+    @command
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert interrupted() == 130 and "interrupted" in capsys.readouterr().err
+
+    @command
+    def ours():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):  # Python makes it a traceback and code 1
+        ours()
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_the_environment_of_what_runs_is_the_users_afterwards(monkeypatch, before):
+    if before is None:
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    else:
+        monkeypatch.setenv("HYDRA_FULL_ERROR", before)
+    monkeypatch.setattr(sys, "argv", ["sft"])
+    seen = []
+    assert config_command("sft")(lambda config: seen.append(config.method))() == 0
+    assert seen == ["lvr"] and os.environ.get("HYDRA_FULL_ERROR") == before
+
+
+def test_a_config_that_is_given_needs_no_hydra(capsys):
+    @config_command("sft")
+    def main(config):
+        raise errors.DataError("no rows", got=config)
+
+    assert main({"a": 1}) == 2 and "got {'a': 1}" in capsys.readouterr().err
+
+
+HYDRA = """
+import sys
+from grpo_latent.common.command import config_command
+from grpo_latent.errors import DataError
+
+@config_command("sft")
+def main(config):
+    {body}
+
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "arguments", "code", "message"),
+    [
+        ("pass", [], 0, "^$"),
+        ("raise DataError('no rows', where='x.parquet')", [], 2, r"^DataError: x\.parquet: no rows\.\n$"),
+        ("1 / 0", [], 1, "Traceback.*ZeroDivisionError"),
+        ("pass", ["no_such_key=1"], 2, "^ConfigError: config: Could not override 'no_such_key'.*\\+no_such_key=1"),
+        ("pass", ["method=no_such_method"], 2, "^ConfigError: config: .*method/no_such_method"),
+        ("config.model.path", [], 2, "^ConfigError: config: Missing mandatory value: model.path"),
+    ],
+)
+def test_commands_with_a_hydra_config(tmp_path, body, arguments, code, message):
+    script = tmp_path / "script.py"
+    script.write_text(HYDRA.format(body=body))
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    assert done.returncode == code, done.stderr
+    assert re.search(message, done.stderr, re.DOTALL), done.stderr
+    assert ("Traceback" in done.stderr) == (code == 1)
