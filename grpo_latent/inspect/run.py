@@ -10,7 +10,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from grpo_latent.errors import DataError, GrpoLatentError
+from grpo_latent.common.step_folders import read_tracker, step_folders
+from grpo_latent.errors import CheckpointError, DataError, GrpoLatentError
 from grpo_latent.eval.dumps import Dump, read_dump
 from grpo_latent.latent.config import LATENT_CONFIG_FILE
 
@@ -118,7 +119,7 @@ def read_run(folder: str | Path, checkpoint: Path | None = None, data_files: lis
         metrics=metrics,
         dump=dump,
         evaluations=evaluations,
-        checkpoint=checkpoint or find_checkpoint(folder, config),
+        checkpoint=checkpoint or find_checkpoint(folder, config, problems),
         data_files=data_files or [find_file(str(f), folder) for f in ([files] if isinstance(files, str) else files)],
         problems=problems + dump.problems,
     )
@@ -182,14 +183,19 @@ def read_evaluations(folder: Path, problems: list[GrpoLatentError]) -> dict[str,
     return reports
 
 
-def find_checkpoint(folder: Path, config: dict) -> Path | None:
-    """The newest `global_step_<n>/actor/huggingface` of the run, else the model that it started from."""
+def find_checkpoint(folder: Path, config: dict, problems: list[GrpoLatentError]) -> Path | None:
+    """The run's newest `global_step_<n>/actor/huggingface`, else the model that it started from.
+
+    Newer folders than the one that the tracker names are half of a save, or of a branch that has been left.
+    """
     root = folder / "checkpoints"
     if not root.is_dir():
         root = Path(str(lookup(config, "trainer.default_local_dir") or root))
-    saved = [path.parent for path in root.glob(f"global_step_*/actor/huggingface/{LATENT_CONFIG_FILE}")]
-    if saved:
-        return max(saved, key=lambda path: int(re.search(r"global_step_(\d+)", str(path))[1]))
+    newest = _attempt(problems, lambda: read_tracker(root), None)
+    for step, path in reversed(step_folders(root).items()):
+        saved = path / "actor" / "huggingface"
+        if (newest is None or step <= newest) and (saved / LATENT_CONFIG_FILE).is_file():
+            return saved
     start = lookup(config, "actor_rollout_ref.model.path")
     marker = find_file(f"{start}/{LATENT_CONFIG_FILE}", folder) if start else None
     return marker.parent if marker is not None and marker.is_file() else None
@@ -213,6 +219,6 @@ def lookup(config: dict, key: str):
 def _attempt(problems: list[GrpoLatentError], read, default):
     try:
         return read()
-    except DataError as error:
+    except (DataError, CheckpointError) as error:
         problems.append(error)
         return default

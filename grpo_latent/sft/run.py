@@ -18,6 +18,7 @@ from pathlib import Path
 import transformers
 from transformers import TrainingArguments, set_seed
 
+from grpo_latent.common.step_folders import step_folders, step_of
 from grpo_latent.errors import ConfigError
 from grpo_latent.models.injection import LatentInjector
 from grpo_latent.models.loading import LatentModel
@@ -170,11 +171,11 @@ def find_checkpoint(settings: SFTSettings, output_dir: Path) -> Path | None:
                 expected="auto, null, or a folder checkpoint-N",
             )
         return checkpoint
-    checkpoints = [folder for folder in output_dir.glob("checkpoint-*") if is_complete(folder)]
+    checkpoints = [folder for folder in step_folders(output_dir, "checkpoint-").values() if is_complete(folder)]
     if not checkpoints:
         return None
     check_same_run(settings, output_dir)
-    return max(checkpoints, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+    return checkpoints[-1]
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -183,7 +184,7 @@ def is_complete(checkpoint: Path) -> bool:
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, json.JSONDecodeError):
         return False
-    return checkpoint.name.removeprefix("checkpoint-").isdigit()
+    return step_of(checkpoint, "checkpoint-") is not None
 
 
 def check_same_run(settings: SFTSettings, output_dir: Path) -> None:

@@ -5,6 +5,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -40,7 +42,17 @@ def test_what_ran_beside_and_failed_ends_the_script_with_its_log(tmp_path):
 
 
 def test_the_last_checkpoint_is_the_trackers(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "global_step_12").mkdir(parents=True)
     (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("12")
     done = bash('last_checkpoint "$OUT"', tmp_path)
     assert done.stdout == f"{tmp_path}/checkpoints/global_step_12/actor/huggingface\n"
+
+
+@pytest.mark.parametrize("tracker", ["", "12_best", "13", None])
+def test_a_run_without_a_last_checkpoint_ends_the_script(tmp_path, tracker):
+    for name in ("12", "12_best"):
+        (tmp_path / "checkpoints" / f"global_step_{name}").mkdir(parents=True)
+    if tracker is not None:
+        (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(tracker)
+    done = bash('CHECKPOINT=$(last_checkpoint "$OUT")\necho on', tmp_path)
+    assert (done.returncode, done.stdout) == (1, "") and "latest_checkpointed_iteration.txt" in done.stderr

@@ -4,54 +4,28 @@
   latest_checkpointed_iteration.txt     written last, atomically: names the newest *complete* checkpoint
   global_step_N/
     data.pt                             position in the data
+    latent_watch.json                   counters of the alarm
     actor/                              shards of model, optimizer, scheduler and generator states
     actor/huggingface/                  what `load_latent_model` and stage-2 runs read
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
-from grpo_latent.errors import CheckpointError
+from omegaconf import DictConfig
 
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
-STEP_PREFIX = "global_step_"
+from grpo_latent.common.files import write_text
+from grpo_latent.common.step_folders import STEP_PREFIX, TRACKER_FILE, read_tracker, step_folders, step_of
+from grpo_latent.errors import ConfigError
 
-
-def read_tracker(root: str | Path) -> int | None:
-    """Step of the newest complete checkpoint under `root`, None if there is none.
-
-    Raises:
-        CheckpointError: the tracker holds no step, or names a folder that is gone.
-    """
-    path = Path(root) / TRACKER_FILE
-    if not path.is_file():
-        return None
-    text = path.read_text().strip()
-    if not text.isdigit():
-        raise CheckpointError("not a step", where=str(path), got=text, expected="a number", fix="Delete the file.")
-    if not (Path(root) / f"{STEP_PREFIX}{text}").is_dir():
-        raise CheckpointError(
-            "the checkpoint is gone",
-            where=str(path),
-            got=f"{STEP_PREFIX}{text}",
-            expected="a folder of that name",
-            fix="Restore it, or write the step of another complete checkpoint into the file.",
-        )
-    return int(text)
+__all__ = ["STEP_PREFIX", "TRACKER_FILE", "make_room", "prune", "read_tracker", "resume_folder", "write_tracker"]
 
 
 def write_tracker(root: str | Path, step: int) -> None:
     """Points the tracker at `step`, atomically."""
-    path = Path(root) / TRACKER_FILE
-    partial = path.with_suffix(".partial")
-    with open(partial, "w") as file:
-        file.write(str(step))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_text(Path(root) / TRACKER_FILE, str(step))
 
 
 def make_room(root: str | Path, step: int, resumed_from: int) -> None:
@@ -78,6 +52,33 @@ def prune(root: str | Path, keep: int | None) -> None:
     if not keep or keep < 1:
         return
     latest = read_tracker(root)
-    folders = {int(p.name.removeprefix(STEP_PREFIX)): p for p in Path(root).glob(f"{STEP_PREFIX}*") if p.is_dir()}
-    for step in sorted(step for step in folders if latest is None or step < latest)[: max(0, len(folders) - keep)]:
+    folders = step_folders(root)
+    for step in [step for step in folders if latest is None or step < latest][: max(0, len(folders) - keep)]:
         shutil.rmtree(folders[step])
+
+
+def resume_folder(trainer: DictConfig) -> Path | None:
+    """The checkpoint that a run resumes from, None where it starts anew.
+
+    Args:
+        trainer: verl's group `trainer`.
+
+    Raises:
+        CheckpointError: the tracker is broken.
+        ConfigError: `resume_from_path` is no folder `global_step_<n>`, of which verl would take the step.
+    """
+    if trainer.resume_mode == "auto":
+        step = read_tracker(trainer.default_local_dir)
+        return None if step is None else Path(trainer.default_local_dir) / f"{STEP_PREFIX}{step}"
+    if trainer.resume_mode != "resume_path":
+        return None
+    given = trainer.resume_from_path
+    if not isinstance(given, str) or step_of(given) is None or not Path(given).is_dir():
+        raise ConfigError(
+            "not a checkpoint of a step",
+            where="trainer.resume_from_path",
+            got=given,
+            expected=f"an existing folder {STEP_PREFIX}<n>",
+            fix="A checkpoint that was kept under another name has to get such a name back.",
+        )
+    return Path(given)

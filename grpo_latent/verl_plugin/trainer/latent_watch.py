@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,13 +12,15 @@ from typing import Any
 
 import ray
 
-from grpo_latent.errors import ConfigError
+from grpo_latent.common.files import write_json
+from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.eval.statistics import NOT_USED
 from grpo_latent.eval.usage import Usage, UsageSettings
 from grpo_latent.verl_plugin.rewards.manager import reward_settings
 from grpo_latent.verl_plugin.rollout.usage_probe import UsageRequest
 
 REFERENCE_FILE = "usage_start.safetensors"
+STATE_FILE = "latent_watch.json"  # in a checkpoint
 
 
 def as_metrics(usage: Usage) -> dict[str, float]:
@@ -61,6 +64,7 @@ class LatentWatch:
         self.config, self.folder = config, Path(options.output_dir or config.trainer.default_local_dir)
         self._request: UsageRequest | None = None
         self._bad = {"vanished": 0, "unused": 0}
+        self._saved: Path | None = None  # of the step that is not yet counted
 
     def measure(
         self, holding: AbstractContextManager, rows: Iterable[dict], is_start: bool
@@ -96,7 +100,51 @@ class LatentWatch:
         text = f"latents vanish: {share:.1%} of the trajectories have any"
         line = self._count("vanished", share < self.alarm.min_frac_rollouts, text)
         metrics |= {f"latent/alarm_{kind}": float(self._sounds(kind)) for kind in self._bad}
+        if self._saved is not None:
+            self._write(self._saved, is_counted=True)
+            self._saved = None
         return line
+
+    def save(self, checkpoint: Path) -> None:
+        """Writes the counters into a checkpoint.
+
+        verl saves a step before it validates and logs it, so they are written now, and anew in `after_step`.
+        """
+        self._write(checkpoint, is_counted=False)
+        self._saved = checkpoint
+
+    def _write(self, checkpoint: Path, is_counted: bool) -> None:
+        write_json(checkpoint / STATE_FILE, {"bad_in_a_row": self._bad, "is_step_counted": is_counted})
+
+    def load(self, checkpoint: Path) -> list[str]:
+        """Reads the counters of a checkpoint; what the user should know of them.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        path = checkpoint / STATE_FILE
+        if not path.is_file():  # of a release before the counters were saved
+            return [f"{checkpoint} has no {STATE_FILE}: the alarm counts from zero"]
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            bad, is_counted = values["bad_in_a_row"], values["is_step_counted"]
+            if set(bad) != set(self._bad) or not all(type(n) is int and n >= 0 for n in bad.values()):
+                raise ValueError(f"counters {bad}")
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                "not the alarm's counters",
+                where=str(path),
+                got=f"{type(error).__name__}: {error}",
+                expected=f"a count for each of {sorted(self._bad)}",
+                fix="Delete the file: the alarm then counts from zero.",
+            ) from error
+        self._bad = dict(bad)
+        notes = [] if is_counted else [f"{path}: the run ended before it had counted its last step"]
+        if self.should_stop:
+            notes.append(
+                "the alarm still sounds, so training stops after a step; latent.alarm.stop=false lets it go on"
+            )
+        return notes
 
     @property
     def should_stop(self) -> bool:

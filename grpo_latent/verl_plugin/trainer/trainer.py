@@ -81,6 +81,7 @@ class LatentPPOTrainer(PPOTrainerSync):
         verify("trainer")
         verify_device("trainer", config.trainer.device)
         self.options = check_config(config)
+        checkpoint.resume_folder(config.trainer)  # what cannot be resumed is refused before workers start
         with open_dict(config):
             config.trainer.v1.trainer_mode = "sync"  # the base class branches on this literal
         super().__init__(config)
@@ -263,6 +264,7 @@ class LatentPPOTrainer(PPOTrainerSync):
         self.actor_rollout_wg.save_checkpoint(str(folder / "actor"), remote, self.global_steps, max_ckpt_to_keep=None)
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(self.train_dataloader.state_dict(), folder / "data.pt")
+        self.watch.save(folder)
         checkpoint.write_tracker(root, self.global_steps)
         checkpoint.prune(root, trainer.get("max_actor_ckpt_to_keep", None))
         self.checkpoint_callback.on_save(
@@ -271,15 +273,15 @@ class LatentPPOTrainer(PPOTrainerSync):
 
     def _load_checkpoint(self) -> None:
         trainer = self.config.trainer
-        if trainer.resume_mode == "auto":
-            step = checkpoint.read_tracker(trainer.default_local_dir)
-            folder = None if step is None else Path(trainer.default_local_dir) / f"{checkpoint.STEP_PREFIX}{step}"
-        else:
-            folder = Path(trainer.resume_from_path) if trainer.resume_mode == "resume_path" else None
+        folder = checkpoint.resume_folder(trainer)
         if folder is not None:
             self._check_world_size(folder)
+            if trainer.resume_mode == "resume_path":  # verl would choke on a slash at its end
+                trainer.resume_from_path = str(folder)
         super()._load_checkpoint()
         self.resumed_from = self.global_steps
+        for note in self.watch.load(folder) if folder is not None else []:
+            print(f"resume: {note}", flush=True)
 
     def _check_world_size(self, folder: Path) -> None:
         path = folder / "actor" / "fsdp_config.json"

@@ -1,8 +1,10 @@
 """The tracker never names an incomplete checkpoint, whatever was killed when."""
 
 import pytest
+from omegaconf import OmegaConf
 
-from grpo_latent.errors import CheckpointError
+from grpo_latent.common import files
+from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.verl_plugin.trainer import checkpoint
 
 
@@ -40,7 +42,7 @@ def test_tracker_is_replaced_whole(tmp_path, monkeypatch):
     def killed(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.os, "replace", killed)
+    monkeypatch.setattr(files.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.write_tracker(tmp_path, 6)
     assert checkpoint.read_tracker(tmp_path) == 3
@@ -61,3 +63,39 @@ def test_pruning_keeps_the_newest_and_the_one_in_use(tmp_path):
     checkpoint.prune(tmp_path, None)
     checkpoint.prune(tmp_path, 1)
     assert (tmp_path / "global_step_6").is_dir()
+
+
+def test_a_folder_that_was_kept_under_another_name_is_neither_pruned_nor_counted(tmp_path):
+    make(tmp_path, 10, 20, 30, tracker=30)
+    for name in ("global_step_20_best", "global_step_old"):
+        (tmp_path / name).mkdir()
+    checkpoint.prune(tmp_path, 2)
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {
+        "global_step_20",
+        "global_step_30",
+        "global_step_20_best",
+        "global_step_old",
+    }
+
+
+def trainer_config(tmp_path, **values):
+    return OmegaConf.create({"resume_mode": "resume_path", "default_local_dir": str(tmp_path), **values})
+
+
+def test_a_run_resumes_from_the_trackers_step_or_from_the_folder_that_it_is_given(tmp_path):
+    make(tmp_path, 3, 6, tracker=3)
+    assert checkpoint.resume_folder(trainer_config(tmp_path, resume_mode="auto")) == tmp_path / "global_step_3"
+    assert checkpoint.resume_folder(trainer_config(tmp_path, resume_mode="disable")) is None
+    given = trainer_config(tmp_path, resume_from_path=f"{tmp_path}/global_step_6/")
+    assert str(checkpoint.resume_folder(given)) == f"{tmp_path}/global_step_6"
+
+
+@pytest.mark.parametrize("name", ["global_step_6_best", "global_step_9", "actor", None])
+def test_resuming_from_what_is_no_steps_folder_is_refused(tmp_path, name):
+    """verl takes the step from the path's end, and dies in `int`."""
+    make(tmp_path, 6)
+    (tmp_path / "global_step_6_best").mkdir()
+    (tmp_path / "global_step_6" / "actor").mkdir(exist_ok=True)
+    path = None if name is None else str(tmp_path / ("global_step_6/actor" if name == "actor" else name))
+    with pytest.raises(ConfigError, match="trainer.resume_from_path"):
+        checkpoint.resume_folder(trainer_config(tmp_path, resume_from_path=path))

@@ -31,6 +31,7 @@ from grpo_latent.models import tiny
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.verl_plugin.trainer import checkpoint
+from grpo_latent.verl_plugin.trainer.latent_watch import STATE_FILE
 from grpo_latent.verl_plugin.trainer.reports import Reporter, drain, short_line, start_board
 
 pytestmark = pytest.mark.slow
@@ -86,6 +87,8 @@ def test_a_killed_save_and_resume_at_world_size_2(local_ray, inputs, tmp_path, m
     assert metrics[1]["latent/grad_norm_latent"] > 0 and metrics[1]["latent/grad_norm_text"] > 0
     assert "latent/effective_rank" in metrics[1] and metrics[1]["latent/alarm_vanished"] == 0.0
     assert checkpoint.read_tracker(first / "checkpoints") == 6 and checkpoint.read_tracker(second / "checkpoints") == 3
+    watched = second / "checkpoints" / "global_step_3" / STATE_FILE
+    assert json.loads(watched.read_text())["is_step_counted"], "step 3 was validated and logged before the kill"
     assert 6 not in tiny_run.metrics_of(second) and 5 in tiny_run.metrics_of(second)
 
     trainer = tiny_run.train_here(tiny_run.make_config(inputs, second, TWO_RANKS, *drops), monkeypatch)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from grpo_latent.errors import ConfigError
+from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.eval.prompts import encode_row
 from grpo_latent.eval.scoring import RewardScorer
 from grpo_latent.eval.usage import Usage, UsageProbe, UsageSettings
@@ -72,6 +72,64 @@ def test_vanishing_latents_sound_and_are_logged(monkeypatch):
         logged.append(metrics["latent/alarm_vanished"])
     assert [line is not None for line in lines] == [False, False, False, True, False, False]
     assert "10.0% of the trajectories" in lines[3] and logged == [0, 0, 0, 1, 1, 0] and not watch.should_stop
+
+
+def watch_run(monkeypatch, shares, verdicts, folder=None, saved_after=None, is_resumed=False):
+    """Alarm lines and stops of steps in verl's order: save, validate, count. Returns them with the watch."""
+    watch = make_watch(monkeypatch, min_frac_rollouts=0.2, patience=3, stop=True)
+    notes = watch.load(folder) if is_resumed else []
+    server, seen = Server(verdicts), []
+    for step, share in enumerate(shares):
+        if step == saved_after:
+            folder.mkdir()
+            watch.save(folder)
+        lines = [watch.measure(nullcontext(server), [{}], False)[1], watch.after_step({"latent/frac_rollouts": share})]
+        seen.append((lines, watch.should_stop))
+    return seen, notes, watch
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_a_resumed_run_alarms_as_an_uninterrupted_one(monkeypatch, tmp_path, step):
+    """Bad steps on both sides of the checkpoint count together; the step's own too, which is counted after the save."""
+    shares = (0.9, 0.1, 0.1, 0.1, 0.9, 0.1)
+    verdicts = ("used", "used", "not used", "not used", "not used", "not used")
+    whole, _, _ = watch_run(monkeypatch, shares, verdicts, tmp_path / "saved", saved_after=step)
+    assert [stops for _, stops in whole] == [False, False, False, True, True, True]
+    rest, notes, _ = watch_run(
+        monkeypatch, shares[step + 1 :], verdicts[step + 1 :], tmp_path / "saved", is_resumed=True
+    )
+    assert rest == whole[step + 1 :]
+    assert [("still sounds" in note) for note in notes] == [True] * (step >= 3)
+
+
+def test_a_run_that_was_killed_before_it_counted_its_last_step_says_so(monkeypatch, tmp_path):
+    watch = make_watch(monkeypatch)
+    watch.after_step({"latent/frac_rollouts": 0.0})
+    watch.save(tmp_path)
+    resumed = make_watch(monkeypatch)
+    assert "before it had counted its last step" in resumed.load(tmp_path)[0]
+    assert resumed._bad == {"vanished": 1, "unused": 0}
+
+
+def test_a_checkpoint_of_an_older_release_has_no_counters(monkeypatch, tmp_path):
+    watch = make_watch(monkeypatch)
+    assert "the alarm counts from zero" in watch.load(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"bad_in_a_row": {"vanished": 1}, "is_step_counted": true}',
+        '{"bad_in_a_row": {"vanished": -1, "unused": 0}, "is_step_counted": true}',
+        '{"bad_in_a_row": {"vanished": 0, "unused": 0}}',
+    ],
+)
+def test_counters_that_cannot_be_read_are_named(monkeypatch, tmp_path, text):
+    (tmp_path / usage.STATE_FILE).write_text(text)
+    with pytest.raises(CheckpointError, match="latent_watch.json: not the alarm's counters"):
+        make_watch(monkeypatch).load(tmp_path)
 
 
 def test_nothing_is_measured_without_prompts(monkeypatch):
