@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from grpo_latent.errors import ConfigError, RolloutError
 from grpo_latent.latent.config import POSITIONS
+from grpo_latent.models.positions import plain_positions, with_components
 from grpo_latent.trajectory import prompt_kinds
 
 CHAMELEON_DELIMITERS = ("<racm3:break>", "<eoss>")  # around the tokens of an image; no field of its config names them
@@ -163,11 +164,8 @@ class ModelAdapter:
         Computed here and always passed on: left to itself, a Hugging Face VL model keeps `rope_deltas` as hidden state, and
         without `mm_token_type_ids` it numbers image positions as text, silently.
         """
-        plain_BT = (valid_BT.long().cumsum(-1) - 1).clamp(min=0)
-        if not self.has_mrope:
-            return plain_BT
-        if images is None or self.positions == "1d":
-            return plain_BT[None].expand(3, -1, -1)
+        if not self.has_mrope or images is None or self.positions == "1d":
+            return with_components(plain_positions(valid_BT), self.has_mrope)
         position_ids, _ = self.base.get_rope_index(
             input_ids_BT,
             mm_token_type_ids=(input_ids_BT == self.image_token_id).int(),

@@ -28,6 +28,7 @@ from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter
 from grpo_latent.models.choices import log_weights
 from grpo_latent.models.head import feedback
+from grpo_latent.models.positions import count_on, next_positions, with_components
 from grpo_latent.models.replay import caching_layers
 from grpo_latent.models.selection import recording_last_row
 from grpo_latent.models.visibility import attention_bias
@@ -131,9 +132,16 @@ def prefill_with_slots(
         with VisionCache.install(adapter.model).reuse() if selects and adapter.has_tower else nullcontext():
             embeddings_MH = adapter.encode_images(images) if selects else None
             hidden_BH = adapter.forward_hidden(input_ids_BP, bias, position_ids, images, cache)[:, -1]
-        last_position_B = position_ids.amax(-1) if position_ids.ndim == 2 else position_ids.amax((0, -1))
         feeder = _SlotFeeder(
-            adapter, cache, recorder, embeddings_MH, input_ids_BP, kinds_BP, valid_BP, hidden_BH, last_position_B + 1
+            adapter,
+            cache,
+            recorder,
+            embeddings_MH,
+            input_ids_BP,
+            kinds_BP,
+            valid_BP,
+            hidden_BH,
+            next_positions(position_ids),
         )
         feeder.feed_hook = feed
         if draws is not None:
@@ -265,16 +273,14 @@ class _SlotFeeder:
             block_BLH = self.feed_hook(block_BLH, kinds_BL, is_used_BL)
         self.kinds_BS = torch.cat([self.kinds_BS, kinds_BL], 1)
         self.valid_BS = torch.cat([self.valid_BS, is_used_BL], 1)
-        counts_BL = is_used_BL.long().cumsum(-1)
-        positions_BL = self.next_position_B[:, None] + (counts_BL - 1).clamp(min=0)
         hidden_BLH = self.adapter.decoder(
             inputs_embeds=block_BLH,
             attention_mask=attention_bias(self.kinds_BS, self.valid_BS, "full", self.adapter.dtype, num_before),
-            position_ids=positions_BL[None].expand(3, -1, -1) if self.adapter.has_mrope else positions_BL,
+            position_ids=with_components(count_on(self.next_position_B, is_used_BL), self.adapter.has_mrope),
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
-        self.next_position_B = self.next_position_B + counts_BL[:, -1]
+        self.next_position_B = self.next_position_B + is_used_BL.sum(-1)
         self.hidden_BH = torch.where(active_B[:, None], hidden_BLH[:, -1], self.hidden_BH)
         if self.recorder is not None:
             self.attention_BP = torch.where(active_B[:, None], self._take_attention(), self.attention_BP)

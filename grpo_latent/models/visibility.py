@@ -1,5 +1,8 @@
 """Who may look at whom: the attention bias of `latent.visibility`, the only one in this package.
 
+One rule, `is_sighted` and `is_hidden`, in two forms: a matrix over whole sequences (`attention_bias`), and a row
+at a time for sequences that grow (`GrowingVisibility`).
+
 `full` is causal attention, as published. `latents_only` makes the latents the only channel from the image to the text:
 
     row (query)                                   sees image and `start` positions
@@ -23,12 +26,20 @@ from grpo_latent.latent.config import VISIBILITIES
 from grpo_latent.trajectory import PositionKind
 
 
-def sighted_and_hidden(kinds_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows that may see the image side, and columns of the image side, both bool [B, T]."""
-    hidden_BT = (kinds_BT == PositionKind.VISION) | (kinds_BT == PositionKind.START)
-    is_latent = kinds_BT == PositionKind.LATENT
-    next_is_latent = torch.nn.functional.pad(is_latent[:, 1:], (0, 1))
-    return hidden_BT | (is_latent & next_is_latent), hidden_BT
+def is_hidden(kinds: Tensor) -> Tensor:
+    """bool, same shape: positions of the image side, which blind positions do not see."""
+    return (kinds == PositionKind.VISION) | (kinds == PositionKind.START)
+
+
+def is_sighted(kinds: Tensor, is_before_latent: Tensor) -> Tensor:
+    """bool, same shape: positions that see the image side; `is_before_latent`: a LATENT position follows."""
+    return is_hidden(kinds) | ((kinds == PositionKind.LATENT) & is_before_latent)
+
+
+def check_visibility(visibility: str) -> None:
+    """Raises `ConfigError` unless it is one of `VISIBILITIES`."""
+    if visibility not in VISIBILITIES:
+        raise ConfigError("unknown value", where="latent.visibility", got=visibility, expected=f"one of {VISIBILITIES}")
 
 
 def attention_bias(
@@ -46,16 +57,76 @@ def attention_bias(
     Returns:
         [B, 1, T - query_start, T].
     """
-    batch_size, length = kinds_BT.shape
-    device = kinds_BT.device
+    check_visibility(visibility)
+    length, device = kinds_BT.shape[1], kinds_BT.device
     causal = torch.ones(length - query_start, length, dtype=torch.bool, device=device).tril(diagonal=query_start)
     allowed = causal & valid_BT[:, None, :]
     if visibility == "latents_only":
-        sighted_BT, hidden_BT = sighted_and_hidden(kinds_BT)
-        allowed &= sighted_BT[:, query_start:, None] | ~hidden_BT[:, None, :]
-    elif visibility != "full":
-        raise ConfigError("unknown value", where="latent.visibility", got=visibility, expected=f"one of {VISIBILITIES}")
+        before_latent_BT = torch.nn.functional.pad((kinds_BT == PositionKind.LATENT)[:, 1:], (0, 1))
+        sighted_BT = is_sighted(kinds_BT, before_latent_BT)
+        allowed &= sighted_BT[:, query_start:, None] | ~is_hidden(kinds_BT)[:, None, :]
     rows = torch.arange(length - query_start, device=device)
     allowed[:, rows, rows + query_start] = True
     bias = torch.zeros(allowed.shape, dtype=dtype, device=device)
     return bias.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+class GrowingVisibility:
+    """The rule for N sequences that grow by one position at a time: `see` is the next row of the matrix.
+
+    It keeps the bias of the coming rows over all columns, once for sighted and once for blind positions, so that
+    a step costs a view, or one choice between the two.
+
+    Legend: N sequences, P positions of the prompts, S positions so far, M sequences that are kept.
+
+    Args:
+        kinds_NP, valid_NP: of what the sequences begin with.
+        capacity: positions to hold in all.
+        may_blind: whether `see` may be told to hide images from positions that `full` lets see them (causal ablations).
+    """
+
+    def __init__(
+        self,
+        kinds_NP: Tensor,
+        valid_NP: Tensor,
+        capacity: int,
+        visibility: str,
+        dtype: torch.dtype,
+        may_blind: bool = False,
+    ):
+        check_visibility(visibility)
+        self.has_sighted = visibility == "latents_only"
+        self._minimum = torch.finfo(dtype).min
+        num_rows, self.length = kinds_NP.shape
+        self._sighted_NS = torch.zeros(num_rows, capacity, dtype=dtype, device=kinds_NP.device)
+        self._sighted_NS[:, : self.length].masked_fill_(~valid_NP, self._minimum)
+        self._blind_NS: Tensor | None = None
+        if self.has_sighted or may_blind:
+            self._blind_NS = self._sighted_NS.clone()
+            self._blind_NS[:, : self.length].masked_fill_(is_hidden(kinds_NP), self._minimum)
+
+    def see(
+        self, kinds_N: Tensor, is_before_latent_N: Tensor | None = None, is_blind_N: Tensor | None = None
+    ) -> Tensor:
+        """Additive bias [N, S] of one more position of each sequence over all so far, itself included.
+
+        Args:
+            kinds_N: int64, its kind.
+            is_before_latent_N: bool, a LATENT position will follow; read where `has_sighted`.
+            is_blind_N: bool, `full` hides images from it; None from no one. With `latents_only`, which hides them from all
+                text anyway, it is not read.
+        """
+        column, self.length = self.length, self.length + 1
+        sighted_NS = self._sighted_NS[:, : self.length]
+        if self.has_sighted:
+            self._blind_NS[:, column].masked_fill_(is_hidden(kinds_N), self._minimum)
+            sees_N1 = is_sighted(kinds_N, is_before_latent_N)[:, None]
+            return torch.where(sees_N1, sighted_NS, self._blind_NS[:, : self.length])
+        if is_blind_N is not None:
+            return torch.where(is_blind_N[:, None], self._blind_NS[:, : self.length], sighted_NS)
+        return sighted_NS
+
+    def keep_rows(self, rows_M: Tensor) -> None:
+        self._sighted_NS = self._sighted_NS[rows_M]
+        if self._blind_NS is not None:
+            self._blind_NS = self._blind_NS[rows_M]

@@ -19,7 +19,8 @@ from grpo_latent.latent.treatments import LatentSource, Treatment
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter
 from grpo_latent.models.head import end_vector, feedback
 from grpo_latent.models.kv_cache import RolloutCache
-from grpo_latent.models.visibility import attention_bias
+from grpo_latent.models.positions import next_positions, with_components
+from grpo_latent.models.visibility import GrowingVisibility, attention_bias
 from grpo_latent.rollout.override import OverrideTable
 from grpo_latent.rollout.prefill import Prefill, join_prefills, length_buckets
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
@@ -91,7 +92,14 @@ class DecodingBatch:
         self.override = OverrideTable(requests, row_to_prompt_N, adapter.hidden_size)
         blind_B = torch.tensor([request.blind_after_span for request in requests], device=device)
         self.blind_after_span_N = blind_B[row_to_prompt_N] if bool(blind_B.any()) else None
-        self._init_bias(kinds_BP[row_to_prefill_N], valid_BP[row_to_prefill_N], length)
+        self.visibility = GrowingVisibility(
+            kinds_BP[row_to_prefill_N],
+            valid_BP[row_to_prefill_N],
+            self.prompt_length + length,
+            config.visibility,
+            adapter.dtype,
+            may_blind=self.blind_after_span_N is not None,
+        )
 
         self.rows_N = torch.arange(num_rows, device=device)
         self.done_N = torch.zeros(num_rows, dtype=torch.bool, device=device)
@@ -144,20 +152,7 @@ class DecodingBatch:
             else attention_bias(kinds_BP, valid_BP, visibility, self.adapter.dtype)
         )
         hidden = self.adapter.forward_hidden(input_ids_BP, mask, position_ids, images, cache)
-        last_position_B = position_ids.amax(-1) if position_ids.ndim == 2 else position_ids.amax((0, -1))
-        return Prefill(hidden[:, -1], cache, kinds_BP, valid_BP, last_position_B + 1)
-
-    def _init_bias(self, kinds_NP: Tensor, valid_NP: Tensor, length: int) -> None:
-        """Bias of the coming rows over all columns: of sighted rows, and of blind ones (the same with `full`)."""
-        self.minimum = torch.finfo(self.adapter.dtype).min
-        shape = (kinds_NP.shape[0], self.prompt_length + length)
-        self.bias_NS = torch.zeros(shape, dtype=self.adapter.dtype, device=kinds_NP.device)
-        self.bias_NS[:, : self.prompt_length].masked_fill_(~valid_NP, self.minimum)
-        self.blind_bias_NS = self.bias_NS
-        if self.config.visibility == "latents_only" or self.blind_after_span_N is not None:
-            self.blind_bias_NS = self.bias_NS.clone()
-            is_vision_NP = kinds_NP == PositionKind.VISION
-            self.blind_bias_NS[:, : self.prompt_length].masked_fill_(is_vision_NP, self.minimum)
+        return Prefill(hidden[:, -1], cache, kinds_BP, valid_BP, next_positions(position_ids))
 
     def _span_counts(self, requests: list[RolloutRequest], device) -> tuple[Tensor, Tensor]:
         """Latent steps a span, and spans that may be opened, of each prompt."""
@@ -260,11 +255,10 @@ class DecodingBatch:
 
     def _drop_stopped_rows(self, embeds_NH: Tensor) -> Tensor:
         keep_M = (~self.done_N).nonzero()[:, 0]
-        names = ["rows_N", "done_N", "next_position_N", "uniforms_NT", "last_kinds_N", "bias_NS"]
-        is_shared = self.blind_bias_NS is self.bias_NS
+        names = ["rows_N", "done_N", "next_position_N", "uniforms_NT", "last_kinds_N"]
         for name in names:
             setattr(self, name, getattr(self, name)[keep_M])
-        self.blind_bias_NS = self.bias_NS if is_shared else self.blind_bias_NS[keep_M]
+        self.visibility.keep_rows(keep_M)
         self.state.keep_rows(keep_M)
         self.cache.keep_rows(keep_M)
         self.override.keep_rows(keep_M)
@@ -274,19 +268,10 @@ class DecodingBatch:
 
     def forward(self, position: int, embeds_NH: Tensor) -> None:
         """Feeds `position`: the hidden states that decide the next one."""
-        column = self.prompt_length + position
-        bias_NS = self.bias_NS[:, : column + 1]
-        if self.config.visibility == "latents_only":
-            is_start_N = self.last_kinds_N == PositionKind.START
-            is_inner_latent_N = (self.last_kinds_N == PositionKind.LATENT) & ~self.state.is_last_latent_N
-            self.blind_bias_NS[:, column].masked_fill_(is_start_N, self.minimum)
-            sighted_N1 = (is_start_N | is_inner_latent_N)[:, None]
-            bias_NS = torch.where(sighted_N1, bias_NS, self.blind_bias_NS[:, : column + 1])
-        elif self.blind_after_span_N is not None:
-            is_blind_N1 = (self.blind_after_span_N & self._is_after_span_N())[:, None]
-            bias_NS = torch.where(is_blind_N1, self.blind_bias_NS[:, : column + 1], bias_NS)
-        position_N1 = (self.next_position_N + position)[:, None]
-        position_ids = position_N1[None].expand(3, -1, -1) if self.adapter.has_mrope else position_N1
+        is_before_latent_N = ~self.state.is_last_latent_N if self.visibility.has_sighted else None
+        is_blind_N = None if self.blind_after_span_N is None else self.blind_after_span_N & self._is_after_span_N()
+        bias_NS = self.visibility.see(self.last_kinds_N, is_before_latent_N, is_blind_N)
+        position_ids = with_components((self.next_position_N + position)[:, None], self.adapter.has_mrope)
         self.hidden_NH = self.adapter.decode_hidden(embeds_NH, bias_NS[:, None, None], position_ids, self.cache)
 
     def _is_after_span_N(self) -> Tensor:

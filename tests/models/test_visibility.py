@@ -5,7 +5,7 @@ import slow_reading
 import torch
 
 from grpo_latent.errors import ConfigError
-from grpo_latent.models.visibility import attention_bias
+from grpo_latent.models.visibility import GrowingVisibility, attention_bias
 from grpo_latent.trajectory import PositionKind as K
 
 P, V, T, S, Z, F = (int(k) for k in (K.PROMPT, K.VISION, K.TEXT, K.START, K.LATENT, K.FORCED))
@@ -85,3 +85,49 @@ def test_bias_has_the_dtype_and_its_minimum():
 def test_unknown_visibility_is_refused():
     with pytest.raises(ConfigError, match="latent.visibility.*'half'|half"):
         attention_bias(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), "half", torch.float32)
+    with pytest.raises(ConfigError, match="half"):
+        GrowingVisibility(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), 4, "half", torch.float32)
+
+
+def grown(kinds_NT, valid_NT, visibility, first, keep_at=None, keep=None):
+    """Rows from `first` on, as `GrowingVisibility` gives them one by one; from `keep_at` on of the rows `keep` only."""
+    is_latent = kinds_NT == K.LATENT
+    before_latent_NT = torch.nn.functional.pad(is_latent[:, 1:], (0, 1))
+    rows = torch.arange(len(kinds_NT))
+    growing = GrowingVisibility(
+        kinds_NT[:, :first], valid_NT[:, :first], kinds_NT.shape[1] + 2, visibility, torch.float32
+    )
+    for column in range(first, kinds_NT.shape[1]):
+        if column == keep_at:
+            growing.keep_rows(keep)
+            rows = rows[keep]
+        yield column, rows, growing.see(kinds_NT[rows, column], before_latent_NT[rows, column])
+
+
+@pytest.mark.parametrize("visibility", ["full", "latents_only"])
+def test_the_row_form_is_the_matrix_form(visibility):
+    """Random kinds of completions after random prompts, padded on the left; some rows stop on the way."""
+    generator = torch.Generator().manual_seed(3)
+    keep, num_compared = torch.tensor([0, 2, 5]), 0
+    for _ in range(20):
+        prompt_NP = torch.randint(0, 2, (6, 5), generator=generator)
+        completion_NT = torch.randint(2, 7, (6, 9), generator=generator)
+        kinds_NT, valid_NT = torch.cat([prompt_NP, completion_NT], 1), torch.ones(6, 14, dtype=torch.bool)
+        valid_NT[:, :2] = torch.rand(6, 2, generator=generator) > 0.5
+        matrix = attention_bias(kinds_NT, valid_NT, visibility, torch.float32)[:, 0]
+        for column, rows, bias_NS in grown(kinds_NT, valid_NT, visibility, 5, keep_at=9, keep=keep):
+            assert torch.equal(bias_NS, matrix[rows, column, : column + 1])
+            num_compared += len(rows)
+    assert num_compared == 20 * (4 * 6 + 5 * 3)
+
+
+def test_the_ablation_hides_images_from_the_rows_that_it_names():
+    kinds_NP, valid_NP = torch.tensor([[P, V, P], [P, V, P]]), torch.tensor([[False, True, True], [True] * 3])
+    growing = GrowingVisibility(kinds_NP, valid_NP, 6, "full", torch.float32, may_blind=True)
+    see = [
+        growing.see(torch.tensor([S, T]), is_blind_N=torch.tensor([False, False])),
+        growing.see(torch.tensor([Z, F]), is_blind_N=torch.tensor([False, True])),
+        growing.see(torch.tensor([F, T]), is_blind_N=torch.tensor([True, False])),
+    ]
+    text = [["".join("x" if value == 0 else "." for value in row) for row in bias.tolist()] for bias in see]
+    assert text == [[".xxx", "xxxx"], [".xxxx", "x.xxx"], ["..xxxx", "xxxxxx"]]

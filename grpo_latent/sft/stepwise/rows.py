@@ -22,6 +22,7 @@ from grpo_latent.data.formats.stepwise import StepwiseExample, remaining_text
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter
+from grpo_latent.models.positions import count_on, with_components
 from grpo_latent.models.prompts import encode_prompt
 from grpo_latent.models.replay import caching_layers
 from grpo_latent.models.slots import prefill_with_slots
@@ -166,12 +167,12 @@ def slot_sums(
     fed_ids_BR, num_before = response_ids_BR[:, :-1], prefill.kinds_BS.shape[1]
     kinds = torch.cat([prefill.kinds_BS, torch.full_like(fed_ids_BR, int(PositionKind.TEXT))], 1)
     valid = torch.cat([prefill.valid_BS, valid_BR[:, :-1]], 1)
-    positions_BR = prefill.next_position_B[:, None] + torch.arange(fed_ids_BR.shape[1], device=adapter.device)
+    positions_BR = count_on(prefill.next_position_B, valid_BR[:, :-1])
     with caching_layers(adapter.model):
         hidden_BRH = adapter.decoder(
             inputs_embeds=adapter.embed(fed_ids_BR),
             attention_mask=attention_bias(kinds, valid, "full", adapter.dtype, num_before),
-            position_ids=positions_BR[None].expand(3, -1, -1) if adapter.has_mrope else positions_BR,
+            position_ids=with_components(positions_BR, adapter.has_mrope),
             past_key_values=prefill.cache,
             use_cache=True,
         ).last_hidden_state

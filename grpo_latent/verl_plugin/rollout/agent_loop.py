@@ -30,6 +30,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from grpo_latent.errors import DataError, RolloutError
 from grpo_latent.latent.config import LatentConfig
+from grpo_latent.models.positions import extend_positions
 from grpo_latent.models.prompts import Prompt, encode_prompt
 from grpo_latent.rewards.view import reward_view
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
@@ -158,22 +159,6 @@ def parts_of(content: str | list[dict]) -> list[dict]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     return [part if part.get("type") == "text" else {"type": part.get("type")} for part in content]
-
-
-def extend_positions(prompt_positions: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Positions of prompt and completion: the completion counts on from the prompt's largest, as text, latents included.
-
-    Args:
-        prompt_positions: int64 [P] or [3, P].
-
-    Returns:
-        int64 [P + T], or [4, P + T] with the text positions first.
-    """
-    following = prompt_positions.max() + 1 + torch.arange(num_tokens)
-    if prompt_positions.ndim == 1:
-        return torch.cat([prompt_positions, following])
-    rope = torch.cat([prompt_positions, following.expand(3, -1)], dim=1)
-    return torch.cat([torch.arange(rope.shape[1])[None], rope])
 
 
 def where(row: dict[str, Any]) -> str:

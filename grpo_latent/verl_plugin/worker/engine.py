@@ -26,6 +26,7 @@ from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.head import attach_latent_modules
 from grpo_latent.models.injection import LatentInjector
 from grpo_latent.models.loading import load_latent_parameters
+from grpo_latent.models.positions import text_row
 from grpo_latent.models.visibility import attention_bias
 from grpo_latent.models.vision_cache import VisionCache
 from grpo_latent.trajectory import PositionKind, latent_mask
@@ -136,7 +137,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         """Rows of a vision model always have four position components; text-only rows may come with one."""
         if position_ids.dim() != 2 or not hasattr(self.model_config.hf_config, "vision_config"):
             return position_ids
-        rows = [row.expand(4, -1).contiguous() for row in position_ids.unbind()]
+        rows = [text_row(row) for row in position_ids.unbind()]
         return tu.nested_tensor_from_tensor_list(rows, ragged_idx=2)
 
     # ---- weights and checkpoints ----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from grpo_latent.rollout.protocol import SamplingParams
 from grpo_latent.sft.lvr.rows import set_image_tokens
 from grpo_latent.trajectory import PositionKind
 from grpo_latent.verl_plugin.rollout import agent_loop as module
-from grpo_latent.verl_plugin.rollout.agent_loop import LatentAgentLoop, extend_positions, reward_input, row_index
+from grpo_latent.verl_plugin.rollout.agent_loop import LatentAgentLoop, reward_input, row_index
 from grpo_latent.verl_plugin.rollout.replica import LatentRolloutClient
 from grpo_latent.verl_plugin.rollout.server import LatentRolloutServer
 from grpo_latent.verl_plugin.rollout.waves import Ticket
@@ -177,12 +177,6 @@ def test_single_requests_are_refused(parts):
             await LocalClient(server).generate("id", prompt_ids=[1], sampling_params={})
 
     asyncio.run(scenario())
-
-
-def test_positions_count_on_from_the_prompt():
-    assert extend_positions(torch.tensor([0, 1, 2]), 2).tolist() == [0, 1, 2, 3, 4]
-    prompt = torch.tensor([[0, 1, 1], [0, 1, 2], [0, 2, 3]])
-    assert extend_positions(prompt, 2).tolist() == [[0, 1, 2, 3, 4], [0, 1, 1, 4, 5], [0, 1, 2, 4, 5], [0, 2, 3, 4, 5]]
 
 
 def test_failures_keep_their_type():
