@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grpo_latent import recorded
 from grpo_latent.errors import LatentMismatchError
+from grpo_latent.recorded import NOT_SELECTED, Field, Wire
 
 
 class PositionKind(IntEnum):
@@ -39,7 +41,13 @@ class PositionKind(IntEnum):
 
 COMPLETION_KINDS = frozenset(int(kind) for kind in PositionKind if kind >= PositionKind.TEXT)
 STOP_REASONS = ("eos", "length")
-NOT_SELECTED = -1  # where a tensor of chosen image positions has one entry a position, at the others
+_POSITIONS_OF = {
+    "T": "completion positions",
+    "N": "latent positions",
+    "M": "LATENT positions",
+    "S": "SELECTED positions",
+}
+_SIZES = {"H": "hidden"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,9 @@ class LatentSpan:
 @dataclass(frozen=True)
 class Trajectory:
     """One completion with all that replaying it needs. T completion positions, N latent steps, H hidden size.
+
+    `grpo_latent.recorded` says what each field is aligned to and where it travels; a field declared there that is no
+    attribute here is an entry of `extra`.
 
     Attributes:
         prompt_ids: int64 [P].
@@ -89,10 +100,9 @@ class Trajectory:
     latent_aux: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
 
     def __post_init__(self):
-        lengths = {
-            name: getattr(self, name).shape[0]
-            for name in ("token_ids", "kinds", "rollout_log_probs", "sampling_log_probs")
-        }
+        fields = recorded.of_trajectory()
+        present = {f.name: self.value(f) for f in fields if f.dims[0] == "T"}
+        lengths = {name: values.shape[0] for name, values in present.items() if values is not None}
         if len(set(lengths.values())) != 1:
             raise LatentMismatchError("fields of a trajectory differ in length", got=lengths, expected="one length T")
         unknown = set(self.kinds.tolist()) - COMPLETION_KINDS
@@ -103,39 +113,52 @@ class Trajectory:
                 got=f"kinds {sorted(unknown)}, stop_reason {self.stop_reason!r}",
                 expected=f"kinds in {sorted(COMPLETION_KINDS)}, stop_reason in {STOP_REASONS}",
             )
-        num_recorded = int(self.recorded_mask.sum())
-        if self.latents.ndim != 2 or self.latents.shape[0] != num_recorded:
+        counts = {letter: int(positions_of(self.kinds, letter).sum()) for letter in "NMS"}
+        counts |= {"P": self.prompt_ids.shape[0], "T": self.kinds.shape[0]}
+        for field_ in fields:
+            self._check(field_, counts[field_.dims[0]])
+
+    def _check(self, field_: Field, count: int) -> None:
+        values = self.value(field_)
+        if values is None and field_.is_optional:
+            return
+        if values is None or values.ndim != len(field_.dims) or values.shape[0] != count:
+            expected = ", ".join([str(count), *(_SIZES.get(letter, letter) for letter in field_.dims[1:])])
             raise LatentMismatchError(
-                "recorded latents do not match the latent positions",
+                f"recorded {field_.name} does not match the {_POSITIONS_OF.get(field_.dims[0], 'prompt')}",
                 where=f"trajectory of group {self.group_id!r}",
-                got=f"latents of shape {tuple(self.latents.shape)}",
-                expected=f"[{num_recorded}, hidden]",
+                got="nothing" if values is None else f"{field_.name} of shape {tuple(values.shape)}",
+                expected=f"[{expected}]",
             )
-        num_selected = int((self.kinds == PositionKind.SELECTED).sum())
-        if self.selected_idx.shape != (num_selected,):
-            raise LatentMismatchError(
-                "chosen image positions do not match the SELECTED positions",
-                where=f"trajectory of group {self.group_id!r}",
-                got=f"selected_idx of shape {tuple(self.selected_idx.shape)}",
-                expected=f"[{num_selected}]",
-            )
-        num_own = int((self.kinds == PositionKind.LATENT).sum())
-        if self.latent_aux.ndim != 2 or (self.latent_aux.shape[1] and self.latent_aux.shape[0] != num_own):
-            raise LatentMismatchError(
-                "recorded aux does not match the LATENT positions",
-                where=f"trajectory of group {self.group_id!r}",
-                got=f"latent_aux of shape {tuple(self.latent_aux.shape)}",
-                expected=f"[{num_own}, A]",
-            )
+
+    def value(self, field_: Field) -> Tensor | None:
+        """What was recorded under a field; None where the trajectory lacks an optional one."""
+        values = vars(self).get(field_.name, self.extra.get(field_.name))
+        is_empty = values is not None and values.ndim == len(field_.dims) > 1 and values.shape[-1] == 0
+        return None if is_empty and field_.is_optional else values
+
+    def columns(self, prompt_kinds: Tensor) -> dict[str, Tensor]:
+        """What TransferQueue gets of this trajectory beside what verl makes of it, by column.
+
+        Args:
+            prompt_kinds: int64 [P].
+        """
+        kinds_L = torch.cat([prompt_kinds, self.kinds])
+        columns = {}
+        for field_ in recorded.of_trajectory():
+            values = self.value(field_)
+            if field_.is_verls or values is None or not field_.wires & {Wire.WORKER, Wire.DUMP}:
+                continue
+            columns[field_.column] = kinds_L if field_.name == "kinds" else to_column(field_, values, kinds_L)
+        return columns
 
     def __getstate__(self) -> dict:
         """As numpy arrays, which pickle ten times as fast as tensors: a training step moves thousands of them."""
-        return {n: value.numpy() if isinstance(value, Tensor) else value for n, value in vars(self).items()}
+        return _as_arrays(vars(self)) | {"extra": _as_arrays(self.extra)}
 
     def __setstate__(self, state: dict) -> None:
-        for name, value in state.items():  # a copy: what Ray hands out is read-only
-            is_array = isinstance(value, np.ndarray)
-            object.__setattr__(self, name, torch.from_numpy(value.copy()) if is_array else value)
+        for name, value in _as_tensors(state | {"extra": _as_tensors(state["extra"])}).items():
+            object.__setattr__(self, name, value)
 
     @property
     def latent_mask(self) -> Tensor:
@@ -170,6 +193,44 @@ class Trajectory:
     @property
     def num_forced_ends(self) -> int:
         return int((self.kinds == PositionKind.FORCED).sum())
+
+
+def _as_arrays(values: dict) -> dict:
+    return {name: value.numpy() if isinstance(value, Tensor) else value for name, value in values.items()}
+
+
+def _as_tensors(values: dict) -> dict:
+    # a copy: what Ray hands out is read-only
+    return {name: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v for name, v in values.items()}
+
+
+def positions_of(kinds: Tensor, letter: str) -> Tensor:
+    """bool, True at the positions that a shape letter of `grpo_latent.recorded` counts.
+
+    Args:
+        kinds: integer tensor of any shape, values of `PositionKind`.
+        letter: P, T, L, N, M or S.
+    """
+    if letter == "N":
+        return recorded_mask(kinds)
+    if letter in "MS":
+        return kinds == (PositionKind.LATENT if letter == "M" else PositionKind.SELECTED)
+    is_completion = kinds >= PositionKind.TEXT
+    return {"T": is_completion, "P": ~is_completion, "L": torch.ones_like(is_completion)}[letter]
+
+
+def to_column(field_: Field, values: Tensor, kinds_L: Tensor) -> Tensor:
+    """A field's values as its column has them: as they are or, with a `column_fill`, one a position [L]."""
+    if field_.column_fill is None:
+        return values
+    column_L = torch.full(kinds_L.shape, field_.column_fill, dtype=values.dtype)
+    column_L[positions_of(kinds_L, field_.dims[0])] = values
+    return column_L
+
+
+def from_column(field_: Field, column: Tensor, kinds_L: Tensor) -> Tensor:
+    """Inverse of `to_column`, of one row or of several end to end."""
+    return column if field_.column_fill is None else column[positions_of(kinds_L, field_.dims[0])]
 
 
 def latent_mask(kinds: Tensor) -> Tensor:

@@ -301,8 +301,8 @@ def trajectory(**changes):
         (dict(rollout_log_probs=torch.zeros(3)), "'rollout_log_probs': 3", "one length"),
         (dict(latents=torch.zeros(2, 32)), "(2, 32)", "[1, hidden]"),
         (dict(latents=torch.zeros(32)), "(32,)", "[1, hidden]"),
-        (dict(kinds=torch.tensor([K.START, K.LATENT, K.FORCED, K.VISION])), "[1]", "kinds in [2, 3, 4, 5, 6]"),
-        (dict(kinds=torch.tensor([K.START, K.LATENT, K.FORCED, 9])), "[9]", "kinds in [2, 3, 4, 5, 6]"),
+        (dict(kinds=torch.tensor([K.START, K.LATENT, K.FORCED, K.VISION])), "[1]", "kinds in [2, 3, 4, 5, 6, 7]"),
+        (dict(kinds=torch.tensor([K.START, K.LATENT, K.FORCED, 9])), "[9]", "kinds in [2, 3, 4, 5, 6, 7]"),
         (dict(stop_reason="tired"), "'tired'", "('eos', 'length')"),
     ],
 )

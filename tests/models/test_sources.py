@@ -134,7 +134,7 @@ def test_what_cannot_be_treated_is_refused():
 def test_aux_that_does_not_fit_is_refused():
     _, trajectories, _ = mixed_batch("qwen2", GumbelSoft(top_k=4), 3)
     some = next(t for t in trajectories if len(t.latents) > 1)
-    with pytest.raises(LatentMismatchError, match="recorded aux does not match"):
+    with pytest.raises(LatentMismatchError, match="recorded latent_aux does not match"):
         dataclasses.replace(some, latent_aux=some.latent_aux[:-1])
 
 

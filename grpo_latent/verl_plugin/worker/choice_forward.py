@@ -11,16 +11,14 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from grpo_latent.errors import LatentMismatchError
 from grpo_latent.models.choices import SlotChoices, choice_log_probs, chosen_columns, slot_choices
 from grpo_latent.models.injection import SelectionInjector
 from grpo_latent.models.selection import RecordedAttention, recording_rows
-from grpo_latent.trajectory import NOT_SELECTED, PositionKind
-from grpo_latent.verl_plugin.worker.treated_forward import write_scores
+from grpo_latent.trajectory import PositionKind
+from grpo_latent.verl_plugin.worker.micro_batch import MicroBatch
 
 
 class ChoiceForward:
@@ -40,52 +38,41 @@ class ChoiceForward:
         self._choices: SlotChoices | None = None
         self._recorder: RecordedAttention | None = None
 
-    def feed(self, micro_batch: TensorDict, packed: bool) -> None:
+    def feed(self, batch: MicroBatch) -> None:
         """Before all forwards of the micro-batch: arms replay by index."""
         if self.selection is None:
             return
-        kinds_BT = pad_sequence(list(micro_batch["position_kinds"].unbind()), batch_first=True)
+        kinds_BT = pad_sequence(batch.kinds_rows, batch_first=True)
         if not bool((kinds_BT == PositionKind.SELECTED).any()):  # no row has an image
             return
-        ids_BT = pad_sequence(list(micro_batch["input_ids"].unbind()), batch_first=True)
+        ids_BT = pad_sequence(list(batch.ids.unbind()), batch_first=True)
         is_image_BT, valid_BT = self._is_image(ids_BT, kinds_BT), torch.ones_like(kinds_BT, dtype=torch.bool)
-        rows_M, columns_M, images_M = chosen_columns(kinds_BT, valid_BT, is_image_BT, self._selected_idx(micro_batch))
-        if packed:  # one row, the sequences one after the other
-            starts_M = micro_batch["input_ids"].offsets()[rows_M]
+        rows_M, columns_M, images_M = chosen_columns(kinds_BT, valid_BT, is_image_BT, batch.selected_idx_S)
+        if batch.is_packed:  # one row, the sequences one after the other
+            starts_M = batch.ids.offsets()[rows_M]
             rows_M, columns_M, images_M = torch.zeros_like(rows_M), columns_M + starts_M, images_M + starts_M
         self.selection.arm(rows_M, columns_M, images_M)
 
     def _is_image(self, ids_BT: Tensor, kinds_BT: Tensor) -> Tensor:
         return (ids_BT == self.image_token_id) & (kinds_BT == PositionKind.VISION)
 
-    def _selected_idx(self, micro_batch: TensorDict) -> Tensor:
-        """int64 [M], of the SELECTED positions of all rows."""
-        if "selected_idx" not in micro_batch.keys():
-            raise LatentMismatchError(
-                "batch without the chosen image positions",
-                where="latent engine",
-                got=sorted(micro_batch.keys()),
-                expected="selected_idx, as agent loop latent_agent writes it",
-            )
-        selected_L = torch.cat(micro_batch["selected_idx"].unbind())
-        return selected_L[selected_L != NOT_SELECTED]
-
-    def prepare(self, model_inputs: dict, kinds_BT: Tensor, micro_batch: TensorDict) -> None:
+    def prepare(self, model_inputs: dict, kinds_BT: Tensor, batch: MicroBatch) -> None:
         """Before the forward that scores, whose layout is padded."""
         if self.temperature is None or not bool((kinds_BT == PositionKind.SELECTED).any()):
             return
         valid_BT = model_inputs["attention_mask"].bool()
         is_image_BT = self._is_image(model_inputs["input_ids"], kinds_BT)
-        self._choices = slot_choices(kinds_BT, valid_BT, is_image_BT, self._selected_idx(micro_batch))
+        self._choices = slot_choices(kinds_BT, valid_BT, is_image_BT, batch.selected_idx_S)
         recording = recording_rows(self.text_config, self._choices.sources_BN, self._choices.allowed_BNT(valid_BT))
         self._recorder = self._recording.enter_context(recording)
 
-    def extend(self, model_output: dict, micro_batch: TensorDict) -> None:
+    def extend(self, model_output: dict, batch: MicroBatch) -> None:
         if self._recorder is None:
             return
         attention_BNT = self._recorder.take(self.text_config.num_hidden_layers)
         values_M = choice_log_probs(self._choices, attention_BNT, self.temperature)
-        write_scores(model_output, micro_batch, PositionKind.SELECTED, values_M)
+        log_probs = model_output["log_probs"]
+        model_output["log_probs"] = batch.with_scores(log_probs, PositionKind.SELECTED, values_M)
 
     def disarm(self) -> None:
         self._recording.close()

@@ -1,9 +1,9 @@
 """verl's FSDP2 engine with latents: recorded vectors enter through the embedding hook, padded or packed.
 
-    micro-batch (ragged rows)                     model forward of verl
-      input_ids       [B, (L)]  ─┐
-      position_kinds  [B, (L)]   ├─ prepare_model_inputs ─▶ ids, mask or bias, injector armed ─▶ log-probs
-      latent_embeds   [B, (n), H]┘
+    MicroBatch (ragged rows)                  model forward of verl
+      ids      [B, (L)]  ─┐
+      kinds    [B, (L)]   ├─ prepare_model_inputs ─▶ ids, mask or bias, injector armed ─▶ log-probs
+      latents  [B, (n), H]┘
 
 Kinds and vectors are what the rollout recorded; nothing here derives a latent from a token id. Chosen image embeddings are
 replayed by index: their vectors are the forward's own. The placeholder ids at
@@ -21,12 +21,11 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from grpo_latent.errors import ConfigError, LatentMismatchError
+from grpo_latent.errors import ConfigError
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.head import attach_latent_modules
 from grpo_latent.models.injection import LatentInjector
 from grpo_latent.models.loading import load_latent_parameters
-from grpo_latent.models.positions import text_row
 from grpo_latent.models.visibility import attention_bias
 from grpo_latent.models.vision_cache import VisionCache
 from grpo_latent.trajectory import PositionKind, latent_mask
@@ -38,6 +37,7 @@ from grpo_latent.verl_plugin.worker.choice_forward import ChoiceForward
 from grpo_latent.verl_plugin.worker.gradients import InputGradients
 from grpo_latent.verl_plugin.worker.hf_folder import complete_hf_folder
 from grpo_latent.verl_plugin.worker.latent_loss import NUM_ACTS, NUM_LATENTS, LatentLoss
+from grpo_latent.verl_plugin.worker.micro_batch import MicroBatch
 from grpo_latent.verl_plugin.worker.treated_forward import TreatedForward
 
 
@@ -100,24 +100,25 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
             self.injector.disarm()
             self.treated.disarm()
             self.choices.disarm()
+            self.batch = None
 
     def prepare_model_inputs(self, micro_batch: TensorDict):
-        kinds_rows, latents_NH = latent_fields(micro_batch)
-        micro_batch["input_ids"] = self._with_placeholders(micro_batch["input_ids"], kinds_rows)
-        micro_batch["position_ids"] = self._with_mrope(micro_batch["position_ids"])
+        batch = self.batch = MicroBatch.of(micro_batch)
+        batch.cover_latents(self.latent_config.latent_id)
+        if hasattr(self.model_config.hf_config, "vision_config"):
+            batch.expand_positions()
         model_inputs, output_args = super().prepare_model_inputs(micro_batch)
         shape = model_inputs["input_ids"].shape
-        packed = tu.get_non_tensor_data(micro_batch, "use_remove_padding", True)
-        kinds_BT = pad_rows([torch.cat(kinds_rows)] if packed else kinds_rows, shape)
+        kinds_BT = pad_rows([batch.kinds_L] if batch.is_packed else batch.kinds_rows, shape)
         if self.latent_config.visibility == "latents_only":
-            check_padding(self.latent_config.visibility, packed)
+            check_padding(self.latent_config.visibility, batch.is_packed)
             valid_BT = model_inputs["attention_mask"].bool()
             model_inputs["attention_mask"] = attention_bias(
                 kinds_BT, valid_BT, self.latent_config.visibility, self._autocast_dtype
             )
-        self.choices.feed(micro_batch, packed)
-        latents_NH = self.treated.prepare(model_inputs, kinds_BT, kinds_rows, latents_NH, self.trains)
-        self.choices.prepare(model_inputs, kinds_BT, micro_batch)
+        self.choices.feed(batch)
+        latents_NH = self.treated.prepare(model_inputs, kinds_BT, batch, self.trains)
+        self.choices.prepare(model_inputs, kinds_BT, batch)
         self.injector.arm(latent_mask(kinds_BT), latents_NH)
         self.input_gradients.watch(kinds_BT)  # of verl's forward, not of those that recomputed the latents
         self.kinds_BT = kinds_BT
@@ -125,20 +126,9 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
 
     def prepare_model_outputs(self, output, output_args, micro_batch: TensorDict, logits_processor_func):
         model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
-        self.treated.extend(model_output, output_args, micro_batch, self.kinds_BT, self.trains)
-        self.choices.extend(model_output, micro_batch)
+        self.treated.extend(model_output, output_args, self.batch, self.kinds_BT, self.trains)
+        self.choices.extend(model_output, self.batch)
         return model_output
-
-    def _with_placeholders(self, input_ids: Tensor, kinds_rows: list[Tensor]) -> Tensor:
-        values = input_ids.values().masked_fill(latent_mask(torch.cat(kinds_rows)), self.latent_config.latent_id)
-        return torch.nested.nested_tensor_from_jagged(values, offsets=input_ids.offsets())
-
-    def _with_mrope(self, position_ids: Tensor) -> Tensor:
-        """Rows of a vision model always have four position components; text-only rows may come with one."""
-        if position_ids.dim() != 2 or not hasattr(self.model_config.hf_config, "vision_config"):
-            return position_ids
-        rows = [text_row(row) for row in position_ids.unbind()]
-        return tu.nested_tensor_from_tensor_list(rows, ragged_idx=2)
 
     # ---- weights and checkpoints ----------------------------------------------------------------------------------
 
@@ -185,37 +175,6 @@ def full_tensors(state: dict):
     device = get_device_id()
     for name, tensor in state.items():
         yield name, tensor.to(device).full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def latent_fields(micro_batch: TensorDict) -> tuple[list[Tensor], Tensor]:
-    """Kinds of each row, and the recorded latents of all rows in order [N, H].
-
-    Raises:
-        LatentMismatchError: the fields are missing, or a row's counts disagree.
-    """
-    for name in ("position_kinds", "latent_embeds"):
-        if name not in micro_batch.keys():
-            raise LatentMismatchError(
-                "batch without recorded latents",
-                where="latent engine",
-                got=f"no {name} among {sorted(micro_batch.keys())}",
-                expected="position_kinds and latent_embeds, as agent loop latent_agent writes them",
-                fix="Set actor_rollout_ref.rollout.agent.default_agent_loop=latent_agent.",
-            )
-    kinds_rows = list(micro_batch["position_kinds"].unbind())
-    latent_rows = list(micro_batch["latent_embeds"].unbind())
-    lengths = micro_batch["input_ids"].offsets().diff().tolist()
-    for row, (kinds, latents, length) in enumerate(zip(kinds_rows, latent_rows, lengths, strict=True)):
-        num_latents = int(latent_mask(kinds).sum())
-        if kinds.shape[0] != length or latents.shape[0] != num_latents:
-            raise LatentMismatchError(
-                "recorded latents do not fit the sequence",
-                where=f"latent engine, row {row} of the micro-batch",
-                got=f"{length} ids, {kinds.shape[0]} kinds with {num_latents} latents, {latents.shape[0]} vectors",
-                expected="one kind an id, one vector a latent",
-                fix="The three fields of a row must come from one recorded trajectory.",
-            )
-    return kinds_rows, torch.cat(latent_rows)
 
 
 def pad_rows(rows: list[Tensor], shape: torch.Size) -> Tensor:

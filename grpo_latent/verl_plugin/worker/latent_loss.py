@@ -25,6 +25,7 @@ from grpo_latent.errors import LatentMismatchError
 from grpo_latent.latent.treatments import LatentTerms
 from grpo_latent.trajectory import PositionKind
 from grpo_latent.verl_plugin.worker.algo import AGGREGATION_OF_MODE, denominators
+from grpo_latent.verl_plugin.worker.micro_batch import MicroBatch
 from grpo_latent.verl_plugin.worker.treated_forward import MEANS, REF_MEANS
 
 NUM_ACTS, NUM_LATENTS = "batch_num_latent_acts", "batch_num_latents"
@@ -47,12 +48,13 @@ class LatentLoss:
 
     def __call__(self, model_output: dict, data: TensorDict, dp_group=None) -> tuple[Tensor, dict]:
         loss, metrics = self.text_loss(model_output=model_output, data=data, dp_group=dp_group)
+        batch = MicroBatch(data)
         added, values = loss.new_zeros(()), {}
         if self.act_kinds:
-            act_loss, values = self._act_terms(model_output, data)
+            act_loss, values = self._act_terms(model_output, batch)
             added = added + act_loss
         if self.terms.anchor_weight:
-            values["anchor"] = self._anchor(model_output, data)
+            values["anchor"] = self._anchor(model_output, batch)
             added = added + self.terms.anchor_weight * values["anchor"]
         # FSDP averages over ranks: each rank's share of the global sum is scaled up for that
         scale = data["dp_size"]
@@ -62,7 +64,8 @@ class LatentLoss:
 
     def count(self, data: TensorDict) -> Tensor:
         """int64 [2]: positions that act, and LATENT ones, over the live rows; the terms are means over all ranks' sums."""
-        kinds_BT, is_live_B1 = response_kinds(data), live_rows(data)[:, None]
+        batch = MicroBatch(data)
+        kinds_BT, is_live_B1 = batch.response_kinds_BT, batch.is_live_B[:, None]
         wanted = (self.act_kinds, frozenset({int(PositionKind.LATENT)}))
         return torch.stack([(is_kind(kinds_BT, kinds) & is_live_B1).sum() for kinds in wanted])
 
@@ -76,16 +79,16 @@ class LatentLoss:
         mode = AGGREGATION_OF_MODE[self.loss_agg_mode]
         return {"aggregation": mode, "denominators": denominators(mask_BT, self.loss_agg_mode, info)}
 
-    def _act_terms(self, model_output: dict, data: TensorDict) -> tuple[Tensor, dict[str, Tensor]]:
-        terms, kinds_BT = self.terms, response_kinds(data)
-        acts_BT = is_kind(kinds_BT, self.act_kinds) & live_rows(data)[:, None]
-        reduction = self._reduction(acts_BT, data, NUM_ACTS)
-        log_probs_BT = no_padding_2_padding(model_output["log_probs"], data)
-        old_BT = padded(data["old_log_probs"])
+    def _act_terms(self, model_output: dict, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        terms = self.terms
+        acts_BT = is_kind(batch.response_kinds_BT, self.act_kinds) & batch.is_live_B[:, None]
+        reduction = self._reduction(acts_BT, batch.data, NUM_ACTS)
+        log_probs_BT = no_padding_2_padding(model_output["log_probs"], batch.data)
+        old_BT = batch.old_log_probs_BT
         result = policy_loss(
             log_probs_BT,
             old_BT,
-            trajectory_advantages(data),
+            batch.advantages_B,
             acts_BT,
             clip_low=terms.clip_low,
             clip_high=terms.clip_high,
@@ -94,7 +97,7 @@ class LatentLoss:
             **reduction,
         )
         loss = terms.weight * result.loss
-        shares = Denominators(max(data[NUM_ACTS], 1), 1)
+        shares = Denominators(max(batch.data[NUM_ACTS], 1), 1)
         share = lambda values_BT: aggregate(values_BT.detach().float(), acts_BT, "token_mean", shares)  # noqa: E731
         log_ratio_BT = (log_probs_BT - old_BT).clamp(-terms.log_ratio_bound, terms.log_ratio_bound)
         local_share = float(acts_BT.sum()) / shares.num_tokens
@@ -105,16 +108,16 @@ class LatentLoss:
             "clipfrac_lower": result.clipfrac_lower * local_share,
             "log_density": share(log_probs_BT),
         }
-        if "ref_log_prob" in data.keys():
-            kl_BT = kl_penalty(
-                log_probs_BT, padded(data["ref_log_prob"]), acts_BT, terms.kl_kind, terms.log_ratio_bound
-            )
+        ref_BT = batch.ref_log_probs_BT
+        if ref_BT is not None:
+            kl_BT = kl_penalty(log_probs_BT, ref_BT, acts_BT, terms.kl_kind, terms.log_ratio_bound)
             values["kl"] = aggregate(kl_BT, acts_BT, **reduction)
             loss = loss + terms.kl_coef * values["kl"] if terms.kl_coef else loss
         return loss, values
 
-    def _anchor(self, model_output: dict, data: TensorDict) -> Tensor:
-        if REF_MEANS not in data.keys():
+    def _anchor(self, model_output: dict, batch: MicroBatch) -> Tensor:
+        ref_means_MH = batch.ref_latent_means_MH
+        if ref_means_MH is None:
             raise LatentMismatchError(
                 "no reference for the latent anchor",
                 where="actor update",
@@ -122,39 +125,13 @@ class LatentLoss:
                 expected="the reference's predictions",
                 fix="Set actor_rollout_ref.actor.use_kl_loss=true (kl_loss_coef=0 leaves the text's KL out).",
             )
-        distance_M = anchor_distances(model_output[MEANS].values(), torch.cat(data[REF_MEANS].unbind()))
-        is_latent_BT = response_kinds(data) == PositionKind.LATENT
+        distance_M = anchor_distances(model_output[MEANS].values(), ref_means_MH)
+        is_latent_BT = batch.response_kinds_BT == PositionKind.LATENT
         distances_BT = distance_M.new_zeros(is_latent_BT.shape).masked_scatter(is_latent_BT, distance_M)
-        counts_BT = is_latent_BT & live_rows(data)[:, None]
-        return aggregate(distances_BT, counts_BT, **self._reduction(counts_BT, data, NUM_LATENTS))
-
-
-def response_kinds(data: TensorDict) -> Tensor:
-    """int64 [B, T]: kinds of the completions, padded right with PROMPT."""
-    lengths = data["responses"].offsets().diff().tolist()
-    rows = [
-        kinds[len(kinds) - length :] for kinds, length in zip(data["position_kinds"].unbind(), lengths, strict=True)
-    ]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=int(PositionKind.PROMPT))
+        counts_BT = is_latent_BT & batch.is_live_B[:, None]
+        return aggregate(distances_BT, counts_BT, **self._reduction(counts_BT, batch.data, NUM_LATENTS))
 
 
 def is_kind(kinds: Tensor, wanted: frozenset[int]) -> Tensor:
+    """bool, True where a kind is one of `wanted`."""
     return torch.isin(kinds, torch.tensor(sorted(wanted), dtype=kinds.dtype, device=kinds.device))
-
-
-def live_rows(data: TensorDict) -> Tensor:
-    """bool [B]: rows that act at all; a dropped trajectory acts at its latents no more than in its text."""
-    return padded(data["response_mask"]).bool().any(-1)
-
-
-def trajectory_advantages(data: TensorDict) -> Tensor:
-    """float [B]: the advantage at each trajectory's first action (0 without any); a group baseline gives all of its actions
-    the same."""
-    mask_BT = padded(data["response_mask"]).bool()
-    first_B1 = mask_BT.int().argmax(-1, keepdim=True)
-    return padded(data["advantages"]).gather(1, first_B1)[:, 0] * mask_BT.any(-1)
-
-
-def padded(rows: Tensor) -> Tensor:
-    """[B, T] of ragged rows [B, (T)], zeros on the right; T is the longest row's."""
-    return torch.nested.to_padded_tensor(rows, padding=0)

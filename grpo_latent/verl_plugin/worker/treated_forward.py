@@ -12,21 +12,20 @@ Nothing here runs in an update with treatment `mask` and no anchor.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from itertools import accumulate
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 from verl.utils.device import get_device_name
 
-from grpo_latent.errors import LatentMismatchError
 from grpo_latent.latent.treatments import LatentSource, LatentTerms, Treatment
 from grpo_latent.models.injection import LatentInjector
-from grpo_latent.models.shift import latent_sources, score_columns
+from grpo_latent.models.shift import latent_sources
 from grpo_latent.models.sources import SourceTap, own_latents_of
+from grpo_latent.recorded import field
 from grpo_latent.trajectory import PositionKind, latent_mask
+from grpo_latent.verl_plugin.worker.micro_batch import MicroBatch
 
-MEANS, REF_MEANS = "latent_means", "ref_latent_means"
+MEANS, REF_MEANS = "latent_means", field("ref_latent_means").column
 STATE_ERRORS = "latent_state_errors"
 
 
@@ -47,13 +46,12 @@ class TreatedForward:
         needs_tap = self.taps or self.measures or treatment.gradient is not None
         self.tap = SourceTap.install(module) if needs_tap else None
 
-    def prepare(
-        self, model_inputs: dict, kinds_BT: Tensor, kinds_rows: list[Tensor], latents_NH: Tensor, trains: bool
-    ) -> Tensor:
-        """The latents to inject into the forward that follows."""
+    def prepare(self, model_inputs: dict, kinds_BT: Tensor, batch: MicroBatch, trains: bool) -> Tensor:
+        """The latents [N, H] to inject into the forward that follows."""
+        latents_NH = batch.latents_NH
         if trains and self.treatment.gradient is not None:
-            longest = max(int((kinds == PositionKind.LATENT).sum()) for kinds in kinds_rows)
-            latents_NH = self._own_latents(model_inputs, kinds_BT, latents_NH, self._over_ranks(longest))
+            num_passes = self._over_ranks(max(batch.num_own))
+            latents_NH = self._own_latents(model_inputs, kinds_BT, latents_NH, num_passes)
         if self.taps or (self.measures and not trains):
             self.tap.arm(*latent_sources(kinds_BT), wants_logits=self.treatment.reads_logits)
         return latents_NH
@@ -97,43 +95,29 @@ class TreatedForward:
         dtype = self.engine._autocast_dtype
         return nullcontext() if dtype == torch.float32 else torch.autocast(device_type=get_device_name(), dtype=dtype)
 
-    def extend(self, model_output: dict, output_args: dict, micro_batch: TensorDict, kinds_BT: Tensor, trains: bool):
+    def extend(self, model_output: dict, output_args: dict, batch: MicroBatch, kinds_BT: Tensor, trains: bool):
         """Writes log-densities into `log_probs`, where verl has the log-prob of a placeholder id, and adds the means."""
         measures = self.measures and not trains
         if not self.taps and not measures:
             return
         means_MH, logits_MV = self.tap.take()
+        recorded_MH = own_latents_of(kinds_BT, batch.latents_NH)
         if measures:
-            recorded_MH = own_latents_of(kinds_BT, torch.cat(micro_batch["latent_embeds"].unbind()))
-            model_output[STATE_ERRORS] = _by_row(state_errors(means_MH, recorded_MH), micro_batch)
+            model_output[STATE_ERRORS] = batch.by_row(state_errors(means_MH, recorded_MH))
         if self.treatment.is_action:
             temperature_M1 = _temperatures(output_args, *latent_sources(kinds_BT))[:, None]
             source = LatentSource(means_MH, lambda: logits_MV.float() / temperature_M1)
-            latents_MH = own_latents_of(kinds_BT, torch.cat(micro_batch["latent_embeds"].unbind()))
-            density_M = self.treatment.log_density(source, latents_MH, self._aux(micro_batch, means_MH.shape[0]))
-            write_scores(model_output, micro_batch, PositionKind.LATENT, density_M)
+            aux_MA = batch.latent_aux_MA(self.treatment.aux_size) if self.treatment.aux_size else None
+            density_M = self.treatment.log_density(source, recorded_MH, aux_MA)
+            log_probs = model_output["log_probs"]
+            model_output["log_probs"] = batch.with_scores(log_probs, PositionKind.LATENT, density_M)
         if self.gives_means:
             # the reference scores after the old policy: under this name its means are what the update finds
-            model_output[MEANS if trains else REF_MEANS] = _by_row(means_MH.float(), micro_batch)
+            model_output[MEANS if trains else REF_MEANS] = batch.by_row(means_MH.float())
 
     def disarm(self) -> None:
         if self.tap is not None:
             self.tap.disarm()
-
-    def _aux(self, micro_batch: TensorDict, num_latents: int) -> Tensor | None:
-        if self.treatment.aux_size == 0:
-            return None
-        rows = list(micro_batch["latent_aux"].unbind()) if "latent_aux" in micro_batch.keys() else []
-        shape = (sum(row.shape[0] for row in rows), rows[0].shape[1] if rows else 0)
-        if shape != (num_latents, self.treatment.aux_size):
-            raise LatentMismatchError(
-                "recorded aux does not fit the latents",
-                where="latent engine, latent_aux of the micro-batch",
-                got=shape,
-                expected=f"{(num_latents, self.treatment.aux_size)}",
-                fix="Rollout and training must run the same latent.treatment.",
-            )
-        return torch.cat(rows)
 
 
 def state_errors(means_MH: Tensor, recorded_MH: Tensor) -> Tensor:
@@ -141,21 +125,6 @@ def state_errors(means_MH: Tensor, recorded_MH: Tensor) -> Tensor:
     difference_MH, recorded_MH = (means_MH.float() - recorded_MH.float()), recorded_MH.float()
     relative_M = difference_MH.norm(dim=-1) / recorded_MH.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     return torch.stack([difference_MH.abs().amax(-1), relative_M], dim=-1)
-
-
-def _by_row(values_MA: Tensor, micro_batch: TensorDict) -> Tensor:
-    """Values of all LATENT positions as ragged rows [B, (m), A]."""
-    counts = [int((kinds == PositionKind.LATENT).sum()) for kinds in micro_batch["position_kinds"].unbind()]
-    offsets = torch.tensor([0, *accumulate(counts)], device=values_MA.device)
-    return torch.nested.nested_tensor_from_jagged(values_MA, offsets)
-
-
-def write_scores(model_output: dict, micro_batch: TensorDict, kind: int, values_M: Tensor) -> None:
-    """Puts `values_M` into the `log_probs` that score the positions of `kind`, those of all rows in order."""
-    log_probs = model_output["log_probs"]
-    columns_M = score_columns(torch.cat(micro_batch["position_kinds"].unbind()) == kind)
-    values_L = log_probs.values().index_copy(0, columns_M, values_M.to(log_probs.dtype))
-    model_output["log_probs"] = torch.nested.nested_tensor_from_jagged(values_L, log_probs.offsets())
 
 
 def _needed_columns(kinds_BT: Tensor, columns_M: Tensor) -> int:

@@ -10,8 +10,8 @@ import engine_helpers as helpers
 import pytest
 import torch
 from slot_cases import scored
-from tensordict import TensorDict
 from test_treated_engine import batch_of, gradients, no_text, text_sum
+from verl.utils import tensordict_utils as tu
 from verl.workers.utils.padding import no_padding_2_padding
 
 from grpo_latent.errors import ConfigError, LatentMismatchError
@@ -23,6 +23,7 @@ from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.worker.choice_forward import ChoiceForward
 from grpo_latent.verl_plugin.worker.latent_loss import LatentLoss
+from grpo_latent.verl_plugin.worker.micro_batch import MicroBatch
 
 DRAWN = dict(selection="plackett_luce", selection_temperature=0.5)
 
@@ -61,7 +62,8 @@ def test_chosen_places(packed, expected):
         for name, values in rows.items()
     }
     choices = ChoiceForward(module, top_k_image=2, temperature=None)
-    choices.feed(TensorDict(nested, batch_size=2), packed)
+    data = tu.get_tensordict(nested, {"use_remove_padding": packed})
+    choices.feed(MicroBatch(data))
     assert [places_M.tolist() for places_M in choices.selection._places] == expected
 
 

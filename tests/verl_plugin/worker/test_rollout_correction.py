@@ -17,7 +17,8 @@ from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_
 
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.verl_plugin.worker import algo  # noqa: F401, registers
-from grpo_latent.verl_plugin.worker.latent_loss import LatentLoss, live_rows
+from grpo_latent.verl_plugin.worker.latent_loss import LatentLoss
+from grpo_latent.verl_plugin.worker.micro_batch import MicroBatch
 
 OFF = {"rollout_is": None, "rollout_is_threshold": 2.0, "rollout_is_batch_normalize": False}
 OFF |= {"rollout_rs": None, "rollout_rs_threshold": None}
@@ -67,7 +68,7 @@ def test_a_rejected_trajectory_does_not_act_at_its_latents_either():
     batch, _ = corrected(rollout_rs="seq_max_k2", rollout_rs_threshold=0.5)
     assert batch["response_mask"].tolist() == [[0, 0, 0, 0], [1, 0, 0, 1]]  # 1.5 ** 2 / 2 in the first one's last token
     data = {"response_mask": nested(list(batch["response_mask"].float()))}
-    assert live_rows(data).tolist() == [False, True]
+    assert MicroBatch(data).is_live_B.tolist() == [False, True]
 
 
 def test_latents_that_act_keep_their_ratio():
