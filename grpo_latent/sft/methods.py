@@ -23,14 +23,16 @@ from grpo_latent.data.rows import read_verl_parquet
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.sft.common.latents import CoconutLatents, ILVRLatents, IVTLRLatents, LatentSettings, LVRLatents
-from grpo_latent.sft.common.losses import LossConfig
-from grpo_latent.sft.ilvr.rows import InterleavedEncoder
+from grpo_latent.sft.common.rows import RowEncoder
+from grpo_latent.sft.common.trainer import LatentSFTTrainer
+from grpo_latent.sft.ilvr.rows import ILVREncoder
 from grpo_latent.sft.ilvr.trainer import ILVRStage1Trainer, ILVRStage2Trainer, SelfFedConfig, TeacherConfig
-from grpo_latent.sft.lvr.rows import RowEncoder
+from grpo_latent.sft.lvr.losses import LVRLossConfig
+from grpo_latent.sft.lvr.rows import LVREncoder
+from grpo_latent.sft.lvr.trainer import LVRTrainer
 from grpo_latent.sft.stepwise.curriculum import CoconutConfig, CurriculumConfig
 from grpo_latent.sft.stepwise.rows import StepwiseEncoder
 from grpo_latent.sft.stepwise.trainer import StepwiseTrainer
-from grpo_latent.sft.trainer import LatentSFTTrainer
 
 
 @dataclass(frozen=True)
@@ -48,48 +50,31 @@ class Method:
     latent: type[LatentSettings]
     loss: type
     readers: dict[str, Callable[[str, str | None], Iterator]]
-    make_encoder: Callable[[LatentModel, Any, int | None], Callable]
+    make_encoder: Callable[[LatentModel, Any, int | None], RowEncoder]
     trainer: type[LatentSFTTrainer]
     needs_vision: bool = True
 
 
-def _lvr_encoder(latent: LatentModel, loss: Any, max_length: int | None) -> RowEncoder:
-    return RowEncoder(
-        tokenizer=latent.tokenizer,
-        processor=latent.processor,
-        config=latent.config,
-        eos_id=latent.tokenizer.eos_token_id,
-        vision_ids=ModelAdapter(latent.model).vision_ids,
+def _lvr_encoder(latent: LatentModel, loss: LVRLossConfig, max_length: int | None) -> LVREncoder:
+    return LVREncoder.of_model(
+        latent,
+        max_length=max_length,
         merge_size=latent.processor.image_processor.merge_size,
         has_end_vector=loss.trains_end_vector,
-        max_length=max_length,
     )
 
 
-def _interleaved_encoder(latent: LatentModel, loss: Any, max_length: int | None) -> InterleavedEncoder:
-    return InterleavedEncoder(
-        tokenizer=latent.tokenizer,
-        processor=latent.processor,
-        config=latent.config,
-        eos_id=latent.tokenizer.eos_token_id,
-        vision_ids=ModelAdapter(latent.model).vision_ids,
-        max_length=max_length,
-        reads_helpers=isinstance(loss, TeacherConfig),
-    )
+def _stage1_encoder(latent: LatentModel, loss: TeacherConfig, max_length: int | None) -> ILVREncoder:
+    return ILVREncoder.of_model(latent, max_length=max_length, reads_helpers=True)
 
 
-def _stepwise_encoder(latent: LatentModel, loss: Any, max_length: int | None) -> StepwiseEncoder:
-    adapter = ModelAdapter(latent.model)
-    return StepwiseEncoder(
-        tokenizer=latent.tokenizer,
-        processor=latent.processor,
-        config=latent.config,
-        eos_id=latent.tokenizer.eos_token_id,
-        vision_ids=adapter.vision_ids,
-        image_token_id=adapter.image_token_id,
-        max_length=max_length,
-        curriculum=loss,
-    )
+def _stage2_encoder(latent: LatentModel, loss: SelfFedConfig, max_length: int | None) -> ILVREncoder:
+    return ILVREncoder.of_model(latent, max_length=max_length, reads_helpers=False)
+
+
+def _stepwise_encoder(latent: LatentModel, loss: CurriculumConfig, max_length: int | None) -> StepwiseEncoder:
+    image_token_id = ModelAdapter(latent.model).image_token_id
+    return StepwiseEncoder.of_model(latent, max_length=max_length, image_token_id=image_token_id, curriculum=loss)
 
 
 def _stored(read: Callable[[str], Iterator]) -> Callable[[str, str | None], Iterator]:
@@ -102,23 +87,23 @@ _STEPWISE_READERS = {name: _stored(read) for name, read in STEPWISE_READERS.item
 METHODS: dict[str, Method] = {
     "lvr": Method(
         latent=LVRLatents,
-        loss=LossConfig,
+        loss=LVRLossConfig,
         readers={"lvr_json": read_lvr_json, "parquet": _stored(read_verl_parquet)},
         make_encoder=_lvr_encoder,
-        trainer=LatentSFTTrainer,
+        trainer=LVRTrainer,
     ),
     "ilvr_stage1": Method(
         latent=ILVRLatents,
         loss=TeacherConfig,
         readers={"ilvr_jsonl": read_ilvr_jsonl},
-        make_encoder=_interleaved_encoder,
+        make_encoder=_stage1_encoder,
         trainer=ILVRStage1Trainer,
     ),
     "ilvr_stage2": Method(
         latent=ILVRLatents,
         loss=SelfFedConfig,
         readers={"ilvr_jsonl": read_ilvr_jsonl},
-        make_encoder=_interleaved_encoder,
+        make_encoder=_stage2_encoder,
         trainer=ILVRStage2Trainer,
     ),
     "ivt_lr": Method(

@@ -23,10 +23,11 @@ from grpo_latent.errors import ConfigError
 from grpo_latent.models.injection import LatentInjector
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.sft.common.callbacks import JsonlLog, ProgressBar
+from grpo_latent.sft.common.dataset import SFTDataset
+from grpo_latent.sft.common.images import set_image_tokens
 from grpo_latent.sft.common.loading import load_for_sft
 from grpo_latent.sft.common.parameters import add_lora, freeze_vision, merge_lora
 from grpo_latent.sft.common.saving import save_for_rl
-from grpo_latent.sft.lvr.rows import SFTDataset, set_image_tokens
 from grpo_latent.sft.settings import SFTSettings
 
 # a resumed run may differ in these: how long it goes on, and what it writes

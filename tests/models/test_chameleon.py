@@ -16,7 +16,8 @@ from grpo_latent.models.loading import load_latent_model, save_latent_model
 from grpo_latent.models.prompts import encode_prompt
 from grpo_latent.models.replay import collate, recompute_latents, replay
 from grpo_latent.rollout.protocol import RolloutRequest
-from grpo_latent.sft.stepwise.rows import StepwiseRow, collate_stepwise, slot_sums
+from grpo_latent.sft.stepwise.forward import loss_sums
+from grpo_latent.sft.stepwise.rows import StepwiseRow, collate_rows
 from grpo_latent.trajectory import PositionKind as K
 
 NUM_TOKENS, TOP_K = 16, 4
@@ -103,7 +104,7 @@ def test_sft_has_the_replays_loss_and_a_gradient():
     requests, groups, engine = recorded()
     pairs = [(t, r.images) for r, group in zip(requests, groups, strict=True) for t in group if r.steps is None]
     rows = [StepwiseRow(t.prompt_ids, (torch.tensor(t.text_ids),), image) for t, image in pairs]
-    sums = slot_sums(engine.adapter, collate_stepwise(rows, 0), engine.config, 2, True)
+    sums = loss_sums(engine.adapter, collate_rows(rows, 0), engine.config, 2, True)
     with torch.no_grad():
         batch = collate([t for t, _ in pairs], [image for _, image in pairs], engine.adapter, "both")
         log_probs_BT, _ = replay(engine.adapter, batch, "full")

@@ -14,11 +14,11 @@ from grpo_latent.data.examples import ImageRef, LvrExample, response_template
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.head import attach_latent_modules
 from grpo_latent.models.loading import LatentModel
-from grpo_latent.sft.common.losses import LossConfig
+from grpo_latent.sft.common.dataset import SFTDataset
 from grpo_latent.sft.common.parameters import freeze_vision
-from grpo_latent.sft.lvr.collator import collate
-from grpo_latent.sft.lvr.rows import RowEncoder, SFTDataset
-from grpo_latent.sft.trainer import LatentSFTTrainer
+from grpo_latent.sft.lvr.losses import LVRLossConfig
+from grpo_latent.sft.lvr.rows import LVREncoder, collate_rows
+from grpo_latent.sft.lvr.trainer import LVRTrainer
 
 COLORS = ("red", "blue", "green")
 ANSWERS = ("3", "7", "11")
@@ -88,10 +88,10 @@ def latent_model(name: str = "qwen2_5_vl", case: Case | None = None, **config) -
     return LatentModel(case.model, case.tokenizer, case.processor, config, (case.eos_id,))
 
 
-def encoder(latent: LatentModel, has_end_vector: bool = False, max_length: int | None = None) -> RowEncoder:
+def encoder(latent: LatentModel, has_end_vector: bool = False, max_length: int | None = None) -> LVREncoder:
     config: LatentConfig = latent.config
     vision = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    return RowEncoder(
+    return LVREncoder(
         tokenizer=latent.tokenizer,
         processor=latent.processor,
         config=config,
@@ -105,17 +105,17 @@ def encoder(latent: LatentModel, has_end_vector: bool = False, max_length: int |
 
 def batch_of(latent: LatentModel, rows: list[LvrExample], has_end_vector: bool = False) -> dict[str, torch.Tensor]:
     encode = encoder(latent, has_end_vector)
-    return collate([encode(row) for row in rows])
+    return collate_rows([encode(row) for row in rows])
 
 
 def trainer(
     latent: LatentModel,
     rows: list[LvrExample],
     output_dir,
-    loss: LossConfig | None = None,
+    loss: LVRLossConfig | None = None,
     frozen: bool = True,
     **options,
-) -> LatentSFTTrainer:
+) -> LVRTrainer:
     """A trainer with SGD by default, so that parameters show gradients."""
     own = ("labelled_per_batch", "horizon_steps", "vision_cache_bytes", "callbacks")
     kwargs = {name: options.pop(name) for name in own if name in options}
@@ -136,6 +136,6 @@ def trainer(
     )
     if frozen:
         freeze_vision(latent.model)
-    loss = loss or LossConfig()
+    loss = loss or LVRLossConfig()
     dataset = SFTDataset(rows, encoder(latent, loss.end == "latent_end"))
-    return LatentSFTTrainer(latent, TrainingArguments(**values | options), dataset, loss, **kwargs)
+    return LVRTrainer(latent, TrainingArguments(**values | options), dataset, loss, **kwargs)

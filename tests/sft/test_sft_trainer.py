@@ -15,10 +15,11 @@ from sft_cases import batch_of, examples, latent_model, trainer
 from grpo_latent.errors import CheckpointError, ConfigError, TrainingError
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model
-from grpo_latent.sft.common.losses import LossConfig
 from grpo_latent.sft.common.parameters import LoraSettings, add_lora, freeze_vision, merge_lora
-from grpo_latent.sft.lvr.forward import sft_sums
-from grpo_latent.sft.trainer import VARIANCE_ROWS, check_exit, load_all_weights
+from grpo_latent.sft.common.saving import load_all_weights
+from grpo_latent.sft.lvr.forward import loss_sums
+from grpo_latent.sft.lvr.losses import LVRLossConfig
+from grpo_latent.sft.lvr.trainer import VARIANCE_ROWS, check_exit
 
 NAME = "qwen2_5_vl"
 ROWS = examples(8)
@@ -40,7 +41,7 @@ def reference_step(latent, rows, loss, learning_rate):
     """One SGD step of CE / labels + weight * latent / latents over all rows at once."""
     freeze_vision(latent.model)
     batch = batch_of(latent, rows)
-    sums = sft_sums(ModelAdapter(latent.model), batch, latent.config, loss)
+    sums = loss_sums(ModelAdapter(latent.model), batch, latent.config, loss)
     total = sums["ce"] / (batch["labels"] != -100).sum() + loss.latent_weight * sums["latent"] / batch["roi"].numel()
     total.backward()
     with torch.no_grad():
@@ -52,7 +53,7 @@ def reference_step(latent, rows, loss, learning_rate):
 
 @pytest.mark.parametrize(("size", "accumulation"), [(8, 1), (4, 2), (2, 4)])
 def test_a_step_is_the_same_however_its_rows_are_accumulated(tmp_path, size, accumulation):
-    loss = LossConfig(latent_weight=0.5)
+    loss = LVRLossConfig(latent_weight=0.5)
     expected = latent_model(NAME, head="mlp")
     total = reference_step(expected, ROWS, loss, 1e-2)
     run = train(
@@ -77,7 +78,7 @@ def test_logged_metrics_are_means_over_the_logged_steps(tmp_path):
     latent = latent_model(NAME, head="mlp")
     batch = batch_of(latent, ROWS)
     with torch.no_grad():
-        sums = sft_sums(ModelAdapter(latent.model), batch, latent.config, LossConfig(), count_hits=True)
+        sums = loss_sums(ModelAdapter(latent.model), batch, latent.config, LVRLossConfig(), count_hits=True)
     # learning rate 0: both steps see the same model
     run = train(
         tmp_path,
@@ -112,7 +113,7 @@ def test_bfloat16_computes_in_bfloat16_over_float32_weights(tmp_path):
     assert {parameter.dtype for parameter in run.latent.model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("loss", [LossConfig(end="mode_switch"), LossConfig(end="latent_end", latent_loss="mae")])
+@pytest.mark.parametrize("loss", [LVRLossConfig(end="mode_switch"), LVRLossConfig(end="latent_end", latent_loss="mae")])
 def test_end_variants_train_what_their_exit_reads(tmp_path, loss):
     exit_rule = {"mode_switch": "end_token", "latent_end": "latent_end"}[loss.end]
     latent = latent_model(NAME, head="mlp", end=loss.end == "latent_end", exit=exit_rule)
@@ -132,7 +133,7 @@ def test_exit_rules_need_their_training():
 
 def test_variance_of_targets(tmp_path):
     latent = latent_model(NAME)
-    loss = LossConfig(latent_loss_norm="variance")
+    loss = LVRLossConfig(latent_loss_norm="variance")
     run = trainer(latent, ROWS, tmp_path, loss=loss)
     batch = batch_of(latent, ROWS)
     with torch.no_grad():
@@ -194,7 +195,7 @@ def test_lora_trains_adapters_head_end_vector_and_new_rows_only(tmp_path):
     train(
         tmp_path,
         latent=latent,
-        loss=LossConfig(end="latent_end"),
+        loss=LVRLossConfig(end="latent_end"),
         optim="adamw_torch",
         weight_decay=0.5,
         learning_rate=1e-2,
@@ -215,13 +216,13 @@ def test_lora_trains_adapters_head_end_vector_and_new_rows_only(tmp_path):
 def test_merged_lora_is_the_same_function_under_plain_names(tmp_path):
     latent, _ = lora_model()
     names = set(latent_model(NAME, head="glu", end=True).model.state_dict())
-    train(tmp_path, latent=latent, loss=LossConfig(end="latent_end"), optim="adamw_torch", learning_rate=1e-2)
+    train(tmp_path, latent=latent, loss=LVRLossConfig(end="latent_end"), optim="adamw_torch", learning_rate=1e-2)
     batch = batch_of(latent, ROWS, has_end_vector=True)
     adapter = ModelAdapter(latent.model)
     sums, num_merged = [], []
     with torch.no_grad():
         for _ in range(2):
-            sums.append(sft_sums(adapter, batch, latent.config, LossConfig(end="latent_end")))
+            sums.append(loss_sums(adapter, batch, latent.config, LVRLossConfig(end="latent_end")))
             num_merged.append(merge_lora(latent.model))
     assert num_merged == [14, 0] and set(latent.model.state_dict()) == names
     for name in ("ce", "latent"):

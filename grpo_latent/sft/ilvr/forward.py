@@ -16,16 +16,15 @@ from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.head import feedback
 from grpo_latent.models.recompute import own_latents
 from grpo_latent.models.replay import ReplayBatch, replay_hidden, with_latents
-from grpo_latent.models.shift import latent_sources, token_sources
+from grpo_latent.models.shift import latent_sources
 from grpo_latent.models.vision_cache import VisionCache
-from grpo_latent.sft.common.losses import cross_entropy_sum
+from grpo_latent.sft.common.images import batch_images
+from grpo_latent.sft.common.losses import labels_cross_entropy
 from grpo_latent.sft.ilvr.distillation import noisy_cosine_distances
-from grpo_latent.sft.ilvr.rows import batch_images
-from grpo_latent.sft.lvr.rows import IGNORED
 from grpo_latent.trajectory import PositionKind
 
 
-def stage1_sums(
+def stage1_loss_sums(
     adapter: ModelAdapter, batch: dict[str, Tensor], config: LatentConfig, noise_std: float = 0.01
 ) -> dict[str, Tensor]:
     """Sums over labels (`ce`) and over targets (`latent`) of a batch of `with_targets`; float32 scalars."""
@@ -33,15 +32,15 @@ def stage1_sums(
     hidden_BTH = replay_hidden(adapter, sequences, config.visibility)
     predicted_NH = feedback(adapter.model, hidden_BTH[latent_sources(sequences.kinds_BT, sequences.valid_BT)])
     return {
-        "ce": _cross_entropy(adapter, batch, hidden_BTH),
+        "ce": labels_cross_entropy(adapter, hidden_BTH, batch["labels"]),
         "latent": noisy_cosine_distances(predicted_NH, batch["targets"], noise_std).sum(),
     }
 
 
-def stage2_sums(
+def stage2_loss_sums(
     adapter: ModelAdapter, batch: dict[str, Tensor], config: LatentConfig, gradient: str = "bptt"
 ) -> dict[str, Tensor]:
-    """Sum over labels (`ce`) of a batch of `collate_interleaved`, all latents fed by the model itself.
+    """Sum over labels (`ce`) of a batch of `collate_rows`, all latents fed by the model itself.
 
     Args:
         gradient: through the latents, see `models.recompute`; the published stage 2 is `bptt`.
@@ -53,13 +52,8 @@ def stage2_sums(
     with VisionCache.install(adapter.model).reuse() if adapter.has_tower else nullcontext():
         latents_NH = own_latents(adapter, sequences, config.visibility, gradient)
         hidden_BTH = replay_hidden(adapter, with_latents(sequences, latents_NH), config.visibility)
-    return {"ce": _cross_entropy(adapter, batch, hidden_BTH)}
+    return {"ce": labels_cross_entropy(adapter, hidden_BTH, batch["labels"])}
 
 
 def _sequences(batch: dict[str, Tensor], latents_NH: Tensor) -> ReplayBatch:
     return ReplayBatch(batch["input_ids"], batch["kinds"], batch["valid"], latents_NH, batch_images(batch))
-
-
-def _cross_entropy(adapter: ModelAdapter, batch: dict[str, Tensor], hidden_BTH: Tensor) -> Tensor:
-    is_label_BT = batch["labels"] != IGNORED
-    return cross_entropy_sum(adapter.logits(hidden_BTH[token_sources(is_label_BT)]), batch["labels"][is_label_BT])

@@ -18,19 +18,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from grpo_latent.data.formats.ilvr_jsonl import InterleavedExample
-from grpo_latent.errors import DataError, LatentMismatchError
-from grpo_latent.latent.config import LatentConfig
+from grpo_latent.errors import LatentMismatchError
 from grpo_latent.models.adapter import ImageInputs
-from grpo_latent.models.prompts import encode_prompt
-from grpo_latent.sft.lvr.rows import IGNORED
+from grpo_latent.sft.common.images import batch_images, image_columns
+from grpo_latent.sft.common.rows import IGNORED, RowEncoder
 from grpo_latent.trajectory import PositionKind, prompt_kinds
+
+_HELPER = "helper_"  # before the names of helper images in a batch
 
 
 @dataclass(frozen=True)
-class InterleavedRow:
+class ILVRRow:
     """One tokenised example of T positions.
 
     Attributes:
@@ -46,41 +46,27 @@ class InterleavedRow:
     helper_images: ImageInputs | None
 
 
-@dataclass(frozen=True)
-class InterleavedEncoder:
-    """Tokenises ILVR examples for one model. Attributes as in `sft.dataset.RowEncoder`.
+@dataclass(frozen=True, kw_only=True)
+class ILVREncoder(RowEncoder):
+    """Tokenises ILVR examples.
 
     Attributes:
         reads_helpers: whether rows carry their helper images, which stage 1 alone looks at.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    processor: ProcessorMixin
-    config: LatentConfig
-    eos_id: int
-    vision_ids: frozenset[int]
-    max_length: int | None = None
     reads_helpers: bool = True
 
-    def __call__(self, example: InterleavedExample) -> InterleavedRow:
+    def __call__(self, example: InterleavedExample) -> ILVRRow:
         """The example's positions.
 
         Raises:
             DataError: unreadable image, a latent or vision token spelled out in a text, or a row too long.
         """
-        pictures = [image.open() for image in example.images]
-        prompt = encode_prompt(self.tokenizer, self.processor, example.messages, pictures, example.where)
+        prompt = self.encode_prompt(example)
         ids, kinds, labels = self._response(example)
         input_ids = torch.cat([prompt.ids, ids])
-        if self.max_length is not None and input_ids.shape[0] > self.max_length:
-            raise DataError(
-                "row too long",
-                where=example.where,
-                got=f"{input_ids.shape[0]} positions",
-                expected=f"at most {self.max_length}",
-                fix="Raise data.max_length, lower data.max_image_tokens, or drop the row.",
-            )
-        return InterleavedRow(
+        self.check_length(input_ids.shape[0], example.where)
+        return ILVRRow(
             input_ids=input_ids,
             kinds=torch.cat([prompt_kinds(prompt.ids, self.vision_ids), kinds]),
             labels=torch.cat([torch.full_like(prompt.ids, IGNORED), labels]),
@@ -99,16 +85,8 @@ class InterleavedEncoder:
                 ids += [config.start_id, *[config.latent_id] * config.steps, config.end_id]
                 kinds += [PositionKind.START, *[PositionKind.LATENT] * config.steps, PositionKind.FORCED]
                 continue
-            text_ids = self.tokenizer(segment.text, add_special_tokens=False).input_ids
-            reserved = sorted(set(text_ids) & (self.vision_ids | {config.start_id, config.latent_id, config.end_id}))
-            if reserved:
-                raise DataError(
-                    "a reserved token in the text of the response",
-                    where=example.where,
-                    got=self.tokenizer.convert_ids_to_tokens(reserved),
-                    expected="plain text",
-                    fix='Make it an item of type "latent", or take the token out.',
-                )
+            fix = 'Make it an item of type "latent", or take the token out.'
+            text_ids = self.encode_text(segment.text, example.where, fix=fix)
             ids += text_ids
             kinds += [PositionKind.TEXT] * len(text_ids)
         if example.has_answer:
@@ -128,14 +106,14 @@ class InterleavedEncoder:
         return ImageInputs(batch["pixel_values"], batch["image_grid_thw"])
 
 
-def collate_interleaved(rows: Sequence[InterleavedRow]) -> dict[str, Tensor]:
+def collate_rows(rows: Sequence[ILVRRow]) -> dict[str, Tensor]:
     """Rows to one batch; prompts padded left and responses right, so that all responses begin in one column, which
     self-fed latents need.
 
     Returns:
         input_ids, kinds, labels: int64 [B, T]; valid: bool [B, T].
         pixel_values, image_grid_thw: of the questions' images in order; absent if there are none.
-        helper_pixel_values, helper_grid_thw: of the spans' helper images in order; absent if there are none.
+        helper_pixel_values, helper_image_grid_thw: of the spans' helper images in order; absent if there are none.
     """
     prompt_lengths = [int((row.kinds <= PositionKind.VISION).sum()) for row in rows]
     starts = [max(prompt_lengths) - length for length in prompt_lengths]
@@ -148,24 +126,13 @@ def collate_interleaved(rows: Sequence[InterleavedRow]) -> dict[str, Tensor]:
         for name in fills:
             batch[name][row_idx, columns] = getattr(row, name)
         batch["valid"][row_idx, columns] = True
-    images = ImageInputs.concat([row.images for row in rows])
-    if images is not None:
-        batch |= {"pixel_values": images.pixel_values, "image_grid_thw": images.image_grid_thw}
-    helpers = ImageInputs.concat([row.helper_images for row in rows])
-    if helpers is not None:
-        batch |= {"helper_pixel_values": helpers.pixel_values, "helper_grid_thw": helpers.image_grid_thw}
-    return batch
-
-
-def batch_images(batch: dict[str, Tensor]) -> ImageInputs | None:
-    """The questions' images of a batch."""
-    return ImageInputs(batch["pixel_values"], batch["image_grid_thw"]) if "pixel_values" in batch else None
+    batch |= image_columns(ImageInputs.concat([row.images for row in rows]))
+    return batch | image_columns(ImageInputs.concat([row.helper_images for row in rows]), _HELPER)
 
 
 def helper_images(batch: dict[str, Tensor]) -> ImageInputs | None:
-    """The helper images of a batch."""
-    present = "helper_pixel_values" in batch
-    return ImageInputs(batch["helper_pixel_values"], batch["helper_grid_thw"]) if present else None
+    """The spans' helper images of a batch, in order."""
+    return batch_images(batch, _HELPER)
 
 
 def span_numbers(kinds_BT: Tensor) -> Tensor:

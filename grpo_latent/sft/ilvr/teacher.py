@@ -2,7 +2,7 @@
 
     examples, latents as placeholders ──teacher, one forward──▶ h [B, T, H], last layer's q and k
     helper images ──teacher's vision──▶ candidates of each span
-    span by span: query ──select──▶ targets [K*, H]         (pure functions of `sft.distillation`)
+    span by span: query ──select──▶ targets [K*, H]         (pure functions of `sft.ilvr.distillation`)
 
 A later span's query looks at the targets of earlier ones, but needs no forward of its own: the published recipe's
 choice depends on earlier targets through their mean only.
@@ -17,6 +17,7 @@ from grpo_latent.errors import LatentMismatchError
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.selection import RecordedAttention, recording_last_row
 from grpo_latent.models.visibility import attention_bias
+from grpo_latent.sft.common.images import batch_images, visual_embeddings
 from grpo_latent.sft.ilvr.distillation import (
     pool_candidates,
     question_vector,
@@ -24,8 +25,7 @@ from grpo_latent.sft.ilvr.distillation import (
     select_candidates,
     span_query,
 )
-from grpo_latent.sft.ilvr.rows import batch_images, helper_images, span_numbers
-from grpo_latent.sft.lvr.forward import visual_embeddings
+from grpo_latent.sft.ilvr.rows import helper_images, span_numbers
 from grpo_latent.trajectory import PositionKind
 
 
@@ -33,7 +33,7 @@ from grpo_latent.trajectory import PositionKind
 def teacher_targets(
     teacher: ModelAdapter, batch: dict[str, Tensor], visibility: str, top_k: int = 8, top_p: float = 0.9
 ) -> list[Tensor]:
-    """Targets [K*, H] of each span of a batch of `collate_interleaved`, in row-major order, best first.
+    """Targets [K*, H] of each span of a batch of `collate_rows`, in row-major order, best first.
 
     Args:
         teacher: adapter of the teacher's model.

@@ -1,4 +1,4 @@
-"""ILVR's two stages on the trainer of LVR's SFT: another batch, another forward, and in stage 1 the momentum teacher.
+"""ILVR's two stages: interleaved rows, and in stage 1 the momentum teacher.
 
     stage 1   batch ──teacher, one forward──▶ targets ──▶ CE + weight · (1 - cos)      then teacher ← EMA
     stage 2   batch ──own latents, gradient through them──▶ CE
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,13 +20,14 @@ from grpo_latent.errors import ConfigError
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.models.recompute import GRADIENTS
-from grpo_latent.sft.common.losses import LossConfig
-from grpo_latent.sft.ilvr.forward import stage1_sums, stage2_sums
+from grpo_latent.sft.common.dataset import SFTDataset
+from grpo_latent.sft.common.families import check_family
+from grpo_latent.sft.common.rows import IGNORED
+from grpo_latent.sft.common.trainer import LatentSFTTrainer
+from grpo_latent.sft.ilvr.forward import stage1_loss_sums, stage2_loss_sums
 from grpo_latent.sft.ilvr.momentum import KeepsTeacher, MomentumCallback, MomentumTeacher
-from grpo_latent.sft.ilvr.rows import InterleavedRow, collate_interleaved, with_targets
+from grpo_latent.sft.ilvr.rows import ILVRRow, collate_rows, with_targets
 from grpo_latent.sft.ilvr.teacher import teacher_targets
-from grpo_latent.sft.lvr.rows import IGNORED, SFTDataset
-from grpo_latent.sft.trainer import LatentSFTTrainer
 
 
 @dataclass(frozen=True)
@@ -77,20 +78,17 @@ class SelfFedConfig:
 
 
 class ILVRTrainer(LatentSFTTrainer):
-    """What both stages share. `dataset` is an `SFTDataset` with an `InterleavedEncoder`."""
+    """What both stages share. `dataset` is an `SFTDataset` with an `ILVREncoder`."""
 
-    def check(self, latent: LatentModel, loss_config: LossConfig) -> None:
+    def check(self, latent: LatentModel) -> None:
+        what = "ILVR's spans are opened and closed by tokens"
+        check_family(latent.config, "spans", what)
         # every span ends with a labelled end token, so that the cross-entropy trains the exit `end_token`
-        if latent.config.trigger != "emitted" or latent.config.exit == "latent_end":
-            raise ConfigError(
-                "ILVR's spans are opened and closed by tokens",
-                where="latent.trigger, latent.exit",
-                got=f"{latent.config.trigger}, {latent.config.exit}",
-                expected="emitted, and end_token or steps",
-            )
+        if latent.config.exit == "latent_end":
+            raise ConfigError(what, where="latent.exit", got=latent.config.exit, expected="end_token or steps")
 
-    def collate_rows(self, rows: Sequence[InterleavedRow]) -> dict[str, Tensor]:
-        return collate_interleaved(rows)
+    def collate_rows(self, rows: Sequence[ILVRRow]) -> dict[str, Tensor]:
+        return collate_rows(rows)
 
     def count(self, batch: dict[str, Tensor]) -> Tensor:
         num_targets = batch["targets"].shape[0] if "targets" in batch else 0
@@ -98,16 +96,18 @@ class ILVRTrainer(LatentSFTTrainer):
 
 
 class ILVRStage1Trainer(KeepsTeacher, ILVRTrainer):
-    """Selective distillation from the momentum teacher."""
+    """Distils the momentum teacher's selection."""
+
+    loss_config: TeacherConfig
 
     def __init__(
         self,
         latent: LatentModel,
         args: TrainingArguments,
         dataset: SFTDataset,
-        config: TeacherConfig | None = None,
+        loss_config: TeacherConfig | None = None,
         callbacks: Sequence = (),
-        **kwargs,
+        **kwargs: Any,
     ):
         if args.fsdp or args.deepspeed:
             raise ConfigError(
@@ -116,9 +116,9 @@ class ILVRStage1Trainer(KeepsTeacher, ILVRTrainer):
                 got=args.fsdp or args.deepspeed,
                 expected="one process, or DistributedDataParallel",
             )
-        self.teacher_config = config or TeacherConfig()
-        self.teacher = MomentumTeacher(latent.model, self.teacher_config.decay)
-        loss_config = LossConfig(latent_loss="cosine", latent_weight=self.teacher_config.latent_weight)
+        loss_config = loss_config or TeacherConfig()
+        # before anything wraps the model: the teacher is a copy of it
+        self.teacher = MomentumTeacher(latent.model, loss_config.decay)
         callbacks = [MomentumCallback(self.teacher), *callbacks]
         super().__init__(latent, args, dataset, loss_config, callbacks=callbacks, **kwargs)
         self.teacher.to(self.adapter.device)
@@ -129,30 +129,33 @@ class ILVRStage1Trainer(KeepsTeacher, ILVRTrainer):
         return super().get_batch_samples(map(self._with_targets, epoch_iterator), num_batches, device)
 
     def _with_targets(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        config = self.teacher_config
+        config = self.loss_config
         visibility = self.latent.config.visibility
         with self.accelerator.autocast():  # as the student's forward
             targets = teacher_targets(self.teacher_adapter, batch, visibility, config.top_k, config.top_p)
         return with_targets(batch, targets, self.teacher_adapter.hidden_size)
 
-    def _sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
-        return stage1_sums(self.adapter, batch, self.latent.config, self.teacher_config.noise_std)
+    def loss_sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
+        return stage1_loss_sums(self.adapter, batch, self.latent.config, self.loss_config.noise_std)
+
+    def term_weights(self) -> dict[str, float]:
+        return {"latent": self.loss_config.latent_weight}
 
 
 class ILVRStage2Trainer(ILVRTrainer):
-    """Latents fed by the model itself."""
+    """Trains on answers over latents that the model itself feeds; no target has a loss."""
+
+    loss_config: SelfFedConfig
 
     def __init__(
         self,
         latent: LatentModel,
         args: TrainingArguments,
         dataset: SFTDataset,
-        config: SelfFedConfig | None = None,
-        **kwargs,
+        loss_config: SelfFedConfig | None = None,
+        **kwargs: Any,
     ):
-        self.gradient = (config or SelfFedConfig()).gradient
-        super().__init__(latent, args, dataset, LossConfig(latent_weight=0.0), **kwargs)
+        super().__init__(latent, args, dataset, loss_config or SelfFedConfig(), **kwargs)
 
-    def _sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
-        sums = stage2_sums(self.adapter, batch, self.latent.config, self.gradient)
-        return sums | {"latent": torch.zeros((), device=sums["ce"].device)}
+    def loss_sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
+        return stage2_loss_sums(self.adapter, batch, self.latent.config, self.loss_config.gradient)

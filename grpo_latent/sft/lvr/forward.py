@@ -8,37 +8,21 @@ Positions, masks and the injection are those of replay (`models.replay`): what S
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grpo_latent.errors import LatentMismatchError
 from grpo_latent.latent.config import LatentConfig
-from grpo_latent.models.adapter import ImageInputs, ModelAdapter
+from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.head import end_vector, feedback
 from grpo_latent.models.replay import ReplayBatch, replay_hidden
-from grpo_latent.models.shift import latent_sources, token_sources
+from grpo_latent.models.shift import latent_sources
 from grpo_latent.models.vision_cache import VisionCache
-from grpo_latent.sft.common.losses import (
-    LossConfig,
-    cross_entropy_sum,
-    end_bce_sum,
-    latent_distances,
-    nearest_target_hits,
-)
-from grpo_latent.sft.lvr.rows import END_VECTOR, IGNORED
+from grpo_latent.sft.common.images import batch_images, visual_embeddings
+from grpo_latent.sft.common.losses import labels_cross_entropy
+from grpo_latent.sft.lvr.losses import LVRLossConfig, end_bce_sum, latent_distances, nearest_target_hits
+from grpo_latent.sft.lvr.rows import END_VECTOR
 from grpo_latent.trajectory import PositionKind
-
-SFT_KEYWORD = "sft_batch"
-
-
-def visual_embeddings(adapter: ModelAdapter, images: ImageInputs | None) -> Tensor:
-    """Image embeddings after the merger, [M, H], of all images in order."""
-    if images is None:
-        return torch.zeros(0, adapter.hidden_size, device=adapter.device, dtype=adapter.dtype)
-    features = adapter.base.get_image_features(images.pixel_values, images.image_grid_thw)
-    return torch.cat(tuple(features.pooler_output))
 
 
 def teacher_forced(visual_MH: Tensor, roi_N: Tensor, vector_H: Tensor | None) -> Tensor:
@@ -56,15 +40,15 @@ def teacher_forced(visual_MH: Tensor, roi_N: Tensor, vector_H: Tensor | None) ->
     return torch.where((roi_N == END_VECTOR)[:, None], vector_H.to(visual_MH.dtype), visual_MH[roi_N.clamp(min=0)])
 
 
-def sft_sums(
+def loss_sums(
     adapter: ModelAdapter,
     batch: dict[str, Tensor],
     latent_config: LatentConfig,
-    loss_config: LossConfig,
+    loss_config: LVRLossConfig,
     target_variance: float = 1.0,
     count_hits: bool = False,
 ) -> dict[str, Tensor]:
-    """Sums of the loss terms over a batch of `collate`, float32 scalars.
+    """Sums of the loss terms over a batch of `collate_rows`, float32 scalars.
 
     Args:
         target_variance: divides the latent distances.
@@ -74,9 +58,7 @@ def sft_sums(
         ce, latent, end: sums over labels, latents and latents.
         hits, num_targets: with `count_hits`, predictions that hit, and predictions that have a visual target.
     """
-    images = None
-    if "pixel_values" in batch:
-        images = ImageInputs(batch["pixel_values"], batch["image_grid_thw"])
+    images = batch_images(batch)
     uses_end_vector = loss_config.end == "latent_end"
     with VisionCache.install(adapter.model).reuse():
         visual_MH = visual_embeddings(adapter, images)
@@ -87,9 +69,7 @@ def sft_sums(
         sequences = ReplayBatch(batch["input_ids"], batch["kinds"], batch["valid"], inputs_NH, images)
         hidden_BTH = replay_hidden(adapter, sequences, latent_config.visibility)
 
-    is_label_BT = batch["labels"] != IGNORED
-    logits_MV = adapter.logits(hidden_BTH[token_sources(is_label_BT)])
-    sums = {"ce": cross_entropy_sum(logits_MV, batch["labels"][is_label_BT])}
+    sums = {"ce": labels_cross_entropy(adapter, hidden_BTH, batch["labels"])}
 
     row_N, column_N = sequences.latent_mask_BT.nonzero(as_tuple=True)
     predicted_NH = feedback(adapter.model, hidden_BTH[latent_sources(sequences.kinds_BT, sequences.valid_BT)])
@@ -103,28 +83,3 @@ def sft_sums(
         hits_N = nearest_target_hits(predicted_NH, batch["roi"], row_N, visual_MH, batch["num_visual_tokens"])
         sums["hits"], sums["num_targets"] = hits_N.sum().float(), (batch["roi"] >= 0).sum().float()
     return sums
-
-
-def route_sft_batches(model: nn.Module, compute: Callable[..., dict[str, Tensor]]) -> Callable[[], None]:
-    """Makes `model(sft_batch=...)` call `compute(...)`; other calls go to the model as before. Returns the undo.
-
-    The loss must be computed inside the module's own forward: DistributedDataParallel and FSDP prepare and gather
-    parameters there, and accelerate's autocast wraps it.
-    """
-    forward, own_forward = model.forward, model.__dict__.get("forward")
-
-    def routed(*args, **kwargs):
-        if SFT_KEYWORD in kwargs:
-            return compute(kwargs.pop(SFT_KEYWORD), **kwargs)
-        return forward(*args, **kwargs)
-
-    model.forward = routed
-
-    def undo() -> None:
-        # accelerate keeps what it wrapped under a second name
-        for name in ("forward", "_original_forward"):
-            model.__dict__.pop(name, None)
-        if own_forward is not None:
-            model.forward = own_forward
-
-    return undo

@@ -19,22 +19,25 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from torch.nn.utils.rnn import pad_sequence
 
 from grpo_latent.data.boxes import box_to_visual_tokens
 from grpo_latent.data.examples import LVR_PLACEHOLDER, LvrExample
-from grpo_latent.errors import ConfigError, DataError
-from grpo_latent.latent.config import LatentConfig
+from grpo_latent.errors import DataError
 from grpo_latent.models.adapter import ImageInputs
-from grpo_latent.models.prompts import encode_prompt
+from grpo_latent.sft.common.images import image_columns
+from grpo_latent.sft.common.rows import IGNORED, RowEncoder
 from grpo_latent.trajectory import PositionKind, prompt_kinds
 
-IGNORED = -100
+_SPELLED_OUT = (  # what is expected, and the fix, of a text with a latent token in it
+    f"plain text, with {LVR_PLACEHOLDER} where a span stands",
+    f"Write {LVR_PLACEHOLDER}; SFT spells the span out.",
+)
 END_VECTOR = -1  # in `roi_N`: the learned end vector stands there, not a visual token
 
 
 @dataclass(frozen=True)
-class SFTRow:
+class LVRRow:
     """One tokenised example of T positions, N of them latent.
 
     Attributes:
@@ -54,35 +57,25 @@ class SFTRow:
     num_visual_tokens: int
 
 
-@dataclass(frozen=True)
-class RowEncoder:
-    """Tokenises examples for one model.
+@dataclass(frozen=True, kw_only=True)
+class LVREncoder(RowEncoder):
+    """Tokenises examples with boxes.
 
     Attributes:
-        eos_id: ends a response whose answer is known.
-        vision_ids: image placeholder and delimiter ids.
         merge_size: patches a side of one merged visual token.
         has_end_vector: whether a span ends with a latent position for the learned end vector.
-        max_length: longest row allowed, None for any.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    processor: ProcessorMixin
-    config: LatentConfig
-    eos_id: int
-    vision_ids: frozenset[int]
     merge_size: int
     has_end_vector: bool = False
-    max_length: int | None = None
 
-    def __call__(self, example: LvrExample) -> SFTRow:
+    def __call__(self, example: LvrExample) -> LVRRow:
         """The example's positions.
 
         Raises:
             DataError: unreadable image, a latent or vision token spelled out in the response, or a row too long.
         """
-        pictures = [image.open() for image in example.images]
-        prompt = encode_prompt(self.tokenizer, self.processor, example.messages, pictures, example.where)
+        prompt = self.encode_prompt(example)
         grids = [] if prompt.images is None else prompt.images.image_grid_thw.tolist()
         counts = [time * height * width // self.merge_size**2 for time, height, width in grids]
         spans = [
@@ -93,15 +86,9 @@ class RowEncoder:
         response_ids, response_kinds = torch.tensor(ids), torch.tensor(kinds)
         labels = torch.where(response_kinds == PositionKind.LATENT, IGNORED, response_ids)
         input_ids = torch.cat([prompt.ids, response_ids])
-        if self.max_length is not None and input_ids.shape[0] > self.max_length:
-            raise DataError(
-                "row too long",
-                where=example.where,
-                got=f"{input_ids.shape[0]} positions, {sum(counts)} of them image, {len(roi)} latent",
-                expected=f"at most {self.max_length}",
-                fix="Raise data.max_length, lower data.max_image_tokens, or drop the row.",
-            )
-        return SFTRow(
+        parts = f"{sum(counts)} of them image", f"{len(roi)} latent"
+        self.check_length(input_ids.shape[0], example.where, parts)
+        return LVRRow(
             input_ids=input_ids,
             kinds=torch.cat([prompt_kinds(prompt.ids, self.vision_ids), response_kinds]),
             labels=torch.cat([torch.full_like(prompt.ids, IGNORED), labels]),
@@ -127,8 +114,7 @@ class RowEncoder:
                 ids += [self.config.start_id, *[self.config.latent_id] * len(targets), self.config.end_id]
                 kinds += [PositionKind.START, *[PositionKind.LATENT] * len(targets), PositionKind.FORCED]
                 roi += targets
-            text_ids = self.tokenizer(piece, add_special_tokens=False).input_ids
-            self._check_text(text_ids, example)
+            text_ids = self.encode_text(piece, example.where, *_SPELLED_OUT)
             ids += text_ids
             kinds += [PositionKind.TEXT] * len(text_ids)
         if example.has_answer:
@@ -136,64 +122,28 @@ class RowEncoder:
             kinds.append(PositionKind.TEXT)
         return ids, [int(kind) for kind in kinds], roi
 
-    def _check_text(self, text_ids: list[int], example: LvrExample) -> None:
-        latent_ids = {self.config.start_id, self.config.latent_id, self.config.end_id, self.config.latent_end_id}
-        reserved = sorted(set(text_ids) & (self.vision_ids | latent_ids))
-        if reserved:
-            raise DataError(
-                "a reserved token in the text of the response",
-                where=example.where,
-                got=self.tokenizer.convert_ids_to_tokens(reserved),
-                expected=f"plain text, with {LVR_PLACEHOLDER} where a span stands",
-                fix=f"Write {LVR_PLACEHOLDER}; SFT spells the span out.",
-            )
 
+def collate_rows(rows: Sequence[LVRRow]) -> dict[str, Tensor]:
+    """Rows to one right-padded batch: B rows of at most T positions, N latents and M merged visual tokens in all.
 
-class SFTDataset(torch.utils.data.Dataset):
-    """Tokenises rows when they are asked for, and keeps them up to `cache_bytes` of pixels.
-
-    Args:
-        cache_bytes: 0 keeps nothing; a small data set that is read many times saves the time of decoding.
+    Returns:
+        input_ids, kinds, labels: int64 [B, T]; valid: bool [B, T], False at padding.
+        roi: int64 [N], row-major over the latent positions: index among the M visual tokens, or `END_VECTOR`.
+        num_visual_tokens: int64 [B].
+        pixel_values, image_grid_thw: of all rows in order; absent if no row has an image.
     """
-
-    def __init__(self, examples: Sequence[LvrExample], encoder: RowEncoder, cache_bytes: int = 0):
-        if len(examples) == 0:
-            raise DataError("no examples", where="data.train_files", got="0 rows", expected="at least one")
-        self.examples, self.encoder = examples, encoder
-        self._cache: dict[int, SFTRow] = {}
-        self._bytes_left = cache_bytes
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> SFTRow:
-        row = self._cache.get(index)
-        if row is None:
-            row = self.encoder(self.examples[index])
-            num_bytes = 0 if row.images is None else row.images.pixel_values.nbytes
-            if num_bytes <= self._bytes_left:
-                self._bytes_left -= num_bytes
-                self._cache[index] = row
-        return row
-
-    @property
-    def has_answer(self) -> list[bool]:
-        return [example.has_answer for example in self.examples]
-
-
-def set_image_tokens(processor: ProcessorMixin, minimum: int | None, maximum: int | None) -> None:
-    """Bounds the merged visual tokens of an image; the processor is saved with the model, so RL sees the same images."""
-    image_processor = processor.image_processor
-    token_pixels = (image_processor.patch_size * image_processor.merge_size) ** 2
-    size = dict(image_processor.size)
-    for name, count in (("shortest_edge", minimum), ("longest_edge", maximum)):
-        if count is not None:
-            size[name] = count * token_pixels
-    if size["shortest_edge"] > size["longest_edge"]:
-        raise ConfigError(
-            "no image size fits",
-            where="data.min_image_tokens, data.max_image_tokens",
-            got=(size["shortest_edge"] // token_pixels, size["longest_edge"] // token_pixels),
-            expected="minimum <= maximum",
-        )
-    image_processor.size = type(image_processor.size)(**size)
+    valid = pad_sequence([torch.ones_like(row.input_ids, dtype=torch.bool) for row in rows], batch_first=True)
+    counts_B = torch.tensor([row.num_visual_tokens for row in rows])
+    offsets = (counts_B.cumsum(0) - counts_B).tolist()
+    roi = [
+        torch.where(row.roi_N >= 0, row.roi_N + offset, row.roi_N) for row, offset in zip(rows, offsets, strict=True)
+    ]
+    batch = {
+        "input_ids": pad_sequence([row.input_ids for row in rows], batch_first=True),
+        "kinds": pad_sequence([row.kinds for row in rows], batch_first=True, padding_value=int(PositionKind.PROMPT)),
+        "labels": pad_sequence([row.labels for row in rows], batch_first=True, padding_value=IGNORED),
+        "valid": valid,
+        "roi": torch.cat(roi),
+        "num_visual_tokens": counts_B,
+    }
+    return batch | image_columns(ImageInputs.concat([row.images for row in rows]))

@@ -1,4 +1,4 @@
-"""SFT with prompt slots on the trainer of LVR's SFT: rows at the curriculum's stage, CE over what they still write out.
+"""SFT with prompt slots (IVT-LR, Coconut): rows at the curriculum's stage, CE over what they still write out.
 
 rows ──stage of this optimizer step──▶ batch ──slots as in a rollout──▶ CE
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,28 +15,31 @@ from transformers import TrainingArguments
 
 from grpo_latent.errors import ConfigError
 from grpo_latent.models.loading import LatentModel
-from grpo_latent.sft.common.losses import LossConfig
+from grpo_latent.sft.common.dataset import SFTDataset
+from grpo_latent.sft.common.families import check_family
 from grpo_latent.sft.common.parameters import has_lora
 from grpo_latent.sft.common.saving import save_for_rl
-from grpo_latent.sft.lvr.rows import SFTDataset
+from grpo_latent.sft.common.trainer import LatentSFTTrainer
 from grpo_latent.sft.stepwise.curriculum import Curriculum, CurriculumConfig
-from grpo_latent.sft.stepwise.rows import StepwiseRow, collate_stepwise, slot_sums
-from grpo_latent.sft.trainer import LatentSFTTrainer
+from grpo_latent.sft.stepwise.forward import loss_sums
+from grpo_latent.sft.stepwise.rows import StepwiseRow, collate_rows
 
 
 class StepwiseTrainer(LatentSFTTrainer):
-    """IVT-LR and Coconut. `dataset` is an `SFTDataset` with a `StepwiseEncoder`; the last stage has `config.steps` slots."""
+    """Trains IVT-LR and Coconut on rows of a `StepwiseEncoder`; the last stage has `config.steps` slots."""
+
+    loss_config: CurriculumConfig
 
     def __init__(
         self,
         latent: LatentModel,
         args: TrainingArguments,
         dataset: SFTDataset,
-        config: CurriculumConfig | None = None,
+        loss_config: CurriculumConfig | None = None,
         callbacks: Sequence = (),
-        **kwargs,
+        **kwargs: Any,
     ):
-        config = config or CurriculumConfig()
+        config = loss_config or CurriculumConfig()
         if config.save_stages and (args.fsdp or has_lora(latent.model)):
             raise ConfigError(
                 "stages are saved of whole models",
@@ -43,11 +47,10 @@ class StepwiseTrainer(LatentSFTTrainer):
                 got="FSDP or LoRA",
                 expected="false, or neither of them",
             )
-        self.gradient = config.gradient
         self.stages = config.stages(latent.config.steps)
         self.curriculum = Curriculum(config, len(self.stages) - 1, self._save_stage if config.save_stages else None)
         callbacks = [self.curriculum, *callbacks]
-        super().__init__(latent, args, dataset, LossConfig(latent_weight=0.0), callbacks=callbacks, **kwargs)
+        super().__init__(latent, args, dataset, config, callbacks=callbacks, **kwargs)
         if dataset.encoder.curriculum.stages(latent.config.steps) != self.stages:
             raise ConfigError(
                 "rows are tokenised for the stages of another curriculum",
@@ -56,14 +59,8 @@ class StepwiseTrainer(LatentSFTTrainer):
                 expected=str(config),
             )
 
-    def check(self, latent: LatentModel, loss_config: LossConfig) -> None:
-        if latent.config.trigger != "prompt_slots":
-            raise ConfigError(
-                "the curriculum fills slots of the prompt",
-                where="latent.trigger",
-                got=f"{latent.config.trigger} ({latent.config.mechanism})",
-                expected="prompt_slots (ivt_lr, coconut)",
-            )
+    def check(self, latent: LatentModel) -> None:
+        check_family(latent.config, "slots", "the curriculum fills slots of the prompt")
 
     @property
     def stage(self) -> int:
@@ -75,16 +72,15 @@ class StepwiseTrainer(LatentSFTTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """As the base's, with the rows of the step put together at its stage."""
-        batches = (collate_stepwise(rows, self.stage) for rows in epoch_iterator)
+        batches = (collate_rows(rows, self.stage) for rows in epoch_iterator)
         return super().get_batch_samples(batches, num_batches, device)
 
     def count(self, batch: dict[str, Tensor]) -> Tensor:
         return torch.tensor([int(batch["response_valid"].sum()), 0])
 
-    def _sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
+    def loss_sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
         num_slots = self.stages[self.stage].num_slots
-        sums = slot_sums(self.adapter, batch, self.latent.config, num_slots, self.gradient == "cut")
-        return sums | {"latent": torch.zeros((), device=sums["ce"].device)}
+        return loss_sums(self.adapter, batch, self.latent.config, num_slots, self.loss_config.gradient == "cut")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

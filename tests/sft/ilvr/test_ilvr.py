@@ -1,5 +1,6 @@
 """ILVR's SFT: rows, the teacher's targets against a slow reading, both stages' sums."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -19,10 +20,10 @@ from grpo_latent.models.tiny import word_tokenizer
 from grpo_latent.models.visibility import attention_bias
 from grpo_latent.rewards.functions import load_function, specs_from_config
 from grpo_latent.rewards.view import reward_view
-from grpo_latent.sft.ilvr.forward import stage1_sums, stage2_sums
-from grpo_latent.sft.ilvr.rows import InterleavedEncoder, collate_interleaved, with_targets
+from grpo_latent.sft.common.rows import IGNORED
+from grpo_latent.sft.ilvr.forward import stage1_loss_sums, stage2_loss_sums
+from grpo_latent.sft.ilvr.rows import ILVREncoder, collate_rows, with_targets
 from grpo_latent.sft.ilvr.teacher import teacher_targets
-from grpo_latent.sft.lvr.rows import IGNORED
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.trajectory import Trajectory
 
@@ -30,8 +31,13 @@ STEPS = 3
 
 
 def encoder(c, **changes):
-    return InterleavedEncoder(
-        c.tokenizer, c.processor, c.config(steps=STEPS), c.eos_id, c.adapter.vision_ids, **changes
+    return ILVREncoder(
+        tokenizer=c.tokenizer,
+        processor=c.processor,
+        config=c.config(steps=STEPS),
+        eos_id=c.eos_id,
+        vision_ids=c.adapter.vision_ids,
+        **changes,
     )
 
 
@@ -97,7 +103,7 @@ def test_a_policy_that_writes_what_stage_1_taught_is_rewarded(tmp_path):
     example = parse_ilvr_record(published, "row 0", tmp_path)
     words = " ".join(["Q", *(segment.text for segment in example.segments if segment.text)]).split()
     tokenizer = word_tokenizer(words)
-    row = InterleavedEncoder(tokenizer, c.processor, c.config(steps=STEPS), c.eos_id, c.adapter.vision_ids)(example)
+    row = dataclasses.replace(encoder(c), tokenizer=tokenizer)(example)
     ids, kinds = row.input_ids[row.kinds > K.VISION], row.kinds[row.kinds > K.VISION]
     zeros = torch.zeros(len(ids))
     trajectory = Trajectory(row.input_ids, ids, kinds, torch.zeros(STEPS, 32), zeros, zeros, "eos")
@@ -110,7 +116,7 @@ def test_a_policy_that_writes_what_stage_1_taught_is_rewarded(tmp_path):
 
 
 def test_batch_aligns_completions(rows):
-    batch = collate_interleaved(rows)
+    batch = collate_rows(rows)
     for row, source in enumerate(rows):
         for name in ("input_ids", "kinds", "labels"):
             assert torch.equal(batch[name][row][batch["valid"][row]], getattr(source, name))
@@ -144,10 +150,10 @@ def count_forwards(c, action):
 
 
 def test_targets_of_a_batch_equal_those_of_single_rows_in_one_forward(rows):
-    c, batch = case("qwen2_5_vl"), collate_interleaved(rows)
+    c, batch = case("qwen2_5_vl"), collate_rows(rows)
     targets, num_forwards = count_forwards(c, lambda: teacher_targets(c.adapter, batch, "full"))
     assert num_forwards == 1 and len(targets) == 4
-    single = [t for row in rows for t in teacher_targets(c.adapter, collate_interleaved([row]), "full")]
+    single = [t for row in rows for t in teacher_targets(c.adapter, collate_rows([row]), "full")]
     for first, second in zip(targets, single, strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=1e-4)
     assert [len(t) for t in targets] == [STEPS, STEPS, 1, STEPS], "h3 has one token"
@@ -157,7 +163,7 @@ def test_targets_of_a_batch_equal_those_of_single_rows_in_one_forward(rows):
 def test_targets_against_a_slow_reading(rows):
     """Both spans of row 0, by loops over heads and positions. The recorded queries and keys have their own test."""
     c, row = case("qwen2_5_vl"), rows[0]
-    batch = collate_interleaved([row])
+    batch = collate_rows([row])
     hidden_TH = plain_hidden(c, row)
     vision = c.model.model.get_image_features(
         row.helper_images.pixel_values, row.helper_images.image_grid_thw
@@ -195,7 +201,7 @@ def targets_by_hand(query, tokens):
 
 
 def test_targets_become_latents_and_the_rest_placeholders(rows):
-    c, batch = case("qwen2_5_vl"), collate_interleaved(rows)
+    c, batch = case("qwen2_5_vl"), collate_rows(rows)
     targets = [torch.full((count, 32), float(idx)) for idx, count in enumerate((2, 3, 1, 3))]
     placed = with_targets(batch, targets, 32)
     is_latent_BT = placed["kinds"] == K.LATENT
@@ -217,9 +223,9 @@ def test_targets_become_latents_and_the_rest_placeholders(rows):
 
 def test_stage_1_sums_equal_plain_forwards_row_by_row(rows):
     c = case("qwen2_5_vl")
-    batch = collate_interleaved(rows)
+    batch = collate_rows(rows)
     targets = teacher_targets(c.adapter, batch, "full")
-    sums = stage1_sums(c.adapter, with_targets(batch, targets, 32), c.config(), noise_std=0.0)
+    sums = stage1_loss_sums(c.adapter, with_targets(batch, targets, 32), c.config(), noise_std=0.0)
     ce = distance = 0.0
     remaining = list(targets)
     for row in rows:
@@ -254,8 +260,8 @@ def test_stage_2_feeds_its_own_latents_and_reaches_them_with_the_gradient(rows):
     values = {}
     for gradient in ("cut", "bptt"):
         c = build_case("qwen2_5_vl")
-        batch = collate_interleaved(rows)
-        sums = stage2_sums(c.adapter, batch, c.config(), gradient)
+        batch = collate_rows(rows)
+        sums = stage2_loss_sums(c.adapter, batch, c.config(), gradient)
         sums["ce"].backward()
         values[gradient] = (sums["ce"].item(), c.adapter.decoder.layers[0].mlp.up_proj.weight.grad.clone())
     assert values["cut"][0] == pytest.approx(values["bptt"][0], rel=1e-5)

@@ -8,19 +8,16 @@ from transformers import TrainingArguments
 
 from grpo_latent.data.formats.ilvr_jsonl import parse_ilvr_record
 from grpo_latent.errors import ConfigError
-from grpo_latent.models.adapter import ModelAdapter
+from grpo_latent.sft.common.dataset import SFTDataset
 from grpo_latent.sft.common.parameters import freeze_vision
-from grpo_latent.sft.ilvr.rows import InterleavedEncoder
+from grpo_latent.sft.ilvr.rows import ILVREncoder
 from grpo_latent.sft.ilvr.trainer import ILVRStage1Trainer, ILVRStage2Trainer, SelfFedConfig, TeacherConfig
-from grpo_latent.sft.lvr.rows import SFTDataset
 
 
 def dataset(latent, folder, plans=PLANS * 2):
     write_images(folder)
     examples = [parse_ilvr_record(record(*plan), f"row {i}", folder) for i, plan in enumerate(plans)]
-    vision_ids = ModelAdapter(latent.model).vision_ids
-    encoder = InterleavedEncoder(latent.tokenizer, latent.processor, latent.config, latent.eos_ids[0], vision_ids)
-    return SFTDataset(examples, encoder)
+    return SFTDataset(examples, ILVREncoder.of_model(latent))
 
 
 def train(folder, trainer_class, steps, config, resume=None, **rows):

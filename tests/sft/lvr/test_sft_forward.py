@@ -16,12 +16,13 @@ from grpo_latent.models.adapter import ImageInputs, ModelAdapter
 from grpo_latent.models.head import end_vector, feedback
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import LatentOverride, RolloutRequest
-from grpo_latent.sft.common.losses import LossConfig
+from grpo_latent.sft.common.images import visual_embeddings
 from grpo_latent.sft.common.parameters import freeze_vision
+from grpo_latent.sft.common.rows import IGNORED
 from grpo_latent.sft.lvr import forward as forward_module
-from grpo_latent.sft.lvr.collator import collate
-from grpo_latent.sft.lvr.forward import sft_sums, teacher_forced, visual_embeddings
-from grpo_latent.sft.lvr.rows import IGNORED, SFTRow
+from grpo_latent.sft.lvr.forward import loss_sums, teacher_forced
+from grpo_latent.sft.lvr.losses import LVRLossConfig
+from grpo_latent.sft.lvr.rows import LVRRow, collate_rows
 from grpo_latent.trajectory import PositionKind as K
 
 ROWS = [
@@ -81,9 +82,9 @@ def reference_row(latent, row, loss, shift=1):
 @pytest.mark.parametrize(
     ("loss", "head"),
     [
-        (LossConfig(), "none"),
-        (LossConfig(latent_loss="mae", end="mode_switch"), "mlp"),
-        (LossConfig(latent_loss="cosine", end="latent_end"), "glu"),
+        (LVRLossConfig(), "none"),
+        (LVRLossConfig(latent_loss="mae", end="mode_switch"), "mlp"),
+        (LVRLossConfig(latent_loss="cosine", end="latent_end"), "glu"),
     ],
     ids=["mse", "mae-mode_switch-mlp", "cosine-latent_end-glu"],
 )
@@ -92,7 +93,7 @@ def test_sums_are_those_of_a_forward_written_by_hand(name, loss, head):
     latent = latent_model(name, head=head, end=has_end)
     rows = [encoder(latent, has_end)(item) for item in ROWS]
     with torch.no_grad():
-        sums = sft_sums(ModelAdapter(latent.model), collate(rows), latent.config, loss)
+        sums = loss_sums(ModelAdapter(latent.model), collate_rows(rows), latent.config, loss)
         expected = [sum(parts) for parts in zip(*(reference_row(latent, row, loss) for row in rows), strict=True)]
         shifted = sum(reference_row(latent, row, loss, shift=0)[1] for row in rows)
     torch.testing.assert_close(sums["ce"], expected[0], rtol=1e-5, atol=1e-4)
@@ -127,7 +128,7 @@ def test_training_on_what_a_rollout_did_scores_what_the_rollout_reported(name, v
         seen_spans += len(trajectory.spans)
         sampled = (trajectory.kinds == K.TEXT) | (trajectory.kinds == K.START)
         labels = torch.where(sampled, trajectory.token_ids, IGNORED)
-        as_row = SFTRow(
+        as_row = LVRRow(
             input_ids=torch.cat([trajectory.prompt_ids, trajectory.token_ids]),
             kinds=torch.cat([adapter.prompt_kinds(trajectory.prompt_ids), trajectory.kinds]),
             labels=torch.cat([torch.full((length,), IGNORED), labels]),
@@ -136,7 +137,7 @@ def test_training_on_what_a_rollout_did_scores_what_the_rollout_reported(name, v
             num_visual_tokens=row.num_visual_tokens,
         )
         with torch.no_grad():
-            sums = sft_sums(adapter, collate([as_row]), latent.config, LossConfig())
+            sums = loss_sums(adapter, collate_rows([as_row]), latent.config, LVRLossConfig())
         torch.testing.assert_close(sums["ce"], -trajectory.rollout_log_probs.sum(), rtol=1e-4, atol=1e-4)
     assert seen_spans >= 2
 
@@ -155,7 +156,7 @@ def test_the_prediction_is_what_a_rollout_would_feed(visibility):
     with torch.no_grad():
         target = visual_embeddings(adapter, row.images)[row.roi_N]
         distance = ((trajectory.latents - target) ** 2).mean(-1).sum()
-        sums = sft_sums(adapter, collate([row]), latent.config, LossConfig())
+        sums = loss_sums(adapter, collate_rows([row]), latent.config, LVRLossConfig())
     torch.testing.assert_close(sums["latent"], distance, rtol=1e-4, atol=1e-5)
 
 
@@ -165,7 +166,7 @@ def test_each_term_reads_its_own_positions_only(monkeypatch, term):
     batch = batch_of(latent, ROWS)
     hidden = torch.randn(*batch["input_ids"].shape, 32, requires_grad=True)
     monkeypatch.setattr(forward_module, "replay_hidden", lambda *args: hidden)
-    sums = sft_sums(ModelAdapter(latent.model), batch, latent.config, LossConfig(end="mode_switch"))
+    sums = loss_sums(ModelAdapter(latent.model), batch, latent.config, LVRLossConfig(end="mode_switch"))
     sums[term].backward()
     read = hidden.grad.abs().sum(-1) > 0
     following = {
@@ -184,10 +185,10 @@ def test_ids_at_latent_positions_change_nothing():
     adapter = ModelAdapter(latent.model)
     batch = batch_of(latent, ROWS)
     with torch.no_grad():
-        before = sft_sums(adapter, batch, latent.config, LossConfig())
+        before = loss_sums(adapter, batch, latent.config, LVRLossConfig())
         for placeholder in (latent.tokenizer.eos_token_id, latent.config.start_id, latent.config.end_id):
             ids = batch["input_ids"].masked_fill(batch["kinds"] == K.LATENT, placeholder)
-            after = sft_sums(adapter, batch | {"input_ids": ids}, latent.config, LossConfig())
+            after = loss_sums(adapter, batch | {"input_ids": ids}, latent.config, LVRLossConfig())
             assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -195,8 +196,8 @@ def test_target_variance_divides_the_latent_term_only():
     latent = latent_model("qwen2_vl")
     batch, adapter = batch_of(latent, ROWS), ModelAdapter(latent.model)
     with torch.no_grad():
-        plain = sft_sums(adapter, batch, latent.config, LossConfig())
-        scaled = sft_sums(adapter, batch, latent.config, LossConfig(), target_variance=4.0)
+        plain = loss_sums(adapter, batch, latent.config, LVRLossConfig())
+        scaled = loss_sums(adapter, batch, latent.config, LVRLossConfig(), target_variance=4.0)
     assert torch.equal(plain["ce"], scaled["ce"])
     torch.testing.assert_close(scaled["latent"], plain["latent"] / 4)
 
@@ -214,7 +215,7 @@ def test_frozen_parts_get_no_gradient(tower, merger, trained, frozen):
     latent = latent_model("qwen3_vl", head="mlp", end=True)
     freeze_vision(latent.model, tower, merger)
     batch = batch_of(latent, ROWS, has_end_vector=True)
-    sums = sft_sums(ModelAdapter(latent.model), batch, latent.config, LossConfig(end="latent_end"))
+    sums = loss_sums(ModelAdapter(latent.model), batch, latent.config, LVRLossConfig(end="latent_end"))
     (sums["ce"] + sums["latent"]).backward()
     moved = {name for name, parameter in latent.model.named_parameters() if parameter.grad is not None}
     for part in trained:
@@ -231,7 +232,7 @@ def test_targets_are_constants_and_the_end_vector_is_not():
     with torch.no_grad():  # the prediction no longer depends on anything but the head's bias
         model.lvr_head.mlp[2].weight.zero_()
     batch = batch_of(latent, ROWS, has_end_vector=True)
-    sft_sums(ModelAdapter(model), batch, latent.config, LossConfig(end="latent_end"))["latent"].backward()
+    loss_sums(ModelAdapter(model), batch, latent.config, LVRLossConfig(end="latent_end"))["latent"].backward()
     gradients = [parameter.grad for parameter in model.model.visual.parameters() if parameter.grad is not None]
     assert all(float(gradient.abs().max()) == 0 for gradient in gradients)
     # 2 (v - b) / H for each of the four spans
@@ -243,7 +244,9 @@ def test_hits_count_predictions_with_a_visual_target():
     latent = latent_model("qwen2_5_vl", end=True)
     batch = batch_of(latent, ROWS, has_end_vector=True)
     with torch.no_grad():
-        sums = sft_sums(ModelAdapter(latent.model), batch, latent.config, LossConfig(end="latent_end"), count_hits=True)
+        sums = loss_sums(
+            ModelAdapter(latent.model), batch, latent.config, LVRLossConfig(end="latent_end"), count_hits=True
+        )
     assert float(sums["num_targets"]) == float((batch["roi"] >= 0).sum()) < batch["roi"].shape[0]
     assert 0 <= float(sums["hits"]) <= float(sums["num_targets"])
 
@@ -267,12 +270,12 @@ def test_swapping_the_image_under_the_same_latents_moves_no_text_when_latents_ar
         visual = visual_embeddings(adapter, row.images)
         ces = {}
         for name, images in (("own", row.images), ("other", other.images)):
-            batch = collate([SFTRow(row.input_ids, row.kinds, labels, row.roi_N, images, row.num_visual_tokens)])
+            batch = collate_rows([LVRRow(row.input_ids, row.kinds, labels, row.roi_N, images, row.num_visual_tokens)])
             for channel in ("latents_only", "full"):
                 config = latent.config.replace(visibility=channel)
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(forward_module, "teacher_forced", lambda _, roi, vector: visual[roi])
-                    ces[name, channel] = sft_sums(adapter, batch, config, LossConfig())["ce"]
+                    ces[name, channel] = loss_sums(adapter, batch, config, LVRLossConfig())["ce"]
     assert torch.equal(ces["own", "latents_only"], ces["other", "latents_only"])
     assert abs(float(ces["own", "full"] - ces["other", "full"])) > 1e-3
 

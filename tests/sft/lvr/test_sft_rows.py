@@ -9,9 +9,11 @@ from sft_cases import batch_of, encoder, example, examples, latent_model
 from grpo_latent.data.examples import ImageRef
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.models.prompts import encode_prompt
+from grpo_latent.sft.common.dataset import SFTDataset
+from grpo_latent.sft.common.images import set_image_tokens
+from grpo_latent.sft.common.rows import IGNORED
 from grpo_latent.sft.common.sampler import SeededBatchSampler
-from grpo_latent.sft.lvr.collator import collate
-from grpo_latent.sft.lvr.rows import END_VECTOR, IGNORED, SFTDataset, set_image_tokens
+from grpo_latent.sft.lvr.rows import END_VECTOR, collate_rows
 from grpo_latent.trajectory import PositionKind as K
 
 
@@ -117,7 +119,7 @@ def test_no_rows_are_refused(latent):
 
 def test_batch_pads_right_and_counts_visual_tokens_over_rows(latent):
     rows = [encoder(latent)(item) for item in (example(0), example(1, answer=None, boxes=((0.0, 0.0, 0.6, 0.4),)))]
-    batch = collate(rows)
+    batch = collate_rows(rows)
     lengths = [len(row.input_ids) for row in rows]
     assert batch["valid"].sum(-1).tolist() == lengths and batch["input_ids"].shape == (2, max(lengths))
     for row, item in enumerate(rows):

@@ -13,7 +13,8 @@ from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.recompute import own_latents
 from grpo_latent.models.replay import collate, replay, with_latents
-from grpo_latent.sft.stepwise.rows import StepwiseEncoder, StepwiseRow, collate_stepwise, slot_sums
+from grpo_latent.sft.stepwise.forward import loss_sums
+from grpo_latent.sft.stepwise.rows import StepwiseEncoder, StepwiseRow, collate_rows
 
 
 def slot_case(name):
@@ -43,7 +44,7 @@ def test_loss_and_gradient_equal_those_of_replayed_rollouts(name, gradient):
         for t, image in zip(trajectories, images, strict=True)
     ]
     weight = adapter.decoder.layers[0].mlp.up_proj.weight
-    sums = slot_sums(adapter, collate_stepwise(rows, 0), config, 2, gradient == "cut")
+    sums = loss_sums(adapter, collate_rows(rows, 0), config, 2, gradient == "cut")
     sums["ce"].backward()
     found, weight.grad = weight.grad, None
     batch = collate(trajectories, images, adapter, "both")
@@ -63,7 +64,7 @@ def test_gradient_checkpointing_in_training_keeps_the_cache():
         c.model.train()
         if checkpointing:
             c.model.gradient_checkpointing_enable()
-        losses.append(slot_sums(adapter, collate_stepwise(rows, 0), config, 2, False)["ce"].item())
+        losses.append(loss_sums(adapter, collate_rows(rows, 0), config, 2, False)["ce"].item())
         assert adapter.decoder.layers[0].gradient_checkpointing is checkpointing
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -76,14 +77,20 @@ def test_stages_write_what_is_not_replaced():
     messages = ({"role": "user", "content": content},)
     example = StepwiseExample(messages, (image,), steps, "3", "<answer> 3 </answer>", "test", "row 1")
     encode = StepwiseEncoder(
-        c.tokenizer, c.processor, config, c.eos_id, adapter.vision_ids, adapter.image_token_id, max_length=40
+        tokenizer=c.tokenizer,
+        processor=c.processor,
+        config=config,
+        eos_id=c.eos_id,
+        vision_ids=adapter.vision_ids,
+        image_token_id=adapter.image_token_id,
+        max_length=40,
     )
     row = encode(example)
     texts = [c.tokenizer.decode(ids) for ids in row.response_ids]
     tail = "<answer> 3 </answer> <|im_end|>"
     assert texts == [f"red 3 blue 7 {tail}", f"blue 7 {tail}", tail]
     for stage, length in enumerate((8, 6, 4)):
-        batch = collate_stepwise([row, row], stage)
+        batch = collate_rows([row, row], stage)
         assert batch["response_valid"].sum(-1).tolist() == [length] * 2 and batch["image_grid_thw"].shape == (2, 3)
     with pytest.raises(DataError, match="row 1: a reserved token"):
         encode(dataclasses.replace(example, steps=("red <|lvr|>",)))
@@ -96,4 +103,4 @@ def test_stages_write_what_is_not_replaced():
 def test_another_numbering_of_positions_is_an_error():
     _, config, _ = slot_case("qwen3")
     with pytest.raises(ConfigError, match="another numbering"):
-        slot_sums(case("qwen3").adapter, {}, config, 1, True)
+        loss_sums(case("qwen3").adapter, {}, config, 1, True)

@@ -11,10 +11,11 @@ from grpo_latent.data.formats.stepwise import StepwiseExample
 from grpo_latent.errors import ConfigError
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model
+from grpo_latent.sft.common.dataset import SFTDataset
 from grpo_latent.sft.common.parameters import freeze_vision
-from grpo_latent.sft.lvr.rows import SFTDataset
 from grpo_latent.sft.stepwise.curriculum import CurriculumConfig
-from grpo_latent.sft.stepwise.rows import StepwiseEncoder, collate_stepwise, slot_sums
+from grpo_latent.sft.stepwise.forward import loss_sums
+from grpo_latent.sft.stepwise.rows import StepwiseEncoder, collate_rows
 from grpo_latent.sft.stepwise.trainer import StepwiseTrainer
 
 SLOTS = dict(trigger="prompt_slots", positions="1d", steps=2)
@@ -41,9 +42,9 @@ def trainer(folder, steps, mechanism="ivt_lr", loss=None, lora=False, **argument
     latent = latent_model(case=build_case(name), savable=True, **SLOTS, **changes)
     freeze_vision(latent.model)
     adapter = ModelAdapter(latent.model)
-    ids = latent.eos_ids[0], adapter.vision_ids, adapter.image_token_id
-    curriculum = loss or CurriculumConfig()
-    encoder = StepwiseEncoder(latent.tokenizer, latent.processor, latent.config, *ids, curriculum=curriculum)
+    encoder = StepwiseEncoder.of_model(
+        latent, image_token_id=adapter.image_token_id, curriculum=loss or CurriculumConfig()
+    )
     values = dict(
         max_steps=steps,
         per_device_train_batch_size=2,
@@ -109,8 +110,8 @@ def test_the_loss_is_that_of_the_stage(tmp_path):
     expected = []
     with torch.no_grad():
         for stage in range(3):
-            batch = collate_stepwise([run.train_dataset[i] for i in range(8)], stage)
-            sums = slot_sums(run.adapter, batch, run.latent.config, stage, True)
+            batch = collate_rows([run.train_dataset[i] for i in range(8)], stage)
+            sums = loss_sums(run.adapter, batch, run.latent.config, stage, True)
             expected.append(float(sums["ce"]) / int(batch["response_valid"].sum()))
     run.train()
     run.release()
@@ -128,9 +129,9 @@ def test_several_slots_a_step_and_a_last_stage_of_answers_alone(tmp_path):
     for stage, (num_slots, steps) in enumerate(written):
         row = run.train_dataset[1].response_ids[stage]
         assert run.latent.tokenizer.decode(row[:-1]) == f"{steps}{example.closing}"
-        batch = collate_stepwise([run.train_dataset[i] for i in range(8)], stage)
+        batch = collate_rows([run.train_dataset[i] for i in range(8)], stage)
         with torch.no_grad():
-            sums = slot_sums(run.adapter, batch, run.latent.config, num_slots, False)
+            sums = loss_sums(run.adapter, batch, run.latent.config, num_slots, False)
         expected.append(float(sums["ce"]) / int(batch["response_valid"].sum()))
     run.train()
     run.release()

@@ -18,7 +18,7 @@ from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.rollout.protocol import SamplingParams
-from grpo_latent.sft.lvr.rows import set_image_tokens
+from grpo_latent.sft.common.images import set_image_tokens
 from grpo_latent.trajectory import PositionKind
 from grpo_latent.verl_plugin.rollout import agent_loop as module
 from grpo_latent.verl_plugin.rollout.agent_loop import LatentAgentLoop, reward_input, row_index

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from grpo_latent.errors import ConfigError
-from grpo_latent.sft.common.losses import (
-    LossConfig,
-    cross_entropy_sum,
+from grpo_latent.sft.common.losses import cross_entropy_sum
+from grpo_latent.sft.lvr.losses import (
+    LVRLossConfig,
     end_bce_sum,
     latent_distances,
     nearest_target_hits,
@@ -76,4 +76,4 @@ def test_hits_compare_with_the_rows_own_visual_tokens():
 )
 def test_malformed_loss_configs(change, message):
     with pytest.raises(ConfigError, match=message):
-        LossConfig(**change)
+        LVRLossConfig(**change)

@@ -1,0 +1,88 @@
+"""From an example to a row: what the encoders of all methods share, and the checks that every row passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Self
+
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from grpo_latent.errors import DataError
+from grpo_latent.latent.config import LatentConfig
+from grpo_latent.models.adapter import ModelAdapter
+from grpo_latent.models.loading import LatentModel
+from grpo_latent.models.prompts import Prompt, encode_prompt
+
+IGNORED = -100  # a label that is not scored; torch's cross-entropy skips it too
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowEncoder:
+    """Tokenises examples for one model; each method derives its own, callable on an example.
+
+    Attributes:
+        processor: None for a text-only model.
+        eos_id: ends a response whose answer is known.
+        vision_ids: image placeholder and delimiter ids.
+        max_length: longest row allowed, in positions; None for any.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    processor: ProcessorMixin | None
+    config: LatentConfig
+    eos_id: int
+    vision_ids: frozenset[int]
+    max_length: int | None = None
+
+    @classmethod
+    def of_model(cls, latent: LatentModel, **fields: Any) -> Self:
+        """The encoder for a loaded model; `fields` are those that the model does not decide."""
+        return cls(
+            tokenizer=latent.tokenizer,
+            processor=latent.processor,
+            config=latent.config,
+            eos_id=latent.tokenizer.eos_token_id,
+            vision_ids=ModelAdapter(latent.model).vision_ids,
+            **fields,
+        )
+
+    def encode_prompt(self, example) -> Prompt:
+        """The example's prompt. Its images are decoded here and let go of; the pixels that the model reads are kept.
+
+        Raises:
+            DataError: an image cannot be read, or does not belong to the prompt.
+        """
+        pictures = [image.open() for image in example.images]
+        return encode_prompt(self.tokenizer, self.processor, example.messages, pictures, example.where)
+
+    def encode_text(self, text: str, where: str, expected: str = "plain text", fix: str = "") -> list[int]:
+        """Ids of a text of the response.
+
+        Raises:
+            DataError: the text spells out a latent or vision token, which would be taken for a real one.
+        """
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        config = self.config
+        latent_ids = {config.start_id, config.latent_id, config.end_id, config.latent_end_id}
+        reserved = sorted(set(ids) & (self.vision_ids | latent_ids))
+        if reserved:
+            raise DataError(
+                "a reserved token in the text of the response",
+                where=where,
+                got=self.tokenizer.convert_ids_to_tokens(reserved),
+                expected=expected,
+                fix=fix or "Take the token out, or drop the row.",
+            )
+        return ids
+
+    def check_length(self, num_positions: int, where: str, parts: Iterable[str] = ()) -> None:
+        """Raises `DataError` for a row longer than `max_length`; `parts` says what its positions are."""
+        if self.max_length is not None and num_positions > self.max_length:
+            raise DataError(
+                "row too long",
+                where=where,
+                got=", ".join([f"{num_positions} positions", *parts]),
+                expected=f"at most {self.max_length}",
+                fix="Raise data.max_length, lower data.max_image_tokens, or drop the row.",
+            )

@@ -1,0 +1,231 @@
+"""SFT on the Hugging Face Trainer: what all methods share.
+
+    rows ──collate_rows──▶ batch ──model(sft_batch=…)──▶ loss_sums ──/ counts of the whole step──▶ loss ──▶ Trainer
+
+The Trainer brings the loop, accumulation, distribution and logging. Replaced are the loss and its denominators, the data
+order (a function of seed and epoch), and how a checkpoint is written and read: transformers 5.10 saves a Qwen2-VL model
+under the hub's names and resumes by the model's own, so that its resume would load one weight in fifty, with a warning.
+
+A method derives its trainer from `LatentSFTTrainer` and says four things: which checkpoints it takes (`check`), how rows
+become a batch (`collate_rows`), what a batch's losses are divided by (`count`), and the losses (`loss_sums`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from grpo_latent.errors import TrainingError
+from grpo_latent.models.adapter import ModelAdapter
+from grpo_latent.models.loading import LatentModel
+from grpo_latent.models.vision_cache import VisionCache
+from grpo_latent.sft.common.dataset import SFTDataset
+from grpo_latent.sft.common.parameters import has_lora
+from grpo_latent.sft.common.routing import SFT_KEYWORD, route_sft_batches
+from grpo_latent.sft.common.sampler import SeededBatchSampler
+from grpo_latent.sft.common.saving import load_all_weights
+
+
+class LatentSFTTrainer(Trainer):
+    """Trains `latent.model` on `dataset`: CE over labels, plus weighted terms over latents.
+
+    Args:
+        loss_config: the method's `loss` section.
+        labelled_per_batch: rows with an answer in each batch; None mixes all rows.
+        horizon_steps: length of the learning-rate schedule, None for the training's own.
+        vision_cache_bytes: bound of visual features kept across steps; needs a frozen tower and merger.
+    """
+
+    summed: ClassVar[tuple[str, ...]] = ("ce", "labels", "latent", "latents")  # over the steps between two logged ones
+
+    def __init__(
+        self,
+        latent: LatentModel,
+        args: TrainingArguments,
+        dataset: SFTDataset,
+        loss_config: Any,
+        labelled_per_batch: int | None = None,
+        horizon_steps: int | None = None,
+        vision_cache_bytes: int = 0,
+        callbacks: Sequence[TrainerCallback] = (),
+    ):
+        self.latent = latent
+        self.loss_config = loss_config
+        self.check(latent)
+        self.labelled_per_batch = labelled_per_batch
+        self.horizon_steps = horizon_steps
+        self.adapter = ModelAdapter(latent.model, latent.config.positions)
+        if self.adapter.has_tower:
+            VisionCache.install(latent.model, max_bytes=vision_cache_bytes)
+        args.remove_unused_columns = False  # it would drop our columns, which the model's own forward does not know
+        self._epoch = _TellEpoch()
+        with _keeping_use_cache(latent.model.config):
+            super().__init__(model=latent.model, args=args, train_dataset=dataset, callbacks=[self._epoch, *callbacks])
+        # the loss is divided by the counts of the whole step, which the Trainer must not do again by micro-batches
+        self.model_accepts_loss_kwargs = True
+        self.remove_callback(PrinterCallback)  # the callbacks given here show the metrics
+        self._undo_routing = route_sft_batches(latent.model, self.loss_sums)
+        self._totals: dict[str, Tensor] = {}
+
+    # what a method says
+
+    def check(self, latent: LatentModel) -> None:
+        """Raises `ConfigError` where this training does not fit the checkpoint's latents."""
+        raise NotImplementedError
+
+    def collate_rows(self, rows: Sequence) -> Any:
+        """The batch of some rows, a dict of tensors once `get_batch_samples` has seen it."""
+        raise NotImplementedError
+
+    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """int64 [2] on the CPU: labels and latents of a batch, which the loss is divided by."""
+        raise NotImplementedError
+
+    def loss_sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
+        """Sums over a batch, float32 scalars: `ce`, and the terms of `term_weights`. Runs inside the model's forward.
+
+        Args:
+            count_hits: whether the step is logged, for sums that only the log reads.
+        """
+        raise NotImplementedError
+
+    def term_weights(self) -> dict[str, float]:
+        """Weights of the sums that are divided by the number of latents."""
+        return {}
+
+    def metrics(self, totals: dict[str, float]) -> dict[str, float]:
+        """What is logged of the totals (of `summed`) since the last logged step."""
+        return {
+            "ce": totals["ce"] / max(totals["labels"], 1),
+            "latent_loss": totals["latent"] / max(totals["latents"], 1),
+        }
+
+    def release(self) -> None:
+        """Gives the model its own forward back, in eval mode."""
+        self._undo_routing()
+        self.latent.model.eval()
+
+    # data
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        sampler = SeededBatchSampler(
+            self.train_dataset.has_answer, args.per_device_train_batch_size, seed, self.labelled_per_batch
+        )
+        self._epoch.sampler = sampler
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=sampler,
+            collate_fn=self.collate_rows,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=args.dataloader_persistent_workers,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """The step's micro-batches, and int64 [2]: labels and latents of the step over all processes."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        counts = sum((self.count(batch) for batch in batches), torch.zeros(2, dtype=torch.long)).to(device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        return batches, counts
+
+    # loss
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
+        count_hits = (self.state.global_step + 1) % max(int(self.state.logging_steps or 1), 1) == 0
+        sums = model(**{SFT_KEYWORD: inputs, "count_hits": count_hits})
+        own_counts = self.count(inputs)
+        counts = own_counts if num_items_in_batch is None else num_items_in_batch
+        num_labels, num_latents = counts.clamp(min=1).tolist()
+        loss = sums["ce"] / num_labels
+        terms = [weight * sums[name] for name, weight in self.term_weights().items()]
+        if terms:
+            loss = loss + sum(terms[1:], terms[0]) / num_latents
+        # data parallelism averages gradients over the processes, while the counts are already those of all of them
+        loss = loss * self.args.world_size
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                "the loss is not finite",
+                where=f"SFT step {self.state.global_step + 1}",
+                got={name: float(value.detach()) for name, value in sums.items()},
+                expected="finite sums",
+                fix="Lower trainer.learning_rate, or look at the rows of this step.",
+            )
+        self._add_totals(sums, own_counts)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _add_totals(self, sums: dict[str, Tensor], own_counts: Tensor) -> None:
+        values = dict(zip(("labels", "latents"), own_counts, strict=True)) | sums
+        for name in self.summed:
+            value = torch.as_tensor(values.get(name, 0.0)).detach().double().cpu()
+            self._totals[name] = self._totals.get(name, 0.0) + value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._totals:
+            totals = torch.stack([self._totals[name] for name in self.summed])
+            if self.args.world_size > 1:
+                totals = self.accelerator.reduce(totals.to(self.args.device), "sum").cpu()
+            logs |= self.metrics(dict(zip(self.summed, totals.tolist(), strict=True)))
+            self._totals = {}
+        super().log(logs, start_time)
+
+    # optimization
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        exempt = {name for name, parameter in model.named_parameters() if getattr(parameter, "no_weight_decay", False)}
+        return [name for name in super().get_decay_parameter_names(model) if name not in exempt]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        return super().create_scheduler(self.horizon_steps or num_training_steps, optimizer)
+
+    # checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Weights under the model's own names; a latent checkpoint of its own unless adapters are in it.
+
+        The Trainer's pickled arguments are left out.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.latent.model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+        if not has_lora(self.latent.model):
+            if self.latent.processor is not None:
+                self.latent.processor.save_pretrained(folder)
+            self.latent.tokenizer.save_pretrained(folder)
+            self.latent.config.save(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_all_weights(self.latent.model, resume_from_checkpoint)
+
+
+class _TellEpoch(TrainerCallback):
+    """Tells the sampler its epoch: accelerate does not, where it skips the batches of an epoch that is resumed."""
+
+    sampler: SeededBatchSampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
+@contextmanager
+def _keeping_use_cache(config: PreTrainedConfig) -> Iterator[None]:
+    """Undoes the Trainer's own choice of `use_cache`, which would go from the config into the checkpoint."""
+    before = {"use_cache": config.use_cache} if hasattr(config, "use_cache") else {}
+    yield
+    if before:
+        config.use_cache = before["use_cache"]
+    else:
+        del config.use_cache
