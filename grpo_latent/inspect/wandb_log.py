@@ -1,10 +1,17 @@
-"""The page and its tables in a wandb run."""
+"""The page and its tables in a wandb run.
+
+`python -m grpo_latent.inspect.wandb_log <run> <out>` draws both for a process that must not risk its own memory on it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from pathlib import Path
 
-from grpo_latent.inspect.report import Report
+from grpo_latent.common.files import write_json, write_text
+from grpo_latent.inspect.page import render
+from grpo_latent.inspect.report import Limits, Report, build_report
+from grpo_latent.inspect.run import read_run
 
 GROUP_COLUMNS = (
     "step",
@@ -22,6 +29,7 @@ GROUP_COLUMNS = (
 )
 ABLATION_COLUMNS = ("name", "accuracy", "low", "high", "gap", "gap_low", "gap_high", "changed", "about", "verdict")
 KEY = "latent/inspector"
+PAGE_FILE, TABLES_FILE = "page.html", "tables.json"
 
 
 def group_rows(report: Report) -> list[list]:
@@ -40,23 +48,42 @@ def ablation_rows(report: Report) -> list[list]:
     ]
 
 
+def tables_of(report: Report) -> dict[str, dict[str, list]]:
+    """`latent/groups` and, where there are evaluations, `latent/ablations`, as {"columns", "rows"}, JSON-ready."""
+    tables = {"latent/groups": {"columns": ["run", *GROUP_COLUMNS], "rows": group_rows(report)}}
+    ablations = ablation_rows(report)
+    if ablations:
+        tables["latent/ablations"] = {"columns": ["run", "evaluation", *ABLATION_COLUMNS], "rows": ablations}
+    return tables
+
+
 def log_report(run, report: Report, html: str, step: int | None = None) -> None:
-    """Logs `latent/inspector` (the page), `latent/groups` and, where there are evaluations, `latent/ablations`.
+    """Logs `latent/inspector` (the page) and the tables of the report.
 
     Args:
         run: of wandb, online or offline.
     """
+    log_page(run, html, tables_of(report), step)
+
+
+def log_page(run, html: str, tables: dict[str, dict[str, list]], step: int | None = None) -> None:
+    """Logs a page and tables that have been made before, perhaps by another process."""
     import wandb
 
-    values = {KEY: wandb.Html(html, inject=False), "latent/groups": _table(("run", *GROUP_COLUMNS), group_rows(report))}
-    ablations = ablation_rows(report)
-    if ablations:
-        values["latent/ablations"] = _table(("run", "evaluation", *ABLATION_COLUMNS), ablations)
+    values = {KEY: wandb.Html(html, inject=False)}
+    for name, table in tables.items():
+        # a question is text in one row and missing in the next
+        values[name] = wandb.Table(columns=table["columns"], data=table["rows"], allow_mixed_types=True)
     run.log(values, step=step)
 
 
-def _table(columns: Sequence[str], rows: list[list]):
-    import wandb
+def draw(folder: str, out: str) -> None:
+    """Writes `page.html` and `tables.json` of a run into the folder `out`; its checkpoint is read on the CPU."""
+    run = read_run(folder)
+    report = build_report([run], Limits(), "cpu")
+    write_text(Path(out) / PAGE_FILE, render(report, run.name))
+    write_json(Path(out) / TABLES_FILE, tables_of(report))
 
-    # a question is text in one row and missing in the next
-    return wandb.Table(columns=list(columns), data=rows, allow_mixed_types=True)
+
+if __name__ == "__main__":
+    draw(*sys.argv[1:])

@@ -43,11 +43,7 @@ class LatentRewardManager(RewardManagerBase):
     def __init__(self, config, tokenizer, compute_score, reward_router_address=None, reward_model_tokenizer=None):
         super().__init__(config, tokenizer, compute_score)
         settings = reward_settings(config)
-        if reward_router_address is not None:
-            # verl hands the address of its reward model to every function, and so do we
-            judge = {"reward_router_address": reward_router_address, "reward_model_tokenizer": reward_model_tokenizer}
-            for function in settings["functions"]:
-                function["kwargs"] = {**(function.get("kwargs") or {}), **judge}
+        hand_judge(settings, reward_router_address, reward_model_tokenizer)
         num_processes = settings.get("num_processes", 1)
         self.runner = RewardRunner(
             specs_from_config(settings["functions"]),
@@ -96,6 +92,30 @@ def reward_settings(config: DictConfig) -> dict[str, Any]:
         function = {"path": custom["path"], "name": custom.get("name"), "kwargs": custom.get("reward_kwargs")}
         settings["functions"] = [function]
     return settings
+
+
+def hand_judge(settings: dict[str, Any], router_address: str | None, tokenizer: Any) -> None:
+    """Gives every function of `settings` the address and the tokenizer of verl's reward model, as verl itself does.
+
+    Args:
+        settings: of `reward_settings`; changed in place.
+        router_address: None where there is no reward model, which leaves the settings as they are.
+    """
+    if router_address is None:
+        return
+    judge = {"reward_router_address": router_address, "reward_model_tokenizer": tokenizer}
+    for function in settings["functions"]:
+        function["kwargs"] = {**(function.get("kwargs") or {}), **judge}
+
+
+def judge_tokenizer(config: DictConfig) -> Any:
+    """The tokenizer of verl's reward model; None without one."""
+    if not config.reward.reward_model.enable:
+        return None
+    from verl.utils import hf_tokenizer
+    from verl.utils.fs import copy_to_local
+
+    return hf_tokenizer(copy_to_local(config.reward.reward_model.model_path))
 
 
 def reward_item(row: Mapping[str, Any]) -> RewardItem:

@@ -23,7 +23,7 @@ class UsageRequest:
 
     Attributes:
         rows: reference of the fixed set, as (row, where).
-        reward: `reward_manager.reward_settings`.
+        reward: of `rewards.manager.reward_settings`, with what judges need.
         reference: file with the latents of the start.
     """
 

@@ -113,6 +113,8 @@ def _check_parts(config: DictConfig) -> None:
         "actor_rollout_ref.rollout.multi_turn.enable": "a trajectory is one completion",
         "actor_rollout_ref.rollout.ignore_eos": "a completion ends at EOS",
         "reward.reward_model.enable_resource_pool": "not tried with latents",
+        # one without a pool of its own is colocated: verl sends it tokens, and neither text nor ground truth
+        "reward.reward_model.enable": "it would read placeholders of latents; a reward function can ask a judge",
         "distillation.enabled": "a teacher would score the placeholders of latents",
         "data.apply_chat_template_kwargs": "prompts are made as SFT makes them",
         "data.mm_processor_kwargs": "prompts are made as SFT makes them",

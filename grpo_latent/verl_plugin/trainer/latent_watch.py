@@ -16,7 +16,7 @@ from grpo_latent.common.files import write_json
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.eval.statistics import NOT_USED
 from grpo_latent.eval.usage import Usage, UsageSettings
-from grpo_latent.verl_plugin.rewards.manager import reward_settings
+from grpo_latent.verl_plugin.rewards.manager import hand_judge, judge_tokenizer, reward_settings
 from grpo_latent.verl_plugin.rollout.usage_probe import UsageRequest
 
 REFERENCE_FILE = "usage_start.safetensors"
@@ -67,30 +67,34 @@ class LatentWatch:
         self._saved: Path | None = None  # of the step that is not yet counted
 
     def measure(
-        self, holding: AbstractContextManager, rows: Iterable[dict], is_start: bool
+        self, holding: AbstractContextManager, rows: Iterable[dict], is_start: bool, router_address: str | None = None
     ) -> tuple[dict[str, float], str | None]:
         """Metrics of the weights that a server holds, and the alarm line if there is one.
 
         Args:
             holding: gives the server; not entered where nothing is to be measured.
             rows: of the validation data, the first of which are the fixed set.
+            router_address: of verl's reward model, which judges in the reward functions; None without one.
         """
         if not self.settings.num_prompts:
             return {}, None
         if self._request is None:
-            self._request = self._make_request(rows)
+            self._request = self._make_request(rows, router_address)
         with holding as server:
             usage: Usage = ray.get(server.measure_usage.remote(self._request, is_start))
         line = self._count("unused", usage.verdict == NOT_USED, f"latents are {usage.sentence}")
         return as_metrics(usage), line
 
-    def _make_request(self, rows: Iterable[dict]) -> UsageRequest:
+    def _make_request(self, rows: Iterable[dict], router_address: str | None) -> UsageRequest:
+        reward = reward_settings(self.config)
+        if router_address is not None:
+            hand_judge(reward, router_address, judge_tokenizer(self.config))
         fixed = [(row, f"data.val_files row {i}") for i, row in enumerate(islice(rows, self.settings.num_prompts))]
         return UsageRequest(
             self.settings,
             ray.put(fixed),
             self.config.data.max_response_length,
-            reward_settings(self.config),
+            reward,
             str(self.folder / REFERENCE_FILE),
         )
 

@@ -204,7 +204,8 @@ class LatentPPOTrainer(PPOTrainerSync):
             servers = self.llm_server_manager.server_handles
             self.usage_server = UsageServer(self.config, self.actor_rollout_wg, servers)
         holding, is_start = self.usage_server.holding(self.global_steps), self.global_steps == 0
-        metrics, line = self.watch.measure(holding, self.val_dataset.dataframe, is_start)
+        router = self.reward_loop_manager.reward_router_address
+        metrics, line = self.watch.measure(holding, self.val_dataset.dataframe, is_start, router)
         self.reporter.alarm(line, self.global_steps, self.total_training_steps)
         return metrics
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import ray
 
@@ -34,12 +34,21 @@ class UsageServer:
 
     @contextmanager
     def holding(self, policy_version: int) -> Iterator[ray.actor.ActorHandle]:
-        """A server with the actor's current weights, which are those of `policy_version`."""
+        """A server with the actor's current weights, which are those of `policy_version`.
+
+        One of its own sleeps again afterwards, whatever happened: training needs the device.
+        """
         if self._rollout.name == ROLLOUT_NAME:
             yield self._rollout_servers[0]
             return
         if self._own is None:
             self._own = asyncio.run(launch_server(NAME, self._workers.workers[0], self._rollout, self._model))
-        ray.get(self._workers.send_weights_to(self._own, policy_version))
-        yield self._own
+        try:
+            ray.get(self._workers.send_weights_to(self._own, policy_version))  # wakes it
+            yield self._own
+        except BaseException:
+            # a server that died cannot sleep, and what it died of says more
+            with suppress(ray.exceptions.RayError):
+                ray.get(self._own.sleep.remote())
+            raise
         ray.get(self._own.sleep.remote())

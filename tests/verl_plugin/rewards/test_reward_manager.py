@@ -173,3 +173,24 @@ def test_settings_may_travel_with_the_rollout_config():
         }
     )
     assert reward_manager.reward_settings(settings) == {"functions": [{"path": "pkg://reward.digits"}]}
+
+
+JUDGE = """
+def compute_score(data_source, solution_str, ground_truth, extra_info, reward_router_address, reward_model_tokenizer):
+    assert reward_router_address == "10.0.0.1:8000"
+    return float(len(reward_model_tokenizer))
+"""
+
+
+def test_functions_get_the_judges_address_and_tokenizer(tmp_path):
+    path = tmp_path / "judge.py"
+    path.write_text(JUDGE)
+    asyncio.set_event_loop(asyncio.new_event_loop())
+    manager = load_reward_manager(
+        config({"path": str(path), "name": "compute_score"}),
+        tokenizer=None,
+        reward_router_address="10.0.0.1:8000",
+        reward_model_tokenizer="words",
+    )
+    assert run(manager, row())["reward_score"] == 5.0
+    manager.runner.close()

@@ -104,6 +104,8 @@ def test_without_the_group_the_options_are_the_defaults():
         ("actor_rollout_ref.rollout.multi_turn.enable=true", "multi_turn"),
         ("actor_rollout_ref.rollout.ignore_eos=true", "ignore_eos"),
         ("reward.reward_manager.name=naive", "reward_manager"),
+        ("reward.reward_model.enable=true", "reward_model.enable"),
+        ("reward.reward_model.enable=true reward.reward_model.enable_resource_pool=true", "enable_resource_pool"),
         ("latent.reward.on_error=drop algorithm.adv_estimator=grpo", "adv_estimator"),
         (
             "actor_rollout_ref.actor.use_kl_loss=true actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=3",

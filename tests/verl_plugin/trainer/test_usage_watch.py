@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import engine_helpers as helpers
 import numpy as np
 import pytest
+import ray
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from grpo_latent.errors import CheckpointError, ConfigError
@@ -21,8 +23,10 @@ from grpo_latent.models.loading import load_latent_model
 from grpo_latent.rewards.functions import specs_from_config
 from grpo_latent.rewards.runner import RewardRunner
 from grpo_latent.trajectory import PositionKind as K
+from grpo_latent.verl_plugin.boot.registration import VLLM_ROLLOUT_NAME
 from grpo_latent.verl_plugin.rollout.server import LatentRolloutServer
 from grpo_latent.verl_plugin.trainer import latent_watch as usage
+from grpo_latent.verl_plugin.trainer import usage_server
 from grpo_latent.verl_plugin.trainer.latent_watch import AlarmSettings, LatentWatch, as_metrics, settings_from
 from grpo_latent.verl_plugin.worker import gradients
 from grpo_latent.verl_plugin.worker.gradients import InputGradients
@@ -234,6 +238,67 @@ def test_a_server_measures_its_current_weights(tmp_path, monkeypatch):
         scorer = RewardScorer(runner, moved)
         ours = UsageProbe(moved, prompts, scorer, request.settings, 12, Path(request.reference)).measure()
     assert ours.metrics == pytest.approx(second.metrics, rel=1e-5)
+
+
+JUDGE = """
+def compute_score(data_source, solution_str, ground_truth, extra_info, reward_router_address, reward_model_tokenizer):
+    assert reward_router_address == "10.0.0.1:8000"
+    return float(bool(reward_model_tokenizer.encode("read")))
+"""
+
+
+def test_the_probes_rewards_reach_the_judge_as_trainings_do(tmp_path, monkeypatch):
+    """The request that a trainer makes, served by a server without Ray."""
+    folder = helpers.make_checkpoint(tmp_path / "model")
+    (tmp_path / "judge.py").write_text(JUDGE)
+    custom = {"path": str(tmp_path / "judge.py"), "name": "compute_score"}
+    reward = {"custom_reward_function": custom, "reward_model": {"enable": True, "model_path": folder}}
+    data, trainer = {"max_response_length": 8}, {"default_local_dir": str(tmp_path)}
+    config = OmegaConf.create({"reward": reward, "data": data, "trainer": trainer})
+    monkeypatch.setattr(usage.ray, "get", lambda value: value)
+    monkeypatch.setattr(usage.ray, "put", lambda value: value)
+    options = SimpleNamespace(usage={"num_prompts": 2}, alarm={}, output_dir=tmp_path)
+    server = LatentRolloutServer(folder, {"dtype": "float32", "custom": {"latent": {}}}, 0, "cpu", "sdpa")
+    measure = SimpleNamespace(remote=lambda *args: asyncio.run(server.measure_usage(*args)))
+    holding = nullcontext(SimpleNamespace(measure_usage=measure))
+    rows = [row | {"extra_info": {"index": i}} for i, row in enumerate(tiny_rows(2))]
+    metrics, _ = LatentWatch(config, options).measure(holding, rows, True, "10.0.0.1:8000")
+    assert metrics["latent/usage_own_accuracy"] == 1.0
+
+
+class OwnServer:
+    """Stands in for a usage server of its own; `log` is what was asked of it."""
+
+    def __init__(self, log, dies=False):
+        self.log, self.dies = log, dies
+        self.sleep = SimpleNamespace(remote=self._sleep)
+
+    def _sleep(self):
+        self.log.append("sleep")
+        if self.dies:
+            raise ray.exceptions.RayActorError()
+
+
+@pytest.mark.parametrize("fails_at", ["never", "weights", "measuring", "measuring, and the server dies"])
+def test_a_server_of_its_own_sleeps_again_whatever_happens(monkeypatch, fails_at):
+    log = []
+
+    def send_weights_to(server, version):
+        log.append(f"weights {version}")
+        if fails_at == "weights":
+            raise RuntimeError("weights")
+
+    monkeypatch.setattr(usage_server.ray, "get", lambda value: value)
+    rollout = SimpleNamespace(name=VLLM_ROLLOUT_NAME)
+    config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout, model=None))
+    held = usage_server.UsageServer(config, SimpleNamespace(send_weights_to=send_weights_to), [])
+    held._own = OwnServer(log, dies=fails_at.endswith("dies"))
+    expected = nullcontext() if fails_at == "never" else pytest.raises(RuntimeError, match=fails_at[:7])
+    with expected, held.holding(3):
+        log.append("measure")
+        if fails_at.startswith("measuring"):
+            raise RuntimeError("measuring")
+    assert log == ["weights 3", *(["measure"] if fails_at != "weights" else []), "sleep"]
 
 
 def tiny_rows(num):
