@@ -25,7 +25,8 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,13 +73,20 @@ class BenchmarkItem:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How one benchmark is read: `parse(row, where, file)` gives an item; `files` are globs below its folder."""
+    """How one benchmark is read.
+
+    Attributes:
+        files: globs below its folder.
+        parse: (row, where, file) -> item.
+        group_size: rows of each group, where its score is not defined for fewer; None where groups may differ.
+    """
 
     name: str
     source: str
     files: tuple[str, ...]
     columns: tuple[str, ...]
     parse: Callable[[dict, str, Path], BenchmarkItem] | None = None
+    group_size: int | None = None
 
     @property
     def schema(self) -> str:
@@ -95,7 +103,7 @@ def load_benchmark(name: str, path: str | Path, subset: str | None = None) -> li
 
     Raises:
         ConfigError: unknown benchmark.
-        DataError: no such file, a malformed row, equal ids, or no row of the subset.
+        DataError: no such file, a malformed row, equal ids, a pair of which a half is missing, or no row of the subset.
     """
     if name not in BENCHMARKS:
         raise ConfigError("unknown benchmark", where="benchmark", got=name, expected=f"one of {sorted(BENCHMARKS)}")
@@ -107,7 +115,50 @@ def load_benchmark(name: str, path: str | Path, subset: str | None = None) -> li
         raise _problem(benchmark, str(path), "no rows" if subset is None else f"no rows of subset {subset!r}", subset)
     if len({item.item_id for item in items}) != len(items):
         raise _problem(benchmark, str(path), "two rows have one id", "val and test files mixed?")
+    sizes = Counter(item.group_id for item in items)
+    if benchmark.group_size is not None and set(sizes.values()) != {benchmark.group_size}:
+        found = {group: size for group, size in sizes.items() if size != benchmark.group_size}
+        got = dict(list(found.items())[:5])
+        raise _problem(benchmark, str(path), f"not {benchmark.group_size} rows a group", f"rows by group: {got}")
     return items
+
+
+def first_items(
+    items: Sequence[BenchmarkItem], max_rows: int | None, where: str = "data.max_rows"
+) -> list[BenchmarkItem]:
+    """The first `max_rows` items, or all: asked before anything is decoded.
+
+    Scores are of groups as a whole (both questions of an MMVP pair, all rotations of an HRBench question), so a part of
+    one must not be left out.
+
+    Raises:
+        ConfigError: the cut goes through a group, or leaves nothing.
+    """
+    check_max_rows(max_rows, where)
+    if max_rows is None or max_rows >= len(items):
+        return list(items)
+    last = {item.group_id: index for index, item in enumerate(items)}
+    whole, end = [], 0  # numbers of rows that cut no group
+    for index, item in enumerate(items):
+        end = max(end, last[item.group_id])
+        if end == index:
+            whole.append(index + 1)
+    if max_rows not in whole:
+        below = [str(size) for size in whole if size < max_rows][-1:]
+        above = [str(size) for size in whole if size > max_rows][:1]
+        raise ConfigError(
+            "rows of one question would be cut apart",
+            where=where,
+            got=max_rows,
+            expected=" or ".join(below + above) + f", or null for all {len(items)} rows",
+        )
+    return list(items[:max_rows])
+
+
+def check_max_rows(max_rows: object, where: str = "data.max_rows") -> None:
+    """Raises `ConfigError` unless it is None or a count."""
+    if max_rows is not None and (type(max_rows) is not int or max_rows < 1):
+        raise ConfigError("not a number of rows", where=where, got=max_rows, expected="int >= 1, or null for all")
 
 
 def _find_files(benchmark: Benchmark, path: Path, subset: str | None) -> list[Path]:
@@ -332,6 +383,7 @@ BENCHMARKS = {
             ("Questions.csv",),
             ("Index", "Question", "Options", "Correct Answer"),
             _mmvp,
+            group_size=2,
         ),
         Benchmark(
             "vstar",

@@ -13,7 +13,7 @@ from torch import Tensor
 from grpo_latent.data.boxes import box_to_visual_tokens, check_box
 from grpo_latent.data.rows import check_prompt, iter_verl_rows
 from grpo_latent.errors import DataError
-from grpo_latent.eval.benchmarks import BenchmarkItem
+from grpo_latent.eval.benchmarks import BenchmarkItem, check_max_rows, first_items
 from grpo_latent.models.adapter import ImageInputs
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.models.prompts import encode_prompt
@@ -53,8 +53,10 @@ def read_prompts(files: Iterable[str | Path], loaded: LatentModel, max_rows: int
     """The rows of all files in order, at most `max_rows`.
 
     Raises:
+        ConfigError: `max_rows` is no count.
         DataError: unreadable file or malformed row, by file, row and field.
     """
+    check_max_rows(max_rows)
     rows = (row for path in files for row in iter_verl_rows(path))
     prompts = [encode_row(row, where, loaded, str(i)) for i, (row, where) in enumerate(islice(rows, max_rows))]
     if not prompts:
@@ -70,10 +72,11 @@ def benchmark_prompts(
     """The questions of a benchmark, at most `max_rows`.
 
     Raises:
+        ConfigError: `max_rows` cuts rows of one question apart.
         DataError: an image cannot be read.
     """
     prompts = []
-    for item in items[:max_rows]:
+    for item in first_items(items, max_rows):
         where = f"{item.benchmark} {item.item_id}"
         images = [image.open() for image in item.images]
         prompt = encode_prompt(loaded.tokenizer, loaded.processor, item.messages, images, where)

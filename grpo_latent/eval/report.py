@@ -61,6 +61,9 @@ class VerdictSettings:
         ):
             if not holds:
                 raise ConfigError("not usable", where=f"verdict.{name}", got=getattr(self, name), expected="in (0, 1)")
+        if type(self.num_resamples) is not int or self.num_resamples < 1:
+            got = self.num_resamples
+            raise ConfigError("not a count", where="verdict.num_resamples", got=got, expected="int >= 1")
         check_decides(self.primary, "verdict.primary")
 
 

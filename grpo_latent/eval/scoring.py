@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Protocol
 
+from grpo_latent.errors import RewardError
 from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.rewards.runner import RewardItem, RewardResult, RewardRunner
@@ -52,15 +53,30 @@ class RewardScorer:
             items.append(
                 RewardItem(prompt.data_source, view.solution_str, prompt.ground_truth, extra_info, prompt.where)
             )
-        return [as_outcome(result) for result in self.runner.score_many(items)]
+        results = self.runner.score_many(items)
+        return [as_outcome(result, item.where) for result, item in zip(results, items, strict=True)]
 
 
-def as_outcome(result: RewardResult) -> Outcome:
+def as_outcome(result: RewardResult, where: str | None = None) -> Outcome:
+    """What a trajectory counts for.
+
+    Raises:
+        RewardError: what the reward reports as its accuracy is a text.
+    """
     if result.dropped:
         return Outcome(None, result.score)
     info = result.info()
     # a failure's score is error_score, which says nothing about accuracy
     acc = info.get("acc", 0.0 if result.error_kind else info["score"])
+    if isinstance(acc, str):
+        raise RewardError(
+            "the reward reports an accuracy that is no number",
+            kind="type",
+            where=where,
+            got=acc,
+            expected="a finite float as 'acc' or 'accuracy'",
+            fix="Return the text under another name.",
+        )
     return Outcome(0.0 if acc is None else float(acc), result.score)
 
 

@@ -12,7 +12,7 @@ from grpo_latent.data.embedded.digits import generate, to_rows
 from grpo_latent.data.formats.stepwise import read_m3cot, read_scienceqa, read_stepwise_rows, to_verl_rows
 from grpo_latent.data.rows import write_verl_parquet
 from grpo_latent.errors import ConfigError, DataError
-from grpo_latent.eval.benchmarks import BENCHMARKS, load_benchmark
+from grpo_latent.eval.benchmarks import BENCHMARKS, BenchmarkItem, first_items, load_benchmark
 from grpo_latent.eval.graders import pair_accuracy
 
 pa = pytest.importorskip("pyarrow")
@@ -237,3 +237,43 @@ def test_corrupt_file_is_named(name, tmp_path):
 def test_unknown_benchmark():
     with pytest.raises(ConfigError, match="mmvp"):
         load_benchmark("mmpv", ".")
+
+
+def named(*groups):
+    return [BenchmarkItem("hrbench", str(i), group, "", (), (), ("a", "b"), "A") for i, group in enumerate(groups)]
+
+
+@pytest.mark.parametrize(
+    ("groups", "whole"),
+    [
+        ("aabbcc", (2, 4)),  # MMVP's order
+        ("aaaabbbb", (4,)),
+        ("abab", ()),  # rotations that lie apart: all rows or none
+        ("abcdd", (1, 2, 3)),
+        ("abcabcdd", (6,)),
+    ],
+)
+def test_rows_of_a_question_are_not_cut_apart(groups, whole):
+    items = named(*groups)
+    for max_rows in range(1, len(items)):
+        if max_rows in whole:
+            assert first_items(items, max_rows) == items[:max_rows]
+        else:
+            with pytest.raises(ConfigError, match=f"data.max_rows: .*apart; got {max_rows}; expected .*null for all"):
+                first_items(items, max_rows)
+    for all_rows in (None, len(items), len(items) + 5):
+        assert first_items(items, all_rows) == items
+
+
+@pytest.mark.parametrize("max_rows", [0, -1, 2.5, True, "4"])
+def test_what_is_no_number_of_rows_is_refused(max_rows):
+    with pytest.raises(ConfigError, match="data.max_rows: not a number of rows"):
+        first_items(named("a", "a"), max_rows)
+
+
+def test_half_a_pair_is_refused_before_anything_is_decoded(tmp_path):
+    write_mmvp(tmp_path)
+    path = tmp_path / "Questions.csv"
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]))
+    with pytest.raises(DataError, match=r"not 2 rows a group.*'pair 2': 1"):
+        load_benchmark("mmvp", tmp_path)

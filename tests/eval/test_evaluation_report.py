@@ -4,6 +4,7 @@ import pytest
 import torch
 from latent_cases import build_case
 
+from grpo_latent.errors import RewardError
 from grpo_latent.eval.benchmarks import BenchmarkItem
 from grpo_latent.eval.decode import GREEDY, Decoding
 from grpo_latent.eval.prompts import EvalPrompt
@@ -30,6 +31,12 @@ def test_accuracy_prefers_acc_and_leaves_dropped_out():
     correct = [as_outcome(result).correct for result in results]
     assert correct == [1.0, 0.0, None] and accuracy(correct) == 0.5 and accuracy(correct[2:]) is None
     assert as_outcome(RewardResult(0.25, {"mine": 0.25}, {})).correct == 0.25, "else the score"
+
+
+def test_an_accuracy_that_is_a_text_is_named_with_its_row():
+    """Not parsed, as scores are not."""
+    with pytest.raises(RewardError, match="row 7: the reward reports an accuracy that is no number; got yes"):
+        as_outcome(RewardResult(1.0, {"mine": 1.0}, {"acc": "yes"}), "row 7")
 
 
 @pytest.mark.parametrize(
