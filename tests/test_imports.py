@@ -34,6 +34,11 @@ ALLOWED = {
     "config": set(),
     "entry": _MODELS | {"data", "rewards", "rollout", "sft", "eval", "inspect", "verl_plugin", "config"},
 }
+# package -> its rooms in order; a module imports its own room and earlier ones, rooms in one pair of brackets not each other
+ROOMS = {
+    "sft": (("common",), ("lvr", "ilvr", "stepwise"), ("methods",), ("settings",), ("run",), ("__main__",)),
+    "verl_plugin": (("boot",), ("rewards",), ("rollout",), ("worker",), ("trainer",)),
+}
 # third-party root -> modules that may import it: the plug-in, the entry point that starts verl's trainer, engine `vllm`
 _PLUGIN = ("grpo_latent.verl_plugin", "grpo_latent.train")
 ONLY_IN = {
@@ -88,6 +93,18 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
     return found
 
 
+def room_violations(source: str, module: str) -> list[str]:
+    """Imports of a later room of the module's own package, or of its neighbour."""
+    _, package, room, *_ = [*module.split("."), "", ""]
+    order = {name: index for index, names in enumerate(ROOMS.get(package, ())) for name in names}
+    found = []
+    for name in sorted(imported_modules(source, module) if room else ()):
+        _, target_package, target, *_ = [*name.split("."), "", ""]
+        if target_package == package and target and target != room and order[target] >= order[room]:
+            found.append(f"{module} imports {name}")
+    return found
+
+
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -114,6 +131,25 @@ def test_the_table_has_no_cycle():
         free = {layer for layer, allowed in ALLOWED.items() if layer not in done and allowed - {layer} <= done}
         assert free, f"a cycle among {set(ALLOWED) - done}"
         done |= free
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_of_a_package_import_earlier_ones_only(package):
+    files = sorted((PACKAGE / package).rglob("*.py"))
+    names = {path.relative_to(PACKAGE / package).parts[0].removesuffix(".py") for path in files} - {"__init__"}
+    assert names == {name for names in ROOMS[package] for name in names}, "each room has its place in the order"
+    assert [found for path in files for found in room_violations(path.read_text(), module_name(path))] == []
+
+
+def test_no_two_modules_import_each_other():
+    imports = {
+        module_name(path): imported_modules(path.read_text(), module_name(path), path.name == "__init__.py")
+        for path in FILES
+    }
+    while imports:
+        free = {name for name, targets in imports.items() if not (targets - {name}) & imports.keys()}
+        assert free, f"a circle among {sorted(imports)}"
+        imports = {name: targets for name, targets in imports.items() if name not in free}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "reward").glob("*.py")), ids=lambda path: path.name)
@@ -151,3 +187,19 @@ def test_reward_functions_use_types_and_errors_only(path):
 )
 def test_the_rule_catches(module, source, num_violations):
     assert len(violations(source, module)) == num_violations
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "num_violations"),
+    [
+        ("grpo_latent.sft.common.x", "from grpo_latent.sft.lvr.rows import LVRRow", 1),
+        ("grpo_latent.sft.common.x", "if TYPE_CHECKING:\n    from grpo_latent.sft.settings import SFTSettings", 1),
+        ("grpo_latent.sft.ilvr.x", "from grpo_latent.sft.lvr.rows import LVRRow", 1),
+        ("grpo_latent.sft.ilvr.x", "from grpo_latent.sft.ilvr.rows import ILVRRow", 0),
+        ("grpo_latent.sft.ilvr.x", "from grpo_latent.sft.common.rows import IGNORED", 0),
+        ("grpo_latent.sft.run", "from grpo_latent.sft.settings import SFTSettings", 0),
+        ("grpo_latent.verl_plugin.boot.x", "from grpo_latent.verl_plugin.worker import engine", 1),
+    ],
+)
+def test_the_rule_of_rooms_catches(module, source, num_violations):
+    assert len(room_violations(source, module)) == num_violations

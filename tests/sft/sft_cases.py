@@ -20,6 +20,7 @@ from grpo_latent.sft.lvr.losses import LVRLossConfig
 from grpo_latent.sft.lvr.rows import LVREncoder, collate_rows
 from grpo_latent.sft.lvr.trainer import LVRTrainer
 
+NAME = "qwen2_5_vl"
 COLORS = ("red", "blue", "green")
 ANSWERS = ("3", "7", "11")
 
@@ -139,3 +140,16 @@ def trainer(
     loss = loss or LVRLossConfig()
     dataset = SFTDataset(rows, encoder(latent, loss.end == "latent_end"))
     return LVRTrainer(latent, TrainingArguments(**values | options), dataset, loss, **kwargs)
+
+
+def train(tmp_path, rows=None, latent: LatentModel | None = None, **options) -> LVRTrainer:
+    """`trainer`, run to its end."""
+    run = trainer(latent or latent_model(NAME, head="mlp"), rows or examples(8), tmp_path, **options)
+    run.train()
+    run.release()
+    return run
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    """A copy of the model's tensors."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -4,15 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from sft_cases import batch_of, encoder, example, examples, latent_model
+from sft_cases import batch_of, encoder, example, latent_model
 
 from grpo_latent.data.examples import ImageRef
-from grpo_latent.errors import ConfigError, DataError
+from grpo_latent.errors import DataError
 from grpo_latent.models.prompts import encode_prompt
-from grpo_latent.sft.common.dataset import SFTDataset
-from grpo_latent.sft.common.images import set_image_tokens
 from grpo_latent.sft.common.rows import IGNORED
-from grpo_latent.sft.common.sampler import SeededBatchSampler
 from grpo_latent.sft.lvr.rows import END_VECTOR, collate_rows
 from grpo_latent.trajectory import PositionKind as K
 
@@ -112,11 +109,6 @@ def test_too_long_rows_are_refused(latent):
         encoder(latent, max_length=length - 1)(example())
 
 
-def test_no_rows_are_refused(latent):
-    with pytest.raises(DataError, match="no examples"):
-        SFTDataset([], encoder(latent))
-
-
 def test_batch_pads_right_and_counts_visual_tokens_over_rows(latent):
     rows = [encoder(latent)(item) for item in (example(0), example(1, answer=None, boxes=((0.0, 0.0, 0.6, 0.4),)))]
     batch = collate_rows(rows)
@@ -134,64 +126,3 @@ def test_batch_of_rows_without_images_has_no_pixels(latent):
     text = example(num_images=0, boxes=(), response="<answer> 7 </answer>")
     batch = batch_of(latent, [text, text])
     assert "pixel_values" not in batch and batch["roi"].shape == (0,)
-
-
-def test_dataset_keeps_rows_up_to_its_bound(latent, monkeypatch):
-    size = encoder(latent)(example()).images.pixel_values.nbytes
-    dataset = SFTDataset(examples(3), encoder(latent), cache_bytes=2 * size)
-    first = [dataset[index] for index in range(3)]
-    assert [dataset[index] is row for index, row in enumerate(first)] == [True, True, False]
-
-
-def test_image_token_bounds_reach_the_processor(latent):
-    processor = latent_model("qwen2_vl").processor
-    set_image_tokens(processor, None, 4)
-    grid = processor.image_processor(images=[example().images[0].open()], return_tensors="pt")["image_grid_thw"][0]
-    assert int(grid.prod()) // 4 <= 4
-    with pytest.raises(ConfigError, match="no image size fits"):
-        set_image_tokens(processor, 9, 4)
-
-
-LABELLED = [index % 4 == 0 for index in range(22)]
-
-
-def batches(epoch=0, seed=0, **kwargs):
-    sampler = SeededBatchSampler(LABELLED, 4, seed, **kwargs)
-    sampler.set_epoch(epoch)
-    assert len(sampler) == len(list(sampler))
-    return list(sampler)
-
-
-def test_an_epoch_is_a_permutation():
-    rows = [row for batch in batches() for row in batch]
-    assert len(batches()) == 5 and len(set(rows)) == 20 and rows != sorted(rows)
-
-
-def test_order_depends_on_seed_and_epoch_only():
-    assert batches(epoch=1) == batches(epoch=1)
-    assert len({str(batches(epoch, seed)) for epoch in range(3) for seed in range(3)}) == 9
-
-
-def test_labelled_rows_have_their_share_of_each_batch():
-    own = batches(labelled_per_batch=2)
-    assert [sum(LABELLED[row] for row in batch) for batch in own] == [2] * 8
-    unlabelled = [row for batch in own for row in batch if not LABELLED[row]]
-    assert len(set(unlabelled)) == 16, "no row without an answer twice in an epoch"
-    labelled = [row for batch in own for row in batch if LABELLED[row]]
-    assert {labelled.count(row) for row in set(labelled)} == {2, 3}, "16 draws of 6 rows, evenly"
-
-
-@pytest.mark.parametrize(
-    ("has_answer", "batch_size", "labelled_per_batch"),
-    [
-        ([True] * 3, 4, None),
-        ([True] * 8, 4, 1),
-        ([False] * 8, 4, 1),
-        ([True, False] * 4, 4, 4),
-        ([True, False] * 4, 4, 5),
-        ([True, False] * 4, 4, 0),
-    ],
-)
-def test_impossible_batches_are_refused(has_answer, batch_size, labelled_per_batch):
-    with pytest.raises(ConfigError, match="not enough rows"):
-        SeededBatchSampler(has_answer, batch_size, 0, labelled_per_batch)

@@ -1,6 +1,6 @@
-"""The Trainer around the loss: denominators, accumulation, LoRA, bfloat16, checkpoints, loud failures.
+"""The common trainer around LVR's loss: denominators, accumulation, bfloat16, checkpoints, loud failures.
 
-Accumulation, LoRA and checkpointing compare with plain autograd on one batch. Not covered here: several processes (see
+Accumulation and checkpointing compare with plain autograd on one batch. Not covered here: several processes (see
 test_sft_distributed.py), FSDP, DeepSpeed.
 """
 
@@ -10,31 +10,17 @@ import math
 import pytest
 import torch
 from latent_cases import build_case
-from sft_cases import batch_of, examples, latent_model, trainer
+from sft_cases import NAME, batch_of, examples, latent_model, state, train, trainer
 
-from grpo_latent.errors import CheckpointError, ConfigError, TrainingError
+from grpo_latent.errors import CheckpointError, TrainingError
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model
-from grpo_latent.sft.common.parameters import LoraSettings, add_lora, freeze_vision, merge_lora
+from grpo_latent.sft.common.parameters import freeze_vision
 from grpo_latent.sft.common.saving import load_all_weights
 from grpo_latent.sft.lvr.forward import loss_sums
 from grpo_latent.sft.lvr.losses import LVRLossConfig
-from grpo_latent.sft.lvr.trainer import VARIANCE_ROWS, check_exit
 
-NAME = "qwen2_5_vl"
 ROWS = examples(8)
-
-
-def state(model):
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def train(tmp_path, rows=ROWS, latent=None, **options):
-    latent = latent or latent_model(NAME, head="mlp")
-    run = trainer(latent, rows, tmp_path, **options)
-    run.train()
-    run.release()
-    return run
 
 
 def reference_step(latent, rows, loss, learning_rate):
@@ -113,37 +99,6 @@ def test_bfloat16_computes_in_bfloat16_over_float32_weights(tmp_path):
     assert {parameter.dtype for parameter in run.latent.model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("loss", [LVRLossConfig(end="mode_switch"), LVRLossConfig(end="latent_end", latent_loss="mae")])
-def test_end_variants_train_what_their_exit_reads(tmp_path, loss):
-    exit_rule = {"mode_switch": "end_token", "latent_end": "latent_end"}[loss.end]
-    latent = latent_model(NAME, head="mlp", end=loss.end == "latent_end", exit=exit_rule)
-    before = state(latent.model)
-    run = train(tmp_path, latent=latent, loss=loss, max_steps=1)
-    assert ("end_loss" in run.state.log_history[0]) == (loss.end == "mode_switch")
-    if loss.end == "latent_end":
-        assert not torch.equal(latent.model.lvr_latent_end_emb, before["lvr_latent_end_emb"])
-
-
-def test_exit_rules_need_their_training():
-    check_exit("steps", "mode_switch")
-    for exit_rule, end in (("end_token", "none"), ("latent_end", "mode_switch"), ("end_token", "latent_end")):
-        with pytest.raises(ConfigError, match="exit rule"):
-            check_exit(exit_rule, end)
-
-
-def test_variance_of_targets(tmp_path):
-    latent = latent_model(NAME)
-    loss = LVRLossConfig(latent_loss_norm="variance")
-    run = trainer(latent, ROWS, tmp_path, loss=loss)
-    batch = batch_of(latent, ROWS)
-    with torch.no_grad():
-        visual = latent.model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"]).pooler_output
-    assert len(ROWS) <= VARIANCE_ROWS
-    assert run.target_variance == pytest.approx(float(visual[batch["roi"]].var(0).mean()), rel=1e-5)
-    with pytest.raises(ConfigError, match="targets that move"):
-        trainer(latent_model(NAME), ROWS, tmp_path, loss=loss, frozen=False)
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     latent = latent_model(NAME)
     with torch.no_grad():
@@ -175,63 +130,6 @@ def test_cosine_schedule_with_a_horizon_of_its_own(tmp_path):
     rates = [line["learning_rate"] for line in run.state.log_history if "learning_rate" in line]
     expected = [0.0, *(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 10)) for step in (0, 1))]
     assert rates == pytest.approx(expected, abs=1e-6)
-
-
-# LoRA
-
-
-def lora_model(**settings):
-    latent = latent_model(NAME, head="glu", end=True)
-    settings = LoraSettings(**dict(enabled=True, r=2, alpha=4, dropout=0.0) | settings)
-    new_ids = [latent.config.start_id, latent.config.latent_end_id]
-    add_lora(latent.model, settings, new_ids)
-    freeze_vision(latent.model)
-    return latent, new_ids
-
-
-def test_lora_trains_adapters_head_end_vector_and_new_rows_only(tmp_path):
-    latent, new_ids = lora_model()
-    before = state(latent.model)
-    train(
-        tmp_path,
-        latent=latent,
-        loss=LVRLossConfig(end="latent_end"),
-        optim="adamw_torch",
-        weight_decay=0.5,
-        learning_rate=1e-2,
-        max_steps=2,
-    )
-    after = latent.model.state_dict()
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    embeddings = {"model.language_model.embed_tokens.weight", "lm_head.weight"}
-    allowed = {name for name in before if "lora_" in name or name.startswith("lvr_")} | embeddings
-    assert moved <= allowed and embeddings <= moved and "lvr_latent_end_emb" in moved
-    assert any("q_proj.lora_B" in name for name in moved) and any("lvr_head" in name for name in moved)
-    assert not any("visual" in name and "lora_" in name for name in before), "no adapter in the vision tower"
-    for name in embeddings:
-        rows = (before[name] != after[name]).any(-1).nonzero()[:, 0].tolist()
-        assert set(rows) <= set(new_ids), "neither gradient nor weight decay moves an old row"
-
-
-def test_merged_lora_is_the_same_function_under_plain_names(tmp_path):
-    latent, _ = lora_model()
-    names = set(latent_model(NAME, head="glu", end=True).model.state_dict())
-    train(tmp_path, latent=latent, loss=LVRLossConfig(end="latent_end"), optim="adamw_torch", learning_rate=1e-2)
-    batch = batch_of(latent, ROWS, has_end_vector=True)
-    adapter = ModelAdapter(latent.model)
-    sums, num_merged = [], []
-    with torch.no_grad():
-        for _ in range(2):
-            sums.append(loss_sums(adapter, batch, latent.config, LVRLossConfig(end="latent_end")))
-            num_merged.append(merge_lora(latent.model))
-    assert num_merged == [14, 0] and set(latent.model.state_dict()) == names
-    for name in ("ce", "latent"):
-        torch.testing.assert_close(sums[0][name], sums[1][name], rtol=1e-4, atol=1e-4)
-
-
-def test_lora_on_a_layer_that_is_not_there_is_refused():
-    with pytest.raises(ConfigError, match="c_attn"):
-        lora_model(target_modules=("q_proj", "c_attn"))
 
 
 # checkpoints
