@@ -12,7 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from grpo_latent.errors import DataError, GrpoLatentError
+from grpo_latent.data.examples import ImageRef
+from grpo_latent.errors import GrpoLatentError
 from grpo_latent.models.loading import parse_dtype
 from grpo_latent.rollout.llm import ENGINES, LatentLLM
 from grpo_latent.rollout.protocol import SamplingParams
@@ -35,10 +36,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_image(path: str) -> Image.Image:
-    try:
-        return Image.open(Path(path)).convert("RGB")
-    except OSError as error:
-        raise DataError("cannot read the image", where=path, got=str(error), expected="an image file") from error
+    """The image as training reads it: transparency over white. Raises `DataError` unless it is an image file."""
+    return ImageRef(where="--image", path=Path(path)).open()
 
 
 def main(argv: list[str] | None = None) -> int:

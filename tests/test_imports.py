@@ -13,7 +13,7 @@ PACKAGE = ROOT / "grpo_latent"
 _BASE = {"errors", "common"}
 _TYPES = _BASE | {"recorded", "trajectory"}
 _CORE = _TYPES | {"latent", "algo"}
-_MODELS = _CORE | {"models"}
+_MODELS = _CORE | {"backbones", "models"}
 ALLOWED = {
     "errors": set(),
     "common": {"errors"},  # atomic writes, strict settings, the command wrapper, dtype names
@@ -22,7 +22,8 @@ ALLOWED = {
     "algo": _TYPES,
     "latent": _TYPES | {"algo"},  # a density's maths
     "rewards": _TYPES,  # runs a user's function in a process of its own: needs no model
-    "models": _CORE,
+    "backbones": _TYPES,  # what a family of models is: no latents
+    "models": _CORE | {"backbones"},
     "torchvision_ops": set(),  # declares operator schemas so that torchvision imports beside a CPU torch
     "rollout": _MODELS | {"torchvision_ops"},
     "data": _MODELS,  # rows, and the tiny models' vision pretraining

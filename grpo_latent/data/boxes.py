@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from grpo_latent.backbones.images import ImageInputs
+from grpo_latent.backbones.protocol import Backbone
 from grpo_latent.errors import DataError
 
 # a coordinate this close to a grid line, in patches, lies on it: 1/49 * 49 < 1 in floating point
@@ -64,6 +66,20 @@ def box_to_visual_tokens(box_normalised: Sequence[float], grid_thw: Sequence[int
     rows = _covered(y0, y1, height, merge_size)
     columns = _covered(x0, x1, width, merge_size)
     return [row * (width // merge_size) + column for row in rows for column in columns]
+
+
+def box_to_prompt_tokens(
+    box_normalised: Sequence[float], image_idx: int, images: ImageInputs, backbone: Backbone
+) -> list[int]:
+    """As `box_to_visual_tokens`, as indices among all image tokens of a prompt with several images.
+
+    Args:
+        image_idx: of the image that the box lies in.
+    """
+    num_before = int(backbone.num_image_tokens(images)[:image_idx].sum())
+    first, grid_thw = backbone.box_view(images.image_grid_thw[image_idx].tolist())
+    own_tokens = box_to_visual_tokens(box_normalised, grid_thw, backbone.merge_size)
+    return [num_before + first + token for token in own_tokens]
 
 
 def _covered(low: float, high: float, num_patches: int, merge_size: int) -> range:

@@ -189,6 +189,13 @@ def check_prompt(row: dict, where: str) -> tuple[list[dict], list[ImageRef]]:
     Raises:
         DataError: names row, field, what was got and expected, and a fix.
     """
+    messages, images = _parse_prompt(row, where)
+    check_images(messages, images, f"{where}: prompt")
+    return messages, images
+
+
+def _parse_prompt(row: dict, where: str) -> tuple[list[dict], list[ImageRef]]:
+    """As `check_prompt`, the images themselves unchecked."""
     problem = _problem(where)
     data_source = row.get("data_source")
     if not isinstance(data_source, str) or not data_source:
@@ -198,10 +205,7 @@ def check_prompt(row: dict, where: str) -> tuple[list[dict], list[ImageRef]]:
         raise problem(
             "reward_model", reward_model, '{"style": "rule", "ground_truth": ...}', "Store what the reward compares to."
         )
-    messages = _messages(row.get("prompt"), problem)
-    images = _images(row.get("images"), where, problem)
-    check_images(messages, images, f"{where}: prompt")
-    return messages, images
+    return _messages(row.get("prompt"), problem), _images(row.get("images"), where, problem)
 
 
 def parse_verl_row(row: dict, where: str) -> LvrExample:
@@ -211,7 +215,7 @@ def parse_verl_row(row: dict, where: str) -> LvrExample:
         DataError: names row, field, what was got and expected, and a fix.
     """
     problem = _problem(where)
-    messages, images = check_prompt(row, where)
+    messages, images = _parse_prompt(row, where)  # `build_example` checks the images: once, which takes a checksum each
     ground_truth = row["reward_model"]["ground_truth"]
     if not isinstance(ground_truth, str | int | float):
         raise problem("reward_model.ground_truth", ground_truth, "the answer's text", "SFT needs one answer.")

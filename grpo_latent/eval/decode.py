@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.latent.treatments import Treatment
 from grpo_latent.models.adapter import ImageInputs
 from grpo_latent.models.loading import LatentModel
-from grpo_latent.models.vision_cache import VisionCache
+from grpo_latent.models.vision_cache import encoding_once
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.sampling import trajectory_seed
@@ -138,7 +138,7 @@ class Evaluator:
 
         All are encoded in one call at the beginning, so that they do not depend on what the block does.
         """
-        with VisionCache.install(self.loaded.model).reuse() if self.adapter.has_tower else nullcontext():
+        with encoding_once(self.adapter.backbone):
             yield self._visual(prompts)
 
     @torch.no_grad()
@@ -146,10 +146,7 @@ class Evaluator:
         images = ImageInputs.concat([prompt.images for prompt in prompts])
         if images is None:
             return [None] * len(prompts)
-        device = self.adapter.device
-        visual_MH = self.adapter.encode_images(
-            ImageInputs(images.pixel_values.to(device), images.image_grid_thw.to(device))
-        )
+        visual_MH = self.adapter.encode_images(images.to(self.adapter.device))
         counts = [int((p.prompt_ids == self.adapter.image_token_id).sum()) for p in prompts]
         parts = visual_MH.float().split(counts)
         return [None if prompt.images is None else part for prompt, part in zip(prompts, parts, strict=True)]

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grpo_latent.data.boxes import box_to_visual_tokens, check_box
+from grpo_latent.backbones.registry import backbone_of
+from grpo_latent.data.boxes import box_to_prompt_tokens, check_box
 from grpo_latent.data.rows import check_prompt, iter_verl_rows
 from grpo_latent.errors import DataError
 from grpo_latent.eval.benchmarks import BenchmarkItem, check_max_rows, first_items
@@ -116,10 +117,8 @@ def _roi(extra_info: dict, images: ImageInputs | None, loaded: LatentModel, wher
             got=f"{owners} for {len(boxes)} boxes, {len(grids)} images",
             expected="the index of an image for each box",
         )
-    merge_size = loaded.model.config.vision_config.spatial_merge_size
-    offsets = [0, *(grids.prod(-1) // merge_size**2).cumsum(0).tolist()]
-    tokens = []
+    backbone, tokens = backbone_of(loaded.model), []
     for box, owner in zip(boxes, owners, strict=True):
         check_box(box, f"{where}: extra_info.bboxes")
-        tokens += [offsets[owner] + i for i in box_to_visual_tokens(box, grids[owner].tolist(), merge_size)]
+        tokens += box_to_prompt_tokens(box, owner, images, backbone)
     return tuple(tokens)

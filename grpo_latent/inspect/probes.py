@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from grpo_latent.data.boxes import box_to_visual_tokens
+from grpo_latent.data.boxes import box_to_prompt_tokens
 from grpo_latent.data.examples import ImageRef
 from grpo_latent.data.rows import check_prompt
 from grpo_latent.errors import DataError, LatentMismatchError
@@ -133,8 +133,6 @@ class Prober:
         self.adapter = ModelAdapter(loaded.model, loaded.config.positions)
         embeddings = loaded.model.get_input_embeddings().weight.detach()
         self._directions_VH = normalize(embeddings.float(), dim=-1)
-        merge = getattr(getattr(loaded.model.config, "vision_config", None), "spatial_merge_size", 1)
-        self._merge_size = int(merge)
 
     @torch.no_grad()
     def probe(self, row: PromptRow, group: Sequence[DumpedTrajectory]) -> GroupProbe:
@@ -201,14 +199,14 @@ class Prober:
             )
 
     def _layout(self, prompt: Prompt, row: PromptRow) -> tuple[list[tuple[int, int]], list[int]]:
-        grids, roi, offset = [], set(), 0
-        for image_idx, grid_thw in enumerate(prompt.images.image_grid_thw.tolist()):
-            rows, columns = grid_thw[1] // self._merge_size, grid_thw[2] // self._merge_size
-            for box, box_image in zip(row.boxes, row.box_images, strict=True):
-                if box_image == image_idx:
-                    roi |= {offset + i for i in box_to_visual_tokens(box, grid_thw, self._merge_size)}
-            grids.append((rows, columns))
-            offset += rows * columns
+        backbone, roi = self.adapter.backbone, set()
+        for box, image_idx in zip(row.boxes, row.box_images, strict=True):
+            roi |= set(box_to_prompt_tokens(box, image_idx, prompt.images, backbone))
+        # tiles of an image, where it has several, are shown one below the other
+        grids = [
+            (tiles * height // backbone.merge_size, width // backbone.merge_size)
+            for tiles, height, width in prompt.images.image_grid_thw.tolist()
+        ]
         return grids, sorted(roi)
 
     def _probe_latents(self, latents_NH: Tensor, visual_MH: Tensor, expected_NH: Tensor, log_probs_T: Tensor) -> Probe:

@@ -1,57 +1,19 @@
-"""What the latent machinery needs to know of a Hugging Face model, in one place.
+"""One model as the latent machinery uses it: positions, hidden states, logits, and checks of prompts.
 
-Serves causal language models (Qwen2, Qwen3, Llama, …), image-text-to-text models whose forward takes `input_ids`,
-`pixel_values`, `image_grid_thw` and a cache (Qwen2-VL, Qwen2.5-VL, Qwen3-VL), and Chameleon, whose images are discrete: its
-VQ model turns one into token ids, and an image embedding is the embedding of such an id. Here those ids take the place of
-the placeholders before the forward, which then is that of a text model.
+What is a matter of the model's family (its tower, placeholders, positions of images, merge) is asked of its `Backbone`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
+from grpo_latent.backbones.images import ImageInputs
+from grpo_latent.backbones.registry import backbone_of
 from grpo_latent.errors import ConfigError, RolloutError
 from grpo_latent.latent.config import POSITIONS
 from grpo_latent.models.positions import plain_positions, with_components
 from grpo_latent.trajectory import prompt_kinds
-
-CHAMELEON_DELIMITERS = ("<racm3:break>", "<eoss>")  # around the tokens of an image; no field of its config names them
-
-
-@dataclass(frozen=True)
-class ImageInputs:
-    """Pixels of the images of one prompt or batch, as their image processors lay them out.
-
-    Attributes:
-        pixel_values: float [patches, channels * temporal * patch * patch]; Chameleon: [images, channels, height, width].
-        image_grid_thw: int64 [images, 3], patches along time, height and width; Chameleon: tokens, one image in time.
-    """
-
-    pixel_values: Tensor
-    image_grid_thw: Tensor
-
-    @staticmethod
-    def of_processor(batch: Mapping[str, Tensor], processor) -> ImageInputs:
-        """Of what a processor or its image processor returns."""
-        pixel_values = batch["pixel_values"]
-        if "image_grid_thw" in batch:
-            return ImageInputs(pixel_values, batch["image_grid_thw"])
-        side = math.isqrt(processor.image_seq_length)  # the token map of an image is square
-        return ImageInputs(pixel_values, torch.tensor([[1, side, side]] * pixel_values.shape[0]))
-
-    @staticmethod
-    def concat(parts: list[ImageInputs | None]) -> ImageInputs | None:
-        present = [part for part in parts if part is not None]
-        if not present:
-            return None
-        return ImageInputs(
-            torch.cat([part.pixel_values for part in present]), torch.cat([part.image_grid_thw for part in present])
-        )
 
 
 class ModelAdapter:
@@ -61,47 +23,18 @@ class ModelAdapter:
         positions: as `LatentConfig.positions`.
 
     Raises:
-        ConfigError: the model has no token-embedding/decoder structure that latents can enter, or attends over a sliding
-            window, which the latent attention bias does not express.
+        ConfigError: a family that no backbone serves, or a model that latents cannot enter (see `Backbone`).
     """
 
     def __init__(self, model: nn.Module, positions: str = "text_style"):
         if positions not in POSITIONS:
             raise ConfigError("unknown value", where="positions", got=positions, expected=f"one of {POSITIONS}")
         self.model, self.positions = model, positions
-        self.base = getattr(model, "model", None)
-        if self.base is None or model.get_output_embeddings() is None:
-            raise ConfigError(
-                "not a causal language model or image-text-to-text model",
-                where="model",
-                got=type(model).__name__,
-                expected="a Hugging Face …ForCausalLM or …ForConditionalGeneration",
-            )
-        self.text_config = model.config.get_text_config()
-        layer_types = set(getattr(self.text_config, "layer_types", None) or ["full_attention"])
-        if layer_types != {"full_attention"}:
-            raise ConfigError(
-                "attention types that latents do not support",
-                where="model.config.layer_types",
-                got=sorted(layer_types),
-                expected="full_attention in every layer",
-                fix="Set use_sliding_window=False in the model's config.",
-            )
-        self.decoder = getattr(self.base, "language_model", self.base)
-        self.has_tower, self.has_discrete_images = hasattr(self.base, "visual"), hasattr(self.base, "vqmodel")
-        self.has_vision = self.has_tower or self.has_discrete_images
-        self.has_mrope = hasattr(self.base, "get_rope_index")
-        ids: list[int | None] = []
-        self.unpredicted_ids: list[int] = []  # tokens that the model's own forward gives no probability
-        if self.has_tower:
-            names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-            ids = [getattr(model.config, name, None) for name in names]
-        elif self.has_discrete_images:
-            mapping = self.base.vocabulary_mapping
-            ids = [mapping.image_token_id, *(mapping.vocab_map.get(token) for token in CHAMELEON_DELIMITERS)]
-            self.unpredicted_ids = mapping.image_tokens
-        self.image_token_id = ids[0] if ids else None
-        self.vision_ids = frozenset(token_id for token_id in ids if token_id is not None)
+        self.backbone = backbone_of(model)
+        self.base, self.decoder = self.backbone.base, self.backbone.decoder
+        self.text_config = self.backbone.text_config
+        self.has_vision, self.has_mrope = self.backbone.has_vision, self.backbone.has_mrope
+        self.image_token_id, self.vision_ids = self.backbone.image_token_id, self.backbone.vision_ids
 
     @property
     def hidden_size(self) -> int:
@@ -132,7 +65,7 @@ class ModelAdapter:
         num_placeholders = int((prompt_ids == self.image_token_id).sum())
         num_tokens = 0 if images is None else int(self.num_image_tokens(images).sum())
         if images is not None:
-            num_rows = images.image_grid_thw.prod(-1).sum() if self.has_tower else images.image_grid_thw.shape[0]
+            num_rows = self.backbone.num_pixel_rows(images)
             if num_rows != images.pixel_values.shape[0]:
                 raise RolloutError(
                     "pixels do not fit the image grid",
@@ -151,8 +84,7 @@ class ModelAdapter:
 
     def num_image_tokens(self, images: ImageInputs) -> Tensor:
         """int64 [images], placeholders of each."""
-        merge_area = self.model.config.vision_config.spatial_merge_size**2 if self.has_tower else 1
-        return images.image_grid_thw.prod(-1) // merge_area
+        return self.backbone.num_image_tokens(images)
 
     def prompt_kinds(self, input_ids: Tensor) -> Tensor:
         return prompt_kinds(input_ids, self.vision_ids)
@@ -161,18 +93,12 @@ class ModelAdapter:
         """Position ids, int64: [3, B, T] (mRoPE) or [B, T]. Positions after the prompt's images count on as text; with
         positions `1d`, so do the images.
 
-        Computed here and always passed on: left to itself, a Hugging Face VL model keeps `rope_deltas` as hidden state, and
-        without `mm_token_type_ids` it numbers image positions as text, silently.
+        Computed here and always passed on: left to itself, a Hugging Face VL model keeps `rope_deltas` as hidden state.
         """
-        if not self.has_mrope or images is None or self.positions == "1d":
-            return with_components(plain_positions(valid_BT), self.has_mrope)
-        position_ids, _ = self.base.get_rope_index(
-            input_ids_BT,
-            mm_token_type_ids=(input_ids_BT == self.image_token_id).int(),
-            image_grid_thw=images.image_grid_thw,
-            attention_mask=valid_BT.long(),
-        )
-        return position_ids
+        plain = with_components(plain_positions(valid_BT), self.has_mrope)
+        if images is None or self.positions == "1d":
+            return plain
+        return self.backbone.position_ids(input_ids_BT, valid_BT, images, plain)
 
     def forward_hidden(
         self,
@@ -192,11 +118,7 @@ class ModelAdapter:
             if not self.has_vision:  # a text model would ignore the pixels without a word
                 model = type(self.model).__name__
                 raise RolloutError("images for a text-only model", where=model, got="images", expected="no images")
-            if self.has_discrete_images:
-                image_ids_M = self._discrete_ids(images)
-                input_ids_BT = input_ids_BT.masked_scatter(input_ids_BT == self.image_token_id, image_ids_M)
-            else:
-                inputs = {"pixel_values": images.pixel_values, "image_grid_thw": images.image_grid_thw}
+            input_ids_BT, inputs = self.backbone.forward_inputs(input_ids_BT, images)
         return self.base(
             input_ids=input_ids_BT,
             attention_mask=attention_mask,
@@ -208,18 +130,7 @@ class ModelAdapter:
 
     def encode_images(self, images: ImageInputs) -> Tensor:
         """Image embeddings, after any merger, [M, H], of all images in order: what stands at image placeholders."""
-        if self.has_discrete_images:
-            return self.embed(self._discrete_ids(images))
-        features = self.base.get_image_features(
-            images.pixel_values.to(self.device), images.image_grid_thw.to(self.device)
-        )
-        return torch.cat(tuple(features.pooler_output))
-
-    @torch.no_grad()
-    def _discrete_ids(self, images: ImageInputs) -> Tensor:
-        """int64 [M], token ids of all images in order; a choice among code vectors, which has no gradient."""
-        weight = next(self.base.vqmodel.parameters())
-        return self.base.get_image_tokens(images.pixel_values.to(weight.device, weight.dtype)).flatten().long()
+        return self.backbone.encode_images(images)
 
     def decode_hidden(self, embeds_NH: Tensor, bias_N11S: Tensor, position_ids: Tensor, cache) -> Tensor:
         """One decoding step from input vectors: last hidden states [N, H]."""
@@ -236,9 +147,4 @@ class ModelAdapter:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """As the model's own forward makes them."""
-        logits = self.model.get_output_embeddings()(hidden)
-        if self.unpredicted_ids:
-            is_out_V = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-            is_out_V[self.unpredicted_ids] = True
-            logits = logits.masked_fill(is_out_V, torch.finfo(logits.dtype).min)
-        return logits
+        return self.backbone.mask_unpredicted(self.model.get_output_embeddings()(hidden))

@@ -15,23 +15,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from grpo_latent.errors import CheckpointError, ConfigError
+from grpo_latent.backbones.registry import read_backbone
+from grpo_latent.errors import CheckpointError, ConfigError, GrpoLatentError
 from grpo_latent.latent.config import LATENT_CONFIG_FILE, LatentConfig
 from grpo_latent.latent.mechanisms import ILVR_TOKENS, mechanism_config
 from grpo_latent.latent.mechanisms import TOKENS as MECHANISM_TOKENS
-from grpo_latent.models import processing  # noqa: F401  (registers the images-only processors where they are needed)
 from grpo_latent.models.head import LATENT_PARAMETER_PREFIXES, attach_latent_modules
 from grpo_latent.models.tokens import add_latent_tokens
 
@@ -88,6 +78,7 @@ def load_latent_model(
 
     Raises:
         CheckpointError: weights are missing or unknown, or tokenizer and `latent_config.json` disagree.
+        ConfigError: a family that no backbone serves.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -103,9 +94,8 @@ def load_latent_model(
         got = f"{LATENT_CONFIG_FILE} in {folder}" if not overrides else f"overrides {sorted(overrides)}"
         raise ConfigError("a plain model has no latents", where="model.plain", got=got, expected="neither")
     with reading("config.json", folder):
-        hf_config = AutoConfig.from_pretrained(folder)
-    has_vision = type(hf_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    auto_class = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+        hf_config, backbone = read_backbone(folder)
+    auto_class = backbone.auto_class
     with reading("weights", folder), _latent_parameters_expected(auto_class._model_mapping[type(hf_config)]):
         model, info = auto_class.from_pretrained(
             folder,
@@ -127,7 +117,7 @@ def load_latent_model(
     attach_latent_modules(model, config)
     load_latent_parameters(model, folder)
     with reading("processor", folder):
-        processor = AutoProcessor.from_pretrained(folder) if has_vision else None
+        processor = AutoProcessor.from_pretrained(folder) if backbone.has_vision else None
     model = model.to(device).eval()
     return LatentModel(model, tokenizer, processor, config, find_eos_ids(model, tokenizer))
 
@@ -142,7 +132,7 @@ def reading(part: str, folder: Path):
     """Turns what transformers and safetensors raise on a damaged folder into `CheckpointError`."""
     try:
         yield
-    except CheckpointError:
+    except GrpoLatentError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(

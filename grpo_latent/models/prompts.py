@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from grpo_latent.backbones.images import ImageInputs
+from grpo_latent.backbones.registry import backbone_of_processor
 from grpo_latent.errors import DataError
-from grpo_latent.models.adapter import ImageInputs
 
 
 @dataclass(frozen=True)
@@ -61,4 +62,4 @@ def encode_prompt(
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
         return Prompt(ids, None)
     batch = processor(text=[text], images=list(images), add_special_tokens=False, return_tensors="pt")
-    return Prompt(batch["input_ids"][0].to(torch.long), ImageInputs.of_processor(batch, processor))
+    return Prompt(batch["input_ids"][0].to(torch.long), backbone_of_processor(processor).image_inputs(batch, processor))

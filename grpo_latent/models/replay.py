@@ -115,7 +115,7 @@ def collate(
     latents_NH = torch.cat([t.latents for t in trajectories]).to(device)
     pixels = ImageInputs.concat(images)
     if pixels is not None:
-        pixels = ImageInputs(pixels.pixel_values.to(device), pixels.image_grid_thw.to(device))
+        pixels = pixels.to(device)
     selected_idx_M = torch.cat([t.selected_idx for t in trajectories]).to(device)
     aux = [t.latent_aux for t in trajectories if t.latent_aux.shape[1]]
     return ReplayBatch(

@@ -32,7 +32,7 @@ from grpo_latent.models.positions import count_on, next_positions, with_componen
 from grpo_latent.models.replay import caching_layers
 from grpo_latent.models.selection import recording_last_row
 from grpo_latent.models.visibility import attention_bias
-from grpo_latent.models.vision_cache import VisionCache
+from grpo_latent.models.vision_cache import encoding_once
 from grpo_latent.trajectory import PositionKind
 
 
@@ -129,7 +129,7 @@ def prefill_with_slots(
     selects = top_k_image > 0 and images is not None
     recording = recording_last_row(adapter.text_config) if selects else nullcontext()
     with caching_layers(adapter.model), recording as recorder:
-        with VisionCache.install(adapter.model).reuse() if selects and adapter.has_tower else nullcontext():
+        with encoding_once(adapter.backbone) if selects else nullcontext():
             embeddings_MH = adapter.encode_images(images) if selects else None
             hidden_BH = adapter.forward_hidden(input_ids_BP, bias, position_ids, images, cache)[:, -1]
         feeder = _SlotFeeder(

@@ -20,9 +20,12 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
 
+from grpo_latent.backbones.chameleon import DELIMITERS
+from grpo_latent.backbones.qwen2_5_vl import Qwen2_5_VLProcessor
+from grpo_latent.backbones.qwen2_vl import Qwen2VLProcessor
+from grpo_latent.backbones.qwen3_vl import Qwen3VLProcessor
+from grpo_latent.backbones.qwen_vl import QwenImagesOnly, build_qwen_processor
 from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS
-from grpo_latent.models.adapter import CHAMELEON_DELIMITERS
-from grpo_latent.models.processing import build_processor
 
 QWEN_TOKENS = (
     "<|endoftext|>",
@@ -163,7 +166,7 @@ def tiny_qwen2_5_vl(
         out_hidden_size=sizes.hidden,
         fullatt_block_indexes=list(range(sizes.vision_depth)),
     )
-    return _tiny_vl("qwen2_5_vl", "Qwen2_5_VL", vision, words, sizes, seed, latent_tokens)
+    return _tiny_vl(Qwen2_5_VLProcessor, "Qwen2_5_VL", vision, words, sizes, seed, latent_tokens)
 
 
 def tiny_qwen2_vl(
@@ -180,7 +183,7 @@ def tiny_qwen2_vl(
         mlp_ratio=sizes.vision_intermediate // sizes.vision_hidden,
         num_heads=sizes.vision_heads,
     )
-    return _tiny_vl("qwen2_vl", "Qwen2VL", vision, words, sizes, seed, latent_tokens)
+    return _tiny_vl(Qwen2VLProcessor, "Qwen2VL", vision, words, sizes, seed, latent_tokens)
 
 
 def tiny_qwen3_vl(
@@ -199,7 +202,7 @@ def tiny_qwen3_vl(
         num_position_embeddings=64,
         deepstack_visual_indexes=[0],
     )
-    return _tiny_vl("qwen3_vl", "Qwen3VL", vision, words, sizes, seed, latent_tokens)
+    return _tiny_vl(Qwen3VLProcessor, "Qwen3VL", vision, words, sizes, seed, latent_tokens)
 
 
 def tiny_qwen2(
@@ -237,7 +240,7 @@ def tiny_chameleon(
 ) -> TinyModel:
     """Chameleon, with a VQ model of random weights; arguments as `tiny_qwen2_5_vl`. An image is 16 discrete tokens."""
     codes = [f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(code))}Z" for code in range(CHAMELEON_CODES)]
-    image_tokens = ("<image>", *CHAMELEON_DELIMITERS, *codes)
+    image_tokens = ("<image>", *DELIMITERS, *codes)
     tokenizer = word_tokenizer(words, (*latent_tokens, *image_tokens))
     tokenizer.sep_token = "<|im_end|>"  # the processor puts it behind the prompt
     tokenizer.chat_template = CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
@@ -262,7 +265,15 @@ def _tiny_text(name: str, words, sizes: TinySizes, seed: int, latent_tokens) -> 
     return TinyModel(_build(getattr(transformers, f"{name}ForCausalLM"), config, seed), tokenizer, None)
 
 
-def _tiny_vl(model_type: str, name: str, vision: dict, words, sizes: TinySizes, seed: int, latent_tokens) -> TinyModel:
+def _tiny_vl(
+    processor_class: type[QwenImagesOnly],
+    name: str,
+    vision: dict,
+    words,
+    sizes: TinySizes,
+    seed: int,
+    latent_tokens,
+) -> TinyModel:
     tokenizer = word_tokenizer(words, latent_tokens)
     text = _text_config(tokenizer, sizes)
     text["rope_parameters"]["mrope_section"] = mrope_section(text["head_dim"])
@@ -281,8 +292,8 @@ def _tiny_vl(model_type: str, name: str, vision: dict, words, sizes: TinySizes, 
             for token in vision_tokens
         },
     )
-    processor = build_processor(
-        model_type, tokenizer, patch_size=sizes.patch, merge_size=sizes.merge, temporal_patch_size=sizes.temporal
+    processor = build_qwen_processor(
+        processor_class, tokenizer, patch_size=sizes.patch, merge_size=sizes.merge, temporal_patch_size=sizes.temporal
     )
     model = _build(getattr(transformers, f"{name}ForConditionalGeneration"), config, seed)
     return TinyModel(model, tokenizer, processor)

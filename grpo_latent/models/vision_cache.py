@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from grpo_latent.backbones.protocol import Backbone
+from grpo_latent.backbones.registry import backbone_of
 from grpo_latent.errors import ConfigError
 
 _ATTRIBUTE = "_grpo_latent_vision_cache"
@@ -37,7 +39,7 @@ class _Encoded:
 
 
 class VisionCache:
-    """The cache of one vision tower (Qwen2-VL, Qwen2.5-VL, Qwen3-VL).
+    """The cache of one vision tower (of a backbone that `caches_tower`).
 
     Three scopes. Always: equal images of a call are encoded once, together with the others. In `reuse()`: also over the
     calls of the block, with gradients. With `max_bytes` and a frozen tower: over all calls, least recently used images
@@ -47,12 +49,12 @@ class VisionCache:
     Under FSDP all ranks must call the blocks of the tower equally often: leave `max_bytes` at 0 there.
     """
 
-    def __init__(self, visual: nn.Module):
+    def __init__(self, visual: nn.Module, merge_size: int):
         self.max_bytes = 0
         self.num_encoded = self.num_requested = 0
         self._visual = visual
         self._forward_of_tower = visual.forward
-        self._merge_area = visual.spatial_merge_size**2
+        self._merge_area = merge_size**2
         self._output_type: type | None = None
         self._entries: OrderedDict[bytes, _Encoded] = OrderedDict()
         self._num_bytes = 0
@@ -68,14 +70,20 @@ class VisionCache:
             max_bytes: bound of what is kept across calls; None leaves it (0 at first: nothing is kept).
 
         Raises:
-            ConfigError: no vision tower, or `max_bytes` for a tower that trains.
+            ConfigError: no vision tower that it knows to wrap, or `max_bytes` for a tower that trains.
         """
-        visual = getattr(getattr(model, "model", None), "visual", None)
-        if visual is None:
-            raise ConfigError("no vision tower", where="model", got=type(model).__name__, expected="a Qwen-VL model")
+        backbone = backbone_of(model)
+        if not backbone.caches_tower:
+            raise ConfigError(
+                "no vision tower whose images can be cached",
+                where="model",
+                got=type(model).__name__,
+                expected="a backbone with caches_tower (Qwen-VL)",
+            )
+        visual = backbone.vision_modules[0]
         cache = getattr(visual, _ATTRIBUTE, None)
         if cache is None:
-            cache = cls(visual)
+            cache = cls(visual, backbone.merge_size)
             visual.forward = cache._forward
             object.__setattr__(visual, _ATTRIBUTE, cache)
         if max_bytes is not None:
@@ -114,7 +122,7 @@ class VisionCache:
 
     def _state(self) -> tuple:
         """What features depend on besides the image. In-place updates of a parameter raise its version."""
-        device = self._visual.patch_embed.proj.weight.device.type
+        device = next(self._visual.parameters()).device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         # under FSDP a parameter may be a DTensor, whose data lie in its local tensor
         local = (getattr(parameter, "_local_tensor", parameter) for parameter in self._visual.parameters())
@@ -207,6 +215,11 @@ class VisionCache:
         layers = [features.split(num_tokens) for features in getattr(output, "deepstack_features", None) or []]
         patches = output.last_hidden_state.split(num_patches)
         return [_Encoded(merged[i], tuple(layer[i] for layer in layers), patches[i]) for i in range(len(num_patches))]
+
+
+def encoding_once(backbone: Backbone) -> AbstractContextManager:
+    """Within the block an image is encoded once over all calls, where the backbone's tower can be cached at all."""
+    return VisionCache.install(backbone.model).reuse() if backbone.caches_tower else nullcontext()
 
 
 def image_digest(pixels: Tensor, size: list[int]) -> bytes:

@@ -125,7 +125,7 @@ class DecodingBatch:
         input_ids_BP, valid_BP = input_ids_BP.to(device), valid_BP.to(device)
         images = ImageInputs.concat([request.images for request in requests])
         if images is not None:
-            images = ImageInputs(images.pixel_values.to(device), images.image_grid_thw.to(device))
+            images = images.to(device)
         return input_ids_BP, valid_BP, images
 
     def _rows_of_prefill(self, row_to_prompt_N: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from grpo_latent.backbones.registry import backbone_of
 from grpo_latent.data.formats.ilvr_jsonl import read_ilvr_jsonl
 from grpo_latent.data.formats.lvr_json import read_lvr_json
 from grpo_latent.data.formats.stepwise import READERS as STEPWISE_READERS
@@ -59,7 +60,7 @@ def _lvr_encoder(latent: LatentModel, loss: LVRLossConfig, max_length: int | Non
     return LVREncoder.of_model(
         latent,
         max_length=max_length,
-        merge_size=latent.processor.image_processor.merge_size,
+        backbone=backbone_of(latent.model),
         has_end_vector=loss.trains_end_vector,
     )
 

@@ -78,6 +78,16 @@ def assert_complete(error, row, field, got):
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
+def test_an_image_is_verified_once(monkeypatch):
+    """A checksum over all bytes of each image, which a large data set feels."""
+    calls = []
+    monkeypatch.setattr(ImageRef, "check", lambda self: calls.append(self.where))
+    image = encode_png(np.zeros((4, 4, 3), dtype=np.uint8))
+    row = verl_row(data_source="d", prompt="?<image><image>", images=[image] * 2, answer="7", index=0, split="train")
+    parse_verl_row(row, "row 0")
+    assert calls == ["row 0: images[0]", "row 0: images[1]"]
+
+
 def test_published_record(folder):
     (example,) = read_lvr_json(write_json(folder, RECORD))
     content = [{"type": "image"}, {"type": "text", "text": "What does the child wear?"}]

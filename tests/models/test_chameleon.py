@@ -96,7 +96,7 @@ def test_slots_take_what_is_left_and_the_policy_never_draws_an_image_token():
     c, (_, groups, _) = chameleon(), recorded()
     counts = [int((group[0].kinds == K.SELECTED).sum()) for group in groups]
     assert counts == [2 * TOP_K, NUM_TOKENS, 0], "five slots of four, and 16 image tokens"
-    image_ids = set(c.adapter.unpredicted_ids)
+    image_ids = set(c.adapter.backbone.unpredicted_ids)
     assert not any(image_ids & set(t.text_ids) for group in groups for t in group)
 
 

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from grpo_latent.data.examples import ImageRef, LvrExample, response_template
 from grpo_latent.latent.config import LatentConfig
+from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.head import attach_latent_modules
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.sft.common.dataset import SFTDataset
@@ -98,7 +99,7 @@ def encoder(latent: LatentModel, has_end_vector: bool = False, max_length: int |
         config=config,
         eos_id=latent.tokenizer.eos_token_id,
         vision_ids=frozenset(latent.tokenizer.convert_tokens_to_ids(list(vision))),
-        merge_size=2,
+        backbone=ModelAdapter(latent.model).backbone,
         has_end_vector=has_end_vector,
         max_length=max_length,
     )

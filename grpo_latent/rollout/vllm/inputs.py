@@ -25,8 +25,7 @@ def engine_input(request: RolloutRequest, adapter: ModelAdapter, policy_version:
     if request.images is None:
         return tokens_input(token_ids)
     images = request.images
-    merge_size = adapter.model.config.vision_config.spatial_merge_size
-    num_tokens = (images.image_grid_thw.prod(-1) // merge_size**2).tolist()
+    num_tokens = adapter.num_image_tokens(images).tolist()
     sizes = images.image_grid_thw.prod(-1)
     items = MultiModalKwargsItems.from_hf_inputs(
         BatchFeature({"pixel_values": images.pixel_values, "image_grid_thw": images.image_grid_thw}),

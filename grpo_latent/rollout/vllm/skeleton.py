@@ -13,16 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from grpo_latent.backbones.registry import read_backbone
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.adapter import ModelAdapter
@@ -63,7 +56,7 @@ def read_skeleton(folder: str | Path, overrides: dict | None = None) -> Skeleton
 
     Raises:
         CheckpointError: the folder is missing, damaged, or disagrees with itself.
-        ConfigError: a mechanism that vLLM cannot run.
+        ConfigError: a mechanism or a model that vLLM cannot run.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -75,12 +68,10 @@ def read_skeleton(folder: str | Path, overrides: dict | None = None) -> Skeleton
     config = config.replace(**overrides) if overrides else config
     check_mechanism(config)
     with reading("config.json", folder):
-        hf_config = AutoConfig.from_pretrained(folder)
-    check_rope(hf_config, where=f"{folder}/config.json")
-    has_vision = type(hf_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    auto_class = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+        hf_config, backbone = read_backbone(folder)
+    backbone.check_vllm(hf_config, where=f"{folder}/config.json")
     with torch.device("meta"):
-        model = auto_class.from_config(hf_config)
+        model = backbone.auto_class.from_config(hf_config)
     if (folder / "generation_config.json").is_file():
         with reading("generation config", folder):
             model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -119,20 +110,6 @@ def check_mechanism(config: LatentConfig) -> None:
                 expected=expected if isinstance(expected, str) else repr(expected),
                 fix=f"Use {ENGINE_HF}, or set latent.{name}={expected}.",
             )
-
-
-def check_rope(hf_config, where: str) -> None:
-    """Raises `ConfigError` for a Qwen3-VL config on which vLLM and Hugging Face disagree, silently: transformers interleaves
-    the rotary sections whatever the config says, vLLM only if it says so."""
-    rope = getattr(hf_config.get_text_config(), "rope_parameters", None) or {}
-    if hf_config.model_type.startswith("qwen3_vl") and not rope.get("mrope_interleaved"):
-        raise ConfigError(
-            "vLLM would number image positions differently from Hugging Face",
-            where=f"{where}: text_config.rope_parameters.mrope_interleaved",
-            got=rope.get("mrope_interleaved", "nothing"),
-            expected="true",
-            fix="Add it to config.json, as the published Qwen3-VL checkpoints have it.",
-        )
 
 
 @dataclass(frozen=True)

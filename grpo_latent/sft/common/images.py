@@ -6,30 +6,19 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from grpo_latent.errors import ConfigError
-from grpo_latent.models.adapter import ImageInputs, ModelAdapter
+from grpo_latent.backbones.images import ImageInputs
+from grpo_latent.backbones.registry import backbone_of_processor
+from grpo_latent.models.adapter import ModelAdapter
 
 
 def set_image_tokens(processor: ProcessorMixin, minimum: int | None, maximum: int | None) -> None:
     """Bounds the merged visual tokens of an image; the processor is saved with the model, so RL sees the same images.
 
     Raises:
-        ConfigError: the bounds cross.
+        ConfigError: the bounds cross, or the family's images have one size.
     """
-    image_processor = processor.image_processor
-    token_pixels = (image_processor.patch_size * image_processor.merge_size) ** 2
-    size = dict(image_processor.size)
-    for name, count in (("shortest_edge", minimum), ("longest_edge", maximum)):
-        if count is not None:
-            size[name] = count * token_pixels
-    if size["shortest_edge"] > size["longest_edge"]:
-        raise ConfigError(
-            "no image size fits",
-            where="data.min_image_tokens, data.max_image_tokens",
-            got=(size["shortest_edge"] // token_pixels, size["longest_edge"] // token_pixels),
-            expected="minimum <= maximum",
-        )
-    image_processor.size = type(image_processor.size)(**size)
+    if (minimum, maximum) != (None, None):
+        backbone_of_processor(processor).bound_image_tokens(processor, minimum, maximum)
 
 
 def image_columns(images: ImageInputs | None, prefix: str = "") -> dict[str, Tensor]:

@@ -5,15 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import AutoProcessor, AutoTokenizer
 
+from grpo_latent.backbones.registry import known_model_types, read_backbone
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.config import LATENT_CONFIG_FILE
 from grpo_latent.models.head import END_VECTOR_ATTRIBUTE, attach_latent_modules
@@ -60,7 +54,7 @@ def load_for_sft(
             "this SFT needs a vision tower",
             where=settings.path,
             got=type(bundle.model).__name__,
-            expected="a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model",
+            expected=f"a model with images: {', '.join(known_model_types())}",
         )
     if not (getattr(bundle.processor, "chat_template", None) or bundle.tokenizer.chat_template):
         raise CheckpointError(
@@ -81,13 +75,12 @@ def _load_plain(path: str, dtype, attention: str, latent: LatentSettings, trains
             expected="a Hugging Face folder, or owner/name of a model on the hub",
         )
     with reading("config.json", path):
-        hf_config = AutoConfig.from_pretrained(path)
-    has_vision = type(hf_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        _, backbone = read_backbone(path)
     with reading("tokenizer and processor", path):
         tokenizer = AutoTokenizer.from_pretrained(path)
-        processor = AutoProcessor.from_pretrained(path) if has_vision else None
+        processor = AutoProcessor.from_pretrained(path) if backbone.has_vision else None
     with reading("weights", path):
-        model, info = (AutoModelForImageTextToText if has_vision else AutoModelForCausalLM).from_pretrained(
+        model, info = backbone.auto_class.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
     if info["missing_keys"] or info["unexpected_keys"]:

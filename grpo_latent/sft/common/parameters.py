@@ -12,8 +12,6 @@ from grpo_latent.errors import ConfigError
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.head import LATENT_PARAMETER_PREFIXES
 
-_MERGERS = ("merger.", "deepstack_merger_list.")
-
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -31,15 +29,17 @@ def freeze_vision(model: nn.Module, tower: bool = True, merger: bool = True) -> 
 
     Chameleon's VQ model, which no gradient reaches, is always frozen.
     """
-    adapter = ModelAdapter(model)
-    if adapter.has_discrete_images:
-        adapter.base.vqmodel.requires_grad_(False)
-    for name, parameter in adapter.base.visual.named_parameters() if adapter.has_tower else ():
-        parameter.requires_grad_(not (merger if name.startswith(_MERGERS) else tower))
+    backbone = ModelAdapter(model).backbone
+    mergers = {id(parameter) for parameter in backbone.merger_parameters()}
+    for module in backbone.vision_modules:
+        for parameter in module.parameters():
+            is_frozen = merger if id(parameter) in mergers else tower
+            parameter.requires_grad_(backbone.trains_vision and not is_frozen)
 
 
 def vision_is_frozen(model: nn.Module) -> bool:
-    return not any(parameter.requires_grad for parameter in ModelAdapter(model).base.visual.parameters())
+    modules = ModelAdapter(model).backbone.vision_modules
+    return not any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
 
 def add_lora(model: nn.Module, settings: LoraSettings, new_token_ids: Sequence[int]) -> None:

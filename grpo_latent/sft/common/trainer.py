@@ -62,7 +62,7 @@ class LatentSFTTrainer(Trainer):
         self.labelled_per_batch = labelled_per_batch
         self.horizon_steps = horizon_steps
         self.adapter = ModelAdapter(latent.model, latent.config.positions)
-        if self.adapter.has_tower:
+        if self.adapter.backbone.caches_tower:
             VisionCache.install(latent.model, max_bytes=vision_cache_bytes)
         args.remove_unused_columns = False  # it would drop our columns, which the model's own forward does not know
         self._epoch = _TellEpoch()

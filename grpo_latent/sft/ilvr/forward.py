@@ -6,8 +6,6 @@ stage 2   own latents as inputs         CE, with back-propagation through the la
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,7 @@ from grpo_latent.models.head import feedback
 from grpo_latent.models.recompute import own_latents
 from grpo_latent.models.replay import ReplayBatch, replay_hidden, with_latents
 from grpo_latent.models.shift import latent_sources
-from grpo_latent.models.vision_cache import VisionCache
+from grpo_latent.models.vision_cache import encoding_once
 from grpo_latent.sft.common.images import batch_images
 from grpo_latent.sft.common.losses import labels_cross_entropy
 from grpo_latent.sft.ilvr.distillation import noisy_cosine_distances
@@ -49,7 +47,7 @@ def stage2_loss_sums(
     nothing_NH = torch.zeros(num_latents, adapter.hidden_size, device=adapter.device, dtype=adapter.dtype)
     sequences = _sequences(batch, nothing_NH)
     # the forwards over one batch show the same images
-    with VisionCache.install(adapter.model).reuse() if adapter.has_tower else nullcontext():
+    with encoding_once(adapter.backbone):
         latents_NH = own_latents(adapter, sequences, config.visibility, gradient)
         hidden_BTH = replay_hidden(adapter, with_latents(sequences, latents_NH), config.visibility)
     return {"ce": labels_cross_entropy(adapter, hidden_BTH, batch["labels"])}

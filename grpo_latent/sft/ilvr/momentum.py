@@ -15,8 +15,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
+from grpo_latent.backbones.registry import backbone_of
 from grpo_latent.errors import CheckpointError, ConfigError
 
 TEACHER_FOLDER = "teacher"  # below a checkpoint: beside its weights they would be taken for weights of the model
@@ -42,9 +43,10 @@ class MomentumTeacher:
                 "a teacher of a model that does not train", where="teacher", expected="a parameter to train"
             )
         shared = [parameter for parameter in student.parameters() if not parameter.requires_grad]
-        visual = getattr(getattr(student, "model", None), "visual", None)
-        if visual is not None and not any(parameter.requires_grad for parameter in visual.parameters()):
-            shared.append(visual)
+        # the average itself is of any module
+        for module in backbone_of(student).vision_modules if isinstance(student, PreTrainedModel) else ():
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                shared.append(module)
         self.model = copy.deepcopy(student, {id(part): part for part in shared}).eval()
         own = dict(self.model.named_parameters())
         for name in trained:

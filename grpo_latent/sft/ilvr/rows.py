@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_latent.backbones.images import ImageInputs
+from grpo_latent.backbones.registry import backbone_of_processor
 from grpo_latent.data.formats.ilvr_jsonl import InterleavedExample
 from grpo_latent.errors import LatentMismatchError
-from grpo_latent.models.adapter import ImageInputs
 from grpo_latent.sft.common.images import batch_images, image_columns
 from grpo_latent.sft.common.rows import IGNORED, RowEncoder
 from grpo_latent.trajectory import PositionKind, prompt_kinds
@@ -103,7 +104,7 @@ class ILVREncoder(RowEncoder):
         if not pictures:
             return None
         batch = self.processor.image_processor(images=pictures, return_tensors="pt")
-        return ImageInputs(batch["pixel_values"], batch["image_grid_thw"])
+        return backbone_of_processor(self.processor).image_inputs(batch, self.processor)
 
 
 def collate_rows(rows: Sequence[ILVRRow]) -> dict[str, Tensor]:

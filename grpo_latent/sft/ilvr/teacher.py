@@ -71,7 +71,7 @@ def helper_candidates(teacher: ModelAdapter, batch: dict[str, Tensor]) -> list[T
     images = helper_images(batch)
     if images is None:
         return []
-    counts = (images.image_grid_thw.prod(-1) // teacher.base.visual.spatial_merge_size**2).tolist()
+    counts = teacher.num_image_tokens(images).tolist()
     return [pool_candidates(tokens) for tokens in visual_embeddings(teacher, images).split(counts)]
 
 

@@ -17,7 +17,7 @@ from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.head import end_vector, feedback
 from grpo_latent.models.replay import ReplayBatch, replay_hidden
 from grpo_latent.models.shift import latent_sources
-from grpo_latent.models.vision_cache import VisionCache
+from grpo_latent.models.vision_cache import encoding_once
 from grpo_latent.sft.common.images import batch_images, visual_embeddings
 from grpo_latent.sft.common.losses import labels_cross_entropy
 from grpo_latent.sft.lvr.losses import LVRLossConfig, end_bce_sum, latent_distances, nearest_target_hits
@@ -60,7 +60,7 @@ def loss_sums(
     """
     images = batch_images(batch)
     uses_end_vector = loss_config.end == "latent_end"
-    with VisionCache.install(adapter.model).reuse():
+    with encoding_once(adapter.backbone):
         visual_MH = visual_embeddings(adapter, images)
         vector_H = end_vector(adapter.model) if uses_end_vector else None
         inputs_NH = teacher_forced(visual_MH, batch["roi"], vector_H)

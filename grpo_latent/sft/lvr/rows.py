@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from grpo_latent.data.boxes import box_to_visual_tokens
+from grpo_latent.backbones.images import ImageInputs
+from grpo_latent.backbones.protocol import Backbone
+from grpo_latent.data.boxes import box_to_prompt_tokens
 from grpo_latent.data.examples import LVR_PLACEHOLDER, LvrExample
 from grpo_latent.errors import DataError
-from grpo_latent.models.adapter import ImageInputs
 from grpo_latent.sft.common.images import image_columns
 from grpo_latent.sft.common.rows import IGNORED, RowEncoder
 from grpo_latent.trajectory import PositionKind, prompt_kinds
@@ -62,11 +63,11 @@ class LVREncoder(RowEncoder):
     """Tokenises examples with boxes.
 
     Attributes:
-        merge_size: patches a side of one merged visual token.
+        backbone: of the model; says which of an image's tokens a box overlaps.
         has_end_vector: whether a span ends with a latent position for the learned end vector.
     """
 
-    merge_size: int
+    backbone: Backbone
     has_end_vector: bool = False
 
     def __call__(self, example: LvrExample) -> LVRRow:
@@ -76,17 +77,18 @@ class LVREncoder(RowEncoder):
             DataError: unreadable image, a latent or vision token spelled out in the response, or a row too long.
         """
         prompt = self.encode_prompt(example)
-        grids = [] if prompt.images is None else prompt.images.image_grid_thw.tolist()
-        counts = [time * height * width // self.merge_size**2 for time, height, width in grids]
+        num_visual_tokens = 0
+        if prompt.images is not None:
+            num_visual_tokens = int(self.backbone.num_image_tokens(prompt.images).sum())
         spans = [
-            [sum(counts[:image_idx]) + token for token in box_to_visual_tokens(box, grids[image_idx], self.merge_size)]
+            box_to_prompt_tokens(box, image_idx, prompt.images, self.backbone)
             for box, image_idx in zip(example.boxes, example.box_images, strict=True)
         ]
         ids, kinds, roi = self._response(example, spans)
         response_ids, response_kinds = torch.tensor(ids), torch.tensor(kinds)
         labels = torch.where(response_kinds == PositionKind.LATENT, IGNORED, response_ids)
         input_ids = torch.cat([prompt.ids, response_ids])
-        parts = f"{sum(counts)} of them image", f"{len(roi)} latent"
+        parts = f"{num_visual_tokens} of them image", f"{len(roi)} latent"
         self.check_length(input_ids.shape[0], example.where, parts)
         return LVRRow(
             input_ids=input_ids,
@@ -94,7 +96,7 @@ class LVREncoder(RowEncoder):
             labels=torch.cat([torch.full_like(prompt.ids, IGNORED), labels]),
             roi_N=torch.tensor(roi, dtype=torch.long),
             images=prompt.images,
-            num_visual_tokens=sum(counts),
+            num_visual_tokens=num_visual_tokens,
         )
 
     def _response(self, example: LvrExample, spans: list[list[int]]) -> tuple[list[int], list[int], list[int]]:

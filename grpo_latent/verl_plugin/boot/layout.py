@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from transformers import PreTrainedConfig
+
+from grpo_latent.backbones.registry import find_backbone
 from grpo_latent.errors import ConfigError
 
 
-def check_model(model_type: str) -> None:
+def check_model(hf_config: PreTrainedConfig) -> None:
     """Raises `ConfigError` at a model that the engine cannot train."""
-    if model_type == "chameleon":
-        raise ConfigError(
-            "its images are token ids that only the rollout engine makes",
-            where="actor_rollout_ref.model.path",
-            got="a Chameleon model",
-            expected="a text or Qwen-VL model",
-            fix="Chameleon runs in SFT, rollout, replay and evaluation.",
-        )
+    key = "actor_rollout_ref.model.path"
+    find_backbone(hf_config, key).check_verl(key)
 
 
 def check_layout(model, visibility: str | None, draws_images: bool) -> None:

@@ -20,7 +20,7 @@ TRAINER_MODE = "latent_sync"
 ALGORITHM_NAME = "grpo_latent"
 
 _PARTS = (
-    "grpo_latent.models.processing",
+    "grpo_latent.backbones",
     "grpo_latent.verl_plugin.worker.algo",
     "grpo_latent.verl_plugin.worker.engine",
     "grpo_latent.verl_plugin.rollout.replica",

@@ -69,7 +69,7 @@ def check_folder(config: DictConfig, options: LatentOptions) -> None:
     folder = config.actor_rollout_ref.model.path
     latent = options.latent_config(folder, AutoTokenizer.from_pretrained(folder))
     options.treatment.check(latent)
-    check_model(AutoConfig.from_pretrained(folder).model_type)
+    check_model(AutoConfig.from_pretrained(folder))
     check_latents(config, latent)
 
 

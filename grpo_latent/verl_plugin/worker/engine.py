@@ -12,6 +12,8 @@ latent positions are even overwritten, so that an image placeholder or EOS among
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from tensordict import TensorDict
 from torch import Tensor
@@ -21,6 +23,8 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+from grpo_latent.backbones.images import ImageInputs
+from grpo_latent.backbones.registry import backbone_of, find_backbone
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.head import attach_latent_modules
@@ -57,18 +61,20 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
     def _build_module(self):
         folder = self.model_config.local_path
         self.latent_config: LatentConfig = self.options.latent_config(folder, self.model_config.tokenizer)
-        check_model(self.model_config.hf_config.model_type)
+        check_model(self.model_config.hf_config)
         check_layout(self.model_config, self.latent_config.visibility, self.options.draw_temperature is not None)
         check_packed(self.model_config)
         module = super()._build_module()
         attach_latent_modules(module, self.latent_config)
         if not module.get_input_embeddings().weight.is_meta:  # the other ranks receive rank 0's weights from FSDP2
             load_latent_parameters(module, folder)
-        visual = getattr(getattr(module, "model", None), "visual", None)
-        if visual is not None and self.freeze_vision:
-            visual.requires_grad_(False)
+        self.backbone = backbone_of(module)
+        if self.freeze_vision:
+            for vision_module in self.backbone.vision_modules:
+                vision_module.requires_grad_(False)
         # within a forward only: features kept across forwards would make ranks call the tower's collectives unequally often
-        self.vision_cache = VisionCache.install(module) if visual is not None and self.options.share_images else None
+        caches = self.backbone.caches_tower and self.options.share_images
+        self.vision_cache = VisionCache.install(module) if caches else None
         self.injector = LatentInjector.install(module)
         self.input_gradients = InputGradients(module)  # after the injector: it watches what the model is fed
         self.options.treatment.check(self.latent_config)
@@ -105,9 +111,11 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
     def prepare_model_inputs(self, micro_batch: TensorDict):
         batch = self.batch = MicroBatch.of(micro_batch)
         batch.cover_latents(self.latent_config.latent_id)
-        if hasattr(self.model_config.hf_config, "vision_config"):
+        if self.backbone.has_mrope:
             batch.expand_positions()
         model_inputs, output_args = super().prepare_model_inputs(micro_batch)
+        for name in {field.name for field in fields(ImageInputs)} - set(self.backbone.image_arguments):
+            model_inputs.pop(name, None)  # of the rollout's images, but no argument of this family's forward
         shape = model_inputs["input_ids"].shape
         kinds_BT = pad_rows([batch.kinds_L] if batch.is_packed else batch.kinds_rows, shape)
         if self.latent_config.visibility == "latents_only":
@@ -187,7 +195,7 @@ def pad_rows(rows: list[Tensor], shape: torch.Size) -> Tensor:
 
 def check_packed(model_config) -> None:
     """Raises `ConfigError` at a packed layout without the kernel that it needs, which only a worker can tell."""
-    if not model_config.use_remove_padding or not hasattr(model_config.hf_config, "vision_config"):
+    if not model_config.use_remove_padding or not find_backbone(model_config.hf_config).has_vision:
         return
     from transformers.utils import is_flash_attn_2_available
 

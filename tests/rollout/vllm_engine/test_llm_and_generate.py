@@ -58,6 +58,14 @@ def test_what_does_not_fit_is_refused(folder):
         llm.generate(["a", "b"], [[]])
 
 
+def test_a_transparent_image_is_read_as_training_reads_it(tmp_path):
+    """Over white; Pillow's own conversion shows what is below the transparency."""
+    path = tmp_path / "transparent.png"
+    Image.new("RGBA", (4, 4), (10, 20, 30, 0)).save(path)
+    pixels = np.asarray(generate.read_image(str(path)))
+    assert pixels.shape == (4, 4, 3) and (pixels == 255).all()
+
+
 def test_command_line(folder, capsys):
     argv = [str(folder), "--prompt", "<image> read ?", "--image", str(folder / "picture.png")]
     assert generate.main([*argv, "--max-new-tokens", "12", "--num", "2", "--temperature", "1"]) == 0
@@ -65,4 +73,4 @@ def test_command_line(folder, capsys):
     assert len(records) == 2 and all(0 < record["num_tokens"] <= 12 for record in records)
     assert records[0].keys() == {"text", "latent_steps", "stop_reason", "num_tokens"}
     assert generate.main([str(folder), "--prompt", "?", "--image", "nowhere.png"]) == 1
-    assert "DataError: nowhere.png: cannot read the image" in capsys.readouterr().err
+    assert "DataError: --image: no such image file; got nowhere.png" in capsys.readouterr().err

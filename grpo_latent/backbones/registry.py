@@ -1,0 +1,135 @@
+"""Which family a config, a model or a processor belongs to. An unknown one is an error, never a guess by attributes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, ProcessorMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from grpo_latent.backbones.protocol import Backbone
+from grpo_latent.backbones.text import TextBackbone
+from grpo_latent.errors import ConfigError
+
+# comma-separated `package.module:Class`; an environment variable, as it must reach every process: torchrun's, Ray's, vLLM's
+VARIABLE = "GRPO_LATENT_BACKBONES"
+
+_BY_MODEL_TYPE: dict[str, type[Backbone]] = {}
+
+
+def register(cls: type[Backbone]) -> type[Backbone]:
+    """Class decorator: the class serves the models and processors that it names.
+
+    Raises:
+        ConfigError: another class has one of its model types already.
+    """
+    for model_type in cls.model_types:
+        known = _BY_MODEL_TYPE.setdefault(model_type, cls)
+        if known is not cls:
+            raise ConfigError(
+                "two backbones for one model type",
+                where=f"{cls.__module__}.{cls.__name__}.model_types",
+                got=model_type,
+                expected=f"a type that {known.__module__}.{known.__name__} does not have",
+            )
+    return cls
+
+
+def load_named_backbones() -> None:
+    """Imports and registers the classes that `GRPO_LATENT_BACKBONES` names; idempotent.
+
+    Raises:
+        ConfigError: a name that is not `package.module:Class` of a `Backbone`.
+    """
+    for name in filter(None, os.environ.get(VARIABLE, "").split(",")):
+        module_name, _, class_name = name.strip().partition(":")
+        try:
+            cls = getattr(importlib.import_module(module_name), class_name)
+        except (ImportError, AttributeError, ValueError) as error:
+            cls = error
+        if not (isinstance(cls, type) and issubclass(cls, Backbone)):
+            raise ConfigError(
+                "not a backbone", where=VARIABLE, got=f"{name}: {cls}", expected="package.module:Class of a Backbone"
+            )
+        register(cls)
+
+
+def known_model_types() -> list[str]:
+    load_named_backbones()
+    return sorted(_BY_MODEL_TYPE)
+
+
+def find_backbone(hf_config: PreTrainedConfig, where: str = "model") -> type[Backbone]:
+    """The family of a config: whether it has vision, which auto class builds it, what the engines refuse.
+
+    Args:
+        where: folder or key, for the error.
+
+    Raises:
+        ConfigError: no family has this model type.
+    """
+    load_named_backbones()
+    cls = _BY_MODEL_TYPE.get(hf_config.model_type)
+    if cls is not None:
+        return cls
+    if is_text_model(hf_config):
+        return TextBackbone
+    raise ConfigError(
+        "no backbone for this family of models",
+        where=f"{where}: model_type",
+        got=hf_config.model_type,
+        expected=f"one of {', '.join(known_model_types())}, or a text model "
+        "(…ForCausalLM with rotary attention in every layer and no part for images or sound)",
+        fix="Write one: a file with a subclass of Backbone, see grpo_latent/backbones/protocol.py for what to implement, "
+        f"in grpo_latent/backbones/ or anywhere else, named by the environment variable {VARIABLE}=package.module:Class.",
+    )
+
+
+def is_text_model(hf_config: PreTrainedConfig) -> bool:
+    """Whether a config is that of a decoder over tokens: rotary positions, keys and values at every layer, nothing beside.
+
+    A config with a part (vision, audio, a code book) is none, whatever else it is registered as; nor is one whose model
+    carries a recurrent state or looks back over a window only, which the latents' cache and attention mask do not express.
+    """
+    if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING or hf_config.sub_configs or hf_config.is_encoder_decoder:
+        return False
+    if getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)], "_is_stateful", False):
+        return False
+    has_rotary_attention = bool(getattr(hf_config, "rope_parameters", None))
+    says_its_layers = bool(getattr(hf_config, "layer_types", None))  # then `Backbone` refuses those it cannot run
+    return has_rotary_attention and (says_its_layers or not getattr(hf_config, "sliding_window", None))
+
+
+def backbone_of(model: nn.Module) -> Backbone:
+    """The model as a member of its family; as `find_backbone`, and the errors of `Backbone`."""
+    return find_backbone(model.config, where=type(model).__name__)(model)
+
+
+def read_backbone(folder: str | Path) -> tuple[PreTrainedConfig, type[Backbone]]:
+    """Config and family of a folder (or of owner/name on the hub)."""
+    hf_config = AutoConfig.from_pretrained(folder)
+    return hf_config, find_backbone(hf_config, where=f"{folder}/config.json")
+
+
+def backbone_of_processor(processor: ProcessorMixin) -> type[Backbone]:
+    """The family that reads what a processor returns, found by the name of the processor's class.
+
+    Raises:
+        ConfigError: no family has it.
+    """
+    load_named_backbones()
+    names = [cls.__name__ for cls in type(processor).__mro__]
+    for cls in _BY_MODEL_TYPE.values():
+        if not set(names).isdisjoint(cls.processor_names):
+            return cls
+    known = sorted({name for cls in _BY_MODEL_TYPE.values() for name in cls.processor_names})
+    raise ConfigError(
+        "no backbone for this processor",
+        where="processor",
+        got=names[0],
+        expected=f"one of {known}",
+        fix="Name it in the processor_names of the model's Backbone.",
+    )
