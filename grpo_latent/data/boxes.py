@@ -14,7 +14,7 @@ GRID_TOLERANCE = 1e-6
 
 
 def check_box(box: Sequence[float], where: str) -> tuple[float, float, float, float]:
-    """The box as four floats (x0, y0, x1, y1), normalised to the image.
+    """Returns the box as four floats (x0, y0, x1, y1), normalised to the image.
 
     Raises:
         DataError: not four finite numbers, outside [0, 1], or without area.
@@ -38,14 +38,15 @@ def check_box(box: Sequence[float], where: str) -> tuple[float, float, float, fl
 
 
 def box_to_visual_tokens(box_normalised: Sequence[float], grid_thw: Sequence[int], merge_size: int) -> list[int]:
-    """Merged visual tokens that a box overlaps, as the image's own token indices in row-major order, ascending.
+    """Finds the merged visual tokens that a box overlaps: ascending, row-major in the image.
 
-    LVR's rule: floor and ceil on the patch grid, then the merge; a token counts if any of its patches does. The caller
-    adds the offset of the image among the visual tokens of a prompt.
+    LVR's rule: floor and ceil on the patch grid, then the merge; a token counts if any of its
+    patches does. The caller adds the offset of the image among the visual tokens of a prompt.
 
     Args:
         box_normalised: (x0, y0, x1, y1), fractions of width and height.
-        grid_thw: patches along time, height and width of the image, as the image processor gives them.
+        grid_thw: patches along time, height and width of the image, as the image processor gives
+            them.
         merge_size: patches a side of one token, 2 in the Qwen models.
 
     Raises:
@@ -83,7 +84,8 @@ def box_to_prompt_tokens(
 
 
 def _covered(low: float, high: float, num_patches: int, merge_size: int) -> range:
-    """Token indices along one axis that the interval [low, high] overlaps; at least one."""
+    """Returns the indices along one axis that the interval [low, high] overlaps; at least one."""
+    # at least one: a box on the far edge still gets a latent
     first_patch = min(math.floor(low * num_patches + GRID_TOLERANCE), num_patches - 1)
     end_patch = max(math.ceil(high * num_patches - GRID_TOLERANCE), first_patch + 1)
     return range(first_patch // merge_size, math.ceil(end_patch / merge_size))

@@ -41,9 +41,11 @@ class Method:
     """One way to train.
 
     Attributes:
-        latent, loss: types of the config's sections of these names; a key that the type lacks is refused.
-        readers: `data.format` -> checked examples of a file, given the folder that image paths are relative to.
-        make_encoder: (model, `loss`, longest row) -> from an example to what the trainer's `collate_rows` takes.
+        latent, loss: types of the config's sections; a key that the type lacks is refused.
+        readers: `data.format` -> checked examples of a file, given the folder that image paths are
+            relative to.
+        make_encoder: (model, `loss`, longest row) -> from an example to what the trainer's
+            `collate_rows` takes.
         trainer: its arguments are those of `LatentSFTTrainer`, with a `loss` of the type above.
         needs_vision: whether a text-only model is refused.
     """

@@ -1,6 +1,6 @@
 """Whole runs: `run_sft` and the config of `python -m grpo_latent.sft`. Resume to the bit, inputs only read, exit codes.
 
-SYSTEMS invariant 12 for SFT. Not covered: resuming on another number of processes.
+Not covered: resuming on another number of processes.
 """
 
 import hashlib

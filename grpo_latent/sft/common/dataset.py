@@ -1,4 +1,8 @@
-"""The rows that SFT reads: examples in memory as paths or encoded bytes, pixels only of the rows that are asked for."""
+"""The data set of SFT: it holds paths or encoded bytes, and decodes a row when it is asked.
+
+Pixels as a model reads them take tens of times the bytes of the file: all rows at once fit no
+memory.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,11 @@ class SFTDataset(torch.utils.data.Dataset):
     """Encodes a row when it is asked for, and keeps rows up to `cache_bytes` of pixels.
 
     Args:
-        examples: with images as `ImageRef`s, which are opened anew each time that a row is encoded.
+        examples: with images as `ImageRef`s, which are opened anew each time that a row is
+            encoded.
         encoder: from an example to a row, whose image fields are `ImageInputs`.
-        cache_bytes: 0 keeps nothing; a small data set that is read many times saves the time of decoding. Each worker of
-            the data loader has a cache of its own.
+        cache_bytes: 0 keeps nothing; a small data set that is read many times saves the time of
+            decoding. Each worker of the data loader has a cache of its own.
 
     Raises:
         DataError: there are no examples.
@@ -37,6 +42,7 @@ class SFTDataset(torch.utils.data.Dataset):
         row = self._cache.get(index)
         if row is None:
             row = self.encoder(self.examples[index])
+            # what is kept stays: evicting hits less often where an epoch reads each row once
             num_bytes = pixel_bytes(row)
             if num_bytes <= self._bytes_left:
                 self._bytes_left -= num_bytes
@@ -50,5 +56,5 @@ class SFTDataset(torch.utils.data.Dataset):
 
 
 def pixel_bytes(row: object) -> int:
-    """Bytes of all pixels that a row holds: a row may have other images beside those of its prompt."""
+    """Counts the bytes of all pixels of a row: of its prompt's images, and of helper images."""
     return sum(value.pixel_values.nbytes for value in vars(row).values() if isinstance(value, ImageInputs))

@@ -1,4 +1,4 @@
-"""Images of SFT's rows and batches: how large the processor makes them, and what the model makes of them."""
+"""Images of SFT: their size in tokens, their two tensors in a batch, their embeddings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from grpo_latent.models.adapter import ModelAdapter
 
 
 def set_image_tokens(processor: ProcessorMixin, minimum: int | None, maximum: int | None) -> None:
-    """Bounds the merged visual tokens of an image; the processor is saved with the model, so RL sees the same images.
+    """Bounds the merged visual tokens of an image.
+
+    The processor is saved with the model, so that RL sees the same images.
 
     Raises:
         ConfigError: the bounds cross, or the family's images have one size.
@@ -22,21 +24,21 @@ def set_image_tokens(processor: ProcessorMixin, minimum: int | None, maximum: in
 
 
 def image_columns(images: ImageInputs | None, prefix: str = "") -> dict[str, Tensor]:
-    """The two tensors of a batch that carry its images; none where there are no images."""
+    """Returns the two tensors of a batch that carry its images; none where there are no images."""
     if images is None:
         return {}
     return {f"{prefix}pixel_values": images.pixel_values, f"{prefix}image_grid_thw": images.image_grid_thw}
 
 
 def batch_images(batch: dict[str, Tensor], prefix: str = "") -> ImageInputs | None:
-    """The inverse of `image_columns`."""
+    """Inverts `image_columns`."""
     if f"{prefix}pixel_values" not in batch:
         return None
     return ImageInputs(batch[f"{prefix}pixel_values"], batch[f"{prefix}image_grid_thw"])
 
 
 def visual_embeddings(adapter: ModelAdapter, images: ImageInputs | None) -> Tensor:
-    """Image embeddings after the merger, [M, H], of all images in order."""
+    """Embeds all images in order, after the merger: [M, H], M merged visual tokens."""
     if images is None:
         return torch.zeros(0, adapter.hidden_size, device=adapter.device, dtype=adapter.dtype)
     return adapter.encode_images(images)

@@ -1,7 +1,10 @@
 """What the losses of all methods have in common: cross-entropy over the labelled positions.
 
-Every loss term of SFT is a *sum*, and the trainer owns the denominator: under gradient accumulation and data parallelism
-that is the number of labels, or of latents, of the whole optimizer step.
+Every loss term of SFT is a *sum*, and the trainer owns the denominator: under gradient
+accumulation and data parallelism that is the number of labels, or of latents, of the whole
+optimizer step.
+
+Legend: B rows, T positions, M labelled positions, H hidden states, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,18 +18,18 @@ from grpo_latent.sft.common.rows import IGNORED
 
 
 def cross_entropy_sum(logits_MV: Tensor, labels_M: Tensor) -> Tensor:
-    """Sum of -log softmax(logits)[label] over M labels, a float32 scalar."""
+    """Sums -log softmax(logits)[label] over M labels, a float32 scalar."""
     return F.cross_entropy(logits_MV.float(), labels_M, reduction="sum")
 
 
 def labels_cross_entropy(adapter: ModelAdapter, hidden_BTH: Tensor, labels_BT: Tensor) -> Tensor:
-    """Sum of the cross-entropy over the positions of a batch that have a label, a float32 scalar.
+    """Sums the cross-entropy over the positions of a batch that have a label, a float32 scalar.
 
     Args:
         hidden_BTH: last hidden states of the batch's forward.
         labels_BT: int64, label-aligned, `IGNORED` where nothing is scored.
     """
     is_label_BT = labels_BT != IGNORED
-    # logits of labelled positions only: those of a prompt with an image would take most of the memory
+    # of labelled positions only: logits of a prompt with an image would take most of the memory
     logits_MV = adapter.logits(hidden_BTH[token_sources(is_label_BT)])
     return cross_entropy_sum(logits_MV, labels_BT[is_label_BT])

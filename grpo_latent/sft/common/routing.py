@@ -1,4 +1,4 @@
-"""How a training step reaches the model: by a keyword of its own, through the module's own forward."""
+"""How a step reaches the model: by a keyword of its own, through the module's forward."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ SFT_KEYWORD = "sft_batch"
 
 
 def route_sft_batches(model: nn.Module, compute: Callable[..., dict[str, Tensor]]) -> Callable[[], None]:
-    """Makes `model(sft_batch=...)` call `compute(...)`; other calls go to the model as before. Returns the undo.
+    """Makes `model(sft_batch=...)` call `compute(...)`, and returns what undoes it.
 
-    The loss must be computed inside the module's own forward: DistributedDataParallel and FSDP prepare and gather
-    parameters there, and accelerate's autocast wraps it.
+    Other calls go to the model as before.
+
+    The loss must be computed inside the module's own forward: DistributedDataParallel and FSDP
+    prepare and gather parameters there, and accelerate's autocast wraps it.
     """
-    forward, own_forward = model.forward, model.__dict__.get("forward")
+    forward = model.forward
+    own_forward = model.__dict__.get("forward")  # if somebody has patched it already
 
     def routed(*args, **kwargs):
         if SFT_KEYWORD in kwargs:

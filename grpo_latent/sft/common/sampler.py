@@ -1,4 +1,4 @@
-"""Which rows make a batch: a function of (seed, epoch) alone, so that a resumed run reads the same rows."""
+"""Which rows make a batch: a function of (seed, epoch), so that a resumed run reads the same."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from grpo_latent.errors import ConfigError
 
 
 class SeededBatchSampler(Sampler[list[int]]):
-    """Batches of a seeded permutation of the rows, drawn anew each epoch; the incomplete last batch is left out.
+    """Cuts a seeded permutation of the rows, drawn anew each epoch, into batches.
 
-    With `labelled_per_batch`, each batch has that many rows with an answer and the rest without: an epoch is one pass over
-    the rows without, while the few with an answer come round as often as needed.
+    The incomplete last batch is left out: all steps are of one size.
+
+    With `labelled_per_batch`, each batch has that many rows with an answer and the rest without:
+    an epoch is one pass over the rows without, while the few with an answer come round as often as
+    needed.
 
     Args:
         has_answer: one truth value per row.
@@ -25,7 +28,10 @@ class SeededBatchSampler(Sampler[list[int]]):
     ):
         rows = np.arange(len(has_answer))
         labelled = np.asarray(has_answer, dtype=bool)
-        self.batch_size, self.drop_last, self.seed, self.epoch = batch_size, True, seed, 0
+        self.batch_size = batch_size
+        self.drop_last = True  # accelerate asks for it
+        self.seed = seed
+        self.epoch = 0
         # (rows, how many of them a batch takes), the pool that makes the epoch first
         self._pools = [(rows, batch_size)]
         if labelled_per_batch is not None:
@@ -60,6 +66,7 @@ class SeededBatchSampler(Sampler[list[int]]):
         rng = np.random.default_rng([self.seed, self.epoch])
         streams = []
         for pool, share in self._pools:
+            # the smaller pool comes round again, each time in another order
             num_passes = -(-self._num_batches * share // len(pool))
             streams.append(np.concatenate([rng.permutation(pool) for _ in range(num_passes)]))
         for batch_idx in range(self._num_batches):

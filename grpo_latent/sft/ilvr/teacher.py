@@ -1,11 +1,14 @@
-"""What ILVR's momentum teacher does for a batch: one forward of its own, then the targets of every span.
+"""What ILVR's momentum teacher does for a batch: one forward, then the targets of every span.
 
     examples, latents as placeholders ──teacher, one forward──▶ h [B, T, H], last layer's q and k
     helper images ──teacher's vision──▶ candidates of each span
     span by span: query ──select──▶ targets [K*, H]         (pure functions of `sft.ilvr.distillation`)
 
-A later span's query looks at the targets of earlier ones, but needs no forward of its own: the published recipe's
-choice depends on earlier targets through their mean only.
+A later span's query looks at the targets of earlier ones, but needs no forward of its own: the
+published recipe's choice depends on earlier targets through their mean only.
+
+Legend: B rows, T positions, S keys of a forward, M visual tokens or candidates, N and K* targets,
+A attention heads, D head dim, H hidden states.
 """
 
 from __future__ import annotations
@@ -33,10 +36,11 @@ from grpo_latent.trajectory import PositionKind
 def teacher_targets(
     teacher: ModelAdapter, batch: dict[str, Tensor], visibility: str, top_k: int = 8, top_p: float = 0.9
 ) -> list[Tensor]:
-    """Targets [K*, H] of each span of a batch of `collate_rows`, in row-major order, best first.
+    """Chooses the targets [K*, H] of each span of a batch, in row-major order, best first.
 
     Args:
         teacher: adapter of the teacher's model.
+        batch: of `collate_rows`.
 
     Raises:
         LatentMismatchError: helper images and spans differ in number.
@@ -67,7 +71,7 @@ def teacher_targets(
 
 
 def helper_candidates(teacher: ModelAdapter, batch: dict[str, Tensor]) -> list[Tensor]:
-    """Candidates [M, H] of each helper image: its embeddings after the merger, pooled to at most 256."""
+    """Makes the candidates [M, H] of each helper image: its embeddings, pooled to at most 256."""
     images = helper_images(batch)
     if images is None:
         return []
@@ -86,7 +90,7 @@ def _targets_of_row(
     top_k: int,
     top_p: float,
 ) -> list[Tensor]:
-    """Targets of the spans of one row, in order."""
+    """Chooses the targets of the spans of one row, in order."""
     kinds_T, valid_T = batch["kinds"][row], batch["valid"][row]
     is_question_T = (kinds_T == PositionKind.PROMPT) & valid_T
     is_image_T = (batch["input_ids"][row] == teacher.image_token_id) & (kinds_T == PositionKind.VISION) & valid_T
@@ -102,7 +106,9 @@ def _targets_of_row(
         columns = (numbers_T == number).nonzero()[:, 0]
         start = int(columns[0])
         is_text_T = kinds_T == PositionKind.TEXT
-        is_text_T[:end_of_last] = is_text_T[start:] = False
+        is_text_T[:end_of_last] = False
+        is_text_T[start:] = False
+        # of this row only: a query knows what its own response has shown so far
         earlier_NH = torch.cat(targets) if targets else hidden_TH[:0]
         query_H = span_query(question_H, hidden_TH[is_text_T], earlier_NH)
         chosen = select_candidates(query_H, candidates[number], min(top_k, len(columns)), top_p)

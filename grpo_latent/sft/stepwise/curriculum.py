@@ -1,9 +1,10 @@
-"""The curriculum of IVT-LR and Coconut on the Hugging Face Trainer: step after step of the rationale becomes a slot.
+"""The curriculum of IVT-LR and Coconut: step after step of the rationale becomes a slot.
 
     optimizer step     0 … a      … b      … c      …
     stage              0     1        2        S          slots in front of what is still written out
 
-The stage is a function of the optimizer step alone, so that a resumed run is at the stage of an uninterrupted one.
+The stage is a function of the optimizer step alone, so that a resumed run is at the stage of an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from grpo_latent.errors import ConfigError
 
 @dataclass(frozen=True)
 class Stage:
-    """`num_slots` slots of the prompt, then the rationale from `first_step` on; None: the answer alone."""
+    """What a stage trains: `num_slots` slots, then the rationale from `first_step` on.
+
+    `first_step` None leaves the whole rationale out: the answer alone.
+    """
 
     num_slots: int
     first_step: int | None
@@ -29,17 +33,19 @@ class Stage:
 
 @dataclass(frozen=True)
 class CurriculumConfig:
-    """What the stages minimise, and how long each lasts: the `loss` section of methods `ivt_lr` and `coconut`.
+    """What the stages minimise, and how long each lasts: the `loss` section of these methods.
 
     Attributes:
         gradient: through the slots' h: `cut` (IVT-LR, 2510.12603) or `bptt` (Coconut, 2412.06769).
         slots_per_step: slots that replace a step (Coconut's c).
-        answers_only: whether one more stage follows, in which the steps that have no slot are left out too (Coconut: of
-            rationales with more steps than the slots stand for).
+        answers_only: whether one more stage follows, in which the steps that have no slot are left
+            out too (Coconut: of rationales with more steps than the slots stand for).
         epochs_per_stage: of each stage; the last one goes on to the end of training. Or
         steps_per_stage: optimizer steps of each stage but the last; replaces `epochs_per_stage`.
-        reset_optimizer: whether a new stage begins with an optimizer that has no moments, as published.
-        save_stages: whether each stage but the last is saved when it ends, as `<output_dir>/stage_<s>`.
+        reset_optimizer: whether a new stage begins with an optimizer that has no moments, as
+            published.
+        save_stages: whether each stage but the last is saved when it ends, as
+            `<output_dir>/stage_<s>`.
     """
 
     gradient: str = "cut"
@@ -136,6 +142,7 @@ class Curriculum(TrainerCallback):
         return bisect_right(self._boundaries, step)
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        # the Trainer makes a step of an epoch's last, incomplete accumulation too
         steps_per_epoch = max(1, -(-len(train_dataloader) // args.gradient_accumulation_steps))
         self._boundaries = self.config.boundaries(self.num_stages, steps_per_epoch)
         if self._boundaries and state.max_steps <= self._boundaries[-1]:
@@ -147,6 +154,8 @@ class Curriculum(TrainerCallback):
             )
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        # at the step's beginning, not at the end of the one before: a run resumed here resets as
+        # well
         if self.config.reset_optimizer and state.global_step in self._boundaries:
             optimizer.state.clear()
             self.num_resets += 1

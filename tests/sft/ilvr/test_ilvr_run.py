@@ -1,6 +1,6 @@
 """ILVR's stages as whole runs of `python -m grpo_latent.sft`: the teacher resumes to the bit, stage 2 goes on from stage 1.
 
-SYSTEMS invariant 12 for ILVR. Not covered: several processes.
+Not covered: several processes.
 """
 
 import json
