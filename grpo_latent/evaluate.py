@@ -31,7 +31,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,8 +45,9 @@ from transformers.utils.logging import disable_progress_bar
 from grpo_latent.errors import ConfigError, GrpoLatentError
 from grpo_latent.eval.benchmarks import load_benchmark
 from grpo_latent.eval.decode import Decoding
-from grpo_latent.eval.evaluate import EvalSettings, Evaluation, fingerprint
+from grpo_latent.eval.evaluate import EvalSettings, Evaluation, PromptsDigest, fingerprint
 from grpo_latent.eval.journal import Journal
+from grpo_latent.eval.pixels import PixelStore
 from grpo_latent.eval.prompts import EvalPrompt, benchmark_prompts, read_prompts
 from grpo_latent.eval.report import VerdictSettings
 from grpo_latent.eval.scoring import GradeScorer, RewardScorer, Scorer
@@ -89,12 +90,13 @@ def run(config: DictConfig) -> dict:
         overrides=overrides,
         plain=config.model.plain,
     )
-    prompts, data = read_data(config, loaded)
+    digest = PromptsDigest()
+    prompts, data = read_data(config, loaded, digest.add if config.output is not None else lambda prompt: None)
     with make_scorer(config, loaded) as scorer, _progress() as bar:
         task = bar.add_task("own", total=len(prompts) * len(settings.phases()))
         journal = None
         if config.output is not None:
-            done = fingerprint(loaded, prompts, settings) | {"weights": weights_of(config.model.path), "data": data}
+            done = fingerprint(loaded, digest, settings) | {"weights": weights_of(config.model.path), "data": data}
             if config.data.benchmark.name is None:
                 done["reward"] = [OmegaConf.to_container(part) for part in (config.reward, config.latent.reward)]
                 done["reward files"] = [source_digest(spec) for spec in scorer.runner.functions]
@@ -139,22 +141,27 @@ def read_settings(config: DictConfig) -> EvalSettings:
     )
 
 
-def read_data(config: DictConfig, loaded: LatentModel) -> tuple[list[EvalPrompt], list[str]]:
-    """Prompts of `data.val_files`, or of `data.benchmark`, and what they were read from."""
-    benchmark = config.data.benchmark
+def read_data(
+    config: DictConfig, loaded: LatentModel, seen: Callable[[EvalPrompt], None]
+) -> tuple[list[EvalPrompt], list[str]]:
+    """Prompts of `data.val_files`, or of `data.benchmark`, and what they were read from; arguments as `read_prompts`."""
+    benchmark, size = config.data.benchmark, config.data.cache_bytes
+    if type(size) is not int or size < 0:
+        raise ConfigError("not a number of bytes", where="data.cache_bytes", got=size, expected="int >= 0")
+    store = PixelStore(size)
     if benchmark.name is not None:
         if benchmark.path is None:
             raise ConfigError("no folder", where="data.benchmark.path", got=None, expected="the benchmark's folder")
         items = load_benchmark(benchmark.name, benchmark.path, benchmark.subset)
         source = f"{benchmark.name} {benchmark.path}" + (f" {benchmark.subset}" if benchmark.subset else "")
-        return benchmark_prompts(items, loaded, config.data.max_rows), [source]
+        return benchmark_prompts(items, loaded, config.data.max_rows, store, seen), [source]
     if OmegaConf.is_missing(config.data, "val_files"):
         raise ConfigError(
             "nothing to evaluate on", where="data", got="neither", expected="val_files, or benchmark.name and .path"
         )
     files = config.data.val_files
     files = list(files) if isinstance(files, ListConfig) else [files]
-    return read_prompts(files, loaded, config.data.max_rows), [str(path) for path in files]
+    return read_prompts(files, loaded, config.data.max_rows, store, seen), [str(path) for path in files]
 
 
 @contextmanager

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.errors import ConfigError
 from grpo_latent.eval.ablations import image_partners
+from grpo_latent.eval.pixels import held
 from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.latent.treatments import Treatment
-from grpo_latent.models.adapter import ImageInputs
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.models.vision_cache import encoding_once
 from grpo_latent.rollout.hf import HFRolloutEngine
@@ -134,11 +135,11 @@ class Evaluator:
 
     @contextmanager
     def encoded_once(self, prompts: Sequence[EvalPrompt]) -> Iterator[list[Tensor | None]]:
-        """Merged image embeddings [M, H] of each prompt; within the block no image is encoded again.
+        """Merged image embeddings [M, H] of each prompt; within the block no image is encoded again, or read.
 
         All are encoded in one call at the beginning, so that they do not depend on what the block does.
         """
-        with encoding_once(self.adapter.backbone):
+        with held(prompt.images for prompt in prompts), encoding_once(self.adapter.backbone):
             yield self._visual(prompts)
 
     @torch.no_grad()

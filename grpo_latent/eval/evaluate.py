@@ -244,15 +244,26 @@ class Evaluation:
         return follow
 
 
-def fingerprint(loaded: LatentModel, prompts: Sequence[EvalPrompt], settings: EvalSettings) -> dict:
-    """What an evaluation's parts depend on, besides weights and reward: settings, latents, prompts."""
-    digest = hashlib.blake2b(digest_size=16)
-    for prompt in prompts:
-        digest.update(json.dumps([prompt.row_id, prompt.prompt_ids.tolist(), str(prompt.ground_truth)]).encode())
+class PromptsDigest:
+    """A digest of prompts in order, their pixels included, made while they are read."""
+
+    def __init__(self):
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def add(self, prompt: EvalPrompt) -> None:
+        text = json.dumps([prompt.row_id, prompt.prompt_ids.tolist(), str(prompt.ground_truth)])
+        self._digest.update(text.encode())
         if prompt.images is not None:
-            digest.update(prompt.images.pixel_values.float().numpy().tobytes())
+            self._digest.update(prompt.images.pixel_values.float().numpy().tobytes())
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def fingerprint(loaded: LatentModel, prompts: PromptsDigest, settings: EvalSettings) -> dict:
+    """What an evaluation's parts depend on, besides weights and reward: settings, latents, prompts."""
     return {
         "settings": json.loads(json.dumps(asdict(settings))) | {"treatment": repr(settings.treatment)},
         "latent_config": asdict(loaded.config),
-        "prompts": digest.hexdigest(),
+        "prompts": prompts.hexdigest(),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -10,14 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.backbones.registry import backbone_of
 from grpo_latent.data.boxes import box_to_prompt_tokens, check_box
+from grpo_latent.data.examples import ImageRef
 from grpo_latent.data.rows import check_prompt, iter_verl_rows
 from grpo_latent.errors import DataError
 from grpo_latent.eval.benchmarks import BenchmarkItem, check_max_rows, first_items
-from grpo_latent.models.adapter import ImageInputs
+from grpo_latent.eval.pixels import PixelStore
 from grpo_latent.models.loading import LatentModel
-from grpo_latent.models.prompts import encode_prompt
+from grpo_latent.models.prompts import Prompt, encode_prompt
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class EvalPrompt:
 
     Attributes:
         prompt_ids: int64 [P], image placeholders expanded.
-        images: pixels, or None.
+        images: pixels, perhaps made when they are asked for (`eval.pixels`), or None.
         roi: merged visual tokens of the row's boxes, in the order of the boxes, as indices among all visual tokens of the
             prompt; empty without boxes. What an ideal latent number i would be.
         where: file and row, for messages.
@@ -50,16 +52,29 @@ class EvalPrompt:
         return self.row_id if self.item is None else self.item.group_id
 
 
-def read_prompts(files: Iterable[str | Path], loaded: LatentModel, max_rows: int | None = None) -> list[EvalPrompt]:
+def read_prompts(
+    files: Iterable[str | Path],
+    loaded: LatentModel,
+    max_rows: int | None = None,
+    store: PixelStore | None = None,
+    seen: Callable[[EvalPrompt], None] = lambda prompt: None,
+) -> list[EvalPrompt]:
     """The rows of all files in order, at most `max_rows`.
+
+    Args:
+        store: of their pixels; None makes one.
+        seen: called with each prompt while its pixels are at hand.
 
     Raises:
         ConfigError: `max_rows` is no count.
         DataError: unreadable file or malformed row, by file, row and field.
     """
     check_max_rows(max_rows)
-    rows = (row for path in files for row in iter_verl_rows(path))
-    prompts = [encode_row(row, where, loaded, str(i)) for i, (row, where) in enumerate(islice(rows, max_rows))]
+    store, prompts = store or PixelStore(), []
+    rows = islice((row for path in files for row in iter_verl_rows(path)), max_rows)
+    for index, (row, where) in enumerate(rows):
+        prompts.append(encode_row(row, where, loaded, str(index), store))
+        seen(prompts[-1])
     if not prompts:
         raise DataError(
             "no rows to evaluate", where="data.val_files", got=str(list(files)), expected="at least one row"
@@ -68,40 +83,63 @@ def read_prompts(files: Iterable[str | Path], loaded: LatentModel, max_rows: int
 
 
 def benchmark_prompts(
-    items: Sequence[BenchmarkItem], loaded: LatentModel, max_rows: int | None = None
+    items: Sequence[BenchmarkItem],
+    loaded: LatentModel,
+    max_rows: int | None = None,
+    store: PixelStore | None = None,
+    seen: Callable[[EvalPrompt], None] = lambda prompt: None,
 ) -> list[EvalPrompt]:
-    """The questions of a benchmark, at most `max_rows`.
+    """The questions of a benchmark, at most `max_rows`; arguments as `read_prompts`.
 
     Raises:
         ConfigError: `max_rows` cuts rows of one question apart.
         DataError: an image cannot be read.
     """
-    prompts = []
+    store, prompts = store or PixelStore(), []
     for item in first_items(items, max_rows):
         where = f"{item.benchmark} {item.item_id}"
-        images = [image.open() for image in item.images]
-        prompt = encode_prompt(loaded.tokenizer, loaded.processor, item.messages, images, where)
-        prompts.append(
-            EvalPrompt(prompt.ids, prompt.images, item.benchmark, item.answer, where, item.item_id, item=item)
-        )
+        ids, images = _encode(loaded, item.messages, item.images, where, store)
+        prompts.append(EvalPrompt(ids, images, item.benchmark, item.answer, where, item.item_id, item=item))
+        seen(prompts[-1])
     return prompts
 
 
-def encode_row(row: dict, where: str, loaded: LatentModel, row_id: str) -> EvalPrompt:
-    """Raises `DataError` if the row is malformed."""
+def encode_row(row: dict, where: str, loaded: LatentModel, row_id: str, store: PixelStore | None = None) -> EvalPrompt:
+    """A row of verl's schema as a prompt.
+
+    Args:
+        store: of its pixels; None leaves them in the prompt.
+
+    Raises:
+        DataError: the row is malformed.
+    """
     messages, refs = check_prompt(row, where)
-    prompt = encode_prompt(loaded.tokenizer, loaded.processor, messages, [ref.open() for ref in refs], where)
+    ids, images = _encode(loaded, messages, refs, where, store)
     extra_info = row.get("extra_info") or {}
     return EvalPrompt(
-        prompt_ids=prompt.ids,
-        images=prompt.images,
+        prompt_ids=ids,
+        images=images,
         data_source=row["data_source"],
         ground_truth=row["reward_model"]["ground_truth"],
         where=where,
         row_id=row_id,
-        roi=_roi(extra_info, prompt.images, loaded, where),
+        roi=_roi(extra_info, images, loaded, where),
         extra_info=extra_info,
     )
+
+
+def _encode(
+    loaded: LatentModel, messages: Sequence[dict], refs: Sequence[ImageRef], where: str, store: PixelStore | None
+) -> tuple[Tensor, ImageInputs | None]:
+    """Prompt ids int64 [P], and the images, whose pixels are the store's where there is one."""
+
+    def encode() -> Prompt:
+        return encode_prompt(loaded.tokenizer, loaded.processor, messages, [ref.open() for ref in refs], where)
+
+    prompt = encode()
+    if store is None or prompt.images is None:
+        return prompt.ids, prompt.images
+    return prompt.ids, store.add(prompt.images, lambda: encode().images.pixel_values)
 
 
 def _roi(extra_info: dict, images: ImageInputs | None, loaded: LatentModel, where: str) -> tuple[int, ...]:

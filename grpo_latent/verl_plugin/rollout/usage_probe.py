@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from grpo_latent.eval.pixels import PixelStore
 from grpo_latent.eval.prompts import encode_row
 from grpo_latent.eval.scoring import RewardScorer
 from grpo_latent.eval.usage import Usage, UsageProbe, UsageSettings
@@ -45,9 +46,10 @@ class ServerUsage:
         if self._probe is None:
             settings = dict(request.reward)
             runner = RewardRunner(specs_from_config(settings.pop("functions")), **settings)
+            store, rows = PixelStore(), enumerate(ray.get(request.rows))
             self._probe = UsageProbe(
                 self.loaded,
-                [encode_row(row, where, self.loaded, str(i)) for i, (row, where) in enumerate(ray.get(request.rows))],
+                [encode_row(row, where, self.loaded, str(i), store) for i, (row, where) in rows],
                 RewardScorer(runner, self.loaded),
                 request.settings,
                 request.max_new_tokens,
