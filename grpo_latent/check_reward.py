@@ -1,21 +1,24 @@
 """`python -m grpo_latent.check_reward my_reward.py [--name compute_score]`: tries a reward function before a run does.
 
-Exit code 0 if nothing is wrong, 1 if something is.
+Exit code 0 if nothing is wrong, 2 if something is (see `common.command`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from grpo_latent.common.command import DONE, REFUSED, command
 from grpo_latent.rewards.check import CheckReport, check_function
 from grpo_latent.rewards.functions import DEFAULT_NAME, FunctionSpec
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m grpo_latent.check_reward", description=__doc__.splitlines()[0])
     parser.add_argument("path", help="Python file, or pkg://package.module")
@@ -29,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     spec = FunctionSpec(options.path, options.name, kwargs=options.kwargs)
     report = check_function(spec, options.ground_truth, options.wrong_answer, options.data_source, options.timeout_s)
     show(report, spec)
-    return 1 if report.problems else 0
+    return REFUSED if report.problems else DONE
 
 
 def show(report: CheckReport, spec: FunctionSpec) -> None:
@@ -53,4 +56,4 @@ def show(report: CheckReport, spec: FunctionSpec) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -29,20 +29,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import hydra
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils.logging import disable_progress_bar
 
-from grpo_latent.errors import ConfigError, GrpoLatentError
+from grpo_latent.common.command import config_command
+from grpo_latent.common.dtypes import parse_dtype
+from grpo_latent.common.files import write_text
+from grpo_latent.common.settings import build
+from grpo_latent.errors import ConfigError
 from grpo_latent.eval.benchmarks import load_benchmark
 from grpo_latent.eval.decode import Decoding
 from grpo_latent.eval.evaluate import EvalSettings, Evaluation, PromptsDigest, fingerprint
@@ -53,20 +55,16 @@ from grpo_latent.eval.report import VerdictSettings
 from grpo_latent.eval.scoring import GradeScorer, RewardScorer, Scorer
 from grpo_latent.eval.table import report_table
 from grpo_latent.latent.treatments import parse_treatment
-from grpo_latent.models.loading import LatentModel, load_latent_model, parse_dtype
+from grpo_latent.models.loading import LatentModel, load_latent_model
 from grpo_latent.rewards.functions import source_digest, specs_from_config
 from grpo_latent.rewards.runner import RewardRunner
 
 OVERRIDES = ("visibility", "steps", "exit", "max_spans")
 
 
-@hydra.main(config_path="pkg://grpo_latent.config", config_name="evaluate", version_base=None)
+@config_command("evaluate")
 def main(config: DictConfig) -> None:
-    try:
-        report = run(config)
-    except GrpoLatentError as error:  # a message for the user, not a traceback of ours
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
+    report = run(config)
     # tables do not fit the 80 columns that a pipe is taken for
     Console(width=None if sys.stdout.isatty() else 110).print(report_table(report))
 
@@ -117,7 +115,7 @@ def run(config: DictConfig) -> dict:
         "seed": config.seed,
     }
     if config.output is not None:
-        write_json(Path(config.output), report)
+        write_report(Path(config.output), report)
         journal.discard()
     return report
 
@@ -136,7 +134,7 @@ def read_settings(config: DictConfig) -> EvalSettings:
         leak_prompts=config.leak_prompts,
         seed=config.seed,
         prompts_per_batch=config.prompts_per_batch,
-        verdict=VerdictSettings(**config.verdict),
+        verdict=build(VerdictSettings, config.verdict, "verdict"),
         treatment=parse_treatment(config.latent.treatment)[0],
     )
 
@@ -185,17 +183,14 @@ def weights_of(folder: str) -> list:
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
-def write_json(path: Path, report: dict) -> None:
-    """Atomically: a reader sees the old file or the new one. A prompt's or an ablation's outcomes take one line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+def write_report(path: Path, report: dict) -> None:
+    """Writes the report as JSON in which a prompt's or an ablation's outcomes take one line."""
     rows = {name: f"@{name}@" for name in ("prompts", "outcomes")}
     text = json.dumps(report | rows, indent=2)
     lines = ",\n".join(f"    {json.dumps(prompt)}" for prompt in report["prompts"])
     text = text.replace('"@prompts@"', f"[\n{lines}\n  ]")
     lines = ",\n".join(f"    {json.dumps(n)}: {json.dumps(values)}" for n, values in report["outcomes"].items())
-    part.write_text(text.replace('"@outcomes@"', f"{{\n{lines}\n  }}") + "\n")
-    os.replace(part, path)
+    write_text(path, text.replace('"@outcomes@"', f"{{\n{lines}\n  }}") + "\n")
 
 
 def _progress() -> Progress:
@@ -204,4 +199,4 @@ def _progress() -> Progress:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from grpo_latent.common.command import command
+from grpo_latent.common.dtypes import parse_dtype
 from grpo_latent.data.examples import ImageRef
-from grpo_latent.errors import GrpoLatentError
-from grpo_latent.models.loading import parse_dtype
 from grpo_latent.rollout.llm import ENGINES, LatentLLM
 from grpo_latent.rollout.protocol import SamplingParams
 
@@ -40,16 +40,13 @@ def read_image(path: str) -> Image.Image:
     return ImageRef(where="--image", path=Path(path)).open()
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    try:
-        images = [read_image(path) for path in args.image]
-        sampling = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
-        llm = LatentLLM(args.model, args.engine, parse_dtype(args.dtype, "--dtype"), args.device)
-        groups = llm.generate([args.prompt], [images], sampling, args.num, args.seed, args.steps)
-    except GrpoLatentError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    images = [read_image(path) for path in args.image]
+    sampling = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
+    llm = LatentLLM(args.model, args.engine, parse_dtype(args.dtype, "--dtype"), args.device)
+    groups = llm.generate([args.prompt], [images], sampling, args.num, args.seed, args.steps)
     for trajectory in groups[0]:
         record = {
             "text": llm.text(trajectory),
@@ -58,7 +55,6 @@ def main(argv: list[str] | None = None) -> int:
             "num_tokens": len(trajectory.token_ids),
         }
         print(json.dumps(record, ensure_ascii=False))
-    return 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import os
 import shlex
 import sys
 
-from grpo_latent.errors import ConfigError, GrpoLatentError
+from grpo_latent.common.command import command
+from grpo_latent.errors import ConfigError
 from grpo_latent.rollout.vllm.compat import (
     RUNNER_VARIABLE,
     SCHEDULER_CLASSES,
@@ -78,22 +79,19 @@ def vllm_command(
     return command + flags
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: list[str] | None = None) -> None:
     args, flags = parse(argv)
-    try:
-        _, platform = check_installed()
-        overrides = {} if args.steps is None else {"steps": args.steps}
-        skeleton = read_skeleton(args.model, overrides)
-        command = vllm_command(skeleton, args.model, platform, flags, overrides, args.max_latents)
-        is_v2 = pin_runner()
-    except GrpoLatentError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    _, platform = check_installed()
+    overrides = {} if args.steps is None else {"steps": args.steps}
+    skeleton = read_skeleton(args.model, overrides)
+    arguments = vllm_command(skeleton, args.model, platform, flags, overrides, args.max_latents)
+    is_v2 = pin_runner()
     if args.print_command:
         program = "vllm" if platform == "cuda" else f"python -m {CLI}"
-        print(f"{RUNNER_VARIABLE}={int(is_v2)} {program} {shlex.join(command)}")
-        return 0
-    os.execv(sys.executable, [sys.executable, "-m", CLI, *command])
+        print(f"{RUNNER_VARIABLE}={int(is_v2)} {program} {shlex.join(arguments)}")
+        return
+    os.execv(sys.executable, [sys.executable, "-m", CLI, *arguments])
 
 
 if __name__ == "__main__":

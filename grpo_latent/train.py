@@ -14,12 +14,12 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-import hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from grpo_latent.common.command import config_command
 from grpo_latent.errors import CheckpointError, ConfigError, DataError, GrpoLatentError
 
 LOG_FILE, METRICS_FILE, CONFIG_FILE = "train.log", "metrics.jsonl", "config.yaml"
@@ -36,13 +36,9 @@ class VerlConfigs(SearchPathPlugin):
 Plugins.instance().register(VerlConfigs)
 
 
-@hydra.main(config_path="pkg://grpo_latent.config", config_name="grpo", version_base=None)
+@config_command("grpo")
 def main(config: DictConfig) -> None:
-    try:
-        train(config)
-    except GrpoLatentError as error:  # a message for the user, not a traceback of ours
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
+    train(config)
 
 
 def train(config: DictConfig) -> None:
@@ -158,9 +154,9 @@ def check_checkpoint(config: DictConfig):
     settings, folder = config.latent.preflight, config.actor_rollout_ref.model.path
     if settings.num_prompts == 0 or "://" in folder:
         return None
+    from grpo_latent.common.dtypes import parse_dtype
     from grpo_latent.data.rows import check_prompt, iter_verl_rows
     from grpo_latent.latent.treatments import parse_treatment
-    from grpo_latent.models.loading import parse_dtype
     from grpo_latent.rollout.preflight import PreflightPrompt, preflight
     from grpo_latent.rollout.protocol import SamplingParams
     from grpo_latent.verl_plugin.boot.options import CHECKPOINT_FIELDS
@@ -260,4 +256,4 @@ def _last_line(error: Exception) -> str:
 
 if __name__ == "__main__":
     stay_on_loopback()
-    main()
+    sys.exit(main())

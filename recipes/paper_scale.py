@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import grpo_latent.train  # noqa: F401  (puts verl's configs on hydra's search path)
+from grpo_latent.common.dtypes import parse_dtype
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.latent.mechanisms import SLOT_TOKENS
@@ -20,7 +21,6 @@ from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.head import attach_latent_modules, feedback
 from grpo_latent.models.visibility import attention_bias
 from grpo_latent.sft.common.parameters import add_lora, freeze_vision
-from grpo_latent.sft.common.settings import DTYPES
 from grpo_latent.sft.settings import SFTSettings
 from grpo_latent.verl_plugin.trainer.config_check import check_config
 
@@ -103,7 +103,7 @@ def check_memory(model_json: Path, settings: SFTSettings, gpu_gb: float = 80) ->
     Raises:
         ConfigError: more than 90 % of `gpu_gb`.
     """
-    model = meta_model(model_json, DTYPES[settings.model.dtype])
+    model = meta_model(model_json, parse_dtype(settings.model.dtype))
     if settings.model.lora.enabled:
         add_lora(model, settings.model.lora, new_token_ids=[0])
     freeze_vision(model, settings.model.freeze_vision, settings.model.freeze_merger)

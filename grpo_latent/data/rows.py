@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import io
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from grpo_latent.common.files import replacing_file
 from grpo_latent.data.examples import (
     ImageRef,
     LvrExample,
@@ -121,18 +121,11 @@ def write_verl_parquet(path: str | Path, rows: Iterable[dict]) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     num_rows, rows = 0, iter(rows)
-    try:
-        with pq.ParquetWriter(part, _schema(), compression="zstd") as writer:
-            while group := list(itertools.islice(rows, ROWS_PER_GROUP)):
-                writer.write_table(pa.Table.from_pylist(group, schema=_schema()))
-                num_rows += len(group)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing_file(path) as part, pq.ParquetWriter(part, _schema(), compression="zstd") as writer:
+        while group := list(itertools.islice(rows, ROWS_PER_GROUP)):
+            writer.write_table(pa.Table.from_pylist(group, schema=_schema()))
+            num_rows += len(group)
     return num_rows
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from grpo_latent.backbones.images import ImageInputs
+from grpo_latent.common.settings import check_keys
 from grpo_latent.errors import ConfigError
 from grpo_latent.eval.ablations import image_partners
 from grpo_latent.eval.pixels import held
@@ -55,10 +56,10 @@ class Decoding:
         Raises:
             ConfigError: an unknown key, or sampling settings without `n`.
         """
-        unknown = sorted(set(values) - {*LATENT_KEYS, *SAMPLING_KEYS})
-        if unknown or not values:
-            expected = f"some of {(*LATENT_KEYS, *SAMPLING_KEYS)}"
-            raise ConfigError("not a decoding strategy", where=where, got=unknown or values, expected=expected)
+        known = (*LATENT_KEYS, *SAMPLING_KEYS)
+        check_keys(values, known, where)
+        if not values:
+            raise ConfigError("not a decoding strategy", where=where, got=values, expected=f"some of {known}")
         if not values.get("n") and set(values) & set(SAMPLING_KEYS):
             raise ConfigError("sampling settings of a greedy decoding", where=where, got=values, expected="n >= 1")
         sampling = {name: values[name] for name in SAMPLING_KEYS[1:] if name in values}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from grpo_latent.common.files import write_bytes, write_text
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.eval.scoring import Outcome
 from grpo_latent.trajectory import Trajectory
@@ -74,8 +74,7 @@ class Journal:
                 expected="the settings that it was begun with",
                 fix="Delete the folder to begin anew, or choose another output.",
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(path, text.encode())
+        write_text(path, text)
 
     def has(self, phase: str, batch_idx: int) -> bool:
         return self.folder is not None and self._path(phase, batch_idx, "json").is_file()
@@ -109,12 +108,12 @@ class Journal:
         if self.folder is None:
             return
         if part.trajectories is not None:
-            _write(self._path(phase, batch_idx, "safetensors"), pack(part.trajectories))
+            write_bytes(self._path(phase, batch_idx, "safetensors"), pack(part.trajectories))
         values = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.name != "trajectories"}
         values["outcomes"] = [[dataclasses.astuple(outcome) for outcome in group] for group in part.outcomes]
         values["has_trajectories"] = part.trajectories is not None
         # last: a part counts once its JSON is there
-        _write(self._path(phase, batch_idx, "json"), json.dumps(values).encode())
+        write_text(self._path(phase, batch_idx, "json"), json.dumps(values))
 
     def discard(self) -> None:
         if self.folder is not None:
@@ -122,12 +121,6 @@ class Journal:
 
     def _path(self, phase: str, batch_idx: int, suffix: str) -> Path:
         return self.folder / f"{re.sub(r'[^A-Za-z0-9_=.,@-]', '_', phase)}.{batch_idx:05d}.{suffix}"
-
-
-def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
 
 
 def pack(trajectories: Sequence[Trajectory | None]) -> bytes:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from grpo_latent.common.files import write_bytes
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.eval.ablations import (
     IMAGE_SWAP,
@@ -179,7 +180,7 @@ class UsageProbe:
             return {}
         if is_start:
             self.reference.parent.mkdir(parents=True, exist_ok=True)
-            self.reference.write_bytes(pack(own))
+            write_bytes(self.reference, pack(own))
         if not self.reference.is_file():
             return {}
         start = unpack(self.reference.read_bytes())

@@ -11,44 +11,41 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers.utils.logging import disable_progress_bar
 
-from grpo_latent.errors import GrpoLatentError
-from grpo_latent.inspect.page import render, write_page
+from grpo_latent.common.command import command, print_error
+from grpo_latent.common.dtypes import parse_dtype
+from grpo_latent.common.files import write_text
+from grpo_latent.inspect.page import render
 from grpo_latent.inspect.report import Limits, Report, build_report
 from grpo_latent.inspect.run import Run, read_run
 from grpo_latent.inspect.wandb_log import log_report
-from grpo_latent.models.loading import parse_dtype
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     disable_progress_bar()  # transformers', for reading weights
     console = Console(stderr=True)
-    try:
-        runs = [read_run(folder, options.checkpoint, options.data) for folder in options.runs]
-        limits = Limits(options.trajectories, options.probe, int(options.megabytes * 1e6))
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task("heat maps", total=None)
-            dtype = parse_dtype(options.dtype, "--dtype")
-            report = build_report(
-                runs, limits, options.device, dtype, lambda done, total: bar.update(task, completed=done, total=total)
-            )
-        path = options.out or options.runs[0] / "report.html"
-        html = render(report, title_of(runs, report))
-        write_page(path, html)
-        if options.wandb:
-            import wandb
+    dtype = parse_dtype(options.dtype, "--dtype")
+    runs = [read_run(folder, options.checkpoint, options.data) for folder in options.runs]
+    limits = Limits(options.trajectories, options.probe, int(options.megabytes * 1e6))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("heat maps", total=None)
+        report = build_report(
+            runs, limits, options.device, dtype, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    path = options.out or options.runs[0] / "report.html"
+    html = render(report, title_of(runs, report))
+    write_text(path, html)
+    if options.wandb:
+        import wandb
 
-            with wandb.init(project=options.wandb, name=path.stem, job_type="inspect") as board:
-                log_report(board, report, html)
-    except GrpoLatentError as error:  # a message for the user, not a traceback of ours
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        with wandb.init(project=options.wandb, name=path.stem, job_type="inspect") as board:
+            log_report(board, report, html)
     for run in runs:
         for problem in run.problems:
-            print(f"{type(problem).__name__}: {problem}", file=sys.stderr)
+            print_error(problem)
     print(f"{path}  {path.stat().st_size / 1e6:.1f} MB, {len(report.blocks)} groups")
-    return 0
 
 
 def title_of(runs: Sequence[Run], report: Report) -> str:

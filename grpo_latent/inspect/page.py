@@ -9,9 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from importlib import resources
-from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
@@ -45,14 +43,6 @@ def render(report: Report, title: str) -> str:
         overview=Markup(embed(json.dumps(report.overview, allow_nan=False))),
         blocks={index: Markup(embed(text)) for index, text in report.blocks.items()},
     )
-
-
-def write_page(path: Path, html: str) -> None:
-    """Atomically: a reader sees the old page or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(html, encoding="utf-8")
-    os.replace(part, path)
 
 
 def embed(json_text: str) -> str:

@@ -29,27 +29,6 @@ from grpo_latent.models.tokens import add_latent_tokens
 _OFFICIAL_IDS = {"lvr_start_id": "start", "lvr_id": "latent", "lvr_end_id": "end", "lvr_latent_end_id": "latent_end"}
 _OFFICIAL_HEADS = {"simple": "mlp", "glu": "glu"}
 
-# verl's short names beside torch's
-DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-}
-
-
-def parse_dtype(name: str, where: str = "dtype") -> torch.dtype:
-    """The dtype of a model by its name in a config or on a command line; `ConfigError` for any other.
-
-    >>> parse_dtype("bf16")
-    torch.bfloat16
-    """
-    if name not in DTYPES:
-        raise ConfigError("unknown dtype", where=where, got=name, expected=f"one of {tuple(DTYPES)}")
-    return DTYPES[name]
-
 
 @dataclass(frozen=True)
 class LatentModel:

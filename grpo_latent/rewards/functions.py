@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from grpo_latent.common.settings import build
 from grpo_latent.errors import ConfigError
 
 DEFAULT_NAME = "compute_score"
 PACKAGE_PREFIX = "pkg://"  # verl's way to name a module of an installed package
 ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
-SPEC_KEYS = ("path", "name", "weight", "term", "kwargs")
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,9 @@ def specs_from_config(entries: Iterable[Mapping]) -> list[FunctionSpec]:
             raise ConfigError(
                 "not a reward function", where=where, got=entry, expected="{path, name, weight, term, kwargs}"
             )
-        unknown = sorted(set(entry) - set(SPEC_KEYS))
-        if unknown:
-            raise ConfigError("unknown key", where=where, got=unknown, expected=f"some of {SPEC_KEYS}")
-        specs.append(FunctionSpec(**{k: dict(v) if k == "kwargs" else v for k, v in entry.items() if v is not None}))
+        # plain, because the function runs in a process without OmegaConf's types
+        values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in entry.items() if v is not None}
+        specs.append(build(FunctionSpec, values, where))
     if not specs:
         raise ConfigError(
             "no reward function",

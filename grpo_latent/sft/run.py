@@ -18,6 +18,7 @@ from pathlib import Path
 import transformers
 from transformers import TrainingArguments, set_seed
 
+from grpo_latent.common.files import write_json
 from grpo_latent.common.step_folders import step_folders, step_of
 from grpo_latent.errors import ConfigError
 from grpo_latent.models.injection import LatentInjector
@@ -73,7 +74,7 @@ def run_sft(settings: SFTSettings) -> SFTResult:
     dataset = build_dataset(latent, settings)
     if args.should_save:
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "settings.json").write_text(json.dumps(as_dict(settings), indent=2) + "\n")
+        write_json(output_dir / "settings.json", as_dict(settings))
     bar = ProgressBar()
     trainer = parts.trainer(
         latent,
@@ -102,7 +103,7 @@ def run_sft(settings: SFTSettings) -> SFTResult:
     result = SFTResult(save_path, trainer.state.global_step, time.perf_counter() - start, metrics)
     if args.should_save:
         summary = {"model": str(save_path), "steps": result.steps, "seconds": round(result.seconds, 2), **metrics}
-        (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(output_dir / "summary.json", summary)
     return result
 
 

@@ -1,15 +1,19 @@
-"""Exit codes and messages of commands."""
+"""Exit codes and messages of commands. That every entry point is wrapped, the last test reads from their source."""
 
+import ast
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import grpo_latent
 from grpo_latent import errors
 from grpo_latent.common.command import command, config_command
 
+PACKAGE = Path(grpo_latent.__file__).parent
 TYPES = [t for t in vars(errors).values() if isinstance(t, type) and issubclass(t, errors.GrpoLatentError)]
 
 
@@ -94,3 +98,21 @@ def test_commands_with_a_hydra_config(tmp_path, body, arguments, code, message):
     assert done.returncode == code, done.stderr
     assert re.search(message, done.stderr, re.DOTALL), done.stderr
     assert ("Traceback" in done.stderr) == (code == 1)
+
+
+def entry_points():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if re.search(r'^if __name__ == "__main__":', path.read_text(), re.MULTILINE):
+            yield path.relative_to(PACKAGE)
+
+
+# vLLM's own command line; a process that a runner starts and talks to; a line of the Makefile
+NOT_OURS = {Path(name) for name in ("rollout/vllm/cli.py", "rewards/worker.py", "torchvision_ops.py")}
+
+
+@pytest.mark.parametrize("path", sorted(set(entry_points()) - NOT_OURS), ids=str)
+def test_every_command_is_wrapped(path):
+    tree = ast.parse((PACKAGE / path).read_text())
+    (main,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
+    assert [d for d in map(ast.unparse, main.decorator_list[:1]) if d == "command" or d.startswith("config_command(")]
+    assert (PACKAGE / path).read_text().rstrip().endswith("sys.exit(main())")

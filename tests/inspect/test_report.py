@@ -246,7 +246,7 @@ def test_secrets_of_a_config_are_not_shown():
 @pytest.mark.parametrize("name", ["none", "empty"])
 def test_no_run_is_an_error(name, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert main([str(tmp_path / name)]) == 1
+    assert main([str(tmp_path / name)]) == 2
     assert "DataError" in capsys.readouterr().err
 
 

@@ -79,9 +79,9 @@ def test_exit_codes_and_output(tmp_path, capsys):
     assert main(["pkg://reward.digits"]) == 0
     assert "nothing wrong" in capsys.readouterr().out
     (tmp_path / "bad.py").write_text(SIGNATURE + "    return [1]\n")
-    assert main([str(tmp_path / "bad.py")]) == 1
+    assert main([str(tmp_path / "bad.py")]) == 2
     assert "wrong type" in capsys.readouterr().out
-    assert main([str(tmp_path / "absent.py")]) == 1
+    assert main([str(tmp_path / "absent.py")]) == 2
     assert "no such reward file" in capsys.readouterr().out.replace("\n", " ")
 
 
@@ -89,4 +89,4 @@ def test_as_a_command(tmp_path):
     (tmp_path / "short.py").write_text("def compute_score(text): return 1.0\n")
     command = [sys.executable, "-m", "grpo_latent.check_reward", str(tmp_path / "short.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "cannot be called" in done.stdout
+    assert done.returncode == 2 and "cannot be called" in done.stdout

@@ -100,9 +100,9 @@ def test_specs_from_config():
         (["reward/digits.py"], "not a reward function"),
         ([{"path": "a.py", "weigth": 1}], r"unknown key.*weigth"),
         ([{"path": ""}], "needs a file"),
-        ([{"path": "a.py", "weight": "1"}], "no finite number"),
+        ([{"path": "a.py", "weight": "1"}], "weight: wrong type"),
         ([{"path": "a.py", "weight": float("nan")}], "no finite number"),
-        ([{"path": "a.py", "weight": True}], "no finite number"),
+        ([{"path": "a.py", "weight": True}], "weight: wrong type"),
         ([{"path": "a.py"}, {"path": "b/a.py"}], r"same name in the log.*\['a'\]"),
     ],
 )

@@ -26,7 +26,7 @@ from grpo_latent.models.loading import load_latent_model
 from grpo_latent.models.prompts import encode_prompt
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import RolloutRequest
-from grpo_latent.sft.__main__ import run as run_config
+from grpo_latent.sft.__main__ import main as run_config
 from grpo_latent.sft.run import run_sft
 from grpo_latent.sft.settings import SFTSettings
 

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from grpo_latent.common.command import command
 from grpo_latent.data.examples import response_template
 from grpo_latent.data.rows import encode_png, verl_row, write_verl_parquet
 from grpo_latent.errors import ConfigError
@@ -300,6 +302,7 @@ def to_rows(
     ]
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m grpo_latent.data.embedded.digits", description="Writes the embedded task."
@@ -335,4 +338,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

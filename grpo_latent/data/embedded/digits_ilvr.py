@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from grpo_latent.common.command import command
+from grpo_latent.common.files import replacing_file
 from grpo_latent.data.embedded.digits import KINDS, DigitExample, generate, scarce_labels
 from grpo_latent.data.examples import ANSWER_CLOSE, ANSWER_OPEN, IMAGE_PLACEHOLDER
 from grpo_latent.data.rows import encode_png
@@ -48,8 +50,7 @@ def write_ilvr_jsonl(path: str | Path, examples: Sequence[DigitExample], has_ans
     path = Path(path)
     folder = path.parent / IMAGE_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
+    with replacing_file(path) as part, part.open("w") as file:
         for index, (example, keeps_answer) in enumerate(zip(examples, has_answer, strict=True)):
             names = [f"{IMAGE_FOLDER}/{index:06d}{suffix}.png" for suffix in ("", *"abcdef"[: len(example.asked)])]
             for name, image in zip(names, [example.image, *example.helper_images], strict=True):
@@ -61,9 +62,9 @@ def write_ilvr_jsonl(path: str | Path, examples: Sequence[DigitExample], has_ans
             }
             known = {"original_final_answer": example.answer} if keeps_answer else {"has_answer": False}
             file.write(json.dumps(record | known) + "\n")
-    os.replace(part, path)
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m grpo_latent.data.embedded.digits_ilvr",
@@ -84,4 +85,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

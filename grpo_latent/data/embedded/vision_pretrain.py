@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from grpo_latent.common.command import command
+from grpo_latent.common.files import write_json
 from grpo_latent.data.embedded import digits
 from grpo_latent.models.tiny import EXPERIMENT_SIZES, TinyModel, TinySizes, tiny_qwen2_5_vl
 
@@ -167,10 +169,11 @@ def write_experiment_model(
     report = pretrain_vision(tiny, seed=seed, **pretraining)
     tiny.model.save_pretrained(folder)
     tiny.processor.save_pretrained(folder)
-    (Path(folder) / REPORT_FILE).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+    write_json(Path(folder) / REPORT_FILE, dataclasses.asdict(report))
     return report
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m grpo_latent.data.embedded.vision_pretrain",
@@ -200,4 +203,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

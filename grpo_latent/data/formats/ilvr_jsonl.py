@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from grpo_latent.common.command import command
 from grpo_latent.data.examples import IMAGE_PLACEHOLDER, ImageRef, check_images, join_content, split_content
 from grpo_latent.data.rows import verl_row, write_verl_parquet
 from grpo_latent.errors import DataError
@@ -205,6 +207,7 @@ def to_verl_rows(examples: Iterator[InterleavedExample], split: str) -> Iterator
         )
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m grpo_latent.data.formats.ilvr_jsonl", description="Writes rows for RL."
@@ -219,4 +222,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

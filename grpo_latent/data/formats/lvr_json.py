@@ -19,11 +19,14 @@ import argparse
 import io
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 
+from grpo_latent.common.command import command
+from grpo_latent.common.files import write_text
 from grpo_latent.data.examples import (
     IMAGE_PLACEHOLDER,
     LVR_PLACEHOLDER,
@@ -205,10 +208,11 @@ def write_lvr_json(path: str | Path, examples: Iterable[LvrExample]) -> int:
                 "has_answer": example.has_answer,
             }
         )
-    path.write_text(json.dumps(records, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(records, ensure_ascii=False) + "\n")
     return len(records)
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m grpo_latent.data.formats.lvr_json", description="Converts LVR JSON."
@@ -221,8 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     to_parquet.add_argument("--split", default="train")
     from_parquet = commands.add_parser("from-parquet", help="verl parquet with boxes -> published JSON, for SFT")
     from_parquet.add_argument("--parquet", type=Path, required=True)
-    for command in (to_parquet, from_parquet):
-        command.add_argument("--out", type=Path, required=True)
+    for parser_of in (to_parquet, from_parquet):
+        parser_of.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     if options.command == "to-parquet":
         examples = read_lvr_json(options.json, options.images, prepend_images=True)
@@ -234,4 +238,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,11 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import string
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from grpo_latent.common.command import command
 from grpo_latent.data.examples import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
@@ -331,6 +333,7 @@ def to_verl_rows(examples: Iterator[StepwiseExample], split: str) -> Iterator[di
         )
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m grpo_latent.data.formats.stepwise", description="Writes rows for RL."
@@ -345,4 +348,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

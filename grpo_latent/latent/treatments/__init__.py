@@ -22,10 +22,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from grpo_latent.common.settings import build, check_keys
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.treatments.gaussian import Gaussian, is_number
 from grpo_latent.latent.treatments.gumbel_soft import GumbelSoft
@@ -101,12 +102,9 @@ def parse_treatment(values: Mapping[str, Any] | None) -> tuple[Treatment, Latent
     name = values.pop("name", "mask")
     groups = {key: dict(values.pop(key) or {}) for key in (*TREATMENTS, OWN_OPTIONS) if key in values}
     known = [field.name for field in dataclasses.fields(LatentTerms)]
-    _check_keys(values, ["name", *TREATMENTS, OWN_OPTIONS, *known], "latent.treatment")
-    try:
-        terms = LatentTerms(**values)
-    except TypeError as error:
-        raise ConfigError("not numbers", where="latent.treatment", got=values, expected="numbers") from error
-    built = {key: _build(TREATMENTS[key], groups.get(key, {}), f"latent.treatment.{key}") for key in TREATMENTS}
+    check_keys(values, ["name", *TREATMENTS, OWN_OPTIONS, *known], "latent.treatment")
+    terms = build(LatentTerms, values, "latent.treatment")
+    built = {key: build(TREATMENTS[key], groups.get(key, {}), f"latent.treatment.{key}") for key in TREATMENTS}
     if name in built:
         if groups.get(OWN_OPTIONS):
             raise ConfigError(
@@ -116,19 +114,7 @@ def parse_treatment(values: Mapping[str, Any] | None) -> tuple[Treatment, Latent
                 expected=f"latent.treatment.{name}, or a treatment of your own",
             )
         return built[name], terms
-    return _build(_import(name), groups.get(OWN_OPTIONS, {}), "latent.treatment.options"), terms
-
-
-def _build(treatment: type[Treatment], options: dict, where: str) -> Treatment:
-    _check_keys(options, [field.name for field in dataclasses.fields(treatment)], where)
-    is_list = lambda value: isinstance(value, Sequence) and not isinstance(value, str)  # noqa: E731
-    return treatment(**{key: tuple(value) if is_list(value) else value for key, value in options.items()})
-
-
-def _check_keys(given: Mapping[str, Any], known: list[str], where: str) -> None:
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise ConfigError("unknown key", where=where, got=unknown, expected=f"one of {sorted(known)}")
+    return build(_import(name), groups.get(OWN_OPTIONS, {}), "latent.treatment.options"), terms
 
 
 def _import(name: Any) -> type[Treatment]:

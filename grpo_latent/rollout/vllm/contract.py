@@ -16,6 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from grpo_latent.common.command import command
 from grpo_latent.errors import PluginError
 from grpo_latent.rollout.vllm.compat import ENGINE_HF
 
@@ -190,17 +191,16 @@ def _changed(where: str, got: str) -> PluginError:
     )
 
 
-def main(folders: list[str]) -> int:
-    for folder in map(Path, folders):
+@command
+def main(folders: list[str] | None = None) -> None:
+    for folder in map(Path, sys.argv[1:] if folders is None else folders):
         for is_v2 in (False, True):
             try:
                 check_symbols(is_v2, folder)
             except PluginError as error:
-                print(f"{folder}: {error}", file=sys.stderr)
-                return 1
+                raise _changed(f"{folder}: {error.where}", error.got) from error
         print(f"{folder}: {len(COMMON + V1_RUNNER + V2_RUNNER)} symbols are as expected")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

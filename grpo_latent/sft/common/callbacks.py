@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from grpo_latent.common.files import write_text
+
 SHOWN = {"stage": "stage", "ce": "ce", "latent_loss": "latent", "latent_hit": "hit", "learning_rate": "lr"}
 
 
@@ -75,8 +77,7 @@ class JsonlLog(TrainerCallback):
         kept = [line for line in lines if _step(line) <= state.global_step]
         if state.global_step == 0:
             kept = []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(line + "\n" for line in kept))
+        write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and "loss" in (logs or {}):

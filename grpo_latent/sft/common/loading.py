@@ -8,13 +8,14 @@ from pathlib import Path
 from transformers import AutoProcessor, AutoTokenizer
 
 from grpo_latent.backbones.registry import known_model_types, read_backbone
+from grpo_latent.common.dtypes import parse_dtype
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.config import LATENT_CONFIG_FILE
 from grpo_latent.models.head import END_VECTOR_ATTRIBUTE, attach_latent_modules
 from grpo_latent.models.loading import LatentModel, find_eos_ids, load_latent_model, reading
 from grpo_latent.models.tokens import add_latent_tokens
 from grpo_latent.sft.common.latents import LatentSettings
-from grpo_latent.sft.common.settings import DTYPES, ModelSettings
+from grpo_latent.sft.common.settings import ModelSettings
 
 
 def is_latent_checkpoint(folder: Path) -> bool:
@@ -43,7 +44,7 @@ def load_for_sft(
         CheckpointError: not a model of the kind wanted with a chat template, or damaged.
         ConfigError: `latent.head` is not the one that the checkpoint has.
     """
-    dtype, attention = DTYPES[settings.dtype], settings.attn_implementation
+    dtype, attention = parse_dtype(settings.dtype, "model.dtype"), settings.attn_implementation
     folder = Path(settings.path)
     if folder.is_dir() and is_latent_checkpoint(folder):
         bundle = _load_latent(folder, dtype, attention, latent, trains_end_vector)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from grpo_latent.common.files import replacing_folder
 from grpo_latent.errors import CheckpointError
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.loading import LatentModel, read_tensors, save_latent_model
@@ -27,14 +26,8 @@ def save_for_rl(
         config: in place of the model's.
     """
     folder = Path(folder)
-    part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
-    for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    save_latent_model(part, latent.model, latent.tokenizer, latent.processor, config or latent.config, state_dict)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(part, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacing_folder(folder) as part:
+        save_latent_model(part, latent.model, latent.tokenizer, latent.processor, config or latent.config, state_dict)
     return folder
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 from grpo_latent.sft.common.parameters import LoraSettings
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "bfloat16")  # float16 would need a loss scale
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from grpo_latent.backbones.registry import backbone_of
+from grpo_latent.common.files import write_tensors
 from grpo_latent.errors import CheckpointError, ConfigError
 
 TEACHER_FOLDER = "teacher"  # below a checkpoint: beside its weights they would be taken for weights of the model
@@ -85,7 +85,7 @@ class MomentumTeacher:
         folder = Path(checkpoint) / TEACHER_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: average.detach().cpu().contiguous().clone() for name, average in self._averages.items()}
-        save_file(tensors, folder / _FILE, metadata={_NUM_UPDATES: str(self.num_updates)})
+        write_tensors(folder / _FILE, tensors, {_NUM_UPDATES: str(self.num_updates)})
 
     @torch.no_grad()
     def load(self, checkpoint: str | Path) -> None:

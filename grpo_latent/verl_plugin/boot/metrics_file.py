@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from grpo_latent.common.files import write_text
+
 
 def rewind_metrics(path: Path, step: int) -> None:
     """Drops the lines of steps after `step` from a jsonl of metrics (all of them where training starts at 0).
@@ -21,9 +23,7 @@ def rewind_metrics(path: Path, step: int) -> None:
                 kept.append(line)
         except json.JSONDecodeError:  # the line that the dying run was writing
             continue
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(partial, path)
+    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def metrics_path(project_name: str, experiment_name: str) -> Path:

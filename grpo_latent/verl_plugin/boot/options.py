@@ -7,12 +7,12 @@ part of the config that reaches workers, rollout servers and agent loops alike. 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grpo_latent.common.settings import build
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.latent.treatments import LatentTerms, Mask, Treatment, parse_treatment
@@ -94,14 +94,10 @@ class LatentOptions:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any] | None) -> LatentOptions:
-        """Raises `ConfigError` at an unknown key."""
+        """Raises `ConfigError` at an unknown key or a value of another type."""
         values = dict(values or {})
-        known = {f.name for f in dataclasses.fields(cls)} - {"terms"}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ConfigError("unknown key", where="latent", got=unknown, expected=f"one of {sorted(known)}")
         treatment, terms = parse_treatment(values.pop("treatment", None))
-        return cls(**values, treatment=treatment, terms=terms)
+        return build(cls, values, "latent", given={"treatment": treatment, "terms": terms})
 
     @classmethod
     def from_rollout(cls, rollout_config: Any) -> LatentOptions:

@@ -19,7 +19,8 @@ from verl import DataProto
 from verl.experimental.reward_loop.reward_manager import register
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
-from grpo_latent.errors import ConfigError, PluginError
+from grpo_latent.common.settings import check_keys
+from grpo_latent.errors import PluginError
 from grpo_latent.rewards.functions import specs_from_config
 from grpo_latent.rewards.runner import DEFAULT_TIMEOUT_S, RewardItem, RewardRunner
 
@@ -76,9 +77,7 @@ def reward_settings(config: DictConfig) -> dict[str, Any]:
     if node is None:
         node = OmegaConf.select(config, "actor_rollout_ref.rollout.custom.latent.reward")
     settings = {} if node is None else _plain(node)
-    unknown = sorted(set(settings) - set(SETTINGS))
-    if unknown:
-        raise ConfigError("unknown key", where="latent.reward", got=unknown, expected=f"some of {SETTINGS}")
+    check_keys(settings, SETTINGS, "latent.reward")
     settings = {key: value for key, value in settings.items() if value is not None}
     settings["functions"] = [dict(function) for function in settings.get("functions", [])]
     custom_node = OmegaConf.select(config, "reward.custom_reward_function")

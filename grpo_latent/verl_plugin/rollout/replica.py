@@ -18,8 +18,8 @@ from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
+from grpo_latent.common.dtypes import parse_dtype
 from grpo_latent.errors import RolloutError
-from grpo_latent.models.loading import parse_dtype
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.verl_plugin.boot import compat
 from grpo_latent.verl_plugin.boot.registration import ROLLOUT_NAME, VLLM_ROLLOUT_NAME

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from verl.utils.device import get_resource_name
 
+from grpo_latent.common.dtypes import parse_dtype
 from grpo_latent.eval.usage import Usage
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.loading import load_latent_model, parse_dtype
+from grpo_latent.models.loading import load_latent_model
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.trajectory import Trajectory

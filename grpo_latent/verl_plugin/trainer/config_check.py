@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoTokenizer
 
+from grpo_latent.common.settings import build
 from grpo_latent.errors import ConfigError
 from grpo_latent.eval.usage import UsageSettings
 from grpo_latent.latent.config import LatentConfig
@@ -21,7 +22,7 @@ from grpo_latent.verl_plugin.boot.registration import (
     VLLM_ROLLOUT_NAME,
 )
 from grpo_latent.verl_plugin.rewards.manager import reward_settings
-from grpo_latent.verl_plugin.trainer.latent_watch import AlarmSettings, settings_from
+from grpo_latent.verl_plugin.trainer.latent_watch import AlarmSettings
 from grpo_latent.verl_plugin.trainer.wandb_board import check_board
 
 REWARD_MANAGER = "grpo_latent"
@@ -41,8 +42,8 @@ def check_config(config: DictConfig) -> LatentOptions:
     check_layout(config.actor_rollout_ref.model, options.visibility, options.draw_temperature is not None)
     _check_treatment(config, options)
     check_board(config)
-    settings_from(UsageSettings, options.usage, "latent.usage")
-    settings_from(AlarmSettings, options.alarm, "latent.alarm")
+    build(UsageSettings, options.usage, "latent.usage")
+    build(AlarmSettings, options.alarm, "latent.alarm")
     if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT_NAME:
         _check_vllm(config, options)
     return options

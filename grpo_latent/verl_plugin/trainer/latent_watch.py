@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import ray
 
 from grpo_latent.common.files import write_json
+from grpo_latent.common.settings import build
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.eval.statistics import NOT_USED
 from grpo_latent.eval.usage import Usage, UsageSettings
@@ -59,8 +59,8 @@ class LatentWatch:
     """The trainer's end: asks a server to measure, and sounds the alarm. Each kind sounds once until it gets better."""
 
     def __init__(self, config, options):
-        self.settings = settings_from(UsageSettings, options.usage, "latent.usage")
-        self.alarm = settings_from(AlarmSettings, options.alarm, "latent.alarm")
+        self.settings = build(UsageSettings, options.usage, "latent.usage")
+        self.alarm = build(AlarmSettings, options.alarm, "latent.alarm")
         self.config, self.folder = config, Path(options.output_dir or config.trainer.default_local_dir)
         self._request: UsageRequest | None = None
         self._bad = {"vanished": 0, "unused": 0}
@@ -160,16 +160,3 @@ class LatentWatch:
     def _count(self, kind: str, is_bad: bool, text: str) -> str | None:
         self._bad[kind] = self._bad[kind] + 1 if is_bad else 0
         return text if self._bad[kind] == self.alarm.patience else None
-
-
-def settings_from(kind: type, values: Mapping[str, Any], where: str):
-    """A settings dataclass out of a config group.
-
-    Raises:
-        ConfigError: an unknown key.
-    """
-    known = kind.__dataclass_fields__
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ConfigError("unknown key", where=where, got=unknown, expected=f"some of {sorted(known)}")
-    return kind(**{name: tuple(value) if name == "ablations" else value for name, value in values.items()})

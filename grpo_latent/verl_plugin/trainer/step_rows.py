@@ -6,7 +6,6 @@ Pure functions of what verl stored; the trainer calls them in its own order.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from grpo_latent.common.files import replacing_file
 from grpo_latent.errors import ReplayGapError, RewardError
 from grpo_latent.eval.geometry import geometry
 
@@ -198,9 +198,10 @@ def dump_rollouts(folder: str | Path, step: int, rows: list[dict], latents: dict
         latents: float [n, H] by the trajectory's `id`.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors, text = folder / f"step_{step}.safetensors", folder / f"step_{step}.jsonl"
-    save_file({name: tensor.contiguous() for name, tensor in latents.items()}, f"{tensors}.partial")
-    Path(f"{text}.partial").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(f"{tensors}.partial", tensors)
-    os.replace(f"{text}.partial", text)
+    # readers look for the jsonl: it comes last
+    with (
+        replacing_file(folder / f"step_{step}.jsonl") as text,
+        replacing_file(folder / f"step_{step}.safetensors") as tensors,
+    ):
+        save_file({name: tensor.contiguous() for name, tensor in latents.items()}, tensors)
+        text.write_text("".join(json.dumps(row) + "\n" for row in rows))

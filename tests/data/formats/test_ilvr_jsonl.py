@@ -1,6 +1,7 @@
 """The ILVR reader: what a good record becomes, and one typed error for each way to break it."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -139,9 +140,9 @@ def test_rows_for_rl_need_no_plan(folder, capsys):
         ({"image_input": ["train.jsonl"]}, r"line 1: image_input\[0\]: not a readable image"),
     ],
 )
-def test_what_rl_cannot_use_leaves_no_file(folder, change, message):
+def test_what_rl_cannot_use_leaves_no_file(folder, change, message, capsys):
     path, out = folder / "train.jsonl", folder / "rl.parquet"
     path.write_text(json.dumps(RECORD | change))
-    with pytest.raises(DataError, match=message):
-        main(["--in", str(path), "--out", str(out)])
+    assert main(["--in", str(path), "--out", str(out)]) == 2
+    assert re.search(f"^DataError: .*{message}", capsys.readouterr().err)
     assert not out.exists()

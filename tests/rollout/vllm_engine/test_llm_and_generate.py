@@ -72,5 +72,5 @@ def test_command_line(folder, capsys):
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(records) == 2 and all(0 < record["num_tokens"] <= 12 for record in records)
     assert records[0].keys() == {"text", "latent_steps", "stop_reason", "num_tokens"}
-    assert generate.main([str(folder), "--prompt", "?", "--image", "nowhere.png"]) == 1
+    assert generate.main([str(folder), "--prompt", "?", "--image", "nowhere.png"]) == 2
     assert "DataError: --image: no such image file; got nowhere.png" in capsys.readouterr().err

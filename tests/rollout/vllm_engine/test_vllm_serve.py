@@ -281,17 +281,17 @@ def test_what_cannot_be_served_is_said_before_vllm_starts(folder, tmp_path, caps
     monkeypatch.setattr(compat, "installed_vllm", lambda: ("0.27.1", "cpu"))
     monkeypatch.setattr(serve, "pin_runner", lambda: False)
     monkeypatch.setattr(serve.os, "execv", lambda *args: None)  # would make this process a server
-    assert serve.main([str(folder), "--steps", "4", "--additional-config", "{}"]) == 1
+    assert serve.main([str(folder), "--steps", "4", "--additional-config", "{}"]) == 2
     for flag in ("--additional_config={}", "--additional-config.grpo_latent.max_latents=9"):
-        assert serve.main([str(folder), "--steps", "4", flag]) == 1
+        assert serve.main([str(folder), "--steps", "4", flag]) == 2
     assert capsys.readouterr().err.count("two places for the same options") == 3
     for room in ("0", "3"):
-        assert serve.main([str(folder), "--steps", "4", "--max-latents", room]) == 1
+        assert serve.main([str(folder), "--steps", "4", "--max-latents", room]) == 2
         assert f"no room for one latent span; got {room}; expected >= latent.steps = 4" in capsys.readouterr().err
-    assert serve.main([str(tmp_path / "nowhere")]) == 1
+    assert serve.main([str(tmp_path / "nowhere")]) == 2
     monkeypatch.setattr(compat, "installed_vllm", nothing)
-    assert serve.main([str(folder)]) == 1
+    assert serve.main([str(folder)]) == 2
     monkeypatch.setattr(compat, "installed_vllm", lambda: ("0.25.0", "cpu"))
-    assert serve.main([str(folder)]) == 1
+    assert serve.main([str(folder)]) == 2
     errors = capsys.readouterr().err
     assert "CheckpointError" in errors and "not installed" in errors and "got 0.25.0; expected 0.24.0" in errors

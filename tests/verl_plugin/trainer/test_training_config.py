@@ -126,10 +126,10 @@ def test_without_the_group_the_options_are_the_defaults():
         ("latent.dump_every=-1", "latent.dump_every"),
         ("latent.replay_logp_gap_bound=0", "replay_logp_gap_bound"),
         ("latent.rollout_timeout_s=-3", "rollout_timeout_s"),
-        ("latent.rollout_timeout_s=null", "latent.rollout_timeout_s: not a valid bound"),
+        ("latent.rollout_timeout_s=null", "latent.rollout_timeout_s: wrong type"),
         (
             "latent.selection=plackett_luce latent.selection_temperature=null",
-            "latent.selection_temperature: not a valid bound",
+            "latent.selection_temperature: wrong type",
         ),
         ("latent.usage.ablations=[zero,shuffle]", "latent.usage.ablations"),
         ("latent.usage.prompts_per_batch=0", "latent.usage.prompts_per_batch"),

@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from grpo_latent.common.settings import build
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.eval.prompts import encode_row
 from grpo_latent.eval.scoring import RewardScorer
@@ -27,7 +28,7 @@ from grpo_latent.verl_plugin.boot.registration import VLLM_ROLLOUT_NAME
 from grpo_latent.verl_plugin.rollout.server import LatentRolloutServer
 from grpo_latent.verl_plugin.trainer import latent_watch as usage
 from grpo_latent.verl_plugin.trainer import usage_server
-from grpo_latent.verl_plugin.trainer.latent_watch import AlarmSettings, LatentWatch, as_metrics, settings_from
+from grpo_latent.verl_plugin.trainer.latent_watch import AlarmSettings, LatentWatch, as_metrics
 from grpo_latent.verl_plugin.worker import gradients
 from grpo_latent.verl_plugin.worker.gradients import InputGradients
 
@@ -160,7 +161,7 @@ def test_names_in_the_log():
 )
 def test_unusable_settings_are_named(kind, values, message):
     with pytest.raises(ConfigError, match=message):
-        settings_from(kind, values, "latent.x")
+        build(kind, values, "latent.x")
 
 
 class Model(nn.Module):
