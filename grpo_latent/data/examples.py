@@ -13,28 +13,35 @@ from PIL import Image, UnidentifiedImageError
 from grpo_latent.data.boxes import check_box
 from grpo_latent.errors import DataError
 
-IMAGE_PLACEHOLDER, LVR_PLACEHOLDER = "<image>", "<lvr>"
-ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
+IMAGE_PLACEHOLDER = "<image>"
+LVR_PLACEHOLDER = "<lvr>"  # a span of a response, whatever tokens spell it out
+ANSWER_OPEN = "<answer>"
+ANSWER_CLOSE = "</answer>"
 _ANSWER = re.compile(re.escape(ANSWER_OPEN) + r"(.*?)" + re.escape(ANSWER_CLOSE), re.DOTALL)
 
 
 @dataclass(frozen=True)
 class ImageRef:
-    """An image that is decoded when it is wanted. Exactly one of `path` and `data` is set; `where` names the row."""
+    """An image that is decoded when it is wanted, and by nobody before.
+
+    Attributes:
+        where: file and row, for messages.
+        path, data: exactly one of them is set: the file, or its encoded bytes.
+    """
 
     where: str
     path: Path | None = None
     data: bytes | None = None
 
     def read_bytes(self) -> bytes:
-        """The file's content, undecoded. Raises `DataError` if there is no such file."""
+        """Reads the file's content, undecoded. Raises `DataError` if there is no such file."""
         if self.data is not None:
             return self.data
         self._check_exists()
         return self.path.read_bytes()
 
     def checked_bytes(self) -> bytes:
-        """`read_bytes` of a file that is an image by header and checksums. Raises `DataError`."""
+        """Reads a file that is an image by header and checksums. Raises `DataError`."""
         data = self.read_bytes()
         ImageRef(self.where, data=data).check()
         return data
@@ -50,7 +57,7 @@ class ImageRef:
             )
 
     def open(self) -> Image.Image:
-        """The RGB image; transparency over white.
+        """Decodes the RGB image; transparency over white.
 
         Raises:
             DataError: missing file, or bytes that are no image.
@@ -62,9 +69,10 @@ class ImageRef:
             raise self._unreadable(data, error) from error
 
     def check(self) -> None:
-        """Raises `DataError` unless the file exists, or the bytes in memory are an image by header and checksums.
+        """Raises `DataError` unless the file exists, or the bytes in memory are an image.
 
-        Decodes no pixels and reads no file, which would take hours over a large data set.
+        By header and checksums: it decodes no pixels and reads no file, which would take hours
+        over a large data set.
         """
         if self.data is None:
             self._check_exists()
@@ -85,10 +93,10 @@ class ImageRef:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB; transparent images over white, as verl's image loader does it."""
+    """Converts to RGB; transparent images over white, as verl's image loader does it."""
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         return image.convert("RGB")
-    image = image.convert("RGBA")
+    image = image.convert("RGBA")  # a palette's transparency becomes a channel
     white = Image.new("RGB", image.size, (255, 255, 255))
     white.paste(image, mask=image.getchannel("A"))
     return white
@@ -99,12 +107,13 @@ class LvrExample:
     """One supervised example, whatever file it came from.
 
     Attributes:
-        messages: before the response; contents are lists of {"type": "text", "text"} and {"type": "image"} in order.
+        messages: before the response; contents are lists of {"type": "text", "text"} and {"type":
+            "image"} in order.
         images: in the order of the image parts.
         boxes: normalised, one per `<lvr>` of the response, in order.
         box_images: index into `images`, one per box.
-        response: template with `<lvr>` where a span stands. Complete, to be followed by EOS, if `has_answer`;
-            otherwise it stops where the answer would begin, and no EOS follows.
+        response: template with `<lvr>` where a span stands. Complete, to be followed by EOS, if
+            `has_answer`; otherwise it stops where the answer would begin, and no EOS follows.
         has_answer: whether the answer is known.
         answer: its text, "" if unknown.
         where: file and row, for messages.
@@ -122,7 +131,7 @@ class LvrExample:
 
 
 def response_template(num_spans: int, answer: str | None) -> str:
-    """The default response: its spans, then the answer, or an open answer tag if the answer is unknown.
+    """Writes the default response: its spans, then the answer, or an open tag for an unknown one.
 
     >>> response_template(1, "7"), response_template(2, None)
     ('<lvr> <answer> 7 </answer>', '<lvr> <lvr> <answer>')
@@ -132,7 +141,7 @@ def response_template(num_spans: int, answer: str | None) -> str:
 
 
 def split_content(text: str) -> list[dict]:
-    """Content parts of a text with `<image>` placeholders, split as verl's data set does.
+    """Splits a text with `<image>` placeholders into content parts, as verl's data set does.
 
     >>> split_content("read red ?<image>")
     [{'type': 'text', 'text': 'read red ?'}, {'type': 'image'}]
@@ -141,17 +150,17 @@ def split_content(text: str) -> list[dict]:
     return [
         {"type": "image"} if segment == IMAGE_PLACEHOLDER else {"type": "text", "text": segment}
         for segment in segments
-        if segment
+        if segment  # re.split gives empty texts between two images and at the ends
     ]
 
 
 def join_content(content: Sequence[dict]) -> str:
-    """The inverse of `split_content`."""
+    """Inverts `split_content`."""
     return "".join(IMAGE_PLACEHOLDER if part["type"] == "image" else part["text"] for part in content)
 
 
 def find_answers(response: str) -> list[str]:
-    """The stripped texts between answer tags."""
+    """Finds the texts between answer tags, stripped."""
     return [text.strip() for text in _ANSWER.findall(response)]
 
 
@@ -198,10 +207,11 @@ def build_example(
 
     Args:
         messages: with split contents.
-        bboxes, bbox_images, response, has_answer: as read; None means absent, and gives no boxes, image 0, the default
-            response.
+        bboxes, bbox_images, response, has_answer: as read; None means absent, and gives no boxes,
+            image 0, the default response.
         answer: "" if unknown.
-        fields: how the format calls messages, bboxes, bbox_images, response, has_answer and answer.
+        fields: how the format calls messages, bboxes, bbox_images, response, has_answer and
+            answer.
 
     Raises:
         DataError: see the messages.
@@ -260,6 +270,7 @@ def _check_box_images(bbox_images: object, num_boxes: int, num_images: int, prob
         )
     indices = (0,) * num_boxes if bbox_images is None else bbox_images
     valid = isinstance(indices, list | tuple) and len(indices) == num_boxes
+    # not isinstance: True is an int
     if not valid or not all(type(index) is int and 0 <= index < num_images for index in indices):
         raise problem(
             "bbox_images",
@@ -283,6 +294,7 @@ def _check_response(response: object, num_boxes: int, has_answer: bool, problem)
             f"one {LVR_PLACEHOLDER} per box",
             "Add the missing boxes or placeholders.",
         )
+    # an answer that the reward would not find teaches a format that is never rewarded
     num_answers = len(find_answers(response))
     closed_tags = response.count(ANSWER_CLOSE)
     if has_answer and (num_answers, closed_tags) != (1, 1):
