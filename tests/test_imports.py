@@ -37,6 +37,7 @@ ALLOWED = {
 }
 # package -> its rooms in order; a module imports its own room and earlier ones, rooms in one pair of brackets not each other
 ROOMS = {
+    "data": (("boxes",), ("examples",), ("rows",), ("formats", "embedded")),
     "sft": (("common",), ("lvr", "ilvr", "stepwise"), ("methods",), ("settings",), ("run",), ("__main__",)),
     "verl_plugin": (("boot",), ("rewards",), ("rollout",), ("worker",), ("trainer",)),
 }
@@ -200,6 +201,9 @@ def test_the_rule_catches(module, source, num_violations):
         ("grpo_latent.sft.ilvr.x", "from grpo_latent.sft.common.rows import IGNORED", 0),
         ("grpo_latent.sft.run", "from grpo_latent.sft.settings import SFTSettings", 0),
         ("grpo_latent.verl_plugin.boot.x", "from grpo_latent.verl_plugin.worker import engine", 1),
+        ("grpo_latent.verl_plugin.rollout.x", "def f():\n    from grpo_latent.verl_plugin.trainer import trainer", 1),
+        ("grpo_latent.data.rows", "from grpo_latent.data.formats.lvr_json import LVRJsonDataset", 1),
+        ("grpo_latent.data.formats.x", "from grpo_latent.data.rows import write_verl_parquet", 0),
     ],
 )
 def test_the_rule_of_rooms_catches(module, source, num_violations):

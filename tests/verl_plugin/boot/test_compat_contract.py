@@ -33,22 +33,6 @@ def test_trainer_mode_is_compared_with_the_literal_that_we_set():
     assert inspect.getsource(trainer_base).count('self.trainer_mode == "sync"') >= 1
 
 
-def test_bugs_that_are_worked_around_are_still_there():
-    """Once verl fixes one, its work-around should go."""
-    import inspect
-
-    import verl.workers.config.actor as actor_config
-    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
-    from verl.utils.checkpoint import fsdp_checkpoint_manager
-    from verl.workers.engine.fsdp import transformer_impl
-
-    assert "freeze_vision_tower" in inspect.getsource(actor_config)
-    assert "freeze_vision_tower" not in inspect.getsource(transformer_impl)
-    assert ".to(torch.bfloat16" in inspect.getsource(transformer_impl.FSDPEngine._merged_lora_per_tensor_param)
-    assert 'open(local_latest_checkpointed_iteration, "w")' in inspect.getsource(PPOTrainer._save_checkpoint)
-    assert "latent" not in inspect.getsource(fsdp_checkpoint_manager)
-
-
 @pytest.mark.parametrize("lengths", [(5, 5, 5), (5, 7, 6), (4, 4), (5,)])
 def test_position_ids_come_out_as_rows(lengths):
     """[4, L] rows in every form in which they arrive: dense, ragged in the wrong dimension, ragged index lost."""
