@@ -56,6 +56,7 @@ from grpo_latent.eval.scoring import GradeScorer, RewardScorer, Scorer
 from grpo_latent.eval.table import report_table
 from grpo_latent.latent.treatments import parse_treatment
 from grpo_latent.models.loading import LatentModel, load_latent_model
+from grpo_latent.models.treated import initialisation_notes
 from grpo_latent.rewards.functions import source_digest, specs_from_config
 from grpo_latent.rewards.runner import RewardRunner
 
@@ -87,7 +88,11 @@ def run(config: DictConfig) -> dict:
         attn_implementation=config.model.attn_implementation,
         overrides=overrides,
         plain=config.model.plain,
+        treatment=settings.treatment,
+        seed=settings.seed,
     )
+    for note in initialisation_notes(settings.treatment, config.model.path, settings.seed):
+        print(note, file=sys.stderr)
     digest = PromptsDigest()
     prompts, data = read_data(config, loaded, digest.add if config.output is not None else lambda prompt: None)
     with make_scorer(config, loaded) as scorer, _progress() as bar:

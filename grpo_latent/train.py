@@ -107,6 +107,7 @@ def check(config: DictConfig) -> list[str]:
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
 
+    from grpo_latent.models.treated import initialisation_notes
     from grpo_latent.rollout.vllm.compat import check_installed
     from grpo_latent.verl_plugin.boot import compat
     from grpo_latent.verl_plugin.boot.registration import VLLM_ROLLOUT_NAME, verify, verify_device
@@ -119,13 +120,16 @@ def check(config: DictConfig) -> list[str]:
     if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT_NAME:
         check_installed()
     _check_files(config)
-    if not str(config.actor_rollout_ref.model.path).startswith(("hdfs://", "s3://")):
+    notes = options.treatment.notes()
+    folder = str(config.actor_rollout_ref.model.path)
+    if not folder.startswith(("hdfs://", "s3://")):
         check_folder(config, options)
+        notes += initialisation_notes(options.treatment, folder, options.seed)
     try:
         validate_config(config, need_reference_policy(config), need_critic(config))
     except (AssertionError, ValueError) as error:
         raise ConfigError("verl refuses the config", got=str(error), expected="see verl's message") from error
-    return options.treatment.notes()
+    return notes
 
 
 def _check_files(config: DictConfig) -> None:
@@ -175,6 +179,7 @@ def check_checkpoint(config: DictConfig):
         dtype=parse_dtype(rollout.dtype),
         device=config.trainer.device,
         treatment=parse_treatment(config.latent.treatment)[0],
+        seed=config.latent.seed,
     )
 
 

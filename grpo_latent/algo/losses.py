@@ -46,16 +46,13 @@ class Denominators:
 @dataclass(frozen=True)
 class PolicyLoss:
     """Attributes:
-    loss: scalar with gradient: policy term + kl_coef · KL term.
-    policy_loss, kl_loss: the two terms, detached scalars.
+    loss: scalar with gradient.
     clipfrac: share of actions whose ratio was clipped, detached scalar, per token of this micro-batch.
     clipfrac_lower: share of actions that the dual clip bounded.
     approx_kl: mean of old - new log-prob over the actions (k1 estimate of KL(old || new)).
     """
 
     loss: Tensor
-    policy_loss: Tensor
-    kl_loss: Tensor
     clipfrac: Tensor
     clipfrac_lower: Tensor
     approx_kl: Tensor
@@ -143,21 +140,12 @@ def policy_loss(
     clip_high: float = 0.2,
     clip_ratio_c: float | None = None,
     weights_BT: Tensor | None = None,
-    ref_log_probs_BT: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_kind: str = "k3",
-    latent_mask_BT: Tensor | None = None,
-    log_ratio_bound: float = LOG_RATIO_BOUND,
 ) -> PolicyLoss:
-    """Clipped policy loss on actions of one kind, text or latents, with an optional KL penalty to a reference.
+    """Clipped policy loss on actions of one kind: `clipped_losses`, reduced.
 
-        rho = exp(log_prob - old_log_prob)
-        L   = max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high))       = -min(rho A, clip(rho) A)
-        L   = min(L, -A clip_ratio_c)                    where A < 0       (dual clip, if clip_ratio_c is given)
-        loss = aggregate(w L) + kl_coef · aggregate(KL)
+        loss = aggregate(w L)
 
-    Sources: PPO (arXiv 1707.06347), clip-higher of DAPO (2503.14476), dual clip (1912.09729). LVR (2509.24251) is clip
-    0.2, no dual clip, k3 with kl_coef 0.04, `token_mean`.
+    LVR (2509.24251) is clip 0.2, no dual clip, `token_mean`, and 0.04 times the aggregated `kl_penalty` k3 beside it.
 
     Args:
         log_probs_BT: float32, nats, of the current policy, with gradient.
@@ -165,53 +153,110 @@ def policy_loss(
         advantages: float [B] or [B, T].
         response_mask_BT: bool, True where the policy acted; False at latents, forced delimiters and padding.
         weights_BT: float, importance weights of the rollout, multiplied into L.
-        log_ratio_bound: log-ratios are clamped to ± this before exp.
-        latent_mask_BT: bool; given only to assert that it is disjoint from `response_mask_BT`.
 
     Raises:
-        ConfigError: clip bounds, aggregation or KL estimate that do not exist; kl_coef without reference.
-        LatentMismatchError: a latent position is marked as an action, or shapes differ.
+        ConfigError: clip bounds or an aggregation that do not exist.
+        LatentMismatchError: shapes differ.
     """
     mask_BT = _bool_mask(response_mask_BT, log_probs_BT)
-    _check_policy_arguments(mask_BT, old_log_probs_BT, latent_mask_BT, clip_low, clip_high, clip_ratio_c)
-    if kl_coef and ref_log_probs_BT is None:
-        raise ConfigError("a KL penalty needs a reference", where="kl_coef", got=kl_coef, expected="ref_log_probs_BT")
+    if old_log_probs_BT.shape != mask_BT.shape:
+        raise LatentMismatchError(
+            "old and new log-probs differ in shape",
+            got=tuple(old_log_probs_BT.shape),
+            expected=str(tuple(mask_BT.shape)),
+        )
     advantages_BT = advantages[:, None].expand_as(log_probs_BT) if advantages.ndim == 1 else advantages
     # Masking comes before any arithmetic: masking a NaN afterwards would still send 0 · NaN backwards.
-    advantages_BT = torch.where(mask_BT, advantages_BT.detach(), 0.0)
-    log_ratio_BT = torch.where(mask_BT, log_probs_BT, 0.0) - torch.where(mask_BT, old_log_probs_BT.detach(), 0.0)
-    ratio_BT = log_ratio_BT.clamp(-log_ratio_bound, log_ratio_bound).exp()
-
-    losses_BT, was_clipped_BT, was_bounded_BT = _clipped(ratio_BT, advantages_BT, clip_low, clip_high, clip_ratio_c)
+    clipped = clipped_losses(
+        torch.where(mask_BT, log_probs_BT, 0.0),
+        torch.where(mask_BT, old_log_probs_BT.detach(), 0.0),
+        torch.where(mask_BT, advantages_BT.detach(), 0.0),
+        clip_low=clip_low,
+        clip_high=clip_high,
+        clip_ratio_c=clip_ratio_c,
+    )
+    losses_BT = clipped.losses
     if weights_BT is not None:
         losses_BT = losses_BT * torch.where(mask_BT, weights_BT.detach(), 0.0)
 
-    pg = aggregate(losses_BT, mask_BT, aggregation, denominators)
-    kl = torch.zeros_like(pg)
-    if ref_log_probs_BT is not None:
-        kl_BT = kl_penalty(log_probs_BT, ref_log_probs_BT, mask_BT, kl_kind, log_ratio_bound)
-        kl = aggregate(kl_BT, mask_BT, aggregation, denominators)
     per_token = Denominators.of(mask_BT)
     clipfrac, clipfrac_lower, approx_kl = (
         aggregate(values_BT.detach().float(), mask_BT, "token_mean", per_token)
-        for values_BT in (was_clipped_BT, was_bounded_BT, -log_ratio_BT.clamp(-log_ratio_bound, log_ratio_bound))
+        for values_BT in (clipped.was_clipped, clipped.was_bounded, -clipped.log_ratios)
     )
-    loss = pg + kl_coef * kl if kl_coef else pg
-    return PolicyLoss(loss, pg.detach(), kl.detach(), clipfrac, clipfrac_lower, approx_kl)
+    return PolicyLoss(aggregate(losses_BT, mask_BT, aggregation, denominators), clipfrac, clipfrac_lower, approx_kl)
 
 
-def _clipped(ratio_BT, advantages_BT, clip_low, clip_high, clip_ratio_c) -> tuple[Tensor, Tensor, Tensor]:
-    """The per-token loss L of `policy_loss`, where the clip decided it, and where the dual clip did."""
-    unclipped_BT = -advantages_BT * ratio_BT
-    clipped_BT = -advantages_BT * ratio_BT.clamp(1 - clip_low, 1 + clip_high)
-    losses_BT = torch.maximum(unclipped_BT, clipped_BT)
-    was_clipped_BT = clipped_BT > unclipped_BT
-    was_bounded_BT = torch.zeros_like(was_clipped_BT)
+@dataclass(frozen=True)
+class ClippedLosses:
+    """Values at each action, all of one shape.
+
+    Attributes:
+        losses: L of `clipped_losses`, with gradient.
+        log_ratios: log rho, bounded, with gradient.
+        was_clipped, was_bounded: bool, where the clip and the dual clip decided L.
+    """
+
+    losses: Tensor
+    log_ratios: Tensor
+    was_clipped: Tensor
+    was_bounded: Tensor
+
+
+def clipped_losses(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    clip_ratio_c: float | None,
+    log_ratio_bound: float = LOG_RATIO_BOUND,
+) -> ClippedLosses:
+    """PPO's loss of each action, whatever is an action: a token, a latent, a choice.
+
+        rho = exp(log_prob - old_log_prob)
+        L   = max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high))       = -min(rho A, clip(rho) A)
+        L   = min(L, -A clip_ratio_c)                    where A < 0       (dual clip, if clip_ratio_c is given)
+
+    Sources: PPO (arXiv 1707.06347), clip-higher of DAPO (2503.14476), dual clip (1912.09729).
+
+    Args:
+        log_probs, old_log_probs, advantages: float, of one shape, finite; gradient flows to the first only.
+        log_ratio_bound: log-ratios are clamped to ± this before exp.
+
+    Raises:
+        ConfigError: clip bounds that do not exist.
+    """
+    _check_clip(clip_low, clip_high, clip_ratio_c)
+    advantages = advantages.detach()
+    log_ratios = (log_probs - old_log_probs.detach()).clamp(-log_ratio_bound, log_ratio_bound)
+    ratios = log_ratios.exp()
+    unclipped = -advantages * ratios
+    clipped = -advantages * ratios.clamp(1 - clip_low, 1 + clip_high)
+    losses = torch.maximum(unclipped, clipped)
+    was_clipped = clipped > unclipped
+    was_bounded = torch.zeros_like(was_clipped)
     if clip_ratio_c is not None:
-        bound_BT = -advantages_BT * clip_ratio_c
-        was_bounded_BT = (advantages_BT < 0) & (losses_BT > bound_BT)
-        losses_BT = torch.where(advantages_BT < 0, torch.minimum(losses_BT, bound_BT), losses_BT)
-    return losses_BT, was_clipped_BT, was_bounded_BT
+        bound = -advantages * clip_ratio_c
+        was_bounded = (advantages < 0) & (losses > bound)
+        losses = torch.where(advantages < 0, torch.minimum(losses, bound), losses)
+    return ClippedLosses(losses, log_ratios, was_clipped, was_bounded)
+
+
+def check_latents_do_not_act(response_mask_BT: Tensor, latent_mask_BT: Tensor) -> None:
+    """Raises `LatentMismatchError` where a latent position is marked as an action of the text: its log-prob would be that
+    of a placeholder id, or a log-density clipped with the text's bounds."""
+    both_BT = _bool_mask(response_mask_BT, latent_mask_BT) & latent_mask_BT.bool()
+    if bool(both_BT.any()):
+        b, t = both_BT.nonzero()[0].tolist()
+        raise LatentMismatchError(
+            "a latent position is marked as an action",
+            where=f"trajectory {b}, position {t}",
+            got=f"{int(both_BT.sum())} such positions",
+            expected="response_mask & latent_mask all False",
+            fix="Build response_mask from position kinds, as grpo_latent.trajectory.response_mask does.",
+        )
 
 
 def _bool_mask(mask_BT: Tensor, like_BT: Tensor) -> Tensor:
@@ -222,7 +267,7 @@ def _bool_mask(mask_BT: Tensor, like_BT: Tensor) -> Tensor:
     return mask_BT.bool()
 
 
-def _check_policy_arguments(mask_BT, old_log_probs_BT, latent_mask_BT, clip_low, clip_high, clip_ratio_c) -> None:
+def _check_clip(clip_low: float, clip_high: float, clip_ratio_c: float | None) -> None:
     if not (clip_low >= 0 and clip_high >= 0):
         raise ConfigError(
             "clip bounds of the ratio are not usable",
@@ -234,20 +279,3 @@ def _check_policy_arguments(mask_BT, old_log_probs_BT, latent_mask_BT, clip_low,
         raise ConfigError(
             "dual clip bounds the ratio from above", where="actor.clip_ratio_c", got=clip_ratio_c, expected="> 1"
         )
-    if old_log_probs_BT.shape != mask_BT.shape:
-        raise LatentMismatchError(
-            "old and new log-probs differ in shape",
-            got=tuple(old_log_probs_BT.shape),
-            expected=str(tuple(mask_BT.shape)),
-        )
-    if latent_mask_BT is not None:
-        both_BT = mask_BT & _bool_mask(latent_mask_BT, mask_BT)
-        if bool(both_BT.any()):
-            b, t = both_BT.nonzero()[0].tolist()
-            raise LatentMismatchError(
-                "a latent position is marked as an action",
-                where=f"trajectory {b}, position {t}",
-                got=f"{int(both_BT.sum())} such positions",
-                expected="response_mask & latent_mask all False",
-                fix="Build response_mask from position kinds, as grpo_latent.trajectory.response_mask does.",
-            )

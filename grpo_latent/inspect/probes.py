@@ -169,7 +169,7 @@ class Prober:
         expected_NH = torch.full_like(batch.latents_NH, torch.nan)
         if self.treatment is None or draws(self.treatment, self.adapter.hidden_size):
             return expected_NH
-        source = source_of_latents(self.adapter, batch, hidden_BTH, self.temperature)
+        source = source_of_latents(self.adapter, batch, hidden_BTH, self.temperature, self.treatment)
         made_MH, _ = self.treatment.draw(source, None, self.adapter.embed)
         own_N = (batch.kinds_BT == PositionKind.LATENT)[batch.latent_mask_BT]
         expected_NH[own_N] = made_MH.to(expected_NH.dtype)

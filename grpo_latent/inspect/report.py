@@ -140,7 +140,7 @@ def probe_groups(
             expected="checkpoints/global_step_<n>/actor/huggingface, or actor_rollout_ref.model.path of config.yaml",
             fix="Pass one with --checkpoint.",
         )
-    loaded = load_latent_model(run.checkpoint, dtype=dtype, device=device)
+    loaded = load_latent_model(run.checkpoint, dtype=dtype, device=device, treatment=treatment)
     for group in shown:
         group.tokens = [token_texts(loaded, dumped.trajectory.token_ids.tolist()) for dumped in group.trajectories]
     rows = find_rows(run.data_files, {group.group_id for group in shown})

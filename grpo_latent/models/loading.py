@@ -22,8 +22,11 @@ from grpo_latent.errors import CheckpointError, ConfigError, GrpoLatentError
 from grpo_latent.latent.config import LATENT_CONFIG_FILE, LatentConfig
 from grpo_latent.latent.mechanisms import ILVR_TOKENS, mechanism_config
 from grpo_latent.latent.mechanisms import TOKENS as MECHANISM_TOKENS
+from grpo_latent.latent.treatments import Treatment
+from grpo_latent.latent.treatments.protocol import PARAMETERS_ATTRIBUTE
 from grpo_latent.models.head import LATENT_PARAMETER_PREFIXES, attach_latent_modules
 from grpo_latent.models.tokens import add_latent_tokens
+from grpo_latent.models.treated import attach_treatment
 
 # fields of the official checkpoints' config.json (SYSTEMS: LVR, "Checkpoint")
 _OFFICIAL_IDS = {"lvr_start_id": "start", "lvr_id": "latent", "lvr_end_id": "end", "lvr_latent_end_id": "latent_end"}
@@ -48,12 +51,16 @@ def load_latent_model(
     attn_implementation: str = "sdpa",
     overrides: dict | None = None,
     plain: bool = False,
+    treatment: Treatment | None = None,
+    seed: int = 0,
 ) -> LatentModel:
     """Model, tokenizer, processor and latent config of a checkpoint folder.
 
     Args:
         overrides: fields of `LatentConfig` to replace, such as `{"visibility": "full", "steps": 4}`.
         plain: the folder is a Hugging Face model without latents: it gets LVR's tokens in memory, and may open no span.
+        treatment: of latents in RL, for its parameters, and
+        seed: which these start from if the folder has none.
 
     Raises:
         CheckpointError: weights are missing or unknown, or tokenizer and `latent_config.json` disagree.
@@ -95,6 +102,8 @@ def load_latent_model(
         config = _without_spans(model, tokenizer)
     attach_latent_modules(model, config)
     load_latent_parameters(model, folder)
+    if treatment is not None:
+        attach_treatment(model, treatment, folder, seed)
     with reading("processor", folder):
         processor = AutoProcessor.from_pretrained(folder) if backbone.has_vision else None
     model = model.to(device).eval()
@@ -125,9 +134,11 @@ def reading(part: str, folder: Path):
 
 @contextmanager
 def _latent_parameters_expected(model_class: type[PreTrainedModel]):
-    """Keeps transformers from reporting the head and end vector, which `load_latent_parameters` reads, as unexpected."""
+    """Keeps transformers from reporting the head and end vector, which `load_latent_parameters` reads, and a treatment's
+    parameters, which only a run with that treatment needs, as unexpected."""
     known = model_class._keys_to_ignore_on_load_unexpected
-    model_class._keys_to_ignore_on_load_unexpected = [*(known or []), *(f"^{p}" for p in LATENT_PARAMETER_PREFIXES)]
+    ours = (*LATENT_PARAMETER_PREFIXES, f"{PARAMETERS_ATTRIBUTE}.")
+    model_class._keys_to_ignore_on_load_unexpected = [*(known or []), *(f"^{prefix}" for prefix in ours)]
     try:
         yield
     finally:

@@ -7,6 +7,9 @@ source          h_{t-1}  ──▶ z_t (its mean, its density)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -25,11 +28,18 @@ def own_latents_of(kinds_BT: Tensor, latents_NH: Tensor) -> Tensor:
 
 
 def source_of_latents(
-    adapter: ModelAdapter, batch: ReplayBatch, hidden_BTH: Tensor, temperature: float = 1.0
+    adapter: ModelAdapter,
+    batch: ReplayBatch,
+    hidden_BTH: Tensor,
+    temperature: float = 1.0,
+    treatment: Treatment | None = None,
 ) -> LatentSource:
     """What this model would make the recorded LATENT positions of; arguments as `latent_log_densities`."""
     hidden_MH = hidden_BTH[latent_sources(batch.kinds_BT, batch.valid_BT)]
-    return LatentSource(feedback(adapter.model, hidden_MH), lambda: adapter.logits(hidden_MH) / temperature)
+    features_MF = None if treatment is None else treatment.features(adapter.model, hidden_MH)
+    return LatentSource(
+        feedback(adapter.model, hidden_MH), lambda: adapter.logits(hidden_MH) / temperature, features_MF
+    )
 
 
 def latent_log_densities(
@@ -41,7 +51,7 @@ def latent_log_densities(
         hidden_BTH: of the same batch, by `replay_hidden`.
         temperature: of the rollout.
     """
-    source = source_of_latents(adapter, batch, hidden_BTH, temperature)
+    source = source_of_latents(adapter, batch, hidden_BTH, temperature, treatment)
     kinds_BT = batch.kinds_BT.masked_fill(~batch.valid_BT, int(PositionKind.PROMPT))
     density_M = treatment.log_density(source, own_latents_of(kinds_BT, batch.latents_NH), batch.latent_aux_MA)
     is_own_BT = kinds_BT == PositionKind.LATENT
@@ -50,12 +60,20 @@ def latent_log_densities(
     )
 
 
+class Taken(NamedTuple):
+    """What a tap took: means [M, H], logits [M, V] if wanted, and features [M, F] of a treatment with parameters."""
+
+    means_MH: Tensor
+    logits_MV: Tensor | None
+    features_MF: Tensor | None
+
+
 class SourceTap:
     """Takes the sources out of a forward that is not ours (verl's, under FSDP).
 
-    The head's parameters belong to the FSDP root, which has gathered them only within its forward. So the means are made
-    there, in front of `lm_head`, and are handed out as the model's `hidden_states`: FSDP registers its backward on every
-    output, so it gathers the parameters again whichever output's gradient arrives first.
+    The parameters of the head and of the treatment belong to the FSDP root, which has gathered them only within its forward.
+    So means and features are made there, in front of `lm_head`, and are handed out as the model's `hidden_states`: FSDP
+    registers its backward on every output, so it gathers the parameters again whichever output's gradient arrives first.
     """
 
     _ATTRIBUTE = "_grpo_latent_source_tap"
@@ -65,6 +83,8 @@ class SourceTap:
         self._where: tuple[Tensor, Tensor] | None = None
         self._means_MH: Tensor | None = None
         self._logits_MV: Tensor | None = None
+        self._make_features: Callable[[nn.Module, Tensor], Tensor | None] | None = None
+        self._features_MF: Tensor | None = None
         self._wants_logits = self._is_sources_only = False
 
     @classmethod
@@ -78,35 +98,48 @@ class SourceTap:
             object.__setattr__(model, cls._ATTRIBUTE, tap)
         return tap
 
-    def arm(self, rows_M: Tensor, columns_M: Tensor, wants_logits: bool = False, is_sources_only: bool = False) -> None:
+    def arm(
+        self,
+        rows_M: Tensor,
+        columns_M: Tensor,
+        wants_logits: bool = False,
+        is_sources_only: bool = False,
+        features: Callable[[nn.Module, Tensor], Tensor | None] | None = None,
+    ) -> None:
         """For the next forward.
 
         Args:
             wants_logits: keep the logits at the sources, too.
             is_sources_only: the forward is run for its sources: logits are made of one column instead of all.
+            features: `Treatment.features`, of the same hidden states.
         """
+        self._make_features = features
         self._where, self._wants_logits, self._is_sources_only = (rows_M, columns_M), wants_logits, is_sources_only
-        self._means_MH = self._logits_MV = None
+        self._means_MH = self._logits_MV = self._features_MF = None
 
-    def take(self) -> tuple[Tensor, Tensor | None]:
-        """Means [M, H] and, if wanted, logits [M, V] of the forward since `arm`; disarms."""
-        means_MH, logits_MV = self._means_MH, self._logits_MV
+    def take(self) -> Taken:
+        """Of the forward since `arm`; disarms."""
+        taken = Taken(self._means_MH, self._logits_MV, self._features_MF)
         self.disarm()
-        if means_MH is None:
+        if taken.means_MH is None:
             raise LatentMismatchError(
                 "the forward made no logits", where="SourceTap", got="no call of lm_head", expected="one forward"
             )
-        return means_MH, logits_MV
+        return taken
 
     def disarm(self) -> None:
-        self._where = self._means_MH = self._logits_MV = None
+        self._where = self._make_features = None
+        self._means_MH = self._logits_MV = self._features_MF = None
 
     def _before_logits(self, module: nn.Module, args: tuple) -> tuple | None:
         if self._where is None:
             return None
         hidden_BTH = args[0]
         rows_M, columns_M = self._where
-        self._means_MH = feedback(self._model, hidden_BTH[rows_M, columns_M])
+        hidden_MH = hidden_BTH[rows_M, columns_M]
+        self._means_MH = feedback(self._model, hidden_MH)
+        if self._make_features is not None:
+            self._features_MF = self._make_features(self._model, hidden_MH)
         return (hidden_BTH[:, -1:],) if self._is_sources_only else None
 
     def _after_forward(self, module: nn.Module, args: tuple, output):
@@ -114,5 +147,6 @@ class SourceTap:
             return None
         if self._wants_logits:
             self._logits_MV = output.logits[self._where]
-        output.hidden_states = (self._means_MH,) if self._logits_MV is None else (self._means_MH, self._logits_MV)
+        made = (self._means_MH, self._logits_MV, self._features_MF)
+        output.hidden_states = tuple(values for values in made if values is not None)
         return output

@@ -216,7 +216,9 @@ class DecodingBatch:
         hidden_MH, greedy = self.hidden_NH[rows_M], self.sampling.temperature == 0
         scale = 1.0 if greedy else self.sampling.temperature
         source = LatentSource(
-            feedback(self.adapter.model, hidden_MH), lambda: self.adapter.logits(hidden_MH).float() / scale
+            feedback(self.adapter.model, hidden_MH),
+            lambda: self.adapter.logits(hidden_MH).float() / scale,
+            self.treatment.features(self.adapter.model, hidden_MH),
         )
         num_uniforms = 0 if greedy else self.treatment.num_uniforms(hidden_MH.shape[1])
         uniforms_MU = None

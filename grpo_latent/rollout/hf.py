@@ -64,6 +64,7 @@ class HFRolloutEngine:
         self.policy_version, self.treatment = 0, treatment or Mask()
         self.selection_temperature, self.pack_linears = selection_temperature, pack_linears
         self.treatment.check(config)
+        self.treatment.check_model(model)
         attention = self.adapter.text_config._attn_implementation
         if attention not in ("sdpa", "eager"):
             raise ConfigError(

@@ -78,6 +78,7 @@ def preflight(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     treatment: Treatment | None = None,
+    seed: int = 0,
 ) -> PreflightReport:
     """Checks a checkpoint; the folder is only read.
 
@@ -87,6 +88,7 @@ def preflight(
         sampling: as RL will sample; by default temperature 1, 64 tokens.
         overrides: fields of `LatentConfig` that RL will replace.
         treatment: of latents in RL; None is `mask`.
+        seed: of its parameters, where the checkpoint has none.
 
     Raises:
         CheckpointError: the folder lacks something, or disagrees with itself.
@@ -94,7 +96,7 @@ def preflight(
     """
     if not 0 <= min_emission_rate <= 1:
         raise ConfigError("not a rate", where="min_emission_rate", got=min_emission_rate, expected="in [0, 1]")
-    loaded = load_latent_model(folder, dtype, device, overrides=overrides)
+    loaded = load_latent_model(folder, dtype, device, overrides=overrides, treatment=treatment, seed=seed)
     check_tokenizer(loaded, str(folder))
     trajectories: list[Trajectory] = []
     if prompts:

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from grpo_latent.algo.advantages import group_advantages
-from grpo_latent.algo.losses import AGGREGATIONS, KL_KINDS, Denominators, aggregate, kl_penalty, policy_loss
+from grpo_latent.algo.losses import (
+    AGGREGATIONS,
+    KL_KINDS,
+    Denominators,
+    aggregate,
+    check_latents_do_not_act,
+    clipped_losses,
+    kl_penalty,
+    policy_loss,
+)
 from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.trajectory import PositionKind, response_mask
 
@@ -21,6 +30,15 @@ def random_batch(B=5, T=MAX_LEN, dtype=torch.float64, seed=0):
     mask_BT &= torch.arange(T)[None] < torch.randint(2, T + 1, (B, 1), generator=generator)
     mask_BT[:, 0] = True
     return *draw, torch.randn(B, generator=generator, dtype=dtype), mask_BT
+
+
+def with_kl(log_probs_BT, old_BT, ref_BT, advantages, mask_BT, denominators, aggregation="token_mean", **settings):
+    """Policy loss + kl_coef · KL, as an actor's loss adds them up."""
+    kl_coef, kl_kind = settings.pop("kl_coef"), settings.pop("kl_kind", "k3")
+    common = {"denominators": denominators, "aggregation": aggregation}
+    loss = policy_loss(log_probs_BT, old_BT, advantages, mask_BT, **common, **settings).loss
+    kl_BT = kl_penalty(log_probs_BT, ref_BT, mask_BT, kl_kind)
+    return loss + kl_coef * aggregate(kl_BT, mask_BT, aggregation, denominators)
 
 
 def test_hand_numbers():
@@ -50,16 +68,8 @@ def test_lvrs_formula():
         rho, A = math.exp(log_probs_BT[b, t] - old_BT[b, t]), advantages_B[b].item()
         d = (ref_BT[b, t] - log_probs_BT[b, t]).item()
         total += -min(rho * A, min(max(rho, 0.8), 1.2) * A) + 0.04 * (math.exp(d) - d - 1)
-    result = policy_loss(
-        log_probs_BT,
-        old_BT,
-        advantages_B,
-        mask_BT,
-        denominators=Denominators.of(mask_BT),
-        ref_log_probs_BT=ref_BT,
-        kl_coef=0.04,
-    )
-    assert result.loss.item() == pytest.approx(total / int(mask_BT.sum()), rel=1e-12)
+    loss = with_kl(log_probs_BT, old_BT, ref_BT, advantages_B, mask_BT, Denominators.of(mask_BT), kl_coef=0.04)
+    assert loss.item() == pytest.approx(total / int(mask_BT.sum()), rel=1e-12)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -68,18 +78,18 @@ def test_finite_differences(aggregation, kl_kind):
     log_probs_BT, old_BT, ref_BT, advantages_B, mask_BT = random_batch(B=3, T=5)
 
     def loss(x_BT):
-        return policy_loss(
+        return with_kl(
             x_BT,
             old_BT,
+            ref_BT,
             advantages_B,
             mask_BT,
-            denominators=Denominators.of(mask_BT, MAX_LEN),
-            aggregation=aggregation,
+            Denominators.of(mask_BT, MAX_LEN),
+            aggregation,
             clip_ratio_c=1.3,
-            ref_log_probs_BT=ref_BT,
             kl_coef=0.3,
             kl_kind=kl_kind,
-        ).loss
+        )
 
     assert torch.autograd.gradcheck(loss, log_probs_BT.requires_grad_())
 
@@ -141,18 +151,18 @@ def test_masked_positions_have_neither_loss_nor_gradient(aggregation, kl_kind, g
     def run(fill):
         x_BT, o_BT, r_BT = (torch.where(mask_BT, v, fill).requires_grad_() for v in (log_probs_BT, old_BT, ref_BT))
         a_BT = torch.where(mask_BT, advantages_B[:, None], fill)
-        loss = policy_loss(
+        loss = with_kl(
             x_BT,
             o_BT,
+            r_BT,
             a_BT,
             mask_BT,
-            denominators=Denominators.of(mask_BT, MAX_LEN),
-            aggregation=aggregation,
+            Denominators.of(mask_BT, MAX_LEN),
+            aggregation,
             clip_ratio_c=3.0,
-            ref_log_probs_BT=r_BT,
             kl_coef=0.1,
             kl_kind=kl_kind,
-        ).loss
+        )
         loss.backward()
         assert o_BT.grad is None and r_BT.grad is None
         return loss, x_BT.grad
@@ -175,13 +185,13 @@ def test_gradient_with_respect_to_logits_is_zero_at_masked_positions_for_any_pla
     for placeholder in range(7):  # start, end and EOS are among them
         ids = torch.where(kinds_BT == K.LATENT, placeholder, ids_BT)
         log_probs_BT = torch.log_softmax(logits_BTV, -1).gather(-1, ids[..., None])[..., 0]
+        check_latents_do_not_act(mask_BT, kinds_BT == K.LATENT)
         result = policy_loss(
             log_probs_BT,
             log_probs_BT.detach() - 0.1,
             torch.tensor([1.0, -1.0], dtype=torch.float64),
             mask_BT,
             denominators=Denominators.of(mask_BT),
-            latent_mask_BT=kinds_BT == K.LATENT,
         )
         (grad_BTV,) = torch.autograd.grad(result.loss, logits_BTV)
         assert torch.count_nonzero(grad_BTV[~mask_BT]) == 0
@@ -198,18 +208,18 @@ def test_micro_batches_sum_to_the_batch(aggregation):
 
     def run(rows, width):
         x_BT = log_probs_BT[rows, :width].clone().requires_grad_()
-        result = policy_loss(
+        loss = with_kl(
             x_BT,
             old_BT[rows, :width],
+            ref_BT[rows, :width],
             advantages_B[rows],
             mask_BT[rows, :width],
-            denominators=denominators,
-            aggregation=aggregation,
-            ref_log_probs_BT=ref_BT[rows, :width],
+            denominators,
+            aggregation,
             kl_coef=0.1,
         )
-        result.loss.backward()
-        return result.loss.item(), torch.nn.functional.pad(x_BT.grad, (0, MAX_LEN - width))
+        loss.backward()
+        return loss.item(), torch.nn.functional.pad(x_BT.grad, (0, MAX_LEN - width))
 
     whole, whole_grad_BT = run([0, 1, 2, 3, 4, 5], MAX_LEN)
     for split in ([[0, 1, 2], [3, 4, 5]], [[5], [4], [3], [2], [1], [0]], [[0, 5], [1, 2, 3, 4]]):
@@ -273,9 +283,6 @@ def test_weights_multiply_each_token():
         ({"clip_low": -0.1}, ConfigError, "clip bounds"),
         ({"clip_high": float("nan")}, ConfigError, "clip bounds"),
         ({"clip_ratio_c": 1.0}, ConfigError, "dual clip"),
-        ({"kl_coef": 0.1}, ConfigError, "needs a reference"),
-        ({"ref_log_probs_BT": torch.zeros(5, MAX_LEN), "kl_kind": "k4"}, ConfigError, "unknown KL estimate"),
-        ({"latent_mask_BT": torch.ones(5, MAX_LEN)}, LatentMismatchError, "trajectory 0, position 0"),
         ({"response_mask_BT": torch.ones(5, 2)}, LatentMismatchError, "differ in shape"),
         ({"old_log_probs_BT": torch.zeros(5, 2)}, LatentMismatchError, "differ in shape"),
     ],
@@ -292,3 +299,27 @@ def test_malformed_arguments(change, error, message):
     }
     with pytest.raises(error, match=message):
         policy_loss(**arguments)
+
+
+def test_other_malformed_arguments():
+    log_probs_BT, _, ref_BT, _, mask_BT = random_batch()
+    with pytest.raises(ConfigError, match="unknown KL estimate"):
+        kl_penalty(log_probs_BT, ref_BT, mask_BT, "k4")
+    with pytest.raises(LatentMismatchError, match="trajectory 0, position 0"):
+        check_latents_do_not_act(mask_BT, torch.ones(5, MAX_LEN))
+    with pytest.raises(LatentMismatchError, match="differ in shape"):
+        check_latents_do_not_act(mask_BT, torch.ones(5, 2))
+
+
+def test_a_loss_is_that_of_its_actions():
+    """`policy_loss` is the mean of `clipped_losses`, whose shape is the caller's."""
+    log_probs_BT, old_BT, _, advantages_B, mask_BT = random_batch(B=40)
+    bounds = {"clip_low": 0.1, "clip_high": 0.3, "clip_ratio_c": 1.5}
+    advantages_BT = advantages_B[:, None].expand_as(log_probs_BT)
+    clipped = clipped_losses(log_probs_BT[mask_BT], old_BT[mask_BT], advantages_BT[mask_BT], **bounds)
+    loss = policy_loss(
+        log_probs_BT, old_BT, advantages_B, mask_BT, denominators=Denominators.of(mask_BT), **bounds
+    ).loss
+    torch.testing.assert_close(clipped.losses.mean(), loss)
+    assert clipped.losses.shape == (int(mask_BT.sum()),)
+    assert 0 < clipped.was_clipped.float().mean() < 1

@@ -152,7 +152,7 @@ def test_the_tap_sees_what_a_forward_computes():
         for is_sources_only in (False, True):
             tap.arm(rows, columns, wants_logits=not is_sources_only, is_sources_only=is_sources_only)
             output = c.model(input_ids=ids_BT, attention_mask=valid_BT, use_cache=False)
-            means_MH, logits_MV = tap.take()
+            means_MH, logits_MV, _ = tap.take()
             assert output.logits.shape[1] == (1 if is_sources_only else ids_BT.shape[1])
             torch.testing.assert_close(means_MH, c.model.lvr_head(hidden_BTH[rows, columns]), rtol=1e-4, atol=1e-4)
             if logits_MV is not None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.treatments.protocol import LatentSource, Treatment
+from grpo_latent.latent.treatments.values import at_least_float, is_number
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,3 @@ class Gaussian(Treatment):
         squared_MH = (at_least_float(latents_MH) - at_least_float(source.mean_MH)).square()
         distance_M = squared_MH.mean(-1) if self.per_dimension else squared_MH.sum(-1)
         return -distance_M / (2 * self.sigma**2)
-
-
-def at_least_float(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
-
-
-def is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

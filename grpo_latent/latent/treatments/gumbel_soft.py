@@ -20,8 +20,8 @@ from torch import Tensor
 from grpo_latent.algo.selection import gumbel_noise
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.config import LatentConfig
-from grpo_latent.latent.treatments.gaussian import at_least_float, is_number
 from grpo_latent.latent.treatments.protocol import LatentSource, Treatment
+from grpo_latent.latent.treatments.values import at_least_float, is_number
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,17 @@
 
     rollout    h_{t-1} ──▶ LatentSource ──draw──▶ vector fed at t, aux recorded beside it
     training   h_{t-1} of the current model ──▶ LatentSource ──log_density(vector, aux)──▶ log_probs[t]
+                                                             ──statistics──▶ of policy and reference
                vectors enter the forward as recorded, or made anew (`gradient`)
+    loss       log-densities, statistics, advantages ──components──▶ terms beside the text's
 
 z_t pairs with the source at t - 1; that shift is made by `models.shift`, not by a treatment.
 
-Legend: M latents of one call, H hidden, V vocabulary, U uniforms a latent, A numbers of aux a latent.
+A treatment may have parameters of its own (`attach`). FSDP has them gathered within the model's forward only, so they are
+applied there, by `features`; draw, density and statistics take their results from the source.
+
+Legend: M latents of one call, H hidden, V vocabulary, U uniforms a latent, A numbers of aux a latent, F features a latent,
+S statistics a latent.
 """
 
 from __future__ import annotations
@@ -14,12 +20,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from grpo_latent.errors import ConfigError
+from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.treatments.components import Component, LatentView, anchor, clipped_ratio, density_kl
+from grpo_latent.latent.treatments.terms import LatentTerms
 
 GRADIENTS = ("cut", "one_hop", "bptt")
+# all parameters of treatments stand below this attribute of the model, so that a folder's are known whoever wrote them
+PARAMETERS_ATTRIBUTE = "latent_treatment"
 
 
 @dataclass(frozen=True)
@@ -29,15 +39,20 @@ class LatentSource:
     Attributes:
         mean_MH: h through the head, if the model has one.
         logits: makes the logits [M, V] of the same hidden states, divided by the sampling temperature (by 1 when greedy).
+        features_MF: `Treatment.features` of the same hidden states; None without parameters.
     """
 
     mean_MH: Tensor
     logits: Callable[[], Tensor]
+    features_MF: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Treatment:
     """Base of all treatments; what it does by itself is `mask`. The fields of a subclass are its options.
+
+    A subclass with parameters overrides `build` and `features`; one with a loss of its own `components`, and
+    `reads_statistics` and `reference_weights` if that compares with the reference.
 
     Attributes:
         is_action: whether the policy acts at latents; then `log_density` enters a loss of its own.
@@ -89,3 +104,64 @@ class Treatment:
     def log_density(self, source: LatentSource, latents_MH: Tensor, aux_MA: Tensor | None) -> Tensor:
         """float32 [M], nats, with gradient to `source`. Says in its docstring which constants it drops."""
         raise NotImplementedError(f"{type(self).__name__} is no action")
+
+    # ---- parameters -----------------------------------------------------------------------------------------------
+
+    def build(self, text_config) -> nn.Module | None:
+        """A fresh module of this treatment's parameters, float32 on the CPU; None for none. Called with torch seeded."""
+        return None
+
+    @property
+    def has_parameters(self) -> bool:
+        return type(self).build is not Treatment.build
+
+    @property
+    def parameter_prefixes(self) -> tuple[str, ...]:
+        """Of its parameters' names in the model's `state_dict`."""
+        return (f"{PARAMETERS_ATTRIBUTE}.",) if self.has_parameters else ()
+
+    def attach(self, model: nn.Module) -> None:
+        """Gives the model this treatment's parameters, freshly initialised, in its dtype and on its device.
+
+        To be called before FSDP wraps the model: then they are trained, saved, loaded and sent to rollouts as all others.
+        """
+        module = self.build(model.config.get_text_config())
+        if module is not None:
+            weight = model.get_input_embeddings().weight
+            setattr(model, PARAMETERS_ATTRIBUTE, module.to(device=weight.device, dtype=weight.dtype))
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raises `CheckpointError` where the model lacks this treatment's parameters."""
+        if self.has_parameters and not hasattr(model, PARAMETERS_ATTRIBUTE):
+            raise CheckpointError(
+                "a treatment without its parameters",
+                where=f"model, latent.treatment.name={type(self).__name__}",
+                got=f"no {PARAMETERS_ATTRIBUTE}",
+                expected="the treatment's module",
+                fix="Load the model with load_latent_model(…, treatment=…).",
+            )
+
+    def features(self, model: nn.Module, hidden_MH: Tensor) -> Tensor | None:
+        """What this treatment's parameters make of hidden states, [M, F]; also with M = 0, as every rank has to gather."""
+        return None
+
+    # ---- loss -----------------------------------------------------------------------------------------------------
+
+    def statistics(self, source: LatentSource) -> Tensor:
+        """[M, S], what `components` gets of each latent, with gradient from the current model and from the reference."""
+        return source.mean_MH
+
+    def reads_statistics(self, terms: LatentTerms) -> bool:
+        """Whether `components` reads them; the reference's are made where there is a reference."""
+        return terms.anchor_weight > 0
+
+    def reference_weights(self, terms: LatentTerms) -> dict[str, float]:
+        """Weights of what compares with the reference, by config key below `latent.treatment`; without a reference all
+        must be 0."""
+        return {"anchor_weight": terms.anchor_weight, "kl_coef": terms.kl_coef}
+
+    def components(self, view: LatentView, terms: LatentTerms) -> list[Component]:
+        """The loss at latents, of one micro-batch. Every micro-batch gives the same names and weights, also one without
+        latents: ranks must agree on which parameters get a gradient."""
+        found = [] if view.acts is None else clipped_ratio(view.acts, terms) + density_kl(view.acts, terms)
+        return found + anchor(view, terms)

@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig
 
 from grpo_latent.backbones.registry import find_backbone
 from grpo_latent.errors import ConfigError
+from grpo_latent.latent.treatments import Treatment
 
 
 def check_model(hf_config: PreTrainedConfig) -> None:
@@ -36,6 +37,18 @@ def check_layout(model, visibility: str | None, draws_images: bool) -> None:
             raise ConfigError(
                 "not supported with latents", where=key, got=True, expected=f"False ({reason})", fix=f"Set {key}=False."
             )
+
+
+def check_trains_treatment(model, treatment: Treatment) -> None:
+    """Raises `ConfigError` where a treatment's own parameters would not be trained; arguments as `check_layout`."""
+    if treatment.has_parameters and model.lora_rank > 0:
+        raise ConfigError(
+            "LoRA would freeze the treatment's own parameters",
+            where="actor_rollout_ref.model.lora_rank",
+            got=f"{model.lora_rank} with latent.treatment.name={type(treatment).__name__}",
+            expected="0",
+            fix="Train all weights, or choose a treatment without parameters.",
+        )
 
 
 def check_padding(visibility: str | None, use_remove_padding: bool) -> None:

@@ -76,6 +76,8 @@ class LatentRolloutServer:
             device=device,
             attn_implementation=attn_implementation,
             overrides=self.options.overrides,
+            treatment=self.options.treatment,
+            seed=self.options.seed,
         )
         self.device, self.eos_ids = torch.device(device), loaded.eos_ids
         self.engine = HFRolloutEngine(

@@ -12,7 +12,7 @@ from grpo_latent.errors import ConfigError
 from grpo_latent.eval.usage import UsageSettings
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.rollout.vllm.skeleton import check_mechanism
-from grpo_latent.verl_plugin.boot.layout import check_layout, check_model, check_padding
+from grpo_latent.verl_plugin.boot.layout import check_layout, check_model, check_padding, check_trains_treatment
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import (
     AGENT_LOOP_NAME,
@@ -216,9 +216,9 @@ def _check_vllm(config: DictConfig, options: LatentOptions) -> None:
         ("latent.selection", options.draw_temperature is not None, options.selection, "top_k"),
         (
             "latent.treatment.name",
-            treatment.is_action or not treatment.feeds_mean,
+            treatment.is_action or not treatment.feeds_mean or treatment.has_parameters,
             type(treatment).__name__,
-            "one that feeds h itself (mask, recompute)",
+            "one that feeds h itself (mask, recompute), without parameters of its own",
         ),
         (
             "actor_rollout_ref.rollout.data_parallel_size",
@@ -244,13 +244,14 @@ def _check_vllm(config: DictConfig, options: LatentOptions) -> None:
 def _check_treatment(config: DictConfig, options: LatentOptions) -> None:
     """What a treatment needs of the rest of the config."""
     terms = options.terms
+    check_trains_treatment(config.actor_rollout_ref.model, options.treatment)
     has_reference = config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
-    for name in ("anchor_weight", "kl_coef"):
-        if getattr(terms, name) and not has_reference:
+    for name, weight in options.treatment.reference_weights(terms).items():
+        if weight and not has_reference:
             raise ConfigError(
                 "there is no reference model",
                 where=f"latent.treatment.{name}",
-                got=getattr(terms, name),
+                got=weight,
                 expected="actor_rollout_ref.actor.use_kl_loss=true",
                 fix="Set it; actor_rollout_ref.actor.kl_loss_coef=0 leaves the text's KL out.",
             )
@@ -259,7 +260,7 @@ def _check_treatment(config: DictConfig, options: LatentOptions) -> None:
             "latents without a density have no KL",
             where="latent.treatment.kl_coef",
             got=f"{terms.kl_coef} with {type(options.treatment).__name__}",
-            expected="0, a treatment that acts (gaussian, gumbel_soft), or latent.selection=plackett_luce",
+            expected="0, a treatment that acts (such as gaussian), or latent.selection=plackett_luce",
             fix="latent.treatment.anchor_weight holds the predictions of any treatment to the reference's.",
         )
     if options.act_kinds and not str(config.algorithm.adv_estimator).startswith((ALGORITHM_NAME, "grpo", "rloo")):

@@ -12,6 +12,7 @@ latent positions are even overwritten, so that an image placeholder or EOS among
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import fields
 
 import torch
@@ -30,11 +31,12 @@ from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.head import attach_latent_modules
 from grpo_latent.models.injection import LatentInjector
 from grpo_latent.models.loading import load_latent_parameters
+from grpo_latent.models.treated import attach_treatment, initialisation_notes
 from grpo_latent.models.visibility import attention_bias
 from grpo_latent.models.vision_cache import VisionCache
 from grpo_latent.trajectory import PositionKind, latent_mask
 from grpo_latent.verl_plugin.boot import compat
-from grpo_latent.verl_plugin.boot.layout import check_layout, check_model, check_padding
+from grpo_latent.verl_plugin.boot.layout import check_layout, check_model, check_padding, check_trains_treatment
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import NAME
 from grpo_latent.verl_plugin.worker.choice_forward import ChoiceForward
@@ -63,11 +65,16 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         self.latent_config: LatentConfig = self.options.latent_config(folder, self.model_config.tokenizer)
         check_model(self.model_config.hf_config)
         check_layout(self.model_config, self.latent_config.visibility, self.options.draw_temperature is not None)
+        check_trains_treatment(self.model_config, self.options.treatment)
         check_packed(self.model_config)
         module = super()._build_module()
         attach_latent_modules(module, self.latent_config)
         if not module.get_input_embeddings().weight.is_meta:  # the other ranks receive rank 0's weights from FSDP2
             load_latent_parameters(module, folder)
+        attach_treatment(module, self.options.treatment, folder, self.options.seed)
+        if self.rank == 0:  # the driver cannot look into a remote folder
+            for note in initialisation_notes(self.options.treatment, folder, self.options.seed):
+                warnings.warn(note, stacklevel=2)
         self.backbone = backbone_of(module)
         if self.freeze_vision:
             for vision_module in self.backbone.vision_modules:

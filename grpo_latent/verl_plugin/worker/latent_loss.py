@@ -1,17 +1,19 @@
-"""The actor's loss with terms at latent positions, around verl's own: set by `set_loss_fn`, where verl lets a loss see data.
+"""The actor's loss with components at latent positions, around verl's own: set by `set_loss_fn`, where verl lets a loss see
+data.
 
-    text        response_mask          verl's ppo_loss, untouched
-    latents     positions that act     clipped ratio of log-densities, KL to the reference's     `algo.losses`
-    latents     LATENT                 anchor to the reference's predictions
+    text        response_mask            verl's ppo_loss, untouched; a mask that is True at a latent is refused
+    latents     what the treatment says  its `components`, each a weight and one value a position
 
 Log-densities arrive in `log_probs`, `old_log_probs` and `ref_log_prob`, at positions where response_mask is False, so the
-two parts cannot touch. Each latent term is reduced as the text's is (`loss_agg_mode`), over latents of the whole mini-batch.
+two parts cannot touch. Each component is reduced as the text's loss is (`loss_agg_mode`), over the whole mini-batch.
+
+Legend: B trajectories, T positions of completions, A acts, M latents, S statistics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from tensordict import TensorDict
@@ -19,21 +21,22 @@ from torch import Tensor
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.padding import no_padding_2_padding
 
-from grpo_latent.algo.anchor import anchor_distances
-from grpo_latent.algo.losses import Denominators, aggregate, kl_penalty, policy_loss
+from grpo_latent.algo.losses import Denominators, aggregate, check_latents_do_not_act
 from grpo_latent.errors import LatentMismatchError
-from grpo_latent.latent.treatments import LatentTerms
-from grpo_latent.trajectory import PositionKind
+from grpo_latent.latent.treatments import LatentTerms, Mask, Treatment
+from grpo_latent.latent.treatments.components import Acts, Component, LatentView
+from grpo_latent.trajectory import PositionKind, latent_mask
 from grpo_latent.verl_plugin.worker.algo import AGGREGATION_OF_MODE, denominators
 from grpo_latent.verl_plugin.worker.micro_batch import MicroBatch
-from grpo_latent.verl_plugin.worker.treated_forward import MEANS, REF_MEANS
+from grpo_latent.verl_plugin.worker.treated_forward import MEANS
 
 NUM_ACTS, NUM_LATENTS = "batch_num_latent_acts", "batch_num_latents"
+COUNTS = {"acts": NUM_ACTS, "latents": NUM_LATENTS}
 
 
 @dataclass
 class LatentLoss:
-    """verl's loss function with latent terms; pickled to the workers.
+    """verl's loss function with a treatment's components; pickled to the workers.
 
     Attributes:
         text_loss: verl's `ppo_loss`, bound to the actor's config.
@@ -45,91 +48,84 @@ class LatentLoss:
     act_kinds: frozenset[int]
     loss_agg_mode: str
     loss_scale_factor: float | None = None
+    treatment: Treatment = field(default_factory=Mask)
 
     def __call__(self, model_output: dict, data: TensorDict, dp_group=None) -> tuple[Tensor, dict]:
-        loss, metrics = self.text_loss(model_output=model_output, data=data, dp_group=dp_group)
         batch = MicroBatch(data)
-        added, values = loss.new_zeros(()), {}
-        if self.act_kinds:
-            act_loss, values = self._act_terms(model_output, batch)
-            added = added + act_loss
-        if self.terms.anchor_weight:
-            values["anchor"] = self._anchor(model_output, batch)
-            added = added + self.terms.anchor_weight * values["anchor"]
+        check_latents_do_not_act(batch.response_mask_BT, latent_mask(batch.response_kinds_BT))
+        loss, metrics = self.text_loss(model_output=model_output, data=data, dp_group=dp_group)
+        masks = self._masks(batch)
+        components = self.treatment.components(self._view(model_output, batch, masks), self.terms)
+        check_components(components, masks)
         # FSDP averages over ranks: each rank's share of the global sum is scaled up for that
         scale = data["dp_size"]
-        for name, value in values.items():
-            metrics[f"latent/{name}"] = Metric(value=value.detach() * scale, aggregation=AggregationType.SUM)
+        added = loss.new_zeros(())
+        for component in components:
+            value = self._reduced(component, masks[component.over], data)
+            if component.weight:
+                added = added + component.weight * value
+            name = f"latent/{component.name}"
+            metrics[name] = Metric(value=value.detach() * scale, aggregation=AggregationType.SUM)
         return loss + added * scale, metrics
 
     def count(self, data: TensorDict) -> Tensor:
-        """int64 [2]: positions that act, and LATENT ones, over the live rows; the terms are means over all ranks' sums."""
-        batch = MicroBatch(data)
-        kinds_BT, is_live_B1 = batch.response_kinds_BT, batch.is_live_B[:, None]
-        wanted = (self.act_kinds, frozenset({int(PositionKind.LATENT)}))
-        return torch.stack([(is_kind(kinds_BT, kinds) & is_live_B1).sum() for kinds in wanted])
+        """int64 [2], of the live rows and in the order of `COUNTS`; a component is a mean over all ranks' sums."""
+        masks = self._masks(MicroBatch(data))
+        return torch.stack([masks[over].sum() for over in COUNTS])
 
-    def _reduction(self, mask_BT: Tensor, data: TensorDict, count: str) -> dict:
+    def _masks(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """bool [B, T] of the positions of each `Component.over`."""
+        is_live_B1 = batch.is_live_B[:, None]
+        kinds = {"acts": self.act_kinds, "latents": frozenset({int(PositionKind.LATENT)})}
+        return {over: is_kind(batch.response_kinds_BT, kinds[over]) & is_live_B1 for over in COUNTS}
+
+    def _view(self, model_output: dict, batch: MicroBatch, masks: dict[str, Tensor]) -> LatentView:
+        acts = None
+        if self.act_kinds:
+            acts_BT, ref_BT = masks["acts"], batch.ref_log_probs_BT
+            acts = Acts(
+                no_padding_2_padding(model_output["log_probs"], batch.data)[acts_BT],
+                batch.old_log_probs_BT[acts_BT],
+                None if ref_BT is None else ref_BT[acts_BT],
+                batch.advantages_B[:, None].expand_as(acts_BT)[acts_BT],
+            )
+        if MEANS not in model_output:
+            return LatentView(acts)
+        # statistics have a row for every LATENT position; those of dropped trajectories are left out
+        is_latent_BT = batch.response_kinds_BT == PositionKind.LATENT
+        is_live_M, ref_MS = masks["latents"][is_latent_BT], batch.ref_latent_means_MH
+        return LatentView(acts, model_output[MEANS].values()[is_live_M], None if ref_MS is None else ref_MS[is_live_M])
+
+    def _reduced(self, component: Component, mask_BT: Tensor, data: TensorDict) -> Tensor:
+        values_BT = component.values.new_zeros(mask_BT.shape).masked_scatter(mask_BT, component.values)
+        num_positions = data[COUNTS[component.over]]
+        if component.weight is None:
+            return aggregate(values_BT.detach(), mask_BT, "token_mean", Denominators(max(num_positions, 1), 1))
         info = {
             "dp_size": data["dp_size"],
-            "batch_num_tokens": data[count],
+            "batch_num_tokens": num_positions,
             "global_batch_size": data["global_batch_size"],
             "loss_scale_factor": self.loss_scale_factor,
         }
         mode = AGGREGATION_OF_MODE[self.loss_agg_mode]
-        return {"aggregation": mode, "denominators": denominators(mask_BT, self.loss_agg_mode, info)}
+        return aggregate(values_BT, mask_BT, mode, denominators(mask_BT, self.loss_agg_mode, info))
 
-    def _act_terms(self, model_output: dict, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        terms = self.terms
-        acts_BT = is_kind(batch.response_kinds_BT, self.act_kinds) & batch.is_live_B[:, None]
-        reduction = self._reduction(acts_BT, batch.data, NUM_ACTS)
-        log_probs_BT = no_padding_2_padding(model_output["log_probs"], batch.data)
-        old_BT = batch.old_log_probs_BT
-        result = policy_loss(
-            log_probs_BT,
-            old_BT,
-            batch.advantages_B,
-            acts_BT,
-            clip_low=terms.clip_low,
-            clip_high=terms.clip_high,
-            clip_ratio_c=terms.clip_ratio_c,
-            log_ratio_bound=terms.log_ratio_bound,
-            **reduction,
-        )
-        loss = terms.weight * result.loss
-        shares = Denominators(max(batch.data[NUM_ACTS], 1), 1)
-        share = lambda values_BT: aggregate(values_BT.detach().float(), acts_BT, "token_mean", shares)  # noqa: E731
-        log_ratio_BT = (log_probs_BT - old_BT).clamp(-terms.log_ratio_bound, terms.log_ratio_bound)
-        local_share = float(acts_BT.sum()) / shares.num_tokens
-        values = {
-            "pg_loss": result.policy_loss,
-            "ratio_mean": share(log_ratio_BT.exp()),
-            "clipfrac": result.clipfrac * local_share,
-            "clipfrac_lower": result.clipfrac_lower * local_share,
-            "log_density": share(log_probs_BT),
-        }
-        ref_BT = batch.ref_log_probs_BT
-        if ref_BT is not None:
-            kl_BT = kl_penalty(log_probs_BT, ref_BT, acts_BT, terms.kl_kind, terms.log_ratio_bound)
-            values["kl"] = aggregate(kl_BT, acts_BT, **reduction)
-            loss = loss + terms.kl_coef * values["kl"] if terms.kl_coef else loss
-        return loss, values
 
-    def _anchor(self, model_output: dict, batch: MicroBatch) -> Tensor:
-        ref_means_MH = batch.ref_latent_means_MH
-        if ref_means_MH is None:
+def check_components(components: list[Component], masks: dict[str, Tensor]) -> None:
+    """Raises `LatentMismatchError` at what a treatment of one's own gets wrong: an unknown `over`, a name twice, a number of
+    values that is not that of the positions."""
+    names = [component.name for component in components]
+    for component in components:
+        known = component.over in masks
+        expected = (int(masks[component.over].sum()),) if known else None
+        if not known or tuple(component.values.shape) != expected or names.count(component.name) > 1:
             raise LatentMismatchError(
-                "no reference for the latent anchor",
-                where="actor update",
-                got=f"no {REF_MEANS} in the batch",
-                expected="the reference's predictions",
-                fix="Set actor_rollout_ref.actor.use_kl_loss=true (kl_loss_coef=0 leaves the text's KL out).",
+                "not a component of the loss",
+                where=f"Treatment.components, component {component.name!r}",
+                got=f"over {component.over!r}, values of shape {tuple(component.values.shape)}, names {names}",
+                expected=f"over one of {tuple(masks)}, values of shape {expected}, each name once",
+                fix="Give one value for each position of view.acts or view.statistics_MS.",
             )
-        distance_M = anchor_distances(model_output[MEANS].values(), ref_means_MH)
-        is_latent_BT = batch.response_kinds_BT == PositionKind.LATENT
-        distances_BT = distance_M.new_zeros(is_latent_BT.shape).masked_scatter(is_latent_BT, distance_M)
-        counts_BT = is_latent_BT & batch.is_live_B[:, None]
-        return aggregate(distances_BT, counts_BT, **self._reduction(counts_BT, batch.data, NUM_LATENTS))
 
 
 def is_kind(kinds: Tensor, wanted: frozenset[int]) -> Tensor:

@@ -206,11 +206,13 @@ class MicroBatch:
 
     @property
     def ref_latent_means_MH(self) -> Tensor | None:
-        """float [M, H], the reference's predictions of the latents; None without."""
+        """float [M, H], the reference's predictions of the latents (or what `Treatment.statistics` has in their place); None
+        without."""
         column = recorded.field("ref_latent_means").column
         return torch.cat(self.data[column].unbind()) if column in self.data.keys() else None
 
 
 def padded(rows: Tensor) -> Tensor:
     """[B, T] of ragged rows [B, (T)], zeros on the right; T is the longest row's."""
-    return torch.nested.to_padded_tensor(rows, padding=0)
+    # to_padded_tensor pads to the sum of lengths where a nested tensor does not know its longest row
+    return torch.nn.utils.rnn.pad_sequence(list(rows.unbind()), batch_first=True)

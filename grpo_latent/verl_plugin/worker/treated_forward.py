@@ -3,10 +3,11 @@
     prepare   recorded latents ──(recompute: one forward a latent, through the FSDP root)──▶ latents to inject
               tap armed
     verl's forward
-    extend    log_probs[t] at latents = their log-density;  means, for the anchor;
+    extend    log_probs[t] at latents = their log-density;  statistics, for the loss's components;
               in the old policy's pass, how far its means are from what was recorded
 
-Nothing here runs in an update with treatment `mask` and no anchor.
+A treatment's own parameters are applied within the forward, by the tap. Nothing here runs in an update with treatment `mask`
+and no anchor.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class TreatedForward:
 
     def __init__(self, engine, module, injector: LatentInjector, treatment: Treatment, terms: LatentTerms):
         self.engine, self.injector, self.treatment = engine, injector, treatment
-        self.gives_means = terms.anchor_weight > 0
-        self.taps = treatment.is_action or self.gives_means
+        self.gives_statistics = treatment.reads_statistics(terms)
+        self.taps = treatment.is_action or self.gives_statistics
         # the reference's means are not what was recorded; neither is a latent that was drawn around its mean
         self.measures = treatment.feeds_mean and not engine.engine_config.forward_only
         needs_tap = self.taps or self.measures or treatment.gradient is not None
@@ -53,7 +54,8 @@ class TreatedForward:
             num_passes = self._over_ranks(max(batch.num_own))
             latents_NH = self._own_latents(model_inputs, kinds_BT, latents_NH, num_passes)
         if self.taps or (self.measures and not trains):
-            self.tap.arm(*latent_sources(kinds_BT), wants_logits=self.treatment.reads_logits)
+            features = self.treatment.features if self.taps else None
+            self.tap.arm(*latent_sources(kinds_BT), wants_logits=self.treatment.reads_logits, features=features)
         return latents_NH
 
     def _over_ranks(self, count: int) -> int:
@@ -83,7 +85,7 @@ class TreatedForward:
             self.tap.arm(rows, columns, is_sources_only=True)
             with self._autocast():
                 self.engine.module(**inputs, use_cache=False)
-            means_MH, _ = self.tap.take()
+            means_MH = self.tap.take().means_MH
             return latents_NH.index_copy(0, own_M, means_MH.to(latents_NH.dtype))
 
         with nullcontext() if self.treatment.gradient == "bptt" else torch.no_grad():
@@ -96,24 +98,27 @@ class TreatedForward:
         return nullcontext() if dtype == torch.float32 else torch.autocast(device_type=get_device_name(), dtype=dtype)
 
     def extend(self, model_output: dict, output_args: dict, batch: MicroBatch, kinds_BT: Tensor, trains: bool):
-        """Writes log-densities into `log_probs`, where verl has the log-prob of a placeholder id, and adds the means."""
+        """Writes log-densities into `log_probs`, where verl has that of a placeholder id, and adds the statistics."""
         measures = self.measures and not trains
         if not self.taps and not measures:
             return
-        means_MH, logits_MV = self.tap.take()
+        taken = self.tap.take()
         recorded_MH = own_latents_of(kinds_BT, batch.latents_NH)
         if measures:
-            model_output[STATE_ERRORS] = batch.by_row(state_errors(means_MH, recorded_MH))
+            model_output[STATE_ERRORS] = batch.by_row(state_errors(taken.means_MH, recorded_MH))
+        if not self.taps:
+            return
+        temperature_M1 = _temperatures(output_args, *latent_sources(kinds_BT))[:, None]
+        source = LatentSource(taken.means_MH, lambda: taken.logits_MV.float() / temperature_M1, taken.features_MF)
         if self.treatment.is_action:
-            temperature_M1 = _temperatures(output_args, *latent_sources(kinds_BT))[:, None]
-            source = LatentSource(means_MH, lambda: logits_MV.float() / temperature_M1)
             aux_MA = batch.latent_aux_MA(self.treatment.aux_size) if self.treatment.aux_size else None
             density_M = self.treatment.log_density(source, recorded_MH, aux_MA)
             log_probs = model_output["log_probs"]
             model_output["log_probs"] = batch.with_scores(log_probs, PositionKind.LATENT, density_M)
-        if self.gives_means:
-            # the reference scores after the old policy: under this name its means are what the update finds
-            model_output[MEANS if trains else REF_MEANS] = batch.by_row(means_MH.float())
+        if self.gives_statistics:
+            # the reference scores after the old policy: under this name its own are what the update finds
+            statistics_MS = self.treatment.statistics(source).float()
+            model_output[MEANS if trains else REF_MEANS] = batch.by_row(statistics_MS)
 
     def disarm(self) -> None:
         if self.tap is not None:

@@ -73,8 +73,14 @@ class LatentActorRolloutRefWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self):
         super().init_model()
-        terms, acts = self.options.terms, self.options.act_kinds
-        if self.actor is not None and (acts or terms.anchor_weight):
-            actor = self.config.actor
-            loss = LatentLoss(self.loss_fn, terms, acts, actor.loss_agg_mode, actor.get("loss_scale_factor", None))
+        if self.actor is not None:
+            actor, options = self.config.actor, self.options
+            loss = LatentLoss(
+                self.loss_fn,
+                options.terms,
+                options.act_kinds,
+                actor.loss_agg_mode,
+                actor.get("loss_scale_factor", None),
+                options.treatment,
+            )
             self.actor.set_loss_fn(loss)

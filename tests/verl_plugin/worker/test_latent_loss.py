@@ -1,12 +1,15 @@
 """The terms at latents, written out one position at a time. (Through the engine: test_treated_engine.py.)"""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from verl.utils import tensordict_utils as tu
 
-from grpo_latent.latent.treatments import LatentTerms
+from grpo_latent.errors import LatentMismatchError
+from grpo_latent.latent.treatments import LatentTerms, Mask, Treatment
+from grpo_latent.latent.treatments.components import Component
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.verl_plugin.worker.latent_loss import NUM_ACTS, NUM_LATENTS, LatentLoss
 
@@ -98,3 +101,67 @@ def test_nothing_but_live_latents_gets_a_gradient():
     kinds = torch.cat([torch.tensor(PROMPT + kinds) for kinds in COMPLETIONS])
     live = (kinds == K.LATENT) & (torch.arange(len(kinds)) < sum(len(PROMPT) + len(k) for k in COMPLETIONS[:2]))
     assert torch.equal(leaf.grad.roll(1) != 0, live)
+
+
+@pytest.mark.parametrize("act_kinds", [frozenset(), frozenset({int(K.LATENT)})], ids=["mask", "acting"])
+def test_a_latent_that_is_marked_as_an_action_is_refused(act_kinds):
+    """Its log-prob would be a placeholder's, or a density under the text's clip; also in a row whose text is right."""
+    data, output, _ = make_case()
+    mask = data["response_mask"].values().clone()
+    assert COMPLETIONS[0][2] == K.LATENT
+    mask[2] = 1.0
+    data["response_mask"] = torch.nested.nested_tensor_from_jagged(mask, data["response_mask"].offsets())
+    terms = TERMS if act_kinds else LatentTerms()
+    loss = LatentLoss(lambda **_: (torch.tensor(0.0), {}), terms, act_kinds, "token-mean")
+    with pytest.raises(LatentMismatchError, match="trajectory 0, position 2: a latent position is marked"):
+        loss(output, data)
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(Treatment):
+    """A user's: a penalty on the norm of the mean, weighted by an option, and one metric."""
+
+    penalty: float = 0.5
+    change: str = ""
+
+    def reads_statistics(self, terms):
+        return True
+
+    def components(self, view, terms):
+        norms_M = view.statistics_MS.norm(dim=-1)
+        values = norms_M[:-1] if self.change == "too few" else norms_M
+        over = "spans" if self.change == "nowhere" else "latents"
+        twice = [Component("norm", None, norms_M)] if self.change == "twice" else []
+        return [Component("norm", self.penalty, values, over), Component("norm_max", None, norms_M / 2), *twice]
+
+
+def own_loss(treatment, mode="token-mean"):
+    return LatentLoss(lambda **_: (torch.tensor(5.0), {}), LatentTerms(), frozenset(), mode, treatment=treatment)
+
+
+def test_a_component_of_a_users_own():
+    """The loss knows its weight and its values, not what it is; dropped rows have no part in it."""
+    data, output, (_, _, _, means, _) = make_case()
+    norms = [[float(row.norm()) for row in rows] for rows in means[:2]]
+    total, metrics = own_loss(Own(penalty=0.5))(output, data)
+    mean = sum(map(sum, norms)) / 3
+    assert float(total) == pytest.approx(5.0 + 0.5 * mean, rel=1e-6)
+    assert metrics["latent/norm"].aggregate() == pytest.approx(mean, rel=1e-6)
+    assert metrics["latent/norm_max"].aggregate() == pytest.approx(mean / 2, rel=1e-6)
+    by_trajectory = sum(sum(row) / len(row) for row in norms) / 3
+    total, metrics = own_loss(Own(penalty=2.0), "seq-mean-token-mean")(output, data)
+    assert float(total) == pytest.approx(5.0 + 2.0 * by_trajectory, rel=1e-6)
+    assert metrics["latent/norm_max"].aggregate() == pytest.approx(mean / 2, rel=1e-6), "a metric is a plain mean"
+
+
+@pytest.mark.parametrize("change", ["too few", "nowhere", "twice"])
+def test_a_component_that_does_not_fit_is_refused(change):
+    data, output, _ = make_case()
+    with pytest.raises(LatentMismatchError, match="component 'norm': not a component"):
+        own_loss(Own(change=change))(output, data)
+
+
+def test_mask_adds_nothing():
+    data, output, _ = make_case()
+    total, metrics = own_loss(Mask())(output, data)
+    assert float(total) == 5.0 and metrics == {}
