@@ -10,12 +10,18 @@ from latent_cases import case, sampling
 from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.latent.treatments.gaussian import Gaussian
 from grpo_latent.latent.treatments.gumbel_soft import GumbelSoft
+from grpo_latent.latent.treatments.vmf import VonMisesFisher
 from grpo_latent.models.replay import collate, replay, with_latents
 from grpo_latent.models.shift import latent_sources
 from grpo_latent.models.sources import SourceTap, latent_log_densities
 from grpo_latent.trajectory import PositionKind as K
 
-TREATMENTS = {"gaussian": Gaussian(sigma=0.5), "gumbel_soft": GumbelSoft(top_k=4), "vlpo": Gaussian(10.0, 0.0)}
+TREATMENTS = {
+    "gaussian": Gaussian(sigma=0.5),
+    "gumbel_soft": GumbelSoft(top_k=4),
+    "vlpo": Gaussian(10.0, 0.0),
+    "vmf": VonMisesFisher(20.0),
+}
 TEMPERATURE = 0.9
 
 

@@ -5,6 +5,7 @@
     recompute     h                      the current policy's h    nothing; gradient through the text  2509.24251, 2511.21395
     gaussian      h + noise              what was recorded         a clipped ratio and a KL            2511.21395 (VLPO)
     gumbel_soft   top-k token mixture    what was recorded         a clipped ratio and a KL            2511.06411
+    vmf           h, turned at random    what was recorded         a clipped ratio and a closed KL     von Mises-Fisher
 
 Any of them takes the latent anchor, a pull of the prediction at each latent position towards the reference's.
 
@@ -32,6 +33,7 @@ from grpo_latent.latent.treatments.mask import Mask
 from grpo_latent.latent.treatments.protocol import GRADIENTS, LatentSource, Treatment
 from grpo_latent.latent.treatments.recompute import Recompute
 from grpo_latent.latent.treatments.terms import LatentTerms
+from grpo_latent.latent.treatments.vmf import VonMisesFisher
 
 __all__ = ["GRADIENTS", "TREATMENTS", "LatentSource", "LatentTerms", "Mask", "Treatment", "parse_treatment"]
 
@@ -40,6 +42,7 @@ TREATMENTS: dict[str, type[Treatment]] = {
     "recompute": Recompute,
     "gaussian": Gaussian,
     "gumbel_soft": GumbelSoft,
+    "vmf": VonMisesFisher,
 }
 OWN_OPTIONS = "options"
 

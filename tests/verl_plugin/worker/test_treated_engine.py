@@ -24,6 +24,7 @@ from grpo_latent.verl_plugin.worker.treated_forward import STATE_ERRORS
 
 GAUSSIAN = {"name": "gaussian", "gaussian": {"sigma": 0.5}}
 GUMBEL = {"name": "gumbel_soft", "gumbel_soft": {"top_k": 4}}
+VMF = {"name": "vmf", "vmf": {"kappa": 20.0}}
 # treatment, model, packed, visibility, spans a completion may open
 CASES = {
     "gaussian": (GAUSSIAN, tiny.tiny_qwen2_5_vl, False, "full", dict(max_spans=3, head="mlp")),
@@ -31,6 +32,7 @@ CASES = {
     "gaussian packed": (GAUSSIAN, tiny.tiny_qwen3, True, "full", dict(max_spans=3)),
     "gumbel_soft": (GUMBEL, tiny.tiny_qwen2_5_vl, False, "latents_only", dict(max_spans=3)),
     "gumbel_soft packed": (GUMBEL, tiny.tiny_qwen3, True, "full", dict(max_spans=1)),
+    "vmf": (VMF, tiny.tiny_qwen2_5_vl, False, "full", dict(max_spans=3, head="mlp")),
     "recompute": ({"name": "recompute"}, tiny.tiny_qwen2_5_vl, False, "full", dict(max_spans=3, head="mlp")),
     "recompute latents_only": ({"name": "recompute"}, tiny.tiny_qwen2_5_vl, False, "latents_only", dict(max_spans=3)),
     "recompute packed": ({"name": "recompute"}, tiny.tiny_qwen3, True, "full", dict(max_spans=3)),
