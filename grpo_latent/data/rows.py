@@ -6,9 +6,10 @@ A verl row (what a field means, and what a reader insists on):
     prompt         [{"role": "user", "content": "read red ?<image>"}], one <image> per image
     images         [{"bytes": ..., "path": null}] or a path; [] or absent for text
     ability        str, unused
-    reward_model   {"style": "rule", "ground_truth": "7"}; "" if and only if extra_info.has_answer is false
-    extra_info     {"index": 0, "split": "train", "has_answer": true, "bboxes": [[x0, y0, x1, y1]], "bbox_images": [0],
-                    "response": "<lvr> <answer> 7 </answer>", ...}; SFT needs bboxes, RL needs none of it
+    reward_model   {"style": "rule", "ground_truth": "7"}; "" if and only if has_answer is false
+    extra_info     {"index": 0, "split": "train", "has_answer": true, "bboxes": [[x0, y0, x1, y1]],
+                    "bbox_images": [0], "response": "<lvr> <answer> 7 </answer>", ...};
+                    SFT needs bboxes, RL needs none of it
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _FIELDS = {
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """PNG bytes of uint8 [height, width, 3]; lossless."""
+    """Encodes an image, uint8 [height, width, 3], as PNG, which loses nothing."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
@@ -65,7 +66,10 @@ def verl_row(
     kind: str | None = None,
     steps: Sequence[str] | None = None,
 ) -> dict:
-    """A row of verl's schema. `answer` None means unknown: the ground truth is empty and `has_answer` False."""
+    """Makes a row of verl's schema.
+
+    `answer` None means unknown: the ground truth is empty and `has_answer` False.
+    """
     return {
         "data_source": data_source,
         "prompt": [{"role": "user", "content": prompt}],
@@ -114,7 +118,9 @@ def _schema():
 
 
 def write_verl_parquet(path: str | Path, rows: Iterable[dict]) -> int:
-    """Writes rows of `verl_row`, streaming; the schema is fixed, so that files concatenate. Returns their number.
+    """Writes rows of `verl_row`, streaming, and returns their number.
+
+    The schema is fixed, so that files concatenate.
 
     A failed write leaves no file.
     """
@@ -130,7 +136,7 @@ def write_verl_parquet(path: str | Path, rows: Iterable[dict]) -> int:
 
 
 def read_verl_parquet(path: str | Path) -> Iterator[LvrExample]:
-    """Checked examples of a file, row by row.
+    """Yields checked examples of a file, row by row.
 
     Raises:
         DataError: as `iter_verl_rows`, or a malformed row (see `parse_verl_row`).
@@ -177,7 +183,10 @@ def iter_verl_rows(path: str | Path) -> Iterator[tuple[dict, str]]:
 
 
 def check_prompt(row: dict, where: str) -> tuple[list[dict], list[ImageRef]]:
-    """(messages with split contents, images) of a row, checked as far as RL needs it: any ground truth will do.
+    """Checks a row as far as RL needs it, where any ground truth will do.
+
+    Returns:
+        messages with split contents, images.
 
     Raises:
         DataError: names row, field, what was got and expected, and a fix.
@@ -202,7 +211,7 @@ def _parse_prompt(row: dict, where: str) -> tuple[list[dict], list[ImageRef]]:
 
 
 def parse_verl_row(row: dict, where: str) -> LvrExample:
-    """A checked example of one row, as SFT needs it.
+    """Checks one row as SFT needs it, and makes an example of it.
 
     Raises:
         DataError: names row, field, what was got and expected, and a fix.

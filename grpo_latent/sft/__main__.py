@@ -1,4 +1,4 @@
-"""python -m grpo_latent.sft model.path=… data.train_files=… data.format=parquet trainer.output_dir=… [overrides]
+"""Runs SFT: python -m grpo_latent.sft model.path=… data.train_files=… trainer.output_dir=…
 
 `grpo_latent.common.command` says what the exit codes mean.
 """

@@ -53,7 +53,8 @@ def run_sft(settings: SFTSettings) -> SFTResult:
     """
     start = time.perf_counter()
     args = settings.training_arguments()
-    output_dir, save_path = Path(args.output_dir), Path(settings.model.save_path)
+    output_dir = Path(args.output_dir)
+    save_path = Path(settings.model.save_path)
     check_sharding(args, settings.model.lora.enabled)
     check_precision(settings, args)
     if Path(settings.model.path).resolve() in (save_path.resolve(), output_dir.resolve()):
@@ -65,7 +66,7 @@ def run_sft(settings: SFTSettings) -> SFTResult:
         )
     log_to_file(output_dir / "sft.log", args.should_save)
     checkpoint = find_checkpoint(settings, output_dir)
-    set_seed(args.seed)
+    set_seed(args.seed)  # before loading, which draws new embeddings and modules
     parts = settings.parts
     latent = load_for_sft(settings.model, settings.latent, settings.loss.trains_end_vector, parts.needs_vision)
     if latent.processor is not None:
@@ -92,6 +93,7 @@ def run_sft(settings: SFTSettings) -> SFTResult:
         bar.close()
         trainer.release()
     metrics = {}
+    # the last value of each, from whichever line has it: a term may be missing from the last one
     for line in trainer.state.log_history:
         metrics |= {name: line[name] for name in ("ce", "latent_loss", "latent_hit", "end_loss") if name in line}
     trainer.accelerator.wait_for_everyone()
@@ -108,7 +110,7 @@ def run_sft(settings: SFTSettings) -> SFTResult:
 
 
 def check_sharding(args: TrainingArguments, has_lora: bool) -> None:
-    """Raises `ConfigError` for what would train something else than was asked for, or could not be saved."""
+    """Raises `ConfigError` for what would train something else than asked, or could not be saved."""
     refused = {
         "DeepSpeed": bool(args.deepspeed),
         "FSDP with LoRA": bool(args.fsdp) and has_lora,
@@ -125,7 +127,7 @@ def check_sharding(args: TrainingArguments, has_lora: bool) -> None:
 
 
 def check_precision(settings: SFTSettings, args: TrainingArguments) -> None:
-    """Raises `ConfigError` where float32 adapters would meet a base in half precision without a cast between them."""
+    """Raises `ConfigError` where float32 adapters meet a half-precision base without a cast."""
     if settings.model.lora.enabled and settings.model.dtype == "bfloat16" and not args.bf16:
         raise ConfigError(
             "adapters train in float32 over a bfloat16 base",
@@ -136,7 +138,7 @@ def check_precision(settings: SFTSettings, args: TrainingArguments) -> None:
 
 
 def choose_parameters(latent: LatentModel, settings: SFTSettings) -> None:
-    """Freezes and adapts; installs the latent hook, which must be there before anything wraps the model."""
+    """Freezes and adapts parameters, and installs the latent hook before anything wraps the model."""
     model = latent.model
     if settings.model.lora.enabled:
         config = latent.config
@@ -147,7 +149,7 @@ def choose_parameters(latent: LatentModel, settings: SFTSettings) -> None:
 
 
 def build_dataset(latent: LatentModel, settings: SFTSettings) -> SFTDataset:
-    """The rows of all files. Each row is checked when it is read; images are decoded when they are used."""
+    """Reads and checks the rows of all files; their images are decoded when a batch is made."""
     data, parts = settings.data, settings.parts
     read = parts.readers[data.format]
     examples = itertools.chain.from_iterable(read(path, data.image_folder) for path in data.train_files)
@@ -156,10 +158,13 @@ def build_dataset(latent: LatentModel, settings: SFTSettings) -> SFTDataset:
 
 
 def find_checkpoint(settings: SFTSettings, output_dir: Path) -> Path | None:
-    """The checkpoint to resume: `auto` takes the last complete one of `output_dir`, a path that folder, null none.
+    """Finds the checkpoint to resume.
+
+    `auto` takes the last complete one of `output_dir`, a path that folder, null none.
 
     Raises:
-        ConfigError: the run in `output_dir` had other settings, or the path is no complete checkpoint.
+        ConfigError: the run in `output_dir` had other settings, or the path is no complete
+            checkpoint.
     """
     if settings.resume is None:
         return None
@@ -181,7 +186,7 @@ def find_checkpoint(settings: SFTSettings, output_dir: Path) -> Path | None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether saving it ended: the Trainer writes its state after everything else."""
+    """Says whether saving it ended: the Trainer writes its state after everything else."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, json.JSONDecodeError):
@@ -190,7 +195,9 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def check_same_run(settings: SFTSettings, output_dir: Path) -> None:
-    """Raises `ConfigError` if `output_dir` holds a run with other settings than those that may change on resuming."""
+    """Raises `ConfigError` if `output_dir` holds a run with settings that may not change on
+    resuming.
+    """
     path = output_dir / "settings.json"
     try:
         before = json.loads(path.read_text())
@@ -211,7 +218,7 @@ def check_same_run(settings: SFTSettings, output_dir: Path) -> None:
 
 
 def as_dict(settings: SFTSettings) -> dict:
-    """Flat and JSON-able: {"model.path": …}."""
+    """Flattens the settings to what JSON holds: {"model.path": …}."""
 
     def flatten(value: object, prefix: str) -> dict:
         if isinstance(value, dict) and value:
@@ -223,7 +230,7 @@ def as_dict(settings: SFTSettings) -> dict:
 
 
 def log_to_file(path: Path, is_main: bool) -> None:
-    """The libraries' own messages go to the log file; the console keeps the bar."""
+    """Sends the libraries' own messages to the log file; the console keeps the bar."""
     transformers.utils.logging.disable_progress_bar()
     if not is_main:
         return
@@ -232,4 +239,5 @@ def log_to_file(path: Path, is_main: bool) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in ("transformers", "accelerate", "peft"):
         logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
+        logger.handlers = [handler]
+        logger.propagate = False

@@ -18,7 +18,7 @@ from grpo_latent.sft.methods import METHODS, Method
 
 @dataclass(frozen=True)
 class SFTSettings:
-    """All of a run.
+    """All settings of a run.
 
     Attributes:
         method: key of `METHODS`; `latent` and `loss` are of that method's types.
@@ -36,7 +36,7 @@ class SFTSettings:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> SFTSettings:
-        """Settings of a resolved config.
+        """Builds the settings of a resolved config.
 
         Raises:
             ConfigError: a key is unknown or missing, or a value cannot be used.
@@ -73,7 +73,7 @@ class SFTSettings:
         known = {item.name for item in dataclasses.fields(TrainingArguments)}
         check_keys(self.trainer, known, "trainer", required=["output_dir"])
         values = {"report_to": [], "use_cpu": not torch.cuda.is_available(), **self.trainer}
-        # the bar and the log of this package replace the Trainer's; a loss that is not finite stops the run
+        # our own bar replaces the Trainer's, and a loss that is not finite stops the run
         values |= {"disable_tqdm": True, "logging_nan_inf_filter": False}
         try:
             return TrainingArguments(**values)

@@ -1,8 +1,9 @@
-"""The embedded task: real handwritten digits, coloured, on a noisy grid; questions that need one or two of them.
+"""The embedded task: handwritten digits, coloured, on a noisy grid; questions for one or two.
 
-An image has 4 x 4 cells of 14 pixels and six digits of different colours. A 14-pixel cell is one merged visual token of
-a model with 7-pixel patches, so the box of an object is exactly one token. Training and held-out images use disjoint
-scikit-learn digits (1297 and 500). One example serves LVR (boxes), ILVR (helper images) and IVT-LR (step texts):
+An image has 4 x 4 cells of 14 pixels and six digits of different colours. A 14-pixel cell is one
+merged visual token of a model with 7-pixel patches, so the box of an object is exactly one token.
+Training and held-out images use disjoint scikit-learn digits (1297 and 500). One example serves
+LVR (boxes), ILVR (helper images) and IVT-LR (step texts):
 
     question  read red ?                      answer  7
     boxes     [(0.518, 0.25, 0.732, 0.464)]   steps   ["red at r1 c2 is 7"]
@@ -38,15 +39,22 @@ COLORS = {
     "white": (240, 240, 240),
 }
 COLOR_NAMES = tuple(COLORS)
-GRID, CELL, DIGIT_SIZE, JITTER = 4, 14, 12, 1
-IMAGE_SIZE, NUM_CELLS = GRID * CELL, GRID * GRID
-NUM_OBJECTS, NOISE_SIGMA, BACKGROUND = 6, 25.0, 60.0
-NO_DIGIT, NO_COLOR = 10, len(COLORS)  # classes of an empty cell
+GRID = 4  # cells a side
+CELL = 14  # pixels a side: one merged visual token of a model with 7-pixel patches
+DIGIT_SIZE = 12
+JITTER = 1  # pixels that a digit may lie off its cell's middle
+IMAGE_SIZE = GRID * CELL
+NUM_CELLS = GRID * GRID
+NUM_OBJECTS = 6
+NOISE_SIGMA = 25.0  # of 255: digits stay readable, and no two cells are equal
+BACKGROUND = 60.0
+NO_DIGIT = 10  # class of an empty cell, as is NO_COLOR
+NO_COLOR = len(COLORS)
 NUM_TRAIN_DIGITS = 1297
 
 # kind -> (number of objects asked for, answer from their digits)
 KINDS = {"read": (1, lambda digits: digits[0]), "sum": (2, sum), "max": (2, max)}
-# every word that questions and step texts use, for the tokenizer; numbers and answer tags are the tokenizer's own
+# all words of questions and step texts; numbers and answer tags are the tokenizer's own
 WORDS = (
     *KINDS,
     "?",
@@ -89,7 +97,12 @@ class DigitObject:
 
 @dataclass(frozen=True, eq=False)
 class DigitExample:
-    """An image with a question. `image` uint8 [56, 56, 3]; `objects` start with those that the question asks for."""
+    """An image with a question.
+
+    Attributes:
+        image: uint8 [56, 56, 3].
+        objects: those that the question asks for come first.
+    """
 
     image: np.ndarray
     kind: str
@@ -118,14 +131,22 @@ class DigitExample:
 
     @property
     def helper_images(self) -> list[np.ndarray]:
-        """Cells of the objects asked for, uint8 [14, 14, 3]: one merged visual token, close to the image's own there."""
+        """Cells of the objects asked for, uint8 [14, 14, 3].
+
+        Each is one merged visual token, close to the image's own there.
+        """
         corners = [(item.row * CELL, item.column * CELL) for item in self.asked]
         return [self.image[y : y + CELL, x : x + CELL] for y, x in corners]
 
 
 @functools.cache
 def _digit_images() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(opacity [1797, offsets, offsets, CELL, CELL], labels [1797], training indices, held-out indices)."""
+    """Loads scikit-learn's digits, enlarged, at each place that jitter can put them.
+
+    Returns:
+        opacity [1797, offsets, offsets, CELL, CELL]; labels [1797]; training indices; held-out
+        indices.
+    """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -145,18 +166,18 @@ def _digit_images() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def stream_rng(stream: str, seed: int) -> np.random.Generator:
-    """Generator of one purpose; two streams of one seed are independent."""
+    """Makes the generator of one purpose; two streams of one seed are independent."""
     return np.random.default_rng(np.random.SeedSequence([STREAMS[stream][0], seed]))
 
 
 def digit_pool(stream: str) -> np.ndarray:
-    """Indices of the scikit-learn digits that a stream may draw."""
+    """Returns the indices of the scikit-learn digits that a stream may draw."""
     _, _, train, heldout = _digit_images()
     return train if STREAMS[stream][1] else heldout
 
 
 def generate(num: int, *, stream: str, seed: int, kinds: Sequence[str] = ("read",)) -> list[DigitExample]:
-    """`num` examples, the same for the same arguments.
+    """Makes `num` examples, the same for the same arguments.
 
     Args:
         stream: key of `STREAMS`; decides whether training or held-out digits are drawn.
@@ -200,11 +221,11 @@ def generate(num: int, *, stream: str, seed: int, kinds: Sequence[str] = ("read"
 
 
 def generate_dense(num: int, rng: np.random.Generator, stream: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images in which each cell holds a digit with probability 0.6, for vision pretraining.
+    """Makes images in which each cell holds a digit with probability 0.6, for vision pretraining.
 
     Returns:
-        (images uint8 [num, 56, 56, 3], digits int64 [num, 16], colours int64 [num, 16]); row-major cells, which are the
-        visual tokens; `NO_DIGIT`, `NO_COLOR` at empty ones.
+        images uint8 [num, 56, 56, 3], digits int64 [num, 16], colours int64 [num, 16]; cells are
+        row-major, as visual tokens are; `NO_DIGIT` and `NO_COLOR` at empty ones.
     """
     shape = (num, NUM_CELLS)
     present_NC = rng.random(shape) < 0.6
@@ -216,7 +237,10 @@ def generate_dense(num: int, rng: np.random.Generator, stream: str) -> tuple[np.
 
 
 def compose(digit_NC: np.ndarray, color_NC: np.ndarray, offset_NC2: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Images uint8 [N, 56, 56, 3] of cells [N, 16]: digit image, colour (`NO_COLOR`: empty) and (top, left) offset."""
+    """Draws images uint8 [N, 56, 56, 3] of cells [N, 16].
+
+    A cell is a digit image, a colour (`NO_COLOR`: empty) and a (top, left) offset.
+    """
     opacity = _digit_images()[0]
     palette = np.array([*COLORS.values(), (BACKGROUND,) * 3], np.float32) - BACKGROUND
     num = len(digit_NC)
@@ -235,7 +259,10 @@ def compose(digit_NC: np.ndarray, color_NC: np.ndarray, offset_NC2: np.ndarray, 
 
 
 def scarce_labels(examples: Sequence[DigitExample], per_answer: int | None) -> list[bool]:
-    """Which examples keep their answer: the first `per_answer` of each (kind, answer); None keeps all."""
+    """Says which examples keep their answer: the first `per_answer` of each (kind, answer).
+
+    None keeps all.
+    """
     seen: dict[tuple[str, str], int] = {}
     keep = []
     for example in examples:
@@ -246,7 +273,7 @@ def scarce_labels(examples: Sequence[DigitExample], per_answer: int | None) -> l
 
 
 def text_response(example: DigitExample, has_answer: bool) -> str:
-    """The response that says its boxes in words, as far as it is known.
+    """Writes the response that says its boxes in words, as far as it is known.
 
     >>> (example,) = generate(1, stream="sft", seed=0)
     >>> text_response(example, True), text_response(example, False)
@@ -275,12 +302,13 @@ def to_rows(
     form: str = "latent",
     steps: str = "full",
 ) -> list[dict]:
-    """verl rows. A row without its answer has an empty ground truth, so that no stage can read it by accident.
+    """Makes verl rows; one without its answer has no ground truth that a stage could read.
 
     Args:
-        form: of the response: `latent` (a span for each box), or, for controls without latents, `direct` (the answer alone)
-            or `text_boxes` (row and column in words, then the answer).
-        steps: of the rationale: `full`, `short` (no places), or `none` (the control that answers directly).
+        form: of the response: `latent` (a span for each box), or, for controls without latents,
+            `direct` (the answer alone) or `text_boxes` (row and column in words, then the answer).
+        steps: of the rationale: `full`, `short` (no places), or `none` (the control that answers
+            directly).
     """
     if form not in FORMS:
         raise ConfigError("unknown value", where="digits.form", got=form, expected=f"one of {FORMS}")

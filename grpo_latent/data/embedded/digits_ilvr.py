@@ -1,11 +1,12 @@
-"""The embedded task as published ILVR records: an object's colour, its span, its digit, then the next object.
+"""The embedded task as published ILVR records: a colour, its span, its digit, the next colour.
 
     max red blue ?<image>      at red <span> 7 at blue <span> 3 <answer> 7 </answer>
     without its answer         at red <span> (unknown) at blue <span> (unknown)
 
-The word `at` stands where a token after an unknown text is not scored, so that colours are learned from all rows. A span's
-helper image is the object's cell. The answer follows from the digits that were written out, and each digit from
-its own span alone where text does not see the image (`latent.visibility=latents_only`).
+The word `at` stands where a token after an unknown text is not scored, so that colours are learned
+from all rows. A span's helper image is the object's cell. The answer follows from the digits that
+were written out, and each digit from its own span alone where text does not see the image
+(`latent.visibility=latents_only`).
 
     python -m grpo_latent.data.embedded.digits_ilvr --out data --seed 0 --kinds max
 """
@@ -46,7 +47,7 @@ def sequence_plan(example: DigitExample, helpers: Sequence[str], has_answer: boo
 
 
 def write_ilvr_jsonl(path: str | Path, examples: Sequence[DigitExample], has_answer: Sequence[bool]) -> None:
-    """Records and, in a folder beside them, their images. The file appears only once all of it is written."""
+    """Writes records and, in a folder beside them, their images; the file only once it is whole."""
     path = Path(path)
     folder = path.parent / IMAGE_FOLDER
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,13 @@
-"""Stage 0 of the embedded experiment: a vision tower that can read digits, in the place of a pretrained ViT.
+"""Stage 0 of the embedded experiment: a vision tower that reads digits, for a pretrained ViT.
 
-Two linear probes on each merged visual token say which digit (or none) and which colour (or none) its cell holds; tower
-and probes are trained together on fresh images, then the probes are thrown away. The text model keeps its random weights.
+Two linear probes on each merged visual token say which digit (or none) and which colour (or none)
+its cell holds; tower and probes are trained together on fresh images, then the probes are thrown
+away. The text model keeps its random weights.
 
     loss = CE_digit + CE_colour + 0.01 (rms^2 - 1)^2,    rms of the visual tokens, over batch and features
 
-The probes see normalised tokens; the last term keeps the tokens themselves at unit scale, since SFT regresses on them.
+The probes see normalised tokens; the last term keeps the tokens themselves at unit scale, since
+SFT regresses on them.
 
     python -m grpo_latent.data.embedded.vision_pretrain --out models/vision --seed 0
 """
@@ -113,7 +115,10 @@ def pretrain_vision(
 
 
 class DenseImages(IterableDataset):
-    """`steps` batches of (processed images, digit labels, colour labels), drawn from the seed; made beside the training."""
+    """Yields `steps` batches of (processed images, digit labels, colour labels) of the seed.
+
+    They are made beside the training, which would wait for them.
+    """
 
     def __init__(self, tiny: TinyModel, steps: int, batch_size: int, seed: int):
         self.image_processor = tiny.processor.image_processor
@@ -138,7 +143,7 @@ def probe_loss(probes: CellProbes, tokens_NH: Tensor, digit_NC: Tensor, color_NC
 
 
 def encode(tiny: TinyModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Visual tokens [num * 16, H] after the merger, of processed 56 x 56 images; row-major cells of each image."""
+    """Encodes processed 56 x 56 images to visual tokens [num * 16, H], row-major in each image."""
     return tiny.model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
 
 
@@ -161,7 +166,7 @@ def evaluate_probes(tiny: TinyModel, probes: CellProbes) -> dict[str, float]:
 def write_experiment_model(
     folder: str | Path, *, sizes: TinySizes = EXPERIMENT_SIZES, seed: int = 0, **pretraining
 ) -> VisionReport:
-    """Builds the experiment's Qwen2.5-VL, pretrains its vision tower, and writes a Hugging Face folder.
+    """Builds the experiment's Qwen2.5-VL, pretrains its vision tower, and writes its folder.
 
     Model, tokenizer, processor, and the report as `vision_pretrain.json`.
     """

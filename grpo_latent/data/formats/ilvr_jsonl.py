@@ -1,18 +1,21 @@
 """The published ILVR records (2512.05665): text and helper images in turn, one JSON object a line.
 
     {"text_input": "Q", "image_input": ["q.png"],
-     "sequence_plan": [{"type": "text", "content": "Look at the sign."}, {"type": "latent", "helper_image": "h1.png"},
+     "sequence_plan": [{"type": "text", "content": "Look at the sign."},
+                       {"type": "latent", "helper_image": "h1.png"},
                        {"type": "text", "content": "The answer is B."}],
      "original_final_answer": "B"}
 
-Each helper image becomes one latent span; the momentum teacher picks its targets from that image's visual tokens. RL
-reads the question and `original_final_answer` only, from rows that have no need of a plan:
+Each helper image becomes one latent span; the momentum teacher picks its targets from that image's
+visual tokens. RL reads the question and `original_final_answer` only, from rows that have no need
+of a plan:
 
     python -m grpo_latent.data.formats.ilvr_jsonl --in TRAIN.jsonl --out rl.parquet
 
-Beyond the published format, a record may say `"has_answer": false`: its helper images are known, its answer is not.
-`original_final_answer` is then left out, and `"content": null` stands where a text is unknown; nothing is fed there, and
-what follows it, a token of another text or the end, is not scored.
+Beyond the published format, a record may say `"has_answer": false`: its helper images are known,
+its answer is not. `original_final_answer` is then left out, and `"content": null` stands where a
+text is unknown; nothing is fed there, and what follows it, a token of another text or the end, is
+not scored.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ DATA_SOURCE = "ilvr"
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of the response: a text, the helper image of a latent span, or a text that is not known (both None)."""
+    """A piece of the response: a text, a span's helper image, or an unknown text (both None)."""
 
     text: str | None = None
     helper_image: ImageRef | None = None
@@ -49,9 +52,11 @@ class InterleavedExample:
     """One example of ILVR.
 
     Attributes:
-        messages: before the response; contents are lists of {"type": "text", "text"} and {"type": "image"} in order.
+        messages: before the response; contents are lists of {"type": "text", "text"} and {"type":
+            "image"} in order.
         images: in the order of the image parts.
-        segments: of the response; the last one is a text, known if `has_answer`. () where the plan was not read.
+        segments: of the response; the last one is a text, known if `has_answer`. () where the plan
+            was not read.
         answer: the final answer, as a reward compares it; "" if unknown.
         has_answer: whether the answer is known.
         where: file and row, for messages.
@@ -68,7 +73,7 @@ class InterleavedExample:
 def read_ilvr_jsonl(
     path: str | Path, image_folder: str | Path | None = None, reads_plan: bool = True
 ) -> Iterator[InterleavedExample]:
-    """Checked examples of a file, line by line; the file is never held in memory as a whole.
+    """Yields checked examples of a file, line by line; the file is never held in memory as a whole.
 
     Args:
         image_folder: what image paths are relative to; by default the file's folder.
@@ -98,7 +103,7 @@ def read_ilvr_jsonl(
 
 
 def parse_ilvr_record(record: object, where: str, image_folder: Path, reads_plan: bool = True) -> InterleavedExample:
-    """A checked example of one published record, see `read_ilvr_jsonl`.
+    """Checks one published record and makes an example of it, see `read_ilvr_jsonl`.
 
     Raises:
         DataError: names row, field, what was got and expected, and a fix.
@@ -182,7 +187,7 @@ def _segments(plan: object, has_answer: bool, image_folder: Path, problem, where
 
 
 def to_verl_rows(examples: Iterator[InterleavedExample], split: str) -> Iterator[dict]:
-    """verl rows with the prompts of SFT, image files included byte for byte.
+    """Makes verl rows with the prompts of SFT, image files included byte for byte.
 
     Raises:
         DataError: an image file that is no image, or a record without its answer.

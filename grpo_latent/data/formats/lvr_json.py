@@ -6,11 +6,14 @@ Stage 1 (SFT):
      "conversations": [{"from": "human", "value": "<image>\\nQ"},
                        {"from": "gpt", "value": "<lvr>\\n<answer> A </answer>"}]}
 
-Stage 2 (RL, ViRL-39K style) has `image` as a string, no `<image>`, no boxes, and "<answer>4</answer>" as the gpt value.
-Fields of ours: `has_answer` (default true) and `bbox_images` (which image a box belongs to; needed with several).
+Stage 2 (RL, ViRL-39K style) has `image` as a string, no `<image>`, no boxes, and
+"<answer>4</answer>" as the gpt value. Fields of ours: `has_answer` (default true) and
+`bbox_images` (which image a box belongs to; needed with several).
 
-    python -m grpo_latent.data.formats.lvr_json to-parquet --json virl39k.json --images images/ --out train.parquet
-    python -m grpo_latent.data.formats.lvr_json from-parquet --parquet train_sft.parquet --out train_sft.json
+    python -m grpo_latent.data.formats.lvr_json to-parquet \\
+        --json virl39k.json --images images/ --out train.parquet
+    python -m grpo_latent.data.formats.lvr_json from-parquet \\
+        --parquet train_sft.parquet --out train_sft.json
 """
 
 from __future__ import annotations
@@ -53,11 +56,12 @@ _FIELDS = {
 def read_lvr_json(
     path: str | Path, image_folder: str | Path | None = None, prepend_images: bool = False
 ) -> Iterator[LvrExample]:
-    """Checked examples of a `.json` (one list) or `.jsonl` file, row by row.
+    """Yields checked examples of a `.json` (one list) or `.jsonl` file, row by row.
 
     Args:
         image_folder: what image paths are relative to; by default the file's folder.
-        prepend_images: put `<image>` placeholders in front of the first message of records that have none (stage 2).
+        prepend_images: put `<image>` placeholders in front of the first message of records that
+            have none (stage 2).
 
     Raises:
         DataError: not JSON, no records, or a malformed record.
@@ -92,7 +96,7 @@ def _load_records(path: Path) -> list:
 
 
 def parse_record(record: object, where: str, image_folder: Path, prepend_images: bool = False) -> LvrExample:
-    """A checked example of one published record.
+    """Checks one published record and makes an example of it.
 
     Raises:
         DataError: names row, field, what was got and expected, and a fix.
@@ -143,7 +147,7 @@ def parse_record(record: object, where: str, image_folder: Path, prepend_images:
 
 
 def _check_conversations(conversations: object, problem) -> list[tuple[str, str]]:
-    """(speaker, value) of each turn."""
+    """Returns (speaker, value) of each turn."""
     expected = 'turns {"from", "value"} that alternate human and gpt and end with gpt, after an optional system turn'
     if not isinstance(conversations, list) or not conversations:
         raise problem("conversations", "no conversation", conversations, expected, "Add question and response.")
@@ -161,7 +165,7 @@ def _check_conversations(conversations: object, problem) -> list[tuple[str, str]
 
 
 def to_verl_row(example: LvrExample, index: int, split: str, data_source: str | None = None) -> dict:
-    """The example as a row of verl's schema, image files included byte for byte.
+    """Makes a row of verl's schema of an example, image files included byte for byte.
 
     Raises:
         DataError: an image file that is no image.
@@ -182,7 +186,7 @@ def to_verl_row(example: LvrExample, index: int, split: str, data_source: str | 
 
 
 def write_lvr_json(path: str | Path, examples: Iterable[LvrExample]) -> int:
-    """Writes the published form, images beside it in `<stem>_images/`; returns the number of records."""
+    """Writes the published form, images beside it in `<stem>_images/`; returns how many records."""
     path = Path(path)
     folder = path.parent / f"{path.stem}_images"
     folder.mkdir(parents=True, exist_ok=True)

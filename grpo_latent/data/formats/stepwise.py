@@ -1,14 +1,15 @@
-"""Questions with a rationale in steps: what the curriculum of IVT-LR and Coconut replaces by latents, one by one.
+"""Questions with a rationale in steps, which a curriculum replaces by latents, one by one.
 
-Two published schemas on the Hugging Face hub, read from their parquet files, Coconut's JSON (a list), and verl's:
+Two published schemas on the Hugging Face hub, read from their parquet files, Coconut's JSON (a
+list), and verl's:
 
     M3CoT      id, question, choices [str], context, answer "B", rationale, image {bytes, path}, domain, topic, …
     ScienceQA  question, choices [str], answer 1 (index), hint, lecture, solution, image {bytes, path} or null, …
     Coconut    question, answer "18", steps ["<<16-3-4=9>>", "<<9*2=18>>"]          (GSM8K-Aug and others)
     verl       as in data.rows, with extra_info.steps [str]
 
-All become a `StepwiseExample`. The prompt of a published record is made here, once for SFT, RL (`to_verl_rows` writes it
-down) and evaluation (the published code's prompts differ):
+All become a `StepwiseExample`. The prompt of a published record is made here, once for SFT, RL
+(`to_verl_rows` writes it down) and evaluation (the published code's prompts differ):
 
     python -m grpo_latent.data.formats.stepwise --format m3cot --in train.parquet --out rl.parquet
 """
@@ -66,7 +67,8 @@ class StepwiseExample:
     Attributes:
         messages: one user message, content split into text and image parts.
         images: in the order of the image parts.
-        steps: of the rationale; () where the data set has none for the row. At most `MAX_STEPS` of M3CoT and ScienceQA.
+        steps: of the rationale; () where the data set has none for the row. At most `MAX_STEPS` of
+            M3CoT and ScienceQA.
         answer: the letter of the right choice, or what verl's ground truth says.
         closing: what follows the steps, with the answer in it.
         where: file and row, for messages.
@@ -84,7 +86,10 @@ class StepwiseExample:
 
 
 def rationale_steps(rationale: str, max_steps: int = MAX_STEPS) -> tuple[str, ...]:
-    """The rationale split at ". " and merged, in order, into at most `max_steps` steps of nearly equal sentence counts.
+    """Splits the rationale at ". " and merges the sentences, in order, into `max_steps` steps at
+    most.
+
+    The steps have nearly equal numbers of sentences.
 
     >>> rationale_steps("Red is at r1. It is a 7. Blue is a 2. 7 and 2 make 9.", 3)
     ('Red is at r1. It is a 7.', 'Blue is a 2.', '7 and 2 make 9.')
@@ -104,7 +109,7 @@ def rationale_steps(rationale: str, max_steps: int = MAX_STEPS) -> tuple[str, ..
 
 
 def remaining_text(example: StepwiseExample, first_step: int | None) -> str:
-    """The steps from `first_step` on, None for no step at all, then the answer.
+    """Joins the steps from `first_step` on, None for no step at all, then the answer.
 
     >>> steps = ("Red is a 7.", "Blue is a 2.")
     >>> remaining_text(StepwiseExample((), (), steps, "B", "Therefore, the answer is B", "m3cot", ""), 1)
@@ -114,17 +119,17 @@ def remaining_text(example: StepwiseExample, first_step: int | None) -> str:
 
 
 def read_m3cot(path: str | Path) -> Iterator[StepwiseExample]:
-    """Checked examples of an M3CoT parquet file. Raises `DataError`."""
+    """Yields checked examples of an M3CoT parquet file. Raises `DataError`."""
     return _read(path, parse_m3cot_record)
 
 
 def read_scienceqa(path: str | Path) -> Iterator[StepwiseExample]:
-    """Checked examples of a ScienceQA parquet file. Raises `DataError`."""
+    """Yields checked examples of a ScienceQA parquet file. Raises `DataError`."""
     return _read(path, parse_scienceqa_record)
 
 
 def read_coconut_json(path: str | Path) -> Iterator[StepwiseExample]:
-    """Checked examples of a JSON file in Coconut's form. Raises `DataError`."""
+    """Yields checked examples of a JSON file in Coconut's form. Raises `DataError`."""
     expected = 'a list of {"question", "answer", "steps"}'
     try:
         records = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -139,13 +144,13 @@ def read_coconut_json(path: str | Path) -> Iterator[StepwiseExample]:
 
 
 def read_stepwise_rows(path: str | Path) -> Iterator[StepwiseExample]:
-    """Checked examples of a parquet file in verl's schema. Raises `DataError`."""
+    """Yields checked examples of a parquet file in verl's schema. Raises `DataError`."""
     for row, where in iter_verl_rows(path):
         yield parse_stepwise_row(row, where)
 
 
 def parse_stepwise_row(row: dict, where: str) -> StepwiseExample:
-    """A checked example of one verl row; its answer is written in answer tags.
+    """Checks one verl row; its answer is written in answer tags.
 
     Raises:
         DataError: names row, field, what was got and expected, and a fix.
@@ -160,7 +165,7 @@ def parse_stepwise_row(row: dict, where: str) -> StepwiseExample:
 
 
 def parse_coconut_record(record: object, where: str) -> StepwiseExample:
-    """A checked example of one record of Coconut's JSON; its answer is written in answer tags, not after "###".
+    """Checks one record of Coconut's JSON; its answer is written in answer tags, not after "###".
 
     Raises:
         DataError: names row, field, what was got and expected, and a fix.
@@ -187,7 +192,7 @@ def _tagged(messages, images, steps: tuple[str, ...], answer: str, data_source: 
 
 
 def parse_m3cot_record(record: object, where: str) -> StepwiseExample:
-    """A checked example of one M3CoT record.
+    """Checks one M3CoT record.
 
     Raises:
         DataError: names row, field, what was got and expected, and a fix.
@@ -200,7 +205,7 @@ def parse_m3cot_record(record: object, where: str) -> StepwiseExample:
 
 
 def m3cot_question(record: object, where: str) -> ChoiceQuestion:
-    """The checked question of one M3CoT record, which needs no rationale. Raises `DataError`."""
+    """Checks the question of one M3CoT record, which needs no rationale. Raises `DataError`."""
     record = _check_record(record, where)
     choices = _choices(record, where)
     answer = record.get("answer")
@@ -211,7 +216,7 @@ def m3cot_question(record: object, where: str) -> ChoiceQuestion:
 
 
 def parse_scienceqa_record(record: object, where: str) -> StepwiseExample:
-    """A checked example of one ScienceQA record; lecture and solution make the rationale, either may be missing.
+    """Checks one ScienceQA record; lecture and solution, or one of them, make the rationale.
 
     Raises:
         DataError: names row, field, what was got and expected, and a fix.
@@ -222,7 +227,7 @@ def parse_scienceqa_record(record: object, where: str) -> StepwiseExample:
 
 
 def scienceqa_question(record: object, where: str) -> ChoiceQuestion:
-    """The checked question of one ScienceQA record. Raises `DataError`."""
+    """Checks the question of one ScienceQA record. Raises `DataError`."""
     record = _check_record(record, where)
     choices = _choices(record, where)
     answer = record.get("answer")
@@ -272,7 +277,7 @@ def _check_record(record: object, where: str) -> dict:
 
 
 def _text(record: dict, field: str, where: str) -> str:
-    """The stripped text of an optional field."""
+    """Returns the stripped text of an optional field."""
     value = record.get(field)
     if not isinstance(value, str | None):
         raise _problem(where, field, "not a text", value, "a string or null")
@@ -320,7 +325,7 @@ READERS = {
 
 
 def to_verl_rows(examples: Iterator[StepwiseExample], split: str) -> Iterator[dict]:
-    """verl rows with the prompts of SFT; `extra_info.steps` keeps the rationale."""
+    """Makes verl rows with the prompts of SFT; `extra_info.steps` keeps the rationale."""
     for index, example in enumerate(examples):
         yield verl_row(
             data_source=example.data_source,

@@ -1,4 +1,4 @@
-"""What an SFT run shows and writes while it trains: one progress bar, and one JSON line a logged step."""
+"""What an SFT run shows and writes while it trains: one bar, and one JSON line a logged step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHOWN = {"stage": "stage", "ce": "ce", "latent_loss": "latent", "latent_hit": "h
 
 
 class ProgressBar(TrainerCallback):
-    """A bar on a terminal; elsewhere one line a logged step."""
+    """Draws a bar on a terminal; elsewhere prints one line a logged step."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console()
@@ -63,7 +63,7 @@ class ProgressBar(TrainerCallback):
 
 
 class JsonlLog(TrainerCallback):
-    """Appends {"step": …, metrics} to a file; a resumed run first drops the lines of steps that it repeats."""
+    """Appends {"step": …, metrics} to a file, less the steps that a resumed run makes again."""
 
     def __init__(self, path: Path):
         self.path = Path(path)

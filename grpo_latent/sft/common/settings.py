@@ -16,8 +16,8 @@ class ModelSettings:
     Attributes:
         path: a plain Hugging Face folder, an official LVR checkpoint, or an output of SFT.
         save_path: where the trained model goes.
-        dtype: of weights and optimizer state; `trainer.bf16` computes in bfloat16 over float32 weights instead. With LoRA it
-            is that of the frozen base: what trains is float32.
+        dtype: of weights and optimizer state; `trainer.bf16` computes in bfloat16 over float32
+            weights instead. With LoRA it is that of the frozen base: what trains is float32.
     """
 
     path: str
@@ -39,7 +39,8 @@ class DataSettings:
         image_folder: what image paths of a JSON file are relative to; None for the file's folder.
         max_rows: read no more than this many rows.
         max_length: longest row in positions; a longer one is an error.
-        min_image_tokens, max_image_tokens: bounds of the image processor; None leaves the checkpoint's.
+        min_image_tokens, max_image_tokens: bounds of the image processor; None leaves the
+            checkpoint's.
         labelled_per_batch: rows with an answer in each batch; None mixes all rows.
         cache_bytes: pixels kept in memory after their first use.
     """

@@ -1,9 +1,10 @@
-"""The momentum teacher of ILVR: an exponential moving average of the student (2512.05665 section 3).
+"""The momentum teacher of ILVR: a moving average of the student (2512.05665 section 3).
 
     after each optimizer step:   teacher ← decay · teacher + (1 - decay) · student
 
-The published code has the update in a hook that its trainer never calls, so that its teacher stays the initial model.
-Here a callback makes it after every optimizer step, counts it, and refuses to train on where a resumed run lost some.
+The published code has the update in a hook that its trainer never calls, so that its teacher stays
+the initial model. Here a callback makes it after every optimizer step, counts it, and refuses to
+train on where a resumed run lost some.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ _FILE, _NUM_UPDATES = "ema.safetensors", "num_updates"
 
 
 class MomentumTeacher:
-    """A frozen copy of the student whose trained parameters follow it. What the student does not train is shared, not
-    copied: parameters, and a frozen vision tower as a whole, so that its features are kept once for both.
+    """A frozen copy of the student whose trained parameters follow it.
+
+    What the student does not train is shared, not copied: parameters, and a frozen vision tower as
+    a whole, so that its features are kept once for both.
 
     Args:
         student: before it is wrapped for training, with its frozen parameters already frozen.
@@ -52,7 +55,7 @@ class MomentumTeacher:
         for name in trained:
             own[name].requires_grad_(False)
         self._followed = {name: own[name] for name in trained}
-        # half precision would round the small updates away: there the average is kept in float32 beside the weights
+        # half precision would round the small updates away: beside such weights a float32 average
         self._wide = {
             name: parameter.data.float()
             for name, parameter in self._followed.items()
@@ -141,7 +144,7 @@ class MomentumCallback(TrainerCallback):
 
 
 class KeepsTeacher:
-    """Mixin of a Hugging Face Trainer with `self.teacher`: the teacher goes into each checkpoint and comes back from it."""
+    """Mixin of a Hugging Face Trainer: `self.teacher` goes into each checkpoint and comes back."""
 
     teacher: MomentumTeacher
 
