@@ -14,6 +14,7 @@ may be any id at all.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -117,6 +118,19 @@ class Trajectory:
         counts |= {"P": self.prompt_ids.shape[0], "T": self.kinds.shape[0]}
         for field_ in fields:
             self._check(field_, counts[field_.dims[0]])
+
+    @classmethod
+    def of_fields(cls, fields: dict[str, Tensor | None], **changes) -> Trajectory:
+        """A trajectory of its recorded fields by name, whether attributes or entries of `extra`; None counts as absent.
+
+        Args:
+            changes: the attributes that no wire carries as tensors, such as `stop_reason`.
+        """
+        known = {field_.name for field_ in dataclasses.fields(cls)}
+        present = {name: values for name, values in fields.items() if values is not None}
+        own = {name: values for name, values in present.items() if name in known}
+        extra = {name: values for name, values in present.items() if name not in known}
+        return cls(**own, **changes, **({"extra": extra} if extra else {}))
 
     def _check(self, field_: Field, count: int) -> None:
         values = self.value(field_)

@@ -1,7 +1,11 @@
-"""The one reader of rollout dumps, which training writes each `latent.dump_every` steps.
+"""Rollout dumps, which training writes each `latent.dump_every` steps: the one writer and the one reader.
 
 rollouts/step_<n>.jsonl         one trajectory a line: ids, kinds, masks, log-probs, reward, its terms, advantages
-rollouts/step_<n>.safetensors   its latents, float [n, H], by the trajectory's id "<row index>/<index in the group>"
+rollouts/step_<n>.safetensors   its latents, float [n, H], by the trajectory's id "<row index>/<index in the group>", and
+                                other recorded vectors by "<id>/<name>"
+
+Which fields there are, and where each of them stands, follows from `grpo_latent.recorded`: sequences of numbers are in the
+lines, vectors in the binary file.
 """
 
 from __future__ import annotations
@@ -13,11 +17,16 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from grpo_latent import recorded
+from grpo_latent.common.files import replacing_file
 from grpo_latent.errors import DataError, GrpoLatentError
-from grpo_latent.trajectory import NOT_SELECTED, Trajectory
+from grpo_latent.recorded import Field, Wire
+from grpo_latent.trajectory import Trajectory, from_column
 
+LOG_PROBS = "_log_probs"  # fields of such a name are one number a position
 REQUIRED = ("step", "id", "text", "stop_reason", "reward", "prompt_ids", "token_ids", "kinds", "response_mask")
 FIX = "It was cut off while being written, or by another release: delete it, or dump the step again."
 
@@ -62,6 +71,41 @@ class Dump:
         for trajectory in self.trajectories:
             groups.setdefault((trajectory.step, trajectory.group_id), []).append(trajectory)
         return groups
+
+
+def split_columns(record_id: str, columns: dict[str, Tensor]) -> tuple[dict[str, list], dict[str, Tensor]]:
+    """What of one trajectory goes into its line, and what into the binary file.
+
+    Args:
+        columns: by column of TransferQueue, those of the wire `dump` that there are.
+    """
+    line, tensors = {}, {}
+    for field in recorded.on(Wire.DUMP):
+        values = columns.get(field.column)
+        if values is None:
+            continue
+        if field.is_matrix:
+            tensors[_key(record_id, field)] = values
+        else:
+            line[field.dump] = values.tolist()
+    return line, tensors
+
+
+def write_step(folder: str | Path, step: int, records: list[dict], tensors: dict[str, Tensor]) -> None:
+    """Writes `step_<n>.jsonl`, one trajectory a line, and `step_<n>.safetensors`, both whole or not at all.
+
+    Args:
+        tensors: of all trajectories, by the keys that `split_columns` gives them.
+    """
+    path = Path(folder) / f"step_{step}.jsonl"
+    # a dump counts once its lines are there
+    with replacing_file(path) as lines, replacing_file(path.with_suffix(".safetensors")) as binary:
+        lines.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        save_file({name: values.contiguous() for name, values in tensors.items()}, binary)
+
+
+def _key(record_id: str, field: Field) -> str:
+    return record_id if field.name == "latents" else f"{record_id}/{field.dump}"
 
 
 def read_dump(folder: str | Path) -> Dump:
@@ -116,7 +160,8 @@ def _parse(line: str, where: str, tensors, known: set[str]) -> DumpedTrajectory:
             raise DataError("fields are missing", where=where, got=sorted(record), expected=str(missing), fix=FIX)
         if record["id"] not in known:
             raise DataError("no latents", where=where, got=record["id"], expected="an id of the safetensors", fix=FIX)
-        return _build(record, tensors.get_tensor(record["id"]).float())
+        keys = {field: _key(record["id"], field) for field in recorded.of_trajectory(Wire.DUMP) if field.is_matrix}
+        return _build(record, {f.name: tensors.get_tensor(key).to(f.dtype) for f, key in keys.items() if key in known})
     except DataError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
@@ -129,34 +174,23 @@ def _parse(line: str, where: str, tensors, known: set[str]) -> DumpedTrajectory:
         ) from error
 
 
-def _build(record: dict, latents_NH: Tensor) -> DumpedTrajectory:
+def _build(record: dict, matrices: dict[str, Tensor]) -> DumpedTrajectory:
     group_id, trajectory_idx = record["id"].rsplit("/", 1)
-    prompt_ids, token_ids = torch.tensor(record["prompt_ids"]), torch.tensor(record["token_ids"], dtype=torch.long)
-    kinds = torch.tensor(record["kinds"])[len(prompt_ids) :]
-    names = ("rollout", "sampling", "old", "ref")
-    values = {name: record.get(f"{name}_log_probs") for name in names}
-    log_probs = {name: torch.tensor(column) for name, column in values.items() if column is not None}
-    response_mask = torch.tensor(record["response_mask"]).bool()
-    lengths = {name: len(values) for name, values in (*log_probs.items(), ("response_mask", response_mask))}
-    if set(lengths.values()) != {len(token_ids)}:
-        raise ValueError(f"{len(token_ids)} tokens, but {lengths}")
-    zeros = torch.zeros(len(token_ids))
-    chosen = torch.tensor(record.get("selected_idx", ()), dtype=torch.long)
-    trajectory = Trajectory(
-        prompt_ids=prompt_ids,
-        token_ids=token_ids,
-        kinds=kinds,
-        latents=latents_NH.reshape(-1, latents_NH.shape[-1]),
-        rollout_log_probs=log_probs.get("rollout", zeros),
-        sampling_log_probs=log_probs.get("sampling", zeros),
-        stop_reason=record["stop_reason"],
-        group_id=group_id,
-        selected_idx=chosen[chosen != NOT_SELECTED],
-    )
-    advantages = record.get("advantages")
+    values = matrices | _sequences(record)
+    lengths = {name: len(values[name]) for name in ("token_ids", "response_mask")}
+    log_probs = {name.removesuffix(LOG_PROBS): row for name, row in values.items() if name.endswith(LOG_PROBS)}
+    lengths |= {name: len(row) for name, row in log_probs.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"{lengths['token_ids']} tokens, but {lengths}")
+    zeros = torch.zeros(lengths["token_ids"])
+    # what dumps may lack, of older releases or of trajectories without such positions
+    absent = {"rollout_log_probs": zeros, "sampling_log_probs": zeros, "selected_idx": torch.zeros(0, dtype=torch.long)}
+    fields = {f.name: values.get(f.name, absent.get(f.name)) for f in recorded.of_trajectory(Wire.DUMP)}
+    response_mask = values["response_mask"].bool()
     acted = response_mask.nonzero()[:, 0].tolist()
+    advantages = values.get("advantages")
     return DumpedTrajectory(
-        trajectory=trajectory,
+        trajectory=Trajectory.of_fields(fields, stop_reason=record["stop_reason"], group_id=group_id),
         step=int(record["step"]),
         group_id=group_id,
         trajectory_idx=int(trajectory_idx),
@@ -168,3 +202,13 @@ def _build(record: dict, latents_NH: Tensor) -> DumpedTrajectory:
         response_mask=response_mask,
         log_probs=log_probs,
     )
+
+
+def _sequences(record: dict) -> dict[str, Tensor]:
+    """The fields of a line by name, as trajectories have them."""
+    fields = [field for field in recorded.on(Wire.DUMP) if not field.is_matrix and field.dump in record]
+    columns = {field: torch.tensor(record[field.dump], dtype=field.dtype) for field in fields}
+    kinds_L = columns[recorded.field("kinds")]
+    values = {field.name: from_column(field, column, kinds_L) for field, column in columns.items()}
+    # by length and not by kind: whether the kinds fit is for `Trajectory` to say
+    return values | {"kinds": kinds_L[len(values["prompt_ids"]) :]}

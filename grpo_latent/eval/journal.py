@@ -20,14 +20,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 
+from grpo_latent import recorded
 from grpo_latent.common.files import write_bytes, write_text
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.eval.scoring import Outcome
+from grpo_latent.recorded import Field, Wire
 from grpo_latent.trajectory import Trajectory
 
 SETTINGS_FILE = "settings.json"
-_RAGGED = ("prompt_ids", "token_ids", "kinds", "rollout_log_probs", "sampling_log_probs", "selected_idx")
 
 
 @dataclass(frozen=True)
@@ -124,30 +126,45 @@ class Journal:
 
 
 def pack(trajectories: Sequence[Trajectory | None]) -> bytes:
-    """Trajectories as one safetensors file: ragged fields end to end, with their lengths."""
+    """Trajectories as one safetensors file: of each recorded field the rows of all, end to end, with their lengths.
+
+    A field that none of them has is left out; of one that only some have, `<name>.is_there` says which.
+    """
     present = [t for t in trajectories if t is not None]
     tensors = {"present": torch.tensor([t is not None for t in trajectories])}
-    for name in _RAGGED if present else ():
-        rows = [getattr(t, name) for t in present]
-        tensors |= {name: torch.cat(rows), f"{name}.lengths": torch.tensor([len(row) for row in rows])}
+    for field in recorded.of_trajectory(Wire.JOURNAL) if present else ():
+        rows = [t.value(field) for t in present]
+        if any(row is not None for row in rows):
+            tensors |= _end_to_end(field, rows)
     if present:
-        tensors["latents"] = torch.cat([t.latents for t in present])
-        tensors["latents.lengths"] = torch.tensor([len(t.latents) for t in present])
         tensors["stopped"] = torch.tensor([t.stop_reason == "eos" for t in present])
         tensors["numbers"] = torch.tensor([[t.seed, t.policy_version] for t in present])
     metadata = {"group_ids": json.dumps([t.group_id for t in present])}
     return save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
 
 
+def _end_to_end(field: Field, rows: list[Tensor | None]) -> dict[str, Tensor]:
+    there = [row for row in rows if row is not None]
+    lengths = torch.tensor([0 if row is None else len(row) for row in rows])
+    packed = {field.name: torch.cat(there), f"{field.name}.lengths": lengths}
+    if len(there) < len(rows):
+        packed[f"{field.name}.is_there"] = torch.tensor([row is not None for row in rows])
+    return packed
+
+
+def _rows(name: str, tensors: dict[str, Tensor]) -> list[Tensor | None]:
+    """Inverse of `_end_to_end`."""
+    rows = list(tensors[name].split(tensors[f"{name}.lengths"].tolist()))
+    is_there = tensors.get(f"{name}.is_there")
+    return rows if is_there is None else [row if there else None for row, there in zip(rows, is_there, strict=True)]
+
+
 def unpack(content: bytes) -> list[Trajectory | None]:
     """Inverse of `pack`."""
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     group_ids, tensors = json.loads(header["__metadata__"]["group_ids"]), load(content)
-    columns = {
-        name: iter(tensors[name].split(tensors[f"{name}.lengths"].tolist()))
-        for name in (*_RAGGED, "latents")
-        if name in tensors
-    }
+    fields = [field.name for field in recorded.of_trajectory(Wire.JOURNAL) if field.name in tensors]
+    columns = {name: _rows(name, tensors) for name in fields}
     rows = iter(range(len(group_ids)))
     trajectories: list[Trajectory | None] = []
     for is_present in tensors["present"].tolist():
@@ -157,8 +174,8 @@ def unpack(content: bytes) -> list[Trajectory | None]:
         row = next(rows)
         seed, policy_version = tensors["numbers"][row].tolist()
         trajectories.append(
-            Trajectory(
-                **{name: next(column) for name, column in columns.items()},
+            Trajectory.of_fields(
+                {name: column[row] for name, column in columns.items()},
                 stop_reason="eos" if tensors["stopped"][row] else "length",
                 group_id=group_ids[row],
                 seed=seed,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo_latent.errors import DataError
-from grpo_latent.eval.dumps import read_dump, read_step
+from grpo_latent.eval.dumps import read_dump, read_step, write_step
 from grpo_latent.trajectory import PositionKind as K
 
 KINDS = [K.PROMPT, K.VISION, K.START, K.LATENT, K.LATENT, K.FORCED, K.TEXT, K.TEXT]
@@ -36,11 +36,8 @@ def record(step=3, trajectory_id="17/2", **changes):
 
 def write(folder, records, step=3, size=2):
     """By the trainer's writer, so that the two cannot drift apart."""
-    pytest.importorskip("verl")
-    from grpo_latent.verl_plugin.trainer.step_rows import dump_rollouts
-
     latents = {r["id"]: torch.arange(size * 4.0).reshape(size, 4) for r in records if "id" in r}
-    dump_rollouts(folder, step, records, latents)
+    write_step(folder, step, records, latents)
     return folder / f"step_{step}.jsonl"
 
 
