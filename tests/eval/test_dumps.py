@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from grpo_latent.errors import DataError
 from grpo_latent.eval.dumps import read_dump, read_step, write_step
@@ -136,3 +137,13 @@ def test_a_damaged_file_is_named_and_the_others_still_come(damage, tmp_path):
 
 def test_no_folder_is_an_empty_dump(tmp_path):
     assert read_dump(tmp_path / "rollouts").trajectories == []
+
+
+def test_both_files_are_written_whole(tmp_path):
+    latents = {"7/0": torch.randn(2, 4), "7/1": torch.zeros(0, 4)}
+    write_step(tmp_path / "new", 3, [{"id": "7/0", "reward": 0.5}, {"id": "7/1", "reward": 0.0}], latents)
+    lines = (tmp_path / "new" / "step_3.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["7/0", "7/1"]
+    loaded = load_file(tmp_path / "new" / "step_3.safetensors")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in latents.items())
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["step_3.jsonl", "step_3.safetensors"]

@@ -21,6 +21,7 @@ import numpy as np
 import ray
 import torch
 import transfer_queue as tq
+from pydantic import Field
 from tensordict import NonTensorStack, TensorDict
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput, register
 from verl.protocol import DataProto
@@ -35,7 +36,7 @@ from grpo_latent.models.prompts import Prompt, encode_prompt
 from grpo_latent.rewards.view import reward_view
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.sampling import trajectory_seed
-from grpo_latent.trajectory import NOT_SELECTED, Trajectory, latent_mask
+from grpo_latent.trajectory import Trajectory
 from grpo_latent.verl_plugin.boot import compat
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import AGENT_LOOP_NAME, verify
@@ -44,30 +45,29 @@ from grpo_latent.verl_plugin.rollout.server import GroupResult
 from grpo_latent.verl_plugin.rollout.waves import Ticket
 
 TICKET = "latent_ticket"
-# of verl's data set, and read by nobody after the rollout: a column costs time for every trajectory
-NOT_STORED = ("raw_prompt", "dummy_tensor", "tools_kwargs", "interaction_kwargs")
+# columns of the data row that verl, the dumps or the metrics read after the rollout; each costs time for every trajectory
+STORED = ("uid", "data_source", "reward_model", "extra_info")
 
 
 class LatentAgentLoopOutput(AgentLoopOutput):
-    """verl's output of one trajectory, plus what replays it. L is prompt and completion, n latent steps, H hidden size."""
+    """verl's output of one trajectory, plus what replays it.
 
-    latent_embeds: Any = None
-    """float32 [n, H]."""
-    position_kinds: Any = None
-    """int64 [L], values of `PositionKind`."""
+    Attributes:
+        recorded: the trajectory's own columns, as `Trajectory.columns` makes them.
+        position_ids: int64 [L], prompt and completion, or [4, L] for mRoPE, text positions first as verl has them.
+    """
+
+    recorded: Any = Field(default=None, exclude=True)
     position_ids: Any = None
-    """int64 [L], or [4, L] for mRoPE, text positions first as verl has them."""
-    selected_idx: Any = None
-    """int64 [L], which image position of the prompt stands at a SELECTED position, `NOT_SELECTED` elsewhere."""
-    latent_aux: Any = None
-    """float32 [m, A], what the treatment recorded beside each of the m LATENT vectors; unset where A is 0."""
 
     def as_dict(self) -> dict[str, Any]:
-        """As verl's, with `latent_embeds`, `latent_mask`, `position_kinds`, `position_ids` and `selected_idx` as tensors of
-        the row."""
+        """As verl's, with the recorded columns, `position_ids` and what verl's workers want twice, and without the timings,
+        which nobody reads."""
         fields = super().as_dict()
-        fields["latent_mask"] = latent_mask(self.position_kinds).long()
-        return fields
+        del fields["metrics"]
+        fields["loss_mask"] = fields["response_mask"]
+        fields["input_ids"] = torch.cat([fields["prompts"], fields["responses"]])
+        return fields | self.recorded
 
 
 @register(AGENT_LOOP_NAME)
@@ -136,15 +136,11 @@ class LatentAgentLoop(AgentLoopBase):
                 "stop_reason": trajectory.stop_reason,
                 "min_global_steps": trajectory.policy_version,
                 "max_global_steps": trajectory.policy_version,
-                "sampling_log_probs": trajectory.sampling_log_probs.numpy(),
                 "turn_scores": [],
                 "tool_rewards": [],
             },
-            latent_embeds=trajectory.latents,
-            position_kinds=torch.cat([group.prompt_kinds, trajectory.kinds]),
+            recorded=trajectory.columns(group.prompt_kinds),
             position_ids=extend_positions(group.prompt_positions, len(trajectory.token_ids)),
-            selected_idx=torch.cat([torch.full_like(group.prompt_kinds, NOT_SELECTED), trajectory.selected_idx_T]),
-            **({"latent_aux": trajectory.latent_aux} if trajectory.latent_aux.shape[1] else {}),
         )
 
 
@@ -246,14 +242,12 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
             output.metrics.compute_score = timing["compute_score"]
 
     async def _store(self, outputs, pixels: dict, prompt: dict, partition_id: str) -> None:
-        row = {name: value for name, value in prompt.items() if name not in NOT_STORED}
+        row = {name: prompt[name] for name in STORED if name in prompt}
         if self.reward_loop_worker_handles is None:  # read by a colocated reward model only
             row["raw_prompt"] = [{**m, "content": parts_of(m["content"])} for m in prompt["raw_prompt"]]
         fields, tags, keys = [], [], []
         for session_id, output in enumerate(outputs):
             field = {**output.as_dict(), **row, "session_id": session_id, "multi_modal_inputs": pixels}
-            field["loss_mask"] = field["response_mask"]
-            field["input_ids"] = torch.cat([field["prompts"], field["responses"]])
             fields.append(field)
             keys.append(f"{prompt['uid']}_{session_id}_0")
             tags.append(

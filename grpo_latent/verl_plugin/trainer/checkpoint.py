@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from omegaconf import DictConfig
 
 from grpo_latent.common.files import write_text
 from grpo_latent.common.step_folders import STEP_PREFIX, TRACKER_FILE, read_tracker, step_folders, step_of
-from grpo_latent.errors import ConfigError
+from grpo_latent.errors import CheckpointError, ConfigError
 
 __all__ = ["STEP_PREFIX", "TRACKER_FILE", "make_room", "prune", "read_tracker", "resume_folder", "write_tracker"]
 
@@ -82,3 +83,19 @@ def resume_folder(trainer: DictConfig) -> Path | None:
             fix="A checkpoint that was kept under another name has to get such a name back.",
         )
     return Path(given)
+
+
+def check_world_size(folder: Path, world_size: int) -> None:
+    """Raises `CheckpointError` if `folder` is no checkpoint, or one of another number of ranks, whose shards do not fit."""
+    path = folder / "actor" / "fsdp_config.json"
+    if not path.is_file():
+        raise CheckpointError("not a checkpoint", where=str(folder), got="no actor/fsdp_config.json", expected="one")
+    saved = json.loads(path.read_text())["world_size"]
+    if saved != world_size:
+        raise CheckpointError(
+            "saved at another world size",
+            where=str(folder),
+            got=saved,
+            expected=str(world_size),
+            fix="Resume at the saved world size, or start anew from actor/huggingface as model.path.",
+        )

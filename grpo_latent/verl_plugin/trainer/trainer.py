@@ -14,63 +14,29 @@ One training step, in verl's order (`PPOTrainer._step_once`); what this class ad
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-import transfer_queue as tq
 from omegaconf import open_dict
-from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from grpo_latent.errors import CheckpointError
 from grpo_latent.verl_plugin.boot import compat, metrics_file
 from grpo_latent.verl_plugin.boot.registration import TRAINER_MODE, verify, verify_device
 from grpo_latent.verl_plugin.trainer import checkpoint
-from grpo_latent.verl_plugin.trainer import step_rows as rows
 from grpo_latent.verl_plugin.trainer.config_check import check_config
+from grpo_latent.verl_plugin.trainer.dropped import mask_dropped, without_dropped
 from grpo_latent.verl_plugin.trainer.latent_watch import LatentWatch
 from grpo_latent.verl_plugin.trainer.replay_buffer import LatentReplayBuffer
+from grpo_latent.verl_plugin.trainer.replay_gap import check_replay, replay_columns
 from grpo_latent.verl_plugin.trainer.reports import Reporter
+from grpo_latent.verl_plugin.trainer.rollout_dump import dump_step
+from grpo_latent.verl_plugin.trainer.step_metrics import step_metrics
+from grpo_latent.verl_plugin.trainer.step_rows import StepRows, for_workers
 from grpo_latent.verl_plugin.trainer.usage_server import UsageServer
 from grpo_latent.verl_plugin.trainer.wandb_board import make_board
 from grpo_latent.verl_plugin.worker import gradients
-from grpo_latent.verl_plugin.worker.treated_forward import STATE_ERRORS
-
-# names in TransferQueue -> names in dumps
-DUMP_FIELDS = {
-    "prompts": "prompt_ids",
-    "responses": "token_ids",
-    "position_kinds": "kinds",
-    "selected_idx": "selected_idx",
-    "response_mask": "response_mask",
-    "advantages": "advantages",
-    "rollout_log_probs": "rollout_log_probs",
-    "old_log_probs": "old_log_probs",
-    "ref_log_prob": "ref_log_probs",
-}
-# all that a training worker reads of a row. The rest, texts and rewards' details, stays in TransferQueue: fetching every
-# column, which is what verl does, took most of an update of a small model
-WORKER_FIELDS = (
-    "input_ids",
-    "position_ids",
-    "multi_modal_inputs",
-    "position_kinds",
-    "latent_embeds",
-    "latent_aux",
-    "selected_idx",
-    "ref_latent_means",
-    "prompts",
-    "responses",
-    "response_mask",
-    "loss_mask",
-    "old_log_probs",
-    "ref_log_prob",
-    "advantages",
-    "rollout_is_weights",
-)
 
 
 @register_trainer(TRAINER_MODE)
@@ -131,58 +97,25 @@ class LatentPPOTrainer(PPOTrainerSync):
             self.board.log_page(self.global_steps)
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        self._mask_dropped(batch)
-        batch = super()._compute_old_log_prob(_for_workers(batch), metrics)
-        names = ["rollout_log_probs", "old_log_probs", "response_mask"]
-        names += ["position_kinds"] if self.options.act_kinds else []
-        names += [STATE_ERRORS] if self.options.treatment.feeds_mean else []
-        fields = self._fetch(batch, tuple(names))
-        rollout, old, mask = (fields[n].unbind() for n in ("rollout_log_probs", "old_log_probs", "response_mask"))
-        gap = rows.replay_gap(rollout, old, mask)
-        metrics["latent/replay_logp_gap_max"] = gap.maximum
-        metrics["latent/replay_logp_gap_mean"] = gap.mean
-        if self.options.treatment.feeds_mean:
-            metrics |= rows.state_error_metrics(fields[STATE_ERRORS].unbind())
-        gap.check(self.options.replay_logp_gap_bound, self.global_steps, f"trajectory {batch.keys[gap.row]}")
-        if self.options.act_kinds:
-            acts = rows.act_masks(fields["position_kinds"].unbind(), mask, self.options.act_kinds)
-            gap = rows.replay_gap(rollout, old, acts)
-            metrics["latent/replay_density_gap_max"] = gap.maximum
-            describe = f"latent log-density, trajectory {batch.keys[gap.row]}"
-            gap.check(self.options.density_gap_bound, self.global_steps, describe, "latent.treatment.density_gap_bound")
+        mask_dropped(batch)
+        batch = super()._compute_old_log_prob(for_workers(batch), metrics)
+        rows = StepRows(batch, replay_columns(self.options))
+        metrics.update(check_replay(rows, self.options, self.global_steps))
         return batch
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        return super()._compute_ref_log_prob(_for_workers(batch), metrics)
+        return super()._compute_ref_log_prob(for_workers(batch), metrics)
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        batch = super()._update_actor(_for_workers(batch), metrics)
+        batch = super()._update_actor(for_workers(batch), metrics)
         for name in [name for name in metrics if name.startswith("actor/latent/")]:  # verl puts `actor/` before all
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
         return batch
 
-    def _mask_dropped(self, batch: KVBatchMeta) -> None:
-        """Trajectories that the reward manager dropped act nowhere: no loss, and no part in their group's baseline."""
-        fields = self._fetch(batch, ("extra_fields", "response_mask", "rm_scores"))
-        dropped = [rows.is_dropped(extra) for extra in unwrap(fields["extra_fields"])]
-        if not any(dropped):
-            return
-        keys = [key for key, drop in zip(batch.keys, dropped, strict=True) if drop]
-        empty = [torch.zeros_like(m) for m, drop in zip(fields["response_mask"].unbind(), dropped, strict=True) if drop]
-        nested = torch.nested.as_nested_tensor(empty, layout=torch.jagged)
-        update = {"response_mask": nested, "loss_mask": nested.clone(), "rm_scores": nested.float()}
-        tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=TensorDict(update, batch_size=len(keys)))
-
     def _compute_metrics(self, batch: KVBatchMeta, metrics, timing_raw, global_steps, epoch) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)
-        fields = self._fetch(batch, ("extra_fields", "rm_scores"))
-        extra_fields = unwrap(fields["extra_fields"])
-        rewards_N = torch.stack([scores.sum() for scores in fields["rm_scores"].unbind()])
-        metrics.update(rows.score_metrics(extra_fields, rewards_N))
-        metrics.update(rows.latent_metrics(extra_fields))
-        metrics.update(rows.latent_geometry(batch.keys, lambda keys: self._fetch_keys(keys, batch, "latent_embeds")))
+        metrics.update(step_metrics(batch))
         gradients.rename(metrics)
-        metrics.update(rows.reward_metrics(extra_fields, rewards_N, [key.rsplit("_", 2)[0] for key in batch.keys]))
         if self.options.dump_every and global_steps % self.options.dump_every == 0:
             self._dump(batch, global_steps)
         line = self.watch.after_step(metrics)
@@ -216,42 +149,15 @@ class LatentPPOTrainer(PPOTrainerSync):
         return metrics
 
     def _val_metrics_update(self, data_sources, sample_uids, reward_infos, sample_turns, expected_acc_counts=None):
-        kept = rows.without_dropped(data_sources, sample_uids, reward_infos, sample_turns, expected_acc_counts)
+        kept = without_dropped(data_sources, sample_uids, reward_infos, sample_turns, expected_acc_counts)
         metrics = super()._val_metrics_update(*kept.columns, expected_acc_counts=kept.expected_acc_counts)
         return metrics | {"val-aux/dropped_frac": kept.dropped_frac}
 
     def _dump(self, batch: KVBatchMeta, step: int) -> None:
-        """All trajectories of the step by data row and index in the group."""
-        columns = ("latent_embeds", "rm_scores", "extra_fields", "extra_info", "session_id", "reward_model")
-        fields = self._fetch(batch, (*DUMP_FIELDS, *columns))
-        extra_fields, infos = unwrap(fields["extra_fields"]), unwrap(fields["extra_info"])
-        sessions = [int(session) for session in unwrap(fields["session_id"])]
-        truths = [model.get("ground_truth") for model in unwrap(fields["reward_model"])]
-        tensors = {name: fields[field].unbind() for field, name in DUMP_FIELDS.items() if field in fields.keys()}
-        latent_rows, scores = fields["latent_embeds"].unbind(), fields["rm_scores"].unbind()
-        records, latents = [], {}
-        order = sorted(range(len(batch)), key=lambda i: (str(infos[i]["index"]).zfill(12), sessions[i]))
-        for i in order:
-            record = {"step": step, "id": f"{infos[i]['index']}/{sessions[i]}", "ground_truth": truths[i]}
-            record["text"] = extra_fields[i]["solution_str"]
-            record["stop_reason"] = extra_fields[i]["stop_reason"]
-            record["sampling_log_probs"] = extra_fields[i]["sampling_log_probs"].tolist()
-            record["reward"] = float(scores[i].sum())
-            record["reward_terms"] = jsonable(extra_fields[i].get("reward_extra_info", {}))
-            record |= {name: rows_of[i].tolist() for name, rows_of in tensors.items()}
-            records.append(record)
-            latents[record["id"]] = latent_rows[i]
         folder = self.options.dump_dir or Path(self.config.trainer.default_local_dir) / "rollouts"
-        rows.dump_rollouts(folder, step, records, latents)
+        records, summaries = dump_step(batch, step, folder)
         if self.board is not None:
-            self.board.log_rollouts(step, records, [extra_fields[i]["latent"] for i in order])
-
-    def _fetch(self, batch: KVBatchMeta, names: tuple[str, ...]) -> TensorDict:
-        return self._fetch_keys(batch.keys, batch, *names)
-
-    @staticmethod
-    def _fetch_keys(keys: list[str], batch: KVBatchMeta, *names: str) -> TensorDict:
-        return tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=list(names))
+            self.board.log_rollouts(step, records, summaries)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -276,7 +182,7 @@ class LatentPPOTrainer(PPOTrainerSync):
         trainer = self.config.trainer
         folder = checkpoint.resume_folder(trainer)
         if folder is not None:
-            self._check_world_size(folder)
+            checkpoint.check_world_size(folder, self.actor_rollout_wg.world_size)
             if trainer.resume_mode == "resume_path":  # verl would choke on a slash at its end
                 trainer.resume_from_path = str(folder)
         super()._load_checkpoint()
@@ -284,38 +190,6 @@ class LatentPPOTrainer(PPOTrainerSync):
         for note in self.watch.load(folder) if folder is not None else []:
             print(f"resume: {note}", flush=True)
 
-    def _check_world_size(self, folder: Path) -> None:
-        path = folder / "actor" / "fsdp_config.json"
-        if not path.is_file():
-            raise CheckpointError(
-                "not a checkpoint", where=str(folder), got="no actor/fsdp_config.json", expected="one"
-            )
-        saved = json.loads(path.read_text())["world_size"]
-        if saved != self.actor_rollout_wg.world_size:
-            raise CheckpointError(
-                "saved at another world size",
-                where=str(folder),
-                got=saved,
-                expected=str(self.actor_rollout_wg.world_size),
-                fix="Resume at the saved world size, or start anew from actor/huggingface as model.path.",
-            )
-
-
-def _for_workers(batch: KVBatchMeta) -> KVBatchMeta:
-    """The batch, to be sent to workers: those of `WORKER_FIELDS` that it has."""
-    batch.fields = list(WORKER_FIELDS)
-    return batch
-
-
-def unwrap(column) -> list:
-    """A column of Python objects as TransferQueue returns it, as a list."""
-    return [getattr(value, "data", value) for value in column]
-
 
 def scalars(metrics: dict) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if hasattr(value, "__float__")}
-
-
-def jsonable(values: dict) -> dict:
-    """Numbers as they are, everything else as text."""
-    return {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k, v in values.items()}

@@ -98,8 +98,8 @@ def test_a_group_carries_what_replays_it(parts):
         fields = output.as_dict()
         ids = torch.cat([fields["prompts"], fields["responses"]])
         kinds = fields["position_kinds"]
-        assert kinds.shape == ids.shape and torch.equal(fields["latent_mask"].bool(), kinds == PositionKind.LATENT)
-        assert fields["latent_embeds"].shape == (int(fields["latent_mask"].sum()), adapter.hidden_size)
+        assert kinds.shape == ids.shape and torch.equal(fields["input_ids"], ids)
+        assert fields["latent_embeds"].shape == (int((kinds == PositionKind.LATENT).sum()), adapter.hidden_size)
         assert torch.equal(kinds[: len(fields["prompts"])], adapter.prompt_kinds(fields["prompts"]))
         completion = kinds[len(fields["prompts"]) :]
         acted = (completion == PositionKind.TEXT) | (completion == PositionKind.START)
@@ -123,7 +123,7 @@ def test_the_order_of_arrival_changes_nothing(parts):
     for (first, _), (second, _) in zip(*runs, strict=True):
         for a, b in zip(first, second, strict=True):
             assert a.response_ids == b.response_ids and a.response_logprobs == b.response_logprobs
-            assert torch.equal(a.latent_embeds, b.latent_embeds)
+            assert torch.equal(a.recorded["latent_embeds"], b.recorded["latent_embeds"])
     assert len({tuple(output.response_ids) for outputs, _ in runs[0] for output in outputs}) > 3
 
 

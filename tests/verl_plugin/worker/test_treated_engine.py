@@ -18,7 +18,7 @@ from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.recompute import GRADIENTS, own_latents
 from grpo_latent.models.replay import collate, replay, with_latents
 from grpo_latent.trajectory import PositionKind as K
-from grpo_latent.verl_plugin.trainer.step_rows import state_error_metrics
+from grpo_latent.verl_plugin.trainer.replay_gap import state_error_metrics
 from grpo_latent.verl_plugin.worker.latent_loss import LatentLoss
 from grpo_latent.verl_plugin.worker.treated_forward import STATE_ERRORS
 
