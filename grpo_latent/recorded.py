@@ -96,7 +96,7 @@ _OF_TRAJECTORY = (
     # the column has the prompt's kinds in front
     Field("kinds", torch.int64, "T", ALL, column="position_kinds", column_fill=0),
     Field("latents", torch.float32, "NH", ALL, column="latent_embeds"),
-    Field("selected_idx", torch.int64, "S", _EVERYWHERE_BUT_PAGE, column_fill=NOT_SELECTED),
+    Field("selected_idx", torch.int64, "S", ALL, column_fill=NOT_SELECTED),
     Field("latent_aux", torch.float32, "MA", ALL, is_optional=True),
     Field("rollout_log_probs", torch.float32, "T", FILES | _LOG_PROBS, is_verls=True),
     Field("sampling_log_probs", torch.float32, "T", FILES | _LOG_PROBS),

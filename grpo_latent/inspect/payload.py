@@ -17,12 +17,14 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
+from grpo_latent import recorded
 from grpo_latent.eval.dumps import DumpedTrajectory
 from grpo_latent.eval.geometry import geometry
 from grpo_latent.inspect.evaluation import ablation_rows
 from grpo_latent.inspect.probes import GroupProbe, PromptRow
 from grpo_latent.inspect.run import Run, label_runs
-from grpo_latent.trajectory import PositionKind
+from grpo_latent.recorded import Wire
+from grpo_latent.trajectory import PositionKind, Trajectory, positions_of
 
 KIND_LETTERS = {
     PositionKind.TEXT: "T",
@@ -30,9 +32,11 @@ KIND_LETTERS = {
     PositionKind.LATENT: "L",
     PositionKind.FORCED: "F",
     PositionKind.SELECTED: "V",
+    PositionKind.MIXED: "M",
 }
 SECRET = re.compile(r"api_?key|password|secret|credential", re.IGNORECASE)
 MAX_POINTS = 500  # of one curve
+MAX_RECORDED = 8  # numbers shown of a vector recorded beside a latent
 MAX_IMAGE_SIDE, SMALL_IMAGE_SIDE = 336, 128
 
 
@@ -137,10 +141,10 @@ def group_block(group: GroupData) -> dict:
     trajectories = []
     for index, dumped in enumerate(group.trajectories):
         entry = _trajectory(dumped, group.tokens[index] if group.tokens else None)
-        norms = dumped.trajectory.latents.norm(dim=-1).tolist()
+        norms, beside = dumped.trajectory.latents.norm(dim=-1).tolist(), recorded_beside(dumped.trajectory)
         entry["probes"] = []
         for latent_idx, norm in enumerate(norms):
-            probe = {"norm": short(norm)} | _latent_probe(group, index, latent_idx)
+            probe = {"norm": short(norm)} | _latent_probe(group, index, latent_idx) | beside[latent_idx]
             key = json.dumps(probe)
             if key not in known:
                 known[key] = len(probes)
@@ -177,6 +181,19 @@ def _trajectory(dumped: DumpedTrajectory, tokens: list[str] | None) -> dict:
         "acted": "".join("1" if acted else "0" for acted in dumped.response_mask.tolist()),
         "log_probs": {name: short_list(values) for name, values in dumped.log_probs.items()},
     }
+
+
+def recorded_beside(trajectory: Trajectory) -> list[dict]:
+    """For each latent position what else was recorded there: {"recorded": {name: first numbers}}, or {}."""
+    kinds_N = trajectory.kinds[positions_of(trajectory.kinds, "N")]
+    found: list[dict] = [{} for _ in kinds_N]
+    for shown in recorded.of_trajectory(Wire.INSPECTOR):
+        values, letter = trajectory.value(shown), shown.dims[0]
+        if shown.name == "latents" or letter not in "NMS" or values is None:
+            continue
+        for latent_idx, row in zip(positions_of(kinds_N, letter).nonzero()[:, 0].tolist(), values, strict=True):
+            found[latent_idx][shown.name] = [short(value) for value in row.reshape(-1)[:MAX_RECORDED].tolist()]
+    return [{"recorded": values} if values else {} for values in found]
 
 
 def reward_terms(dumped: DumpedTrajectory) -> dict:

@@ -1,7 +1,7 @@
 "use strict";
 // One group: the image and a latent step's facts on the left, the group's trajectories beside it.
 
-const KIND_NAMES = { T: "sampled token", S: "span start, sampled", F: "token set by the mechanism", L: "latent step", V: "latent step, an image embedding that attention chose" };
+const KIND_NAMES = { T: "sampled token", S: "span start, sampled", F: "token set by the mechanism", L: "latent step", V: "latent step, an image embedding that attention chose", M: "sampled token, fed with a recorded vector" };
 const STEP_COLORS = {
   cosine: ["nearest patch's cosine", (probe) => (cosines(probe) ? cosines(probe)[probe.top] : null)],
   norm: ["norm", (probe) => probe.norm],
@@ -75,7 +75,8 @@ function trajectoryCard(trajectory, i) {
       return;
     }
     strip = null;
-    const marker = kind !== "T" ? " marker" : "";
+    if (kind === "M") latent++;  // it has a recorded vector and so a probe, but is read as text
+    const marker = kind !== "T" && kind !== "M" ? " marker" : "";
     completion.append(el("button", { class: `token${marker}`, "data-trajectory": i, "data-position": position, onclick: () => chooseToken(i, position) }, trajectory.tokens[position] || "∅"));
     if (marker || !/\s$/.test(trajectory.tokens[position])) completion.append(document.createElement("wbr"));
   });
@@ -180,6 +181,7 @@ function showStep() {
   const facts = [["latent step", `${current.latent} of trajectory #${block.trajectories[current.trajectory].idx}`], ["norm", num(probe.norm)]];
   if (probe.gap != null) facts.push(["replay gap", `${num(probe.gap, 2)} (relative distance to what this checkpoint makes of the recorded prefix)`]);
   if (cosines(probe)) facts.push(["nearest patch", `cosine ${cosines(probe)[probe.top].toFixed(3)}${probe.hit == null ? "" : probe.hit ? ", in the box" : ", outside the box"}`]);
+  for (const [name, values] of Object.entries(probe.recorded || {})) facts.push([name, values.map((value) => num(value, 3)).join(", ")]);
   const list = el("dl", { class: "facts" }, ...facts.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
   const words = probe.lens ? el("div", { class: "words" }, wordList("Logit lens, probability", probe.lens), wordList("Nearest embeddings, cosine", probe.nearest)) : null;
   byId("facts").replaceChildren(...[list, words].filter(Boolean));

@@ -59,7 +59,9 @@ def test_a_log_prob_that_is_not_finite_never_passes(bad, side, bound):
     options = SimpleNamespace(
         act_kinds=frozenset(), treatment=SimpleNamespace(feeds_mean=False), replay_logp_gap_bound=bound
     )
-    with pytest.raises(ReplayGapError, match="step 7, trajectory a_0_0, completion position 1: a log-prob.* not finite"):
+    with pytest.raises(
+        ReplayGapError, match="step 7, trajectory a_0_0, completion position 1: a log-prob.* not finite"
+    ):
         gate.check_replay(rows, options, 7)
     columns[side] = [torch.tensor([-1.0, -1.5])]
     rows.tensors = (columns | {"response_mask": [torch.ones(2)]}).get
