@@ -24,7 +24,7 @@ from torch import Tensor
 
 from grpo_latent import recorded
 from grpo_latent.errors import LatentMismatchError
-from grpo_latent.recorded import NOT_SELECTED, Field, Wire
+from grpo_latent.recorded import Field, Wire
 
 
 class PositionKind(IntEnum):
@@ -187,13 +187,6 @@ class Trajectory:
     def response_mask(self, start_is_action: bool = True) -> Tensor:
         """bool [T], True where the policy acted."""
         return response_mask(self.kinds, start_is_action)
-
-    @property
-    def selected_idx_T(self) -> Tensor:
-        """int64 [T], `selected_idx` at its positions, `NOT_SELECTED` elsewhere."""
-        aligned_T = torch.full_like(self.kinds, NOT_SELECTED)
-        aligned_T[self.kinds == PositionKind.SELECTED] = self.selected_idx
-        return aligned_T
 
     @property
     def spans(self) -> list[LatentSpan]:

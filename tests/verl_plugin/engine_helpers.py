@@ -21,7 +21,6 @@ from grpo_latent.models.sources import latent_log_densities
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.sampling import trajectory_seed
-from grpo_latent.trajectory import NOT_SELECTED
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import register_all
 
@@ -135,15 +134,11 @@ def make_batch(trajectories, images, positions, adapter, **meta):
             "prompts": t.prompt_ids,
             "responses": t.token_ids,
             "input_ids": torch.cat([t.prompt_ids, t.token_ids]),
-            "position_kinds": torch.cat([adapter.prompt_kinds(t.prompt_ids), t.kinds]),
-            "latent_embeds": t.latents,
-            "selected_idx": torch.cat([torch.full_like(t.prompt_ids, NOT_SELECTED), t.selected_idx_T]),
+            **t.columns(adapter.prompt_kinds(t.prompt_ids)),
             "response_mask": mask,
             "loss_mask": mask,
             "position_ids": position_ids,
         }
-        if any(other.latent_aux.shape[1] for other in trajectories):
-            row["latent_aux"] = t.latent_aux
         rows.append(row)
         pixels = {} if image is None else {"pixel_values": image.pixel_values, "image_grid_thw": image.image_grid_thw}
         mm_inputs.append(pixels)

@@ -18,7 +18,7 @@ from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.replay import collate, replay, with_latents
-from grpo_latent.trajectory import NOT_SELECTED
+from grpo_latent.recorded import NOT_SELECTED
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.worker.choice_forward import ChoiceForward
