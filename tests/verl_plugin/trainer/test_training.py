@@ -178,6 +178,8 @@ def test_latents_that_act(local_ray, inputs, tmp_path, monkeypatch, treatment):
     kinds = row["kinds"][len(row["prompt_ids"]) :]
     first = kinds.index(K.LATENT)
     assert row["rollout_log_probs"][first] < -1 and not row["response_mask"][first]
+    (width,) = {item.trajectory.latent_aux.shape[1] for item in read_dump(tmp_path / "rollouts").trajectories}
+    assert width == (4 + 4 if "gumbel" in treatment else 0), "what the treatment recorded is dumped"
 
 
 FAILING_REWARD = """
