@@ -17,10 +17,11 @@ from pathlib import Path
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from grpo_latent.common.command import config_command
-from grpo_latent.errors import CheckpointError, ConfigError, DataError, GrpoLatentError
+from grpo_latent.common.paths import absolute, is_remote
+from grpo_latent.errors import CheckpointError, ConfigError, DataError
 
 LOG_FILE, METRICS_FILE, CONFIG_FILE = "train.log", "metrics.jsonl", "config.yaml"
 PLUGIN = "grpo_latent.verl_plugin"
@@ -65,14 +66,44 @@ def train(config: DictConfig) -> None:
         console.print(f"done: {config.trainer.default_local_dir}")
 
 
+PATHS = (
+    "latent.output_dir",
+    "latent.dump_dir",
+    "data.train_files",
+    "data.val_files",
+    "data.custom_cls.path",
+    "actor_rollout_ref.model.path",
+    "reward.custom_reward_function.path",
+    "latent.reward.functions",
+    "trainer.default_local_dir",
+    "trainer.resume_from_path",
+)
+
+
 def resolve_paths(config: DictConfig) -> None:
-    """Makes the output folder absolute: workers may have another working directory."""
-    with open_dict(config):
-        config.latent.output_dir = str(Path(config.latent.output_dir).absolute())
+    """Makes every local path of the config absolute (see `common.paths`), in place."""
+    for key in PATHS:
+        value = OmegaConf.select(config, key)
+        if isinstance(value, str) and absolute(value) != value:  # else an interpolation stays one
+            OmegaConf.update(config, key, absolute(value))
+        elif OmegaConf.is_list(value):
+            for index, item in enumerate(value):
+                if isinstance(item, str):
+                    value[index] = absolute(item)
+                elif OmegaConf.is_dict(item) and isinstance(item.get("path"), str):  # one of several reward functions
+                    item.path = absolute(item.path)
 
 
 def environment(config: DictConfig, output_dir: Path) -> dict[str, str]:
-    """Environment of the driver and of every worker; what the user has set stays."""
+    """Environment of the driver and of every worker; what the user has set stays.
+
+    It becomes part of Ray's runtime environment, which dashboards and logs show: no secret belongs in it. A Ray of our own
+    inherits the driver's environment; on a cluster, wandb's key comes from `wandb login` on its nodes or from the
+    environment that the job is submitted with.
+
+    Raises:
+        ConfigError: VERL_PLATFORM is set, and is of another device than the config's.
+    """
     wanted = {
         "VERL_FILE_LOGGER_PATH": str(output_dir / METRICS_FILE),
         "TENSORBOARD_DIR": str(output_dir / "tensorboard"),
@@ -84,11 +115,24 @@ def environment(config: DictConfig, output_dir: Path) -> dict[str, str]:
         # idle OpenMP threads spin, which costs more than they give as soon as processes share cores
         wanted["OMP_NUM_THREADS"] = str(config.latent.cpu_threads)
     values = {name: os.environ.get(name, value) for name, value in wanted.items()}
-    values["VERL_PLATFORM"] = "cpu" if config.trainer.device == "cpu" else "nvidia"
+    values["VERL_PLATFORM"] = _platform(config.trainer.device)
     modules = [name for name in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",") if name]
     values["VERL_USE_EXTERNAL_MODULES"] = ",".join(dict.fromkeys([PLUGIN, *modules]))
-    values |= {name: os.environ[name] for name in ("WANDB_MODE", "WANDB_API_KEY", "HF_HOME") if name in os.environ}
+    values |= {name: os.environ[name] for name in ("WANDB_MODE", "HF_HOME") if name in os.environ}
     return values
+
+
+def _platform(device: str) -> str:
+    given = os.environ.get("VERL_PLATFORM")
+    if given and (given == "cpu") != (device == "cpu"):
+        raise ConfigError(
+            "the environment asks for another device than the config",
+            where="VERL_PLATFORM",
+            got=given,
+            expected="cpu" if device == "cpu" else f"nvidia, or unset, for trainer.device={device}",
+            fix="Unset it, or choose the group device=cpu or device=cuda.",
+        )
+    return given or ("cpu" if device == "cpu" else "nvidia")
 
 
 def set_environment(config: DictConfig, output_dir: Path) -> None:
@@ -111,35 +155,47 @@ def check(config: DictConfig) -> list[str]:
     from grpo_latent.rollout.vllm.compat import check_installed
     from grpo_latent.verl_plugin.boot import compat
     from grpo_latent.verl_plugin.boot.registration import VLLM_ROLLOUT_NAME, verify, verify_device
+    from grpo_latent.verl_plugin.boot.renamed import take_new_names
     from grpo_latent.verl_plugin.trainer.config_check import check_config, check_folder
 
     compat.select_platform(config.trainer.device)
     verify("driver")
     verify_device("driver", config.trainer.device)
+    notes = take_new_names(config)
     options = check_config(config)
     if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT_NAME:
         check_installed()
     _check_files(config)
-    notes = options.treatment.notes()
-    folder = str(config.actor_rollout_ref.model.path)
-    if not folder.startswith(("hdfs://", "s3://")):
+    notes += options.treatment.notes()
+    folder = config.actor_rollout_ref.model.path
+    if not is_remote(folder):
         check_folder(config, options)
         notes += initialisation_notes(options.treatment, folder, options.seed)
     try:
         validate_config(config, need_reference_policy(config), need_critic(config))
     except (AssertionError, ValueError) as error:
         raise ConfigError("verl refuses the config", got=str(error), expected="see verl's message") from error
-    return notes
+    return notes + _notes_on_wandb(config)
+
+
+def _notes_on_wandb(config: DictConfig) -> list[str]:
+    """That a key of this process does not reach the workers of a cluster, where wandb will ask for it."""
+    logger = config.trainer.logger
+    logs = "wandb" in ([logger] if isinstance(logger, str) else logger)
+    has_key = "WANDB_API_KEY" in os.environ and "WANDB_API_KEY" not in submitted_variables()
+    if not (logs and has_key and is_attached()) or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return []
+    return ["WANDB_API_KEY is not sent to the cluster: run wandb login on its nodes, or submit the job with the key"]
 
 
 def _check_files(config: DictConfig) -> None:
     for key in ("train_files", "val_files"):
         files = config.data[key]
         for path in [files] if isinstance(files, str) else files:
-            if "://" not in path and not Path(path).expanduser().is_file():
+            if not is_remote(path) and not Path(path).is_file():
                 raise DataError("no such file", where=f"data.{key}", got=path, expected="a parquet or json file")
     folder = config.actor_rollout_ref.model.path
-    if "://" not in folder and not (Path(folder).expanduser() / "config.json").is_file():
+    if not is_remote(folder) and not (Path(folder) / "config.json").is_file():
         raise CheckpointError(
             "not a Hugging Face folder",
             where="actor_rollout_ref.model.path",
@@ -156,7 +212,7 @@ def check_checkpoint(config: DictConfig):
         CheckpointError, PreflightError: RL cannot start from it.
     """
     settings, folder = config.latent.preflight, config.actor_rollout_ref.model.path
-    if settings.num_prompts == 0 or "://" in folder:
+    if settings.num_prompts == 0 or is_remote(folder):
         return None
     from grpo_latent.common.dtypes import parse_dtype
     from grpo_latent.data.rows import check_prompt, iter_verl_rows
@@ -193,6 +249,12 @@ def is_attached() -> bool:
     return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
 
 
+def submitted_variables() -> dict[str, str]:
+    """Environment that the submitted job was given, which reaches its workers anyway; empty outside of one."""
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
+    return submitted.get("env_vars", {})
+
+
 def stay_on_loopback() -> None:
     """Keeps a Ray of our own off the network. To be called before anything imports ray, which reads it on import.
 
@@ -211,10 +273,8 @@ def ray_arguments(config: DictConfig) -> dict:
     runtime_env.update({k: v for k, v in (given.pop("runtime_env", None) or {}).items() if v is not None})
     own = environment(config, Path(config.latent.output_dir))
     env_vars = {**runtime_env.get("env_vars", {}), "TRANSFER_QUEUE_ENABLE": "1", **own}
-    # Ray refuses variables that the submitted job has set already, and the job's reach the workers anyway
-    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
-    env_vars = {name: value for name, value in env_vars.items() if name not in submitted.get("env_vars", {})}
-    runtime_env["env_vars"] = env_vars
+    submitted = submitted_variables()  # Ray refuses to set one of them again
+    runtime_env["env_vars"] = {name: value for name, value in env_vars.items() if name not in submitted}
     arguments = {"runtime_env": runtime_env, "log_to_driver": True}
     if is_attached():
         return arguments
@@ -227,6 +287,7 @@ def _run(config: DictConfig, console, log_path: Path) -> None:
     import ray
     from verl.trainer.main_ppo import TaskRunnerV1
 
+    from grpo_latent.verl_plugin.boot import remote_errors
     from grpo_latent.verl_plugin.boot.cluster_resources import check_cpus
     from grpo_latent.verl_plugin.trainer.console import StepPrinter
     from grpo_latent.verl_plugin.trainer.reports import drain, start_board
@@ -236,27 +297,16 @@ def _run(config: DictConfig, console, log_path: Path) -> None:
         check_cpus(config)
         if config.trainer.device != "cpu":  # the driver may have no GPU, and must not keep one's memory
             on_gpu = ray.remote(num_gpus=1, max_calls=1)(check_checkpoint)
-            _report_preflight(ray.get(on_gpu.remote(config)), console)
+            report = remote_errors.get(on_gpu.remote(config), "the preflight", log_path)
+            _report_preflight(report, console)
         board = start_board()
         runner = TaskRunnerV1.remote()
         run_ref = runner.run.remote(config)
         with StepPrinter(console) as on_report:
             drain(board, run_ref, on_report)
-        try:
-            ray.get(run_ref)
-        except ray.exceptions.RayTaskError as error:
-            print(error, flush=True)  # the log has the worker's traceback
-            cause = error.cause
-            if isinstance(cause, GrpoLatentError):
-                raise cause from None
-            raise RuntimeError(f"training failed: {_last_line(error)}; see {log_path}") from None
+        remote_errors.get(run_ref, "training", log_path)
     finally:
         ray.shutdown()
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ import os
 from contextlib import contextmanager
 
 import torch
+from packaging.specifiers import SpecifierSet
 from torch import Tensor
 
 from grpo_latent.errors import PluginError
 from grpo_latent.verl_plugin.boot import metrics_file
 from grpo_latent.verl_plugin.boot.seams import FIX
 
-SUPPORTED_VERL = ("0.9",)
+SUPPORTED_VERL = ">=0.9.1,<0.10"  # as setup.py says
 
 
 def check_verl_version() -> None:
@@ -25,8 +26,9 @@ def check_verl_version() -> None:
     import importlib.metadata
 
     version = importlib.metadata.version("verl")
-    if not version.startswith(tuple(f"{prefix}." for prefix in SUPPORTED_VERL)):
-        raise PluginError("unsupported verl", where="verl.__version__", got=version, expected="0.9.x", fix=FIX)
+    # prereleases: those of 0.9.2 count, those of 0.9.1 and 0.10 are outside of the range anyway
+    if not SpecifierSet(SUPPORTED_VERL).contains(version, prereleases=True):
+        raise PluginError("unsupported verl", where="verl.__version__", got=version, expected=SUPPORTED_VERL, fix=FIX)
 
 
 def select_platform(device: str) -> None:

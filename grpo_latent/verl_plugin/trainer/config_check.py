@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoTokenizer
 
 from grpo_latent.common.settings import build
-from grpo_latent.errors import ConfigError
+from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.eval.usage import UsageSettings
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.rollout.vllm.skeleton import check_mechanism
@@ -64,14 +65,28 @@ def check_folder(config: DictConfig, options: LatentOptions) -> None:
     """What the checkpoint's folder tells without its weights, before any worker loads them.
 
     Raises:
-        CheckpointError: no latents, or a tokenizer that disagrees.
+        CheckpointError: a file of it cannot be read, no latents, or a tokenizer that disagrees.
         ConfigError: a model, latents or a treatment that this config cannot train.
     """
     folder = config.actor_rollout_ref.model.path
-    latent = options.latent_config(folder, AutoTokenizer.from_pretrained(folder))
+    hf_config = _read(folder, "config.json", AutoConfig.from_pretrained)
+    latent = options.latent_config(folder, _read(folder, "the tokenizer", AutoTokenizer.from_pretrained))
     options.treatment.check(latent)
-    check_model(AutoConfig.from_pretrained(folder))
+    check_model(hf_config)
     check_latents(config, latent)
+
+
+def _read(folder: str, what: str, read: Callable[[str], Any]) -> Any:
+    try:
+        return read(folder)
+    except Exception as error:  # OSError, ValueError, KeyError, and a bare Exception of the tokenizers library
+        raise CheckpointError(
+            f"{what} cannot be read",
+            where=folder,
+            got=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+            expected="the files that grpo_latent.sft has written",
+            fix="Copy the folder again, or run SFT again.",
+        ) from error
 
 
 def _require(config: DictConfig, key: str, allowed: tuple, what: str, fix: str | None = None) -> Any:

@@ -24,6 +24,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from grpo_latent.verl_plugin.boot import compat, metrics_file
 from grpo_latent.verl_plugin.boot.registration import TRAINER_MODE, verify, verify_device
+from grpo_latent.verl_plugin.boot.renamed import take_new_names
 from grpo_latent.verl_plugin.trainer import checkpoint
 from grpo_latent.verl_plugin.trainer.config_check import check_config
 from grpo_latent.verl_plugin.trainer.dropped import mask_dropped, without_dropped
@@ -46,6 +47,8 @@ class LatentPPOTrainer(PPOTrainerSync):
     def __init__(self, config):
         verify("trainer")
         verify_device("trainer", config.trainer.device)
+        for note in take_new_names(config):  # of whoever starts verl's own command with a config of his
+            print(f"warning: {note}")
         self.options = check_config(config)
         checkpoint.resume_folder(config.trainer)  # what cannot be resumed is refused before workers start
         with open_dict(config):

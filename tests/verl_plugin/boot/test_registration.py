@@ -1,9 +1,11 @@
 """Loud when the plug-in is not loaded, cheap when verl loads it itself, in fresh interpreters."""
 
+import importlib.metadata
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -64,9 +66,15 @@ def test_another_device_is_named():
         registration.verify_device("trainer", "tpu")
 
 
-def test_another_verl_is_refused(monkeypatch):
-    import importlib.metadata
-
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.10.0")
-    with pytest.raises(PluginError, match="unsupported verl; got 0.10.0"):
+@pytest.mark.parametrize("version", ["0.10.0", "0.9.0", "0.9.1.dev0", "0.10.0.dev0", "0.8.9", "0.90.0"])
+def test_another_verl_is_refused(version, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    with pytest.raises(PluginError, match=f"unsupported verl; got {version}; expected >=0.9.1,<0.10"):
         compat.check_verl_version()
+
+
+@pytest.mark.parametrize("version", ["0.9.1", "0.9.1+cpu", "0.9.2.dev0", "0.9.12"])
+def test_the_supported_verl_is_what_setup_asks_for(version, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    compat.check_verl_version()
+    assert f'"verl{compat.SUPPORTED_VERL}"' in (Path(__file__).parents[3] / "setup.py").read_text()

@@ -1,0 +1,30 @@
+"""What a path in a config may be: one rule for all commands.
+
+~/rows.parquet, rows.parquet    a file of this machine
+s3://…, hdfs://…, any x://      somewhere else: whoever reads it fetches it, so nothing can be checked before
+pkg://package.module            a Python module, verl's way to name one; also nothing to look for on the disk
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SCHEME = "://"
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether `path` names something that is no file of this machine.
+
+    >>> is_remote("s3://bucket/rows.parquet"), is_remote("~/rows.parquet")
+    (True, False)
+    """
+    return SCHEME in str(path)
+
+
+def absolute(path: str) -> str:
+    """A local path without `~`, from the root: another process may have another working directory. Remote ones stay.
+
+    >>> absolute("s3://bucket/x"), absolute("/data/x")
+    ('s3://bucket/x', '/data/x')
+    """
+    return path if is_remote(path) else str(Path(path).expanduser().absolute())
