@@ -15,7 +15,8 @@ from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS
 from grpo_latent.models.adapter import ImageInputs
 from grpo_latent.models.head import attach_latent_modules
 from grpo_latent.models.loading import load_latent_model, save_latent_model
-from grpo_latent.models.replay import ReplayBatch, collate, replay
+from grpo_latent.models.replay import replay
+from grpo_latent.models.sequences import LatentSequences, collate
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import LatentOverride, RolloutRequest, SamplingParams
 from grpo_latent.trajectory import PositionKind as K
@@ -316,24 +317,25 @@ def batch(**changes):
     ids = torch.ones(1, 3, dtype=torch.long)
     kinds = torch.tensor([[K.PROMPT, K.START, K.LATENT]])
     fields = dict(input_ids_BT=ids, kinds_BT=kinds, valid_BT=ids.bool(), latents_NH=torch.zeros(1, 32))
-    return ReplayBatch(**(fields | changes))
+    fields |= dict(position_ids=torch.arange(3)[None], visibility="full")
+    return LatentSequences(**(fields | changes))
 
 
 @pytest.mark.parametrize(
     ("make", "error", "where", "got"),
     [
-        (lambda c: batch(latents_NH=torch.zeros(2, 32)), LatentMismatchError, "ReplayBatch", "(2, 32)"),
-        (lambda c: collate([], [], c.adapter), LatentMismatchError, "collate", "0 trajectories"),
-        (lambda c: collate([trajectory()], [], c.adapter), LatentMismatchError, "collate", "0 entries"),
-        (lambda c: collate([trajectory()], [None], c.adapter, "up"), ConfigError, "padding_side", "up"),
+        (lambda c: batch(latents_NH=torch.zeros(2, 32)), LatentMismatchError, "LatentSequences", "(2, 32)"),
+        (lambda c: collate([], [], c.adapter, "full"), LatentMismatchError, "collate", "0 trajectories"),
+        (lambda c: collate([trajectory()], [], c.adapter, "full"), LatentMismatchError, "collate", "0 entries"),
+        (lambda c: collate([trajectory()], [None], c.adapter, "full", "up"), ConfigError, "padding_side", "up"),
         (
-            lambda c: collate([trajectory()], [case(VL).images(1)], case(VL).adapter),
+            lambda c: collate([trajectory()], [case(VL).images(1)], case(VL).adapter, "full"),
             RolloutError,
             "trajectory 0 (group 'row-5')",
             "0 placeholders",
         ),
-        (lambda c: replay(c.adapter, batch(), "full", temperature=0), ConfigError, "replay", "0"),
-        (lambda c: replay(c.adapter, batch(), "half"), ConfigError, "latent.visibility", "half"),
+        (lambda c: replay(c.adapter, batch(), temperature=0), ConfigError, "replay", "0"),
+        (lambda c: batch(visibility="half"), ConfigError, "latent.visibility", "half"),
     ],
 )
 def test_replay(make, error, where, got):

@@ -35,7 +35,8 @@ from grpo_latent.errors import ConfigError
 from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.replay import collate, replay
+from grpo_latent.models.replay import replay
+from grpo_latent.models.sequences import collate
 from grpo_latent.rollout.protocol import ALL, LatentOverride, check_part, part_kinds, part_number
 from grpo_latent.rollout.sampling import trajectory_seed
 from grpo_latent.trajectory import PositionKind, Trajectory
@@ -332,9 +333,9 @@ def leak(
     for start in range(0, len(pairs), LEAK_ROWS):
         part = pairs[start : start + LEAK_ROWS]
         trajectories = [own[i] for i, _ in part]
-        batch = collate(trajectories, [prompts[i].images for i, _ in part], adapter, "both")
-        swapped = collate(trajectories, [prompts[i].images for _, i in part], adapter, "both")
-        change_BT = (replay(adapter, swapped, visibility)[0] - replay(adapter, batch, visibility)[0]).abs()
+        batch = collate(trajectories, [prompts[i].images for i, _ in part], adapter, visibility, "both")
+        swapped = collate(trajectories, [prompts[i].images for _, i in part], adapter, visibility, "both")
+        change_BT = (replay(adapter, swapped)[0] - replay(adapter, batch)[0]).abs()
         change = float(change_BT[_post_span(batch.kinds_BT)].max())
         largest = change if largest is None else max(largest, change)
     return largest

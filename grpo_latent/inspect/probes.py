@@ -24,9 +24,9 @@ from grpo_latent.latent.treatments import Treatment
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.models.prompts import Prompt, encode_prompt
-from grpo_latent.models.replay import ReplayBatch, collate, replay
+from grpo_latent.models.replay import replay
+from grpo_latent.models.sequences import LatentSequences, collate
 from grpo_latent.models.sources import source_of_latents
-from grpo_latent.trajectory import PositionKind
 
 NUM_TOKENS = 5
 
@@ -150,12 +150,10 @@ class Prober:
         if prompt.images is not None:
             visual_MH = self.adapter.encode_images(prompt.images).float()
             grids, roi = self._layout(prompt, row)
-        batch = collate(trajectories, [prompt.images] * len(group), self.adapter, padding_side="both")
-        visibility = self.loaded.config.visibility
-        log_probs_BT, hidden_BTH = replay(
-            self.adapter, batch, visibility, self.temperature, self.loaded.config.start_is_action
-        )
-        expected_NH = self._expected_latents(batch, hidden_BTH).float().cpu()
+        images, config = [prompt.images] * len(group), self.loaded.config
+        sequences = collate(trajectories, images, self.adapter, config.visibility, padding_side="both")
+        log_probs_BT, hidden_BTH = replay(self.adapter, sequences, self.temperature, config.start_is_action)
+        expected_NH = self._expected_latents(sequences, hidden_BTH).float().cpu()
         counts = [len(t.latents) for t in trajectories]
         start = max(len(t.prompt_ids) for t in trajectories)
         probes = [
@@ -164,15 +162,14 @@ class Prober:
         ]
         return GroupProbe(grids, roi, probes)
 
-    def _expected_latents(self, batch: ReplayBatch, hidden_BTH: Tensor) -> Tensor:
+    def _expected_latents(self, sequences: LatentSequences, hidden_BTH: Tensor) -> Tensor:
         """[N, H] as `Probe.replay_gaps` compares them, NaN where there is nothing to compare with."""
-        expected_NH = torch.full_like(batch.latents_NH, torch.nan)
+        expected_NH = torch.full_like(sequences.latents_NH, torch.nan)
         if self.treatment is None or draws(self.treatment, self.adapter.hidden_size):
             return expected_NH
-        source = source_of_latents(self.adapter, batch, hidden_BTH, self.temperature, self.treatment)
+        source = source_of_latents(self.adapter, sequences, hidden_BTH, self.temperature, self.treatment)
         made_MH, _ = self.treatment.draw(source, None, self.adapter.embed)
-        own_N = (batch.kinds_BT == PositionKind.LATENT)[batch.latent_mask_BT]
-        expected_NH[own_N] = made_MH.to(expected_NH.dtype)
+        expected_NH[sequences.is_made_N] = made_MH.to(expected_NH.dtype)
         return expected_NH
 
     def _check(self, prompt: Prompt, trajectory, where: str) -> None:

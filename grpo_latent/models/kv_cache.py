@@ -8,7 +8,9 @@ on CPU), and batches that stop early never need it.
 
 from __future__ import annotations
 
-from torch import Tensor
+from contextlib import contextmanager
+
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 MIN_GROWTH = 8  # positions
@@ -73,3 +75,17 @@ class RolloutCache(Cache):
     def keep_rows(self, rows_M: Tensor) -> None:
         for layer in self.layers:
             layer.keep_rows(rows_M)
+
+
+@contextmanager
+def caching_layers(model: nn.Module):
+    """Switches gradient checkpointing off within the block: in training, transformers drops the cache of a checkpointed
+    layer with no more than a warning."""
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in checkpointed:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True

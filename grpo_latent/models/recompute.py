@@ -5,36 +5,177 @@
     bptt      z is made by the whole chain:        loss(θ, z(θ))          ILVR's stage 2, Coconut
 
 z₀ are the current model's own latents as constants, so that all three have the same value and differ in gradient only.
+LVR's RL makes them so, cut (2509.24251 section 3.3). SELECTED vectors, which no hidden state makes, stay as recorded.
+
+The chain runs in one of two ways, with equal values and gradients:
+
+    over a cache   `recompute_latents`   each position once, a latent column at a time
+    by passes      `latents_by_passes`   the whole forward once a latent: for a forward that is somebody else's, as under
+                                         FSDP, whose parameters exist within the forward of its root only
+
+Legend: B sequences, T positions, L of one piece, N recorded vectors, M of them that a hidden state made, H hidden.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
+from contextlib import nullcontext
 
-from grpo_latent.errors import ConfigError
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.latent.treatments import GRADIENTS
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.head import feedback
-from grpo_latent.models.replay import ReplayBatch, recompute_latents, replay_hidden, with_latents
-from grpo_latent.models.shift import latent_sources
-from grpo_latent.trajectory import PositionKind
+from grpo_latent.models.kv_cache import caching_layers
+from grpo_latent.models.replay import replay_hidden
+from grpo_latent.models.sequences import LatentSequences
+from grpo_latent.models.shift import is_source, last_hidden
+from grpo_latent.trajectory import PositionKind, made_mask
 
 
-def own_latents(adapter: ModelAdapter, batch: ReplayBatch, visibility: str, gradient: str) -> Tensor:
-    """Latents [N, H] as the current model makes them for the recorded tokens; what `batch` holds at latent steps is not
-    read.
+def recompute_latents(adapter: ModelAdapter, sequences: LatentSequences, gradient: str = "cut") -> Tensor:
+    """Latents [N, H] as the current model makes them for the recorded tokens; what `sequences` hold there is not read.
 
     Args:
+        sequences: completions aligned to one column (`padding_side='both'`), or no image behind the first latent.
         gradient: `cut`, `one_hop` or `bptt`.
+    """
+
+    def made_from(latents_NH: Tensor) -> Tensor:
+        hidden_BTH = replay_hidden(adapter, sequences.with_latents(latents_NH))
+        return _with_made(sequences, latents_NH, feedback(adapter.model, hidden_BTH[sequences.sources]))
+
+    return _with_gradient(gradient, lambda: _chain_over_cache(adapter, sequences), made_from)
+
+
+def latents_by_passes(
+    sequences: LatentSequences,
+    num_passes: int,
+    gradient: str,
+    make: Callable[[LatentSequences, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """As `recompute_latents`, through any forward.
+
+    Each pass makes all latents anew from those of the pass before. A sequence's k-th latent depends on the earlier ones
+    only, so it is exact after k passes, whatever the recorded ones were; so is its gradient, if all passes carry one.
+
+    Args:
+        sequences: padded on the right, or packed.
+        num_passes: at least the most latents of a sequence. Ranks whose forwards meet in collectives need one number.
+        make: a forward over sequences, those columns of them that the passes need: what is fed of its hidden states at
+            (rows, columns), in that order, [M, H].
+    """
+    if num_passes == 0:
+        return sequences.latents_NH
+    rows_M, columns_M = sequences.sources
+    length = _num_needed_columns(sequences, columns_M)
+    part = sequences.first_columns(length)
+    is_fed_N = sequences.recorded_mask_BT.nonzero()[:, 1] < length
+
+    def made_from(latents_NH: Tensor) -> Tensor:
+        made_MH = make(part.with_latents(latents_NH[is_fed_N]), rows_M, columns_M)
+        return _with_made(sequences, latents_NH, made_MH)
+
+    def chain() -> Tensor:
+        latents_NH = sequences.latents_NH
+        for _ in range(num_passes):
+            latents_NH = made_from(latents_NH)
+        return latents_NH
+
+    return _with_gradient(gradient, chain, made_from)
+
+
+def _with_gradient(gradient: str, chain: Callable[[], Tensor], made_from: Callable[[Tensor], Tensor]) -> Tensor:
+    """The three modes.
+
+    Args:
+        chain: makes the current model's latents [N, H].
+        made_from: makes each of them anew from given ones before it, by one forward.
     """
     if gradient not in GRADIENTS:
         raise ConfigError("unknown value", where="latent gradient", got=gradient, expected=f"one of {GRADIENTS}")
-    latents_NH = recompute_latents(adapter, batch, visibility, gradient=gradient == "bptt")
+    with nullcontext() if gradient == "bptt" else torch.no_grad():
+        latents_NH = chain()
     if gradient != "one_hop" or latents_NH.shape[0] == 0:
         return latents_NH
-    hidden_BTH = replay_hidden(adapter, with_latents(batch, latents_NH), visibility)
-    own_N = (batch.kinds_BT == PositionKind.LATENT)[batch.latent_mask_BT]
-    rows, columns = latent_sources(batch.kinds_BT, batch.valid_BT)
-    made_NH = latents_NH.clone()
-    made_NH[own_N] = feedback(adapter.model, hidden_BTH[rows, columns])
-    return made_NH
+    return made_from(latents_NH)
+
+
+def _with_made(sequences: LatentSequences, latents_NH: Tensor, made_MH: Tensor) -> Tensor:
+    """`latents_NH` with other vectors where a hidden state made them."""
+    return latents_NH.index_copy(0, sequences.is_made_N.nonzero()[:, 0], made_MH.to(latents_NH.dtype))
+
+
+def _num_needed_columns(sequences: LatentSequences, columns_M: Tensor) -> int:
+    """Columns up to the last source, all images among them; all where there is no source.
+
+    Packed sequences end one after the other: nothing can be cut.
+    """
+    if sequences.is_packed or columns_M.numel() == 0:
+        return sequences.kinds_BT.shape[1]
+    images = (sequences.kinds_BT == PositionKind.VISION).any(0).nonzero()
+    return max(int(columns_M.max()), int(images.max()) if images.numel() else 0) + 1
+
+
+def _chain_over_cache(adapter: ModelAdapter, sequences: LatentSequences) -> Tensor:
+    """Columns with a latent step are decoded one at a time, what stands between them in one piece."""
+    recorded_BT, kinds_BT = sequences.recorded_mask_BT, sequences.kinds_BT
+    columns = recorded_BT.any(0).nonzero()[:, 0]
+    if columns.numel() == 0:
+        return sequences.latents_NH
+    first, last = int(columns[0]), int(columns[-1])
+    if bool((kinds_BT[:, first:] == PositionKind.VISION).any()):
+        raise LatentMismatchError(
+            "an image stands after the first latent column",
+            where="recompute_latents",
+            expected="completions aligned to one column",
+            fix="Collate with padding_side='both'.",
+        )
+    input_ids_BT, position_ids = sequences.fed_ids_BT, sequences.position_ids
+    bias = sequences.attention_bias(adapter.dtype)
+    cache = DynamicCache(config=adapter.text_config)
+    is_made_BT = made_mask(kinds_BT) & sequences.valid_BT
+    is_source_BT = is_source(kinds_BT, sequences.valid_BT)
+    recorded_BTH = torch.zeros(*kinds_BT.shape, sequences.latents_NH.shape[-1], device=adapter.device)
+    recorded_BTH = recorded_BTH.to(adapter.dtype).masked_scatter(
+        recorded_BT[..., None], sequences.latents_NH.to(adapter.dtype)
+    )
+    fed: list[Tensor] = []
+    with caching_layers(adapter.model):
+        source_BH = adapter.forward_hidden(
+            input_ids_BT[:, :first],
+            bias[:, :, :first, :first],
+            position_ids[..., :first],
+            sequences.images,
+            cache,
+        )[:, -1]
+        for start, end in _decoding_pieces(is_made_BT[:, : last + 1].any(0).tolist(), first):
+            piece = slice(start, end)
+            latents_BLH = feedback(adapter.model, source_BH)[:, None].expand(-1, end - start, -1)
+            embeds_BLH = torch.where(
+                recorded_BT[:, piece, None], recorded_BTH[:, piece], adapter.embed(input_ids_BT[:, piece])
+            )
+            embeds_BLH = torch.where(is_made_BT[:, piece, None], latents_BLH, embeds_BLH)
+            fed.append(embeds_BLH)
+            hidden_BLH = adapter.decoder(
+                inputs_embeds=embeds_BLH,
+                attention_mask=bias[:, :, piece, :end],
+                position_ids=position_ids[..., piece],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            source_BH = last_hidden(hidden_BLH, is_source_BT[:, piece], source_BH)
+    return torch.cat(fed, 1)[recorded_BT[:, first : last + 1]]
+
+
+def _decoding_pieces(has_latent_T: list[bool], first: int) -> list[tuple[int, int]]:
+    """Columns from `first` on as (start, end): each with a latent step alone, those between in one piece."""
+    pieces: list[tuple[int, int]] = []
+    for column in range(first, len(has_latent_T)):
+        joins = pieces and not has_latent_T[column] and not has_latent_T[column - 1]
+        start = pieces.pop()[0] if joins else column
+        pieces.append((start, column + 1))
+    return pieces

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from grpo_latent.errors import LatentMismatchError
-from grpo_latent.trajectory import PositionKind
+from grpo_latent.trajectory import PositionKind, made_mask
 
 
 def token_sources(mask_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,15 +41,15 @@ def last_sources(kinds_BT: Tensor, valid_BT: Tensor) -> Tensor:
 
 
 def latent_sources(kinds_BT: Tensor, valid_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(rows, columns) of the hidden state that each LATENT position feeds, row-major.
+    """(rows, columns) of the hidden state that made each recorded vector (`made_mask`), row-major.
 
     Args:
         valid_BT: bool, None where padding can only follow.
     """
     valid_BT = torch.ones_like(kinds_BT, dtype=torch.bool) if valid_BT is None else valid_BT
     before_BT = torch.nn.functional.pad(last_sources(kinds_BT, valid_BT)[:, :-1], (1, 0), value=-1)
-    is_own_BT = (kinds_BT == PositionKind.LATENT) & valid_BT
-    return is_own_BT.nonzero(as_tuple=True)[0], before_BT[is_own_BT]
+    is_made_BT = made_mask(kinds_BT) & valid_BT
+    return is_made_BT.nonzero(as_tuple=True)[0], before_BT[is_made_BT]
 
 
 def last_hidden(hidden_BLH: Tensor, is_source_BL: Tensor, before_BH: Tensor) -> Tensor:

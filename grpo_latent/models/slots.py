@@ -28,8 +28,8 @@ from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter
 from grpo_latent.models.choices import log_weights
 from grpo_latent.models.head import feedback
+from grpo_latent.models.kv_cache import caching_layers
 from grpo_latent.models.positions import count_on, next_positions, with_components
-from grpo_latent.models.replay import caching_layers
 from grpo_latent.models.selection import recording_last_row
 from grpo_latent.models.visibility import attention_bias
 from grpo_latent.models.vision_cache import encoding_once

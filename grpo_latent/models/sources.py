@@ -17,25 +17,19 @@ from grpo_latent.errors import LatentMismatchError
 from grpo_latent.latent.treatments import LatentSource, Treatment
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.head import feedback
-from grpo_latent.models.replay import ReplayBatch
-from grpo_latent.models.shift import latent_sources
-from grpo_latent.trajectory import PositionKind, latent_mask
-
-
-def own_latents_of(kinds_BT: Tensor, latents_NH: Tensor) -> Tensor:
-    """The rows of `latents_NH` (LATENT and SELECTED, row-major) that stand at LATENT positions."""
-    return latents_NH[(kinds_BT == PositionKind.LATENT)[latent_mask(kinds_BT)]]
+from grpo_latent.models.sequences import LatentSequences
+from grpo_latent.trajectory import PositionKind
 
 
 def source_of_latents(
     adapter: ModelAdapter,
-    batch: ReplayBatch,
+    sequences: LatentSequences,
     hidden_BTH: Tensor,
     temperature: float = 1.0,
     treatment: Treatment | None = None,
 ) -> LatentSource:
     """What this model would make the recorded LATENT positions of; arguments as `latent_log_densities`."""
-    hidden_MH = hidden_BTH[latent_sources(batch.kinds_BT, batch.valid_BT)]
+    hidden_MH = hidden_BTH[sequences.sources]
     features_MF = None if treatment is None else treatment.features(adapter.model, hidden_MH)
     return LatentSource(
         feedback(adapter.model, hidden_MH), lambda: adapter.logits(hidden_MH) / temperature, features_MF
@@ -43,17 +37,21 @@ def source_of_latents(
 
 
 def latent_log_densities(
-    adapter: ModelAdapter, batch: ReplayBatch, hidden_BTH: Tensor, treatment: Treatment, temperature: float = 1.0
+    adapter: ModelAdapter,
+    sequences: LatentSequences,
+    hidden_BTH: Tensor,
+    treatment: Treatment,
+    temperature: float = 1.0,
 ) -> Tensor:
     """float32 [B, T]: log-density of each recorded latent under this model, at its own position; 0 elsewhere.
 
     Args:
-        hidden_BTH: of the same batch, by `replay_hidden`.
+        hidden_BTH: of the same sequences, by `replay_hidden`.
         temperature: of the rollout.
     """
-    source = source_of_latents(adapter, batch, hidden_BTH, temperature, treatment)
-    kinds_BT = batch.kinds_BT.masked_fill(~batch.valid_BT, int(PositionKind.PROMPT))
-    density_M = treatment.log_density(source, own_latents_of(kinds_BT, batch.latents_NH), batch.latent_aux_MA)
+    source = source_of_latents(adapter, sequences, hidden_BTH, temperature, treatment)
+    kinds_BT = sequences.kinds_BT.masked_fill(~sequences.valid_BT, int(PositionKind.PROMPT))
+    density_M = treatment.log_density(source, sequences.latents_NH[sequences.is_made_N], sequences.latent_aux_MA)
     is_own_BT = kinds_BT == PositionKind.LATENT
     return torch.zeros(is_own_BT.shape, dtype=density_M.dtype, device=density_M.device).masked_scatter(
         is_own_BT, density_M

@@ -43,7 +43,12 @@ def check_visibility(visibility: str) -> None:
 
 
 def attention_bias(
-    kinds_BT: Tensor, valid_BT: Tensor, visibility: str, dtype: torch.dtype, query_start: int = 0
+    kinds_BT: Tensor,
+    valid_BT: Tensor,
+    visibility: str,
+    dtype: torch.dtype,
+    query_start: int = 0,
+    following_kinds_B: Tensor | None = None,
 ) -> Tensor:
     """Additive attention bias: 0 where row t may look at column s, the dtype's minimum elsewhere.
 
@@ -53,6 +58,7 @@ def attention_bias(
             whose softmax would be uniform.
         visibility: `full` or `latents_only`.
         query_start: rows query_start..T-1 are returned.
+        following_kinds_B: int [B], of the position after the last, which the rule asks for; None where none follows.
 
     Returns:
         [B, 1, T - query_start, T].
@@ -63,6 +69,8 @@ def attention_bias(
     allowed = causal & valid_BT[:, None, :]
     if visibility == "latents_only":
         before_latent_BT = torch.nn.functional.pad((kinds_BT == PositionKind.LATENT)[:, 1:], (0, 1))
+        if following_kinds_B is not None:
+            before_latent_BT[:, -1] = following_kinds_B == PositionKind.LATENT
         sighted_BT = is_sighted(kinds_BT, before_latent_BT)
         allowed &= sighted_BT[:, query_start:, None] | ~is_hidden(kinds_BT)[:, None, :]
     rows = torch.arange(length - query_start, device=device)

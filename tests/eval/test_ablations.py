@@ -22,7 +22,8 @@ from grpo_latent.eval.ablations import (
 from grpo_latent.eval.decode import Evaluator, with_partners_images
 from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.models.loading import LatentModel
-from grpo_latent.models.replay import collate, replay
+from grpo_latent.models.replay import replay
+from grpo_latent.models.sequences import collate
 from grpo_latent.rollout.protocol import LatentOverride
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.trajectory import Trajectory
@@ -350,7 +351,7 @@ def test_leak_by_hand():
     for t, mine, other in ((own[a], rows[a], rows[b]) for a, b in zip(fit, fit[1:] + fit[:1], strict=True)):
         with torch.no_grad():
             a, b = (
-                replay(e.adapter, collate([t], [p.images], e.adapter), "full")[0][0, len(t.prompt_ids) :]
+                replay(e.adapter, collate([t], [p.images], e.adapter, "full"))[0][0, len(t.prompt_ids) :]
                 for p in (mine, other)
             )
         kinds = t.kinds.tolist()

@@ -19,7 +19,8 @@ from grpo_latent.eval.scoring import Outcome
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import save_latent_model
 from grpo_latent.models.prompts import encode_prompt
-from grpo_latent.models.replay import collate, replay
+from grpo_latent.models.replay import replay
+from grpo_latent.models.sequences import collate
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.trajectory import PositionKind, Trajectory
 
@@ -69,9 +70,9 @@ def roll_out(case: Case, config, rows: list[dict], step: int, xss: bool) -> tupl
         seeds = [1000 * step + 10 * index + i for i in range(G)]
         request = RolloutRequest(prompt.ids, seeds, prompt.images, group_id=str(index))
         group = engine.generate([request], SamplingParams(max_new_tokens=14))[0]
-        batch = collate(group, [prompt.images] * G, adapter, "both")
+        batch = collate(group, [prompt.images] * G, adapter, config.visibility, "both")
         with torch.no_grad():
-            old_BT, _ = replay(adapter, batch, config.visibility)
+            old_BT, _ = replay(adapter, batch)
         start = len(prompt.ids)
         for i, trajectory in enumerate(group):
             text = case.tokenizer.decode(trajectory.text_ids) if not (xss and index == 0) else XSS

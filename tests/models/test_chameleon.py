@@ -14,7 +14,9 @@ from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter
 from grpo_latent.models.loading import load_latent_model, save_latent_model
 from grpo_latent.models.prompts import encode_prompt
-from grpo_latent.models.replay import collate, recompute_latents, replay
+from grpo_latent.models.recompute import recompute_latents
+from grpo_latent.models.replay import replay
+from grpo_latent.models.sequences import collate
 from grpo_latent.rollout.protocol import RolloutRequest
 from grpo_latent.sft.stepwise.forward import loss_sums
 from grpo_latent.sft.stepwise.rows import StepwiseRow, collate_rows
@@ -79,13 +81,13 @@ def test_rollout_equals_replay_and_recompute():
     trajectories = [t for group in groups for t in group]
     images = [request.images for request, group in zip(requests, groups, strict=True) for _ in group]
     for padding_side in ("both", "right"):
-        batch = collate(trajectories, images, engine.adapter, padding_side)
-        log_probs_BT, _ = replay(engine.adapter, batch, "full", 2.0)
+        batch = collate(trajectories, images, engine.adapter, "full", padding_side)
+        log_probs_BT, _ = replay(engine.adapter, batch, 2.0)
         for row, t in enumerate(trajectories):
             values = log_probs_BT[row][batch.valid_BT[row]][len(t.prompt_ids) :]
             torch.testing.assert_close(values, t.rollout_log_probs, rtol=0, atol=1e-4)
-    batch = collate(trajectories, images, engine.adapter, "both")
-    torch.testing.assert_close(recompute_latents(engine.adapter, batch, "full"), batch.latents_NH, rtol=0, atol=1e-4)
+    batch = collate(trajectories, images, engine.adapter, "full", "both")
+    torch.testing.assert_close(recompute_latents(engine.adapter, batch), batch.latents_NH, rtol=0, atol=1e-4)
     for t, image in zip(trajectories, images, strict=True):
         is_selected_N = t.kinds[t.latent_mask] == K.SELECTED
         if image is not None:  # what slots are fed is what stands at the image positions that they chose
@@ -106,8 +108,8 @@ def test_sft_has_the_replays_loss_and_a_gradient():
     rows = [StepwiseRow(t.prompt_ids, (torch.tensor(t.text_ids),), image) for t, image in pairs]
     sums = loss_sums(engine.adapter, collate_rows(rows, 0), engine.config, 2, True)
     with torch.no_grad():
-        batch = collate([t for t, _ in pairs], [image for _, image in pairs], engine.adapter, "both")
-        log_probs_BT, _ = replay(engine.adapter, batch, "full")
+        batch = collate([t for t, _ in pairs], [image for _, image in pairs], engine.adapter, "full", "both")
+        log_probs_BT, _ = replay(engine.adapter, batch)
     assert sums["ce"].item() == pytest.approx(-log_probs_BT.sum().item(), rel=1e-4)
     weight = engine.adapter.decoder.layers[0].mlp.up_proj.weight
     (gradient,) = torch.autograd.grad(sums["ce"], weight)

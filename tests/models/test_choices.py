@@ -31,8 +31,8 @@ def uniforms_of(num_rows, num_slots=3, num_images=12, seed=0):
     )
 
 
-def batch_of(c, prefill, requests, row_to_prompt):
-    return as_batch(c, prefill, [requests[prompt] for prompt in row_to_prompt])
+def batch_of(adapter, prefill, requests, row_to_prompt):
+    return as_batch(adapter, prefill, [requests[prompt] for prompt in row_to_prompt])
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
@@ -41,7 +41,7 @@ def test_recorded_log_probs_are_those_of_a_replay_and_rows_draw_their_own(name):
     requests, adapter = prompts(c), ModelAdapter(c.model, "1d")
     with torch.no_grad():
         prefill = drawn(c, requests, (2, 3, 1), rows, uniforms_of(6))
-        batch = batch_of(c, prefill, requests, rows)
+        batch = batch_of(adapter, prefill, requests, rows)
         _, log_probs_M = scored(adapter, batch, TEMPERATURE)
     recorded = torch.cat([record.log_probs[record.kinds == K.SELECTED] for record in prefill.records])
     torch.testing.assert_close(log_probs_M, recorded, rtol=0, atol=1e-4)
@@ -83,7 +83,7 @@ def test_the_gradient_reaches_the_weights_and_is_numerically_right():
     images = [dataclasses.replace(r.images, pixel_values=r.images.pixel_values.double()) for r in requests]
     requests = [dataclasses.replace(r, images=image) for r, image in zip(requests, images, strict=True)]
     with torch.no_grad():
-        batch = batch_of(c, drawn(c, requests, (2, 2), [0, 1], uniforms_of(2)), requests, [0, 1])
+        batch = batch_of(adapter, drawn(c, requests, (2, 2), [0, 1], uniforms_of(2)), requests, [0, 1])
     weight = adapter.decoder.layers[0].self_attn.q_proj.weight
 
     def total():

@@ -1,5 +1,9 @@
-"""Invariant 8: the three latent gradients against central differences of what each of them states, in float64."""
+"""Invariant 8: the three latent gradients against central differences of what each of them states, in float64.
 
+And the chain run by passes against the chain over a cache: values and gradients.
+"""
+
+import dataclasses
 import functools
 
 import pytest
@@ -7,8 +11,9 @@ import torch
 from latent_cases import build_case, sampling
 
 from grpo_latent.errors import ConfigError
-from grpo_latent.models.recompute import GRADIENTS, own_latents
-from grpo_latent.models.replay import collate, recompute_latents, replay_hidden, with_latents
+from grpo_latent.models.recompute import GRADIENTS, latents_by_passes, recompute_latents
+from grpo_latent.models.replay import replay, replay_hidden
+from grpo_latent.models.sequences import collate
 from grpo_latent.trajectory import PositionKind as K
 
 
@@ -18,13 +23,13 @@ def double_case():
     group = c.engine(c.config(steps=4)).generate([c.request(seeds=range(6))], sampling(14))[0]
     assert max(len(trajectory.spans) for trajectory in group) >= 2
     c.model.double()
-    batch = collate(group, [None] * 6, c.adapter)
-    batch = with_latents(batch, batch.latents_NH.double())
-    return c, with_latents(batch, recompute_latents(c.adapter, batch, "full"))
+    batch = collate(group, [None] * 6, c.adapter, "full")
+    batch = batch.with_latents(batch.latents_NH.double())
+    return c, batch.with_latents(recompute_latents(c.adapter, batch))
 
 
 def objective(c, batch, latents_NH):
-    return replay_hidden(c.adapter, with_latents(batch, latents_NH), "full")[batch.action_mask_BT()].sin().sum()
+    return replay_hidden(c.adapter, batch.with_latents(latents_NH))[batch.action_mask_BT()].sin().sum()
 
 
 def stated(c, batch, gradient):
@@ -32,8 +37,8 @@ def stated(c, batch, gradient):
     if gradient == "cut":
         return batch.latents_NH
     if gradient == "bptt":
-        return recompute_latents(c.adapter, batch, "full")
-    hidden_BTH = replay_hidden(c.adapter, batch, "full")
+        return recompute_latents(c.adapter, batch)
+    hidden_BTH = replay_hidden(c.adapter, batch)
     return torch.stack([hidden_BTH[row, column - 1] for row, column in (batch.kinds_BT == K.LATENT).nonzero().tolist()])
 
 
@@ -45,7 +50,7 @@ def derivatives():
     found = {}
     for gradient in GRADIENTS:
         weight.grad = None
-        latents_NH = own_latents(c.adapter, batch, "full", gradient)
+        latents_NH = recompute_latents(c.adapter, batch, gradient)
         torch.testing.assert_close(latents_NH, batch.latents_NH, rtol=0, atol=1e-5)
         objective(c, batch, latents_NH).backward()
         analytic, step, values = float((weight.grad * direction).sum()), 1e-4, []
@@ -71,4 +76,77 @@ def test_gradients_equal_central_differences_and_differ_from_each_other():
 def test_unknown_gradient_is_an_error():
     c, batch = double_case()
     with pytest.raises(ConfigError, match="one of"):
-        own_latents(c.adapter, batch, "full", "some")
+        recompute_latents(c.adapter, batch, "some")
+
+
+CASES = {"qwen2_5_vl": "latents_only", "qwen3": "full", "slots": "full"}
+
+
+@functools.cache
+def recorded(name):
+    """(case, adapter, the same trajectories padded on the right and on both sides), with several latents in most rows."""
+    c, changes = build_case("qwen2_vl" if name == "slots" else name), {"visibility": CASES[name]}
+    if name == "slots":
+        changes |= dict(mechanism="ivt_lr", trigger="prompt_slots", steps=2, top_k_image=2, positions="1d")
+    requests = []
+    for row, text in enumerate(("read ?", "? red ? blue ?", "red")):
+        images = c.images(1, seed=row) if c.processor and row != 1 else None
+        requests.append(c.request(text, images, range(3 * row, 3 * row + 3)))
+    engine = c.engine(c.config(**changes))
+    groups = engine.generate(requests, sampling(14, temperature=2.0))
+    trajectories = [t for group in groups for t in group]
+    images = [request.images for request, group in zip(requests, groups, strict=True) for _ in group]
+    sides = [collate(trajectories, images, engine.adapter, CASES[name], side) for side in ("right", "both")]
+    return c, engine.adapter, *sides
+
+
+def by_passes(adapter, sequences, gradient, num_passes=None, seen=None):
+    """Through a forward of ours in place of verl's."""
+
+    def make(part, rows_M, columns_M):
+        if seen is not None:
+            seen.append(part)
+        return replay_hidden(adapter, part)[rows_M, columns_M]
+
+    longest = int((sequences.kinds_BT == K.LATENT).sum(-1).max()) if num_passes is None else num_passes
+    return latents_by_passes(sequences, longest, gradient, make)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", CASES)
+def test_by_passes_is_over_a_cache(name, gradient):
+    """Values and the gradient of every parameter, whatever vectors were recorded at latents."""
+    c, adapter, sequences, aligned = recorded(name)
+    sequences = sequences.with_latents(sequences.latents_NH.masked_fill(sequences.is_made_N[:, None], 0.0))
+    found = []
+    for given, run in ((aligned, recompute_latents), (sequences, by_passes)):
+        c.model.zero_grad()
+        latents_NH = run(adapter, given, gradient)
+        assert latents_NH.requires_grad == (gradient != "cut")
+        replay(adapter, given.with_latents(latents_NH), 2.0)[0].sum().backward()
+        gradients = {n: p.grad.clone() for n, p in c.model.named_parameters() if p.grad is not None}
+        found.append((latents_NH.detach(), gradients))
+    (cached_NH, cached), (passed_NH, passed) = found
+    assert len(cached_NH) > 8
+    torch.testing.assert_close(passed_NH, cached_NH, rtol=0, atol=1e-4)
+    assert passed.keys() == cached.keys() and len(cached) > 20
+    for parameter, gradient_ in cached.items():
+        scale = float(gradient_.abs().max())
+        torch.testing.assert_close(passed[parameter], gradient_, rtol=1e-3, atol=1e-4 * scale + 1e-6, msg=parameter)
+
+
+def test_passes_run_the_needed_columns_only_and_as_often_as_they_are_told():
+    _, adapter, sequences, aligned = recorded("qwen2_5_vl")
+    seen: list = []
+    made_NH = by_passes(adapter, sequences, "one_hop", num_passes=5, seen=seen)
+    assert len(seen) == 6
+    last = int(sequences.sources[1].max())
+    assert all(part.kinds_BT.shape[1] == last + 1 < sequences.kinds_BT.shape[1] for part in seen)
+    torch.testing.assert_close(made_NH, recompute_latents(adapter, aligned), rtol=0, atol=1e-4)
+    packed = dataclasses.replace(sequences, is_packed=True)
+    by_passes(adapter, packed, "cut", num_passes=1, seen=seen)
+    assert seen[-1].kinds_BT.shape == sequences.kinds_BT.shape, "packed sequences cannot be cut"
+    assert by_passes(adapter, sequences, "bptt", num_passes=0) is sequences.latents_NH
+    # too few passes leave what depends on more latents as it was recorded
+    zeroed = sequences.with_latents(torch.zeros_like(sequences.latents_NH))
+    assert float((by_passes(adapter, zeroed, "cut", num_passes=1) - made_NH.detach()).abs().max()) > 1e-2

@@ -9,14 +9,9 @@ import torch
 from latent_cases import ALL_NAMES, TEXT_NAMES, build_case, case, sampling
 
 from grpo_latent.errors import LatentMismatchError
-from grpo_latent.models.replay import (
-    collate,
-    recompute_latents,
-    replay,
-    replay_hidden,
-    token_log_probs,
-    with_latents,
-)
+from grpo_latent.models.recompute import recompute_latents
+from grpo_latent.models.replay import replay, replay_hidden, token_log_probs
+from grpo_latent.models.sequences import collate
 from grpo_latent.trajectory import PositionKind as K
 
 TEMPERATURE = 2.0
@@ -57,9 +52,9 @@ def completion_values(trajectories, values_BT, batch, prompts_valid=True):
 def test_replay_equals_rollout(name, visibility, padding_side):
     """Invariant 1, batch of all rows: ≤ 1e-4 at every action, 0 elsewhere."""
     c, (trajectories, images) = case(name), recorded(name, visibility)
-    batch = collate(trajectories, images, c.adapter, padding_side)
+    batch = collate(trajectories, images, c.adapter, visibility, padding_side)
     with torch.no_grad():
-        log_probs_BT, _ = replay(c.adapter, batch, visibility, TEMPERATURE)
+        log_probs_BT, _ = replay(c.adapter, batch, TEMPERATURE)
     for trajectory, values in zip(trajectories, completion_values(trajectories, log_probs_BT, batch), strict=True):
         torch.testing.assert_close(values, trajectory.rollout_log_probs, rtol=0, atol=1e-4)
     assert (log_probs_BT[~batch.action_mask_BT()] == 0).all()
@@ -70,14 +65,14 @@ def test_replay_equals_rollout(name, visibility, padding_side):
 def test_hidden_states_equal_an_uncached_forward_row_by_row(name, visibility):
     """Invariant 2: a padded batch of replay has the hidden states of plain single-row forwards; so has batch 1."""
     c, (trajectories, images) = case(name), recorded(name, visibility)
-    batch = collate(trajectories, images, c.adapter, "both")
+    batch = collate(trajectories, images, c.adapter, visibility, "both")
     with torch.no_grad():
-        hidden_BTH = replay_hidden(c.adapter, batch, visibility)
+        hidden_BTH = replay_hidden(c.adapter, batch)
         for row in range(0, len(trajectories), 2):
             _, expected_TH = slow_reading.forward(c, trajectories[row], images[row], visibility)
             torch.testing.assert_close(hidden_BTH[row][batch.valid_BT[row]], expected_TH, rtol=0, atol=1e-4)
-            alone = collate([trajectories[row]], [images[row]], c.adapter)
-            torch.testing.assert_close(replay_hidden(c.adapter, alone, visibility)[0], expected_TH, rtol=0, atol=1e-4)
+            alone = collate([trajectories[row]], [images[row]], c.adapter, visibility)
+            torch.testing.assert_close(replay_hidden(c.adapter, alone)[0], expected_TH, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "qwen3"])
@@ -90,8 +85,8 @@ def test_gradient_checkpointing_changes_neither_log_probs_nor_gradients(name):
         if checkpointing:
             c.model.gradient_checkpointing_enable()
             assert c.adapter.decoder.layers[0].gradient_checkpointing
-        batch = collate(trajectories, images, c.adapter, "left")
-        log_probs_BT, _ = replay(c.adapter, batch, "latents_only", TEMPERATURE)
+        batch = collate(trajectories, images, c.adapter, "latents_only", "left")
+        log_probs_BT, _ = replay(c.adapter, batch, TEMPERATURE)
         log_probs_BT.sum().backward()
         results.append(
             (log_probs_BT.detach(), {n: p.grad for n, p in c.model.named_parameters() if p.grad is not None})
@@ -107,24 +102,24 @@ def test_gradient_checkpointing_changes_neither_log_probs_nor_gradients(name):
 @pytest.mark.parametrize("name", ALL_NAMES)
 def test_recomputed_latents_equal_stored_while_weights_are_unchanged(name, visibility):
     c, (trajectories, images) = case(name), recorded(name, visibility)
-    batch = collate(trajectories, images, c.adapter, "both")
-    latents_NH = recompute_latents(c.adapter, batch, visibility)
+    batch = collate(trajectories, images, c.adapter, visibility, "both")
+    latents_NH = recompute_latents(c.adapter, batch)
     torch.testing.assert_close(latents_NH, batch.latents_NH, rtol=0, atol=1e-4)
     assert not latents_NH.requires_grad and len(latents_NH) > 10
     # a wrong latent given as "recorded" is not simply echoed
-    shuffled = with_latents(batch, batch.latents_NH.flip(0))
-    torch.testing.assert_close(recompute_latents(c.adapter, shuffled, visibility), batch.latents_NH, rtol=0, atol=1e-4)
+    shuffled = batch.with_latents(batch.latents_NH.flip(0))
+    torch.testing.assert_close(recompute_latents(c.adapter, shuffled), batch.latents_NH, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("gradient", ["cut", "bptt"])
 def test_recompute_with_gradient_checkpointing_in_training(gradient):
     """transformers silently drops the cache of a checkpointed layer in training: the published code's second defect."""
     trajectories, images = recorded("qwen2_5_vl", "full")
     c = build_case("qwen2_5_vl")
     c.model.train()
     c.model.gradient_checkpointing_enable()
-    batch = collate(trajectories, images, c.adapter, "both")
-    latents_NH = recompute_latents(c.adapter, batch, "full", gradient)
+    batch = collate(trajectories, images, c.adapter, "full", "both")
+    latents_NH = recompute_latents(c.adapter, batch, gradient)
     torch.testing.assert_close(latents_NH, batch.latents_NH, rtol=0, atol=1e-4)
     assert c.adapter.decoder.layers[0].gradient_checkpointing and c.model.training
 
@@ -133,9 +128,9 @@ def test_recompute_with_head_applies_it():
     c = build_case("qwen2", head="mlp")
     config = c.config(head="mlp")
     group = c.engine(config).generate([c.request(seeds=range(8))], sampling(14))[0]
-    batch = collate(group, [None] * 8, c.adapter, "right")
+    batch = collate(group, [None] * 8, c.adapter, "full", "right")
     assert len(batch.latents_NH) > 5
-    torch.testing.assert_close(recompute_latents(c.adapter, batch, "full"), batch.latents_NH, rtol=0, atol=1e-4)
+    torch.testing.assert_close(recompute_latents(c.adapter, batch), batch.latents_NH, rtol=0, atol=1e-4)
 
 
 def test_gradient_through_recomputed_latents_matches_finite_differences():
@@ -143,27 +138,27 @@ def test_gradient_through_recomputed_latents_matches_finite_differences():
     c = build_case("qwen2")
     group = c.engine().generate([c.request(seeds=range(6))], sampling(12))[0]
     c.model.double()
-    batch = collate(group, [None] * 6, c.adapter)
-    batch = with_latents(batch, batch.latents_NH.double())
+    batch = collate(group, [None] * 6, c.adapter, "full")
+    batch = batch.with_latents(batch.latents_NH.double())
     weight = c.model.model.layers[0].self_attn.v_proj.weight
     direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).double()
 
     def objective(gradient):
-        latents_NH = recompute_latents(c.adapter, batch, "full", gradient)
-        hidden_BTH = replay_hidden(c.adapter, with_latents(batch, latents_NH), "full")
+        latents_NH = recompute_latents(c.adapter, batch, gradient)
+        hidden_BTH = replay_hidden(c.adapter, batch.with_latents(latents_NH))
         return hidden_BTH[batch.action_mask_BT()].sin().sum()
 
-    objective(gradient=True).backward()
+    objective("bptt").backward()
     analytic, step = float((weight.grad * direction).sum()), 1e-4
     with torch.no_grad():
         weight += step * direction
-        above = float(objective(False))
+        above = float(objective("cut"))
         weight -= 2 * step * direction
-        below = float(objective(False))
+        below = float(objective("cut"))
     assert analytic == pytest.approx((above - below) / (2 * step), rel=1e-3)
     weight.grad = None
-    cut = with_latents(batch, recompute_latents(c.adapter, batch, "full"))
-    replay_hidden(c.adapter, cut, "full")[batch.action_mask_BT()].sin().sum().backward()
+    cut = batch.with_latents(recompute_latents(c.adapter, batch))
+    replay_hidden(c.adapter, cut)[batch.action_mask_BT()].sin().sum().backward()
     assert float((weight.grad * direction).sum()) != pytest.approx(analytic, rel=0.02), "cut must differ"
 
 
@@ -173,24 +168,22 @@ def test_gradient_through_recomputed_latents_matches_finite_differences():
 def test_any_placeholder_at_latent_positions_changes_nothing(name, visibility, placeholder):
     """Invariant 4: exactly nothing, in replay and recompute; ids outside the vocabulary included."""
     c, (trajectories, images) = case(name), recorded(name, visibility)
-    batch = collate(trajectories, images, c.adapter, "both")
+    batch = collate(trajectories, images, c.adapter, visibility, "both")
     token_id = c.token_id(placeholder) if isinstance(placeholder, str) else placeholder
     other = dataclasses.replace(batch, input_ids_BT=batch.input_ids_BT.masked_fill(batch.latent_mask_BT, token_id))
     assert not torch.equal(other.input_ids_BT, batch.input_ids_BT)
     with torch.no_grad():
-        for a, b in zip(replay(c.adapter, batch, visibility), replay(c.adapter, other, visibility), strict=True):
+        for a, b in zip(replay(c.adapter, batch), replay(c.adapter, other), strict=True):
             assert torch.equal(a, b)
-        assert torch.equal(
-            recompute_latents(c.adapter, batch, visibility), recompute_latents(c.adapter, other, visibility)
-        )
+        assert torch.equal(recompute_latents(c.adapter, batch), recompute_latents(c.adapter, other))
 
 
 def test_start_is_an_action_by_choice():
     c, (trajectories, images) = case("qwen2"), recorded("qwen2", "full")
-    batch = collate(trajectories, images, c.adapter)
+    batch = collate(trajectories, images, c.adapter, "full")
     with torch.no_grad():
-        with_start, _ = replay(c.adapter, batch, "full")
-        without, _ = replay(c.adapter, batch, "full", start_is_action=False)
+        with_start, _ = replay(c.adapter, batch)
+        without, _ = replay(c.adapter, batch, start_is_action=False)
     is_start = batch.kinds_BT == K.START
     assert is_start.any() and (with_start[is_start] < 0).all() and (without[is_start] == 0).all()
     assert torch.equal(with_start[~is_start], without[~is_start])
@@ -201,12 +194,12 @@ def test_gradients_reach_the_latents():
     c = build_case("qwen2")
     group = c.engine().generate([c.request(seeds=range(4))], sampling(12))[0]
     c.model.double()
-    batch = collate(group, [None] * 4, c.adapter)
+    batch = collate(group, [None] * 4, c.adapter, "full")
     latents_NH = batch.latents_NH.double().requires_grad_()
     direction = torch.randn(latents_NH.shape, generator=torch.Generator().manual_seed(0)).double()
 
     def objective(values_NH):
-        hidden_BTH = replay_hidden(c.adapter, with_latents(batch, values_NH), "full")
+        hidden_BTH = replay_hidden(c.adapter, batch.with_latents(values_NH))
         return hidden_BTH[batch.action_mask_BT()].sin().sum()
 
     objective(latents_NH).backward()
@@ -219,18 +212,18 @@ def test_gradients_reach_the_latents():
 def test_batch_of_rows_without_latents():
     c = case("qwen2")
     group = c.engine(c.config(max_spans=0)).generate([c.request(seeds=range(4))], sampling(6))[0]
-    batch = collate(group, [None] * 4, c.adapter)
+    batch = collate(group, [None] * 4, c.adapter, "full")
     assert batch.latents_NH.shape == (0, 32)
     with torch.no_grad():
-        log_probs_BT, _ = replay(c.adapter, batch, "full")
+        log_probs_BT, _ = replay(c.adapter, batch)
     for trajectory, values in zip(group, completion_values(group, log_probs_BT, batch), strict=True):
         torch.testing.assert_close(values, trajectory.rollout_log_probs, rtol=0, atol=1e-4)
-    assert torch.equal(recompute_latents(c.adapter, batch, "full"), batch.latents_NH)
+    assert torch.equal(recompute_latents(c.adapter, batch), batch.latents_NH)
 
 
 def test_an_action_without_predecessor_is_an_error():
     c = case("qwen2")
-    batch = collate(*[values[:1] for values in recorded("qwen2", "full")], c.adapter)
+    batch = collate(*[values[:1] for values in recorded("qwen2", "full")], c.adapter, "full")
     mask_BT = torch.zeros_like(batch.valid_BT)
     mask_BT[0, 0] = True
     with pytest.raises(LatentMismatchError, match="position 0 has no predecessor"):
@@ -241,4 +234,4 @@ def test_recompute_wants_completions_in_one_column():
     c = case("qwen2_5_vl")
     trajectories, images = recorded("qwen2_5_vl", "full")
     with pytest.raises(LatentMismatchError, match="padding_side='both'"):
-        recompute_latents(c.adapter, collate(trajectories, images, c.adapter, "left"), "full")
+        recompute_latents(c.adapter, collate(trajectories, images, c.adapter, "full", "left"))

@@ -7,7 +7,9 @@ import torch
 from latent_cases import build_case, case
 
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter
-from grpo_latent.models.replay import ReplayBatch, recompute_latents, replay_hidden
+from grpo_latent.models.recompute import recompute_latents
+from grpo_latent.models.replay import replay_hidden
+from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.models.slots import prefill_with_slots
 from grpo_latent.trajectory import PositionKind as K
 
@@ -111,18 +113,20 @@ def test_coconut_on_a_text_model():
         torch.testing.assert_close(prefill.hidden_BH[row], hidden_H, rtol=0, atol=1e-4)
 
 
-def as_batch(c, prefill, requests):
-    """The slots as a replay batch: the prefill's own columns."""
+def as_batch(adapter, prefill, requests):
+    """The slots as sequences: the prefill's own columns."""
     input_ids_BP, valid_BP, images = padded(requests)
     num_more = prefill.kinds_BS.shape[1] - input_ids_BP.shape[1]
     input_ids_BS = torch.nn.functional.pad(input_ids_BP, (0, num_more))
-    return ReplayBatch(
+    return LatentSequences.build(
+        adapter,
         input_ids_BS,
         prefill.kinds_BS,
         prefill.valid_BS,
         torch.cat([record.latents for record in prefill.records]),
+        "full",
         images,
-        torch.cat([record.selected_idx for record in prefill.records]),
+        selected_idx_M=torch.cat([record.selected_idx for record in prefill.records]),
     )
 
 
@@ -131,13 +135,13 @@ def test_replay_and_recompute():
     c = case("qwen2_vl")
     adapter, requests = ModelAdapter(c.model, "1d"), prompts(c)
     prefill = fast_slots(c, requests, (2, 3, 1), TOP_K)
-    batch = as_batch(c, prefill, requests)
-    hidden_BTH = replay_hidden(adapter, batch, "full")
+    batch = as_batch(adapter, prefill, requests)
+    hidden_BTH = replay_hidden(adapter, batch)
     torch.testing.assert_close(hidden_BTH[:, -1], prefill.hidden_BH, rtol=0, atol=1e-4)
-    torch.testing.assert_close(recompute_latents(adapter, batch, "full"), batch.latents_NH, rtol=0, atol=1e-4)
-    is_own_N = (batch.kinds_BT == K.LATENT)[batch.latent_mask_BT]
+    torch.testing.assert_close(recompute_latents(adapter, batch), batch.latents_NH, rtol=0, atol=1e-4)
+    is_own_N = (batch.kinds_BT == K.LATENT)[batch.recorded_mask_BT]
     spoiled = dataclasses.replace(batch, latents_NH=batch.latents_NH.masked_fill(is_own_N[:, None], 9.0))
-    torch.testing.assert_close(recompute_latents(adapter, spoiled, "full"), batch.latents_NH, rtol=0, atol=1e-4)
+    torch.testing.assert_close(recompute_latents(adapter, spoiled), batch.latents_NH, rtol=0, atol=1e-4)
 
 
 def test_h_is_cut_or_carries_its_gradient():

@@ -11,7 +11,8 @@ from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.latent.treatments.gaussian import Gaussian
 from grpo_latent.latent.treatments.gumbel_soft import GumbelSoft
 from grpo_latent.latent.treatments.vmf import VonMisesFisher
-from grpo_latent.models.replay import collate, replay, with_latents
+from grpo_latent.models.replay import replay
+from grpo_latent.models.sequences import collate
 from grpo_latent.models.shift import latent_sources
 from grpo_latent.models.sources import SourceTap, latent_log_densities
 from grpo_latent.trajectory import PositionKind as K
@@ -45,8 +46,8 @@ def mixed_batch(name, treatment, max_spans, **changes):
 @torch.no_grad()
 def densities(c, trajectories, images, treatment, side="right"):
     """(recorded, replayed, latent mask), each over the whole sequences [B, T]."""
-    batch = collate(trajectories, images, c.adapter, side)
-    log_probs_BT, hidden_BTH = replay(c.adapter, batch, "full", TEMPERATURE)
+    batch = collate(trajectories, images, c.adapter, "full", side)
+    log_probs_BT, hidden_BTH = replay(c.adapter, batch, TEMPERATURE)
     density_BT = latent_log_densities(c.adapter, batch, hidden_BTH, treatment, TEMPERATURE)
     is_completion_BT = (batch.kinds_BT >= K.TEXT) & batch.valid_BT
     recorded = torch.cat([t.rollout_log_probs for t in trajectories])
@@ -71,9 +72,9 @@ def test_rollout_equals_replay(treatment, name, exit, max_spans):
 def test_a_shifted_pairing_is_another_number(treatment):
     """Monet's published code pairs z_t with mu_t: the comparison above would see it."""
     c, trajectories, images = mixed_batch("qwen2_5_vl", treatment, 3)
-    batch = collate(trajectories, images, c.adapter)
+    batch = collate(trajectories, images, c.adapter, "full")
     with torch.no_grad():
-        _, hidden_BTH = replay(c.adapter, batch, "full", TEMPERATURE)
+        _, hidden_BTH = replay(c.adapter, batch, TEMPERATURE)
         right_BT = latent_log_densities(c.adapter, batch, hidden_BTH, treatment, TEMPERATURE)
         shifted_BT = latent_log_densities(c.adapter, batch, hidden_BTH.roll(-1, 1), treatment, TEMPERATURE)
     is_latent_BT = (batch.kinds_BT == K.LATENT) & batch.valid_BT
@@ -148,8 +149,8 @@ def test_the_tap_sees_what_a_forward_computes():
     """Means and logits taken out of Hugging Face's own forward equal those of the hidden states."""
     c = case("qwen2", "mlp")
     group = c.engine(c.config(head="mlp")).generate([c.request(seeds=range(6))], sampling(14))[0]
-    batch = collate(group, [None] * 6, c.adapter)
-    batch = with_latents(batch, torch.zeros_like(batch.latents_NH))
+    batch = collate(group, [None] * 6, c.adapter, "full")
+    batch = batch.with_latents(torch.zeros_like(batch.latents_NH))
     rows, columns = latent_sources(batch.kinds_BT, batch.valid_BT)
     tap = SourceTap.install(c.model)
     ids_BT, valid_BT = batch.input_ids_BT, batch.valid_BT.long()

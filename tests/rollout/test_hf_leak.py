@@ -11,7 +11,8 @@ import torch
 from latent_cases import VL_NAMES, case, sampling
 
 from grpo_latent.models.adapter import ImageInputs
-from grpo_latent.models.replay import collate, replay
+from grpo_latent.models.replay import replay
+from grpo_latent.models.sequences import collate
 from grpo_latent.rollout.protocol import LatentOverride
 from grpo_latent.trajectory import PositionKind as K
 
@@ -29,11 +30,11 @@ def recorded(c, visibility, steps, image_first):
 def change_after_swap(c, visibility, steps, image_first) -> tuple[float, float]:
     """Largest change of a post-span text log-prob, and of any other action's, by the swap of the image in replay."""
     request, trajectories = recorded(c, visibility, steps, image_first)
-    batch = collate(trajectories, [request.images] * len(trajectories), c.adapter, "both")
+    batch = collate(trajectories, [request.images] * len(trajectories), c.adapter, visibility, "both")
     other = ImageInputs.concat([c.images(1, seed=2)] * len(trajectories))
     with torch.no_grad():
-        before, _ = replay(c.adapter, batch, visibility)
-        after, _ = replay(c.adapter, replace(batch, images=other), visibility)
+        before, _ = replay(c.adapter, batch)
+        after, _ = replay(c.adapter, replace(batch, images=other))
     change_BT = (after - before).abs()
     past_span_BT = (batch.kinds_BT == K.FORCED).cumsum(-1) > 0
     text_BT = batch.kinds_BT == K.TEXT

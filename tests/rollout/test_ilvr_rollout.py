@@ -13,7 +13,9 @@ from grpo_latent.latent.mechanisms import ILVR_TOKENS, mechanism_config
 from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import read_latent_config
-from grpo_latent.models.replay import collate, recompute_latents, replay
+from grpo_latent.models.recompute import recompute_latents
+from grpo_latent.models.replay import replay
+from grpo_latent.models.sequences import collate
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.trajectory import PositionKind as K
 
@@ -85,12 +87,12 @@ def test_spans_repeat_between_texts_and_end_at_the_cap_or_before(name):
 def test_rollout_equals_replay_and_recompute(name):
     trajectories, images, _, _ = recorded(name)
     c = ilvr_case(name)
-    batch = collate(trajectories, images, c.adapter, "both")
-    log_probs_BT, _ = replay(c.adapter, batch, "full")
+    batch = collate(trajectories, images, c.adapter, "full", "both")
+    log_probs_BT, _ = replay(c.adapter, batch)
     for row, t in enumerate(trajectories):
         values = log_probs_BT[row][batch.valid_BT[row]][len(t.prompt_ids) :]
         torch.testing.assert_close(values, t.rollout_log_probs, rtol=0, atol=1e-4)
-    torch.testing.assert_close(recompute_latents(c.adapter, batch, "full"), batch.latents_NH, rtol=0, atol=1e-4)
+    torch.testing.assert_close(recompute_latents(c.adapter, batch), batch.latents_NH, rtol=0, atol=1e-4)
 
 
 def test_a_row_does_not_depend_on_its_batch():

@@ -11,7 +11,9 @@ from slot_cases import scored
 from grpo_latent.errors import ConfigError, LatentMismatchError, RolloutError
 from grpo_latent.models.choices import chosen_columns
 from grpo_latent.models.injection import SelectionInjector
-from grpo_latent.models.replay import collate, recompute_latents, replay
+from grpo_latent.models.recompute import recompute_latents
+from grpo_latent.models.replay import replay
+from grpo_latent.models.sequences import collate
 from grpo_latent.rollout.protocol import LatentOverride
 from grpo_latent.trajectory import PositionKind as K
 
@@ -43,12 +45,12 @@ def recorded(name):
 def replay_by_index(adapter, batch):
     """Log-probs where SELECTED positions read the image positions of `selected_idx_M`, whatever vectors were recorded."""
     is_image_BT = (batch.input_ids_BT == adapter.image_token_id) & (batch.kinds_BT == K.VISION) & batch.valid_BT
-    is_selected_N = (batch.kinds_BT == K.SELECTED)[batch.latent_mask_BT]
+    is_selected_N = (batch.kinds_BT == K.SELECTED)[batch.recorded_mask_BT]
     spoiled = dataclasses.replace(batch, latents_NH=batch.latents_NH.masked_fill(is_selected_N[:, None], 9.0))
     injector = SelectionInjector.install(adapter.model)
     injector.arm(*chosen_columns(batch.kinds_BT, batch.valid_BT, is_image_BT, batch.selected_idx_M))
     try:
-        return replay(adapter, spoiled, "full", TEMPERATURE)[0]
+        return replay(adapter, spoiled, TEMPERATURE)[0]
     finally:
         injector.disarm()
 
@@ -60,16 +62,16 @@ def test_rollout_equals_replay_recompute_and_replay_by_index(name):
     trajectories = [t for group in groups for t in group]
     images = [request.images for request, group in zip(requests, groups, strict=True) for _ in group]
     for padding_side in ("both", "left", "right"):
-        batch = collate(trajectories, images, engine.adapter, padding_side)
-        log_probs_BT, _ = replay(engine.adapter, batch, "full", TEMPERATURE)
+        batch = collate(trajectories, images, engine.adapter, "full", padding_side)
+        log_probs_BT, _ = replay(engine.adapter, batch, TEMPERATURE)
         for row, t in enumerate(trajectories):
             values = log_probs_BT[row][batch.valid_BT[row]][len(t.prompt_ids) :]
             torch.testing.assert_close(values, t.rollout_log_probs, rtol=0, atol=1e-4)
-    batch = collate(trajectories, images, engine.adapter, "both")
-    torch.testing.assert_close(recompute_latents(engine.adapter, batch, "full"), batch.latents_NH, rtol=0, atol=1e-4)
+    batch = collate(trajectories, images, engine.adapter, "full", "both")
+    torch.testing.assert_close(recompute_latents(engine.adapter, batch), batch.latents_NH, rtol=0, atol=1e-4)
     if name == "qwen3":
         return
-    right_BT, _ = replay(engine.adapter, batch, "full", TEMPERATURE)
+    right_BT, _ = replay(engine.adapter, batch, TEMPERATURE)
     torch.testing.assert_close(replay_by_index(engine.adapter, batch), right_BT, rtol=0, atol=1e-5)
     wrong = dataclasses.replace(batch, selected_idx_M=batch.selected_idx_M.flip(0) % 6)
     assert float((replay_by_index(engine.adapter, wrong) - right_BT).abs().max()) > 0.01
@@ -144,9 +146,9 @@ def test_override_of_slots_replaces_its_part_and_nothing_else(name, part):
         slots = [kinds[:place].count(K.LATENT) for place in range(len(kinds))]
         replaced = [place for place, kind in enumerate(kinds) if PARTS[part](kind, slots[place])]
         kept_images = [place for place, kind in enumerate(kinds) if kind == K.SELECTED and place not in replaced]
-        batch = collate(group, [request.images] * len(group), engine.adapter, "both")
-        log_probs_BT, _ = replay(engine.adapter, batch, "full", TEMPERATURE)
-        made = recompute_latents(engine.adapter, batch, "full").split(len(kinds))
+        batch = collate(group, [request.images] * len(group), engine.adapter, "full", "both")
+        log_probs_BT, _ = replay(engine.adapter, batch, TEMPERATURE)
+        made = recompute_latents(engine.adapter, batch).split(len(kinds))
         for row, t in enumerate(group):
             assert t.kinds[: len(kinds)].tolist() == kinds and torch.equal(t.selected_idx, own.selected_idx)
             assert torch.equal(t.latents[replaced], table[torch.arange(len(replaced)) % 3])
@@ -196,9 +198,9 @@ def test_drawn_slots_differ_in_a_group_and_their_log_probs_are_a_replays():
         assert len({tuple(t.selected_idx.tolist()) for t in group}) > 1
     trajectories = [t for group in groups for t in group]
     images = [request.images for request, group in zip(requests, groups, strict=True) for _ in group]
-    batch = collate(trajectories, images, engine.adapter, "right")
+    batch = collate(trajectories, images, engine.adapter, "full", "right")
     with torch.no_grad():
-        text_BT, _ = replay(engine.adapter, batch, "full", TEMPERATURE)
+        text_BT, _ = replay(engine.adapter, batch, TEMPERATURE)
         _, choice_M = scored(engine.adapter, batch, 0.5)
     values_BT = text_BT.masked_scatter((batch.kinds_BT == K.SELECTED) & batch.valid_BT, choice_M)
     for row, t in enumerate(trajectories):

@@ -16,7 +16,8 @@ from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ImageInputs
 from grpo_latent.models.head import attach_latent_modules
 from grpo_latent.models.loading import load_latent_model, save_latent_model
-from grpo_latent.models.replay import collate, replay
+from grpo_latent.models.replay import replay
+from grpo_latent.models.sequences import collate
 from grpo_latent.models.sources import latent_log_densities
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
@@ -107,8 +108,8 @@ def roll_out(folder, visibility="full", treatment=None, selection_temperature=No
     images = [r.images for r, group in zip(requests, groups, strict=True) for _ in group]
     adapter = engine.adapter
     with torch.no_grad():
-        batch = collate(trajectories, images, adapter)
-        log_probs_BT, hidden_BTH = replay(adapter, batch, visibility, TEMPERATURE)
+        batch = collate(trajectories, images, adapter, visibility)
+        log_probs_BT, hidden_BTH = replay(adapter, batch, TEMPERATURE)
         if engine.treatment.is_action:
             log_probs_BT += latent_log_densities(adapter, batch, hidden_BTH, treatment, TEMPERATURE)
     rows = [log_probs_BT[i, len(t.prompt_ids) :][: len(t.token_ids)] for i, t in enumerate(trajectories)]

@@ -12,9 +12,9 @@ from torch import Tensor
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.head import feedback
-from grpo_latent.models.recompute import own_latents
-from grpo_latent.models.replay import ReplayBatch, replay_hidden, with_latents
-from grpo_latent.models.shift import latent_sources
+from grpo_latent.models.recompute import recompute_latents
+from grpo_latent.models.replay import replay_hidden
+from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.models.vision_cache import encoding_once
 from grpo_latent.sft.common.images import batch_images
 from grpo_latent.sft.common.losses import labels_cross_entropy
@@ -26,9 +26,9 @@ def stage1_loss_sums(
     adapter: ModelAdapter, batch: dict[str, Tensor], config: LatentConfig, noise_std: float = 0.01
 ) -> dict[str, Tensor]:
     """Sums over labels (`ce`) and over targets (`latent`) of a batch of `with_targets`; float32 scalars."""
-    sequences = _sequences(batch, batch["targets"].detach().to(adapter.dtype))
-    hidden_BTH = replay_hidden(adapter, sequences, config.visibility)
-    predicted_NH = feedback(adapter.model, hidden_BTH[latent_sources(sequences.kinds_BT, sequences.valid_BT)])
+    sequences = _sequences(adapter, batch, batch["targets"].detach().to(adapter.dtype), config.visibility)
+    hidden_BTH = replay_hidden(adapter, sequences)
+    predicted_NH = feedback(adapter.model, hidden_BTH[sequences.sources])
     return {
         "ce": labels_cross_entropy(adapter, hidden_BTH, batch["labels"]),
         "latent": noisy_cosine_distances(predicted_NH, batch["targets"], noise_std).sum(),
@@ -45,13 +45,15 @@ def stage2_loss_sums(
     """
     num_latents = int(((batch["kinds"] == PositionKind.LATENT) & batch["valid"]).sum())
     nothing_NH = torch.zeros(num_latents, adapter.hidden_size, device=adapter.device, dtype=adapter.dtype)
-    sequences = _sequences(batch, nothing_NH)
+    sequences = _sequences(adapter, batch, nothing_NH, config.visibility)
     # the forwards over one batch show the same images
     with encoding_once(adapter.backbone):
-        latents_NH = own_latents(adapter, sequences, config.visibility, gradient)
-        hidden_BTH = replay_hidden(adapter, with_latents(sequences, latents_NH), config.visibility)
+        latents_NH = recompute_latents(adapter, sequences, gradient)
+        hidden_BTH = replay_hidden(adapter, sequences.with_latents(latents_NH))
     return {"ce": labels_cross_entropy(adapter, hidden_BTH, batch["labels"])}
 
 
-def _sequences(batch: dict[str, Tensor], latents_NH: Tensor) -> ReplayBatch:
-    return ReplayBatch(batch["input_ids"], batch["kinds"], batch["valid"], latents_NH, batch_images(batch))
+def _sequences(adapter: ModelAdapter, batch: dict[str, Tensor], latents_NH: Tensor, visibility: str) -> LatentSequences:
+    return LatentSequences.build(
+        adapter, batch["input_ids"], batch["kinds"], batch["valid"], latents_NH, visibility, batch_images(batch)
+    )

@@ -15,8 +15,8 @@ from grpo_latent.errors import LatentMismatchError
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.head import end_vector, feedback
-from grpo_latent.models.replay import ReplayBatch, replay_hidden
-from grpo_latent.models.shift import latent_sources
+from grpo_latent.models.replay import replay_hidden
+from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.models.vision_cache import encoding_once
 from grpo_latent.sft.common.images import batch_images, visual_embeddings
 from grpo_latent.sft.common.losses import labels_cross_entropy
@@ -66,13 +66,15 @@ def loss_sums(
         inputs_NH = teacher_forced(visual_MH, batch["roi"], vector_H)
         if loss_config.inputs == "shuffled":
             inputs_NH = inputs_NH[torch.randperm(inputs_NH.shape[0]).to(inputs_NH.device)]
-        sequences = ReplayBatch(batch["input_ids"], batch["kinds"], batch["valid"], inputs_NH, images)
-        hidden_BTH = replay_hidden(adapter, sequences, latent_config.visibility)
+        sequences = LatentSequences.build(
+            adapter, batch["input_ids"], batch["kinds"], batch["valid"], inputs_NH, latent_config.visibility, images
+        )
+        hidden_BTH = replay_hidden(adapter, sequences)
 
     sums = {"ce": labels_cross_entropy(adapter, hidden_BTH, batch["labels"])}
 
-    row_N, column_N = sequences.latent_mask_BT.nonzero(as_tuple=True)
-    predicted_NH = feedback(adapter.model, hidden_BTH[latent_sources(sequences.kinds_BT, sequences.valid_BT)])
+    row_N, column_N = sequences.recorded_mask_BT.nonzero(as_tuple=True)
+    predicted_NH = feedback(adapter.model, hidden_BTH[sequences.sources])
     # a target is a constant, except the end vector, which is learned from both sides
     targets_NH = teacher_forced(visual_MH.detach(), batch["roi"], vector_H)
     sums["latent"] = latent_distances(predicted_NH, targets_NH, loss_config.latent_loss).sum() / target_variance

@@ -17,8 +17,8 @@ from torch import Tensor
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.adapter import ModelAdapter
+from grpo_latent.models.kv_cache import caching_layers
 from grpo_latent.models.positions import count_on, with_components
-from grpo_latent.models.replay import caching_layers
 from grpo_latent.models.slots import prefill_with_slots
 from grpo_latent.models.visibility import attention_bias
 from grpo_latent.sft.common.images import batch_images

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from grpo_latent.models.choices import SlotChoices, choice_log_probs, chosen_columns, slot_choices
 from grpo_latent.models.injection import SelectionInjector
 from grpo_latent.models.selection import RecordedAttention, recording_rows
+from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.trajectory import PositionKind
 from grpo_latent.verl_plugin.worker.micro_batch import MicroBatch
 
@@ -56,12 +57,12 @@ class ChoiceForward:
     def _is_image(self, ids_BT: Tensor, kinds_BT: Tensor) -> Tensor:
         return (ids_BT == self.image_token_id) & (kinds_BT == PositionKind.VISION)
 
-    def prepare(self, model_inputs: dict, kinds_BT: Tensor, batch: MicroBatch) -> None:
+    def prepare(self, sequences: LatentSequences, batch: MicroBatch) -> None:
         """Before the forward that scores, whose layout is padded."""
+        kinds_BT, valid_BT = sequences.kinds_BT, sequences.valid_BT
         if self.temperature is None or not bool((kinds_BT == PositionKind.SELECTED).any()):
             return
-        valid_BT = model_inputs["attention_mask"].bool()
-        is_image_BT = self._is_image(model_inputs["input_ids"], kinds_BT)
+        is_image_BT = self._is_image(sequences.input_ids_BT, kinds_BT)
         self._choices = slot_choices(kinds_BT, valid_BT, is_image_BT, batch.selected_idx_S)
         recording = recording_rows(self.text_config, self._choices.sources_BN, self._choices.allowed_BNT(valid_BT))
         self._recorder = self._recording.enter_context(recording)

@@ -31,10 +31,10 @@ from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.head import attach_latent_modules
 from grpo_latent.models.injection import LatentInjector
 from grpo_latent.models.loading import load_latent_parameters
+from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.models.treated import attach_treatment, initialisation_notes
-from grpo_latent.models.visibility import attention_bias
 from grpo_latent.models.vision_cache import VisionCache
-from grpo_latent.trajectory import PositionKind, latent_mask
+from grpo_latent.trajectory import PositionKind
 from grpo_latent.verl_plugin.boot import compat
 from grpo_latent.verl_plugin.boot.layout import check_layout, check_model, check_padding, check_trains_treatment
 from grpo_latent.verl_plugin.boot.options import LatentOptions
@@ -113,7 +113,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
             self.injector.disarm()
             self.treated.disarm()
             self.choices.disarm()
-            self.batch = None
+            self.batch = self.sequences = None
 
     def prepare_model_inputs(self, micro_batch: TensorDict):
         batch = self.batch = MicroBatch.of(micro_batch)
@@ -123,25 +123,21 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         model_inputs, output_args = super().prepare_model_inputs(micro_batch)
         for name in {field.name for field in fields(ImageInputs)} - set(self.backbone.image_arguments):
             model_inputs.pop(name, None)  # of the rollout's images, but no argument of this family's forward
-        shape = model_inputs["input_ids"].shape
-        kinds_BT = pad_rows([batch.kinds_L] if batch.is_packed else batch.kinds_rows, shape)
-        if self.latent_config.visibility == "latents_only":
-            check_padding(self.latent_config.visibility, batch.is_packed)
-            valid_BT = model_inputs["attention_mask"].bool()
-            model_inputs["attention_mask"] = attention_bias(
-                kinds_BT, valid_BT, self.latent_config.visibility, self._autocast_dtype
-            )
+        check_padding(self.latent_config.visibility, batch.is_packed)
+        sequences = engine_sequences(model_inputs, batch, self.latent_config.visibility)
+        if sequences.visibility != "full":  # otherwise verl's own mask stays, and with it its fastest kernel
+            model_inputs["attention_mask"] = sequences.attention_bias(self._autocast_dtype)
         self.choices.feed(batch)
-        latents_NH = self.treated.prepare(model_inputs, kinds_BT, batch, self.trains)
-        self.choices.prepare(model_inputs, kinds_BT, batch)
-        self.injector.arm(latent_mask(kinds_BT), latents_NH)
-        self.input_gradients.watch(kinds_BT)  # of verl's forward, not of those that recomputed the latents
-        self.kinds_BT = kinds_BT
+        sequences = self.treated.prepare(model_inputs, sequences, batch, self.trains)
+        self.choices.prepare(sequences, batch)
+        self.injector.arm(sequences.recorded_mask_BT, sequences.latents_NH)
+        self.input_gradients.watch(sequences.kinds_BT)  # of verl's forward, not of those that recomputed the latents
+        self.sequences = sequences
         return model_inputs, output_args
 
     def prepare_model_outputs(self, output, output_args, micro_batch: TensorDict, logits_processor_func):
         model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
-        self.treated.extend(model_output, output_args, self.batch, self.kinds_BT, self.trains)
+        self.treated.extend(model_output, output_args, self.batch, self.sequences, self.trains)
         self.choices.extend(model_output, self.batch)
         return model_output
 
@@ -190,6 +186,20 @@ def full_tensors(state: dict):
     device = get_device_id()
     for name, tensor in state.items():
         yield name, tensor.to(device).full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def engine_sequences(model_inputs: dict, batch: MicroBatch, visibility: str) -> LatentSequences:
+    """The rows as verl laid them out, padded on the right or packed, latents as recorded; verl feeds the pixels."""
+    input_ids_BT, mask_BT = model_inputs["input_ids"], model_inputs["attention_mask"]
+    return LatentSequences(
+        input_ids_BT,
+        kinds_BT=pad_rows([batch.kinds_L] if batch.is_packed else batch.kinds_rows, input_ids_BT.shape),
+        valid_BT=torch.ones_like(input_ids_BT, dtype=torch.bool) if batch.is_packed else mask_BT.bool(),
+        latents_NH=batch.latents_NH,
+        position_ids=model_inputs["position_ids"],
+        visibility=visibility,
+        is_packed=batch.is_packed,
+    )
 
 
 def pad_rows(rows: list[Tensor], shape: torch.Size) -> Tensor:

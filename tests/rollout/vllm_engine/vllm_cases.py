@@ -18,7 +18,8 @@ from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.head import attach_latent_modules
 from grpo_latent.models.loading import save_latent_model
-from grpo_latent.models.replay import collate, replay
+from grpo_latent.models.replay import replay
+from grpo_latent.models.sequences import collate
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.trajectory import PositionKind, Trajectory
@@ -138,9 +139,9 @@ def replay_gap(
     log_prob_gap = latent_gap = 0.0
     for request, group in zip(requests, groups, strict=True):
         for trajectory in group:
-            batch = collate([trajectory], [request.images], case.adapter)
+            batch = collate([trajectory], [request.images], case.adapter, "full")
             with torch.no_grad():
-                log_probs_BT, hidden_BTH = replay(case.adapter, batch, "full", temperature or 1.0)
+                log_probs_BT, hidden_BTH = replay(case.adapter, batch, temperature or 1.0)
             start = len(trajectory.prompt_ids)
             acted = trajectory.response_mask()
             gap = (log_probs_BT[0, start:] - trajectory.rollout_log_probs)[acted].abs()

@@ -11,8 +11,9 @@ from grpo_latent.data.examples import ImageRef
 from grpo_latent.data.formats.stepwise import StepwiseExample
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.recompute import own_latents
-from grpo_latent.models.replay import collate, replay, with_latents
+from grpo_latent.models.recompute import recompute_latents
+from grpo_latent.models.replay import replay
+from grpo_latent.models.sequences import collate
 from grpo_latent.sft.stepwise.forward import loss_sums
 from grpo_latent.sft.stepwise.rows import StepwiseEncoder, StepwiseRow, collate_rows
 
@@ -47,9 +48,9 @@ def test_loss_and_gradient_equal_those_of_replayed_rollouts(name, gradient):
     sums = loss_sums(adapter, collate_rows(rows, 0), config, 2, gradient == "cut")
     sums["ce"].backward()
     found, weight.grad = weight.grad, None
-    batch = collate(trajectories, images, adapter, "both")
-    latents_NH = own_latents(adapter, batch, "full", gradient)
-    log_probs_BT, _ = replay(adapter, with_latents(batch, latents_NH), "full")
+    batch = collate(trajectories, images, adapter, "full", "both")
+    latents_NH = recompute_latents(adapter, batch, gradient)
+    log_probs_BT, _ = replay(adapter, batch.with_latents(latents_NH))
     (-log_probs_BT.sum()).backward()
     assert sums["ce"].item() == pytest.approx(-log_probs_BT.sum().item(), rel=1e-4)
     torch.testing.assert_close(found, weight.grad, rtol=1e-3, atol=1e-3 * float(weight.grad.abs().max()))

@@ -17,7 +17,8 @@ from verl.workers.utils.padding import no_padding_2_padding
 from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.replay import collate, replay, with_latents
+from grpo_latent.models.replay import replay
+from grpo_latent.models.sequences import collate
 from grpo_latent.recorded import NOT_SELECTED
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.verl_plugin.boot.options import LatentOptions
@@ -34,7 +35,7 @@ def recorded(tmp_path_factory):
     folder = helpers.make_checkpoint(tmp_path_factory.mktemp("model"), tiny.tiny_qwen2_vl, **helpers.SLOTS)
     loaded, trajectories, images, rows, positions = helpers.roll_out(folder, selection_temperature=0.5, group_size=4)
     adapter = ModelAdapter(loaded.model, loaded.config.positions)
-    _, log_probs_M = scored(adapter, collate(trajectories, images, adapter), 0.5)
+    _, log_probs_M = scored(adapter, collate(trajectories, images, adapter, "full"), 0.5)
     log_probs_M.sum().backward()
     own = {name: p.grad.clone() for name, p in loaded.model.named_parameters() if p.grad is not None}
     parts = log_probs_M.detach().split([int((t.kinds == K.SELECTED).sum()) for t in trajectories])
@@ -123,12 +124,12 @@ def test_choices_have_a_clipped_ratio_of_their_own(recorded, gloo):
 def reference_gradient(loaded, trajectories, images):
     """Of the sum of action log-probs by a plain forward that is fed the chosen image embeddings, which carry theirs."""
     adapter = ModelAdapter(loaded.model, loaded.config.positions)
-    batch = collate(trajectories, images, adapter)
+    batch = collate(trajectories, images, adapter, "full")
     chosen = [adapter.encode_images(image)[t.selected_idx] for t, image in zip(trajectories, images, strict=True)]
-    is_selected_N = (batch.kinds_BT == K.SELECTED)[batch.latent_mask_BT]
+    is_selected_N = (batch.kinds_BT == K.SELECTED)[batch.recorded_mask_BT]
     latents_NH = batch.latents_NH.index_put((is_selected_N.nonzero()[:, 0],), torch.cat(chosen))
     loaded.model.zero_grad()
-    replay(adapter, with_latents(batch, latents_NH), "full", helpers.TEMPERATURE)[0].sum().backward()
+    replay(adapter, batch.with_latents(latents_NH), helpers.TEMPERATURE)[0].sum().backward()
     return {name: p.grad.clone() for name, p in loaded.model.named_parameters() if p.grad is not None}
 
 

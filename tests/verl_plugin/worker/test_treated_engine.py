@@ -15,8 +15,9 @@ from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.latent.treatments import parse_treatment
 from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.recompute import GRADIENTS, own_latents
-from grpo_latent.models.replay import collate, replay, with_latents
+from grpo_latent.models.recompute import GRADIENTS, recompute_latents
+from grpo_latent.models.replay import replay
+from grpo_latent.models.sequences import collate
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.verl_plugin.trainer.replay_gap import state_error_metrics
 from grpo_latent.verl_plugin.worker.latent_loss import LatentLoss
@@ -64,12 +65,12 @@ def recorded(tmp_path_factory):
 def reference_gradients(loaded, trajectories, images, visibility, gradients) -> dict[str, dict]:
     """Of the sum of all action log-probs, by `own_latents`, which test_recompute.py compares with finite differences."""
     adapter, found = ModelAdapter(loaded.model, loaded.config.positions), {}
-    batch = collate(trajectories, images, adapter, "both")
+    batch = collate(trajectories, images, adapter, visibility, "both")
     for gradient in gradients:
         loaded.model.zero_grad()
-        latents_NH = own_latents(adapter, batch, visibility, gradient)
+        latents_NH = recompute_latents(adapter, batch, gradient)
         latents_NH = latents_NH.detach() if gradient == "cut" else latents_NH
-        log_probs_BT, _ = replay(adapter, with_latents(batch, latents_NH), visibility, helpers.TEMPERATURE)
+        log_probs_BT, _ = replay(adapter, batch.with_latents(latents_NH), helpers.TEMPERATURE)
         log_probs_BT.sum().backward()
         found[gradient] = {n: p.grad.clone() for n, p in loaded.model.named_parameters() if p.grad is not None}
     return found
