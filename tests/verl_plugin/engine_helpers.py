@@ -94,7 +94,7 @@ def roll_out(folder, visibility="full", treatment=None, selection_temperature=No
     With a treatment that acts, the log-densities stand at the latents. The replay here is the package's own on the plain
     Hugging Face model, run before verl patches its classes.
     """
-    loaded = load_latent_model(folder, overrides={"visibility": visibility})
+    loaded = load_latent_model(folder, overrides={"visibility": visibility}, treatment=treatment)
     requests = make_requests(loaded, **kwargs)
     engine = HFRolloutEngine(
         loaded.model,

@@ -4,6 +4,7 @@
     mask          h                      what was recorded         nothing                             2509.24251
     recompute     h                      the current policy's h    nothing; gradient through the text  2509.24251, 2511.21395
     gaussian      h + noise              what was recorded         a clipped ratio and a KL            2511.21395 (VLPO)
+    gaussian_head h + noise of a learned width       as gaussian; the width's parameters learn by the same loss
     gumbel_soft   top-k token mixture    what was recorded         a clipped ratio and a KL            2511.06411
     vmf           h, turned at random    what was recorded         a clipped ratio and a closed KL     von Mises-Fisher
 
@@ -28,6 +29,7 @@ from typing import Any
 from grpo_latent.common.settings import build, check_keys
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.treatments.gaussian import Gaussian
+from grpo_latent.latent.treatments.gaussian_head import GaussianHead
 from grpo_latent.latent.treatments.gumbel_soft import GumbelSoft
 from grpo_latent.latent.treatments.mask import Mask
 from grpo_latent.latent.treatments.protocol import GRADIENTS, LatentSource, Treatment
@@ -41,6 +43,7 @@ TREATMENTS: dict[str, type[Treatment]] = {
     "mask": Mask,
     "recompute": Recompute,
     "gaussian": Gaussian,
+    "gaussian_head": GaussianHead,
     "gumbel_soft": GumbelSoft,
     "vmf": VonMisesFisher,
 }

@@ -26,6 +26,7 @@ TREATMENTS = {
     "one_hop": {"name": "recompute", "recompute": {"gradient": "one_hop"}},
     "bptt": {"name": "recompute", "recompute": {"gradient": "bptt"}},
     "gaussian": {"name": "gaussian", "gaussian": {"sigma": 0.5}, "kl_coef": 0.2, "anchor_weight": 0.5},
+    "gaussian_head": {"name": "gaussian_head", "gaussian_head": {"sigma": 0.5}, "kl_coef": 0.2},
 }
 WITHOUT_LATENTS = (1, 3)  # with two ranks, the whole first micro-batch of the second
 
@@ -126,7 +127,7 @@ def treated_gradients(rank, world_size, port, folder, out):
         treatment, terms = parse_treatment(values)
         engine, loss = helpers.make_engine(folder, micro=2, treatment=values), actor_loss()
         if treatment.is_action:
-            loss = LatentLoss(loss, terms, frozenset({int(PositionKind.LATENT)}), "token-mean")
+            loss = LatentLoss(loss, terms, frozenset({int(PositionKind.LATENT)}), "token-mean", treatment=treatment)
         with engine.train_mode(disable_auto_offload=True):
             engine.optimizer_zero_grad()
             engine.forward_backward_batch(batches[name], loss)
@@ -149,6 +150,7 @@ def test_treatments_on_two_ranks_are_those_on_one(tmp_path):
         for parameter, grad in one[name].items():
             torch.testing.assert_close(two[name][parameter], grad, rtol=1e-3, atol=2e-5, msg=f"{name} {parameter}")
         assert any("lvr_head" in parameter and grad.abs().max() > 1e-4 for parameter, grad in one[name].items())
+    assert one["gaussian_head"]["latent_treatment.linear.weight"].abs().max() > 1e-4
     assert any((one["bptt"][n] - one["one_hop"][n]).abs().max() > 1e-3 for n in one["bptt"])
 
 
