@@ -1,4 +1,4 @@
-"""From an example to a row: what the encoders of all methods share, and the checks that every row passes."""
+"""From an example to a row: what all encoders share, and the checks that every row passes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RowEncoder:
 
     @classmethod
     def of_model(cls, latent: LatentModel, **fields: Any) -> Self:
-        """The encoder for a loaded model; `fields` are those that the model does not decide."""
+        """Makes the encoder of a loaded model; `fields` are those that it does not decide."""
         return cls(
             tokenizer=latent.tokenizer,
             processor=latent.processor,
@@ -48,7 +48,7 @@ class RowEncoder:
         )
 
     def encode_prompt(self, example) -> Prompt:
-        """The example's prompt. Its images are decoded here and let go of; the pixels that the model reads are kept.
+        """Encodes the example's prompt; decoded images live no longer than this call.
 
         Raises:
             DataError: an image cannot be read, or does not belong to the prompt.
@@ -57,10 +57,11 @@ class RowEncoder:
         return encode_prompt(self.tokenizer, self.processor, example.messages, pictures, example.where)
 
     def encode_text(self, text: str, where: str, expected: str = "plain text", fix: str = "") -> list[int]:
-        """Ids of a text of the response.
+        """Tokenises a text of the response.
 
         Raises:
-            DataError: the text spells out a latent or vision token, which would be taken for a real one.
+            DataError: the text spells out a latent or vision token, which would be taken for a
+                real one.
         """
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         config = self.config
@@ -77,7 +78,7 @@ class RowEncoder:
         return ids
 
     def check_length(self, num_positions: int, where: str, parts: Iterable[str] = ()) -> None:
-        """Raises `DataError` for a row longer than `max_length`; `parts` says what its positions are."""
+        """Raises `DataError` for a row longer than `max_length`; `parts` says of what."""
         if self.max_length is not None and num_positions > self.max_length:
             raise DataError(
                 "row too long",

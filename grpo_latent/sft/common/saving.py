@@ -1,4 +1,4 @@
-"""What SFT writes, a folder that RL, evaluation and the next stage start from, and how a resumed run reads weights back."""
+"""The folder that SFT writes for RL, evaluation and the next stage; weights of a resumed run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def save_for_rl(
     state_dict: dict[str, Tensor] | None = None,
     config: LatentConfig | None = None,
 ) -> Path:
-    """Writes the folder that RL starts from; one that was there before is replaced only once the new one is complete.
+    """Writes the folder that RL starts from; an older one stays until the new one is complete.
 
     Args:
         state_dict: gathered weights of a sharded model; None takes the model's own.

@@ -2,12 +2,14 @@
 
     rows ──collate_rows──▶ batch ──model(sft_batch=…)──▶ loss_sums ──/ counts of the whole step──▶ loss ──▶ Trainer
 
-The Trainer brings the loop, accumulation, distribution and logging. Replaced are the loss and its denominators, the data
-order (a function of seed and epoch), and how a checkpoint is written and read: transformers 5.10 saves a Qwen2-VL model
-under the hub's names and resumes by the model's own, so that its resume would load one weight in fifty, with a warning.
+The Trainer brings the loop, accumulation, distribution and logging. Replaced are the loss and its
+denominators, the data order (a function of seed and epoch), and how a checkpoint is written and
+read: transformers 5.10 saves a Qwen2-VL model under the hub's names and resumes by the model's
+own, so that its resume would load one weight in fifty, with a warning.
 
-A method derives its trainer from `LatentSFTTrainer` and says four things: which checkpoints it takes (`check`), how rows
-become a batch (`collate_rows`), what a batch's losses are divided by (`count`), and the losses (`loss_sums`).
+A method derives its trainer from `LatentSFTTrainer` and says four things: which checkpoints it
+takes (`check`), how rows become a batch (`collate_rows`), what a batch's losses are divided by
+(`count`), and the losses (`loss_sums`).
 """
 
 from __future__ import annotations
@@ -40,10 +42,11 @@ class LatentSFTTrainer(Trainer):
         loss_config: the method's `loss` section.
         labelled_per_batch: rows with an answer in each batch; None mixes all rows.
         horizon_steps: length of the learning-rate schedule, None for the training's own.
-        vision_cache_bytes: bound of visual features kept across steps; needs a frozen tower and merger.
+        vision_cache_bytes: bound of visual features kept across steps; needs a frozen tower and
+            merger.
     """
 
-    summed: ClassVar[tuple[str, ...]] = ("ce", "labels", "latent", "latents")  # over the steps between two logged ones
+    summed: ClassVar[tuple[str, ...]] = ("ce", "labels", "latent", "latents")  # since the last logged step
 
     def __init__(
         self,
@@ -68,7 +71,7 @@ class LatentSFTTrainer(Trainer):
         self._epoch = _TellEpoch()
         with _keeping_use_cache(latent.model.config):
             super().__init__(model=latent.model, args=args, train_dataset=dataset, callbacks=[self._epoch, *callbacks])
-        # the loss is divided by the counts of the whole step, which the Trainer must not do again by micro-batches
+        # our loss is divided by counts of the whole step: the Trainer must not divide again
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)  # the callbacks given here show the metrics
         self._undo_routing = route_sft_batches(latent.model, self.loss_sums)
@@ -81,15 +84,17 @@ class LatentSFTTrainer(Trainer):
         raise NotImplementedError
 
     def collate_rows(self, rows: Sequence) -> Any:
-        """The batch of some rows, a dict of tensors once `get_batch_samples` has seen it."""
+        """Makes the batch of some rows, a dict of tensors once `get_batch_samples` has seen it."""
         raise NotImplementedError
 
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """int64 [2] on the CPU: labels and latents of a batch, which the loss is divided by."""
+        """Counts labels and latents of a batch, the loss's denominators: int64 [2], on the CPU."""
         raise NotImplementedError
 
     def loss_sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
-        """Sums over a batch, float32 scalars: `ce`, and the terms of `term_weights`. Runs inside the model's forward.
+        """Sums `ce` and the terms of `term_weights` over a batch, float32 scalars.
+
+        Runs inside the model's own forward (`sft.common.routing`).
 
         Args:
             count_hits: whether the step is logged, for sums that only the log reads.
@@ -97,11 +102,11 @@ class LatentSFTTrainer(Trainer):
         raise NotImplementedError
 
     def term_weights(self) -> dict[str, float]:
-        """Weights of the sums that are divided by the number of latents."""
+        """Returns the weights of the sums that are divided by the number of latents."""
         return {}
 
     def metrics(self, totals: dict[str, float]) -> dict[str, float]:
-        """What is logged of the totals (of `summed`) since the last logged step."""
+        """Makes what is logged of the totals (of `summed`) since the last logged step."""
         return {
             "ce": totals["ce"] / max(totals["labels"], 1),
             "latent_loss": totals["latent"] / max(totals["latents"], 1),
@@ -132,7 +137,7 @@ class LatentSFTTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """The step's micro-batches, and int64 [2]: labels and latents of the step over all processes."""
+        """Reads the step's micro-batches, and counts labels and latents over all processes."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         counts = sum((self.count(batch) for batch in batches), torch.zeros(2, dtype=torch.long)).to(device)
         if self.args.world_size > 1:
@@ -142,6 +147,7 @@ class LatentSFTTrainer(Trainer):
     # loss
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
+        # hits are for the log alone, and cost a distance to each visual token
         count_hits = (self.state.global_step + 1) % max(int(self.state.logging_steps or 1), 1) == 0
         sums = model(**{SFT_KEYWORD: inputs, "count_hits": count_hits})
         own_counts = self.count(inputs)
@@ -151,7 +157,7 @@ class LatentSFTTrainer(Trainer):
         terms = [weight * sums[name] for name, weight in self.term_weights().items()]
         if terms:
             loss = loss + sum(terms[1:], terms[0]) / num_latents
-        # data parallelism averages gradients over the processes, while the counts are already those of all of them
+        # data parallelism averages gradients, while the counts are those of all processes
         loss = loss * self.args.world_size
         if not torch.isfinite(loss):
             raise TrainingError(
@@ -191,7 +197,7 @@ class LatentSFTTrainer(Trainer):
     # checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Weights under the model's own names; a latent checkpoint of its own unless adapters are in it.
+        """Writes weights under the model's own names; without adapters, a latent checkpoint.
 
         The Trainer's pickled arguments are left out.
         """
@@ -212,7 +218,7 @@ class LatentSFTTrainer(Trainer):
 
 
 class _TellEpoch(TrainerCallback):
-    """Tells the sampler its epoch: accelerate does not, where it skips the batches of an epoch that is resumed."""
+    """Tells the sampler its epoch, which accelerate does not where it resumes within one."""
 
     sampler: SeededBatchSampler
 
@@ -222,7 +228,7 @@ class _TellEpoch(TrainerCallback):
 
 @contextmanager
 def _keeping_use_cache(config: PreTrainedConfig) -> Iterator[None]:
-    """Undoes the Trainer's own choice of `use_cache`, which would go from the config into the checkpoint."""
+    """Undoes the Trainer's choice of `use_cache`, which would go into the checkpoint's config."""
     before = {"use_cache": config.use_cache} if hasattr(config, "use_cache") else {}
     yield
     if before:

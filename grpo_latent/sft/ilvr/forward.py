@@ -25,7 +25,11 @@ from grpo_latent.trajectory import PositionKind
 def stage1_loss_sums(
     adapter: ModelAdapter, batch: dict[str, Tensor], config: LatentConfig, noise_std: float = 0.01
 ) -> dict[str, Tensor]:
-    """Sums over labels (`ce`) and over targets (`latent`) of a batch of `with_targets`; float32 scalars."""
+    """Sums CE over labels (`ce`) and distances over targets (`latent`); float32 scalars.
+
+    Args:
+        batch: of `with_targets`.
+    """
     sequences = _sequences(adapter, batch, batch["targets"].detach().to(adapter.dtype), config.visibility)
     hidden_BTH = replay_hidden(adapter, sequences)
     predicted_NH = feedback(adapter.model, hidden_BTH[sequences.sources])
@@ -38,7 +42,7 @@ def stage1_loss_sums(
 def stage2_loss_sums(
     adapter: ModelAdapter, batch: dict[str, Tensor], config: LatentConfig, gradient: str = "bptt"
 ) -> dict[str, Tensor]:
-    """Sum over labels (`ce`) of a batch of `collate_rows`, all latents fed by the model itself.
+    """Sums CE over labels (`ce`) of a batch of `collate_rows`, all latents fed by the model itself.
 
     Args:
         gradient: through the latents, see `models.recompute`; the published stage 2 is `bptt`.

@@ -1,9 +1,12 @@
 """One SFT forward: teacher-forced latents in, the sums of all loss terms out.
 
     pixels ──vision, once──▶ visual [M, H] ──roi──▶ targets [N, H] ─┬─ inputs at the latent positions
-                                                                    └─ compared with feedback(h at t - 1)
+                                                                    └─ compared with fed-back h
 
-Positions, masks and the injection are those of replay (`models.replay`): what SFT trains is what a rollout runs.
+Positions, masks and the injection are those of replay (`models.replay`): what SFT trains is what a
+rollout runs. The vector at t is compared with what the hidden state at t - 1 would feed back.
+
+Legend: B rows, T positions, N latents, M visual tokens, H hidden states.
 """
 
 from __future__ import annotations
@@ -26,7 +29,13 @@ from grpo_latent.trajectory import PositionKind
 
 
 def teacher_forced(visual_MH: Tensor, roi_N: Tensor, vector_H: Tensor | None) -> Tensor:
-    """What stands at the latent positions, [N, H]: the box's visual tokens, and the end vector where `roi` says so."""
+    """Looks up what stands at the latent positions, [N, H].
+
+    The box's visual tokens, and the end vector where `roi` says so.
+
+    Raises:
+        LatentMismatchError: an index without a visual token.
+    """
     lowest = 0 if vector_H is None else END_VECTOR
     if bool(((roi_N >= visual_MH.shape[0]) | (roi_N < lowest)).any()):
         raise LatentMismatchError(
@@ -48,7 +57,7 @@ def loss_sums(
     target_variance: float = 1.0,
     count_hits: bool = False,
 ) -> dict[str, Tensor]:
-    """Sums of the loss terms over a batch of `collate_rows`, float32 scalars.
+    """Sums the loss terms over a batch of `collate_rows`, float32 scalars.
 
     Args:
         target_variance: divides the latent distances.
@@ -56,10 +65,12 @@ def loss_sums(
 
     Returns:
         ce, latent, end: sums over labels, latents and latents.
-        hits, num_targets: with `count_hits`, predictions that hit, and predictions that have a visual target.
+        hits, num_targets: with `count_hits`, predictions that hit, and predictions that have a
+            visual target.
     """
     images = batch_images(batch)
     uses_end_vector = loss_config.end == "latent_end"
+    # targets and the forward's own images are the same features
     with encoding_once(adapter.backbone):
         visual_MH = visual_embeddings(adapter, images)
         vector_H = end_vector(adapter.model) if uses_end_vector else None

@@ -8,8 +8,8 @@
     label      <start>  -         <end>   <answer>  7     </answer>  <eos>
     target     -        v_5       -       -
 
-One latent position per merged visual token of the box (2509.24251 section 3.1). An example without an answer stops
-where the answer would begin: it teaches spans and format, never an answer.
+One latent position per merged visual token of the box (2509.24251 section 3.1). An example without
+an answer stops where the answer would begin: it teaches spans and format, never an answer.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ class LVRRow:
     Attributes:
         input_ids: int64 [T].
         kinds: int64 [T], `PositionKind`.
-        labels: int64 [T], label-aligned (`labels[t]` scores position t given < t), `IGNORED` where nothing is scored.
-        roi_N: int64 [N], index of each latent's target among the row's merged visual tokens, or `END_VECTOR`.
+        labels: int64 [T], label-aligned (`labels[t]` scores position t given < t), `IGNORED` where
+            nothing is scored.
+        roi_N: int64 [N], index of each latent's target among the row's merged visual tokens, or
+            `END_VECTOR`.
         images: pixels of the row, or None.
         num_visual_tokens: merged visual tokens of the row.
     """
@@ -74,7 +76,8 @@ class LVREncoder(RowEncoder):
         """The example's positions.
 
         Raises:
-            DataError: unreadable image, a latent or vision token spelled out in the response, or a row too long.
+            DataError: unreadable image, a latent or vision token spelled out in the response, or a
+                row too long.
         """
         prompt = self.encode_prompt(example)
         num_visual_tokens = 0
@@ -100,7 +103,7 @@ class LVREncoder(RowEncoder):
         )
 
     def _response(self, example: LvrExample, spans: list[list[int]]) -> tuple[list[int], list[int], list[int]]:
-        """Ids and kinds of the response, and the visual tokens of its latents."""
+        """Lays out the response: its ids and kinds, and the visual tokens of its latents."""
         pieces = example.response.split(LVR_PLACEHOLDER)
         if len(pieces) != len(spans) + 1:
             raise DataError(
@@ -126,11 +129,14 @@ class LVREncoder(RowEncoder):
 
 
 def collate_rows(rows: Sequence[LVRRow]) -> dict[str, Tensor]:
-    """Rows to one right-padded batch: B rows of at most T positions, N latents and M merged visual tokens in all.
+    """Puts B rows of at most T positions into one right-padded batch.
+
+    N latents and M merged visual tokens in all.
 
     Returns:
         input_ids, kinds, labels: int64 [B, T]; valid: bool [B, T], False at padding.
-        roi: int64 [N], row-major over the latent positions: index among the M visual tokens, or `END_VECTOR`.
+        roi: int64 [N], row-major over the latent positions: index among the M visual tokens, or
+            `END_VECTOR`.
         num_visual_tokens: int64 [B].
         pixel_values, image_grid_thw: of all rows in order; absent if no row has an image.
     """

@@ -1,4 +1,4 @@
-"""LVR's stage 1 (2509.24251 section 3.1): CE, the distance of latents to the box's visual tokens, and the exit's loss."""
+"""LVR's stage 1 (2509.24251 section 3.1): CE, latents' distances, and the exit's loss."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VARIANCE_ROWS = 256  # rows whose targets estimate the variance of all
 
 
 class LVRTrainer(LatentSFTTrainer):
-    """Trains on rows of an `LVREncoder`. Arguments as of `LatentSFTTrainer`, with an `LVRLossConfig`."""
+    """Trains on rows of an `LVREncoder`; arguments are those of `LatentSFTTrainer`."""
 
     loss_config: LVRLossConfig
     summed = (*LatentSFTTrainer.summed, "end", "hits", "num_targets")

@@ -1,4 +1,4 @@
-"""SFT with prompt slots (IVT-LR, Coconut): rows at the curriculum's stage, CE over what they still write out.
+"""SFT with prompt slots (IVT-LR, Coconut): CE over what rows still write out at a stage.
 
 rows ──stage of this optimizer step──▶ batch ──slots as in a rollout──▶ CE
 """
@@ -26,7 +26,7 @@ from grpo_latent.sft.stepwise.rows import StepwiseRow, collate_rows
 
 
 class StepwiseTrainer(LatentSFTTrainer):
-    """Trains IVT-LR and Coconut on rows of a `StepwiseEncoder`; the last stage has `config.steps` slots."""
+    """Trains IVT-LR and Coconut on rows of a `StepwiseEncoder`."""
 
     loss_config: CurriculumConfig
 
@@ -71,7 +71,7 @@ class StepwiseTrainer(LatentSFTTrainer):
         return list(rows)  # loader workers read ahead and cannot know the stage
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """As the base's, with the rows of the step put together at its stage."""
+        """Puts the rows of the step together at its stage, for the base's to count."""
         batches = (collate_rows(rows, self.stage) for rows in epoch_iterator)
         return super().get_batch_samples(batches, num_batches, device)
 
