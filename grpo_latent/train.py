@@ -118,7 +118,8 @@ def environment(config: DictConfig, output_dir: Path) -> dict[str, str]:
     values["VERL_PLATFORM"] = _platform(config.trainer.device)
     modules = [name for name in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",") if name]
     values["VERL_USE_EXTERNAL_MODULES"] = ",".join(dict.fromkeys([PLUGIN, *modules]))
-    values |= {name: os.environ[name] for name in ("WANDB_MODE", "HF_HOME") if name in os.environ}
+    passed_on = ("WANDB_MODE", "HF_HOME", "GRPO_LATENT_BACKBONES")
+    values |= {name: os.environ[name] for name in passed_on if name in os.environ}
     return values
 
 

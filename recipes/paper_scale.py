@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import grpo_latent.train  # noqa: F401  (puts verl's configs on hydra's search path)
+from grpo_latent.backbones.qwen_vl import QwenVL
+from grpo_latent.backbones.registry import read_backbone
 from grpo_latent.common.dtypes import parse_dtype
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.config import LatentConfig
@@ -86,10 +87,9 @@ def meta_model(model_json: Path, dtype: torch.dtype):
     """A model of that config.json on the meta device, which has shapes and no memory."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(model_json, Path(folder) / "config.json")
-        hf_config = AutoConfig.from_pretrained(folder)
+        hf_config, backbone = read_backbone(folder)
     with torch.device("meta"):
-        auto_class = AutoModelForImageTextToText if hasattr(hf_config, "vision_config") else AutoModelForCausalLM
-        return auto_class.from_config(hf_config, attn_implementation="sdpa", dtype=dtype)
+        return backbone.auto_class.from_config(hf_config, attn_implementation="sdpa", dtype=dtype)
 
 
 def check_memory(model_json: Path, settings: SFTSettings, gpu_gb: float = 80) -> dict[str, float]:
@@ -181,7 +181,7 @@ def check_shapes(
         "hidden": tuple(hidden.shape), "latent": tuple(latent.shape), "logits": tuple(logits.shape),
         "vocabulary": (vocab_size,),
     }  # fmt: skip
-    if adapter.has_tower:
+    if isinstance(adapter.backbone, QwenVL):
         shapes = vision_shapes(model) | shapes
     expected = (32, adapter.hidden_size)
     if shapes.get("visual token", expected) != expected or shapes["latent"] != (1, adapter.hidden_size):

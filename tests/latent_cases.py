@@ -87,7 +87,12 @@ class Case:
 
 def build_case(name: str, head: str = "none", seed: int = 0) -> Case:
     """A case of its own, for tests that change the model."""
-    model, tokenizer, processor = getattr(tiny, f"tiny_{name}")(WORDS, seed=seed)
+    return sharpened(name, getattr(tiny, f"tiny_{name}")(WORDS, seed=seed), head, seed)
+
+
+def sharpened(name: str, built: tiny.TinyModel, head: str = "none", seed: int = 0) -> Case:
+    """A tiny model, changed in place so that its numbers react to every input."""
+    model, tokenizer, processor = built
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "lm_head" in parameter_name:

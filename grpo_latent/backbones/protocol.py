@@ -42,6 +42,8 @@ class Backbone:
         has_vision: whether the model takes images.
         has_mrope: whether position ids have three components, [3, B, T].
         caches_tower: whether the tower's forward is `tower(pixel_values, grid_thw)`, as `models.vision_cache` wraps it.
+        runs_tower_without_images: whether the forward that verl puts in place runs the tower on nothing for rows of text, so
+            that the collectives of its shards are called equally often on all ranks.
         image_arguments: fields of `ImageInputs` that the model's own forward takes.
         base: the model without its head. decoder: the part that takes `inputs_embeds` only.
         image_token_id: the placeholder of one image embedding; None without images.
@@ -59,6 +61,7 @@ class Backbone:
     has_vision: ClassVar[bool] = True
     has_mrope: ClassVar[bool] = False
     caches_tower: ClassVar[bool] = False
+    runs_tower_without_images: ClassVar[bool] = False
     image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
 
     def __init__(self, model: nn.Module):

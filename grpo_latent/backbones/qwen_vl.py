@@ -27,6 +27,7 @@ class QwenVL(Backbone):
 
     has_mrope = True
     caches_tower = True
+    runs_tower_without_images = True
 
     def __init__(self, model: nn.Module):
         super().__init__(model)

@@ -10,10 +10,10 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 from verl.workers.engine import EngineRegistry
 
+from grpo_latent.backbones.registry import backbone_of_processor
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS
 from grpo_latent.models import tiny
-from grpo_latent.models.adapter import ImageInputs
 from grpo_latent.models.head import attach_latent_modules
 from grpo_latent.models.loading import load_latent_model, save_latent_model
 from grpo_latent.models.replay import replay
@@ -82,7 +82,7 @@ def make_requests(loaded, num_prompts=3, group_size=2, seed=0) -> list[RolloutRe
             pixels = torch.randint(0, 255, (28, 28 + 14 * (row % 2), 3), generator=generator, dtype=torch.uint8)
             inputs = loaded.processor(text=[prompt], images=[Image.fromarray(pixels.numpy())], return_tensors="pt")
             ids = inputs["input_ids"][0].tolist()
-            images = ImageInputs(inputs["pixel_values"], inputs["image_grid_thw"])
+            images = backbone_of_processor(loaded.processor).image_inputs(inputs, loaded.processor)
         seeds = [trajectory_seed(seed, 0, row, i) for i in range(group_size)]
         requests.append(RolloutRequest(torch.tensor(ids), seeds, images, group_id=str(row)))
     return requests

@@ -46,6 +46,9 @@ def register_all() -> None:
     compat.apply_patches()
     for part in _PARTS:
         importlib.import_module(part)
+    from grpo_latent.backbones.registry import load_named_backbones
+
+    load_named_backbones()  # before verl loads a processor, which may be one of theirs
 
 
 def verify(process: str) -> None:

@@ -121,8 +121,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         if self.backbone.has_mrope:
             batch.expand_positions()
         model_inputs, output_args = super().prepare_model_inputs(micro_batch)
-        for name in {field.name for field in fields(ImageInputs)} - set(self.backbone.image_arguments):
-            model_inputs.pop(name, None)  # of the rollout's images, but no argument of this family's forward
+        self._keep_image_arguments(model_inputs)
         check_padding(self.latent_config.visibility, batch.is_packed)
         sequences = engine_sequences(model_inputs, batch, self.latent_config.visibility)
         if sequences.visibility != "full":  # otherwise verl's own mask stays, and with it its fastest kernel
@@ -134,6 +133,24 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         self.input_gradients.watch(sequences.kinds_BT)  # of verl's forward, not of those that recomputed the latents
         self.sequences = sequences
         return model_inputs, output_args
+
+    def _keep_image_arguments(self, model_inputs: dict) -> None:
+        """Drops what is of the rollout's images, but no argument of this family's forward.
+
+        Raises:
+            ConfigError: a micro-batch without images, where some ranks would then wait for others' vision shards.
+        """
+        for name in {field.name for field in fields(ImageInputs)} - set(self.backbone.image_arguments):
+            model_inputs.pop(name, None)
+        needs_images = self.backbone.has_vision and not self.backbone.runs_tower_without_images
+        if needs_images and "pixel_values" not in model_inputs and torch.distributed.get_world_size() > 1:
+            raise ConfigError(
+                "a micro-batch without images",
+                where=f"latent engine, {type(self.backbone).__name__} on several ranks",
+                got="rows of text only",
+                expected="an image in every row",
+                fix="Take rows without images out of data.train_files, or train on one rank.",
+            )
 
     def prepare_model_outputs(self, output, output_args, micro_batch: TensorDict, logits_processor_func):
         model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
