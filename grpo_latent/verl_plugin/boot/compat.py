@@ -8,13 +8,14 @@ verl bug that was met.
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import contextmanager
 
 import torch
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
 
-from grpo_latent.errors import PluginError
+from grpo_latent.errors import ConfigError, PluginError
 from grpo_latent.verl_plugin.boot import metrics_file
 from grpo_latent.verl_plugin.boot.seams import FIX
 
@@ -178,6 +179,35 @@ def _patch_text_only_vision() -> None:
     qwen2_vl._get_input_embeds = _get_input_embeds
 
 
+def _patch_processors() -> None:
+    """verl knows processors by a list of class names, and takes a model with any other for one without images, with no more
+    than a warning; here every family with a backbone has its own."""
+    from transformers import AutoProcessor
+    from verl import utils
+    from verl.utils import tokenizer as package
+    from verl.utils.tokenizer import tokenizer
+    from verl.workers.config import model
+
+    from grpo_latent.backbones.registry import read_backbone
+
+    original = tokenizer.hf_processor
+
+    def hf_processor(name_or_path, **kwargs):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Failed to create processor: Unsupported processor type")
+            processor = original(name_or_path, **kwargs)
+        if processor is not None:
+            return processor
+        try:
+            _, backbone = read_backbone(name_or_path)
+        except ConfigError:  # a model beside ours, such as a judge, for which verl may do as it likes
+            return None
+        return AutoProcessor.from_pretrained(name_or_path, **kwargs) if backbone.has_vision else None
+
+    for module in (utils, package, tokenizer, model):
+        module.hf_processor = hf_processor
+
+
 def _patch_file_logger() -> None:
     """verl opens its jsonl with "wb", so a resumed run erases its history; here it appends."""
     from verl.utils import tracking
@@ -197,6 +227,7 @@ _PATCHES = {
     "equal-length mRoPE rows": _patch_position_ids,
     "text-only micro-batch of a vision model": _patch_text_only_vision,
     "jsonl metrics on resume": _patch_file_logger,
+    "processors of other families": _patch_processors,
 }
 _applied: set[str] = set()
 

@@ -213,6 +213,12 @@ SEAMS = (
         "replaced: one request a group",
         ("self", "prompt", "sampling_params", "trajectory", "trace"),
     ),
+    Seam(
+        "processor",
+        "verl.utils.tokenizer.tokenizer:hf_processor",
+        "returns None for a processor that is not in its list",
+        ("name_or_path", "kwargs"),
+    ),
     Seam("trainer registry", "verl.trainer.ppo.v1.trainer_base:TRAINER_REGISTRY", "checked at start"),
     Seam("agent registry", f"{_AGENT}:_agent_loop_registry", "checked at start"),
     Seam(

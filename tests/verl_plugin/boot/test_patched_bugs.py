@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -71,7 +72,22 @@ def history_survives(module, folder, monkeypatch) -> bool:
     return len(path.read_text().splitlines()) == 2
 
 
+def other_processors_load(module, folder) -> bool:
+    model, _, processor = tiny.tiny_chameleon(["red"])
+    model.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = module.hf_processor(str(folder))
+    assert loaded is not None or any("Unsupported processor type" in str(item.message) for item in caught)
+    return loaded is not None
+
+
 CHECKS = {
+    "processors of other families": (
+        "verl.utils.tokenizer.tokenizer",
+        lambda module, folder, _: other_processors_load(module, folder),
+    ),
     "equal-length mRoPE rows": (
         "verl.utils.tensordict_utils",
         lambda module, *_: rows_survive(module.maybe_fix_3d_position_ids),
