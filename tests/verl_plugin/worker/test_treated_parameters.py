@@ -15,7 +15,8 @@ from grpo_latent.latent.treatments import Mask, parse_treatment
 from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model
-from grpo_latent.models.replay import collate, replay
+from grpo_latent.models.replay import replay
+from grpo_latent.models.sequences import collate
 from grpo_latent.models.sources import latent_log_densities
 from grpo_latent.models.treated import attach_treatment, initialisation_notes
 from grpo_latent.rollout.hf import HFRolloutEngine
@@ -46,8 +47,8 @@ def recorded(tmp_path_factory):
 def density_gradients(loaded, trajectories, images) -> dict[str, torch.Tensor]:
     """Of the sum of all log-densities, by the package's replay."""
     adapter = ModelAdapter(loaded.model, loaded.config.positions)
-    batch = collate(trajectories, images, adapter, "both")
-    _, hidden_BTH = replay(adapter, batch, "full", helpers.TEMPERATURE)
+    batch = collate(trajectories, images, adapter, "full", "both")
+    _, hidden_BTH = replay(adapter, batch, helpers.TEMPERATURE)
     latent_log_densities(adapter, batch, hidden_BTH, TREATMENT, helpers.TEMPERATURE).sum().backward()
     return {n: p.grad.clone() for n, p in loaded.model.named_parameters() if p.grad is not None}
 
