@@ -11,6 +11,7 @@ lines, vectors in the binary file.
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +165,7 @@ def _parse(line: str, where: str, tensors, known: set[str]) -> DumpedTrajectory:
         return _build(record, {f.name: tensors.get_tensor(key).to(f.dtype) for f, key in keys.items() if key in known})
     except DataError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise DataError(
             "malformed trajectory",
             where=where,
@@ -182,6 +183,9 @@ def _build(record: dict, matrices: dict[str, Tensor]) -> DumpedTrajectory:
     lengths |= {name: len(row) for name, row in log_probs.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"{lengths['token_ids']} tokens, but {lengths}")
+    reward = float(record["reward"])
+    if not math.isfinite(reward):
+        raise ValueError(f"reward {reward}")
     zeros = torch.zeros(lengths["token_ids"])
     # what dumps may lack, of older releases or of trajectories without such positions
     absent = {"rollout_log_probs": zeros, "sampling_log_probs": zeros, "selected_idx": torch.zeros(0, dtype=torch.long)}
@@ -196,7 +200,7 @@ def _build(record: dict, matrices: dict[str, Tensor]) -> DumpedTrajectory:
         trajectory_idx=int(trajectory_idx),
         text=str(record["text"]),
         ground_truth=None if record.get("ground_truth") is None else str(record["ground_truth"]),
-        reward=float(record["reward"]),
+        reward=reward,
         reward_terms=dict(record.get("reward_terms") or {}),
         advantage=None if advantages is None else float(advantages[acted[0]]) if acted else 0.0,
         response_mask=response_mask,

@@ -27,6 +27,7 @@ from grpo_latent.models.prompts import Prompt, encode_prompt
 from grpo_latent.models.replay import replay
 from grpo_latent.models.sequences import LatentSequences, collate
 from grpo_latent.models.sources import source_of_latents
+from grpo_latent.trajectory import Trajectory
 
 NUM_TOKENS = 5
 
@@ -139,12 +140,13 @@ class Prober:
         """Probes of a group, in its order.
 
         Raises:
-            LatentMismatchError: hidden size or number of image tokens differ from the dump's.
+            LatentMismatchError: hidden size, vocabulary or number of image tokens differ from the dump's.
         """
         where = f"step {group[0].step}, group {group[0].group_id}"
         trajectories = [dumped.trajectory for dumped in group]
         prompt = encode_prompt(self.loaded.tokenizer, self.loaded.processor, row.messages, row.images(), where)
         self._check(prompt, trajectories[0], where)
+        self._check_vocabulary(trajectories, where)
         visual_MH = torch.zeros(0, self.adapter.hidden_size)
         grids, roi = [], []
         if prompt.images is not None:
@@ -193,6 +195,19 @@ class Prober:
                 got=f"{encoded} image tokens",
                 expected=str(dumped),
                 fix="Pass the file that the run trained on with --data.",
+            )
+
+    def _check_vocabulary(self, trajectories: Sequence[Trajectory], where: str) -> None:
+        """Ids at latent positions are placeholders, which no embedding is read for."""
+        size = len(self._directions_VH)
+        ids = torch.cat([ids for t in trajectories for ids in (t.prompt_ids, t.token_ids[~t.latent_mask])])
+        if bool(((ids < 0) | (ids >= size)).any()):
+            raise LatentMismatchError(
+                "token ids of another model",
+                where=where,
+                got=f"{int(ids.min())} to {int(ids.max())}",
+                expected=f"0 to {size - 1}, the checkpoint's vocabulary",
+                fix="Pass the run's own checkpoint with --checkpoint.",
             )
 
     def _layout(self, prompt: Prompt, row: PromptRow) -> tuple[list[tuple[int, int]], list[int]]:

@@ -147,6 +147,9 @@ def probe_groups(
     for group in shown:
         group.row = rows.get(group.group_id)
     temperature = lookup(run.config, "actor_rollout_ref.rollout.temperature")
+    if not isinstance(temperature or 1.0, int | float):
+        where = f"{run.folder}: actor_rollout_ref.rollout.temperature"
+        raise DataError("no temperature", where=where, got=temperature, expected="a number, as in training")
     prober = Prober(loaded, float(temperature or 1.0), treatment)
     missing = sorted({group.group_id for group in shown} - set(rows))
     for done, group in enumerate(chosen, 1):

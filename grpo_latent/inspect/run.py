@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from grpo_latent.common.step_folders import read_tracker, step_folders
 from grpo_latent.errors import CheckpointError, DataError, GrpoLatentError
 from grpo_latent.eval.dumps import Dump, read_dump
+from grpo_latent.inspect.evaluation import ablation_rows
 from grpo_latent.latent.config import LATENT_CONFIG_FILE
 
 CONFIG_FILE, METRICS_FILE, DUMP_FOLDER = "config.yaml", "metrics.jsonl", "rollouts"
@@ -75,7 +76,7 @@ def _without_seed(name: str) -> str:
 def _without_seeds(config: dict, prefix: str = "") -> str:
     """The config as text, without seeds, places on disk and what only watches training; empty without a config."""
     lines = []
-    for key, value in sorted(config.items()):
+    for key, value in sorted((str(key), value) for key, value in config.items()):
         if isinstance(value, dict):
             lines.append(_without_seeds(value, f"{prefix}{key}."))
         elif not any(word in key for word in NO_MATTER) and "/" not in str(value):
@@ -120,7 +121,7 @@ def read_run(folder: str | Path, checkpoint: Path | None = None, data_files: lis
         dump=dump,
         evaluations=evaluations,
         checkpoint=checkpoint or find_checkpoint(folder, config, problems),
-        data_files=data_files or [find_file(str(f), folder) for f in ([files] if isinstance(files, str) else files)],
+        data_files=data_files or [find_file(str(f), folder) for f in (files if isinstance(files, list) else [files])],
         problems=problems + dump.problems,
     )
 
@@ -149,17 +150,21 @@ def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            step, values = int(record["step"]), record["data"]
-        except (ValueError, KeyError, TypeError) as error:
+            step, values = int(record["step"]), numbers_of(record["data"])
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             if number == len(lines):
                 break
             raise DataError(
                 "malformed metrics", where=f"{path} line {number}", got=line[:100], expected='{"step", "data"}'
             ) from error
         for name, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                by_step.setdefault(name, {})[step] = float(value)
+            by_step.setdefault(name, {})[step] = value
     return {name: (sorted(values), [values[s] for s in sorted(values)]) for name, values in sorted(by_step.items())}
+
+
+def numbers_of(data: dict) -> dict[str, float]:
+    """What of logged values is a number, as floats."""
+    return {k: float(v) for k, v in data.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
 def read_evaluations(folder: Path, problems: list[GrpoLatentError]) -> dict[str, dict]:
@@ -169,7 +174,8 @@ def read_evaluations(folder: Path, problems: list[GrpoLatentError]) -> dict[str,
     beside = list(folder.resolve().parent.glob("*.json"))
     for path in sorted([*folder.glob("*.json"), *folder.glob("eval*/*.json"), *beside]):
         try:
-            report = json.loads(path.read_text())
+            # JSON knows no NaN, and a page could not show it
+            report = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: None)
         except (ValueError, OSError) as error:
             if path in beside:  # some other file
                 continue
@@ -178,8 +184,17 @@ def read_evaluations(folder: Path, problems: list[GrpoLatentError]) -> dict[str,
         if not isinstance(report, dict) or not isinstance(report.get("ablations"), dict) or "greedy" not in report:
             continue
         # by the run's name, because the whole experiment may have been moved since
-        if path not in beside or f"/{folder.resolve().name}/checkpoints/" in str(report.get("checkpoint")):
-            reports[path.name if path in beside else str(path.relative_to(folder))] = report
+        if path in beside and f"/{folder.resolve().name}/checkpoints/" not in str(report.get("checkpoint")):
+            continue
+        name = path.name if path in beside else str(path.relative_to(folder))
+        try:
+            ablation_rows(name, report)
+        except (DataError, ValueError, TypeError, KeyError, AttributeError) as error:
+            got = f"{type(error).__name__}: {error}"
+            expected = "a report of grpo_latent.evaluate"
+            problems.append(DataError("malformed evaluation", where=str(path), got=got, expected=expected))
+            continue
+        reports[name] = report
     return reports
 
 

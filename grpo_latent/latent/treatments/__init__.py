@@ -59,9 +59,11 @@ def parse_treatment(values: Mapping[str, Any] | None) -> tuple[Treatment, Latent
     Raises:
         ConfigError: an unknown treatment, key or value; options of the treatments that are not chosen count, too.
     """
-    values = dict(values or {})
+    values = _mapping(values, "latent.treatment")
     name = values.pop("name", "mask")
-    groups = {key: dict(values.pop(key) or {}) for key in (*TREATMENTS, OWN_OPTIONS) if key in values}
+    groups = {
+        key: _mapping(values.pop(key), f"latent.treatment.{key}") for key in (*TREATMENTS, OWN_OPTIONS) if key in values
+    }
     known = [field.name for field in dataclasses.fields(LatentTerms)]
     check_keys(values, ["name", *TREATMENTS, OWN_OPTIONS, *known], "latent.treatment")
     terms = build(LatentTerms, values, "latent.treatment")
@@ -76,6 +78,12 @@ def parse_treatment(values: Mapping[str, Any] | None) -> tuple[Treatment, Latent
             )
         return built[name], terms
     return build(_import(name), groups.get(OWN_OPTIONS, {}), "latent.treatment.options"), terms
+
+
+def _mapping(values: Any, where: str) -> dict:
+    if not isinstance(values or {}, Mapping):
+        raise ConfigError("not a group of settings", where=where, got=values, expected="keys and values")
+    return dict(values or {})
 
 
 def _import(name: Any) -> type[Treatment]:
