@@ -207,6 +207,8 @@ def _parse_prompt(row: dict, where: str) -> tuple[list[dict], list[ImageRef]]:
         raise problem(
             "reward_model", reward_model, '{"style": "rule", "ground_truth": ...}', "Store what the reward compares to."
         )
+    if not isinstance(row.get("extra_info"), dict | None):
+        raise problem("extra_info", row["extra_info"], "a struct", "Store extra_info as a struct, not as text.")
     return _messages(row.get("prompt"), problem), _images(row.get("images"), where, problem)
 
 
@@ -222,8 +224,6 @@ def parse_verl_row(row: dict, where: str) -> LvrExample:
     if not isinstance(ground_truth, str | int | float):
         raise problem("reward_model.ground_truth", ground_truth, "the answer's text", "SFT needs one answer.")
     extra_info = row.get("extra_info") or {}
-    if not isinstance(extra_info, dict):
-        raise problem("extra_info", extra_info, "a struct", "Store extra_info as a struct, not as text.")
     return build_example(
         messages=messages,
         images=images,

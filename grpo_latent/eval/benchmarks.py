@@ -201,6 +201,9 @@ def _read_file(benchmark: Benchmark, file: Path) -> Iterator[BenchmarkItem]:
             raise
         what = f"not a readable {file.suffix} file"
         raise _problem(benchmark, f"{file} after row {index}", what, f"{type(error).__name__}: {error}") from error
+    except (TypeError, AttributeError, LookupError) as error:  # a value of another type, or none
+        got = f"{type(error).__name__}: {error}"
+        raise _problem(benchmark, f"{file} row {index}", "malformed row", got) from error
 
 
 def _rows(file: Path) -> Iterable[dict]:
@@ -269,6 +272,8 @@ def _hrbench(row: dict, where: str, file: Path) -> BenchmarkItem:
         data = base64.b64decode(row["image"] or "", validate=True)
     except (binascii.Error, ValueError, TypeError) as error:
         raise _bad(f"{where}: image", str(row["image"])[:40], f"base64 ({error})") from error
+    if not data:
+        raise _bad(f"{where}: image", row["image"], "base64 of an image")
     options = [str(row[letter]) for letter in "ABCD"]
     prompt, image = _options_prompt(row["question"], options), ImageRef(f"{where}: image", data=data)
     # each question comes four times with its options rotated; other questions may have its words, of another image
@@ -334,7 +339,7 @@ def _item(benchmark, item_id, group_id, category, prompt, images, options, answe
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
     message = {"role": "user", "content": content}
     return BenchmarkItem(
-        benchmark, item_id, group_id or item_id, category, (message,), tuple(images), tuple(options), letter
+        benchmark, item_id, group_id or item_id, str(category or ""), (message,), tuple(images), tuple(options), letter
     )
 
 

@@ -30,6 +30,17 @@ from grpo_latent.recorded import Field, Wire
 from grpo_latent.trajectory import Trajectory
 
 SETTINGS_FILE = "settings.json"
+# what reading half a file, or another program's, ends in
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    StopIteration,
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,7 @@ class Journal:
 
     Raises:
         ConfigError: the folder holds parts of another evaluation.
+        DataError: it says of none what they are of.
     """
 
     def __init__(self, folder: Path | None, settings: dict):
@@ -66,8 +78,8 @@ class Journal:
         if folder is None:
             return
         path, text = folder / SETTINGS_FILE, json.dumps(settings, indent=2, sort_keys=True) + "\n"
-        if path.is_file() and path.read_text() != text:
-            before = json.loads(path.read_text())
+        if path.is_file() and path.read_text(errors="replace") != text:
+            before = _read_settings(path)
             differing = sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
             raise ConfigError(
                 "the unfinished evaluation here is another one",
@@ -97,7 +109,7 @@ class Journal:
                 path = self._path(phase, batch_idx, "safetensors")
                 values["trajectories"] = unpack(path.read_bytes())
             return Part(**values)
-        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        except UNREADABLE as error:
             raise DataError(
                 "not a readable part of an evaluation",
                 where=str(path),
@@ -123,6 +135,19 @@ class Journal:
 
     def _path(self, phase: str, batch_idx: int, suffix: str) -> Path:
         return self.folder / f"{re.sub(r'[^A-Za-z0-9_=.,@-]', '_', phase)}.{batch_idx:05d}.{suffix}"
+
+
+def _read_settings(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            "not the settings of an evaluation",
+            where=str(path),
+            got=f"{type(error).__name__}: {error}",
+            expected="a file of this program",
+            fix="Delete the folder to begin anew.",
+        ) from error
 
 
 def pack(trajectories: Sequence[Trajectory | None]) -> bytes:

@@ -148,7 +148,7 @@ def _roi(extra_info: dict, images: ImageInputs | None, loaded: LatentModel, wher
     if not boxes:
         return ()
     grids = torch.zeros(0, 3, dtype=torch.long) if images is None else images.image_grid_thw
-    if len(owners) != len(boxes) or not all(0 <= owner < len(grids) for owner in owners):
+    if len(owners) != len(boxes) or not all(type(owner) is int and 0 <= owner < len(grids) for owner in owners):
         raise DataError(
             "boxes do not match the images",
             where=f"{where}: extra_info.bbox_images",

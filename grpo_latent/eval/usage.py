@@ -29,7 +29,7 @@ from grpo_latent.eval.ablations import (
 )
 from grpo_latent.eval.decode import Evaluator, with_partners_images
 from grpo_latent.eval.geometry import geometry
-from grpo_latent.eval.journal import pack, unpack
+from grpo_latent.eval.journal import UNREADABLE, pack, unpack
 from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.eval.scoring import Scorer, accuracy
 from grpo_latent.eval.statistics import usage_verdict
@@ -179,11 +179,10 @@ class UsageProbe:
         if self.reference is None:
             return {}
         if is_start:
-            self.reference.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(self.reference, pack(own))
         if not self.reference.is_file():
             return {}
-        start = unpack(self.reference.read_bytes())
+        start = _read_start(self.reference)
         same = len(start) == len(own) and all(
             torch.equal(a.prompt_ids, b.prompt_ids) for a, b in zip(start, own, strict=True)
         )
@@ -196,6 +195,19 @@ class UsageProbe:
                 fix="Delete the file; drift is then left out until a run starts anew.",
             )
         return drift(own, start)
+
+
+def _read_start(path: Path) -> list[Trajectory | None]:
+    try:
+        return unpack(path.read_bytes())
+    except UNREADABLE as error:
+        raise DataError(
+            "the latents of the start cannot be read",
+            where=str(path),
+            got=f"{type(error).__name__}: {error}",
+            expected="a file of this program",
+            fix="Delete the file; drift is then left out until a run starts anew.",
+        ) from error
 
 
 def drift(own: Sequence[Trajectory], start: Sequence[Trajectory]) -> dict[str, float]:

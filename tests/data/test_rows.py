@@ -241,6 +241,7 @@ def test_an_image_that_is_none_stops_the_conversion_and_leaves_no_file(folder, c
 
 
 BAD_ROWS = {
+    "extra_info of a string": (("extra_info",), "{}", "extra_info", "got {}"),
     "no data source": (("data_source",), None, "data_source", "got None"),
     "empty data source": (("data_source",), "", "data_source", "got ''"),
     "prompt of a string": (("prompt",), "read red ?", "prompt", "got read red ?"),
@@ -260,7 +261,6 @@ BAD_ROWS = {
 BAD_SFT_ROWS = {
     "several ground truths": (("reward_model", "ground_truth"), ["7"], "reward_model.ground_truth", "['7']"),
     "empty ground truth": (("reward_model", "ground_truth"), "", "reward_model.ground_truth", "answer ''"),
-    "extra_info of a string": (("extra_info",), "{}", "extra_info", "got {}"),
     "box outside": (("extra_info", "bboxes"), [[0, 0, 2, 1]], "extra_info.bboxes[0]", "outside the image"),
     "response without span": (("extra_info", "response"), "<answer>7</answer>", "extra_info.response", "0 <lvr> for 1"),
     "response empty": (("extra_info", "response"), "", "extra_info.response", "no response"),

@@ -200,6 +200,13 @@ MALFORMED = [
     ("m3cot", {"answer": "C"}, "answer"),
     ("m3cot", {"image": None, "choices": ["one"]}, "choices"),
     ("scienceqa", {"answer": 2}, "answer"),
+    ("vstar", {"text": None}, "malformed row"),
+    ("vstar", {"image": None}, "malformed row"),
+    ("m3cot", {"choices": None}, ""),
+    ("scienceqa", {"choices": None}, ""),
+    ("scienceqa", {"answer": None}, ""),
+    ("blink", {"choices": None}, "choices"),
+    ("hrbench", {"image": None}, "base64"),
 ]
 
 
@@ -277,3 +284,10 @@ def test_half_a_pair_is_refused_before_anything_is_decoded(tmp_path):
     path.write_text("\n".join(path.read_text().splitlines()[:-1]))
     with pytest.raises(DataError, match=r"not 2 rows a group.*'pair 2': 1"):
         load_benchmark("mmvp", tmp_path)
+
+
+def test_a_row_without_a_category_is_sorted_among_the_others(tmp_path):
+    """The report sorts categories, after everything has been decoded."""
+    write_vstar(tmp_path, category=None)
+    (item, *_) = load_benchmark("vstar", tmp_path)
+    assert item.category == ""

@@ -7,21 +7,23 @@ import textwrap
 import pytest
 import torch
 from latent_cases import build_case, case
+from safetensors.torch import load_file, save_file
 
 from grpo_latent.data.embedded import digits
 from grpo_latent.errors import CheckpointError, ConfigError, DataError
 from grpo_latent.eval.ablations import donors
 from grpo_latent.eval.decode import Decoding, Evaluator
 from grpo_latent.eval.evaluate import EvalSettings, Evaluation
-from grpo_latent.eval.journal import Journal
+from grpo_latent.eval.journal import Journal, Part
 from grpo_latent.eval.prompts import EvalPrompt, encode_row
-from grpo_latent.eval.scoring import RewardScorer
+from grpo_latent.eval.scoring import Outcome, RewardScorer
 from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS
 from grpo_latent.models import tiny
 from grpo_latent.models.loading import LatentModel, load_latent_model
 from grpo_latent.rewards.functions import FunctionSpec
 from grpo_latent.rewards.runner import RewardRunner
 from grpo_latent.rollout.protocol import LatentOverride
+from grpo_latent.trajectory import PositionKind, Trajectory
 
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
@@ -188,6 +190,39 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_report(loaded, rew
     part.write_text(part.read_text()[:20])
     with pytest.raises(DataError, match=r"shuffle.00001.json: not a readable part.*Delete the file"):
         journal_in(folder).load("shuffle", 1)
+
+
+@pytest.mark.parametrize("damage", ["half", "no lengths", "other lengths", "scalar", "few ids", "not a list"])
+def test_a_damaged_part_is_named(tmp_path, damage):
+    kinds = torch.tensor([PositionKind.START, PositionKind.LATENT, PositionKind.FORCED, PositionKind.TEXT])
+    own = Trajectory(torch.ones(1).long(), kinds, kinds, torch.ones(1, 4), torch.zeros(4), torch.zeros(4), "eos")
+    journal = journal_in(tmp_path / "parts")
+    journal.save("own", 0, Part([[Outcome(1.0, 1.0)]], 4, 0.1, trajectories=[own]))
+    json_path, path = (tmp_path / "parts" / f"own.00000.{suffix}" for suffix in ("json", "safetensors"))
+    tensors, ids = load_file(path), '["a"]'
+    if damage == "no lengths":
+        del tensors["kinds.lengths"]
+    elif damage == "other lengths":
+        tensors["kinds.lengths"] = torch.tensor([9])
+    elif damage == "scalar":
+        tensors["latents"] = torch.tensor(1.0)
+    elif damage == "few ids":
+        tensors["present"], ids = torch.tensor([True, True]), '["a"]'
+    save_file(tensors, path, {"group_ids": ids})
+    if damage == "half":
+        path.write_bytes(path.read_bytes()[:-3])
+    if damage == "not a list":
+        json_path.write_text(json.dumps(json.loads(json_path.read_text()) | {"outcomes": 5}))
+    with pytest.raises(DataError, match="own.00000.*not a readable part"):
+        journal.load("own", 0)
+
+
+@pytest.mark.parametrize("text", ['{"a": ', "[1, 2]", "7", "\x00\x00"])
+def test_a_journal_whose_settings_are_damaged_is_named(tmp_path, text):
+    journal_in(tmp_path)
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(DataError, match="settings.json: not the settings"):
+        journal_in(tmp_path)
 
 
 def test_a_plain_model_is_evaluated_without_latents(tmp_path, reward_file):

@@ -59,11 +59,14 @@ def test_roi_of_the_second_image_is_offset_and_bad_boxes_are_named(files):
     row["extra_info"] |= {"bboxes": [[0.0, 0.0, 0.2, 0.2], [0.3, 0.0, 0.45, 0.2]], "bbox_images": [1, 0]}
     assert encode_row(row, "rows.parquet row 4", loaded, "4").roi == (16, 1)
     for changes, message in (
+        ({"bbox_images": [None, 0]}, "rows.parquet row 4: extra_info.bbox_images"),
         ({"bbox_images": [2, 0]}, r"rows.parquet row 4: extra_info.bbox_images.*\[2, 0\] for 2 boxes, 2 images"),
         ({"bboxes": [[0.0, 0.0, 2.0, 0.2], [0, 0, 1, 1]]}, "rows.parquet row 4: extra_info.bboxes.*outside the image"),
     ):
         with pytest.raises(DataError, match=message):
             encode_row(row | {"extra_info": row["extra_info"] | changes}, "rows.parquet row 4", loaded, "4")
+    with pytest.raises(DataError, match="rows.parquet row 4: extra_info: malformed row"):
+        encode_row(row | {"extra_info": "{}"}, "rows.parquet row 4", loaded, "4")
 
 
 def config_for(folder, *overrides):

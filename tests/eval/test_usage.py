@@ -104,6 +104,9 @@ def test_drift_is_from_the_start_over_resumes(loaded, prompts, tmp_path):
     assert metrics["drift_relative"] > 0.2 and metrics["drift_cosine"] < 1.0
     with pytest.raises(DataError, match="start.safetensors.*other prompts"):
         UsageProbe(loaded, prompts[:3], scorer, settings, NEW, path).measure()
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(DataError, match="start.safetensors: the latents of the start cannot be read"):
+        UsageProbe(loaded, prompts, scorer, settings, NEW, path).measure()
     nothing = UsageProbe(loaded, prompts, scorer, settings, NEW, tmp_path / "none").measure().metrics
     assert not [name for name in nothing if "drift" in name], "a run that has lost its start has no drift"
 

@@ -137,6 +137,9 @@ def test_the_config_group():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        (5, "latent.treatment: not a group"),
+        (["mask"], "latent.treatment: not a group"),
+        ({"gaussian": 3}, "latent.treatment.gaussian: not a group"),
         ({"name": "gausian"}, "unknown treatment.*gausian"),
         ({"name": "math:pi"}, "not a treatment"),
         ({"sigma": 1.0}, "unknown key.*sigma"),

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from grpo_latent.common.files import write_text
+from grpo_latent.common.files import write_bytes
 
 
 def rewind_metrics(path: Path, step: int) -> None:
@@ -17,13 +17,14 @@ def rewind_metrics(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines() if step > 0 else []:
+    for line in path.read_bytes().splitlines() if step > 0 else []:
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except json.JSONDecodeError:  # the line that the dying run was writing
+                kept.append(line + b"\n")
+        # the line that the dying run was writing, of which a power cut leaves anything
+        except (ValueError, TypeError, KeyError):
             continue
-    write_text(path, "".join(f"{line}\n" for line in kept))
+    write_bytes(path, b"".join(kept))
 
 
 def metrics_path(project_name: str, experiment_name: str) -> Path:

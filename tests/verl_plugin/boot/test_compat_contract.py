@@ -58,6 +58,11 @@ def test_metrics_are_rewound_to_the_resumed_step(tmp_path):
     )
     metrics_file.rewind_metrics(path, 2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
+    whole = path.read_bytes()
+    for half in (b'{"step": 1, "da\xc3', b"\x00\x00\x00", b"7", b"null", b'{"data": {}}'):
+        path.write_bytes(whole + half)
+        metrics_file.rewind_metrics(path, 2)
+        assert path.read_bytes() == whole, half
     metrics_file.rewind_metrics(path, 0)
     assert path.read_text() == ""
     metrics_file.rewind_metrics(tmp_path / "none.jsonl", 3)
