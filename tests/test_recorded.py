@@ -26,14 +26,17 @@ COMPLETIONS = [
 ]
 H, A = 5, 3
 OWN = Field("gate_values", torch.float32, "MA", ALL, column="gate_column", dump="gates", is_optional=True)
+OWN_T = Field("surprise", torch.float32, "T", ALL, is_optional=True)
 
 
 @pytest.fixture
-def own_field():
-    """A field that no module names, as a mechanism's class would declare it."""
-    recorded.register(OWN)
-    yield OWN
-    del recorded._FIELDS[OWN.name]
+def own_fields():
+    """Fields that no module names, as a mechanism's class would declare them."""
+    for field in (OWN, OWN_T):
+        recorded.register(field)
+    yield
+    for field in (OWN, OWN_T):
+        del recorded._FIELDS[field.name]
 
 
 def make_trajectories(with_aux=True) -> list[Trajectory]:
@@ -57,7 +60,7 @@ def make_trajectories(with_aux=True) -> list[Trajectory]:
                 policy_version=3,
                 selected_idx=torch.randint(0, 2, (completion.count(K.SELECTED),), generator=generator),
                 **({"latent_aux": draw(num_own, A)} if with_aux else {}),
-                extra={OWN.name: draw(num_own, A)} if with_aux else {},
+                extra={OWN.name: draw(num_own, A), OWN_T.name: draw(length)} if with_aux else {},
             )
         )
     return trajectories
@@ -100,7 +103,7 @@ def check_equal(found: list[Trajectory], expected: list[Trajectory], wire: Wire)
 
 
 @pytest.mark.parametrize("with_aux", [True, False])
-def test_journal(own_field, with_aux):
+def test_journal(own_fields, with_aux):
     before = make_trajectories(with_aux)
     after = unpack(pack([before[0], None, *before[1:]]))
     assert after.pop(1) is None
@@ -109,7 +112,7 @@ def test_journal(own_field, with_aux):
     assert all(getattr(a, n) == getattr(b, n) for a, b in zip(after, before, strict=True) for n in names)
 
 
-def test_a_journal_of_which_some_trajectories_lack_a_field(own_field):
+def test_a_journal_of_which_some_trajectories_lack_a_field(own_fields):
     mixed = [make_trajectories()[0], make_trajectories(with_aux=False)[0]]
     check_equal(unpack(pack(mixed)), mixed, Wire.JOURNAL)
 
@@ -124,7 +127,7 @@ def test_a_journal_of_an_older_release_loads(monkeypatch):
 
 
 @pytest.mark.parametrize("with_aux", [True, False])
-def test_worker(own_field, with_aux):
+def test_worker(own_fields, with_aux):
     """From the agent loop's rows to the engine's micro-batch, with the columns that workers fetch and no others."""
     trajectories = make_trajectories(with_aux)
     rows = rows_in_queue(trajectories)
@@ -176,7 +179,7 @@ def dump(trajectories, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("with_aux", [True, False])
-def test_dump_and_inspector(own_field, with_aux, tmp_path, monkeypatch):
+def test_dump_and_inspector(own_fields, with_aux, tmp_path, monkeypatch):
     trajectories = make_trajectories(with_aux)
     dumped = dump(trajectories, tmp_path, monkeypatch)
     check_equal([item.trajectory for item in dumped], trajectories, Wire.DUMP)
@@ -192,6 +195,8 @@ def test_dump_and_inspector(own_field, with_aux, tmp_path, monkeypatch):
         shown = [block["probes"][index].get("recorded", {}) for index in entry["probes"]]
         kinds = t.kinds[t.recorded_mask].tolist()
         assert len(shown) == len(kinds)
+        tokens = {OWN_T.name: pytest.approx(t.extra[OWN_T.name].tolist(), rel=1e-3)} if with_aux else {}
+        assert entry["recorded"] == tokens
         assert [s["selected_idx"] for s in shown if "selected_idx" in s] == [[i] for i in t.selected_idx.tolist()]
         for name in ("latent_aux", OWN.name) if with_aux else ():
             own = [s[name] for s, kind in zip(shown, kinds, strict=True) if kind == K.LATENT]
@@ -209,7 +214,7 @@ def test_a_dump_of_an_older_release_loads(tmp_path, monkeypatch):
     check_equal([older.trajectory], [item.trajectory], Wire.DUMP)
 
 
-def test_between_processes(own_field):
+def test_between_processes(own_fields):
     before = make_trajectories()
     after = pickle.loads(pickle.dumps(before))
     for wire in Wire:
@@ -217,7 +222,7 @@ def test_between_processes(own_field):
     after[0].extra[OWN.name].add_(1)  # its own memory, and writable
 
 
-def test_a_field_is_checked_against_its_positions(own_field):
+def test_a_field_is_checked_against_its_positions(own_fields):
     t = make_trajectories()[0]
     with pytest.raises(
         LatentMismatchError, match=r"gate_values does not match the LATENT.*\(2, 3\); expected \[3, A\]"
@@ -225,7 +230,7 @@ def test_a_field_is_checked_against_its_positions(own_field):
         dataclasses.replace(t, extra={OWN.name: torch.zeros(2, A)})
 
 
-def test_names_are_taken_once(own_field):
+def test_names_are_taken_once(own_fields):
     recorded.register(OWN)  # a class that is loaded twice
     for clash in (dict(name="gate_values"), dict(name="x", column="latent_embeds"), dict(name="x", dump="advantages")):
         with pytest.raises(ConfigError, match="declared twice"):
@@ -235,7 +240,10 @@ def test_names_are_taken_once(own_field):
 
 
 def test_the_wires_of_today():
-    """Columns that workers fetch cost time for every trajectory: whoever adds one says so here."""
+    """Columns that workers fetch cost time for every trajectory: whoever adds one says so here. To files goes all of it."""
+    assert all({Wire.DUMP, Wire.JOURNAL} <= field.wires for field in recorded.of_trajectory())
+    made = {field.name for field in dataclasses.fields(Trajectory)} - {field.name for field in recorded.of_trajectory()}
+    assert made == {"stop_reason", "group_id", "seed", "policy_version", "extra"}
     assert sorted(recorded.columns(Wire.WORKER)) == sorted(
         "input_ids position_ids multi_modal_inputs position_kinds latent_embeds latent_aux selected_idx ref_latent_means "
         "prompts responses response_mask loss_mask old_log_probs ref_log_prob advantages rollout_is_weights".split()

@@ -180,7 +180,14 @@ def _trajectory(dumped: DumpedTrajectory, tokens: list[str] | None) -> dict:
         "tokens": tokens if tokens is not None else [f"#{token_id}" for token_id in trajectory.token_ids.tolist()],
         "acted": "".join("1" if acted else "0" for acted in dumped.response_mask.tolist()),
         "log_probs": {name: short_list(values) for name, values in dumped.log_probs.items()},
+        "recorded": recorded_by_token(trajectory),
     }
+
+
+def recorded_by_token(trajectory: Trajectory) -> dict[str, list]:
+    """By name, numbers that a mechanism or a treatment recorded of every completion position."""
+    fields = [f for f in recorded.of_trajectory(Wire.INSPECTOR) if f.dims == "T" and f.name in trajectory.extra]
+    return {f.name: short_list(trajectory.value(f).float()) for f in fields}
 
 
 def recorded_beside(trajectory: Trajectory) -> list[dict]:

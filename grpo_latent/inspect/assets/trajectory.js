@@ -109,6 +109,7 @@ function chooseToken(trajectoryIdx, position) {
   if (!acted) parts.push(", no action: it has no part in the loss");
   const titles = { rollout: "rollout", old: "old", ref: "reference", new: "checkpoint" };
   for (const [name, title] of Object.entries(titles)) if (acted && p[name] != null) parts.push(` · ${title} `, el("b", {}, p[name].toFixed(4)));
+  for (const [name, values] of Object.entries(trajectory.recorded || {})) parts.push(` · ${name} `, el("b", {}, num(values[position])));
   if (acted && p.old != null && p.rollout != null) parts.push(` · rollout − old ${num(p.rollout - p.old, 2)}`);
   if (acted && p.old != null && p.ref != null) parts.push(` · old − reference ${num(p.old - p.ref, 2)}`);
   byId("reading").replaceChildren(...parts);

@@ -2,7 +2,7 @@
 
     TensorDict, ragged rows ──MicroBatch.of──▶ engine, TreatedForward, ChoiceForward, LatentLoss
 
-Nothing else in the plug-in says the name of a column: `grpo_latent.recorded` has them.
+Nothing else in the worker says the name of a column: `grpo_latent.recorded` has ours, verl's are read here.
 
 Legend: B rows, L prompt and completion of all rows end to end, T completion columns, N latent positions, S SELECTED and
 M LATENT positions, all in order of row and position; H hidden size, A what a treatment records beside a vector.
