@@ -5,25 +5,19 @@ import ray
 import tiny_run
 import torch.distributed as dist
 from engine_helpers import start_process_group
-from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
-from transformers.models.qwen2_vl import modeling_qwen2_vl
-from transformers.models.qwen3_vl import modeling_qwen3_vl
+from unpatched import transformers_as_it_was
 
 from grpo_latent.train import environment
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def unpatched_transformers():
-    """verl replaces methods of transformers' classes; other tests of this process need them back."""
-    saved = []
-    for module in (modeling_qwen2_vl, modeling_qwen2_5_vl, modeling_qwen3_vl):
-        for value in list(vars(module).values()):
-            if isinstance(value, type) and "forward" in vars(value):
-                saved.append((value, {k: v for k, v in vars(value).items() if callable(v) and not k.startswith("__")}))
-    yield
-    for owner, attributes in saved:
-        for name, value in attributes.items():
-            setattr(owner, name, value)
+    """After each module, for the tests of other folders that run in this process. verl patches anew for every engine.
+
+    Not of the session: that ends after the last test of all folders.
+    """
+    with transformers_as_it_was():
+        yield
 
 
 @pytest.fixture(scope="module")
