@@ -4,6 +4,7 @@
 #
 #   SEED=0 STEPS=30 OUT=outputs/treatments bash recipes/treatments/run.sh [hydra overrides of every GRPO run]
 #   TREATMENTS="gaussian recompute_bptt" bash recipes/treatments/run.sh    only these; the table keeps earlier rows
+#   TREATMENTS="gaussian_head vmf" bash recipes/treatments/run.sh              two more, not in the README's table
 #
 # Result: $OUT/summary.json, one row a treatment
 set -euo pipefail
@@ -39,6 +40,10 @@ overrides_of() {
       echo latent.treatment.name=recompute "latent.treatment.recompute.gradient=${1#recompute_}" ;;
     gaussian)
       echo latent.treatment.name=gaussian latent.treatment.gaussian.sigma=0.1 latent.treatment.gaussian.per_dimension=true ;;
+    gaussian_head)
+      echo latent.treatment.name=gaussian_head latent.treatment.gaussian_head.sigma=0.1 \
+        latent.treatment.gaussian_head.per_dimension=true ;;
+    vmf) echo latent.treatment.name=vmf latent.treatment.vmf.kappa=2000 ;;
     gumbel_soft) echo latent.treatment.name=gumbel_soft ;;
     mask_anchor)
       echo latent.treatment.anchor_weight=0.1 actor_rollout_ref.actor.use_kl_loss=true actor_rollout_ref.actor.kl_loss_coef=0 ;;

@@ -2,16 +2,19 @@
 they go. (Two ranks: test_two_ranks.py. The density itself: tests/latent/test_gaussian_head.py.)"""
 
 import shutil
+from dataclasses import dataclass
 from functools import partial
 
 import engine_helpers as helpers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from verl.utils import tensordict_utils as tu
 
 from grpo_latent.errors import CheckpointError, ConfigError
-from grpo_latent.latent.treatments import Mask, parse_treatment
+from grpo_latent.latent.treatments import Mask, Treatment, parse_treatment
+from grpo_latent.latent.treatments.components import Component
 from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model
@@ -31,6 +34,29 @@ CASES = {
     "padded": (tiny.tiny_qwen2_5_vl, False, dict(max_spans=3, head="mlp")),
     "packed": (tiny.tiny_qwen3, True, dict(max_spans=3)),
 }
+
+
+@dataclass(frozen=True)
+class Probe(Treatment):
+    """A user's, no action: a linear probe of h that learns a target beside the text."""
+
+    target: float = 1.0
+    weight: float = 0.5
+
+    def build(self, text_config):
+        return nn.Linear(text_config.hidden_size, 1)
+
+    def features(self, model, hidden_MH):
+        return model.latent_treatment(hidden_MH)
+
+    def statistics(self, source):
+        return source.features_MF
+
+    def reads_statistics(self, terms):
+        return True
+
+    def components(self, view, terms):
+        return [Component("probe", self.weight, (view.statistics_MS[:, 0] - self.target).square())]
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +155,30 @@ def test_they_are_trained_sent_saved_and_loaded(recorded, gloo, tmp_path):
     assert initialisation_notes(TREATMENT, f"{tmp_path}/step/huggingface", 7) == []
     # another treatment, evaluation and SFT read the same folder
     assert not hasattr(load_latent_model(f"{tmp_path}/step/huggingface").model, "latent_treatment")
+
+
+def test_a_users_own_by_its_import_path(recorded, gloo):
+    """Loss and gradient of its parameters are those of the hidden states that the plain model makes."""
+    values = {"name": f"{__name__}:Probe", "options": {"target": 2.0, "weight": 0.25}}
+    folder, loaded, trajectories, images, *_ = recorded["padded"]
+    treatment, terms = parse_treatment(values)
+    engine = helpers.make_engine(folder, treatment=values)
+    named = dict(engine.get_per_tensor_param()[0])
+    weight_1H, bias_1 = named["latent_treatment.weight"], named["latent_treatment.bias"]
+    loss = LatentLoss(no_text, terms, frozenset(), "token-mean", treatment=treatment)
+    grads = train(engine, batch_of(recorded["padded"], False), loss)
+
+    adapter = ModelAdapter(loaded.model, loaded.config.positions)
+    sequences = collate(trajectories, images, adapter, "full", "both")
+    with torch.no_grad():
+        _, hidden_BTH = replay(adapter, sequences, helpers.TEMPERATURE)
+    rows, columns = sequences.sources
+    is_live_M = torch.tensor([bool(t.response_mask().any()) for t in trajectories])[rows]
+    hidden_MH = hidden_BTH[rows, columns][is_live_M]
+    errors_M = hidden_MH @ weight_1H[0] + bias_1 - 2.0
+    expected_H = 0.25 * 2 * (errors_M[:, None] * hidden_MH).mean(0)
+    torch.testing.assert_close(grads["latent_treatment.weight"][0], expected_H, rtol=1e-3, atol=1e-4)
+    assert expected_H.abs().max() > 1e-2 and len(hidden_MH) >= 3
 
 
 def test_a_checkpoint_without_them_starts_them_from_the_seed_and_says_so(recorded):
