@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from grpo_latent.backbones.registry import backbone_of
 from grpo_latent.errors import LatentMismatchError
 
 _ATTRIBUTE = "_grpo_latent_injector"
@@ -108,7 +109,7 @@ class SelectionInjector:
     @classmethod
     def install(cls, model: nn.Module) -> SelectionInjector:
         """The model's injector; installs the hook the first time, before any FSDP wrapping."""
-        decoder = getattr(model.model, "language_model", model.model)
+        decoder = backbone_of(model).decoder
         injector = getattr(decoder, cls._ATTRIBUTE, None)
         if injector is None:
             injector = cls()
