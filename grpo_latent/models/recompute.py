@@ -99,9 +99,8 @@ def _with_gradient(gradient: str, chain: Callable[[], Tensor], made_from: Callab
         raise ConfigError("unknown value", where="latent gradient", got=gradient, expected=f"one of {GRADIENTS}")
     with nullcontext() if gradient == "bptt" else torch.no_grad():
         latents_NH = chain()
-    if gradient != "one_hop" or latents_NH.shape[0] == 0:
-        return latents_NH
-    return made_from(latents_NH)
+    # without any latents, too: under FSDP every rank must run the forward that another rank runs
+    return made_from(latents_NH) if gradient == "one_hop" else latents_NH
 
 
 def _with_made(sequences: LatentSequences, latents_NH: Tensor, made_MH: Tensor) -> Tensor:

@@ -147,6 +147,13 @@ def test_passes_run_the_needed_columns_only_and_as_often_as_they_are_told():
     by_passes(adapter, packed, "cut", num_passes=1, seen=seen)
     assert seen[-1].kinds_BT.shape == sequences.kinds_BT.shape, "packed sequences cannot be cut"
     assert by_passes(adapter, sequences, "bptt", num_passes=0) is sequences.latents_NH
+    # a rank without latents runs as many forwards as the others: their collectives meet
+    kinds_BT = sequences.kinds_BT.masked_fill(sequences.recorded_mask_BT, int(K.TEXT))
+    empty = dataclasses.replace(sequences, kinds_BT=kinds_BT, latents_NH=sequences.latents_NH[:0])
+    for gradient, num_forwards in (("cut", 3), ("one_hop", 4), ("bptt", 3)):
+        seen.clear()
+        assert by_passes(adapter, empty, gradient, num_passes=3, seen=seen).shape[0] == 0
+        assert len(seen) == num_forwards and seen[0].kinds_BT.shape == sequences.kinds_BT.shape
     # too few passes leave what depends on more latents as it was recorded
     zeroed = sequences.with_latents(torch.zeros_like(sequences.latents_NH))
     assert float((by_passes(adapter, zeroed, "cut", num_passes=1) - made_NH.detach()).abs().max()) > 1e-2
