@@ -82,7 +82,7 @@ def find_backbone(hf_config: PreTrainedConfig, where: str = "model") -> type[Bac
         where=f"{where}: model_type",
         got=hf_config.model_type,
         expected=f"one of {', '.join(known_model_types())}, or a text model "
-        "(…ForCausalLM with rotary attention in every layer and no part for images or sound)",
+        "(…ForCausalLM: rotary attention over all positions in every layer, no sliding_window, no part for images or sound)",
         fix="Write one: a file with a subclass of Backbone, see grpo_latent/backbones/protocol.py for what to implement, "
         f"in grpo_latent/backbones/ or anywhere else, named by the environment variable {VARIABLE}=package.module:Class.",
     )
