@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from grpo_latent.latent.config import LatentConfig
 from grpo_latent.latent.lvr import UNBOUNDED, SpanState
@@ -19,10 +18,10 @@ from grpo_latent.latent.treatments import LatentSource, Treatment
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter
 from grpo_latent.models.head import end_vector, feedback
 from grpo_latent.models.kv_cache import RolloutCache
-from grpo_latent.models.positions import next_positions, with_components
-from grpo_latent.models.visibility import GrowingVisibility, attention_bias
+from grpo_latent.models.positions import with_components
+from grpo_latent.models.visibility import GrowingVisibility
 from grpo_latent.rollout.override import OverrideTable
-from grpo_latent.rollout.prefill import Prefill, join_prefills, length_buckets
+from grpo_latent.rollout.prefill import Prefill, prefill_prompts
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.sampling import latent_uniforms, sample, uniforms
 from grpo_latent.trajectory import PositionKind, Trajectory
@@ -134,25 +133,8 @@ class DecodingBatch:
 
     def _prefill(self, requests: list[RolloutRequest]) -> Prefill:
         """Over the B prompts, with little padding."""
-        buckets = length_buckets([request.prompt_ids.shape[0] for request in requests])
-        parts = [self._prefill_together([requests[index] for index in bucket]) for bucket in buckets]
-        return parts[0] if len(parts) == 1 else join_prefills(parts, buckets)
-
-    def _prefill_together(self, requests: list[RolloutRequest]) -> Prefill:
-        """One forward over prompts."""
-        input_ids_BP, valid_BP, images = self._padded_prompts(requests)
-        kinds_BP = self.adapter.prompt_kinds(input_ids_BP)
-        position_ids = self.adapter.position_ids(input_ids_BP, valid_BP, images)
-        cache = DynamicCache(config=self.adapter.text_config)
-        visibility = self.config.visibility
-        # `full` leaves the mask to the model, as replay does: no [B, P, P] bias, and the fastest causal kernel
-        mask = (
-            valid_BP.long()
-            if visibility == "full"
-            else attention_bias(kinds_BP, valid_BP, visibility, self.adapter.dtype)
-        )
-        hidden = self.adapter.forward_hidden(input_ids_BP, mask, position_ids, images, cache)
-        return Prefill(hidden[:, -1], cache, kinds_BP, valid_BP, next_positions(position_ids))
+        prompts, images = [request.prompt_ids for request in requests], [request.images for request in requests]
+        return prefill_prompts(prompts, images, self.adapter, self.config.visibility)
 
     def _span_counts(self, requests: list[RolloutRequest], device) -> tuple[Tensor, Tensor]:
         """Latent steps a span, and spans that may be opened, of each prompt."""

@@ -14,6 +14,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicCache
 
+from grpo_latent.backbones.images import ImageInputs
+from grpo_latent.models.adapter import ModelAdapter
+from grpo_latent.models.positions import next_positions
+from grpo_latent.models.replay import replay_hidden
+from grpo_latent.models.sequences import prompt_sequences
 from grpo_latent.trajectory import PositionKind
 
 MIN_POSITIONS = 256  # of a forward: smaller ones cost their overhead
@@ -55,6 +60,22 @@ def length_buckets(lengths: Sequence[int]) -> list[list[int]]:
             longest = lengths[index]
         buckets[-1].append(index)
     return [sorted(bucket) for bucket in buckets]
+
+
+def prefill_prompts(
+    prompts: Sequence[Tensor], images: Sequence[ImageInputs | None], adapter: ModelAdapter, visibility: str
+) -> Prefill:
+    """Of B prompts, each ids [P] with its images or None: one forward a bucket."""
+    buckets = length_buckets([ids.shape[0] for ids in prompts])
+    parts = []
+    for bucket in buckets:
+        of_bucket = ([prompts[index] for index in bucket], [images[index] for index in bucket])
+        sequences = prompt_sequences(*of_bucket, adapter, visibility)
+        cache = DynamicCache(config=adapter.text_config)
+        hidden_BTH = replay_hidden(adapter, sequences, cache)
+        next_position_B = next_positions(sequences.position_ids)
+        parts.append(Prefill(hidden_BTH[:, -1], cache, sequences.kinds_BT, sequences.valid_BT, next_position_B))
+    return parts[0] if len(parts) == 1 else join_prefills(parts, buckets)
 
 
 def join_prefills(parts: Sequence[Prefill], buckets: Sequence[Sequence[int]]) -> Prefill:
