@@ -3,6 +3,11 @@
 import importlib.metadata
 
 import pytest
+from hypothesis import settings
+
+# no test fails because the machine is slow or busy: hypothesis' own limit is 200 ms an example
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 def has_vllm() -> bool:
