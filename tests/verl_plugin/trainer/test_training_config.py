@@ -141,6 +141,12 @@ def test_without_the_group_the_options_are_the_defaults():
         ("latent.treatment.anchor_weight=1", "anchor_weight: there is no reference"),
         ("latent.treatment.name=gaussian latent.treatment.kl_coef=1", "kl_coef: there is no reference"),
         ("latent.treatment.kl_coef=1 actor_rollout_ref.actor.use_kl_loss=true", "latents without a density"),
+        ("latent.treatment.name=vmf latent.treatment.kl_coef=1", "kl_coef: there is no reference"),
+        (
+            "latent.treatment.name=gaussian_head actor_rollout_ref.model.lora_rank=4 "
+            "actor_rollout_ref.model.lora.merge=true",
+            "LoRA would freeze the treatment",
+        ),
         ("latent.treatment.name=gaussian algorithm.adv_estimator=gae", "takes its trajectory's advantage"),
     ],
 )
