@@ -1,6 +1,7 @@
 """Prompts of several lengths prefilled together: as each alone, wherever the buckets fall."""
 
 import pytest
+import slow_reading
 import torch
 from latent_cases import case
 
@@ -28,7 +29,8 @@ def test_prompts_together_are_each_alone(visibility, min_positions, monkeypatch)
         alone = prefill_prompts([ids], [pixels], c.adapter, visibility)
         assert together.valid_BP[row].sum() == length and together.valid_BP[row, -length:].all()
         assert torch.equal(together.kinds_BP[row, -length:], alone.kinds_BP[0])
-        assert together.next_position_B[row] == alone.next_position_B[0]
+        counted = slow_reading.positions(c, ids, pixels, num_more=1)  # a hand loop
+        assert together.next_position_B[row] == counted[0, 0, -1] == alone.next_position_B[0]
         torch.testing.assert_close(together.hidden_BH[row], alone.hidden_BH[0], rtol=0, atol=1e-4)
         for layer, own in zip(together.cache.layers, alone.cache.layers, strict=True):
             torch.testing.assert_close(layer.keys[row, :, -length:], own.keys[0], rtol=0, atol=1e-4)
