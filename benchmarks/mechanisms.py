@@ -33,7 +33,7 @@ from torch import Tensor  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
 
 from grpo_latent.data.embedded import digits  # noqa: E402
-from grpo_latent.latent.mechanisms import ILVR_TOKENS, SLOT_TOKENS, mechanism_config  # noqa: E402
+from grpo_latent.latent.mechanisms import ILVR, IVTLR  # noqa: E402
 from grpo_latent.models import tiny  # noqa: E402
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter  # noqa: E402
 from grpo_latent.rollout.hf import HFRolloutEngine  # noqa: E402
@@ -60,16 +60,18 @@ def requests_of(processor, num: int, kinds: tuple[str, ...]) -> list[RolloutRequ
 
 def ilvr() -> tuple[str, list[Contender]]:
     """(title, paths); the first one is what the others are compared with."""
-    model, tokenizer, processor = tiny.tiny_qwen2_5_vl(digits.WORDS, tiny.EXPERIMENT_SIZES, latent_tokens=ILVR_TOKENS)
+    model, tokenizer, processor = tiny.tiny_qwen2_5_vl(
+        digits.WORDS, tiny.EXPERIMENT_SIZES, latent_tokens=tuple(ILVR.published_tokens.values())
+    )
     ids = tokenizer.get_vocab()
     bias = torch.zeros(model.lm_head.out_features)
-    bias[ids[ILVR_TOKENS[0]]], bias[tokenizer.eos_token_id] = LIKELY, NEVER
+    bias[ids[ILVR.published_tokens["start"]]], bias[tokenizer.eos_token_id] = LIKELY, NEVER
     model.lm_head.bias = torch.nn.Parameter(bias)
     model.requires_grad_(False)
-    config = mechanism_config("ilvr", {token: ids[token] for token in ILVR_TOKENS})
+    mechanism = ILVR.from_tokens(ids)
     requests = requests_of(processor, NUM_ROWS, ("max", "sum"))
-    engine = HFRolloutEngine(model, config, [tokenizer.eos_token_id])
-    setting = Setting(model, processor, config, tokenizer.eos_token_id, {}, requests)
+    engine = HFRolloutEngine(model, mechanism, [tokenizer.eos_token_id])
+    setting = Setting(model, processor, mechanism, tokenizer.eos_token_id, {}, requests)
     generator = torch.Generator()
 
     def decode(batches: list[list[RolloutRequest]]) -> list[list[int]]:
@@ -97,7 +99,9 @@ def ilvr() -> tuple[str, list[Contender]]:
 def ivt_lr() -> tuple[str, list[Contender]]:
     """(title, paths); the first one is what the others are compared with."""
     model, tokenizer, processor = tiny.tiny_qwen2_5_vl(
-        digits.WORDS, replace(tiny.EXPERIMENT_SIZES, layers=SLOT_LAYERS, max_positions=1024), latent_tokens=SLOT_TOKENS
+        digits.WORDS,
+        replace(tiny.EXPERIMENT_SIZES, layers=SLOT_LAYERS, max_positions=1024),
+        latent_tokens=tuple(IVTLR.published_tokens.values()),
     )
     bias = torch.zeros(model.lm_head.out_features)
     bias[tokenizer.eos_token_id] = NEVER
@@ -107,7 +111,7 @@ def ivt_lr() -> tuple[str, list[Contender]]:
         if "q_proj.weight" in name or "k_proj.weight" in name:
             parameter.mul_(SHARPER)
     ids = tokenizer.get_vocab()
-    config = mechanism_config("ivt_lr", {token: ids[token] for token in SLOT_TOKENS}, steps=SLOTS, top_k_image=TOP_K)
+    mechanism = IVTLR.from_tokens(ids, steps=SLOTS, top_k_image=TOP_K)
     rng = np.random.default_rng(0)
     requests = []
     for request in requests_of(processor, SLOT_ROWS, ("max",)):
@@ -119,14 +123,14 @@ def ivt_lr() -> tuple[str, list[Contender]]:
         requests.append(
             replace(request, prompt_ids=prompt_ids, images=ImageInputs(batch["pixel_values"], batch["image_grid_thw"]))
         )
-    engine = HFRolloutEngine(model, config, [tokenizer.eos_token_id])
+    engine = HFRolloutEngine(model, mechanism, [tokenizer.eos_token_id])
     sampling = SamplingParams(SLOTS * (TOP_K + 1) + TEXT_TOKENS, temperature=0)
 
     def decode(batches: list[list[RolloutRequest]]) -> list[tuple[list[int], list[int]]]:
         groups = [group for batch in batches for group in engine.generate(batch, sampling)]
         return [(t.text_ids, t.selected_idx.tolist()) for (t,) in groups]
 
-    banned = sorted(engine.adapter.vision_ids | {ids[token] for token in SLOT_TOKENS})
+    banned = sorted(engine.adapter.vision_ids | {ids[token] for token in IVTLR.published_tokens.values()})
 
     def published(caches_text: bool) -> list[tuple[list[int], list[int]]]:
         return [recomputed_slots(engine.adapter, request, banned, caches_text) for request in requests]

@@ -38,7 +38,7 @@ from transformers.cache_utils import DynamicCache  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from grpo_latent.data.embedded import digits  # noqa: E402
-from grpo_latent.latent.config import LatentConfig  # noqa: E402
+from grpo_latent.latent.mechanisms import LVR  # noqa: E402
 from grpo_latent.models import tiny  # noqa: E402
 from grpo_latent.models.adapter import ImageInputs  # noqa: E402
 from grpo_latent.rollout.hf import HFRolloutEngine  # noqa: E402
@@ -54,7 +54,7 @@ LIKELY, NEVER = 6.0, -1e4  # biases of the logits of `start` and EOS
 class Setting:
     model: torch.nn.Module
     processor: object
-    config: LatentConfig
+    mechanism: LVR
     eos_id: int
     batch: dict  # the processor's output for all prompts, padded left
     requests: list[RolloutRequest]
@@ -76,7 +76,7 @@ def build() -> Setting:
     model.lm_head.bias = torch.nn.Parameter(bias)
     model.requires_grad_(False)
     names = {"start": "<|lvr_start|>", "latent": "<|lvr|>", "end": "<|lvr_end|>"}
-    config = LatentConfig(
+    mechanism = LVR(
         **{f"{role}_token": token for role, token in names.items()},
         **{f"{role}_id": ids[token] for role, token in names.items()},
         steps=STEPS,
@@ -102,12 +102,12 @@ def build() -> Setting:
                 images=ImageInputs(pixels[row], batch["image_grid_thw"][row : row + 1]),
             )
         )
-    return Setting(model, processor, config, tokenizer.eos_token_id, batch, requests)
+    return Setting(model, processor, mechanism, tokenizer.eos_token_id, batch, requests)
 
 
 def engine_path(setting: Setting, new_tokens: int, visibility: str, pack_linears: bool = True) -> Contender:
-    config = setting.config.replace(visibility=visibility)
-    engine = HFRolloutEngine(setting.model, config, [setting.eos_id], pack_linears=pack_linears)
+    mechanism = setting.mechanism.replace(visibility=visibility)
+    engine = HFRolloutEngine(setting.model, mechanism, [setting.eos_id], pack_linears=pack_linears)
 
     def run() -> int:
         groups = engine.generate(setting.requests, SamplingParams(new_tokens))
@@ -150,7 +150,7 @@ def naive_path(setting: Setting, new_tokens: int) -> Contender:
 @torch.no_grad()
 def naive_trajectory(setting: Setting, request: RolloutRequest, new_tokens: int, generator) -> list[int]:
     """Kinds of one trajectory: `DynamicCache`, the whole prompt and its image for itself."""
-    model, config = setting.model, setting.config
+    model, mechanism = setting.model, setting.mechanism
     ids, cache = request.prompt_ids[None], DynamicCache(config=model.config.get_text_config())
     images = dict(image_grid_thw=request.images.image_grid_thw)
     token_types = (ids == model.config.image_token_id).int()
@@ -168,21 +168,21 @@ def naive_trajectory(setting: Setting, request: RolloutRequest, new_tokens: int,
     for position in range(new_tokens):
         if steps_left is None:
             logits = model.lm_head(hidden).float()
-            if num_spans == config.max_spans:
-                logits[:, config.start_id] = -torch.inf
+            if num_spans == mechanism.max_spans:
+                logits[:, mechanism.start_id] = -torch.inf
             token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             kinds.append(PositionKind.TEXT)
             if int(token) == setting.eos_id:
                 break
-            if int(token) == config.start_id:
-                kinds[-1], steps_left, num_spans = PositionKind.START, config.steps, num_spans + 1
+            if int(token) == mechanism.start_id:
+                kinds[-1], steps_left, num_spans = PositionKind.START, mechanism.steps, num_spans + 1
             vector = embed(token)
         elif steps_left > 0:
             kinds.append(PositionKind.LATENT)
             vector, steps_left = hidden[:, None], steps_left - 1
         else:
             kinds.append(PositionKind.FORCED)
-            vector, steps_left = embed(torch.tensor([[config.end_id]])), None
+            vector, steps_left = embed(torch.tensor([[mechanism.end_id]])), None
         is_latent = kinds[-1] == PositionKind.LATENT
         hidden = model.model.language_model(
             inputs_embeds=vector,
@@ -190,7 +190,7 @@ def naive_trajectory(setting: Setting, request: RolloutRequest, new_tokens: int,
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
-        if is_latent and config.exit == "end_token" and int(model.lm_head(hidden).argmax()) == config.end_id:
+        if is_latent and mechanism.exit == "end_token" and int(model.lm_head(hidden).argmax()) == mechanism.end_id:
             steps_left = 0
     return kinds
 

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
-from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import LVR
 from grpo_latent.models import tiny
 from grpo_latent.models.loading import save_latent_model
 from grpo_latent.rollout.llm import LatentLLM
@@ -88,8 +88,8 @@ def write_checkpoint(folder: Path, sizes: tiny.TinySizes) -> int:
             row[0] = logit / level
     names = {"start": "<|lvr_start|>", "latent": "<|lvr|>", "end": "<|lvr_end|>"}
     ids = {f"{role}_id": tokenizer.convert_tokens_to_ids(token) for role, token in names.items()}
-    config = LatentConfig(**{f"{role}_token": token for role, token in names.items()}, **ids, steps=STEPS)
-    save_latent_model(folder, model, tokenizer, None, config)
+    mechanism = LVR(**{f"{role}_token": token for role, token in names.items()}, **ids, steps=STEPS)
+    save_latent_model(folder, model, tokenizer, None, mechanism)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

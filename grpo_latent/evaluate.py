@@ -16,7 +16,7 @@ Writes (and prints) one JSON object:
     hit         how often a latent's nearest visual token is the one of the box (alignment, not use)
     leak        largest change of a post-span log-prob when the image is swapped under the recorded latents, in nats
     prompts     [{"row_id", "question", "where", "truth"}]; outcomes: by ablation one number a prompt
-    checkpoint, data, latent_config, chance, seed, num_prompts, seconds
+    checkpoint, data, mechanism, chance, seed, num_prompts, seconds
 
 Accuracies, pass@k, gaps and their intervals are over questions: rows of a benchmark that share one (MMVP's pairs, HRBench's
 rotated options) are averaged first, and it counts once. "row_accuracy", where rows share questions, is the plain mean over
@@ -27,7 +27,6 @@ An interrupted evaluation that has an `output` goes on where it stopped and give
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -116,7 +115,7 @@ def run(config: DictConfig) -> dict:
     report |= {
         "checkpoint": str(config.model.path),
         "data": data,
-        "latent_config": dataclasses.asdict(loaded.config),
+        "latent_config": loaded.mechanism.to_dict(),
         "seed": config.seed,
     }
     if config.output is not None:

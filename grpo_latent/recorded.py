@@ -12,7 +12,8 @@ class knows the field:
 and hands the values to `Trajectory.extra["gate"]`; no other module has to know.
 
 Legend of `dims`; the first letter says what a row of the field stands for: P prompt positions, T completion
-positions, L both, N positions with a recorded vector, M LATENT positions, S SELECTED positions; further ones are sizes:
+positions, L both, N positions with a recorded vector, M those of them that a hidden state made (LATENT,
+MIXED), S SELECTED positions; further ones are sizes:
 H hidden, A aux.
 """
 

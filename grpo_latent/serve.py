@@ -47,9 +47,9 @@ def vllm_command(
     Args:
         platform: `cpu` or `cuda`.
         flags: the user's own, passed on.
-        overrides: fields of `LatentConfig` to replace.
+        overrides: settings of the mechanism to replace.
     """
-    WorkerOptions(skeleton.config, (), max_latents)  # refuses what the worker would
+    WorkerOptions(skeleton.mechanism, (), max_latents)  # refuses what the worker would
     # vLLM also takes --additional_config and --additional-config.grpo_latent.max_latents=9
     names = {flag.split("=")[0].split(".")[0].replace("_", "-") for flag in flags}
     # vLLM schedules asynchronously on GPUs unless told otherwise, never on CPU

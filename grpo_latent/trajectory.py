@@ -45,7 +45,7 @@ STOP_REASONS = ("eos", "length")
 _POSITIONS_OF = {
     "T": "completion positions",
     "N": "latent positions",
-    "M": "LATENT positions",
+    "M": "positions whose vectors a hidden state made",
     "S": "SELECTED positions",
 }
 _SIZES = {"H": "hidden"}
@@ -82,8 +82,8 @@ class Trajectory:
         seed: the trajectory's sampling seed.
         policy_version: training step of the weights that acted.
         selected_idx: int64, one per SELECTED position, in order: which of the prompt's image positions, from 0.
-        latent_aux: float32 [M, A], one row per LATENT position, in order: what the RL treatment recorded beside the vector
-            (`latent.treatments`); A is 0 for most.
+        latent_aux: float32 [M, A], one row per position whose vector a hidden state made, in order: what the RL treatment
+            recorded beside the vector (`latent.treatments`); A is 0 for most.
     """
 
     prompt_ids: Tensor
@@ -220,8 +220,10 @@ def positions_of(kinds: Tensor, letter: str) -> Tensor:
     """
     if letter == "N":
         return recorded_mask(kinds)
-    if letter in "MS":
-        return kinds == (PositionKind.LATENT if letter == "M" else PositionKind.SELECTED)
+    if letter == "M":
+        return made_mask(kinds)
+    if letter == "S":
+        return kinds == PositionKind.SELECTED
     is_completion = kinds >= PositionKind.TEXT
     return {"T": is_completion, "P": ~is_completion, "L": torch.ones_like(is_completion)}[letter]
 

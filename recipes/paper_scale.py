@@ -16,10 +16,8 @@ from grpo_latent.backbones.qwen_vl import QwenVL
 from grpo_latent.backbones.registry import read_backbone
 from grpo_latent.common.dtypes import parse_dtype
 from grpo_latent.errors import ConfigError
-from grpo_latent.latent.config import LatentConfig
-from grpo_latent.latent.mechanisms import SLOT_TOKENS
+from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.head import attach_latent_modules, feedback
 from grpo_latent.models.visibility import attention_bias
 from grpo_latent.sft.common.parameters import add_lora, freeze_vision
 from grpo_latent.sft.settings import SFTSettings
@@ -80,7 +78,7 @@ def validate_curriculum(folder: Path, name: str, model_json: Path, first_free_id
     print(f"{name}_sft and {name}_grpo: valid ({grpo.trainer.n_gpus_per_node} GPUs a node), slots by stage {slots}")
     show_memory(f"{name}_sft of {model_json.stem}", check_memory(model_json, sft))
     length = grpo.data.max_response_length
-    show_shapes(model_json.stem, check_shapes(model_json, first_free_id, SLOT_TOKENS, sft.latent.make_config, length))
+    show_shapes(model_json.stem, check_shapes(model_json, first_free_id, sft.latent.tokens, sft.latent.make, length))
 
 
 def meta_model(model_json: Path, dtype: torch.dtype):
@@ -148,7 +146,7 @@ def check_shapes(
     model_json: Path,
     first_free_id: int,
     tokens: tuple[str, ...],
-    make_config: Callable[[dict[str, int]], LatentConfig],
+    make_mechanism: Callable[[dict[str, int]], Mechanism],
     response_length: int,
 ) -> dict[str, tuple[int, ...]]:
     """Builds the model on the meta device and runs one latent forward: hidden states, logits, feedback; of a vision model
@@ -157,7 +155,7 @@ def check_shapes(
     Args:
         model_json: its config.json.
         first_free_id: id after the tokenizer's last token; the embedding table has rows to spare.
-        make_config: the latents, given the ids of `tokens`.
+        make_mechanism: the latents, given the ids of `tokens`.
     """
     name = model_json.stem
     model = meta_model(model_json, torch.bfloat16)
@@ -168,14 +166,15 @@ def check_shapes(
             raise ConfigError(
                 "no room for the latent tokens", where=name, got=vocab_size, expected=f"> {max(ids.values())}"
             )
-        attach_latent_modules(model, make_config(ids))
-        adapter = ModelAdapter(model)
+        mechanism = make_mechanism(ids)
+        mechanism.attach(model)
+        adapter = ModelAdapter(model, mechanism)
         length = 64 + response_length
         input_ids = torch.zeros(1, length, dtype=torch.long)
         bias = attention_bias(input_ids, torch.ones_like(input_ids, dtype=torch.bool), "full", adapter.dtype)
         position_ids = input_ids.expand(3, 1, -1) if adapter.has_mrope else input_ids
         hidden = adapter.forward_hidden(input_ids, bias, position_ids)
-        latent = feedback(model, hidden[:, -1])
+        latent = adapter.make(hidden[:, -1])
         logits = adapter.logits(hidden[:, -1])
     shapes = {
         "hidden": tuple(hidden.shape), "latent": tuple(latent.shape), "logits": tuple(logits.shape),

@@ -7,8 +7,8 @@ import transformers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS
 from grpo_latent.models import tiny
+from grpo_latent.models.tiny import LVR_TOKENS
 
 TILE, PATCH, TOKENS_OF_TILE = 56, 7, 16
 IMAGE_TOKENS = {
@@ -20,7 +20,7 @@ IMAGE_TOKENS = {
 
 
 def tiny_internvl(
-    words=(), sizes: tiny.TinySizes = tiny.UNIT_SIZES, seed: int = 0, latent_tokens=LVR_ADDED_TOKENS
+    words=(), sizes: tiny.TinySizes = tiny.UNIT_SIZES, seed: int = 0, latent_tokens=LVR_TOKENS
 ) -> tiny.TinyModel:
     """InternVL3 over Qwen3, random weights; arguments as those of `models.tiny`."""
     tokenizer = tokenizer_of(words, latent_tokens)

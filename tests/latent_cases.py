@@ -7,17 +7,16 @@ uniform. `build_case` scales its weights up, so that a wrong latent, position or
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import MECHANISMS, Mechanism
 from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter
-from grpo_latent.models.head import attach_latent_modules
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 
@@ -47,21 +46,19 @@ class Case:
     def sampled_ids(self) -> list[int]:
         return [self.token_id(token) for token in SAMPLED]
 
-    def config(self, **changes) -> LatentConfig:
-        values = dict(
-            start_token="<|lvr_start|>", latent_token="<|lvr|>", end_token="<|lvr_end|>", steps=3, visibility="full"
-        )
+    def mechanism(self, mechanism: str = "lvr", **changes) -> Mechanism:
+        values = dict(start_token="<|lvr_start|>", latent_token="<|lvr|>", end_token="<|lvr_end|>", steps=3)
         values |= changes
         ids = {f"{role}_id": self.token_id(values[f"{role}_token"]) for role in ("start", "latent", "end")}
         if values.get("exit") == "latent_end":
             values |= dict(latent_end_token="<|lvr_latent_end|>", latent_end_id=self.token_id("<|lvr_latent_end|>"))
-        return LatentConfig(**ids, **values)
+        return MECHANISMS[mechanism](**ids, **values)
 
-    def engine(self, config: LatentConfig | None = None, sampled: tuple[str, ...] = SAMPLED, **kwargs):
+    def engine(self, mechanism: Mechanism | None = None, sampled: tuple[str, ...] = SAMPLED, **kwargs):
         """An engine that draws only the tokens of `sampled`, so that spans and ends are frequent."""
         allowed = {self.token_id(token) for token in sampled}
         banned = set(range(len(self.tokenizer))) - allowed
-        return HFRolloutEngine(self.model, config or self.config(), [self.eos_id], banned, **kwargs)
+        return HFRolloutEngine(self.model, mechanism or self.mechanism(), [self.eos_id], banned, **kwargs)
 
     def images(self, num_images: int, seed: int = 0, size: tuple[int, int] = (28, 42)) -> ImageInputs | None:
         """Random images of `size` (height, width): 2 x 3 merged tokens each."""
@@ -106,13 +103,12 @@ def sharpened(name: str, built: tiny.TinyModel, head: str = "none", seed: int = 
         bias[tokenizer.get_vocab()["<|lvr_start|>"]] = 3.0
         bias[tokenizer.eos_token_id] = -0.5
         model.lm_head.bias = torch.nn.Parameter(bias)
-    adapter = ModelAdapter(model)
-    case = Case(name, model, tokenizer, processor, adapter)
-    if head != "none":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            attach_latent_modules(model, case.config(head=head))
-    return case
+    case = Case(name, model, tokenizer, processor, ModelAdapter(model))
+    mechanism = case.mechanism(head=head)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        mechanism.attach(model)
+    return replace(case, adapter=ModelAdapter(model, mechanism))
 
 
 @functools.cache

@@ -166,7 +166,7 @@ def test_reward_functions_use_types_and_errors_only(path):
         ("grpo_latent.latent.x", "from grpo_latent.models import tiny", 1),
         ("grpo_latent.latent.x", "def f():\n    import grpo_latent.models.tiny", 1),
         ("grpo_latent.latent.x", "from ..models.tiny import word_tokenizer", 1),
-        ("grpo_latent.models.x", "from grpo_latent.latent.config import LatentConfig", 0),
+        ("grpo_latent.models.x", "from grpo_latent.latent.mechanisms import Mechanism", 0),
         ("grpo_latent.models.x", "from . import tiny", 0),
         ("grpo_latent.common.x", "from grpo_latent.trajectory import Trajectory", 1),
         ("grpo_latent.trajectory", "from grpo_latent.common.files import write_text", 0),

@@ -10,19 +10,18 @@ from latent_cases import build_case, case
 from safetensors.torch import load_file, save_file
 
 from grpo_latent.errors import CheckpointError, ConfigError, LatentMismatchError, RolloutError
-from grpo_latent.latent.config import LATENT_CONFIG_FILE, LatentConfig
-from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS
+from grpo_latent.latent.mechanisms import LATENT_CONFIG_FILE, LVR, load_mechanism
 from grpo_latent.models.adapter import ImageInputs
-from grpo_latent.models.head import attach_latent_modules
 from grpo_latent.models.loading import load_latent_model, save_latent_model
 from grpo_latent.models.replay import replay
 from grpo_latent.models.sequences import LatentSequences, collate
+from grpo_latent.models.tiny import LVR_TOKENS
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import LatentOverride, RolloutRequest, SamplingParams
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.trajectory import Trajectory
 
-BASE = LatentConfig("s", "l", "e", 1, 2, 3)
+BASE = LVR("s", "l", "e", 1, 2, 3)
 
 
 def check(error, where=None, got=None, expected=None, fix=None):
@@ -69,18 +68,22 @@ def test_latent_config(changes, where, got):
         (None, None, "written by grpo_latent.sft"),
         ("{", "Expecting", "a JSON object"),
         ("[1, 2]", "[1, 2]", "an object"),
-        ("{}", None, "1"),
-        ('{"version": 99}', "99", "1"),
-        ('{"version": 1, "steps": 3}', "missing ['start_token'", "fields of LatentConfig"),
-        (json.dumps(vars(BASE) | {"stepz": 1}), "unknown ['stepz']", "fields of LatentConfig"),
-        (json.dumps(vars(BASE) | {"steps": 0}), "0", "int >= 1"),
+        ("{}", None, "1 or 2"),
+        ('{"version": 99}', "99", "1 or 2"),
+        ('{"version": 2, "steps": 3}', "None", "one of ('lvr'"),
+        ('{"version": 2, "mechanism": "os:path"}', "os:path", "a Mechanism subclass"),
+        ('{"version": 1, "steps": 3}', "start_token", "a value"),
+        (json.dumps(BASE.to_dict() | {"stepz": 1}), "stepz", "of mechanism lvr"),
+        (json.dumps(BASE.to_dict() | {"top_k_image": 1}), "top_k_image", "of mechanism lvr"),
+        (json.dumps(BASE.to_dict() | {"steps": 0}), "0", "int >= 1"),
+        (json.dumps(BASE.to_dict() | {"version": 1, "trigger": "always"}), "always", "emitted"),
     ],
 )
 def test_latent_config_file(tmp_path, text, got, expected):
     if text is not None:
         (tmp_path / LATENT_CONFIG_FILE).write_text(text)
     with pytest.raises(CheckpointError) as info:
-        LatentConfig.load(tmp_path)
+        load_mechanism(tmp_path)
     check(info.value, str(tmp_path), got, expected)
 
 
@@ -88,8 +91,8 @@ def test_latent_config_file(tmp_path, text, got, expected):
 def good_folder(tmp_path_factory):
     folder, c = tmp_path_factory.mktemp("checkpoint") / "good", build_case("qwen2")
     c.model.lm_head.bias = None
-    config = c.config(head="mlp", exit="latent_end")
-    attach_latent_modules(c.model, config)
+    config = c.mechanism(head="mlp", exit="latent_end")
+    config.attach(c.model)
     save_latent_model(folder, c.model, c.tokenizer, None, config)
     return folder
 
@@ -174,7 +177,7 @@ def test_checkpoint_folder(good_folder, tmp_path, damage, got, expected):
 def test_saving_with_a_tokenizer_that_disagrees(tmp_path):
     c = case("qwen2")
     with pytest.raises(CheckpointError) as info:
-        save_latent_model(tmp_path, c.model, c.tokenizer, None, c.config().replace(end_id=20))
+        save_latent_model(tmp_path, c.model, c.tokenizer, None, c.mechanism().replace(end_id=20))
     check(info.value, str(tmp_path), "'<|lvr_end|>' -> 10", "-> 20", "same SFT run")
 
 
@@ -251,7 +254,7 @@ def test_request_that_does_not_fit_the_model(name, change, got, expected):
 
 
 def engine(c, config=None, eos_ids=(2,), **kwargs):
-    return HFRolloutEngine(c.model, config or c.config(), eos_ids, **kwargs)
+    return HFRolloutEngine(c.model, config or c.mechanism(), eos_ids, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -261,9 +264,9 @@ def engine(c, config=None, eos_ids=(2,), **kwargs):
         (lambda c: engine(c, eos_ids=[2, 10]), ConfigError, "eos_ids", "10"),
         (lambda c: engine(c, eos_ids=[10**6]), ConfigError, "eos_ids", "1000000"),
         (lambda c: engine(c, banned_ids=[-1]), ConfigError, "banned_ids", "-1"),
-        (lambda c: engine(c, c.config().replace(latent_id=500)), ConfigError, "latent config", "500"),
+        (lambda c: engine(c, c.mechanism().replace(latent_id=500)), ConfigError, "latent config", "500"),
         (lambda c: engine(c, max_batch_rows=0), ConfigError, "max_batch_rows", "0"),
-        (lambda c: engine(c, c.config(exit="latent_end")), CheckpointError, "model", None),
+        (lambda c: engine(c, c.mechanism(exit="latent_end")), CheckpointError, "model", None),
     ],
 )
 def test_engine(make, error, where, got):
@@ -346,4 +349,4 @@ def test_replay(make, error, where, got):
 
 def test_lvr_token_ids_used_above():
     """`official` names them by number."""
-    assert [case(TEXT).token_id(token) for token in LVR_ADDED_TOKENS] == [7, 8, 9, 10]
+    assert [case(TEXT).token_id(token) for token in LVR_TOKENS] == [7, 8, 9, 10]

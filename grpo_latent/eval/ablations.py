@@ -33,13 +33,13 @@ from torch import Tensor
 
 from grpo_latent.errors import ConfigError
 from grpo_latent.eval.prompts import EvalPrompt
-from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.replay import replay
 from grpo_latent.models.sequences import collate
 from grpo_latent.rollout.protocol import ALL, LatentOverride, check_part, part_kinds, part_number
 from grpo_latent.rollout.sampling import trajectory_seed
-from grpo_latent.trajectory import PositionKind, Trajectory
+from grpo_latent.trajectory import PositionKind, Trajectory, is_text, made_mask
 
 LEAK_ROWS = 16  # sequences of one forward
 
@@ -51,7 +51,7 @@ class AblationInputs:
     Attributes:
         own: trajectories with the model's own latents.
         ideal: merged image embeddings [R, H] of the row's boxes, None without boxes or image.
-        config: the checkpoint's latents.
+        mechanism: the checkpoint's.
         seed: of noise and of donors.
         swapped: for `image_swap`: trajectories of the same prompts with the images of others, None where no other fits.
     """
@@ -59,7 +59,7 @@ class AblationInputs:
     prompts: Sequence[EvalPrompt]
     own: Sequence[Trajectory]
     ideal: Sequence[Tensor | None]
-    config: LatentConfig
+    mechanism: Mechanism
     seed: int = 0
     swapped: Sequence[Trajectory | None] = ()
 
@@ -117,7 +117,7 @@ def make_changes(name: str, inputs: AblationInputs) -> Changes:
     if base in REQUESTS:
         for prompt, own in zip(inputs.prompts, inputs.own, strict=True):
             applies = len(own.latents) and (base != BLIND or prompt.images is not None)
-            changes.append(REQUESTS[base](inputs.config) if applies else None)
+            changes.append(REQUESTS[base](inputs.mechanism) if applies else None)
         return changes
     for own, vectors_KH in zip(inputs.own, make_vectors(base, part, inputs), strict=True):
         selected_idx = own.selected_idx if len(own.selected_idx) else None
@@ -142,25 +142,25 @@ class Places:
     """The K latent positions of a part of a trajectory.
 
     Attributes:
-        kinds_K: LATENT or SELECTED.
+        kinds_K: LATENT, SELECTED or MIXED.
         idx_K: place among all latents of the trajectory.
         rank_K: place among those of the same kind in the part.
         latents_KH: the vectors that stood there.
     """
 
     def __init__(self, trajectory: Trajectory, part: str):
-        kinds_N = trajectory.kinds[trajectory.latent_mask]
+        kinds_N = trajectory.kinds[trajectory.recorded_mask]
         is_part_N = torch.isin(kinds_N, torch.tensor(part_kinds(part)))
         span_number, latent_number = part_number(part, "span"), part_number(part, "latent")
         if span_number is not None:
             lengths = torch.tensor([span.length for span in trajectory.spans], dtype=torch.long)
             is_part_N &= torch.repeat_interleave(torch.arange(len(lengths)), lengths) == span_number
         if latent_number is not None:
-            is_own_N = (kinds_N == PositionKind.LATENT).long()
+            is_own_N = made_mask(kinds_N).long()
             is_part_N &= is_own_N.cumsum(-1) - is_own_N == latent_number
         self.idx_K = is_part_N.nonzero()[:, 0]
         self.kinds_K = kinds_N[self.idx_K]
-        is_text_K = self.kinds_K == PositionKind.LATENT
+        is_text_K = made_mask(self.kinds_K)
         self.rank_K = torch.where(is_text_K, is_text_K.cumsum(-1), (~is_text_K).cumsum(-1)) - 1
         self.latents_KH = trajectory.latents[self.idx_K]
 
@@ -256,7 +256,7 @@ def _image_swap(inputs: PartInputs) -> Vectors:
 
 
 SHUFFLE, ORACLE, BLIND, IMAGE_SWAP = "shuffle", "oracle", "image_blind_after_span", "image_swap"
-LATENT_KINDS = (int(PositionKind.LATENT), int(PositionKind.SELECTED))
+LATENT_KINDS = (int(PositionKind.LATENT), int(PositionKind.SELECTED), int(PositionKind.MIXED))
 VECTORS: dict[str, Callable[[PartInputs], Vectors]] = {
     "zero": _zero,
     "noise": _noise,
@@ -266,12 +266,11 @@ VECTORS: dict[str, Callable[[PartInputs], Vectors]] = {
     ORACLE: _oracle,
     IMAGE_SWAP: _image_swap,
 }
-REQUESTS: dict[str, Callable[[LatentConfig], dict | None]] = {
-    # slots have no delimiters: nothing would be left, which is `no_span`
-    "markers_only": lambda config: None if config.trigger == "prompt_slots" else {"steps": 0},
-    "no_span": lambda config: {"steps": 0} if config.trigger == "prompt_slots" else {"max_spans": 0},
+REQUESTS: dict[str, Callable[[Mechanism], dict | None]] = {
+    "markers_only": lambda mechanism: mechanism.requests_with_markers_only(),
+    "no_span": lambda mechanism: mechanism.requests_without_latents(),
     # behind the bottleneck text is blind anyway
-    BLIND: lambda config: {"blind_after_span": True} if config.visibility == "full" else None,
+    BLIND: lambda mechanism: {"blind_after_span": True} if mechanism.visibility == "full" else None,
 }
 ABLATIONS = (*VECTORS, *REQUESTS)
 DECIDING = (SHUFFLE, IMAGE_SWAP)
@@ -353,7 +352,7 @@ def image_partners(prompts: Sequence[EvalPrompt], rows: Sequence[int] | None = N
 
 def _post_span(kinds: Tensor) -> Tensor:
     """bool, same shape: sampled text after the end of a span."""
-    return ((kinds == PositionKind.FORCED).cumsum(-1) > 0) & (kinds == PositionKind.TEXT)
+    return ((kinds == PositionKind.FORCED).cumsum(-1) > 0) & is_text(kinds)
 
 
 def with_truth_of(prompts: Sequence[EvalPrompt], sources: Sequence[int | None]) -> list[EvalPrompt]:

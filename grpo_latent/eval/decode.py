@@ -35,7 +35,7 @@ class Decoding:
         name: what differs from the plain greedy one, such as `exit=latent_end,steps=16`.
         num_sampled: trajectories a prompt; 0 for one greedy trajectory.
         temperature, top_k, top_p: of sampled ones.
-        latent: fields of `LatentConfig` that differ from the checkpoint's.
+        latent: settings of the mechanism that differ from the checkpoint's.
     """
 
     name: str
@@ -105,10 +105,10 @@ class Evaluator:
             ConfigError, CheckpointError: latent settings that this checkpoint cannot run.
         """
         if decoding.latent not in self._engines:
-            config = self.loaded.config.replace(**dict(decoding.latent))
+            mechanism = self.loaded.mechanism.replace(**dict(decoding.latent))
             model, eos_ids = self.loaded.model, self.loaded.eos_ids
             self._engines[decoding.latent] = HFRolloutEngine(
-                model, config, eos_ids, max_batch_rows=self.max_batch_rows, treatment=self.treatment
+                model, mechanism, eos_ids, max_batch_rows=self.max_batch_rows, treatment=self.treatment
             )
         return self._engines[decoding.latent]
 

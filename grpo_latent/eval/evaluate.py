@@ -112,7 +112,7 @@ class Evaluation:
     ):
         self.prompts, self.scorer, self.settings, self.progress = prompts, scorer, settings, progress
         self.evaluator = Evaluator(loaded, settings.max_new_tokens, settings.seed, max_batch_rows, settings.treatment)
-        self.config, self.journal = loaded.config, journal or Journal(None, {})
+        self.mechanism, self.journal = loaded.mechanism, journal or Journal(None, {})
         size = settings.prompts_per_batch
         self.batches = [slice(start, start + size) for start in range(0, len(prompts), size)]
         for decoding in settings.decodings:  # what cannot run fails before anything has
@@ -123,7 +123,7 @@ class Evaluation:
         started, settings = time.monotonic(), self.settings
         findings = Findings(self.prompts, settings.verdict)
         own, ideal = self._decode_all(findings)
-        inputs = AblationInputs(self.prompts, own, ideal, self.config, settings.seed, self._swapped())
+        inputs = AblationInputs(self.prompts, own, ideal, self.mechanism, settings.seed, self._swapped())
         changes = {name: make_changes(name, inputs) for name in settings.ablations}
         sources = donors([len(t.latents) for t in own], [p.cluster for p in self.prompts], settings.seed)
         parts: dict[str, list[Part]] = {name: [] for name in settings.ablations}
@@ -134,7 +134,7 @@ class Evaluation:
         for name in settings.ablations:
             findings.add_ablation(name, parts[name], [change is not None for change in changes[name]])
         if settings.leak_prompts:
-            adapter, visibility = self.evaluator.adapter, self.config.visibility
+            adapter, visibility = self.evaluator.adapter, self.mechanism.visibility
             findings.leak = leak(adapter, self.prompts, own, visibility, settings.leak_prompts)
         return build_report(findings) | {"seconds": time.monotonic() - started}
 
@@ -264,6 +264,6 @@ def fingerprint(loaded: LatentModel, prompts: PromptsDigest, settings: EvalSetti
     """What an evaluation's parts depend on, besides weights and reward: settings, latents, prompts."""
     return {
         "settings": json.loads(json.dumps(asdict(settings))) | {"treatment": repr(settings.treatment)},
-        "latent_config": asdict(loaded.config),
+        "latent_config": loaded.mechanism.to_dict(),
         "prompts": prompts.hexdigest(),
     }

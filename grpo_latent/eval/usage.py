@@ -93,7 +93,7 @@ class UsageProbe:
     ):
         self.prompts, self.scorer, self.settings, self.reference = prompts, scorer, settings, reference
         self.evaluator = Evaluator(loaded, max_new_tokens, max_batch_rows=max_batch_rows, treatment=treatment or Mask())
-        self.config = loaded.config
+        self.mechanism = loaded.mechanism
         size = settings.prompts_per_batch
         self.batches = [slice(start, start + size) for start in range(0, len(prompts), size)]
 
@@ -103,7 +103,7 @@ class UsageProbe:
         # several batches are encoded twice: only when all have been decoded can the first be ablated
         with self.evaluator.encoded_once(prompts) if len(self.batches) == 1 else nullcontext():
             own, ideal, metrics = self._own(prompts)
-            inputs = AblationInputs(prompts, own, ideal, self.config, swapped=self._swapped(prompts))
+            inputs = AblationInputs(prompts, own, ideal, self.mechanism, swapped=self._swapped(prompts))
             ablated = self._ablated(inputs)
         own_P = [outcome.correct for outcome in self.scorer(prompts, own)]
         metrics["own_accuracy"] = accuracy(own_P) or 0.0

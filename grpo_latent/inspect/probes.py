@@ -131,7 +131,7 @@ class Prober:
 
     def __init__(self, loaded: LatentModel, temperature: float = 1.0, treatment: Treatment | None = None):
         self.loaded, self.temperature, self.treatment = loaded, temperature, treatment
-        self.adapter = ModelAdapter(loaded.model, loaded.config.positions)
+        self.adapter = ModelAdapter(loaded.model, loaded.mechanism)
         embeddings = loaded.model.get_input_embeddings().weight.detach()
         self._directions_VH = normalize(embeddings.float(), dim=-1)
 
@@ -152,9 +152,9 @@ class Prober:
         if prompt.images is not None:
             visual_MH = self.adapter.encode_images(prompt.images).float()
             grids, roi = self._layout(prompt, row)
-        images, config = [prompt.images] * len(group), self.loaded.config
-        sequences = collate(trajectories, images, self.adapter, config.visibility, padding_side="both")
-        log_probs_BT, hidden_BTH = replay(self.adapter, sequences, self.temperature, config.start_is_action)
+        images, mechanism = [prompt.images] * len(group), self.loaded.mechanism
+        sequences = collate(trajectories, images, self.adapter, mechanism.visibility, padding_side="both")
+        log_probs_BT, hidden_BTH = replay(self.adapter, sequences, self.temperature, mechanism.start_is_action)
         expected_NH = self._expected_latents(sequences, hidden_BTH).float().cpu()
         counts = [len(t.latents) for t in trajectories]
         start = max(len(t.prompt_ids) for t in trajectories)

@@ -14,7 +14,7 @@ from grpo_latent.common.step_folders import read_tracker, step_folders
 from grpo_latent.errors import CheckpointError, DataError, GrpoLatentError
 from grpo_latent.eval.dumps import Dump, read_dump
 from grpo_latent.inspect.evaluation import ablation_rows
-from grpo_latent.latent.config import LATENT_CONFIG_FILE
+from grpo_latent.latent.mechanisms import LATENT_CONFIG_FILE
 
 CONFIG_FILE, METRICS_FILE, DUMP_FOLDER = "config.yaml", "metrics.jsonl", "rollouts"
 # in keys that may differ between runs of one family

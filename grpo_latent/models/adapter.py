@@ -11,30 +11,41 @@ from torch import Tensor, nn
 from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.backbones.registry import backbone_of
 from grpo_latent.errors import ConfigError, RolloutError
-from grpo_latent.latent.config import POSITIONS
+from grpo_latent.latent.mechanisms import HiddenSource, Mechanism
 from grpo_latent.models.positions import plain_positions, with_components
 from grpo_latent.trajectory import prompt_kinds
 
 
 class ModelAdapter:
-    """Positions, masks, hidden states and logits of one model.
+    """Positions, masks, hidden states, logits and latents of one model.
 
     Args:
-        positions: as `LatentConfig.positions`.
+        mechanism: what latents are for this model; None where none are made, and positions are the model's own.
 
     Raises:
         ConfigError: a family that no backbone serves, or a model that latents cannot enter (see `Backbone`).
     """
 
-    def __init__(self, model: nn.Module, positions: str = "text_style"):
-        if positions not in POSITIONS:
-            raise ConfigError("unknown value", where="positions", got=positions, expected=f"one of {POSITIONS}")
-        self.model, self.positions = model, positions
+    def __init__(self, model: nn.Module, mechanism: Mechanism | None = None):
+        self.model, self._mechanism = model, mechanism
+        self.positions = Mechanism.positions if mechanism is None else mechanism.positions
         self.backbone = backbone_of(model)
         self.base, self.decoder = self.backbone.base, self.backbone.decoder
         self.text_config = self.backbone.text_config
         self.has_vision, self.has_mrope = self.backbone.has_vision, self.backbone.has_mrope
         self.image_token_id, self.vision_ids = self.backbone.image_token_id, self.backbone.vision_ids
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """Raises `ConfigError` where the adapter was made without one: h itself would pass for a latent, unnoticed."""
+        if self._mechanism is None:
+            raise ConfigError(
+                "no mechanism says what a latent is",
+                where="ModelAdapter",
+                got=f"an adapter of {type(self.model).__name__} alone",
+                expected="ModelAdapter(model, mechanism)",
+            )
+        return self._mechanism
 
     @property
     def hidden_size(self) -> int:
@@ -141,6 +152,11 @@ class ModelAdapter:
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, 0]
+
+    def make(self, hidden_MH: Tensor) -> Tensor:
+        """The vectors that the mechanism records of hidden states, in their shape; leading dimensions may be any."""
+        source = HiddenSource(hidden_MH, lambda: self.logits(hidden_MH), self.embed)
+        return self.mechanism.make(self.model, source)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(token_ids)

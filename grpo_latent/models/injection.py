@@ -2,19 +2,23 @@
 
 Passing `inputs_embeds` would not do: verl's patched vision-language forward overwrites them, and Hugging Face's own
 forward then cannot tell image positions from text. The hook sees what the embedding module returns, padded or packed,
-and writes the recorded vectors over the latent positions; images are scattered in afterwards, elsewhere. Image embeddings
-that prompt slots have chosen stand among those images already: they enter behind that, in front of the decoder.
+and writes the recorded vectors over the latent positions, or what the mechanism composes of them and the token
+embeddings; images are scattered in afterwards, elsewhere. Image embeddings that prompt slots have chosen stand among
+those images already: they enter behind that, in front of the decoder.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from grpo_latent.backbones.registry import backbone_of
 from grpo_latent.errors import LatentMismatchError
+from grpo_latent.latent.mechanisms import Mechanism
 
 _ATTRIBUTE = "_grpo_latent_injector"
 
@@ -26,10 +30,15 @@ class LatentInjector:
         self._mask_BT: Tensor | None = None
         self._latents_NH: Tensor | None = None
         self._num_uses = 0
+        self._compose: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @classmethod
-    def install(cls, model: nn.Module) -> LatentInjector:
-        """The model's injector; installs the hook the first time, before any FSDP wrapping."""
+    def install(cls, model: nn.Module, mechanism: Mechanism | None = None) -> LatentInjector:
+        """The model's injector; installs the hook the first time, before any FSDP wrapping.
+
+        Args:
+            mechanism: asked for what is fed of what was recorded; None feeds the recorded vectors.
+        """
         embedding = model.get_input_embeddings()
         injector = getattr(embedding, _ATTRIBUTE, None)
         if injector is None:
@@ -37,6 +46,8 @@ class LatentInjector:
             embedding.register_forward_hook(injector._hook)
             # object.__setattr__: the injector is no module state and must not enter state_dict
             object.__setattr__(embedding, _ATTRIBUTE, injector)
+        if mechanism is not None:
+            injector._compose = partial(mechanism.compose, model) if mechanism.composes else None
         return injector
 
     @contextmanager
@@ -91,8 +102,11 @@ class LatentInjector:
                 expected=f"mask {tuple(output.shape[:-1])}, hidden size {output.shape[-1]}",
             )
         self._num_uses += 1
-        mask = self._mask_BT.to(output.device).unsqueeze(-1)
-        return output.masked_scatter(mask, self._latents_NH.to(output.device, output.dtype))
+        mask_BT = self._mask_BT.to(output.device)
+        fed_NH = self._latents_NH.to(output.device, output.dtype)
+        if self._compose is not None:
+            fed_NH = self._compose(output[mask_BT], fed_NH).to(output.dtype)
+        return output.masked_scatter(mask_BT.unsqueeze(-1), fed_NH)
 
 
 class SelectionInjector:

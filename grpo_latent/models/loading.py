@@ -1,12 +1,13 @@
 """Latent checkpoints on disk: a plain Hugging Face folder plus `latent_config.json`.
 
-`load_latent_model` reads ours and the official LVR layout (`lvr_*` fields in config.json) and never writes to the folder;
+`load_latent_model` reads ours and the official layouts that mechanisms know, and never writes to the folder;
 `save_latent_model` writes ours. A folder that disagrees with itself raises `CheckpointError`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,18 +20,11 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrain
 
 from grpo_latent.backbones.registry import read_backbone
 from grpo_latent.errors import CheckpointError, ConfigError, GrpoLatentError
-from grpo_latent.latent.config import LATENT_CONFIG_FILE, LatentConfig
-from grpo_latent.latent.mechanisms import ILVR_TOKENS, mechanism_config
-from grpo_latent.latent.mechanisms import TOKENS as MECHANISM_TOKENS
+from grpo_latent.latent.mechanisms import LATENT_CONFIG_FILE, LVR, MECHANISMS, Mechanism, load_mechanism
 from grpo_latent.latent.treatments import Treatment
 from grpo_latent.latent.treatments.protocol import PARAMETERS_ATTRIBUTE
-from grpo_latent.models.head import LATENT_PARAMETER_PREFIXES, attach_latent_modules
 from grpo_latent.models.tokens import add_latent_tokens
 from grpo_latent.models.treated import attach_treatment
-
-# fields of the official checkpoints' config.json (SYSTEMS: LVR, "Checkpoint")
-_OFFICIAL_IDS = {"lvr_start_id": "start", "lvr_id": "latent", "lvr_end_id": "end", "lvr_latent_end_id": "latent_end"}
-_OFFICIAL_HEADS = {"simple": "mlp", "glu": "glu"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,7 @@ class LatentModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     processor: ProcessorMixin | None
-    config: LatentConfig
+    mechanism: Mechanism
     eos_ids: tuple[int, ...]
 
 
@@ -57,7 +51,7 @@ def load_latent_model(
     """Model, tokenizer, processor and latent config of a checkpoint folder.
 
     Args:
-        overrides: fields of `LatentConfig` to replace, such as `{"visibility": "full", "steps": 4}`.
+        overrides: settings of the mechanism to replace, such as `{"visibility": "full", "steps": 4}`.
         plain: the folder is a Hugging Face model without latents: it gets LVR's tokens in memory, and may open no span.
         treatment: of latents in RL, for its parameters, and
         seed: which these start from if the folder has none.
@@ -71,18 +65,19 @@ def load_latent_model(
         raise CheckpointError("no such folder", where=str(folder), expected="a folder written by grpo_latent.sft")
     with reading("tokenizer", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = None
+    mechanism = None
     if not plain:
-        config = read_latent_config(folder, tokenizer)
-        check_tokens(config, tokenizer, where=str(folder))
-        config = config.replace(**(overrides or {}))
+        mechanism = read_mechanism(folder, tokenizer)
+        check_tokens(mechanism, tokenizer, where=str(folder))
+        mechanism = mechanism.replace(**(overrides or {}))
     elif overrides or (folder / LATENT_CONFIG_FILE).is_file():
         got = f"{LATENT_CONFIG_FILE} in {folder}" if not overrides else f"overrides {sorted(overrides)}"
         raise ConfigError("a plain model has no latents", where="model.plain", got=got, expected="neither")
     with reading("config.json", folder):
         hf_config, backbone = read_backbone(folder)
     auto_class = backbone.auto_class
-    with reading("weights", folder), _latent_parameters_expected(auto_class._model_mapping[type(hf_config)]):
+    model_class, expected = auto_class._model_mapping[type(hf_config)], LVR if mechanism is None else mechanism
+    with reading("weights", folder), _latent_parameters_expected(model_class, expected):
         model, info = auto_class.from_pretrained(
             folder,
             dtype=dtype,
@@ -98,21 +93,21 @@ def load_latent_model(
             got=found,
             expected=f"the weights of {type(model).__name__}",
         )
-    if config is None:
-        config = _without_spans(model, tokenizer)
-    attach_latent_modules(model, config)
-    load_latent_parameters(model, folder)
+    if mechanism is None:
+        mechanism = _without_spans(model, tokenizer)
+    mechanism.attach(model)
+    load_latent_parameters(model, mechanism, folder)
     if treatment is not None:
         attach_treatment(model, treatment, folder, seed)
     with reading("processor", folder):
         processor = AutoProcessor.from_pretrained(folder) if backbone.has_vision else None
     model = model.to(device).eval()
-    return LatentModel(model, tokenizer, processor, config, find_eos_ids(model, tokenizer))
+    return LatentModel(model, tokenizer, processor, mechanism, find_eos_ids(model, tokenizer))
 
 
-def _without_spans(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LatentConfig:
-    ids = add_latent_tokens(model, tokenizer, MECHANISM_TOKENS["lvr"])
-    return mechanism_config("lvr", ids, max_spans=0)
+def _without_spans(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Mechanism:
+    tokens = {role: token for role, token in LVR.published_tokens.items() if role != "latent_end"}
+    return LVR.from_tokens(add_latent_tokens(model, tokenizer, tokens.values()), max_spans=0)
 
 
 @contextmanager
@@ -133,12 +128,13 @@ def reading(part: str, folder: Path):
 
 
 @contextmanager
-def _latent_parameters_expected(model_class: type[PreTrainedModel]):
-    """Keeps transformers from reporting the head and end vector, which `load_latent_parameters` reads, and a treatment's
-    parameters, which only a run with that treatment needs, as unexpected."""
+def _latent_parameters_expected(model_class: type[PreTrainedModel], mechanism: Mechanism | type[Mechanism]):
+    """Keeps transformers from reporting the mechanism's parameters, which `load_latent_parameters` reads, and a treatment's,
+    which only a run with that treatment needs, as unexpected."""
     known = model_class._keys_to_ignore_on_load_unexpected
-    ours = (*LATENT_PARAMETER_PREFIXES, f"{PARAMETERS_ATTRIBUTE}.")
-    model_class._keys_to_ignore_on_load_unexpected = [*(known or []), *(f"^{prefix}" for prefix in ours)]
+    ours = (*mechanism.parameter_prefixes, f"{PARAMETERS_ATTRIBUTE}.")
+    own = [f"^{re.escape(prefix)}" for prefix in ours]
+    model_class._keys_to_ignore_on_load_unexpected = [*(known or []), *own]
     try:
         yield
     finally:
@@ -150,7 +146,7 @@ def save_latent_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     processor: ProcessorMixin | None,
-    config: LatentConfig,
+    mechanism: Mechanism,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
     """Writes a folder that `load_latent_model`, and any Hugging Face program, can read.
@@ -160,81 +156,30 @@ def save_latent_model(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    check_tokens(config, tokenizer, where=str(folder))
+    check_tokens(mechanism, tokenizer, where=str(folder))
     model.save_pretrained(folder, state_dict=state_dict)
     (processor or tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    config.save(folder)
+    mechanism.save(folder)
 
 
-def read_latent_config(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> LatentConfig:
-    """`latent_config.json`, or the same read out of the config.json of an official checkpoint: the `lvr_*` fields of LVR,
-    or `latent_size` of ILVR, whose tokens are found by their text."""
+def read_mechanism(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> Mechanism:
+    """The mechanism of `latent_config.json`, or of a published checkpoint whose layout a mechanism knows."""
     folder = Path(folder)
     config_path = folder / "config.json"
     if (folder / LATENT_CONFIG_FILE).is_file() or not config_path.is_file():
-        return LatentConfig.load(folder)
+        return load_mechanism(folder)
     fields = json.loads(config_path.read_text())
-    if "lvr_start_id" in fields:
-        return _official_lvr(fields, tokenizer, config_path)
-    if "latent_size" in fields:
-        return _official_ilvr(fields, tokenizer, config_path)
-    return LatentConfig.load(folder)  # raises: a plain model has no latents
+    for mechanism_class in MECHANISMS.values():
+        found = mechanism_class.official_layout(fields, tokenizer, where=str(config_path))
+        if found is not None:
+            return found
+    return load_mechanism(folder)  # raises: a plain model has no latents
 
 
-def _official_ilvr(fields: dict, tokenizer: PreTrainedTokenizerBase, config_path: Path) -> LatentConfig:
-    vocab = tokenizer.get_vocab()
-    missing = [token for token in ILVR_TOKENS if token not in vocab]
-    if missing:
-        raise CheckpointError(
-            "not an ILVR checkpoint",
-            where=str(config_path),
-            got=f"latent_size, and a tokenizer without {missing}",
-            expected="the tokenizer of the same checkpoint",
-        )
-    try:
-        return mechanism_config("ilvr", {token: vocab[token] for token in ILVR_TOKENS}, steps=fields["latent_size"])
-    except ConfigError as error:
-        where = f"{config_path}: latent_size"
-        raise CheckpointError(error.what, where=where, got=error.got, expected=error.expected) from error
-
-
-def _official_lvr(fields: dict, tokenizer: PreTrainedTokenizerBase, config_path: Path) -> LatentConfig:
-    missing = [name for name in ("lvr_id", "lvr_end_id") if not isinstance(fields.get(name), int)]
-    if missing:
-        raise CheckpointError(
-            "not an LVR checkpoint", where=str(config_path), got=f"no {missing}", expected="token ids"
-        )
-    ids = {role: fields[name] for name, role in _OFFICIAL_IDS.items() if isinstance(fields.get(name), int)}
-    tokens = {role: tokenizer.convert_ids_to_tokens(token_id) for role, token_id in ids.items()}
-    head = "none"
-    if fields.get("lvr_head"):
-        head_type = fields.get("lvr_head_type", "simple")
-        if head_type not in _OFFICIAL_HEADS:
-            raise CheckpointError(
-                "unknown head type", where=f"{config_path}: lvr_head_type", got=head_type, expected="simple or glu"
-            )
-        head = _OFFICIAL_HEADS[head_type]
-    has_end_vector = bool(fields.get("latent_end_token")) and "latent_end" in ids
-    return LatentConfig(
-        start_token=tokens["start"],
-        latent_token=tokens["latent"],
-        end_token=tokens["end"],
-        start_id=ids["start"],
-        latent_id=ids["latent"],
-        end_id=ids["end"],
-        latent_end_token=tokens["latent_end"] if has_end_vector else None,
-        latent_end_id=ids["latent_end"] if has_end_vector else None,
-        head=head,
-    )
-
-
-def check_tokens(config: LatentConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Raises `CheckpointError` unless the tokenizer maps each latent token to the id that `config` names."""
-    for role in ("start", "latent", "end", "latent_end"):
-        token, token_id = getattr(config, f"{role}_token"), getattr(config, f"{role}_id")
-        if token is None and token_id is None:
-            continue
+def check_tokens(mechanism: Mechanism, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Raises `CheckpointError` unless the tokenizer maps each latent token to the id that the mechanism names."""
+    for role, (token, token_id) in mechanism.roles.items():
         actual = None if token is None else tokenizer.get_vocab().get(token)
         if actual != token_id:
             raise CheckpointError(
@@ -246,14 +191,15 @@ def check_tokens(config: LatentConfig, tokenizer: PreTrainedTokenizerBase, where
             )
 
 
-def load_latent_parameters(model: nn.Module, folder: str | Path) -> None:
-    """Fills the modules of `attach_latent_modules` from the folder's safetensors.
+def load_latent_parameters(model: nn.Module, mechanism: Mechanism, folder: str | Path) -> None:
+    """Fills what `Mechanism.attach` made from the folder's safetensors.
 
     Raises:
         CheckpointError: a parameter of the head or end vector is not in the folder, or has another shape.
     """
-    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(LATENT_PARAMETER_PREFIXES)}
-    for name, tensor in read_tensors(folder, LATENT_PARAMETER_PREFIXES):
+    prefixes = mechanism.parameter_prefixes
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefixes)}
+    for name, tensor in read_tensors(folder, prefixes):
         if name in own:
             if own[name].shape != tensor.shape:
                 raise CheckpointError(

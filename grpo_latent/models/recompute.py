@@ -28,7 +28,6 @@ from transformers.cache_utils import DynamicCache
 from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.latent.treatments import GRADIENTS
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.head import feedback
 from grpo_latent.models.kv_cache import caching_layers
 from grpo_latent.models.replay import replay_hidden
 from grpo_latent.models.sequences import LatentSequences
@@ -46,7 +45,7 @@ def recompute_latents(adapter: ModelAdapter, sequences: LatentSequences, gradien
 
     def made_from(latents_NH: Tensor) -> Tensor:
         hidden_BTH = replay_hidden(adapter, sequences.with_latents(latents_NH))
-        return _with_made(sequences, latents_NH, feedback(adapter.model, hidden_BTH[sequences.sources]))
+        return _with_made(sequences, latents_NH, adapter.make(hidden_BTH[sequences.sources]))
 
     return _with_gradient(gradient, lambda: _chain_over_cache(adapter, sequences), made_from)
 
@@ -153,7 +152,7 @@ def _chain_over_cache(adapter: ModelAdapter, sequences: LatentSequences) -> Tens
         )[:, -1]
         for start, end in _decoding_pieces(is_made_BT[:, : last + 1].any(0).tolist(), first):
             piece = slice(start, end)
-            latents_BLH = feedback(adapter.model, source_BH)[:, None].expand(-1, end - start, -1)
+            latents_BLH = adapter.make(source_BH)[:, None].expand(-1, end - start, -1)
             embeds_BLH = torch.where(
                 recorded_BT[:, piece, None], recorded_BTH[:, piece], adapter.embed(input_ids_BT[:, piece])
             )

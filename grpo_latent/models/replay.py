@@ -30,7 +30,9 @@ def replay_hidden(adapter: ModelAdapter, sequences: LatentSequences, cache: Cach
     """
     latents_NH = sequences.latents_NH
     has_latents = latents_NH.shape[0] > 0
-    inject = LatentInjector.install(adapter.model).inject if has_latents else lambda *_: nullcontext()
+    inject = (
+        LatentInjector.install(adapter.model, adapter.mechanism).inject if has_latents else lambda *_: nullcontext()
+    )
     with inject(sequences.recorded_mask_BT, latents_NH):
         return adapter.forward_hidden(
             sequences.fed_ids_BT,

@@ -24,10 +24,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from grpo_latent.algo.selection import NOT_CHOSEN, sample_candidates, selection_log_probs, top_k_candidates
+from grpo_latent.common.row_tensors import RowTensors
 from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter
 from grpo_latent.models.choices import log_weights
-from grpo_latent.models.head import feedback
 from grpo_latent.models.kv_cache import caching_layers
 from grpo_latent.models.positions import count_on, next_positions, with_components
 from grpo_latent.models.selection import recording_last_row
@@ -155,22 +155,45 @@ def prefill_with_slots(
     return feeder.result()
 
 
+@dataclass
+class _SlotRows(RowTensors):
+    """What is known of each row; the last four are None where no image position is chosen.
+
+    Attributes:
+        hidden_BH: of its last position.
+        next_position_B: position id of its next one.
+        kinds_BS, valid_BS: of all columns so far.
+        attention_BP: the last position's, at the prompt's columns.
+        candidates_BP: image positions that may still be chosen.
+        own_idx_BP: which of its own image positions stands at a column.
+        embedding_idx_BP: which of all prompts' image embeddings does.
+    """
+
+    hidden_BH: Tensor
+    next_position_B: Tensor
+    kinds_BS: Tensor
+    valid_BS: Tensor
+    attention_BP: Tensor | None = None
+    candidates_BP: Tensor | None = None
+    own_idx_BP: Tensor | None = None
+    embedding_idx_BP: Tensor | None = None
+
+
 class _SlotFeeder:
-    """Feeds one slot after the other. `attention_BP` is the last position's, at the prompt's columns."""
+    """Feeds one slot after the other."""
 
     def __init__(
         self, adapter, cache, recorder, embeddings_MH, input_ids_BP, kinds_BP, valid_BP, hidden_BH, next_position_B
     ):
         self.adapter, self.cache, self.recorder, self.embeddings_MH = adapter, cache, recorder, embeddings_MH
-        self.hidden_BH, self.next_position_B = hidden_BH, next_position_B
-        self.kinds_BS, self.valid_BS = kinds_BP, valid_BP
+        self.rows = _SlotRows(hidden_BH, next_position_B, kinds_BP, valid_BP)
         self.prompt_length = input_ids_BP.shape[1]
         if recorder is not None:
             is_image_BP = (input_ids_BP == adapter.image_token_id) & valid_BP
-            self.candidates_BP = is_image_BP
-            self.own_idx_BP = is_image_BP.cumsum(-1) - 1
-            self.embedding_idx_BP = (is_image_BP.flatten().cumsum(0) - 1).view_as(is_image_BP)
-            self.attention_BP = self._take_attention()
+            self.rows.candidates_BP = is_image_BP
+            self.rows.own_idx_BP = is_image_BP.cumsum(-1) - 1
+            self.rows.embedding_idx_BP = (is_image_BP.flatten().cumsum(0) - 1).view_as(is_image_BP)
+            self.rows.attention_BP = self._take_attention()
         self.fed_BLH: list[Tensor] = []
         self.selected_BL: list[Tensor] = []
         self.log_probs_BL: list[Tensor] = []
@@ -182,16 +205,12 @@ class _SlotFeeder:
         """Goes on with the rows of `draws`, each of which draws its own image positions."""
         rows_N = draws.row_to_prompt_N
         self.cache.batch_select_indices(rows_N)
-        names = ("hidden_BH", "next_position_B", "kinds_BS", "valid_BS")
-        if self.recorder is not None:
-            names += ("attention_BP", "candidates_BP", "own_idx_BP", "embedding_idx_BP")
-        for name in names:
-            setattr(self, name, getattr(self, name)[rows_N])
+        self.rows = self.rows.keep(rows_N)
         self.draws, self.num_drawn_N = draws, torch.zeros_like(rows_N)
 
     def take_recorded(self, selected_idx: Sequence[Tensor | None], num_slots_B: Tensor, top_k: int) -> None:
         """Columns `recorded_BF` of the image positions that rows take in turn; rows that choose have -1."""
-        num_images_B = self.candidates_BP.sum(-1)
+        num_images_B = self.rows.candidates_BP.sum(-1)
         wanted = torch.minimum(num_slots_B * top_k, num_images_B).tolist()
         self.recorded_BF = torch.full((len(selected_idx), max(*wanted, 1)), NOT_CHOSEN, device=num_images_B.device)
         for row, idx in enumerate(selected_idx):
@@ -204,7 +223,7 @@ class _SlotFeeder:
                     got=idx.tolist(),
                     expected=f"{wanted[row]} different ones below {int(num_images_B[row])}",
                 )
-            columns = self.candidates_BP[row].nonzero()[:, 0]
+            columns = self.rows.candidates_BP[row].nonzero()[:, 0]
             self.recorded_BF[row, : len(idx)] = columns[idx.to(columns.device)]
         self.num_taken_B = torch.zeros_like(num_images_B)
 
@@ -213,8 +232,8 @@ class _SlotFeeder:
 
     def feed(self, active_B: Tensor, top_k: int, cut: bool) -> None:
         """One slot for the active rows: its image embeddings, then h."""
-        hidden_BH = self.hidden_BH.detach() if cut else self.hidden_BH
-        block_BLH = feedback(self.adapter.model, hidden_BH)[:, None]
+        hidden_BH = self.rows.hidden_BH.detach() if cut else self.rows.hidden_BH
+        block_BLH = self.adapter.make(hidden_BH)[:, None]
         selected_BL = torch.full_like(active_B, NOT_CHOSEN, dtype=torch.long)[:, None]
         log_probs_BL = torch.zeros(active_B.shape[0], 1, device=active_B.device)
         is_used_BL = active_B[:, None]
@@ -222,9 +241,9 @@ class _SlotFeeder:
             chosen_BK, log_probs_BK = self._choose(active_B, top_k)
             log_probs_BL = torch.cat([log_probs_BK, log_probs_BL], 1)
             place_BK, is_chosen_BK = chosen_BK.clamp(min=0), chosen_BK != NOT_CHOSEN
-            embeddings_BKH = self.embeddings_MH[self.embedding_idx_BP.gather(1, place_BK).clamp(min=0)]
+            embeddings_BKH = self.embeddings_MH[self.rows.embedding_idx_BP.gather(1, place_BK).clamp(min=0)]
             block_BLH = torch.cat([embeddings_BKH.to(block_BLH.dtype), block_BLH], 1)
-            selected_BL = torch.cat([self.own_idx_BP.gather(1, place_BK), selected_BL], 1)
+            selected_BL = torch.cat([self.rows.own_idx_BP.gather(1, place_BK), selected_BL], 1)
             is_used_BL = torch.cat([is_chosen_BK, is_used_BL], 1)
         self.log_probs_BL.append(log_probs_BL)
         self._forward(active_B, block_BLH, selected_BL, is_used_BL)
@@ -232,29 +251,29 @@ class _SlotFeeder:
     def _choose(self, active_B: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """Columns of the prompt [B, K], best or drawn first; `NOT_CHOSEN`, where a row has fewer left, in front. And the
         log-probs of draws [B, K]."""
-        candidates_BP = self.candidates_BP & active_B[:, None]
+        candidates_BP = self.rows.candidates_BP & active_B[:, None]
         chosen_BK = self._ranked(candidates_BP, active_B, top_k)
         is_missing_BK = chosen_BK == NOT_CHOSEN
         chosen_BK = chosen_BK.gather(1, is_missing_BK.long().sort(dim=-1, descending=True, stable=True).indices)
         if self.recorded_BF is not None:
             chosen_BK = self._recorded(chosen_BK)
-        taken_BP = torch.zeros_like(self.candidates_BP, dtype=torch.long)
+        taken_BP = torch.zeros_like(self.rows.candidates_BP, dtype=torch.long)
         taken_BP.scatter_add_(1, chosen_BK.clamp(min=0), (chosen_BK != NOT_CHOSEN).long())
-        self.candidates_BP = self.candidates_BP & (taken_BP == 0)
+        self.rows.candidates_BP = self.rows.candidates_BP & (taken_BP == 0)
         if self.draws is None:
             return chosen_BK, torch.zeros(chosen_BK.shape, device=chosen_BK.device)
-        weights_BP = log_weights(self.attention_BP, self.draws.temperature)
+        weights_BP = log_weights(self.rows.attention_BP, self.draws.temperature)
         return chosen_BK, selection_log_probs(weights_BP, candidates_BP, chosen_BK)
 
     def _ranked(self, candidates_BP: Tensor, active_B: Tensor, top_k: int) -> Tensor:
         if self.draws is None or self.draws.uniforms_NSM is None:
-            return top_k_candidates(self.attention_BP, candidates_BP, top_k)
+            return top_k_candidates(self.rows.attention_BP, candidates_BP, top_k)
         # a number a slot and image position: the same ones whatever the row is padded to
         slot_N = self.num_drawn_N.clamp(max=self.draws.uniforms_NSM.shape[1] - 1)
         uniforms_NM = self.draws.uniforms_NSM[torch.arange(len(slot_N), device=slot_N.device), slot_N]
-        uniforms_BP = uniforms_NM.gather(1, self.own_idx_BP.clamp(0, uniforms_NM.shape[1] - 1))
+        uniforms_BP = uniforms_NM.gather(1, self.rows.own_idx_BP.clamp(0, uniforms_NM.shape[1] - 1))
         self.num_drawn_N = self.num_drawn_N + active_B
-        weights_BP = log_weights(self.attention_BP, self.draws.temperature)
+        weights_BP = log_weights(self.rows.attention_BP, self.draws.temperature)
         return sample_candidates(weights_BP, candidates_BP, top_k, uniforms_BP)
 
     def _recorded(self, chosen_BK: Tensor) -> Tensor:
@@ -266,29 +285,31 @@ class _SlotFeeder:
         return torch.where(is_chosen_BK & (recorded_BK != NOT_CHOSEN), recorded_BK, chosen_BK)
 
     def _forward(self, active_B: Tensor, block_BLH: Tensor, selected_BL: Tensor, is_used_BL: Tensor) -> None:
-        num_before = self.kinds_BS.shape[1]
+        num_before = self.rows.kinds_BS.shape[1]
         kinds_BL = torch.full_like(selected_BL, int(PositionKind.SELECTED))
         kinds_BL[:, -1] = int(PositionKind.LATENT)
         if self.feed_hook is not None:
             block_BLH = self.feed_hook(block_BLH, kinds_BL, is_used_BL)
-        self.kinds_BS = torch.cat([self.kinds_BS, kinds_BL], 1)
-        self.valid_BS = torch.cat([self.valid_BS, is_used_BL], 1)
+        self.rows.kinds_BS = torch.cat([self.rows.kinds_BS, kinds_BL], 1)
+        self.rows.valid_BS = torch.cat([self.rows.valid_BS, is_used_BL], 1)
         hidden_BLH = self.adapter.decoder(
             inputs_embeds=block_BLH,
-            attention_mask=attention_bias(self.kinds_BS, self.valid_BS, "full", self.adapter.dtype, num_before),
-            position_ids=with_components(count_on(self.next_position_B, is_used_BL), self.adapter.has_mrope),
+            attention_mask=attention_bias(
+                self.rows.kinds_BS, self.rows.valid_BS, "full", self.adapter.dtype, num_before
+            ),
+            position_ids=with_components(count_on(self.rows.next_position_B, is_used_BL), self.adapter.has_mrope),
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
-        self.next_position_B = self.next_position_B + is_used_BL.sum(-1)
-        self.hidden_BH = torch.where(active_B[:, None], hidden_BLH[:, -1], self.hidden_BH)
+        self.rows.next_position_B = self.rows.next_position_B + is_used_BL.sum(-1)
+        self.rows.hidden_BH = torch.where(active_B[:, None], hidden_BLH[:, -1], self.rows.hidden_BH)
         if self.recorder is not None:
-            self.attention_BP = torch.where(active_B[:, None], self._take_attention(), self.attention_BP)
+            self.rows.attention_BP = torch.where(active_B[:, None], self._take_attention(), self.rows.attention_BP)
         self.fed_BLH.append(block_BLH)
         self.selected_BL.append(selected_BL)
 
     def result(self) -> SlotPrefill:
-        used_BL, kinds_BL = self.valid_BS[:, self.prompt_length :], self.kinds_BS[:, self.prompt_length :]
+        used_BL, kinds_BL = self.rows.valid_BS[:, self.prompt_length :], self.rows.kinds_BS[:, self.prompt_length :]
         counts = used_BL.sum(-1).tolist()
 
         def rows_of(parts: list[Tensor], nothing: Tensor) -> tuple[Tensor, ...]:
@@ -297,13 +318,15 @@ class _SlotFeeder:
             return values.split(counts)
 
         kinds = rows_of([kinds_BL], kinds_BL[:0, 0:0].flatten())
-        latents = rows_of(self.fed_BLH, self.hidden_BH[:0])
+        latents = rows_of(self.fed_BLH, self.rows.hidden_BH[:0])
         selected = rows_of(self.selected_BL, kinds_BL[:0, 0:0].flatten())
-        log_probs = rows_of(self.log_probs_BL, self.hidden_BH.new_zeros(0, dtype=torch.float32))
+        log_probs = rows_of(self.log_probs_BL, self.rows.hidden_BH.new_zeros(0, dtype=torch.float32))
         records = [
             SlotRecord(row_kinds, row_latents, row_selected[row_kinds == PositionKind.SELECTED], row_log_probs)
             for row_kinds, row_latents, row_selected, row_log_probs in zip(
                 kinds, latents, selected, log_probs, strict=True
             )
         ]
-        return SlotPrefill(self.hidden_BH, self.cache, self.kinds_BS, self.valid_BS, self.next_position_B, records)
+        return SlotPrefill(
+            self.rows.hidden_BH, self.cache, self.rows.kinds_BS, self.rows.valid_BS, self.rows.next_position_B, records
+        )

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from grpo_latent.errors import LatentMismatchError
+from grpo_latent.latent.mechanisms import HiddenSource, Mechanism
 from grpo_latent.latent.treatments import LatentSource, Treatment
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.head import feedback
 from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.trajectory import PositionKind
 
@@ -31,9 +31,7 @@ def source_of_latents(
     """What this model would make the recorded LATENT positions of; arguments as `latent_log_densities`."""
     hidden_MH = hidden_BTH[sequences.sources]
     features_MF = None if treatment is None else treatment.features(adapter.model, hidden_MH)
-    return LatentSource(
-        feedback(adapter.model, hidden_MH), lambda: adapter.logits(hidden_MH) / temperature, features_MF
-    )
+    return LatentSource(adapter.make(hidden_MH), lambda: adapter.logits(hidden_MH) / temperature, features_MF)
 
 
 def latent_log_densities(
@@ -76,8 +74,8 @@ class SourceTap:
 
     _ATTRIBUTE = "_grpo_latent_source_tap"
 
-    def __init__(self, model: nn.Module):
-        self._model = model
+    def __init__(self, model: nn.Module, mechanism: Mechanism):
+        self._model, self.mechanism = model, mechanism
         self._where: tuple[Tensor, Tensor] | None = None
         self._means_MH: Tensor | None = None
         self._logits_MV: Tensor | None = None
@@ -86,14 +84,15 @@ class SourceTap:
         self._wants_logits = self._is_sources_only = False
 
     @classmethod
-    def install(cls, model: nn.Module) -> SourceTap:
+    def install(cls, model: nn.Module, mechanism: Mechanism) -> SourceTap:
         """The model's tap; installs the hooks the first time, before any FSDP wrapping."""
         tap = getattr(model, cls._ATTRIBUTE, None)
         if tap is None:
-            tap = cls(model)
+            tap = cls(model, mechanism)
             model.get_output_embeddings().register_forward_pre_hook(tap._before_logits)
             model.register_forward_hook(tap._after_forward)
             object.__setattr__(model, cls._ATTRIBUTE, tap)
+        tap.mechanism = mechanism
         return tap
 
     def arm(
@@ -135,7 +134,9 @@ class SourceTap:
         hidden_BTH = args[0]
         rows_M, columns_M = self._where
         hidden_MH = hidden_BTH[rows_M, columns_M]
-        self._means_MH = feedback(self._model, hidden_MH)
+        # the module's own forward: a call would come back to this hook
+        source = HiddenSource(hidden_MH, lambda: module.forward(hidden_MH), self._model.get_input_embeddings())
+        self._means_MH = self.mechanism.make(self._model, source)
         if self._make_features is not None:
             self._features_MF = self._make_features(self._model, hidden_MH)
         return (hidden_BTH[:, -1:],) if self._is_sources_only else None

@@ -25,7 +25,7 @@ from grpo_latent.backbones.qwen2_5_vl import Qwen2_5_VLProcessor
 from grpo_latent.backbones.qwen2_vl import Qwen2VLProcessor
 from grpo_latent.backbones.qwen3_vl import Qwen3VLProcessor
 from grpo_latent.backbones.qwen_vl import QwenImagesOnly, build_qwen_processor
-from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS
+from grpo_latent.latent.mechanisms import LVR
 
 QWEN_TOKENS = (
     "<|endoftext|>",
@@ -37,6 +37,7 @@ QWEN_TOKENS = (
     "<|video_pad|>",
 )
 ANSWER_TOKENS = ("<answer>", "</answer>")
+LVR_TOKENS = tuple(LVR.published_tokens.values())
 UNKNOWN_TOKEN = "<unk>"
 NUMBERS = tuple(str(number) for number in range(19))
 
@@ -100,9 +101,7 @@ class TinyModel(NamedTuple):
     processor: ProcessorMixin | None
 
 
-def word_tokenizer(
-    words: Sequence[str] = (), latent_tokens: Sequence[str] = LVR_ADDED_TOKENS
-) -> PreTrainedTokenizerFast:
+def word_tokenizer(words: Sequence[str] = (), latent_tokens: Sequence[str] = LVR_TOKENS) -> PreTrainedTokenizerFast:
     """A tokenizer with one id a word: special tokens, `<answer>`, `</answer>`, 0..18, then `words`.
 
     Text splits at whitespace and at special and answer tokens; decoding joins with one space, so that
@@ -148,7 +147,7 @@ def tiny_qwen2_5_vl(
     words: Sequence[str] = (),
     sizes: TinySizes = UNIT_SIZES,
     seed: int = 0,
-    latent_tokens: Sequence[str] = LVR_ADDED_TOKENS,
+    latent_tokens: Sequence[str] = LVR_TOKENS,
 ) -> TinyModel:
     """Qwen2.5-VL with random weights; float32, on the CPU, in eval mode.
 
@@ -173,7 +172,7 @@ def tiny_qwen2_vl(
     words: Sequence[str] = (),
     sizes: TinySizes = UNIT_SIZES,
     seed: int = 0,
-    latent_tokens: Sequence[str] = LVR_ADDED_TOKENS,
+    latent_tokens: Sequence[str] = LVR_TOKENS,
 ) -> TinyModel:
     """Qwen2-VL; arguments as `tiny_qwen2_5_vl`."""
     vision = dict(
@@ -190,7 +189,7 @@ def tiny_qwen3_vl(
     words: Sequence[str] = (),
     sizes: TinySizes = UNIT_SIZES,
     seed: int = 0,
-    latent_tokens: Sequence[str] = LVR_ADDED_TOKENS,
+    latent_tokens: Sequence[str] = LVR_TOKENS,
 ) -> TinyModel:
     """Qwen3-VL, deepstack from its first vision block; arguments as `tiny_qwen2_5_vl`."""
     vision = dict(
@@ -209,7 +208,7 @@ def tiny_qwen2(
     words: Sequence[str] = (),
     sizes: TinySizes = UNIT_SIZES,
     seed: int = 0,
-    latent_tokens: Sequence[str] = LVR_ADDED_TOKENS,
+    latent_tokens: Sequence[str] = LVR_TOKENS,
 ) -> TinyModel:
     """Qwen2, text only; arguments as `tiny_qwen2_5_vl`.
 
@@ -223,7 +222,7 @@ def tiny_qwen3(
     words: Sequence[str] = (),
     sizes: TinySizes = UNIT_SIZES,
     seed: int = 0,
-    latent_tokens: Sequence[str] = LVR_ADDED_TOKENS,
+    latent_tokens: Sequence[str] = LVR_TOKENS,
 ) -> TinyModel:
     """Qwen3, text only; arguments as `tiny_qwen2_5_vl`."""
     return _tiny_text("Qwen3", words, sizes, seed, latent_tokens)
@@ -236,7 +235,7 @@ def tiny_chameleon(
     words: Sequence[str] = (),
     sizes: TinySizes = UNIT_SIZES,
     seed: int = 0,
-    latent_tokens: Sequence[str] = LVR_ADDED_TOKENS,
+    latent_tokens: Sequence[str] = LVR_TOKENS,
 ) -> TinyModel:
     """Chameleon, with a VQ model of random weights; arguments as `tiny_qwen2_5_vl`. An image is 16 discrete tokens."""
     codes = [f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(code))}Z" for code in range(CHAMELEON_CODES)]

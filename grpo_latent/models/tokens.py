@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from collections.abc import Iterable
 
-from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def add_latent_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...] = LVR_ADDED_TOKENS
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]
 ) -> dict[str, int]:
     """Ids of the latent tokens; those that are missing are added as special tokens, and the embeddings grow if needed.
 
+    Args:
+        tokens: in the order in which they are added, such as `LVR.published_tokens.values()`.
+
     The published code renames the input checkpoint's own tokenizer files; nothing on disk is touched here.
     """
+    tokens = list(tokens)
     missing = [token for token in tokens if token not in tokenizer.get_vocab()]
     if missing:
         tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)

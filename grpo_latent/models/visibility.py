@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from grpo_latent.errors import ConfigError
-from grpo_latent.latent.config import VISIBILITIES
+from grpo_latent.latent.mechanisms import VISIBILITIES
 from grpo_latent.trajectory import PositionKind
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from grpo_latent.trajectory import PositionKind, Trajectory
+from grpo_latent.trajectory import PositionKind, Trajectory, is_text
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ def reward_view(trajectory: Trajectory, decode: Callable[[Sequence[int]], str], 
         decode: ids to text *without* skipping special tokens: `<answer>` may be one.
         eos_ids: dropped where they end the completion.
     """
-    kinds, is_text = trajectory.kinds, trajectory.kinds == PositionKind.TEXT
+    kinds, is_text_T = trajectory.kinds, is_text(trajectory.kinds)
     text_ids = trajectory.text_ids
     if text_ids and text_ids[-1] in eos_ids:
         text_ids = text_ids[:-1]
     solution_str = decode(text_ids) if text_ids else ""
-    num_text_before = is_text.cumsum(0)
+    num_text_before = is_text_T.cumsum(0)
     offsets = []
     for span in trajectory.spans:
         prefix = text_ids[: int(num_text_before[span.start])]

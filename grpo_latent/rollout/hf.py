@@ -18,15 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from grpo_latent.errors import CheckpointError, ConfigError, RolloutError
-from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.latent.treatments import Mask, Treatment
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.attention import folded_attention
-from grpo_latent.models.head import END_VECTOR_ATTRIBUTE, HEAD_ATTRIBUTE
 from grpo_latent.models.packed_linears import packed_linears
 from grpo_latent.rollout.decoding import DecodingBatch, TokenRules
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
-from grpo_latent.rollout.slots import SlotDecodingBatch
+from grpo_latent.rollout.start import prompt_start, slot_start
 from grpo_latent.trajectory import Trajectory
 
 
@@ -35,7 +34,7 @@ class HFRolloutEngine:
 
     Args:
         model: a Hugging Face model that `ModelAdapter` accepts, attention `sdpa` or `eager`.
-        config: the checkpoint's latents.
+        mechanism: the checkpoint's.
         eos_ids: tokens that end a completion, outside latent spans.
         banned_ids: tokens never sampled, besides the latent tokens other than `start` and the image placeholders (a
             sampled image placeholder would break the count of image features in every later forward).
@@ -51,7 +50,7 @@ class HFRolloutEngine:
     def __init__(
         self,
         model: nn.Module,
-        config: LatentConfig,
+        mechanism: Mechanism,
         eos_ids: Iterable[int],
         banned_ids: Iterable[int] = (),
         max_batch_rows: int = 512,
@@ -59,11 +58,11 @@ class HFRolloutEngine:
         selection_temperature: float | None = None,
         pack_linears: bool = True,
     ):
-        self.adapter = ModelAdapter(model, config.positions)
-        self.model, self.config, self.max_batch_rows = model, config, max_batch_rows
+        self.adapter = ModelAdapter(model, mechanism)
+        self.model, self.mechanism, self.max_batch_rows = model, mechanism, max_batch_rows
         self.policy_version, self.treatment = 0, treatment or Mask()
         self.selection_temperature, self.pack_linears = selection_temperature, pack_linears
-        self.treatment.check(config)
+        self.treatment.check(mechanism)
         self.treatment.check_model(model)
         attention = self.adapter.text_config._attn_implementation
         if attention not in ("sdpa", "eager"):
@@ -74,23 +73,19 @@ class HFRolloutEngine:
                 expected="sdpa or eager",
                 fix="Load the rollout model with attn_implementation=sdpa.",
             )
-        if config.exit == "latent_end" and not hasattr(model, END_VECTOR_ATTRIBUTE):
-            raise CheckpointError("exit latent_end without an end vector", where="model", expected=END_VECTOR_ATTRIBUTE)
+        mechanism.check_model(model)
         eos_ids = sorted(set(eos_ids))
         if not eos_ids:
             raise ConfigError("no end-of-sequence token", where="eos_ids", expected="at least one id")
         if max_batch_rows < 1:
             raise ConfigError("not a batch size", where="max_batch_rows", got=max_batch_rows, expected=">= 1")
-        latent_ids = {config.latent_id, config.end_id, config.latent_end_id} - {None}
-        if config.trigger == "prompt_slots":
-            latent_ids.add(config.start_id)
-        banned = (set(banned_ids) | latent_ids | self.adapter.vision_ids) - set(eos_ids)
-        self._check_ids(config, eos_ids, banned)
+        banned = (set(banned_ids) | mechanism.banned_ids | self.adapter.vision_ids) - set(eos_ids)
+        self._check_ids(eos_ids, banned)
         vocab_size = model.get_output_embeddings().weight.shape[0]
-        self._rules = TokenRules.build(config, eos_ids, banned, vocab_size, self.adapter.device)
+        self._rules = TokenRules.build(mechanism, eos_ids, banned, vocab_size, self.adapter.device)
 
-    def _check_ids(self, config: LatentConfig, eos_ids: list[int], banned: set[int]) -> None:
-        special = {config.start_id, config.latent_id, config.end_id}
+    def _check_ids(self, eos_ids: list[int], banned: set[int]) -> None:
+        special = set(self.mechanism.token_ids.values())
         if special & set(eos_ids):
             expected = f"none of {sorted(special)}"
             raise ConfigError(
@@ -155,8 +150,8 @@ class HFRolloutEngine:
         """Whatever reads the prompt or decodes; an image tower has its own batch sizes, and often its own cache."""
         if not self.pack_linears:
             return nullcontext()
-        parts = (self.adapter.decoder, self.model.get_output_embeddings(), getattr(self.model, HEAD_ATTRIBUTE, None))
-        return packed_linears(part for part in parts if part is not None)
+        own = self.mechanism.own_modules(self.model)
+        return packed_linears([self.adapter.decoder, self.model.get_output_embeddings(), *own])
 
     def _chunks(self, requests: list[RolloutRequest]) -> Iterable[list[RolloutRequest]]:
         chunk, num_rows = [], 0
@@ -170,11 +165,11 @@ class HFRolloutEngine:
             yield chunk
 
     def _generate_chunk(self, requests: list[RolloutRequest], sampling: SamplingParams) -> list[list[Trajectory]]:
-        parts = (self.adapter, self.config, self._rules, requests, sampling, self.treatment)
-        if self.config.trigger == "prompt_slots":
-            batch = SlotDecodingBatch(*parts, selection_temperature=self.selection_temperature)
+        if self.mechanism.has_slots:
+            start = slot_start(self.adapter, requests, sampling, self.selection_temperature)
         else:
-            batch = DecodingBatch(*parts)
+            start = prompt_start(self.adapter, requests)
+        batch = DecodingBatch(self.adapter, self._rules, requests, sampling, self.treatment, start)
         # the prefill is over: transformers makes masks for implementations that it knows by name only, and encoded images
         # may outlive the rollout, which tensors of inference mode (5 % faster here) must not
         with folded_attention(self.adapter.text_config), torch.inference_mode():

@@ -31,7 +31,7 @@ class LatentLLM:
         folder: a latent checkpoint.
         engine: `hf` (the reference, any mechanism) or `vllm` (fast, for what `rollout.vllm` runs).
         device: of engine hf; engine vllm takes the device that vLLM was built for.
-        overrides: fields of `LatentConfig` to replace, such as `{"steps": 4}`.
+        overrides: settings of the mechanism to replace, such as `{"steps": 4}`.
         engine_options: further arguments of the engine's class.
     """
 
@@ -48,13 +48,13 @@ class LatentLLM:
             raise ConfigError("unknown value", where="engine", got=engine, expected=f"one of {ENGINES}")
         if engine == "hf":
             loaded = load_latent_model(folder, dtype, device, overrides=overrides)
-            self.tokenizer, self.processor, self.config = loaded.tokenizer, loaded.processor, loaded.config
-            self.engine = HFRolloutEngine(loaded.model, loaded.config, loaded.eos_ids, **engine_options)
+            self.tokenizer, self.processor, self.mechanism = loaded.tokenizer, loaded.processor, loaded.mechanism
+            self.engine = HFRolloutEngine(loaded.model, loaded.mechanism, loaded.eos_ids, **engine_options)
             return
         from grpo_latent.rollout.vllm.engine import VllmRolloutEngine
 
         self.engine = VllmRolloutEngine(folder, overrides, dtype=dtype, **engine_options)
-        self.tokenizer, self.config = self.engine.skeleton.tokenizer, self.engine.config
+        self.tokenizer, self.mechanism = self.engine.skeleton.tokenizer, self.engine.mechanism
         self.processor = None
         if self.engine.adapter.has_vision:
             with reading("processor", Path(folder)):

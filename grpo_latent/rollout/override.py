@@ -5,11 +5,23 @@ Legend: B prompts, N rows, M some of them, L positions fed at once, K vectors of
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from grpo_latent.common.row_tensors import RowTensors
 from grpo_latent.rollout.protocol import RolloutRequest, part_kinds, part_number
-from grpo_latent.trajectory import PositionKind
+from grpo_latent.trajectory import PositionKind, made_mask
+
+
+@dataclass
+class FedRows(RowTensors):
+    """The request of each row, and how many positions of its part, and of latents, it has been fed; int64 [N]."""
+
+    prompt_N: Tensor
+    num_fed_N: Tensor
+    num_latents_N: Tensor
 
 
 class OverrideTable:
@@ -37,8 +49,7 @@ class OverrideTable:
                 number = part_number(override.part, unit)
                 number_B[prompt_idx] = -1 if number is None else number
         self.is_empty = longest == 0
-        self.row_to_prompt_N = row_to_prompt_N
-        self.num_fed_N, self.num_latents_N = torch.zeros_like(row_to_prompt_N), torch.zeros_like(row_to_prompt_N)
+        self.rows = FedRows(row_to_prompt_N, torch.zeros_like(row_to_prompt_N), torch.zeros_like(row_to_prompt_N))
 
     def feed(self, rows_M: Tensor, own_MLH: Tensor, kinds_ML: Tensor, used_ML: Tensor, span_M: Tensor) -> Tensor:
         """[M, L, H]: the vectors of the overrides at the positions of their parts, `own_MLH` elsewhere.
@@ -50,19 +61,18 @@ class OverrideTable:
         """
         if self.is_empty:
             return own_MLH
-        prompt_M = self.row_to_prompt_N[rows_M]
+        prompt_M = self.rows.prompt_N[rows_M]
         is_part_ML = used_ML & self.has_kind_BK[prompt_M].gather(1, kinds_ML)
         is_part_ML &= ((self.span_B[prompt_M] < 0) | (self.span_B[prompt_M] == span_M))[:, None]
-        is_latent_ML = used_ML & (kinds_ML == PositionKind.LATENT)
-        latent_ML = self.num_latents_N[rows_M][:, None] + is_latent_ML.long().cumsum(-1) - is_latent_ML.long()
-        self.num_latents_N[rows_M] += is_latent_ML.sum(-1)
+        is_latent_ML = used_ML & made_mask(kinds_ML)
+        latent_ML = self.rows.num_latents_N[rows_M][:, None] + is_latent_ML.long().cumsum(-1) - is_latent_ML.long()
+        self.rows.num_latents_N[rows_M] += is_latent_ML.sum(-1)
         is_part_ML &= (self.latent_B[prompt_M][:, None] < 0) | (self.latent_B[prompt_M][:, None] == latent_ML)
-        rank_ML = self.num_fed_N[rows_M][:, None] + is_part_ML.long().cumsum(-1) - 1
-        self.num_fed_N[rows_M] += is_part_ML.sum(-1)
+        rank_ML = self.rows.num_fed_N[rows_M][:, None] + is_part_ML.long().cumsum(-1) - 1
+        self.rows.num_fed_N[rows_M] += is_part_ML.sum(-1)
         vector_idx_ML = rank_ML.clamp(min=0) % self.sizes_B[prompt_M].clamp(min=1)[:, None]
         given_MLH = self.vectors_BKH[prompt_M[:, None], vector_idx_ML]
         return torch.where(is_part_ML[..., None], given_MLH.to(own_MLH.dtype), own_MLH)
 
     def keep_rows(self, rows_M: Tensor) -> None:
-        for name in ("row_to_prompt_N", "num_fed_N", "num_latents_N"):
-            setattr(self, name, getattr(self, name)[rows_M])
+        self.rows = self.rows.keep(rows_M)

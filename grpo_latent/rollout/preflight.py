@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from grpo_latent.errors import CheckpointError, ConfigError, PreflightError
-from grpo_latent.latent.config import LATENT_CONFIG_FILE
+from grpo_latent.latent.mechanisms import LATENT_CONFIG_FILE
 from grpo_latent.latent.treatments import Treatment
 from grpo_latent.models.loading import LatentModel, load_latent_model
 from grpo_latent.models.prompts import encode_prompt
@@ -86,7 +86,7 @@ def preflight(
         prompts: rows of the RL data, a few; none leaves the rollout out.
         min_emission_rate: least share of trajectories that must open a span.
         sampling: as RL will sample; by default temperature 1, 64 tokens.
-        overrides: fields of `LatentConfig` that RL will replace.
+        overrides: settings of the mechanism that RL will replace.
         treatment: of latents in RL; None is `mask`.
         seed: of its parameters, where the checkpoint has none.
 
@@ -118,7 +118,7 @@ def check_tokenizer(loaded: LatentModel, where: str) -> None:
     """Raises `CheckpointError` unless prompts can be made and each latent token is one token with an embedding."""
     tokenizer = loaded.tokenizer
     num_rows = loaded.model.get_input_embeddings().weight.shape[0]
-    for token, token_id in latent_tokens(loaded).items():
+    for token, token_id in loaded.mechanism.token_ids.items():
         encoded = tokenizer(token, add_special_tokens=False).input_ids
         if encoded != [token_id]:
             raise CheckpointError(
@@ -136,7 +136,7 @@ def check_tokenizer(loaded: LatentModel, where: str) -> None:
                 expected="an id below the number of embeddings",
                 fix="Resize the model's embeddings and train SFT again.",
             )
-    both = sorted(set(latent_tokens(loaded).values()) & set(loaded.eos_ids))
+    both = sorted(set(loaded.mechanism.token_ids.values()) & set(loaded.eos_ids))
     if both:
         raise CheckpointError(
             "a latent token ends the sequence",
@@ -152,14 +152,6 @@ def check_tokenizer(loaded: LatentModel, where: str) -> None:
             expected="chat_template.jinja, or chat_template in tokenizer_config.json",
             fix="Copy it from the model that this one comes from.",
         )
-
-
-def latent_tokens(loaded: LatentModel) -> dict[str, int]:
-    config = loaded.config
-    tokens = {getattr(config, f"{role}_token"): getattr(config, f"{role}_id") for role in ("start", "latent", "end")}
-    if config.latent_end_token is not None:
-        tokens[config.latent_end_token] = config.latent_end_id
-    return tokens
 
 
 def roll_out(
@@ -180,7 +172,7 @@ def roll_out(
         prompt = encode_prompt(loaded.tokenizer, loaded.processor, item.messages, item.images, item.where)
         seeds = [trajectory_seed(0, 0, prompt_idx, idx) for idx in range(trajectories_per_prompt)]
         requests.append(RolloutRequest(prompt.ids, seeds, prompt.images, group_id=item.where))
-    engine = HFRolloutEngine(loaded.model, loaded.config, loaded.eos_ids, treatment=treatment)
+    engine = HFRolloutEngine(loaded.model, loaded.mechanism, loaded.eos_ids, treatment=treatment)
     trajectories = [item for group in engine.generate(requests, sampling) for item in group]
     broken = [item.group_id for item in trajectories if not bool(torch.isfinite(item.rollout_log_probs).all())]
     if broken:
@@ -198,15 +190,13 @@ def make_report(folder: str | Path, loaded: LatentModel, trajectories: Sequence[
     num = len(trajectories)
     return PreflightReport(
         folder=str(folder),
-        layout="grpo_latent"
-        if (Path(folder) / LATENT_CONFIG_FILE).is_file()
-        else f"official_{loaded.config.mechanism}",
+        layout="grpo_latent" if (Path(folder) / LATENT_CONFIG_FILE).is_file() else f"official_{loaded.mechanism.key()}",
         model_type=loaded.model.config.model_type,
-        head=loaded.config.head,
-        tokens=latent_tokens(loaded),
+        head=getattr(loaded.mechanism, "head", "none"),
+        tokens=loaded.mechanism.token_ids,
         eos_ids=loaded.eos_ids,
         num_trajectories=num,
-        emission_rate=sum(bool(item.spans) for item in trajectories) / num if num else None,
+        emission_rate=sum(bool(item.recorded_mask.any()) for item in trajectories) / num if num else None,
         num_latent_steps=sum(item.latents.shape[0] for item in trajectories) / num if num else None,
         eos_rate=sum(item.stop_reason == "eos" for item in trajectories) / num if num else None,
     )

@@ -18,8 +18,8 @@ from grpo_latent.trajectory import PositionKind, Trajectory
 ALL, TEXT, VISION = "all", "text", "vision"
 _NUMBERED = re.compile(r"(span|latent)(\d+)")
 _PART_KINDS = {
-    ALL: (PositionKind.LATENT, PositionKind.SELECTED),
-    TEXT: (PositionKind.LATENT,),
+    ALL: (PositionKind.LATENT, PositionKind.SELECTED, PositionKind.MIXED),
+    TEXT: (PositionKind.LATENT, PositionKind.MIXED),
     VISION: (PositionKind.SELECTED,),
 }
 
@@ -54,8 +54,9 @@ class LatentOverride:
 
     Attributes:
         vectors: float [K, H], K >= 1.
-        part: `all`; `text`, the fed hidden states (LATENT); `vision`, the chosen image embeddings (SELECTED); `span<k>`,
-            the latents of the k-th span from 0; `latent<k>`, the k-th latent and the image embeddings chosen for it.
+        part: `all`; `text`, what hidden states made (LATENT, MIXED); `vision`, the chosen image embeddings (SELECTED);
+            `span<k>`, the latents of the k-th span from 0; `latent<k>`, the k-th latent and the image embeddings chosen
+            for it.
         selected_idx: for prompt slots: the image positions taken by the SELECTED positions, where attention shall not choose
             anew (an own trajectory's, so that other vectors at some positions change nothing at the others).
     """

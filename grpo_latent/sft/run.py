@@ -141,9 +141,8 @@ def choose_parameters(latent: LatentModel, settings: SFTSettings) -> None:
     """Freezes and adapts parameters, and installs the latent hook before anything wraps the model."""
     model = latent.model
     if settings.model.lora.enabled:
-        config = latent.config
-        new_ids = [config.start_id, config.latent_id, config.end_id, config.latent_end_id]
-        add_lora(model, settings.model.lora, [token_id for token_id in new_ids if token_id is not None])
+        new_ids = list(latent.mechanism.token_ids.values())
+        add_lora(model, settings.model.lora, new_ids, latent.mechanism.parameter_prefixes)
     freeze_vision(model, settings.model.freeze_vision, settings.model.freeze_merger)
     LatentInjector.install(model)
 

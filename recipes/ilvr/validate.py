@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # recipes are scripts, not a pa
 import paper_scale  # noqa: E402
 
 from grpo_latent.errors import ConfigError  # noqa: E402
-from grpo_latent.latent.mechanisms import ILVR_TOKENS  # noqa: E402
+from grpo_latent.latent.mechanisms import ILVR  # noqa: E402
 
 HERE = Path(__file__).parent
 MODEL_JSON = HERE.parent / "lvr" / "models" / "qwen2_5_vl_7b.json"
@@ -31,7 +31,9 @@ def main(overrides: list[str]) -> None:
         paper_scale.show_memory(f"{stage.method} of {MODEL_JSON.stem}", paper_scale.check_memory(MODEL_JSON, stage))
     length = grpo.data.max_response_length
     latents = stages[0].latent
-    shapes = paper_scale.check_shapes(MODEL_JSON, FIRST_FREE_ID, ILVR_TOKENS, latents.make_config, length)
+    shapes = paper_scale.check_shapes(
+        MODEL_JSON, FIRST_FREE_ID, tuple(ILVR.published_tokens.values()), latents.make, length
+    )
     paper_scale.show_shapes(MODEL_JSON.stem, shapes)
 
 

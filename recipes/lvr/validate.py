@@ -11,8 +11,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))  # recipes are scripts, not a package
 import paper_scale  # noqa: E402
 
-from grpo_latent.latent.config import LatentConfig  # noqa: E402
-from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS  # noqa: E402
+from grpo_latent.latent.mechanisms import LVR, Mechanism  # noqa: E402
 from grpo_latent.sft.common.latents import LVRLatents  # noqa: E402
 from grpo_latent.verl_plugin.trainer.config_check import check_latents  # noqa: E402
 
@@ -20,10 +19,12 @@ HERE = Path(__file__).parent
 FIRST_FREE_ID = 151665  # after the tokens of Qwen2.5-VL's tokenizer
 
 
-def make_config(ids: dict[str, int]) -> LatentConfig:
+LVR_TOKENS = tuple(LVR.published_tokens.values())
+
+
+def make_mechanism(ids: dict[str, int]) -> Mechanism:
     latents = LVRLatents(head="glu")
-    end_token = latents.latent_end_token
-    return latents.make_config(ids, latent_end_token=end_token, latent_end_id=ids[end_token])
+    return latents.make(ids, latent_end_token=latents.latent_end_token)
 
 
 def model_json(model_name: str) -> Path:
@@ -31,14 +32,12 @@ def model_json(model_name: str) -> Path:
 
 
 def check_shapes(model_name: str, response_length: int) -> dict[str, tuple[int, ...]]:
-    return paper_scale.check_shapes(
-        model_json(model_name), FIRST_FREE_ID, LVR_ADDED_TOKENS, make_config, response_length
-    )
+    return paper_scale.check_shapes(model_json(model_name), FIRST_FREE_ID, LVR_TOKENS, make_mechanism, response_length)
 
 
 def main(overrides: list[str]) -> None:
     grpo = paper_scale.check_grpo(HERE, "lvr_grpo", overrides)
-    check_latents(grpo, make_config({token: idx for idx, token in enumerate(LVR_ADDED_TOKENS)}))
+    check_latents(grpo, make_mechanism({token: idx for idx, token in enumerate(LVR_TOKENS)}))
     sft = paper_scale.check_sft(HERE, "lvr_sft")
     engine = grpo.actor_rollout_ref.rollout.name
     print(f"lvr_grpo and lvr_sft: valid ({grpo.trainer.n_gpus_per_node} GPUs a node, rollouts by {engine})")

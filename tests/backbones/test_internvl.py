@@ -95,7 +95,7 @@ def test_boxes_lie_in_the_view_of_the_whole_image():
     encode = LVREncoder(
         tokenizer=c.tokenizer,
         processor=c.processor,
-        config=c.config(),
+        mechanism=c.mechanism(),
         eos_id=c.eos_id,
         vision_ids=c.adapter.vision_ids,
         backbone=c.adapter.backbone,
@@ -113,7 +113,7 @@ def test_rollout_equals_replay_and_recompute(visibility):
     c = internvl()
     prompts = [prompt(c, "read ?", (WIDE,), 1), prompt(c, "read red ?", (SMALL, SMALL), 2), prompt(c, "blue", (), 3)]
     requests = [RolloutRequest(p.ids, list(range(4 * i, 4 * i + 4)), p.images) for i, p in enumerate(prompts)]
-    engine = c.engine(c.config(visibility=visibility, max_spans=2))
+    engine = c.engine(c.mechanism(visibility=visibility, max_spans=2))
     groups = engine.generate(requests, sampling(16, temperature=1.5))
     trajectories = [t for group in groups for t in group]
     assert sum(len(t.latents) for t in trajectories) > 20 and len({len(t.token_ids) for t in trajectories}) > 1
@@ -162,14 +162,14 @@ def test_sft_on_boxes_learns_and_its_folder_rolls_out(tmp_path):
     assert entropies[-1] < 0.6 * entropies[0]
     learned = Case("", loaded.model, loaded.tokenizer, loaded.processor, None)
     p = prompt(learned, "read ?")
-    (group,) = learned.engine(loaded.config).generate([RolloutRequest(p.ids, [1, 2, 3, 4], p.images)], sampling(12))
+    (group,) = learned.engine(loaded.mechanism).generate([RolloutRequest(p.ids, [1, 2, 3, 4], p.images)], sampling(12))
     assert any(len(t.latents) >= 2 for t in group), "it opens spans"
 
 
 def test_a_folder_loads_with_its_processor(tmp_path):
     model, tokenizer, processor = tiny_internvl(WORDS)
     c = Case("", model, tokenizer, processor, internvl().adapter)
-    save_latent_model(tmp_path, model, tokenizer, processor, c.config())
+    save_latent_model(tmp_path, model, tokenizer, processor, c.mechanism())
     loaded = load_latent_model(tmp_path)
     again = prompt(Case("", loaded.model, loaded.tokenizer, loaded.processor, None), sizes=(SMALL, WIDE))
     own = prompt(c, sizes=(SMALL, WIDE))

@@ -22,7 +22,7 @@ from grpo_latent.backbones import chameleon, qwen2_5_vl, qwen2_vl, qwen3_vl, reg
 from grpo_latent.backbones.protocol import Backbone
 from grpo_latent.backbones.text import TextBackbone
 from grpo_latent.errors import ConfigError
-from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS, mechanism_config
+from grpo_latent.latent.mechanisms import LVR
 from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model
@@ -64,8 +64,7 @@ def llava(tmp_path_factory):
     vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=14)
     LlavaConfig(text_config=text, vision_config=vision).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    ids = dict(zip(LVR_ADDED_TOKENS, tokenizer.convert_tokens_to_ids(list(LVR_ADDED_TOKENS)), strict=True))
-    mechanism_config("lvr", ids).save(folder)
+    LVR.from_tokens(tokenizer.get_vocab()).save(folder)
     return folder
 
 

@@ -35,7 +35,7 @@ TEXTS = ("read red ?", "read blue ?", "? green", "read ? ?", "red", "blue ? read
 def evaluator(visibility="full", steps=2):
     """A random model; `max_new_tokens` 10, so that trajectories hold one span or two, or none."""
     c = build_case("qwen2_5_vl")
-    config = c.config(visibility=visibility, steps=steps)
+    config = c.mechanism(visibility=visibility, steps=steps)
     loaded = LatentModel(c.model, c.tokenizer, c.processor, config, (c.eos_id,))
     return Evaluator(loaded, max_new_tokens=10)
 
@@ -69,7 +69,7 @@ VISUAL = [torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]), torch.ones(3, 2), 
 def inputs(rois=((2, 0), (1,), (0,)), seed=0, own=OWN, swapped=(None, None, None), **config):
     rows = [EvalPrompt(torch.ones(2), None, "test", str(i), f"row {i}", str(i), roi) for i, roi in enumerate(rois)]
     ideal = [None if v is None or not r else v[list(r)] for v, r in zip(VISUAL[: len(own)], rois, strict=True)]
-    return AblationInputs(rows, own, ideal, case("qwen2").config(**config), seed, swapped)
+    return AblationInputs(rows, own, ideal, case("qwen2").mechanism(**config), seed, swapped)
 
 
 def make_vectors(name, given):
@@ -215,16 +215,16 @@ def test_ablations_of_the_request():
     assert make_changes("markers_only", inputs()) == [{"steps": 0}, None, {"steps": 0}]
     assert make_changes("no_span", inputs()) == [{"max_spans": 0}, None, {"max_spans": 0}]
     assert make_changes("image_blind_after_span", inputs()) == [None] * 3
-    config = dict(trigger="prompt_slots")
+    config = dict(mechanism="coconut")
     assert make_changes("no_span", inputs(**config))[0] == {"steps": 0}
     assert make_changes("markers_only", inputs(**config)) == [None] * 3
-    seeing = AblationInputs(prompts()[:3], OWN, [None] * 3, case("qwen2").config())
+    seeing = AblationInputs(prompts()[:3], OWN, [None] * 3, case("qwen2").mechanism())
     assert make_changes("image_blind_after_span", seeing) == [
         {"blind_after_span": True},
         None,
         {"blind_after_span": True},
     ]
-    bottleneck = dataclasses.replace(seeing, config=case("qwen2").config(visibility="latents_only"))
+    bottleneck = dataclasses.replace(seeing, mechanism=case("qwen2").mechanism(visibility="latents_only"))
     assert make_changes("image_blind_after_span", bottleneck) == [None] * 3, "it is blind anyway"
 
 
@@ -276,7 +276,7 @@ def test_ablated_decoding_differs_in_what_the_ablation_says_only(name):
     with e.encoded_once(rows) as visual:
         ideal = [visual_MH[list(prompt.roi)] for prompt, visual_MH in zip(rows, visual, strict=True)]
         swapped = e.greedy(with_partners_images(rows))
-    changes = make_changes(name, AblationInputs(rows, own, ideal, e.loaded.config, 0, swapped))
+    changes = make_changes(name, AblationInputs(rows, own, ideal, e.loaded.mechanism, 0, swapped))
     ablated = e.greedy(rows, changes)
     assert sum(change is not None for change in changes) >= (1 if name == "noise@span1" else 4)
     moved = 0

@@ -17,9 +17,9 @@ from grpo_latent.eval.evaluate import EvalSettings, Evaluation
 from grpo_latent.eval.journal import Journal, Part
 from grpo_latent.eval.prompts import EvalPrompt, encode_row
 from grpo_latent.eval.scoring import Outcome, RewardScorer
-from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS
 from grpo_latent.models import tiny
 from grpo_latent.models.loading import LatentModel, load_latent_model
+from grpo_latent.models.tiny import LVR_TOKENS
 from grpo_latent.rewards.functions import FunctionSpec
 from grpo_latent.rewards.runner import RewardRunner
 from grpo_latent.rollout.protocol import LatentOverride
@@ -43,7 +43,7 @@ def reward_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded():
     c = build_case("qwen2_5_vl")
-    return LatentModel(c.model, c.tokenizer, c.processor, c.config(steps=1), (c.eos_id,))
+    return LatentModel(c.model, c.tokenizer, c.processor, c.mechanism(steps=1), (c.eos_id,))
 
 
 def override(vectors):
@@ -142,7 +142,7 @@ def test_same_seed_same_report_and_batches_do_not_matter(loaded, reward_file):
 def test_without_latents_nothing_can_be_ablated(loaded, reward_file):
     """A model that never opens a span: accuracies of ablations are null, not copies of `own`."""
     settings = EvalSettings(max_new_tokens=6)
-    silent = dataclasses.replace(loaded, config=loaded.config.replace(max_spans=0))
+    silent = dataclasses.replace(loaded, mechanism=loaded.mechanism.replace(max_spans=0))
     prompts, _ = make_prompts(silent, settings)
     report = evaluate(silent, prompts, reward_file, settings)
     assert report["verdict"]["sentence"] == "not used: no trajectory has latents"
@@ -239,7 +239,7 @@ def test_a_plain_model_is_evaluated_without_latents(tmp_path, reward_file):
     report = evaluate(plain, prompts, reward_file, EvalSettings(6))
     assert report["latents"]["frac_rollouts"] == 0 and report["verdict"]["verdict"] == "not used"
     e = Evaluator(plain, 6)
-    never = sorted(e.adapter.vision_ids | set(plain.tokenizer.convert_tokens_to_ids(list(LVR_ADDED_TOKENS))))
+    never = sorted(e.adapter.vision_ids | set(plain.tokenizer.convert_tokens_to_ids(list(LVR_TOKENS))))
     for prompt, mine in zip(prompts, e.greedy(prompts), strict=True):
         pixels = dict(pixel_values=prompt.images.pixel_values, image_grid_thw=prompt.images.image_grid_thw)
         ids = model.eval().generate(

@@ -14,7 +14,7 @@ from grpo_latent.eval.decode import Evaluator
 from grpo_latent.eval.evaluate import Evaluation
 from grpo_latent.eval.prompts import benchmark_prompts, encode_row, read_prompts
 from grpo_latent.evaluate import main, run
-from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import LVR
 from grpo_latent.models import tiny
 from grpo_latent.models.loading import LatentModel, save_latent_model
 
@@ -32,10 +32,9 @@ def files(tmp_path_factory):
         probe = processor(text=["<|im_start|> read <|im_end|>"], return_tensors="pt").input_ids
         hidden = model.model(input_ids=probe).last_hidden_state[0, -1]
         model.lm_head.weight[ids["<|lvr_start|>"]] = hidden
-    names = dict(start_token="<|lvr_start|>", latent_token="<|lvr|>", end_token="<|lvr_end|>")
-    config = LatentConfig(**names, **{k.replace("token", "id"): ids[v] for k, v in names.items()}, steps=1, max_spans=1)
-    save_latent_model(folder / "model", model, tokenizer, processor, config)
-    return folder, rows, LatentModel(model, tokenizer, processor, config, (tokenizer.eos_token_id,))
+    mechanism = LVR.from_tokens(ids, steps=1, max_spans=1)
+    save_latent_model(folder / "model", model, tokenizer, processor, mechanism)
+    return folder, rows, LatentModel(model, tokenizer, processor, mechanism, (tokenizer.eos_token_id,))
 
 
 def test_prompts_of_the_embedded_task(files):
@@ -150,7 +149,7 @@ def test_a_benchmark_is_graded_strictly_and_needs_no_reward(files, monkeypatch, 
     )
     items = load_benchmark("digits", folder / "read.parquet")
     prompts = benchmark_prompts(items, loaded)
-    e = Evaluator(dataclasses.replace(loaded, config=loaded.config.replace(steps=2)), 6)
+    e = Evaluator(dataclasses.replace(loaded, mechanism=loaded.mechanism.replace(steps=2)), 6)
     decode = loaded.tokenizer.decode
     expected = [item.grade(decode(t.text_ids)).correct for item, t in zip(items, e.greedy(prompts), strict=True)]
     assert report["outcomes"]["own"] == expected and report["data"] == [f"digits {folder / 'read.parquet'}"]

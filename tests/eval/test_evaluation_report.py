@@ -55,7 +55,7 @@ def test_a_failure_that_is_scored_is_not_correct(terms, extras, correct):
 
 def test_latent_statistics_by_hand():
     c = build_case("qwen2")
-    group = c.engine(c.config(steps=2)).generate([c.request(seeds=range(6))], SamplingParams(9))[0]
+    group = c.engine(c.mechanism(steps=2)).generate([c.request(seeds=range(6))], SamplingParams(9))[0]
     statistics = latent_statistics(group)
     assert statistics["frac_rollouts"] == sum(4 in t.kinds for t in group) / 6
     assert statistics["steps_mean"] == sum(t.kinds.tolist().count(4) for t in group) / 6

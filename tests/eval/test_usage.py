@@ -23,7 +23,7 @@ NEW = 8
 @pytest.fixture(scope="module")
 def loaded():
     c = build_case("qwen2_5_vl")
-    return LatentModel(c.model, c.tokenizer, c.processor, c.config(steps=2), (c.eos_id,))
+    return LatentModel(c.model, c.tokenizer, c.processor, c.mechanism(steps=2), (c.eos_id,))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_drift_is_from_the_start_over_resumes(loaded, prompts, tmp_path):
     c = build_case("qwen2_5_vl")
     with torch.no_grad():
         c.model.model.language_model.norm.weight.mul_(1.5)
-    moved = LatentModel(c.model, c.tokenizer, c.processor, loaded.config, loaded.eos_ids)
+    moved = LatentModel(c.model, c.tokenizer, c.processor, loaded.mechanism, loaded.eos_ids)
     metrics = UsageProbe(moved, prompts, scorer, settings, NEW, path).measure().metrics
     assert metrics["drift_relative"] > 0.2 and metrics["drift_cosine"] < 1.0
     with pytest.raises(DataError, match="start.safetensors.*other prompts"):

@@ -33,18 +33,18 @@ LATENT = Trajectory(torch.ones(1).long(), _KINDS, _KINDS, torch.ones(1, 4), torc
 def make_run(folder: Path, num_groups: int = 3, steps=(1, 2), steps_a_span: int = 3, xss: bool = False) -> Path:
     """Writes the folder and returns it."""
     case = build_case("qwen2_5_vl")
-    config = case.config(steps=steps_a_span)
+    mechanism = case.mechanism(steps=steps_a_span)
     # the tests scale the tiny model up and give its head a bias, which a Hugging Face folder cannot carry
     case.model.lm_head.bias = None
     checkpoint = folder / "checkpoints" / f"global_step_{max(steps)}" / "actor" / "huggingface"
-    save_latent_model(checkpoint, case.model, case.tokenizer, case.processor, config)
+    save_latent_model(checkpoint, case.model, case.tokenizer, case.processor, mechanism)
     examples = digits.generate(num_groups, stream="rl", seed=0)
     rows = digits.to_rows(examples, "train_rl")
     if xss:
         rows[0]["prompt"][0]["content"] = f"{XSS} ?<image>"
     write_verl_parquet(folder / "train.parquet", rows)
     for step in steps:
-        write_dump(folder / "rollouts", step, *roll_out(case, config, rows, step, xss))
+        write_dump(folder / "rollouts", step, *roll_out(case, mechanism, rows, step, xss))
     write_metrics(folder / "metrics.jsonl", steps=20)
     settings = {"latent.output_dir": str(folder), "actor_rollout_ref.rollout.n": G}
     (folder / "config.yaml").write_text(
@@ -56,10 +56,12 @@ def make_run(folder: Path, num_groups: int = 3, steps=(1, 2), steps_a_span: int 
     return folder
 
 
-def roll_out(case: Case, config, rows: list[dict], step: int, xss: bool) -> tuple[list[dict], dict[str, torch.Tensor]]:
+def roll_out(
+    case: Case, mechanism, rows: list[dict], step: int, xss: bool
+) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """Records and latents as `verl_plugin.trainer` dumps them."""
-    engine = case.engine(config)
-    adapter = ModelAdapter(case.model)
+    engine = case.engine(mechanism)
+    adapter = ModelAdapter(case.model, mechanism)
     records, latents = [], {}
     for row in rows:
         index = row["extra_info"]["index"]
@@ -70,7 +72,7 @@ def roll_out(case: Case, config, rows: list[dict], step: int, xss: bool) -> tupl
         seeds = [1000 * step + 10 * index + i for i in range(G)]
         request = RolloutRequest(prompt.ids, seeds, prompt.images, group_id=str(index))
         group = engine.generate([request], SamplingParams(max_new_tokens=14))[0]
-        batch = collate(group, [prompt.images] * G, adapter, config.visibility, "both")
+        batch = collate(group, [prompt.images] * G, adapter, mechanism.visibility, "both")
         with torch.no_grad():
             old_BT, _ = replay(adapter, batch)
         start = len(prompt.ids)

@@ -37,7 +37,7 @@ def row_of(num_images: int) -> PromptRow:
 
 def roll_out(name: str, head: str, row: PromptRow):
     tested = case(name, head)
-    config = tested.config(head=head)
+    config = tested.mechanism(head=head)
     loaded = LatentModel(tested.model, tested.tokenizer, tested.processor, config, (tested.eos_id,))
     prompt = encode_prompt(loaded.tokenizer, loaded.processor, row.messages, row.images(), "test")
     request = RolloutRequest(prompt.ids, [1, 2, 3, 4], prompt.images, group_id="0")
@@ -105,12 +105,12 @@ def test_gaps_of_later_steps_take_the_latents_before_them_as_recorded():
 def test_treatments_that_draw_have_no_replay_gap_and_those_that_do_not_have_their_own():
     row = row_of(1)
     tested = case("qwen2_5_vl")
-    loaded = LatentModel(tested.model, tested.tokenizer, tested.processor, tested.config(), (tested.eos_id,))
+    loaded = LatentModel(tested.model, tested.tokenizer, tested.processor, tested.mechanism(), (tested.eos_id,))
     prompt = encode_prompt(loaded.tokenizer, loaded.processor, row.messages, row.images(), "test")
     request = RolloutRequest(prompt.ids, [1, 2, 3, 4], prompt.images, group_id="0")
 
     def gaps(fed, treatment, **sampling_options):
-        rolled = tested.engine(tested.config(), treatment=fed).generate([request], sampling(**sampling_options))[0]
+        rolled = tested.engine(tested.mechanism(), treatment=fed).generate([request], sampling(**sampling_options))[0]
         group = [
             DumpedTrajectory(t, 1, "0", i, "", None, 0.0, {}, None, t.response_mask(), {}) for i, t in enumerate(rolled)
         ]

@@ -48,7 +48,7 @@ def test_nothing_is_missing(report):
 
 def test_probes_against_a_naive_computation(folder, report):
     loaded = load_latent_model(read_run(folder).checkpoint)
-    adapter = ModelAdapter(loaded.model)
+    adapter = ModelAdapter(loaded.model, loaded.mechanism)
     dumped = {(d.step, d.group_id, d.trajectory_idx): d for d in read_dump(folder / "rollouts").trajectories}
     rows = find_rows([folder / "train.parquet"], ["0", "1", "2"])
     num_steps = 0
@@ -137,7 +137,7 @@ def test_another_models_checkpoint_is_refused(folder, tmp_path):
 
     sizes = tiny.TinySizes(hidden=64)
     model, tokenizer, processor = tiny.tiny_qwen2_5_vl(WORDS, sizes=sizes)
-    save_latent_model(tmp_path / "other", model, tokenizer, processor, build_case("qwen2_5_vl").config())
+    save_latent_model(tmp_path / "other", model, tokenizer, processor, build_case("qwen2_5_vl").mechanism())
     run = read_run(folder, checkpoint=tmp_path / "other")
     assert "hidden size 32" in build_report([run], Limits()).overview["runs"][0]["problems"][0]
 

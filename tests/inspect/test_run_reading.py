@@ -3,7 +3,7 @@
 import pytest
 
 from grpo_latent.inspect.run import read_run
-from grpo_latent.latent.config import LATENT_CONFIG_FILE
+from grpo_latent.latent.mechanisms import LATENT_CONFIG_FILE
 
 
 def make_run(folder, *names, tracker=None):

@@ -1,32 +1,38 @@
-"""`SpanState` by hand tables: rows in different modes at the same step. No model runs here."""
+"""`SpanRows` by hand tables: rows in different modes at the same step. No model runs here."""
+
+from types import SimpleNamespace
 
 import torch
 
-from grpo_latent.latent.config import LatentConfig
-from grpo_latent.latent.lvr import SpanState
+from grpo_latent.latent.mechanisms import LVR
 from grpo_latent.trajectory import PositionKind as K
 
 START, LATENT, END, WORD = 7, 8, 9, 3
 T, S, Z, F = int(K.TEXT), int(K.START), int(K.LATENT), int(K.FORCED)
 
 
-def config(**changes):
+def lvr(**changes):
     values = dict(start_token="s", latent_token="l", end_token="e", start_id=START, latent_id=LATENT, end_id=END)
-    return LatentConfig(**(values | changes))
+    return LVR(**(values | changes))
 
 
-def play(state, sampled, logits=None, latents=None, end_vector=None):
+def begin(mechanism, steps_N):
+    """On a model that has nothing but an end vector of zeros."""
+    return mechanism.begin(SimpleNamespace(lvr_latent_end_emb=torch.zeros(2)), steps_N)
+
+
+def play(state, sampled, logits=None, latents=None):
     """Feeds one row's table of ids a step; rows that sample nothing ignore theirs. Kinds [steps][rows]."""
     kinds = []
     for step, ids in enumerate(sampled):
         planned_N = state.plan(None if logits is None else logits[step])
         vectors = None if latents is None else latents[step]
-        kinds.append(state.advance(planned_N, torch.tensor(ids), vectors, end_vector).tolist())
+        kinds.append(state.advance(planned_N, torch.tensor(ids), vectors).tolist())
     return [list(row) for row in zip(*kinds, strict=True)]
 
 
 def test_rows_in_different_modes():
-    state = SpanState(config(), torch.tensor([2, 1, 3]))
+    state = begin(lvr(), torch.tensor([2, 1, 3]))
     rows = play(state, [[START, WORD, WORD], [0, START, START], [0, 0, 0], [0, 0, 0], [START, START, 0], [0, 0, 0]])
     assert rows == [[S, Z, Z, F, S, Z], [T, S, Z, F, S, Z], [T, S, Z, Z, Z, F]]
     assert state.num_spans_N.tolist() == [2, 2, 1]
@@ -34,32 +40,32 @@ def test_rows_in_different_modes():
 
 def test_a_sampled_end_or_latent_id_is_only_text():
     """Delimiters act as `start` does only where the mechanism says so, not by their id."""
-    state = SpanState(config(), torch.tensor([2]))
+    state = begin(lvr(), torch.tensor([2]))
     assert play(state, [[END], [LATENT], [START], [START], [START], [END]]) == [[T, T, S, Z, Z, F]]
 
 
 def test_last_latent_is_known_when_it_is_fed():
-    state = SpanState(config(), torch.tensor([2, 1]))
+    state = begin(lvr(), torch.tensor([2, 1]))
     seen = []
     for ids in ([START, START], [0, 0], [0, 0], [WORD, WORD]):
-        state.advance(state.plan(None), torch.tensor(ids), None, None)
+        state.advance(state.plan(None), torch.tensor(ids), None)
         seen.append(state.is_last_latent_N.tolist())
     assert seen == [[False, False], [False, True], [True, False], [False, False]]
 
 
 def test_may_open_counts_spans():
-    state = SpanState(config(max_spans=1), torch.tensor([1, 1]))
+    state = begin(lvr(max_spans=1), torch.tensor([1, 1]))
     assert state.may_open_N.tolist() == [True, True]
-    state.advance(state.plan(None), torch.tensor([START, WORD]), None, None)
+    state.advance(state.plan(None), torch.tensor([START, WORD]), None)
     assert state.may_open_N.tolist() == [False, True]
-    assert SpanState(config(), torch.tensor([1])).may_open_N.tolist() == [True]
-    assert SpanState(config(max_spans=0), torch.tensor([1])).may_open_N.tolist() == [False]
+    assert begin(lvr(), torch.tensor([1])).may_open_N.tolist() == [True]
+    assert begin(lvr(max_spans=0), torch.tensor([1])).may_open_N.tolist() == [False]
 
 
 def test_end_token_needs_a_latent_first_and_is_capped():
     logits = torch.zeros(5, 2, 12)
     logits[0, 0, END] = logits[1, 0, END] = logits[2, 0, END] = 1.0  # row 0 says end from the start on, row 1 never
-    state = SpanState(config(exit="end_token"), torch.tensor([3, 3]))
+    state = begin(lvr(exit="end_token"), torch.tensor([3, 3]))
     rows = play(state, [[START, START], [0, 0], [0, 0], [WORD, 0], [WORD, 0]], logits)
     assert rows == [[S, Z, F, T, T], [S, Z, Z, Z, F]]
 
@@ -69,22 +75,35 @@ def test_latent_end_compares_mean_squares():
     latents = torch.tensor([[[0.0, 0.0]], [[1.0, 1.0]], [[0.1, 0.3]], [[0.0, 0.0]], [[0.0, 0.0]]])
     for threshold, expected in ((0.06, [S, Z, Z, F, T]), (0.04, [S, Z, Z, Z, F]), (1.1, [S, Z, F, T, T])):
         changes = dict(exit="latent_end", latent_end_id=10, latent_end_token="le", latent_end_threshold=threshold)
-        state = SpanState(config(**changes), torch.tensor([5]))
+        state = begin(lvr(**changes), torch.tensor([5]))
         ids = [[START], [WORD], [WORD], [WORD], [WORD]]
-        assert play(state, ids, latents=latents, end_vector=torch.zeros(2)) == [expected]
+        assert play(state, ids, latents=latents) == [expected]
 
 
 def test_latent_end_reads_latent_rows_only():
     changes = dict(exit="latent_end", latent_end_id=10, latent_end_token="le")
-    state = SpanState(config(**changes), torch.tensor([5, 5]))
+    state = begin(lvr(**changes), torch.tensor([5, 5]))
     near = torch.zeros(2, 2)
-    rows = play(state, [[START, WORD], [0, WORD], [0, START]], latents=[near] * 3, end_vector=torch.zeros(2))
+    rows = play(state, [[START, WORD], [0, WORD], [0, START]], latents=[near] * 3)
     assert rows == [[S, Z, F], [T, T, S]]
 
 
 def test_keep_rows_keeps_all_state():
-    state = SpanState(config(max_spans=3), torch.tensor([1, 2, 3]))
+    state = begin(lvr(max_spans=3), torch.tensor([1, 2, 3]))
     play(state, [[START, START, START], [0, 0, 0]])
     state.keep_rows(torch.tensor([2, 0]))
     assert play(state, [[0, 0], [0, WORD], [WORD, START]]) == [[Z, Z, F], [F, T, S]]
     assert state.num_spans_N.tolist() == [1, 2]
+
+
+def test_packed_columns_give_the_same_state_back():
+    """What engine vllm stores a position: the state goes on as if nothing had happened."""
+    mechanism, steps_N = lvr(max_spans=3), torch.tensor([1, 2, 3])
+    state = begin(mechanism, steps_N)
+    play(state, [[START, START, WORD], [0, 0, START]])
+    columns = torch.stack(state.pack(), -1).to(torch.int32)
+    assert columns.shape == (3, mechanism.state_size)
+    again = begin(mechanism, steps_N)
+    again.unpack(columns.long().unbind(-1))
+    ids = [[WORD, 0, 0], [START, 0, 0], [0, WORD, 0]]
+    assert play(again, ids) == play(state, ids) == [[F, S, Z], [Z, F, T], [Z, Z, Z]]

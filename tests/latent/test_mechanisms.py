@@ -1,40 +1,62 @@
-"""The published rows of the mechanism axis, and the combinations that cannot run."""
+"""The published settings of each mechanism, what they share, and the combinations that cannot run."""
 
 import pytest
+import torch
 
 from grpo_latent.errors import ConfigError
-from grpo_latent.latent.config import MECHANISMS, LatentConfig
-from grpo_latent.latent.mechanisms import PUBLISHED, TOKENS, mechanism_config
+from grpo_latent.latent.mechanisms import MECHANISMS, load_mechanism, mechanism_class
+from grpo_latent.trajectory import PositionKind as K
 
 
 def ids(mechanism):
-    return {token: 10 + idx for idx, token in enumerate(TOKENS[mechanism])}
+    return {token: 10 + idx for idx, token in enumerate(MECHANISMS[mechanism].published_tokens.values())}
+
+
+def published(mechanism, **changes):
+    return MECHANISMS[mechanism].from_tokens(ids(mechanism), **changes)
 
 
 def test_published_settings(tmp_path):
-    assert tuple(PUBLISHED) == MECHANISMS
+    assert tuple(MECHANISMS) == ("lvr", "ilvr", "ivt_lr", "coconut")
     seen = {}
-    for mechanism in MECHANISMS:
-        config = mechanism_config(mechanism, ids(mechanism))
-        config.save(tmp_path)
-        assert LatentConfig.load(tmp_path) == config and config.mechanism == mechanism
-        seen[mechanism] = (config.trigger, config.steps, config.exit, config.top_k_image, config.positions)
+    for name in MECHANISMS:
+        found = published(name)
+        found.save(tmp_path)
+        assert load_mechanism(tmp_path) == found and found.key() == name
+        seen[name] = (found.has_slots, found.steps, found.exit, found.top_k_image, found.positions)
     assert seen == {
-        "lvr": ("emitted", 8, "steps", 0, "text_style"),
-        "ilvr": ("emitted", 8, "end_token", 0, "text_style"),
-        "ivt_lr": ("prompt_slots", 3, "steps", 32, "1d"),
-        "coconut": ("prompt_slots", 3, "steps", 0, "1d"),
+        "lvr": (False, 8, "steps", 0, "text_style"),
+        "ilvr": (False, 8, "end_token", 0, "text_style"),
+        "ivt_lr": (True, 3, "steps", 32, "1d"),
+        "coconut": (True, 3, "steps", 0, "1d"),
     }
 
 
+def test_tokens_by_what_may_happen_to_them():
+    """LVR's end vector has a token only where it is in use; slots never sample one of theirs."""
+    lvr, slots = published("lvr"), published("coconut")
+    assert (lvr.opening_ids, lvr.banned_ids) == ({lvr.start_id}, {lvr.latent_id, lvr.end_id})
+    with_end = published("lvr", latent_end_token="<|lvr_latent_end|>")
+    assert with_end.banned_ids - lvr.banned_ids == {with_end.latent_end_id} and len(with_end.token_ids) == 4
+    assert (slots.opening_ids, slots.banned_ids) == (frozenset(), set(slots.token_ids.values()))
+    assert [lvr.placeholder_id(kind) for kind in (K.LATENT, K.FORCED)] == [lvr.latent_id, lvr.end_id]
+    assert [slots.placeholder_id(kind) for kind in (K.LATENT, K.SELECTED)] == [slots.latent_id] * 2
+
+
 def test_changes_override_and_unknown_ones_are_errors():
-    assert mechanism_config("ivt_lr", ids("ivt_lr"), steps=0, top_k_image=64).steps == 0
+    assert published("ivt_lr", steps=0, top_k_image=64).steps == 0
     with pytest.raises(ConfigError, match="unknown field"):
-        mechanism_config("lvr", ids("lvr"), slots=3)
+        published("lvr", slots=3)
     with pytest.raises(ConfigError, match="unknown mechanism; got monet"):
-        mechanism_config("monet", {})
+        mechanism_class("monet")
     with pytest.raises(ConfigError, match="without an id.*add_latent_tokens"):
-        mechanism_config("ilvr", ids("lvr"))
+        MECHANISMS["ilvr"].from_tokens(ids("lvr"))
+
+
+def test_a_class_is_found_by_its_path_and_must_be_a_mechanism():
+    assert mechanism_class("grpo_latent.latent.mechanisms.lvr:LVR") is MECHANISMS["lvr"]
+    with pytest.raises(ConfigError, match="not a mechanism; got grpo_latent.errors:DataError"):
+        mechanism_class("grpo_latent.errors:DataError")
 
 
 @pytest.mark.parametrize(
@@ -44,6 +66,7 @@ def test_changes_override_and_unknown_ones_are_errors():
         ("lvr", dict(steps=0), "latent.steps"),
         ("lvr", dict(positions="2d"), "latent.positions"),
         ("lvr", dict(trigger="always"), "latent.trigger"),
+        ("ilvr", dict(exit="latent_end"), "latent.exit"),
         ("ivt_lr", dict(exit="end_token"), "latent.exit"),
         ("ivt_lr", dict(visibility="latents_only"), "latent.visibility"),
         ("ivt_lr", dict(max_spans=1), "latent.max_spans"),
@@ -54,4 +77,19 @@ def test_changes_override_and_unknown_ones_are_errors():
 )
 def test_combinations_that_cannot_run(mechanism, changes, where):
     with pytest.raises(ConfigError, match=f"^{where}: "):
-        mechanism_config(mechanism, ids(mechanism), **changes)
+        published(mechanism, **changes)
+
+
+def test_sources_are_the_last_position_that_a_hidden_state_may_come_from():
+    """By hand: a latent after a chosen image embedding is made by what stood before that; padding in front counts for
+    nothing, and a MIXED position is made by its predecessor."""
+    kinds = torch.tensor(
+        [
+            [K.PROMPT, K.PROMPT, K.SELECTED, K.SELECTED, K.LATENT, K.LATENT],
+            [K.PROMPT, K.PROMPT, K.MIXED, K.MIXED, K.START, K.LATENT],
+        ]
+    )
+    valid = torch.ones_like(kinds, dtype=torch.bool)
+    valid[0, 0] = False
+    rows, columns = published("lvr").sources(kinds, valid)
+    assert rows.tolist() == [0, 0, 1, 1, 1] and columns.tolist() == [1, 4, 1, 2, 4]

@@ -2,6 +2,7 @@
 reference for what stands at image positions. Not covered: published weights, the verl plug-in (which refuses it)."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from grpo_latent.sft.stepwise.rows import StepwiseRow, collate_rows
 from grpo_latent.trajectory import PositionKind as K
 
 NUM_TOKENS, TOP_K = 16, 4
-SLOTS = dict(mechanism="ivt_lr", trigger="prompt_slots", positions="1d", steps=2, top_k_image=TOP_K)
+SLOTS = dict(mechanism="ivt_lr", steps=2, top_k_image=TOP_K)
 
 
 @functools.cache
@@ -35,7 +36,8 @@ def chameleon() -> Case:
             if "vqmodel" not in name and parameter.ndim >= 2:
                 parameter.mul_(10.0)
         model.model.vqmodel.quantize.embedding.weight.mul_(0.01)  # or all patches are nearest to one code
-    return Case("chameleon", model, tokenizer, processor, ModelAdapter(model, "1d"))
+    case = Case("chameleon", model, tokenizer, processor, ModelAdapter(model))
+    return replace(case, adapter=ModelAdapter(model, case.mechanism(**SLOTS)))
 
 
 def prompt(c, text, num_images, seed=0):
@@ -53,7 +55,7 @@ def recorded():
         RolloutRequest(p.ids, list(range(4 * i, 4 * i + 4)), p.images, steps=5 if i == 1 else None)
         for i, p in enumerate(prompts)
     ]
-    engine = c.engine(c.config(**SLOTS), sampled=("<|im_end|>", "<answer>", "3", "7"))
+    engine = c.engine(c.mechanism(**SLOTS), sampled=("<|im_end|>", "<answer>", "3", "7"))
     return requests, engine.generate(requests, sampling(28, temperature=2.0)), engine
 
 
@@ -106,7 +108,7 @@ def test_sft_has_the_replays_loss_and_a_gradient():
     requests, groups, engine = recorded()
     pairs = [(t, r.images) for r, group in zip(requests, groups, strict=True) for t in group if r.steps is None]
     rows = [StepwiseRow(t.prompt_ids, (torch.tensor(t.text_ids),), image) for t, image in pairs]
-    sums = loss_sums(engine.adapter, collate_rows(rows, 0), engine.config, 2, True)
+    sums = loss_sums(engine.adapter, collate_rows(rows, 0), 2, True)
     with torch.no_grad():
         batch = collate([t for t, _ in pairs], [image for _, image in pairs], engine.adapter, "full", "both")
         log_probs_BT, _ = replay(engine.adapter, batch)
@@ -118,14 +120,14 @@ def test_sft_has_the_replays_loss_and_a_gradient():
 
 def test_a_folder_loads_with_its_processor(tmp_path):
     c = chameleon()
-    save_latent_model(tmp_path, c.model, c.tokenizer, c.processor, c.config(**SLOTS))
+    save_latent_model(tmp_path, c.model, c.tokenizer, c.processor, c.mechanism(**SLOTS))
     loaded = load_latent_model(tmp_path)
     own, again = (
         prompt(c, "read red ?", 1),
         prompt(Case("", loaded.model, loaded.tokenizer, loaded.processor, None), "read red ?", 1),
     )
     assert torch.equal(own.ids, again.ids) and torch.equal(own.images.pixel_values, again.images.pixel_values)
-    assert loaded.config.top_k_image == TOP_K
+    assert loaded.mechanism.top_k_image == TOP_K
 
 
 def test_images_that_do_not_fit_are_errors():

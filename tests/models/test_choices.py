@@ -20,7 +20,7 @@ TOP_K, TEMPERATURE = 4, 0.7
 
 
 def drawn(c, requests, num_slots, row_to_prompt, uniforms_NSM, temperature=TEMPERATURE):
-    adapter = ModelAdapter(c.model, "1d")
+    adapter = ModelAdapter(c.model, c.mechanism("coconut"))
     draws = SlotDraws(torch.tensor(row_to_prompt), temperature, uniforms_NSM)
     return prefill_with_slots(adapter, *padded(requests), torch.tensor(num_slots), TOP_K, draws=draws)
 
@@ -38,7 +38,7 @@ def batch_of(adapter, prefill, requests, row_to_prompt):
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
 def test_recorded_log_probs_are_those_of_a_replay_and_rows_draw_their_own(name):
     c, rows = case(name), [0, 0, 1, 1, 2, 0]
-    requests, adapter = prompts(c), ModelAdapter(c.model, "1d")
+    requests, adapter = prompts(c), ModelAdapter(c.model, c.mechanism("coconut"))
     with torch.no_grad():
         prefill = drawn(c, requests, (2, 3, 1), rows, uniforms_of(6))
         batch = batch_of(adapter, prefill, requests, rows)
@@ -64,7 +64,9 @@ def test_a_rows_draws_do_not_depend_on_its_batch_and_follow_the_stated_probabili
     alone = drawn(c, requests[1:2], (3,), [0], uniforms_NSM[1:2])
     assert together.records[1].selected_idx.tolist() == alone.records[0].selected_idx.tolist()
     best = drawn(c, requests, (2, 3, 1), [0, 1, 2], None)
-    plain = prefill_with_slots(ModelAdapter(c.model, "1d"), *padded(requests), torch.tensor([2, 3, 1]), TOP_K)
+    plain = prefill_with_slots(
+        ModelAdapter(c.model, c.mechanism("coconut")), *padded(requests), torch.tensor([2, 3, 1]), TOP_K
+    )
     assert all(torch.equal(a.selected_idx, b.selected_idx) for a, b in zip(best.records, plain.records, strict=True))
     num = 2000
     records = drawn(c, requests[1:2], (1,), [0] * num, uniforms_of(num, 1, 6, seed=3)).records
@@ -79,7 +81,7 @@ def test_the_gradient_reaches_the_weights_and_is_numerically_right():
     """d log P / d weight by central differences, in float64."""
     c = build_case("qwen2_vl")
     c.model.double()
-    requests, adapter = prompts(c)[:2], ModelAdapter(c.model, "1d")
+    requests, adapter = prompts(c)[:2], ModelAdapter(c.model, c.mechanism("coconut"))
     images = [dataclasses.replace(r.images, pixel_values=r.images.pixel_values.double()) for r in requests]
     requests = [dataclasses.replace(r, images=image) for r, image in zip(requests, images, strict=True)]
     with torch.no_grad():

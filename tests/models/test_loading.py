@@ -9,11 +9,12 @@ import torch
 from latent_cases import build_case, sampling
 from safetensors.torch import load_file, save_file
 
-from grpo_latent.latent.config import LATENT_CONFIG_FILE
-from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS
+from grpo_latent.latent.mechanisms import LATENT_CONFIG_FILE
+from grpo_latent.latent.mechanisms.fed_back import GLUHead, MLPHead
+from grpo_latent.latent.mechanisms.lvr import END_VECTOR_ATTRIBUTE
 from grpo_latent.models import tiny
-from grpo_latent.models.head import END_VECTOR_ATTRIBUTE, GLUHead, MLPHead, attach_latent_modules
 from grpo_latent.models.loading import load_latent_model, save_latent_model
+from grpo_latent.models.tiny import LVR_TOKENS
 from grpo_latent.models.tokens import add_latent_tokens
 from grpo_latent.rollout.hf import HFRolloutEngine
 
@@ -26,8 +27,8 @@ def saved(folder, name="qwen2", **changes):
     """A saved case without the test bias of its language-model head, which no architecture has."""
     case = build_case(name)
     case.model.lm_head.bias = None
-    config = case.config(**changes)
-    attach_latent_modules(case.model, config)
+    config = case.mechanism(**changes)
+    config.attach(case.model)
     save_latent_model(folder, case.model, case.tokenizer, case.processor, config)
     return case, config
 
@@ -48,7 +49,7 @@ def test_round_trip_is_bit_identical_and_acts_the_same(tmp_path, name, changes):
     before = digests(tmp_path)
     loaded = load_latent_model(tmp_path)
     assert digests(tmp_path) == before, "loading wrote to the folder"
-    assert loaded.config == config and loaded.eos_ids == (case.eos_id,)
+    assert loaded.mechanism == config and loaded.eos_ids == (case.eos_id,)
     assert loaded.tokenizer.get_vocab() == case.tokenizer.get_vocab()
     assert (loaded.processor is None) == (case.processor is None)
     own, other = case.model.state_dict(), loaded.model.state_dict()
@@ -65,7 +66,7 @@ def test_round_trip_is_bit_identical_and_acts_the_same(tmp_path, name, changes):
 def test_saving_what_was_loaded_writes_the_same_files(tmp_path):
     saved(tmp_path / "first", "qwen2_5_vl", head="glu")
     loaded = load_latent_model(tmp_path / "first")
-    save_latent_model(tmp_path / "second", loaded.model, loaded.tokenizer, loaded.processor, loaded.config)
+    save_latent_model(tmp_path / "second", loaded.model, loaded.tokenizer, loaded.processor, loaded.mechanism)
     first, second = digests(tmp_path / "first"), digests(tmp_path / "second")
     # transformers itself adds where it loaded from, and dtypes, to these two
     differing = {name for name in first | second if first.get(name) != second.get(name)}
@@ -74,8 +75,8 @@ def test_saving_what_was_loaded_writes_the_same_files(tmp_path):
 
 def test_overrides_change_the_config_but_not_the_file(tmp_path):
     saved(tmp_path)
-    assert load_latent_model(tmp_path, overrides={"steps": 5, "visibility": "latents_only"}).config.steps == 5
-    assert load_latent_model(tmp_path).config.steps == 3
+    assert load_latent_model(tmp_path, overrides={"steps": 5, "visibility": "latents_only"}).mechanism.steps == 5
+    assert load_latent_model(tmp_path).mechanism.steps == 3
 
 
 def test_dtype_reaches_the_head(tmp_path):
@@ -88,7 +89,7 @@ def official(folder, head=None, end_vector=False, drop=()):
     """An official LVR folder (SYSTEMS: LVR, "Checkpoint"): `lvr_*` fields in config.json, no `latent_config.json`."""
     case, _ = saved(folder, "qwen2_5_vl")
     (folder / LATENT_CONFIG_FILE).unlink()
-    ids = [case.token_id(token) for token in LVR_ADDED_TOKENS]
+    ids = [case.token_id(token) for token in LVR_TOKENS]
     fields = dict(zip(("lvr_start_id", "lvr_id", "lvr_latent_end_id", "lvr_end_id"), ids, strict=True))
     fields |= dict(lvr_head=head is not None, lvr_head_type=head or "simple", latent_end_token=end_vector)
     fields |= dict(loss_lvr_fct="mse")
@@ -123,7 +124,7 @@ def test_official_layout_loads_and_is_left_alone(tmp_path, head, kind, module, e
     before = digests(tmp_path)
     loaded = load_latent_model(tmp_path)
     assert digests(tmp_path) == before
-    config = loaded.config
+    config = loaded.mechanism
     assert (config.start_token, config.latent_token, config.end_token) == ("<|lvr_start|>", "<|lvr|>", "<|lvr_end|>")
     assert config.start_id == case.token_id("<|lvr_start|>") and config.head == kind
     assert config.visibility == "full" and config.exit == "steps" and config.steps == 8
@@ -143,7 +144,7 @@ def test_official_head_that_is_stored_but_switched_off_is_not_used(tmp_path):
     values = json.loads((tmp_path / "config.json").read_text()) | {"lvr_head": False}
     (tmp_path / "config.json").write_text(json.dumps(values))
     loaded = load_latent_model(tmp_path)
-    assert loaded.config.head == "none" and not hasattr(loaded.model, "lvr_head")
+    assert loaded.mechanism.head == "none" and not hasattr(loaded.model, "lvr_head")
 
 
 def test_sharded_weights_load(tmp_path):
@@ -160,9 +161,9 @@ def test_add_latent_tokens_grows_what_is_missing_in_the_published_order():
     model, tokenizer, _ = tiny.tiny_qwen2(("read",), latent_tokens=())
     size = len(tokenizer)
     before = model.get_input_embeddings().weight.detach().clone()
-    ids = add_latent_tokens(model, tokenizer)
-    assert ids == {token: size + idx for idx, token in enumerate(LVR_ADDED_TOKENS)}
+    ids = add_latent_tokens(model, tokenizer, LVR_TOKENS)
+    assert ids == {token: size + idx for idx, token in enumerate(LVR_TOKENS)}
     assert model.get_input_embeddings().weight.shape[0] == model.lm_head.weight.shape[0] == size + 4
     assert torch.equal(model.get_input_embeddings().weight[:size], before)
     assert tokenizer("read <|lvr|>").input_ids == [tokenizer.get_vocab()["read"], ids["<|lvr|>"]]
-    assert add_latent_tokens(model, tokenizer) == ids and len(tokenizer) == size + 4, "idempotent"
+    assert add_latent_tokens(model, tokenizer, LVR_TOKENS) == ids and len(tokenizer) == size + 4, "idempotent"

@@ -37,20 +37,21 @@ def test_text_counts_valid_positions(side):
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("positions", ["text_style", "1d"])
-def test_an_image_parts_the_components_unless_positions_are_1d(side, positions):
+@pytest.mark.parametrize("mechanism", ["lvr", "coconut"])
+def test_an_image_parts_the_components_unless_positions_are_1d(side, mechanism):
     # <im_start> <vision_start> 2 x 3 image tokens <vision_end> ? <im_end>
     time = [0, 1, 2, 2, 2, 2, 2, 2, 5, 6, 7]
     row = [0, 1, 2, 2, 2, 3, 3, 3, 5, 6, 7]
     column = [0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 7]
-    if positions == "1d":
-        time = row = column = list(range(11))
     c = case("qwen2_5_vl")
+    mechanism = c.mechanism(mechanism)
+    if mechanism.positions == "1d":
+        time = row = column = list(range(11))
     images = c.images(1, size=(28, 42))
     request = c.request("?", images, image_first=True)
     assert len(request.prompt_ids) == 11
     ids_BT, valid_BT, place = padded(request.prompt_ids, side)
-    position_ids = ModelAdapter(c.model, positions).position_ids(ids_BT, valid_BT, images)
+    position_ids = ModelAdapter(c.model, mechanism).position_ids(ids_BT, valid_BT, images)
     assert position_ids[:, 0, place].tolist() == [time, row, column]
     assert next_positions(position_ids).tolist() == [time[-1] + 1]
 

@@ -20,7 +20,7 @@ from grpo_latent.trajectory import PositionKind as K
 @functools.cache
 def double_case():
     c = build_case("qwen2")
-    group = c.engine(c.config(steps=4)).generate([c.request(seeds=range(6))], sampling(14))[0]
+    group = c.engine(c.mechanism(steps=4)).generate([c.request(seeds=range(6))], sampling(14))[0]
     assert max(len(trajectory.spans) for trajectory in group) >= 2
     c.model.double()
     batch = collate(group, [None] * 6, c.adapter, "full")
@@ -87,12 +87,12 @@ def recorded(name):
     """(case, adapter, the same trajectories padded on the right and on both sides), with several latents in most rows."""
     c, changes = build_case("qwen2_vl" if name == "slots" else name), {"visibility": CASES[name]}
     if name == "slots":
-        changes |= dict(mechanism="ivt_lr", trigger="prompt_slots", steps=2, top_k_image=2, positions="1d")
+        changes = dict(mechanism="ivt_lr", steps=2, top_k_image=2)
     requests = []
     for row, text in enumerate(("read ?", "? red ? blue ?", "red")):
         images = c.images(1, seed=row) if c.processor and row != 1 else None
         requests.append(c.request(text, images, range(3 * row, 3 * row + 3)))
-    engine = c.engine(c.config(**changes))
+    engine = c.engine(c.mechanism(**changes))
     groups = engine.generate(requests, sampling(14, temperature=2.0))
     trajectories = [t for group in groups for t in group]
     images = [request.images for request, group in zip(requests, groups, strict=True) for _ in group]

@@ -32,7 +32,7 @@ def recorded(name, visibility):
             c.request("read ? ? ?", c.images(2, seed=2), range(5, 10), image_first=True),
             c.request("read blue ?", None, range(10, 15)),
         ]
-    groups = c.engine(c.config(visibility=visibility)).generate(requests, sampling(16, temperature=TEMPERATURE))
+    groups = c.engine(c.mechanism(visibility=visibility)).generate(requests, sampling(16, temperature=TEMPERATURE))
     pairs = [(t, request.images) for request, group in zip(requests, groups, strict=True) for t in group]
     spans = [len(t.spans) for t, _ in pairs]
     assert min(spans) == 0 and max(spans) >= 2, "rows without a span and rows with several"
@@ -127,7 +127,7 @@ def test_recompute_with_gradient_checkpointing_in_training(gradient):
 
 def test_recompute_with_head_applies_it():
     c = build_case("qwen2", head="mlp")
-    config = c.config(head="mlp")
+    config = c.mechanism(head="mlp")
     group = c.engine(config).generate([c.request(seeds=range(8))], sampling(14))[0]
     batch = collate(group, [None] * 8, c.adapter, "full", "right")
     assert len(batch.latents_NH) > 5
@@ -218,7 +218,7 @@ def test_gradients_reach_the_latents(monkeypatch):
 
 def test_batch_of_rows_without_latents():
     c = case("qwen2")
-    group = c.engine(c.config(max_spans=0)).generate([c.request(seeds=range(4))], sampling(6))[0]
+    group = c.engine(c.mechanism(max_spans=0)).generate([c.request(seeds=range(4))], sampling(6))[0]
     batch = collate(group, [None] * 4, c.adapter, "full")
     assert batch.latents_NH.shape == (0, 32)
     with torch.no_grad():

@@ -76,7 +76,7 @@ def slow_slots(c, request, num_slots, top_k):
 
 def fast_slots(c, requests, num_slots, top_k):
     input_ids_BP, valid_BP, images = padded(requests)
-    adapter = ModelAdapter(c.model, "1d")
+    adapter = ModelAdapter(c.model, c.mechanism("coconut"))
     return prefill_with_slots(adapter, input_ids_BP, valid_BP, images, torch.tensor(num_slots), top_k)
 
 
@@ -133,7 +133,7 @@ def as_batch(adapter, prefill, requests):
 @torch.no_grad()
 def test_replay_and_recompute():
     c = case("qwen2_vl")
-    adapter, requests = ModelAdapter(c.model, "1d"), prompts(c)
+    adapter, requests = ModelAdapter(c.model, c.mechanism("coconut")), prompts(c)
     prefill = fast_slots(c, requests, (2, 3, 1), TOP_K)
     batch = as_batch(adapter, prefill, requests)
     hidden_BTH = replay_hidden(adapter, batch)

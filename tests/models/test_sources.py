@@ -34,7 +34,7 @@ def mixed_batch(name, treatment, max_spans, **changes):
         c.request("read", c.images(1, seed=1) if has_images else None, seeds=range(5)),
         c.request("read red blue ?", c.images(2, seed=2) if has_images else None, seeds=range(10, 14), steps=2),
     ]
-    engine = c.engine(c.config(max_spans=max_spans, **changes), treatment=treatment)
+    engine = c.engine(c.mechanism(max_spans=max_spans, **changes), treatment=treatment)
     groups = engine.generate(requests, sampling(18, temperature=TEMPERATURE))
     trajectories = [t for group in groups for t in group]
     images = [r.images for r, group in zip(requests, groups, strict=True) for _ in group]
@@ -115,7 +115,7 @@ def test_noise_is_drawn_beside_text_and_leaves_it_alone():
     c = case("qwen2")
     requests = [c.request(seeds=range(8))]
     plain, noisy = (
-        c.engine(c.config(), treatment=treatment).generate(requests, sampling(12))[0]
+        c.engine(c.mechanism(), treatment=treatment).generate(requests, sampling(12))[0]
         for treatment in (None, Gaussian(0.5))
     )
     for a, b in zip(plain, noisy, strict=True):
@@ -126,10 +126,10 @@ def test_noise_is_drawn_beside_text_and_leaves_it_alone():
 
 def test_what_cannot_be_treated_is_refused():
     c = case("qwen2")
-    slots = c.config(mechanism="coconut", trigger="prompt_slots")
+    slots = c.mechanism(mechanism="coconut")
     for config, treatment, message in (
-        (c.config(head="mlp"), GumbelSoft(), "head: a mixture of token embeddings is no h"),
-        (c.config(exit="latent_end"), GumbelSoft(), "exit: a mixture"),
+        (c.mechanism(head="mlp"), GumbelSoft(), "head: a mixture of token embeddings is no h"),
+        (c.mechanism(exit="latent_end"), GumbelSoft(), "exit: a mixture"),
         (slots, Gaussian(), "slots are shared by the group"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -148,11 +148,11 @@ def test_aux_that_does_not_fit_is_refused():
 def test_the_tap_sees_what_a_forward_computes():
     """Means and logits taken out of Hugging Face's own forward equal those of the hidden states."""
     c = case("qwen2", "mlp")
-    group = c.engine(c.config(head="mlp")).generate([c.request(seeds=range(6))], sampling(14))[0]
+    group = c.engine(c.mechanism(head="mlp")).generate([c.request(seeds=range(6))], sampling(14))[0]
     batch = collate(group, [None] * 6, c.adapter, "full")
     batch = batch.with_latents(torch.zeros_like(batch.latents_NH))
     rows, columns = latent_sources(batch.kinds_BT, batch.valid_BT)
-    tap = SourceTap.install(c.model)
+    tap = SourceTap.install(c.model, c.adapter.mechanism)
     ids_BT, valid_BT = batch.input_ids_BT, batch.valid_BT.long()
     with torch.no_grad():
         hidden_BTH = c.adapter.forward_hidden(ids_BT, valid_BT, c.adapter.position_ids(ids_BT, batch.valid_BT, None))

@@ -10,7 +10,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from transformers.utils import is_torchvision_available
 
 from grpo_latent.errors import DataError
-from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS
 from grpo_latent.models import tiny
 
 WORDS = ("read", "red", "blue", "?")
@@ -53,9 +52,9 @@ def test_tokenizer_ids_are_dense_and_named():
     tokenizer = tiny.word_tokenizer(("read", "7", "read"))
     assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
-    assert set(LVR_ADDED_TOKENS) <= set(tokenizer.all_special_tokens)
+    assert set(tiny.LVR_TOKENS) <= set(tokenizer.all_special_tokens)
     assert not set(tiny.ANSWER_TOKENS) & set(tokenizer.all_special_tokens)
-    assert set(LVR_ADDED_TOKENS).isdisjoint(tiny.word_tokenizer(latent_tokens=()).get_vocab())
+    assert set(tiny.LVR_TOKENS).isdisjoint(tiny.word_tokenizer(latent_tokens=()).get_vocab())
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def mixed_requests(c):
 
 def rollouts(c, visibility, temperature=TEMPERATURE, **engine_arguments):
     requests = mixed_requests(c)
-    config = c.config(visibility=visibility)
+    config = c.mechanism(visibility=visibility)
     return requests, c.engine(config, **engine_arguments).generate(requests, sampling(16, temperature=temperature))
 
 
@@ -46,7 +46,12 @@ def test_tokens_kinds_and_latents_equal_the_naive_loop(name, visibility):
     for request, group in zip(requests, groups, strict=True):
         for seed, trajectory in list(zip(request.seeds, group, strict=True))[:3]:
             naive = slow_reading.rollout(
-                c, c.config(visibility=visibility), request, seed, sampling(16, temperature=TEMPERATURE), c.sampled_ids
+                c,
+                c.mechanism(visibility=visibility),
+                request,
+                seed,
+                sampling(16, temperature=TEMPERATURE),
+                c.sampled_ids,
             )
             assert trajectory.token_ids.tolist() == naive["token_ids"]
             assert trajectory.kinds.tolist() == naive["kinds"]
@@ -100,7 +105,7 @@ def test_prompts_of_different_lengths_are_prefilled_apart_and_decode_as_together
     monkeypatch.setattr(prefill, "MIN_POSITIONS", 1)
     monkeypatch.setattr(prefill, "MIN_FILL", 1.0)
     requests = mixed_requests(c)
-    engine = c.engine(c.config(visibility=visibility))
+    engine = c.engine(c.mechanism(visibility=visibility))
     inner = engine.adapter.forward_hidden
     monkeypatch.setattr(
         engine.adapter, "forward_hidden", lambda ids, *args: shapes.append(ids.shape) or inner(ids, *args)
@@ -119,12 +124,12 @@ def test_batch_composition_order_and_compaction_change_nothing(visibility):
     """Rows end at steps 1 to 24, so that stopped rows are dropped several times; each row alone gives the same."""
     c = case("qwen2_5_vl")
     requests = mixed_requests(c)
-    engine, params = c.engine(c.config(visibility=visibility)), sampling(24, temperature=TEMPERATURE)
+    engine, params = c.engine(c.mechanism(visibility=visibility)), sampling(24, temperature=TEMPERATURE)
     together = engine.generate(requests, params)
     lengths = {len(t.token_ids) for group in together for t in group}
     assert min(lengths) <= 3 and max(lengths) == 24, lengths
     reversed_order = engine.generate(requests[::-1], params)[::-1]
-    in_chunks = c.engine(c.config(visibility=visibility), max_batch_rows=7).generate(requests, params)
+    in_chunks = c.engine(c.mechanism(visibility=visibility), max_batch_rows=7).generate(requests, params)
     for request, group, other, chunked in zip(requests, together, reversed_order, in_chunks, strict=True):
         for idx, seed in enumerate(request.seeds):
             alone_request = c.request(seeds=[seed])
@@ -158,7 +163,9 @@ def test_eager_attention_gives_the_same():
     requests, folded = rollouts(c, "latents_only")
     try:
         c.model.set_attn_implementation("eager")
-        eager = c.engine(c.config(visibility="latents_only")).generate(requests, sampling(16, temperature=TEMPERATURE))
+        eager = c.engine(c.mechanism(visibility="latents_only")).generate(
+            requests, sampling(16, temperature=TEMPERATURE)
+        )
     finally:
         c.model.set_attn_implementation("sdpa")
     for group, other in zip(folded, eager, strict=True):
@@ -197,7 +204,7 @@ def test_a_prompt_of_one_token_beside_a_prompt_with_an_image():
 def test_start_with_id_zero():
     """0 is also what stands at the positions of rows that have stopped: those must not open spans."""
     c = case("qwen2")
-    config = c.config().replace(start_id=0, start_token="<|endoftext|>")
+    config = c.mechanism().replace(start_id=0, start_token="<|endoftext|>")
     sampled = ("<|endoftext|>", "<|im_end|>", "7")
     request = c.request(seeds=range(24))
     group = c.engine(config, sampled).generate([request], sampling(12, temperature=TEMPERATURE))[0]

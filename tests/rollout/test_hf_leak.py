@@ -21,7 +21,9 @@ def recorded(c, visibility, steps, image_first):
     """Sampled trajectories with a completed span each, and their request."""
     images = c.images(1, seed=1)
     request = c.request("read blue ?", images, range(48), image_first=image_first)
-    group = c.engine(c.config(visibility=visibility, steps=steps)).generate([request], sampling(16, temperature=2.0))[0]
+    group = c.engine(c.mechanism(visibility=visibility, steps=steps)).generate(
+        [request], sampling(16, temperature=2.0)
+    )[0]
     kept = [t for t in group if (t.kinds == K.FORCED).any() and t.kinds[-1] == K.TEXT]
     assert len(kept) >= 4 and any(len(t.spans) > 1 for t in kept)
     return request, kept
@@ -66,7 +68,7 @@ def test_negative_controls(visibility, steps, image_first):
 def test_own_latents_depend_on_the_image():
     """Else the tests above would pass on a model that is blind altogether."""
     c = case("qwen2_5_vl")
-    engine = c.engine(c.config(visibility="latents_only", steps=1))
+    engine = c.engine(c.mechanism(visibility="latents_only", steps=1))
     groups = engine.generate([c.request(images=c.images(1, seed=s), seeds=range(8)) for s in (1, 2)], sampling(8))
     pairs = [(a, b) for a, b in zip(*groups, strict=True) if a.spans and b.spans and a.spans[0] == b.spans[0]]
     assert pairs and all((a.latents[0] - b.latents[0]).abs().max() > 0.05 for a, b in pairs)
@@ -77,7 +79,7 @@ def test_engine_with_given_latents_sees_the_image_only_with_full(visibility, exa
     """The engine's own mask (a second reading of the rule, step by step): two images, the same given latents."""
     c = case("qwen2_5_vl")
     table = torch.randn(12, 32, generator=torch.Generator().manual_seed(1))
-    engine = c.engine(c.config(visibility=visibility, steps=1))
+    engine = c.engine(c.mechanism(visibility=visibility, steps=1))
     requests = [
         c.request(images=c.images(1, seed=s), seeds=range(16), latent_override=LatentOverride(table)) for s in (1, 2)
     ]

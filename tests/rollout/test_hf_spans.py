@@ -10,7 +10,7 @@ import slow_reading
 import torch
 from latent_cases import build_case, case, sampling
 
-from grpo_latent.models.head import END_VECTOR_ATTRIBUTE
+from grpo_latent.latent.mechanisms.lvr import END_VECTOR_ATTRIBUTE
 from grpo_latent.rollout.protocol import LatentOverride
 from grpo_latent.trajectory import LatentSpan
 from grpo_latent.trajectory import PositionKind as K
@@ -61,7 +61,7 @@ def run(c, config, tokens, max_new_tokens=12, **request):
 )
 def test_exit_steps(tokens, kinds, stop_reason):
     """The scripted head is not even asked inside a span, so `[START, EOS]` also says that EOS cannot stop one."""
-    trajectory, num_calls = run(case("qwen2"), case("qwen2").config(steps=2), tokens)
+    trajectory, num_calls = run(case("qwen2"), case("qwen2").mechanism(steps=2), tokens)
     assert trajectory.kinds.tolist() == kinds and trajectory.stop_reason == stop_reason
     assert num_calls == sum(kind in (T, S) for kind in kinds)
     c = case("qwen2")
@@ -76,7 +76,7 @@ def test_exit_steps(tokens, kinds, stop_reason):
     [(1, [S]), (2, [S, Z]), (3, [S, Z, Z]), (4, [S, Z, Z, Z]), (5, [S, Z, Z, Z, F]), (6, [S, Z, Z, Z, F, T])],
 )
 def test_max_new_tokens_cuts_anywhere(max_new_tokens, kinds):
-    trajectory, _ = run(case("qwen2"), case("qwen2").config(steps=3), [START, SEVEN], max_new_tokens)
+    trajectory, _ = run(case("qwen2"), case("qwen2").mechanism(steps=3), [START, SEVEN], max_new_tokens)
     assert trajectory.kinds.tolist() == kinds and trajectory.stop_reason == "length"
     assert trajectory.latents.shape == (kinds.count(Z), 32)
 
@@ -84,7 +84,7 @@ def test_max_new_tokens_cuts_anywhere(max_new_tokens, kinds):
 def test_steps_of_a_request_override_the_checkpoints():
     c = case("qwen2")
     with script(c, [START, EOS]):
-        groups = c.engine(c.config(steps=2)).generate(
+        groups = c.engine(c.mechanism(steps=2)).generate(
             [c.request(steps=4), c.request(), c.request(steps=1)], sampling(8, temperature=0)
         )
     # the scripted calls are the batch's: the one-step row samples EOS first, at call 1
@@ -95,7 +95,7 @@ def test_steps_of_a_request_override_the_checkpoints():
 @pytest.mark.parametrize(("max_spans", "num_spans"), [(0, 0), (1, 1), (2, 2), (None, 3)])
 def test_max_spans_caps_what_can_be_sampled(max_spans, num_spans):
     c = case("qwen2")
-    trajectory, _ = run(c, c.config(steps=2, max_spans=max_spans), [START], 12)
+    trajectory, _ = run(c, c.mechanism(steps=2, max_spans=max_spans), [START], 12)
     assert len(trajectory.spans) == num_spans
     assert trajectory.kinds.tolist() == ([S, Z, Z, F] * num_spans + [T] * 12)[:12]
     assert (trajectory.token_ids[trajectory.kinds == T] != c.token_id(START)).all()
@@ -104,7 +104,7 @@ def test_max_spans_caps_what_can_be_sampled(max_spans, num_spans):
 def test_sampled_rows_open_and_close_every_span_by_the_rule():
     """Many sampled rows: after a start exactly N latents, then the forced end; nothing else is FORCED or LATENT."""
     c = case("qwen2_5_vl")
-    engine = c.engine(c.config(steps=3, max_spans=2))
+    engine = c.engine(c.mechanism(steps=3, max_spans=2))
     group = engine.generate([c.request(images=c.images(1), seeds=range(64))], sampling(20))[0]
     completed = 0
     for trajectory in group:
@@ -133,13 +133,13 @@ def test_sampled_rows_open_and_close_every_span_by_the_rule():
 )
 def test_exit_end_token(tokens, kinds):
     """Leaves when the arg-max at a latent position is `end`, at least one latent, at most `steps`; EOS does nothing."""
-    trajectory, num_calls = run(case("qwen2"), case("qwen2").config(steps=3, exit="end_token"), tokens)
+    trajectory, num_calls = run(case("qwen2"), case("qwen2").mechanism(steps=3, exit="end_token"), tokens)
     assert trajectory.kinds.tolist() == kinds and trajectory.stop_reason == "eos"
     assert num_calls == len(kinds)
 
 
 def free_latents(c, num_steps):
-    trajectory, _ = run(c, c.config(steps=num_steps), [START, EOS], num_steps + 4)
+    trajectory, _ = run(c, c.mechanism(steps=num_steps), [START, EOS], num_steps + 4)
     return trajectory.latents
 
 
@@ -152,7 +152,7 @@ def test_exit_latent_end_stops_at_the_hand_set_vector(target):
     distances = (latents - latents[target]).square().mean(-1)
     others = torch.cat([distances[:target], distances[target + 1 :]])
     threshold = float(others.min()) / 2
-    config = c.config(steps=num_steps, exit="latent_end", latent_end_threshold=threshold)
+    config = c.mechanism(steps=num_steps, exit="latent_end", latent_end_threshold=threshold)
     trajectory, _ = run(c, config, [START, EOS])
     assert trajectory.kinds.tolist() == [S, *[Z] * (target + 1), F, T]
     torch.testing.assert_close(trajectory.latents, latents[: target + 1])
@@ -165,7 +165,7 @@ def test_exit_latent_end_is_capped_and_threshold_is_a_mean_square():
     setattr(c.model, END_VECTOR_ATTRIBUTE, torch.nn.Parameter(far))
     distance = sum((float(a) - float(b)) ** 2 for a, b in zip(latents[0], far, strict=True)) / 32
     for threshold, num_latents in ((distance * 1.001, 1), (20.0, 3)):
-        config = c.config(steps=num_steps, exit="latent_end", latent_end_threshold=threshold)
+        config = c.mechanism(steps=num_steps, exit="latent_end", latent_end_threshold=threshold)
         trajectory, _ = run(c, config, [START, EOS])
         assert trajectory.kinds.tolist() == [S, *[Z] * num_latents, F, T], threshold
 
@@ -173,11 +173,11 @@ def test_exit_latent_end_is_capped_and_threshold_is_a_mean_square():
 def test_latent_override_enters_at_its_positions_and_is_recorded():
     c = case("qwen2")
     table = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    given, _ = run(c, c.config(steps=2), [START, START, EOS], latent_override=LatentOverride(table))
+    given, _ = run(c, c.mechanism(steps=2), [START, START, EOS], latent_override=LatentOverride(table))
     assert given.spans == [LatentSpan(1, 2), LatentSpan(5, 2)] and torch.equal(given.latents, table)
     # unscripted: the recorded log-probs are those of a plain forward that reads the table's vectors
     request = c.request(seeds=[4], latent_override=LatentOverride(table))
-    sampled = c.engine(c.config(steps=2)).generate([request], sampling(10))[0][0]
+    sampled = c.engine(c.mechanism(steps=2)).generate([request], sampling(10))[0][0]
     assert len(sampled.latents) >= 2 and torch.equal(sampled.latents[:2], table[:2])
     expected = slow_reading.log_probs(c, sampled, None, "full")
     assert sampled.rollout_log_probs.tolist() == pytest.approx(expected, abs=1e-4)
@@ -198,24 +198,24 @@ def test_latent_override_of_one_span_leaves_the_others_to_the_model():
     """By hand: which vectors stand where."""
     c = case("qwen2")
     table = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    own, _ = run(c, c.config(steps=2), [START, START, EOS])
-    given, _ = run(c, c.config(steps=2), [START, START, EOS], latent_override=LatentOverride(table, "span1"))
+    own, _ = run(c, c.mechanism(steps=2), [START, START, EOS])
+    given, _ = run(c, c.mechanism(steps=2), [START, START, EOS], latent_override=LatentOverride(table, "span1"))
     assert torch.equal(given.latents[:2], own.latents[:2]) and torch.equal(given.latents[2:], table[:2])
-    given, _ = run(c, c.config(steps=4), [START, START, EOS], latent_override=LatentOverride(table, "span0"))
+    given, _ = run(c, c.mechanism(steps=4), [START, START, EOS], latent_override=LatentOverride(table, "span0"))
     assert torch.equal(given.latents[:4], table[[0, 1, 2, 0]]), "number i mod 3"
     assert float((given.latents[4:] - table[[1, 2, 0, 1]]).abs().min()) > 0
-    again, _ = run(c, c.config(steps=2), [START, START, EOS], latent_override=LatentOverride(table, "vision"))
+    again, _ = run(c, c.mechanism(steps=2), [START, START, EOS], latent_override=LatentOverride(table, "vision"))
     assert torch.equal(again.latents, own.latents), "no image embeddings among a span's latents"
 
 
 def test_no_steps_leaves_the_delimiters_and_no_spans_forces_text():
     c = case("qwen2")
-    markers, _ = run(c, c.config(steps=2), [START, START, EOS], steps=0)
+    markers, _ = run(c, c.mechanism(steps=2), [START, START, EOS], steps=0)
     assert markers.kinds.tolist() == [S, F, S, F, T] and markers.latents.shape == (0, 32)
     requests = [c.request(seeds=range(8)), c.request(seeds=range(8), max_spans=0)]
     free, forced = c.engine().generate(requests, sampling(10))
     assert any(t.spans for t in free) and all((t.kinds == T).all() for t in forced)
-    bounded = c.engine(c.config(max_spans=1)).generate(requests[:1], sampling(10))[0]
+    bounded = c.engine(c.mechanism(max_spans=1)).generate(requests[:1], sampling(10))[0]
     assert max(t.kinds.tolist().count(S) for t in bounded) == 1
 
 
@@ -223,7 +223,7 @@ def test_blind_after_span_hides_the_image_from_what_follows():
     """Recorded log-probs against a plain forward whose mask is drawn by hand: text before the span still sees the image."""
     c = case("qwen2_5_vl")
     request = c.request(images=c.images(1), seeds=range(24), blind_after_span=True)
-    group = c.engine(c.config(steps=2)).generate([request], sampling(10))[0]
+    group = c.engine(c.mechanism(steps=2)).generate([request], sampling(10))[0]
     num_after = num_before = 0
     for t in group:
         expected = slow_reading.log_probs(c, t, request.images, "blind_after_span")
@@ -237,7 +237,7 @@ def test_blind_after_span_hides_the_image_from_what_follows():
 def test_head_is_applied_to_what_is_fed():
     """With a head, the first latent is head(h(start)), h by a plain forward over prompt and start."""
     c = build_case("qwen2", head="mlp")
-    config = c.config(steps=2, head="mlp")
+    config = c.mechanism(steps=2, head="mlp")
     trajectory, _ = run(c, config, [START, EOS])
     with torch.no_grad():
         ids = torch.cat([trajectory.prompt_ids, trajectory.token_ids[:1]])[None]

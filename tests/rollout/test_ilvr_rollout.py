@@ -9,16 +9,17 @@ import torch
 from latent_cases import WORDS, Case, build_case, sampling
 
 from grpo_latent.errors import CheckpointError
-from grpo_latent.latent.mechanisms import ILVR_TOKENS, mechanism_config
+from grpo_latent.latent.mechanisms import ILVR
 from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.loading import read_latent_config
+from grpo_latent.models.loading import read_mechanism
 from grpo_latent.models.recompute import recompute_latents
 from grpo_latent.models.replay import replay
 from grpo_latent.models.sequences import collate
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.trajectory import PositionKind as K
 
+ILVR_TOKENS = tuple(ILVR.published_tokens.values())
 START, PAD, END = ILVR_TOKENS
 STEPS = 4
 
@@ -31,7 +32,8 @@ def ilvr_case(name):
     assert len(tokenizer) == len(source.tokenizer)
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
     model.load_state_dict(source.model.state_dict())
-    c = Case(name, model, tokenizer, processor, ModelAdapter(model))
+    mechanism = ILVR.from_tokens(tokenizer.get_vocab(), steps=STEPS)
+    c = Case(name, model, tokenizer, processor, ModelAdapter(model, mechanism))
     with torch.no_grad():
         model.lm_head.bias.zero_()
         for token, value in ((START, 4.0), (END, 4.0), (tokenizer.eos_token, -0.5)):
@@ -39,14 +41,14 @@ def ilvr_case(name):
     return c
 
 
-def config_of(c, **changes):
-    return mechanism_config("ilvr", {token: c.token_id(token) for token in ILVR_TOKENS}, steps=STEPS, **changes)
+def mechanism_of(c, **changes):
+    return ILVR.from_tokens(c.tokenizer.get_vocab(), steps=STEPS, **changes)
 
 
 @functools.cache
 def recorded(name):
     c = ilvr_case(name)
-    config = config_of(c)
+    config = mechanism_of(c)
     banned = set(range(len(c.tokenizer))) - {c.token_id(token) for token in (START, "3", "7", "<|im_end|>")}
     engine = HFRolloutEngine(c.model, config, [c.eos_id], banned)
     images = [c.images(1, seed=1), c.images(2, seed=2), None] if c.processor else [None] * 3
@@ -108,10 +110,10 @@ def test_an_official_folder_gives_its_own_span_length(tmp_path):
     c = ilvr_case("qwen3")
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "qwen2_5_vl", "latent_size": 6}))
-    assert read_latent_config(tmp_path, c.tokenizer) == config_of(c).replace(steps=6)
+    assert read_mechanism(tmp_path, c.tokenizer) == mechanism_of(c).replace(steps=6)
     path.write_text(json.dumps({"latent_size": 0}))
     with pytest.raises(CheckpointError, match="latent_size: not a valid count; got 0"):
-        read_latent_config(tmp_path, c.tokenizer)
+        read_mechanism(tmp_path, c.tokenizer)
     path.write_text(json.dumps({"latent_size": 6}))
     with pytest.raises(CheckpointError, match="not an ILVR checkpoint"):
-        read_latent_config(tmp_path, build_case("qwen3").tokenizer)
+        read_mechanism(tmp_path, build_case("qwen3").tokenizer)

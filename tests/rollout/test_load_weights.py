@@ -38,7 +38,7 @@ def test_weights_are_copied_not_shared_and_may_have_another_dtype():
 def test_tied_weights_arrive_under_either_name(sent):
     case = build_case("qwen2")
     tied = tiny.tiny_qwen2(("read",), tiny.TinySizes(tied=True)).model
-    engine = type(case.engine())(tied, case.config(), [case.eos_id])
+    engine = type(case.engine())(tied, case.mechanism(), [case.eos_id])
     names = {"lm_head.weight", "model.embed_tokens.weight"}
     weights = {name: tensor + 1 for name, tensor in tied.state_dict().items() if name not in names - {sent}}
     engine.load_weights(weights.items(), policy_version=1)

@@ -11,8 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from grpo_latent.errors import CheckpointError, ConfigError, PreflightError
-from grpo_latent.latent.config import LATENT_CONFIG_FILE
-from grpo_latent.models.head import attach_latent_modules
+from grpo_latent.latent.mechanisms import LATENT_CONFIG_FILE
 from grpo_latent.models.loading import save_latent_model
 from grpo_latent.models.prompts import encode_prompt
 from grpo_latent.rollout.preflight import PreflightPrompt, preflight
@@ -31,8 +30,8 @@ def write_checkpoint(folder, start_logit):
     """A checkpoint that opens a span after `PROMPTS` with a logit of about `start_logit`."""
     case = build_case("qwen2_5_vl")
     case.model.lm_head.bias = None
-    config = case.config(head="mlp")
-    attach_latent_modules(case.model, config)
+    config = case.mechanism(head="mlp")
+    config.attach(case.model)
     with torch.no_grad():
         hidden = []
         for item in PROMPTS:

@@ -22,9 +22,9 @@ NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3")
 
 
 def config_of(c, **changes):
-    values = dict(trigger="prompt_slots", positions="1d", steps=2)
+    values = dict(steps=2)
     values |= dict(mechanism="ivt_lr", top_k_image=4) if c.processor else dict(mechanism="coconut")
-    return c.config(**values | changes)
+    return c.mechanism(**values | changes)
 
 
 @functools.cache
@@ -95,7 +95,7 @@ def test_completions_begin_with_the_prompts_slots_and_differ_after(name):
             assert len(t.kinds) <= 20 and (len(t.kinds) == 20 or t.stop_reason == "eos")
             assert len(set(t.selected_idx.tolist())) == len(t.selected_idx) == slots.count(K.SELECTED)
             assert torch.equal(t.latents, group[0].latents) and not t.response_mask()[: len(slots)].any()
-            assert (t.token_ids[len(slots) :] != engine.config.start_id).all(), "no span is opened later"
+            assert (t.token_ids[len(slots) :] != engine.mechanism.start_id).all(), "no span is opened later"
         assert len({tuple(t.text_ids) for t in group}) > 1
 
 
@@ -171,7 +171,7 @@ def test_no_slots_is_an_ordinary_rollout():
     c = case("qwen3")
     request = c.request("read red ?", seeds=range(4))
     group = c.engine(config_of(c, steps=0)).generate([request], sampling(8))[0]
-    plain = c.engine(c.config(max_spans=0)).generate([request], sampling(8))[0]
+    plain = c.engine(c.mechanism(max_spans=0)).generate([request], sampling(8))[0]
     for t, other in zip(group, plain, strict=True):
         assert torch.equal(t.token_ids, other.token_ids) and t.latents.shape == (0, 32)
 
@@ -185,7 +185,7 @@ def test_what_slots_cannot_do_is_an_error():
         override = LatentOverride(torch.zeros(9, 32), selected_idx=torch.arange(5))
         c.engine(config_of(c)).generate([dataclasses.replace(request, latent_override=override)], sampling(20))
     with pytest.raises(ConfigError, match="latent.top_k_image: no image embeddings to insert"):
-        text.engine(config_of(text, top_k_image=4)).generate([text.request()], sampling(20))
+        text.engine(config_of(text, mechanism="ivt_lr", top_k_image=4)).generate([text.request()], sampling(20))
 
 
 def test_drawn_slots_differ_in_a_group_and_their_log_probs_are_a_replays():

@@ -11,9 +11,7 @@ from PIL import Image
 from transformers import TrainingArguments
 
 from grpo_latent.data.examples import ImageRef, LvrExample, response_template
-from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.head import attach_latent_modules
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.sft.common.dataset import SFTDataset
 from grpo_latent.sft.common.parameters import freeze_vision
@@ -81,22 +79,21 @@ def latent_model(name: str = "qwen2_5_vl", case: Case | None = None, **config) -
     if config.pop("end", False):
         config |= dict(latent_end_token="<|lvr_latent_end|>", latent_end_id=case.token_id("<|lvr_latent_end|>"))
     savable = config.pop("savable", False)
-    config = case.config(**config)
+    config = case.mechanism(**config)
     if savable:
         case.model.lm_head.bias = None  # a test's own, which no architecture has
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        attach_latent_modules(case.model, config)
+        config.attach(case.model)
     return LatentModel(case.model, case.tokenizer, case.processor, config, (case.eos_id,))
 
 
 def encoder(latent: LatentModel, has_end_vector: bool = False, max_length: int | None = None) -> LVREncoder:
-    config: LatentConfig = latent.config
     vision = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     return LVREncoder(
         tokenizer=latent.tokenizer,
         processor=latent.processor,
-        config=config,
+        mechanism=latent.mechanism,
         eos_id=latent.tokenizer.eos_token_id,
         vision_ids=frozenset(latent.tokenizer.convert_tokens_to_ids(list(vision))),
         backbone=ModelAdapter(latent.model).backbone,

@@ -20,7 +20,7 @@ import grpo_latent.config
 from grpo_latent.data.formats.lvr_json import write_lvr_json
 from grpo_latent.data.rows import read_verl_parquet, verl_row, write_verl_parquet
 from grpo_latent.errors import CheckpointError, ConfigError, DataError
-from grpo_latent.latent.config import LATENT_CONFIG_FILE
+from grpo_latent.latent.mechanisms import LATENT_CONFIG_FILE
 from grpo_latent.models import tiny
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.models.prompts import encode_prompt
@@ -172,12 +172,12 @@ def test_the_model_rolls_out_and_the_formats_agree(inputs, tmp_path):
     weights = [load_file(result.model_path / "model.safetensors") for result in (parquet, published)]
     assert same_tensors(*weights)
     loaded = load_latent_model(parquet.model_path)
-    assert loaded.config.steps == 2 and loaded.config.head == "mlp" and loaded.config.latent_end_id is None
+    assert loaded.mechanism.steps == 2 and loaded.mechanism.head == "mlp" and loaded.mechanism.latent_end_id is None
     item = next(read_verl_parquet(inputs / "rows.parquet"))
     prompt = encode_prompt(
         loaded.tokenizer, loaded.processor, item.messages, [image.open() for image in item.images], "here"
     )
-    engine = HFRolloutEngine(loaded.model, loaded.config, loaded.eos_ids)
+    engine = HFRolloutEngine(loaded.model, loaded.mechanism, loaded.eos_ids)
     ((trajectory,),) = engine.generate([RolloutRequest(prompt.ids, [1], prompt.images)], sampling(8))
     assert torch.isfinite(trajectory.rollout_log_probs).all()
     summary = json.loads((tmp_path / "parquet/summary.json").read_text())
@@ -199,7 +199,7 @@ def test_sft_goes_on_from_its_own_output(inputs, tmp_path):
     )
     assert digests(first.model_path) == before
     loaded = load_latent_model(second.model_path)
-    assert loaded.config.exit == "latent_end" and loaded.config.latent_end_id is not None
+    assert loaded.mechanism.exit == "latent_end" and loaded.mechanism.latent_end_id is not None
     with pytest.raises(ConfigError, match="another head"):
         run(inputs, tmp_path / "third", **{"model.path": str(first.model_path), "latent.head": "glu"})
 
@@ -242,7 +242,7 @@ def test_sft_starts_from_the_official_layout_and_never_writes_to_it(inputs, tmp_
     weights = load_file(result.model_path / "model.safetensors")
     assert all(torch.equal(weights[name], tensor) for name, tensor in head.items())
     assert (result.model_path / LATENT_CONFIG_FILE).is_file()
-    assert load_latent_model(result.model_path).config.head == "mlp"
+    assert load_latent_model(result.model_path).mechanism.head == "mlp"
 
 
 # of recipes/lvr at paper scale

@@ -11,10 +11,8 @@ from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelCo
 from verl.workers.engine import EngineRegistry
 
 from grpo_latent.backbones.registry import backbone_of_processor
-from grpo_latent.latent.config import LatentConfig
-from grpo_latent.latent.mechanisms import LVR_ADDED_TOKENS
+from grpo_latent.latent.mechanisms import LVR, MECHANISMS, Mechanism
 from grpo_latent.models import tiny
-from grpo_latent.models.head import attach_latent_modules
 from grpo_latent.models.loading import load_latent_model, save_latent_model
 from grpo_latent.models.replay import replay
 from grpo_latent.models.sequences import collate
@@ -29,37 +27,28 @@ TEMPERATURE = 0.9
 WORDS = ("read", "red", "blue", "?")
 
 
-def latent_config(tokenizer, **changes) -> LatentConfig:
-    ids = {role: tokenizer.convert_tokens_to_ids(token) for role, token in zip(ROLES, LVR_ADDED_TOKENS, strict=True)}
-    return LatentConfig(
-        start_token="<|lvr_start|>",
-        latent_token="<|lvr|>",
-        end_token="<|lvr_end|>",
-        start_id=ids["start"],
-        latent_id=ids["latent"],
-        end_id=ids["end"],
-        **{"steps": 3, "max_spans": 2, **changes},
-    )
-
-
-ROLES = ("start", "latent", "latent_end", "end")
+def make_mechanism(tokenizer, mechanism="lvr", **changes) -> Mechanism:
+    """Of LVR's tokens, whatever the mechanism."""
+    tokens = {f"{role}_token": LVR.published_tokens[role] for role in ("start", "latent", "end")}
+    defaults = {"steps": 3, "max_spans": 2} if mechanism == "lvr" else {"steps": 3}
+    return MECHANISMS[mechanism].from_tokens(tokenizer.get_vocab(), **tokens, **defaults | changes)
 
 
 # two slots, in front of each two image embeddings; `top_k_image=0` and a text model make Coconut
-SLOTS = dict(mechanism="ivt_lr", trigger="prompt_slots", steps=2, top_k_image=2, positions="1d", max_spans=None)
+SLOTS = dict(mechanism="ivt_lr", steps=2, top_k_image=2)
 
 
 def make_checkpoint(folder, build=tiny.tiny_qwen2_5_vl, **changes) -> str:
     """A random tiny model whose policy opens spans often enough to be tested."""
     model, tokenizer, processor = build(words=WORDS)
-    config = latent_config(tokenizer, **changes)
+    mechanism = make_mechanism(tokenizer, **changes)
     torch.manual_seed(4)  # of head and end vector: with these the embedded rows open spans greedily, too
-    attach_latent_modules(model, config)
+    mechanism.attach(model)
     with torch.no_grad():
         head = model.get_output_embeddings().weight
         head.mul_(4.0)  # random logits are nearly flat; steeper ones make a wrong latent visible
-        head[config.start_id] = 2 * head.abs().mean(0)
-    save_latent_model(folder, model, tokenizer, processor, config)
+        head[mechanism.start_id] = 2 * head.abs().mean(0)
+    save_latent_model(folder, model, tokenizer, processor, mechanism)
     return str(folder)
 
 
@@ -98,7 +87,7 @@ def roll_out(folder, visibility="full", treatment=None, selection_temperature=No
     requests = make_requests(loaded, **kwargs)
     engine = HFRolloutEngine(
         loaded.model,
-        loaded.config,
+        loaded.mechanism,
         loaded.eos_ids,
         treatment=treatment,
         selection_temperature=selection_temperature,

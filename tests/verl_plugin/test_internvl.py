@@ -24,7 +24,7 @@ def test_log_probs_are_those_of_rollout_and_replay(folder, visibility, gloo):
     assert sum(len(t.latents) for t in trajectories) >= 3 and positions[0].ndim == 1
     engine = helpers.make_engine(folder, freeze_vision=True, visibility=visibility)
     assert not any(p.requires_grad for n, p in engine.module.named_parameters() if "vision_tower" in n or "multi_" in n)
-    adapter = ModelAdapter(loaded.model)
+    adapter = ModelAdapter(loaded.model, loaded.mechanism)
     rows = helpers.infer(engine, helpers.make_batch(trajectories, images, positions, adapter))
     assert helpers.gap(rows, expected, trajectories) <= 1e-5
     assert helpers.gap(rows, [t.rollout_log_probs for t in trajectories], trajectories) <= 1e-4

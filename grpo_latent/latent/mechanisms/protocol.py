@@ -15,19 +15,24 @@ Legend: N rows of a batch, M of their positions, B x T sequences, H hidden, V vo
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from grpo_latent.common.files import write_text
 from grpo_latent.errors import ConfigError
 from grpo_latent.trajectory import PositionKind, made_mask
 
 VISIBILITIES = ("full", "latents_only")
 POSITIONS = ("text_style", "1d")
 UNBOUNDED = 2**62  # spans of a row without a bound
+LATENT_CONFIG_FILE = "latent_config.json"
+VERSION = 2  # of that file: see `stored`
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,8 @@ class Mechanism:
         published_tokens: role -> token, in the order in which the system adds them. Each role has the fields `<role>_token`
             and `<role>_id`, unless its token is None.
         parameter_prefixes: names (of `state_dict`) of all parameters that `attach` may make.
+        structural: settings that decide which parameters there are; those of a checkpoint cannot change.
+        structural: settings that decide which parameters there are; those of a checkpoint cannot change.
         steps: latent steps of a span (or their cap), slots of the prompt.
         max_spans: spans that a completion may open; None for no bound.
         visibility: `full` (published by all) or `latents_only` (text sees question and latents only).
@@ -145,6 +152,7 @@ class Mechanism:
     name: ClassVar[str] = ""
     published_tokens: ClassVar[Mapping[str, str]] = {}
     parameter_prefixes: ClassVar[tuple[str, ...]] = ()
+    structural: ClassVar[tuple[str, ...]] = ()
     state_size: ClassVar[int] = 0
     has_slots: ClassVar[bool] = False
     # no annotation below: a subclass that annotates one makes it a setting
@@ -160,10 +168,15 @@ class Mechanism:
     # ---- tokens ----------------------------------------------------------------------------------------------------
 
     @property
+    def roles(self) -> dict[str, tuple[str | None, int | None]]:
+        """Role -> (token, id) of the roles that are in use."""
+        pairs = {role: (getattr(self, f"{role}_token"), getattr(self, f"{role}_id")) for role in self.published_tokens}
+        return {role: pair for role, pair in pairs.items() if pair != (None, None)}
+
+    @property
     def token_ids(self) -> dict[str, int]:
         """Token -> id of all latent tokens."""
-        tokens = {role: getattr(self, f"{role}_token") for role in self.published_tokens}
-        return {token: getattr(self, f"{role}_id") for role, token in tokens.items() if token is not None}
+        return dict(self.roles.values())
 
     @property
     def banned_ids(self) -> frozenset[int]:
@@ -176,7 +189,7 @@ class Mechanism:
         return frozenset()
 
     def placeholder_id(self, kind: PositionKind) -> int:
-        """The id that stands at positions of `kind` if nothing is sampled there; 0 if the mechanism has no such positions."""
+        """The id that stands at positions of `kind` where nothing is sampled; 0 for kinds that the mechanism lacks."""
         return 0
 
     # ---- parameters ------------------------------------------------------------------------------------------------
@@ -302,9 +315,50 @@ class Mechanism:
         return None
 
     @classmethod
+    def from_tokens(cls, ids: Mapping[str, int], **settings) -> Mechanism:
+        """The mechanism as published, but for `settings`.
+
+        Args:
+            ids: token -> id, of the published tokens or of those that `settings` name.
+
+        Raises:
+            ConfigError: an unknown setting, a token without id, or a combination that cannot run.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for role, published in cls.published_tokens.items():
+            # a role that a system has only at times (LVR's end vector) is in use where `settings` name its token
+            default = published if fields[f"{role}_token"].default is dataclasses.MISSING else None
+            token = settings.pop(f"{role}_token", default)
+            if token is None:
+                continue
+            if token not in ids:
+                raise ConfigError(
+                    "latent token without an id",
+                    where="token_ids",
+                    got=token,
+                    expected=f"ids of {sorted(cls.published_tokens.values())}, or of the tokens that replace them",
+                    fix="Add them with models.tokens.add_latent_tokens.",
+                )
+            values |= {f"{role}_token": token, f"{role}_id": ids[token]}
+        known = {name: settings.pop(name) for name in set(settings) & set(fields)}
+        mechanism = cls(**values, **known)
+        return mechanism.replace(**settings) if settings else mechanism
+
+    @classmethod
     def key(cls) -> str:
         """How `latent_config.json` and configs name this class."""
         return vars(cls).get("name") or f"{cls.__module__}:{cls.__qualname__}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `latent_config.json` holds."""
+        return {"version": VERSION, "mechanism": self.key()} | dataclasses.asdict(self)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `latent_config.json`, whole or not at all; returns its path."""
+        path = Path(folder) / LATENT_CONFIG_FILE
+        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
+        return path
 
     def replace(self, **changes) -> Mechanism:
         """A copy with other settings.
@@ -323,7 +377,7 @@ class Mechanism:
             raise ConfigError(
                 "fixed for this mechanism" if is_fixed else "unknown field",
                 where=f"latent.{name}",
-                got=value,
+                got=value if is_fixed else f"{name}={value!r}",
                 expected=f"{getattr(self, name)!r}, as {self.key()} has it"
                 if is_fixed
                 else f"a setting of {self.key()}: {sorted(known)}",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grpo_latent.algo.selection import gumbel_noise
 from grpo_latent.errors import ConfigError
-from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.latent.treatments.protocol import LatentSource, Treatment
 from grpo_latent.latent.treatments.values import at_least_float, is_number
 
@@ -54,16 +54,19 @@ class GumbelSoft(Treatment):
         if not isinstance(self.joint, bool):
             raise ConfigError("not a switch", where=f"{where}.joint", got=self.joint, expected="true or false")
 
-    def check(self, config: LatentConfig) -> None:
-        super().check(config)
-        for name, allowed in (("head", "none"), ("exit", ("steps", "end_token"))):
-            value = getattr(config, name)
-            if value not in (allowed if isinstance(allowed, tuple) else (allowed,)):
+    def check(self, mechanism: Mechanism) -> None:
+        super().check(mechanism)
+        has_head = getattr(mechanism, "head", "none") != "none"
+        for name, is_refused, allowed in (
+            ("head", has_head, "none"),
+            ("exit", mechanism.reads_latents, "steps or end_token"),
+        ):
+            if is_refused:
                 raise ConfigError(
                     "a mixture of token embeddings is no h",
                     where=f"latent.{name}",
-                    got=f"{value} with latent.treatment.name=gumbel_soft",
-                    expected=str(allowed),
+                    got=f"{getattr(mechanism, name)} with latent.treatment.name=gumbel_soft",
+                    expected=allowed,
                     fix="Train SFT without it, or choose another treatment.",
                 )
 

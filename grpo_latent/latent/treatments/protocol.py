@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from grpo_latent.errors import CheckpointError, ConfigError
-from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.latent.treatments.components import Component, LatentView, anchor, clipped_ratio, density_kl
 from grpo_latent.latent.treatments.terms import LatentTerms
 
@@ -67,14 +67,21 @@ class Treatment:
     reads_logits = False
     aux_size = 0
 
-    def check(self, config: LatentConfig) -> None:
+    def check(self, mechanism: Mechanism) -> None:
         """Raises `ConfigError` where the checkpoint's latents cannot be treated so."""
-        if self.is_action and config.trigger != "emitted":
+        if self.is_action and mechanism.has_slots:
             raise ConfigError(
                 "slots are shared by the group, so a trajectory cannot draw its own",
                 where="latent.treatment.name",
-                got=f"{type(self).__name__} with trigger {config.trigger} ({config.mechanism})",
-                expected="mask or recompute with prompt slots",
+                got=f"{type(self).__name__} with mechanism {mechanism.key()}",
+                expected="mask or recompute with slots of the prompt",
+            )
+        if self.is_action and mechanism.composes:
+            raise ConfigError(
+                "a sampled token is the action already where its vector is recorded beside it",
+                where="latent.treatment.name",
+                got=f"{type(self).__name__} with mechanism {mechanism.key()}",
+                expected="mask or recompute",
             )
 
     def notes(self) -> list[str]:

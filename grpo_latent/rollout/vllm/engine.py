@@ -28,7 +28,7 @@ class VllmRolloutEngine:
 
     Args:
         folder: a latent checkpoint (`load_latent_model`'s layout).
-        overrides: fields of `LatentConfig` to replace.
+        overrides: settings of the mechanism to replace.
         banned_ids: tokens never sampled, besides those that engine hf bans.
         dtype: of weights, keys and values.
         max_model_len: longest prompt and completion together.
@@ -51,7 +51,7 @@ class VllmRolloutEngine:
         **vllm_options,
     ):
         self.front = FrontEnd(folder, overrides, max_model_len, max_latents, banned_ids)
-        self.skeleton, self.config, self.adapter = self.front.skeleton, self.front.config, self.front.adapter
+        self.skeleton, self.mechanism, self.adapter = self.front.skeleton, self.front.mechanism, self.front.adapter
         check_options(vllm_options)
         pin_runner()
         torchvision_ops.install()

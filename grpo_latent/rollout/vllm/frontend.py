@@ -38,8 +38,8 @@ class FrontEnd:
         banned_ids: Iterable[int] = (),
     ):
         self.skeleton = read_skeleton(folder, overrides)
-        self.config, self.adapter = self.skeleton.config, self.skeleton.adapter
-        self.options = WorkerOptions(self.config, tuple(self.skeleton.banned_ids(banned_ids)), max_latents)
+        self.mechanism, self.adapter = self.skeleton.mechanism, self.skeleton.adapter
+        self.options = WorkerOptions(self.mechanism, tuple(self.skeleton.banned_ids(banned_ids)), max_latents)
         self.max_model_len, self.max_latents = max_model_len, self.options.room(max_model_len)
         self.policy_version = 0
 
@@ -68,7 +68,7 @@ class FrontEnd:
                 expected="None, steps >= 1",
                 fix=f"Run causal ablations on {ENGINE_HF}.",
             )
-        steps, max_spans = request.steps or self.config.steps, self.config.max_spans
+        steps, max_spans = request.steps or self.mechanism.steps, self.mechanism.max_spans
         if max_spans is not None and min(steps * max_spans, sampling.max_new_tokens) > self.max_latents:
             raise self._no_room(where, f"{max_spans} span(s) of {steps} steps")
         length = request.prompt_ids.shape[0] + sampling.max_new_tokens
@@ -131,7 +131,9 @@ class FrontEnd:
         num_latents = int((kinds == PositionKind.LATENT).sum())
         if record["latents"].shape[0] < num_latents:
             raise self._no_room(where, f"{num_latents} latent steps")
-        if not torch.equal(token_ids == self.config.latent_id, kinds == PositionKind.LATENT):
+        if not torch.equal(
+            token_ids == self.mechanism.placeholder_id(PositionKind.LATENT), kinds == PositionKind.LATENT
+        ):
             raise LatentMismatchError(
                 "vLLM's tokens and the worker's record disagree",
                 where=where,

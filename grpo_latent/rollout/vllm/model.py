@@ -15,35 +15,20 @@ from vllm import ModelRegistry
 from vllm.model_executor.model_loader import utils as loader_utils
 
 from grpo_latent.errors import CheckpointError, ConfigError
-from grpo_latent.latent.config import LatentConfig
-from grpo_latent.models.head import END_VECTOR_ATTRIBUTE, HEAD_ATTRIBUTE, LATENT_PARAMETER_PREFIXES, build_head
+from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.rollout.vllm.compat import ENGINE_HF
 from grpo_latent.rollout.vllm.skeleton import worker_options
 
 
 class LatentParameters:
-    """Head and end vector as `config` names them, in the model's dtype."""
+    """What the mechanism adds to a model, in the model's dtype: `modules` stands in for a model wherever it is asked."""
 
-    def __init__(self, config: LatentConfig, text_config, dtype: torch.dtype, device: torch.device):
-        self.modules = nn.Module()
-        if config.head != "none":
-            setattr(self.modules, HEAD_ATTRIBUTE, build_head(config.head, text_config))
-        if config.latent_end_id is not None:
-            setattr(self.modules, END_VECTOR_ATTRIBUTE, nn.Parameter(torch.zeros(text_config.hidden_size)))
-        self.modules.to(device=device, dtype=dtype).requires_grad_(False)
+    def __init__(self, mechanism: Mechanism, text_config, dtype: torch.dtype, device: torch.device):
+        self.mechanism, self.modules = mechanism, nn.Module()
+        for name, value in mechanism.new_parameters(text_config, dtype, device).items():
+            setattr(self.modules, name, value)
+        self.modules.requires_grad_(False)
         self._never_loaded = set(self.modules.state_dict())
-
-    @property
-    def head(self) -> nn.Module | None:
-        return getattr(self.modules, HEAD_ATTRIBUTE, None)
-
-    @property
-    def end_vector_H(self) -> Tensor | None:
-        return getattr(self.modules, END_VECTOR_ATTRIBUTE, None)
-
-    def feedback(self, hidden_NH: Tensor) -> Tensor:
-        """The vectors that a latent step feeds, [N, H]."""
-        return hidden_NH if self.head is None else self.head(hidden_NH)
 
     @torch.no_grad()
     def take(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -54,7 +39,7 @@ class LatentParameters:
         """
         own = self.modules.state_dict(keep_vars=True)
         for name, tensor in weights:
-            if not name.startswith(LATENT_PARAMETER_PREFIXES):
+            if not name.startswith(self.mechanism.parameter_prefixes):
                 yield name, tensor
                 continue
             if name not in own:
@@ -88,7 +73,7 @@ def latent_class(base: type[nn.Module]) -> type[nn.Module]:
             super().__init__(vllm_config=vllm_config, prefix=prefix)
             model_config = vllm_config.model_config
             parameters = LatentParameters(
-                worker_options(vllm_config).config,
+                worker_options(vllm_config).mechanism,
                 model_config.hf_text_config,
                 model_config.dtype,
                 torch.get_default_device(),

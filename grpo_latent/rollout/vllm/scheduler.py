@@ -12,6 +12,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from grpo_latent.rollout.vllm.skeleton import worker_options
+from grpo_latent.trajectory import PositionKind
 
 _SCAN_ATTRIBUTE = "_grpo_latent_scan"
 
@@ -19,7 +20,7 @@ _SCAN_ATTRIBUTE = "_grpo_latent_scan"
 class _StopsAtLatents:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        latent_id = worker_options(self.vllm_config).config.latent_id
+        latent_id = worker_options(self.vllm_config).mechanism.placeholder_id(PositionKind.LATENT)
         coordinator = self.kv_cache_manager.coordinator
         cache_blocks = coordinator.cache_blocks
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grpo_latent.errors import RolloutError
 from grpo_latent.rollout.vllm.skeleton import WorkerOptions
@@ -27,8 +27,8 @@ class LatentSteps:
     """Follows the requests of a worker.
 
     Args:
-        feedback: last hidden states [M, H] -> vectors that a latent step feeds.
-        end_vector: the learned end vector [H], or None; asked for at every step, as new weights may replace it.
+        modules: has what the mechanism's `attach` makes; asked for it at every step, as new weights may replace it.
+        embed: token embeddings of ids.
         num_slots: requests in flight that the table starts with.
         max_length: longest completion.
     """
@@ -36,8 +36,8 @@ class LatentSteps:
     def __init__(
         self,
         options: WorkerOptions,
-        feedback: Callable[[Tensor], Tensor],
-        end_vector: Callable[[], Tensor | None],
+        modules: nn.Module,
+        embed: Callable[[Tensor], Tensor],
         *,
         vocab_size: int,
         num_slots: int,
@@ -49,9 +49,16 @@ class LatentSteps:
         banned_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
         banned_V[list(options.banned_ids)] = True
         self.table = LatentTable(
-            options.config, banned_V, num_slots, max_length, options.room(max_length), hidden_size, dtype
+            options.mechanism,
+            modules,
+            embed,
+            banned_V,
+            num_slots,
+            max_length,
+            options.room(max_length),
+            hidden_size,
+            dtype,
         )
-        self.feedback, self.end_vector = feedback, end_vector
         self.prompt_lengths: dict[str, int] = {}
         self.num_replayed_rows = 0
         self.rows: StepRows | None = None
@@ -139,7 +146,7 @@ class LatentSteps:
             return
         picked = slice(None) if rows.rows_N.size == logits_NV.shape[0] else self._row_tensor(logits_NV)
         chosen_M, full_M, is_forced_M = self.table.choose(
-            rows, hidden_NH[picked], logits_NV[picked], tokens_N1[picked, 0].long(), self.feedback, self.end_vector()
+            rows, hidden_NH[picked], logits_NV[picked], tokens_N1[picked, 0].long()
         )
         tokens_N1[picked, 0] = chosen_M.to(tokens_N1.dtype)
         if log_probs is None:

@@ -1,29 +1,30 @@
-"""What the worker remembers of each request: kinds, latents, log-probs and the span state at every position.
+"""What the worker remembers of each request: kinds, latents, log-probs and the mechanism's state at every position.
 
 All of it is addressed by (slot, completion position), so every step is a function of what the scheduler says it
 computes now. A request that was preempted, whose prompt is cut into chunks, or that loses a token in flight simply asks
 for a position again: nothing has to be rolled back, and no sampled id has to reach the CPU first.
 
-Letters: S slots, L positions, C latents a slot, N rows of a step, H hidden, V vocabulary.
+Letters: S slots, L positions, C latents a slot, N rows of a step, H hidden, V vocabulary, D columns of state.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grpo_latent.errors import RolloutError
-from grpo_latent.latent.config import LatentConfig
-from grpo_latent.latent.lvr import UNBOUNDED, SpanState
+from grpo_latent.latent.mechanisms import HiddenSource, Mechanism, RowStates
 from grpo_latent.rollout.sampling import sample, uniforms
 from grpo_latent.rollout.vllm.middleware import STEPS_FIELD
 from grpo_latent.trajectory import PositionKind
 
-# columns of the state before each position; the last is the kind of the position before it
-_IN_SPAN, _END_IS_DUE, _NUM_FED, _NUM_SPANS, _NUM_LATENTS, _KIND = range(6)
+# the last two columns of the state before each position: latents so far, and the kind of the position before it; the
+# mechanism's own stand in front
+_NUM_LATENTS, _KIND = -2, -1
 _MAX_STEPS = 2**31 - 1
 
 
@@ -75,12 +76,54 @@ class StepRows:
     positions_N: np.ndarray
 
 
+@dataclass
+class _HostSlots:
+    """What the scheduler's announcements say of each slot, on the CPU.
+
+    Attributes:
+        sampling_S: index of its way of drawing text.
+        num_chosen_S: positions that it has chosen.
+        draws_SL: the uniform number of each position.
+    """
+
+    sampling_S: np.ndarray
+    num_chosen_S: np.ndarray
+    draws_SL: np.ndarray
+
+    def doubled(self) -> _HostSlots:
+        """With as many slots once more, all zero."""
+        return _HostSlots(*(np.concatenate([array, np.zeros_like(array)]) for array in vars(self).values()))
+
+
+@dataclass
+class _DeviceSlots:
+    """What each slot has recorded, on the device.
+
+    Attributes:
+        steps_S: int64, latent steps a span.
+        state_SLD: int32, the state before each position.
+        log_probs_SL2: full and drawn.
+        latents_SCH: recorded vectors; the last one of a slot is scratch.
+    """
+
+    steps_S: Tensor
+    state_SLD: Tensor
+    log_probs_SL2: Tensor
+    latents_SCH: Tensor
+
+    def doubled(self) -> _DeviceSlots:
+        """With as many slots once more, all zero."""
+        return _DeviceSlots(*(torch.cat([tensor, torch.zeros_like(tensor)]) for tensor in vars(self).values()))
+
+
 class LatentTable:
     """Slots for the requests that have started and are not finished; grows when preempted requests hold them all."""
 
     def __init__(
         self,
-        config: LatentConfig,
+        mechanism: Mechanism,
+        modules: nn.Module,
+        embed: Callable[[Tensor], Tensor],
         banned_V: Tensor,
         num_slots: int,
         max_length: int,
@@ -88,22 +131,26 @@ class LatentTable:
         hidden_size: int,
         dtype: torch.dtype,
     ):
-        self.config, self.banned_V, self.device = config, banned_V, banned_V.device
+        self.mechanism, self.modules, self.embed = mechanism, modules, embed
+        self.banned_V, self.device = banned_V, banned_V.device
+        self.opening_ids = sorted(mechanism.opening_ids)
         self.max_latents = max_latents
         self.slots: dict[str, int] = {}
         self.keys: dict[str, str] = {}  # of the recorded requests, by request
         self.records: dict[str, dict[str, Tensor]] = {}
         self.samplings: list[RowSampling | None] = [None]  # ways of drawing text met so far; None is vLLM's sampler
         self._free = list(range(num_slots))[::-1]
-        # by slot, on the CPU: what the scheduler's announcements say
-        self.sampling_S, self.num_chosen_S = np.zeros(num_slots, np.int64), np.zeros(num_slots, np.int64)
-        self.draws_SL = np.zeros((num_slots, max_length))  # the uniform number of each position
-        # by slot, on the device; the last latent of a slot is scratch
+        self.host = _HostSlots(
+            np.zeros(num_slots, np.int64), np.zeros(num_slots, np.int64), np.zeros((num_slots, max_length))
+        )
         options = {"device": self.device}
-        self.steps_S = torch.zeros(num_slots, dtype=torch.long, **options)
-        self.state_SL6 = torch.zeros(num_slots, max_length + 1, 6, dtype=torch.int32, **options)
-        self.log_probs_SL2 = torch.zeros(num_slots, max_length, 2, **options)  # full, drawn
-        self.latents_SCH = torch.zeros(num_slots, max_latents + 1, hidden_size, dtype=dtype, **options)
+        state_size = mechanism.state_size + 2
+        self.on_device = _DeviceSlots(
+            torch.zeros(num_slots, dtype=torch.long, **options),
+            torch.zeros(num_slots, max_length + 1, state_size, dtype=torch.int32, **options),
+            torch.zeros(num_slots, max_length, 2, **options),
+            torch.zeros(num_slots, max_latents + 1, hidden_size, dtype=dtype, **options),
+        )
 
     def add(self, request_id: str, request: LatentRequest) -> None:
         if request.key is not None:
@@ -117,19 +164,15 @@ class LatentTable:
         slot = self.slots[request_id] = self._free.pop()
         if request.sampling not in self.samplings:
             self.samplings.append(request.sampling)
-        self.sampling_S[slot], self.num_chosen_S[slot] = self.samplings.index(request.sampling), 0
+        self.host.sampling_S[slot], self.host.num_chosen_S[slot] = self.samplings.index(request.sampling), 0
         if request.sampling is not None:
-            seed_1, positions_L = np.array([request.seed], np.uint64), np.arange(self.draws_SL.shape[1])
-            self.draws_SL[slot] = uniforms(seed_1, positions_L).numpy()
-        self.steps_S[slot] = request.steps or self.config.steps
+            seed_1, positions_L = np.array([request.seed], np.uint64), np.arange(self.host.draws_SL.shape[1])
+            self.host.draws_SL[slot] = uniforms(seed_1, positions_L).numpy()
+        self.on_device.steps_S[slot] = request.steps or self.mechanism.steps
 
     def _grow(self) -> None:
-        num_slots = self.steps_S.shape[0]
-        for name in ("steps_S", "state_SL6", "log_probs_SL2", "latents_SCH"):
-            tensor = getattr(self, name)
-            setattr(self, name, torch.cat([tensor, torch.zeros_like(tensor)]))
-        for name in ("sampling_S", "num_chosen_S", "draws_SL"):
-            setattr(self, name, np.concatenate([getattr(self, name), np.zeros_like(getattr(self, name))]))
+        num_slots = self.on_device.steps_S.shape[0]
+        self.host, self.on_device = self.host.doubled(), self.on_device.doubled()
         self._free = list(range(num_slots, 2 * num_slots))[::-1]
 
     def finish(self, request_id: str) -> None:
@@ -140,15 +183,15 @@ class LatentTable:
         self._free.append(slot)
         if key is None:
             return
-        length = int(self.num_chosen_S[slot])
-        state_T6 = self.state_SL6[slot, : length + 1].to("cpu", torch.int64)
-        num_latents = state_T6[-1, _NUM_LATENTS]
-        log_probs_T2 = self.log_probs_SL2[slot, :length].to("cpu", copy=True)
+        length = int(self.host.num_chosen_S[slot])
+        state_TD = self.on_device.state_SLD[slot, : length + 1].to("cpu", torch.int64)
+        num_latents = state_TD[-1, _NUM_LATENTS]
+        log_probs_T2 = self.on_device.log_probs_SL2[slot, :length].to("cpu", copy=True)
         self.records[key] = {
-            "kinds": state_T6[1:, _KIND],
+            "kinds": state_TD[1:, _KIND],
             "rollout_log_probs": log_probs_T2[:, 0],
             "sampling_log_probs": log_probs_T2[:, 1],
-            "latents": self.latents_SCH[slot, : min(int(num_latents), self.max_latents)].to("cpu", copy=True),
+            "latents": self.on_device.latents_SCH[slot, : min(int(num_latents), self.max_latents)].to("cpu", copy=True),
             "num_latents": num_latents,
         }
 
@@ -173,9 +216,9 @@ class LatentTable:
         slots, positions = self._to_device(slots_M), self._to_device(positions_M)
         is_range = rows_M[-1] - rows_M[0] + 1 == rows_M.size  # as in a step that only decodes: a view instead of a copy
         rows = slice(rows_M[0], rows_M[-1] + 1) if is_range else self._to_device(rows_M)
-        after_M6 = self.state_SL6[slots, positions + 1]
-        is_latent_M1 = after_M6[:, _KIND, None] == int(PositionKind.LATENT)
-        latents_MH = self.latents_SCH[slots, (after_M6[:, _NUM_LATENTS] - 1).clamp(0, self.max_latents - 1)]
+        after_MD = self.on_device.state_SLD[slots, positions + 1]
+        is_latent_M1 = after_MD[:, _KIND, None] == int(PositionKind.LATENT)
+        latents_MH = self.on_device.latents_SCH[slots, (after_MD[:, _NUM_LATENTS] - 1).clamp(0, self.max_latents - 1)]
         embeds[rows] = torch.where(is_latent_M1, latents_MH.to(embeds.dtype), embeds[rows])
 
     def _to_device(self, values: np.ndarray) -> Tensor:
@@ -183,39 +226,39 @@ class LatentTable:
 
     def is_served(self, rows: StepRows) -> np.ndarray:
         """bool [N], rows whose text vLLM's sampler draws."""
-        return self.sampling_S[rows.slots_N] == 0
+        return self.host.sampling_S[rows.slots_N] == 0
 
     def banned(self, rows: StepRows) -> Tensor:
         """bool [N, V] or [1, V], tokens that no row may draw: where a span may not open, `start` is one of them."""
-        slots, _, state_N6 = self._state_of(rows)
-        return self._banned(rows, slots, state_N6)
+        slots, _, state_ND = self._state_of(rows)
+        return self._banned(rows, slots, self._begin(slots, state_ND), state_ND[:, _NUM_LATENTS])
 
     def _state_of(self, rows: StepRows) -> tuple[Tensor, Tensor, Tensor]:
-        """Slots and positions, int64 [N], and the state there, int64 [N, 6]."""
+        """Slots and positions, int64 [N], and the state there, int64 [N, D]."""
         slots, positions = self._to_device(rows.slots_N), self._to_device(rows.positions_N)
-        return slots, positions, self.state_SL6[slots, positions].long()
+        return slots, positions, self.on_device.state_SLD[slots, positions].long()
 
-    def _banned(self, rows: StepRows, slots: Tensor, state_N6: Tensor) -> Tensor:
-        is_served_N, max_spans = self.is_served(rows), self.config.max_spans
-        if max_spans is None and not is_served_N.any():
+    def _begin(self, slots: Tensor, state_ND: Tensor) -> RowStates:
+        """The mechanism's state of the rows, as it was before the positions that they choose."""
+        state = self.mechanism.begin(self.modules, self.on_device.steps_S[slots])
+        state.unpack(state_ND[:, :_NUM_LATENTS].unbind(-1))
+        return state
+
+    def _banned(self, rows: StepRows, slots: Tensor, state: RowStates, num_latents_N: Tensor) -> Tensor:
+        is_served_N = self.is_served(rows)
+        if not state.is_bounded and not is_served_N.any():
             return self.banned_V[None]
-        room_N = state_N6[:, _NUM_SPANS] < (UNBOUNDED if max_spans is None else max_spans)
+        room_N = state.may_open_N
         if is_served_N.any():
             # a served request must not run out of room for its latents; a recorded one that does is reported by `pop`
-            has_room_N = state_N6[:, _NUM_LATENTS] + self.steps_S[slots] <= self.max_latents
-            room_N &= has_room_N | ~self._to_device(is_served_N)
+            has_room_N = num_latents_N + self.on_device.steps_S[slots] <= self.max_latents
+            room_N = room_N & (has_room_N | ~self._to_device(is_served_N))
         banned_NV = self.banned_V.repeat(len(slots), 1)
-        banned_NV[:, self.config.start_id] |= ~room_N
+        banned_NV[:, self.opening_ids] |= ~room_N[:, None]
         return banned_NV
 
     def choose(
-        self,
-        rows: StepRows,
-        hidden_NH: Tensor,
-        logits_NV: Tensor,
-        served_tokens_N: Tensor,
-        feedback,
-        end_vector_H: Tensor | None,
+        self, rows: StepRows, hidden_NH: Tensor, logits_NV: Tensor, served_tokens_N: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Decides and records the next position of every row.
 
@@ -223,47 +266,39 @@ class LatentTable:
             hidden_NH: last hidden states after the final norm.
             logits_NV: their logits, nothing masked.
             served_tokens_N: int64, what vLLM's sampler drew for rows without a key.
-            feedback: hidden [N, H] -> vectors that a latent step feeds.
 
         Returns:
             token ids int64 [N]; log-probs under the full distribution float32 [N] (0 where nothing is sampled or vLLM's
             sampler drew); bool [N], True where the token is forced.
         """
-        slots, positions, state_N6 = self._state_of(rows)
-        in_span_N, end_is_due_N, num_fed_N, num_spans_N, num_latents_N, _ = state_N6.unbind(-1)
-        state = SpanState(self.config, self.steps_S[slots])
-        state.in_span_N, state.end_is_due_N = in_span_N.bool(), end_is_due_N.bool()
-        state.num_fed_N, state.num_spans_N = num_fed_N, num_spans_N
-
-        planned_N = state.plan(logits_NV)
+        slots, positions, state_ND = self._state_of(rows)
+        state, num_latents_N = self._begin(slots, state_ND), state_ND[:, _NUM_LATENTS]
+        banned_NV = self._banned(rows, slots, state, num_latents_N)
+        planned_N = state.plan(logits_NV if self.mechanism.reads_logits else None)
         is_latent_N, is_text_N = planned_N == int(PositionKind.LATENT), planned_N == int(PositionKind.TEXT)
-        tokens_N, log_probs_N2 = self._draw(rows, logits_NV, self._banned(rows, slots, state_N6), served_tokens_N)
-        tokens_N = torch.where(is_latent_N, self.config.latent_id, tokens_N)
-        tokens_N = torch.where(planned_N == int(PositionKind.FORCED), self.config.end_id, tokens_N)
+        tokens_N, log_probs_N2 = self._draw(rows, logits_NV, banned_NV, served_tokens_N)
+        tokens_N = torch.where(is_latent_N, self.mechanism.placeholder_id(PositionKind.LATENT), tokens_N)
+        is_forced_N = planned_N == int(PositionKind.FORCED)
+        tokens_N = torch.where(is_forced_N, self.mechanism.placeholder_id(PositionKind.FORCED), tokens_N)
         log_probs_N2 = log_probs_N2 * is_text_N[:, None]
-        latents_NH = feedback(hidden_NH).to(self.latents_SCH.dtype)
-        kinds_N = state.advance(planned_N, tokens_N, latents_NH, end_vector_H)
+        source = HiddenSource(hidden_NH, lambda: logits_NV, self.embed)
+        latents_NH = self.mechanism.make(self.modules, source).to(self.on_device.latents_SCH.dtype)
+        kinds_N = state.advance(planned_N, tokens_N, latents_NH if self.mechanism.reads_latents else None)
 
         scratch = self.max_latents
-        self.latents_SCH[slots, torch.where(is_latent_N, num_latents_N, scratch).clamp(max=scratch)] = latents_NH
-        self.log_probs_SL2[slots, positions] = log_probs_N2
-        columns = (
-            state.in_span_N,
-            state.end_is_due_N,
-            state.num_fed_N,
-            state.num_spans_N,
-            num_latents_N + is_latent_N,
-            kinds_N,
-        )
-        self.state_SL6[slots, positions + 1] = torch.stack(columns, -1).to(torch.int32)
+        place_N = torch.where(is_latent_N, num_latents_N, scratch).clamp(max=scratch)
+        self.on_device.latents_SCH[slots, place_N] = latents_NH
+        self.on_device.log_probs_SL2[slots, positions] = log_probs_N2
+        columns = (*state.pack(), num_latents_N + is_latent_N, kinds_N)
+        self.on_device.state_SLD[slots, positions + 1] = torch.stack(columns, -1).to(torch.int32)
         return tokens_N, log_probs_N2[:, 0], ~is_text_N
 
     def _draw(
         self, rows: StepRows, logits_NV: Tensor, banned_NV: Tensor, served_tokens_N: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Token ids [N] and full and drawn log-probs [N, 2]; rows draw together where their sampling is the same."""
-        draws_N = torch.from_numpy(self.draws_SL[rows.slots_N, rows.positions_N])
-        ways_N = self.sampling_S[rows.slots_N]
+        draws_N = torch.from_numpy(self.host.draws_SL[rows.slots_N, rows.positions_N])
+        ways_N = self.host.sampling_S[rows.slots_N]
         ways = set(ways_N.tolist()) - {0}
         if len(ways) == 1 and ways_N.all():
             tokens_N, *log_probs = self._draw_alike(ways.pop(), logits_NV, draws_N, banned_NV)
@@ -283,4 +318,4 @@ class LatentTable:
 
     def note_chosen(self, rows: StepRows) -> None:
         """Remembers how far each request has come."""
-        self.num_chosen_S[rows.slots_N] = rows.positions_N + 1
+        self.host.num_chosen_S[rows.slots_N] = rows.positions_N + 1

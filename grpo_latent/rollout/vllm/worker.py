@@ -56,8 +56,8 @@ class LatentWorker:
         # after the weights and outside their memory pool, which level 2 of sleep throws away
         self.latent_steps = LatentSteps(
             worker_options(self.vllm_config),
-            parameters.feedback,
-            lambda: parameters.end_vector_H,
+            parameters.modules,
+            lambda ids: model.embed_input_ids(ids),
             vocab_size=model_config.get_vocab_size(),
             num_slots=self.vllm_config.scheduler_config.max_num_seqs,
             max_length=model_config.max_model_len,

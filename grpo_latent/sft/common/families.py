@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from grpo_latent.errors import ConfigError
-from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import Mechanism, SlotMechanism, SpanMechanism
 
-FAMILIES = {"spans": "emitted", "slots": "prompt_slots"}  # spans that the model opens, slots of the prompt
+FAMILIES = {"spans": SpanMechanism, "slots": SlotMechanism}  # spans that the model opens, slots of the prompt
 
 
-def check_family(config: LatentConfig, family: str, what: str) -> None:
+def check_family(mechanism: Mechanism, family: str, what: str) -> None:
     """Raises `ConfigError`, which begins with `what`, where the checkpoint's latents are of another family."""
-    if config.trigger != FAMILIES[family]:
+    if not isinstance(mechanism, FAMILIES[family]):
         raise ConfigError(
             what,
-            where="latent.trigger",
-            got=f"{config.trigger} ({config.mechanism})",
-            expected=f"{FAMILIES[family]}: a mechanism of {family}",
+            where="latent",
+            got=f"mechanism {mechanism.key()}",
+            expected=f"a mechanism of {family}, {FAMILIES[family].__name__}",
         )

@@ -1,96 +1,74 @@
-"""The latents of the checkpoint that SFT writes: the `latent` section of each method, with its published defaults."""
+"""The latents of the checkpoint that SFT writes: the `latent` section of each method.
+
+Its keys are the settings of the method's mechanism, declared there and nowhere else, without the ids, which the tokenizer
+gives; its defaults are the published ones. Tokens that the tokenizer lacks are added.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from grpo_latent.latent.config import LatentConfig
-from grpo_latent.latent.mechanisms import ILVR_TOKENS, LVR_LATENT_END_TOKEN, LVR_TOKENS, PUBLISHED, SLOT_TOKENS
-
-_NOT_RULES = ("start_token", "latent_token", "end_token", "latent_end_token", "head")
+from grpo_latent.latent.mechanisms import ILVR, IVTLR, LVR, Coconut, Mechanism
 
 
 @dataclass(frozen=True)
 class LatentSettings:
-    """The latents of the checkpoint that SFT writes, see `LatentConfig`. Tokens that the tokenizer lacks are added."""
+    """Base of what `latent_settings` makes; the fields are settings of `mechanism`."""
 
-    mechanism: ClassVar[str] = "lvr"
-
-    start_token: str = LVR_TOKENS[0]
-    latent_token: str = LVR_TOKENS[1]
-    end_token: str = LVR_TOKENS[2]
-    steps: int = 8
-    exit: str = "steps"
-    max_spans: int | None = None
-    head: str = "none"
-    visibility: str = "full"
-    start_is_action: bool = True
+    mechanism: ClassVar[type[Mechanism]]
 
     @property
     def tokens(self) -> tuple[str, ...]:
         """In the order in which they are added."""
-        return self.start_token, self.latent_token, self.end_token
+        return tuple(getattr(self, f"{role}_token") for role in self.mechanism.published_tokens)
 
     @property
     def rules(self) -> dict[str, Any]:
-        """Fields of `LatentConfig` that SFT may change on a checkpoint that has latents already."""
-        return {name: value for name, value in vars(self).items() if name not in _NOT_RULES}
+        """Settings that SFT may change on a checkpoint that has latents already: all but its tokens and its parameters."""
+        kept = {f"{role}_token" for role in self.mechanism.published_tokens} | set(self.mechanism.structural)
+        return {name: value for name, value in vars(self).items() if name not in kept}
 
-    def make_config(self, ids: dict[str, int], **more) -> LatentConfig:
-        """The `LatentConfig` of a model that has no latents yet.
+    def make(self, ids: Mapping[str, int], **more) -> Mechanism:
+        """The mechanism of a model that has no latents yet.
 
         Args:
             ids: of `tokens`.
-            more: further fields of `LatentConfig`.
+            more: further settings, such as the token of a role that is not always in use.
         """
-        roles = {"start": self.start_token, "latent": self.latent_token, "end": self.end_token}
-        values = {f"{role}_token": token for role, token in roles.items()}
-        values |= {f"{role}_id": ids[token] for role, token in roles.items()}
-        rules = PUBLISHED[self.mechanism] | self.rules
-        return LatentConfig(**values, mechanism=self.mechanism, head=self.head, **rules | more)
+        optional = {field.name for field in dataclasses.fields(self.mechanism) if field.default is None}
+        optional &= {f"{role}_token" for role in self.mechanism.published_tokens}
+        settings = {name: value for name, value in vars(self).items() if name not in optional}
+        return self.mechanism.from_tokens(ids, **settings | more)
 
 
-@dataclass(frozen=True)
-class LVRLatents(LatentSettings):
-    """With the token and the rule of the learned end vector."""
+def latent_settings(mechanism: type[Mechanism]) -> type[LatentSettings]:
+    """The type of the `latent` section of methods that train `mechanism`.
 
-    latent_end_token: str = LVR_LATENT_END_TOKEN
-    latent_end_threshold: float = 0.02
-
-    @property
-    def tokens(self) -> tuple[str, ...]:
-        return self.start_token, self.latent_token, self.latent_end_token, self.end_token
-
-
-@dataclass(frozen=True)
-class ILVRLatents(LatentSettings):
-    """Spans repeat between texts and end by a token, or at `steps`."""
-
-    mechanism: ClassVar[str] = "ilvr"
-
-    start_token: str = ILVR_TOKENS[0]
-    latent_token: str = ILVR_TOKENS[1]
-    end_token: str = ILVR_TOKENS[2]
-    exit: str = "end_token"
-
-
-@dataclass(frozen=True)
-class CoconutLatents(LatentSettings):
-    """`steps` slots of the prompt in the last stage."""
-
-    mechanism: ClassVar[str] = "coconut"
-
-    start_token: str = SLOT_TOKENS[0]
-    latent_token: str = SLOT_TOKENS[1]
-    end_token: str = SLOT_TOKENS[2]
-    steps: int = 3
+    >>> vars(latent_settings(Coconut)(steps=4))["steps"], latent_settings(Coconut)().tokens
+    (4, ('<|start-latent|>', '<|latent|>', '<|end-latent|>'))
+    """
+    published = {f"{role}_token": token for role, token in mechanism.published_tokens.items()}
+    ids = {f"{role}_id" for role in mechanism.published_tokens}
+    hints = typing.get_type_hints(mechanism)
+    fields = [
+        (field.name, str if field.name in published else hints[field.name], published.get(field.name, field.default))
+        for field in dataclasses.fields(mechanism)
+        if field.name not in ids
+    ]
+    return dataclasses.make_dataclass(
+        f"{mechanism.__name__}Latents",
+        [(name, hint, dataclasses.field(default=default)) for name, hint, default in fields],
+        bases=(LatentSettings,),
+        frozen=True,
+        namespace={"mechanism": mechanism, "__doc__": mechanism.__doc__, "__module__": __name__},
+    )
 
 
-@dataclass(frozen=True)
-class IVTLRLatents(CoconutLatents):
-    """With image embeddings in front of each slot."""
-
-    mechanism: ClassVar[str] = "ivt_lr"
-
-    top_k_image: int = 32
+LVRLatents = latent_settings(LVR)
+ILVRLatents = latent_settings(ILVR)
+IVTLRLatents = latent_settings(IVTLR)
+CoconutLatents = latent_settings(Coconut)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from transformers import AutoProcessor, AutoTokenizer
 from grpo_latent.backbones.registry import known_model_types, read_backbone
 from grpo_latent.common.dtypes import parse_dtype
 from grpo_latent.errors import CheckpointError, ConfigError
-from grpo_latent.latent.config import LATENT_CONFIG_FILE
-from grpo_latent.models.head import END_VECTOR_ATTRIBUTE, attach_latent_modules
+from grpo_latent.latent.mechanisms import LATENT_CONFIG_FILE
+from grpo_latent.latent.mechanisms.lvr import END_VECTOR_ATTRIBUTE
 from grpo_latent.models.loading import LatentModel, find_eos_ids, load_latent_model, reading
 from grpo_latent.models.tokens import add_latent_tokens
 from grpo_latent.sft.common.latents import LatentSettings
@@ -96,36 +97,37 @@ def _load_plain(path: str, dtype, attention: str, latent: LatentSettings, trains
         processor.tokenizer = tokenizer
     end_vector = {}
     if trains_end_vector:
-        end_vector = dict(latent_end_token=latent.latent_end_token, latent_end_id=ids[latent.latent_end_token])
-    config = latent.make_config(ids, **end_vector)
-    attach_latent_modules(model, config)
-    return LatentModel(model, tokenizer, processor, config, find_eos_ids(model, tokenizer))
+        end_vector = {"latent_end_token": latent.latent_end_token}
+    mechanism = latent.make(ids, **end_vector)
+    mechanism.attach(model)
+    return LatentModel(model, tokenizer, processor, mechanism, find_eos_ids(model, tokenizer))
 
 
 def _load_latent(folder: Path, dtype, attention: str, latent: LatentSettings, trains_end_vector: bool) -> LatentModel:
-    # with exit `steps` first: the exit that is asked for may need an end vector that the folder lacks
-    bundle = load_latent_model(folder, dtype, attn_implementation=attention, overrides=latent.rules | {"exit": "steps"})
-    if bundle.config.mechanism != latent.mechanism:
+    bundle = load_latent_model(folder, dtype, attn_implementation=attention)
+    mechanism, wanted = bundle.mechanism, latent.mechanism.key()
+    if mechanism.key() != wanted:
         raise ConfigError(
             "the checkpoint has latents of another mechanism",
             where=str(folder),
-            got=bundle.config.mechanism,
-            expected=latent.mechanism,
+            got=mechanism.key(),
+            expected=wanted,
             fix="Set the method of that mechanism, or start from the model before its first SFT.",
         )
-    if bundle.config.head != latent.head:
-        raise ConfigError(
-            "the checkpoint has another head",
-            where="latent.head",
-            got=latent.head,
-            expected=bundle.config.head,
-            fix=f"Set latent.head={bundle.config.head}, or start from the model before its first SFT.",
-        )
-    config = bundle.config
+    for name in mechanism.structural:
+        if getattr(mechanism, name) != getattr(latent, name):
+            raise ConfigError(
+                f"the checkpoint has another {name}",
+                where=f"latent.{name}",
+                got=getattr(latent, name),
+                expected=getattr(mechanism, name),
+                fix=f"Set latent.{name}={getattr(mechanism, name)}, or start from the model before its first SFT.",
+            )
     if trains_end_vector and not hasattr(bundle.model, END_VECTOR_ATTRIBUTE):
-        ids = add_latent_tokens(bundle.model, bundle.tokenizer, (latent.latent_end_token,))
-        config = config.replace(latent_end_token=latent.latent_end_token, latent_end_id=ids[latent.latent_end_token])
-        attach_latent_modules(bundle.model, config.replace(head="none"))
-    return LatentModel(
-        bundle.model, bundle.tokenizer, bundle.processor, config.replace(exit=latent.exit), bundle.eos_ids
-    )
+        token = latent.latent_end_token
+        end_vector = {"latent_end_token": token} | {
+            "latent_end_id": add_latent_tokens(bundle.model, bundle.tokenizer, [token])[token]
+        }
+        mechanism = mechanism.replace(**end_vector)
+        mechanism.replace(head="none").attach(bundle.model)  # the folder's head is there already
+    return dataclasses.replace(bundle, mechanism=mechanism.replace(**latent.rules))

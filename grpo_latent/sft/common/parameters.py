@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from grpo_latent.errors import ConfigError
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.head import LATENT_PARAMETER_PREFIXES
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,17 @@ def vision_is_frozen(model: nn.Module) -> bool:
     return not any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
 
-def add_lora(model: nn.Module, settings: LoraSettings, new_token_ids: Sequence[int]) -> None:
-    """Puts adapters into the decoder in place; the base is frozen, except the head, the end vector and new tokens' rows.
+def add_lora(
+    model: nn.Module, settings: LoraSettings, new_token_ids: Sequence[int], own_prefixes: tuple[str, ...] = ()
+) -> None:
+    """Puts adapters into the decoder in place; the base is frozen, except what the mechanism added and new tokens' rows.
 
     What trains is in float32 even over a base in half precision, which would round small updates away. In place, not as a
     `PeftModel`: the model keeps its class, its names and its latent hooks. The embedding matrices stay trainable as a whole
     and the gradient of old rows is set to 0, so the optimizer holds state for all of them.
+
+    Args:
+        own_prefixes: names of the mechanism's own parameters begin so.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -73,7 +77,7 @@ def add_lora(model: nn.Module, settings: LoraSettings, new_token_ids: Sequence[i
     )
     inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
-        if name.startswith(LATENT_PARAMETER_PREFIXES):
+        if name.startswith(own_prefixes):
             parameter.requires_grad_(True)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if new_token_ids and not module.weight.requires_grad:  # tied weights come twice

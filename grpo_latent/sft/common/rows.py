@@ -9,7 +9,7 @@ from typing import Any, Self
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from grpo_latent.errors import DataError
-from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.models.prompts import Prompt, encode_prompt
@@ -30,7 +30,7 @@ class RowEncoder:
 
     tokenizer: PreTrainedTokenizerBase
     processor: ProcessorMixin | None
-    config: LatentConfig
+    mechanism: Mechanism
     eos_id: int
     vision_ids: frozenset[int]
     max_length: int | None = None
@@ -41,7 +41,7 @@ class RowEncoder:
         return cls(
             tokenizer=latent.tokenizer,
             processor=latent.processor,
-            config=latent.config,
+            mechanism=latent.mechanism,
             eos_id=latent.tokenizer.eos_token_id,
             vision_ids=ModelAdapter(latent.model).vision_ids,
             **fields,
@@ -64,8 +64,7 @@ class RowEncoder:
                 real one.
         """
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        config = self.config
-        latent_ids = {config.start_id, config.latent_id, config.end_id, config.latent_end_id}
+        latent_ids = set(self.mechanism.token_ids.values())
         reserved = sorted(set(ids) & (self.vision_ids | latent_ids))
         if reserved:
             raise DataError(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from grpo_latent.common.files import replacing_folder
 from grpo_latent.errors import CheckpointError
-from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models.loading import LatentModel, read_tensors, save_latent_model
 
 
@@ -17,17 +17,19 @@ def save_for_rl(
     folder: str | Path,
     latent: LatentModel,
     state_dict: dict[str, Tensor] | None = None,
-    config: LatentConfig | None = None,
+    mechanism: Mechanism | None = None,
 ) -> Path:
     """Writes the folder that RL starts from; an older one stays until the new one is complete.
 
     Args:
         state_dict: gathered weights of a sharded model; None takes the model's own.
-        config: in place of the model's.
+        mechanism: in place of the model's.
     """
     folder = Path(folder)
     with replacing_folder(folder) as part:
-        save_latent_model(part, latent.model, latent.tokenizer, latent.processor, config or latent.config, state_dict)
+        save_latent_model(
+            part, latent.model, latent.tokenizer, latent.processor, mechanism or latent.mechanism, state_dict
+        )
     return folder
 
 

@@ -64,7 +64,7 @@ class LatentSFTTrainer(Trainer):
         self.check(latent)
         self.labelled_per_batch = labelled_per_batch
         self.horizon_steps = horizon_steps
-        self.adapter = ModelAdapter(latent.model, latent.config.positions)
+        self.adapter = ModelAdapter(latent.model, latent.mechanism)
         if self.adapter.backbone.caches_tower:
             VisionCache.install(latent.model, max_bytes=vision_cache_bytes)
         args.remove_unused_columns = False  # it would drop our columns, which the model's own forward does not know
@@ -208,7 +208,7 @@ class LatentSFTTrainer(Trainer):
             if self.latent.processor is not None:
                 self.latent.processor.save_pretrained(folder)
             self.latent.tokenizer.save_pretrained(folder)
-            self.latent.config.save(folder)
+            self.latent.mechanism.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.head import feedback
 from grpo_latent.models.recompute import recompute_latents
 from grpo_latent.models.replay import replay_hidden
 from grpo_latent.models.sequences import LatentSequences
@@ -23,16 +22,16 @@ from grpo_latent.trajectory import PositionKind
 
 
 def stage1_loss_sums(
-    adapter: ModelAdapter, batch: dict[str, Tensor], config: LatentConfig, noise_std: float = 0.01
+    adapter: ModelAdapter, batch: dict[str, Tensor], mechanism: Mechanism, noise_std: float = 0.01
 ) -> dict[str, Tensor]:
     """Sums CE over labels (`ce`) and distances over targets (`latent`); float32 scalars.
 
     Args:
         batch: of `with_targets`.
     """
-    sequences = _sequences(adapter, batch, batch["targets"].detach().to(adapter.dtype), config.visibility)
+    sequences = _sequences(adapter, batch, batch["targets"].detach().to(adapter.dtype), mechanism.visibility)
     hidden_BTH = replay_hidden(adapter, sequences)
-    predicted_NH = feedback(adapter.model, hidden_BTH[sequences.sources])
+    predicted_NH = adapter.make(hidden_BTH[sequences.sources])
     return {
         "ce": labels_cross_entropy(adapter, hidden_BTH, batch["labels"]),
         "latent": noisy_cosine_distances(predicted_NH, batch["targets"], noise_std).sum(),
@@ -40,7 +39,7 @@ def stage1_loss_sums(
 
 
 def stage2_loss_sums(
-    adapter: ModelAdapter, batch: dict[str, Tensor], config: LatentConfig, gradient: str = "bptt"
+    adapter: ModelAdapter, batch: dict[str, Tensor], mechanism: Mechanism, gradient: str = "bptt"
 ) -> dict[str, Tensor]:
     """Sums CE over labels (`ce`) of a batch of `collate_rows`, all latents fed by the model itself.
 
@@ -49,7 +48,7 @@ def stage2_loss_sums(
     """
     num_latents = int(((batch["kinds"] == PositionKind.LATENT) & batch["valid"]).sum())
     nothing_NH = torch.zeros(num_latents, adapter.hidden_size, device=adapter.device, dtype=adapter.dtype)
-    sequences = _sequences(adapter, batch, nothing_NH, config.visibility)
+    sequences = _sequences(adapter, batch, nothing_NH, mechanism.visibility)
     # the forwards over one batch show the same images
     with encoding_once(adapter.backbone):
         latents_NH = recompute_latents(adapter, sequences, gradient)

@@ -77,14 +77,14 @@ class ILVREncoder(RowEncoder):
 
     def _response(self, example: InterleavedExample) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, kinds and labels of the response."""
-        config, ids, kinds, after_unknown = self.config, [], [], []
+        mechanism, ids, kinds, after_unknown = self.mechanism, [], [], []
         for segment in example.segments:
             if segment.is_unknown:
                 after_unknown.append(len(ids))
                 continue
             if segment.text is None:
-                ids += [config.start_id, *[config.latent_id] * config.steps, config.end_id]
-                kinds += [PositionKind.START, *[PositionKind.LATENT] * config.steps, PositionKind.FORCED]
+                ids += [mechanism.start_id, *[mechanism.latent_id] * mechanism.steps, mechanism.end_id]
+                kinds += [PositionKind.START, *[PositionKind.LATENT] * mechanism.steps, PositionKind.FORCED]
                 continue
             fix = 'Make it an item of type "latent", or take the token out.'
             text_ids = self.encode_text(segment.text, example.where, fix=fix)

@@ -82,10 +82,10 @@ class ILVRTrainer(LatentSFTTrainer):
 
     def check(self, latent: LatentModel) -> None:
         what = "ILVR's spans are opened and closed by tokens"
-        check_family(latent.config, "spans", what)
+        check_family(latent.mechanism, "spans", what)
         # every span ends with a labelled end token, so that the cross-entropy trains the exit `end_token`
-        if latent.config.exit == "latent_end":
-            raise ConfigError(what, where="latent.exit", got=latent.config.exit, expected="end_token or steps")
+        if latent.mechanism.reads_latents:
+            raise ConfigError(what, where="latent.exit", got=latent.mechanism.exit, expected="end_token or steps")
 
     def collate_rows(self, rows: Sequence[ILVRRow]) -> dict[str, Tensor]:
         return collate_rows(rows)
@@ -122,7 +122,7 @@ class ILVRStage1Trainer(KeepsTeacher, ILVRTrainer):
         callbacks = [MomentumCallback(self.teacher), *callbacks]
         super().__init__(latent, args, dataset, loss_config, callbacks=callbacks, **kwargs)
         self.teacher.to(self.adapter.device)
-        self.teacher_adapter = ModelAdapter(self.teacher.model)
+        self.teacher_adapter = ModelAdapter(self.teacher.model, latent.mechanism)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """As the base's, with the teacher's targets: their number is part of the loss's denominator."""
@@ -130,13 +130,13 @@ class ILVRStage1Trainer(KeepsTeacher, ILVRTrainer):
 
     def _with_targets(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         config = self.loss_config
-        visibility = self.latent.config.visibility
+        visibility = self.latent.mechanism.visibility
         with self.accelerator.autocast():  # as the student's forward
             targets = teacher_targets(self.teacher_adapter, batch, visibility, config.top_k, config.top_p)
         return with_targets(batch, targets, self.teacher_adapter.hidden_size)
 
     def loss_sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
-        return stage1_loss_sums(self.adapter, batch, self.latent.config, self.loss_config.noise_std)
+        return stage1_loss_sums(self.adapter, batch, self.latent.mechanism, self.loss_config.noise_std)
 
     def term_weights(self) -> dict[str, float]:
         return {"latent": self.loss_config.latent_weight}
@@ -158,4 +158,4 @@ class ILVRStage2Trainer(ILVRTrainer):
         super().__init__(latent, args, dataset, loss_config or SelfFedConfig(), **kwargs)
 
     def loss_sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
-        return stage2_loss_sums(self.adapter, batch, self.latent.config, self.loss_config.gradient)
+        return stage2_loss_sums(self.adapter, batch, self.latent.mechanism, self.loss_config.gradient)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from grpo_latent.errors import LatentMismatchError
-from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import Mechanism
+from grpo_latent.latent.mechanisms.lvr import end_vector
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.head import end_vector, feedback
 from grpo_latent.models.replay import replay_hidden
 from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.models.vision_cache import encoding_once
@@ -52,7 +52,7 @@ def teacher_forced(visual_MH: Tensor, roi_N: Tensor, vector_H: Tensor | None) ->
 def loss_sums(
     adapter: ModelAdapter,
     batch: dict[str, Tensor],
-    latent_config: LatentConfig,
+    mechanism: Mechanism,
     loss_config: LVRLossConfig,
     target_variance: float = 1.0,
     count_hits: bool = False,
@@ -78,20 +78,20 @@ def loss_sums(
         if loss_config.inputs == "shuffled":
             inputs_NH = inputs_NH[torch.randperm(inputs_NH.shape[0]).to(inputs_NH.device)]
         sequences = LatentSequences.build(
-            adapter, batch["input_ids"], batch["kinds"], batch["valid"], inputs_NH, latent_config.visibility, images
+            adapter, batch["input_ids"], batch["kinds"], batch["valid"], inputs_NH, mechanism.visibility, images
         )
         hidden_BTH = replay_hidden(adapter, sequences)
 
     sums = {"ce": labels_cross_entropy(adapter, hidden_BTH, batch["labels"])}
 
     row_N, column_N = sequences.recorded_mask_BT.nonzero(as_tuple=True)
-    predicted_NH = feedback(adapter.model, hidden_BTH[sequences.sources])
+    predicted_NH = adapter.make(hidden_BTH[sequences.sources])
     # a target is a constant, except the end vector, which is learned from both sides
     targets_NH = teacher_forced(visual_MH.detach(), batch["roi"], vector_H)
     sums["latent"] = latent_distances(predicted_NH, targets_NH, loss_config.latent_loss).sum() / target_variance
     if loss_config.end == "mode_switch":
         is_last_N = batch["kinds"][row_N, column_N + 1] != PositionKind.LATENT
-        sums["end"] = end_bce_sum(adapter.logits(hidden_BTH[row_N, column_N]), is_last_N, latent_config.end_id)
+        sums["end"] = end_bce_sum(adapter.logits(hidden_BTH[row_N, column_N]), is_last_N, mechanism.end_id)
     if count_hits:
         hits_N = nearest_target_hits(predicted_NH, batch["roi"], row_N, visual_MH, batch["num_visual_tokens"])
         sums["hits"], sums["num_targets"] = hits_N.sum().float(), (batch["roi"] >= 0).sum().float()

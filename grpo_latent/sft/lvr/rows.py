@@ -116,7 +116,7 @@ class LVREncoder(RowEncoder):
         for piece_idx, piece in enumerate(pieces):
             if piece_idx > 0:
                 targets = spans[piece_idx - 1] + [END_VECTOR] * self.has_end_vector
-                ids += [self.config.start_id, *[self.config.latent_id] * len(targets), self.config.end_id]
+                ids += [self.mechanism.start_id, *[self.mechanism.latent_id] * len(targets), self.mechanism.end_id]
                 kinds += [PositionKind.START, *[PositionKind.LATENT] * len(targets), PositionKind.FORCED]
                 roi += targets
             text_ids = self.encode_text(piece, example.where, *_SPELLED_OUT)

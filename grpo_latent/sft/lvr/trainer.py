@@ -45,8 +45,8 @@ class LVRTrainer(LatentSFTTrainer):
             self.target_variance = self._target_variance()
 
     def check(self, latent: LatentModel) -> None:
-        check_family(latent.config, "spans", "LVR's spans are opened by a token")
-        check_exit(latent.config.exit, self.loss_config.end)
+        check_family(latent.mechanism, "spans", "LVR's spans are opened by a token")
+        check_exit(latent.mechanism.exit, self.loss_config.end)
 
     def collate_rows(self, rows: Sequence[LVRRow]) -> dict[str, Tensor]:
         return collate_rows(rows)
@@ -56,7 +56,7 @@ class LVRTrainer(LatentSFTTrainer):
 
     def loss_sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
         return loss_sums(
-            self.adapter, batch, self.latent.config, self.loss_config, self.target_variance, count_hits=count_hits
+            self.adapter, batch, self.latent.mechanism, self.loss_config, self.target_variance, count_hits=count_hits
         )
 
     def term_weights(self) -> dict[str, float]:

@@ -14,8 +14,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_latent.errors import ConfigError
-from grpo_latent.latent.config import LatentConfig
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.kv_cache import caching_layers
 from grpo_latent.models.positions import count_on, with_components
@@ -26,26 +24,16 @@ from grpo_latent.sft.common.losses import cross_entropy_sum
 from grpo_latent.trajectory import PositionKind
 
 
-def loss_sums(
-    adapter: ModelAdapter, batch: dict[str, Tensor], config: LatentConfig, num_slots: int, cut: bool
-) -> dict[str, Tensor]:
+def loss_sums(adapter: ModelAdapter, batch: dict[str, Tensor], num_slots: int, cut: bool) -> dict[str, Tensor]:
     """Sum of the cross-entropy (`ce`) of the responses after `num_slots` slots; float32 scalar.
 
     Args:
-        adapter: with the config's positions.
         cut: whether the slots' h are constants.
-
-    Raises:
-        ConfigError: the adapter numbers positions otherwise than the config says.
     """
-    if adapter.positions != config.positions:
-        raise ConfigError(
-            "another numbering of positions", where="adapter", got=adapter.positions, expected=config.positions
-        )
     images = batch_images(batch)
     num_slots_B = torch.full((batch["prompt_ids"].shape[0],), num_slots, device=adapter.device)
     prefill = prefill_with_slots(
-        adapter, batch["prompt_ids"], batch["prompt_valid"], images, num_slots_B, config.top_k_image, cut
+        adapter, batch["prompt_ids"], batch["prompt_valid"], images, num_slots_B, adapter.mechanism.top_k_image, cut
     )
     response_ids_BR, valid_BR = batch["response_ids"], batch["response_valid"]
     # the last response position scores nothing

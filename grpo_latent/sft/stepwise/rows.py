@@ -58,23 +58,23 @@ class StepwiseEncoder(RowEncoder):
         """
         prompt = self.encode_prompt(example)
         self._check_image_tokens(prompt.ids, len(example.images), example.where)
-        stages = self.curriculum.stages(self.config.steps)
+        stages = self.curriculum.stages(self.mechanism.steps)
         responses = tuple(self._response(example, stage) for stage in stages)
         length = prompt.ids.shape[0] + max(response.shape[0] for response in responses)
-        length += self.config.steps * (1 + self.config.top_k_image)
+        length += self.mechanism.steps * (1 + self.mechanism.top_k_image)
         self.check_length(length, example.where, ["slots included"])
         return StepwiseRow(prompt.ids, responses, prompt.images)
 
     def _check_image_tokens(self, prompt_ids: Tensor, num_images: int, where: str) -> None:
         """A slot may take fewer than `top_k_image`, what is left; a slot that can take none is a mistake of the data."""
-        if not (self.config.top_k_image and num_images):
+        if not (self.mechanism.top_k_image and num_images):
             return
         num_tokens = int((prompt_ids == self.image_token_id).sum())
-        if num_tokens < self.config.steps:
+        if num_tokens < self.mechanism.steps:
             raise DataError(
                 "more slots than image tokens",
                 where=where,
-                got=f"{self.config.steps} slots, {num_tokens} image tokens",
+                got=f"{self.mechanism.steps} slots, {num_tokens} image tokens",
                 expected="at least one image token a slot",
                 fix="Raise data.min_image_tokens, lower latent.steps, or drop the row.",
             )

@@ -47,11 +47,11 @@ class StepwiseTrainer(LatentSFTTrainer):
                 got="FSDP or LoRA",
                 expected="false, or neither of them",
             )
-        self.stages = config.stages(latent.config.steps)
+        self.stages = config.stages(latent.mechanism.steps)
         self.curriculum = Curriculum(config, len(self.stages) - 1, self._save_stage if config.save_stages else None)
         callbacks = [self.curriculum, *callbacks]
         super().__init__(latent, args, dataset, config, callbacks=callbacks, **kwargs)
-        if dataset.encoder.curriculum.stages(latent.config.steps) != self.stages:
+        if dataset.encoder.curriculum.stages(latent.mechanism.steps) != self.stages:
             raise ConfigError(
                 "rows are tokenised for the stages of another curriculum",
                 where="loss",
@@ -60,7 +60,7 @@ class StepwiseTrainer(LatentSFTTrainer):
             )
 
     def check(self, latent: LatentModel) -> None:
-        check_family(latent.config, "slots", "the curriculum fills slots of the prompt")
+        check_family(latent.mechanism, "slots", "the curriculum fills slots of the prompt")
 
     @property
     def stage(self) -> int:
@@ -80,7 +80,7 @@ class StepwiseTrainer(LatentSFTTrainer):
 
     def loss_sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
         num_slots = self.stages[self.stage].num_slots
-        return loss_sums(self.adapter, batch, self.latent.config, num_slots, self.loss_config.gradient == "cut")
+        return loss_sums(self.adapter, batch, num_slots, self.loss_config.gradient == "cut")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -92,5 +92,7 @@ class StepwiseTrainer(LatentSFTTrainer):
         if not self.args.should_save:
             return
         latent, folder = self.latent, Path(self.args.output_dir) / f"stage_{stage}"
-        config = latent.config.replace(steps=self.stages[stage].num_slots)
-        save_for_rl(folder, latent, config=config)  # whole or not at all: a resumed run does not come by here again
+        mechanism = latent.mechanism.replace(steps=self.stages[stage].num_slots)
+        save_for_rl(
+            folder, latent, mechanism=mechanism
+        )  # whole or not at all: a resumed run does not come by here again

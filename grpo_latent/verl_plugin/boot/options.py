@@ -14,9 +14,9 @@ from typing import Any
 
 from grpo_latent.common.settings import build
 from grpo_latent.errors import ConfigError
-from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.latent.treatments import LatentTerms, Mask, Treatment, parse_treatment
-from grpo_latent.models.loading import check_tokens, read_latent_config
+from grpo_latent.models.loading import check_tokens, read_mechanism
 from grpo_latent.trajectory import PositionKind
 
 CHECKPOINT_FIELDS = ("visibility", "steps", "exit", "max_spans", "start_is_action")
@@ -30,6 +30,7 @@ class LatentOptions:
     Attributes:
         seed: of sampling; a trajectory's own seed is made of it, the step, the row and its index in the group.
         visibility, steps, exit, max_spans, start_is_action: override the checkpoint's `latent_config.json`; None keeps it.
+        settings: further settings of the checkpoint's mechanism that are overridden.
         selection: how prompt slots take image positions in training rollouts: `top_k`, those of most attention, or
             `plackett_luce`, drawn in proportion to attention^(1 / `selection_temperature`): then a choice acts.
         replay_logp_gap_bound: largest |rollout - replayed log-prob| over actions, in nats, before the run stops; None
@@ -56,6 +57,7 @@ class LatentOptions:
     exit: str | None = None
     max_spans: int | None = None
     start_is_action: bool | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     selection: str = "top_k"
     selection_temperature: float = 1.0
     replay_logp_gap_bound: float | None = 1e-3
@@ -107,9 +109,9 @@ class LatentOptions:
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """Fields of the checkpoint's `LatentConfig` to replace."""
+        """Settings of the checkpoint's mechanism to replace; one that it lacks is refused by `Mechanism.replace`."""
         changes = {name: getattr(self, name) for name in CHECKPOINT_FIELDS}
-        return {name: value for name, value in changes.items() if value is not None}
+        return {name: value for name, value in changes.items() if value is not None} | dict(self.settings)
 
     @property
     def act_kinds(self) -> frozenset[int]:
@@ -128,21 +130,21 @@ class LatentOptions:
         bound = self.terms.density_gap_bound
         return self.replay_logp_gap_bound if bound is None else bound
 
-    def latent_config(self, folder: str | Path, tokenizer) -> LatentConfig:
+    def mechanism(self, folder: str | Path, tokenizer) -> Mechanism:
         """The checkpoint's latents with these overrides.
 
         Raises:
             CheckpointError: the folder has no latents, or its tokenizer disagrees.
             ConfigError: an override is not usable with this checkpoint.
         """
-        config = read_latent_config(folder, tokenizer)
-        check_tokens(config, tokenizer, where=str(folder))
-        config = config.replace(**self.overrides)
-        if self.draw_temperature is not None and config.top_k_image == 0:
+        mechanism = read_mechanism(folder, tokenizer)
+        check_tokens(mechanism, tokenizer, where=str(folder))
+        mechanism = mechanism.replace(**self.overrides)
+        if self.draw_temperature is not None and mechanism.top_k_image == 0:
             raise ConfigError(
                 "there are no image positions to draw",
                 where="latent.selection",
-                got=f"{self.selection} with {config.mechanism}, top_k_image 0",
+                got=f"{self.selection} with {mechanism.key()}, top_k_image 0",
                 expected="top_k, or a checkpoint of ivt_lr",
             )
-        return config
+        return mechanism

@@ -30,7 +30,7 @@ from verl.utils.profiler import simple_timer
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from grpo_latent.errors import DataError, RolloutError
-from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models.positions import extend_positions
 from grpo_latent.models.prompts import Prompt, encode_prompt
 from grpo_latent.rewards.view import reward_view
@@ -74,14 +74,14 @@ class LatentAgentLoopOutput(AgentLoopOutput):
 class LatentAgentLoop(AgentLoopBase):
     """Prompt to group."""
 
-    def __init__(self, trainer_config, server_manager, tokenizer, processor, dataset_cls, data_config, latent_config):
+    def __init__(self, trainer_config, server_manager, tokenizer, processor, dataset_cls, data_config, mechanism):
         # not verl's __init__: its token builder for multi-turn chats insists on tokens such as a newline
         self.config = trainer_config.config
         self.rollout_config = self.config.actor_rollout_ref.rollout
         self.server_manager: LatentRolloutClient = server_manager
         self.tokenizer, self.processor = tokenizer, processor
         self.dataset_cls, self.data_config = dataset_cls, data_config.config
-        self.latent_config: LatentConfig = latent_config
+        self.mechanism: Mechanism = mechanism
         self.loop = asyncio.get_running_loop()
 
     async def run(self, sampling_params: dict[str, Any], **kwargs) -> AgentLoopOutput:
@@ -121,7 +121,7 @@ class LatentAgentLoop(AgentLoopBase):
 
     def _output(self, trajectory: Trajectory, group: GroupResult, metrics: dict) -> LatentAgentLoopOutput:
         view = reward_view(trajectory, partial(self.tokenizer.decode, skip_special_tokens=False), group.eos_ids)
-        acted = trajectory.response_mask(self.latent_config.start_is_action)
+        acted = trajectory.response_mask(self.mechanism.start_is_action)
         return LatentAgentLoopOutput(
             prompt_ids=trajectory.prompt_ids.tolist(),
             response_ids=trajectory.token_ids.tolist(),
@@ -224,7 +224,7 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
             processor=self.processor,
             dataset_cls=self.dataset_cls,
             data_config=DictConfigWrap(self.config.data),
-            latent_config=self.options.latent_config(self.model_config.local_path, self.tokenizer),
+            mechanism=self.options.mechanism(self.model_config.local_path, self.tokenizer),
         )
 
     async def _score(self, outputs: list[LatentAgentLoopOutput], prompt: dict) -> None:

@@ -82,7 +82,7 @@ class LatentRolloutServer:
         self.device, self.eos_ids = torch.device(device), loaded.eos_ids
         self.engine = HFRolloutEngine(
             loaded.model,
-            loaded.config,
+            loaded.mechanism,
             loaded.eos_ids,
             max_batch_rows=self.options.max_batch_rows,
             treatment=self.options.treatment,

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 from grpo_latent.common.settings import build
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.eval.usage import UsageSettings
-from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.rollout.vllm.skeleton import check_mechanism
 from grpo_latent.verl_plugin.boot.layout import check_layout, check_model, check_padding, check_trains_treatment
 from grpo_latent.verl_plugin.boot.options import LatentOptions
@@ -50,7 +50,7 @@ def check_config(config: DictConfig) -> LatentOptions:
     return options
 
 
-def check_latents(config: DictConfig, latent: LatentConfig) -> None:
+def check_latents(config: DictConfig, latent: Mechanism) -> None:
     """What the rollout backend and the actor's layout ask of a checkpoint's latents, overrides applied.
 
     Raises:
@@ -70,7 +70,7 @@ def check_folder(config: DictConfig, options: LatentOptions) -> None:
     """
     folder = config.actor_rollout_ref.model.path
     hf_config = _read(folder, "config.json", AutoConfig.from_pretrained)
-    latent = options.latent_config(folder, _read(folder, "the tokenizer", AutoTokenizer.from_pretrained))
+    latent = options.mechanism(folder, _read(folder, "the tokenizer", AutoTokenizer.from_pretrained))
     options.treatment.check(latent)
     check_model(hf_config)
     check_latents(config, latent)

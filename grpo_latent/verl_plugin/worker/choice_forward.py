@@ -27,7 +27,7 @@ class ChoiceForward:
 
     Args:
         module: before any FSDP wrapping.
-        top_k_image: as `LatentConfig.top_k_image`; 0 where nothing is chosen.
+        top_k_image: as `Mechanism.top_k_image`; 0 where nothing is chosen.
         temperature: of the draws, None for deterministic selection.
     """
 

@@ -27,8 +27,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.backbones.registry import backbone_of, find_backbone
 from grpo_latent.errors import ConfigError
-from grpo_latent.latent.config import LatentConfig
-from grpo_latent.models.head import attach_latent_modules
+from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models.injection import LatentInjector
 from grpo_latent.models.loading import load_latent_parameters
 from grpo_latent.models.sequences import LatentSequences
@@ -62,15 +61,15 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
 
     def _build_module(self):
         folder = self.model_config.local_path
-        self.latent_config: LatentConfig = self.options.latent_config(folder, self.model_config.tokenizer)
+        self.mechanism: Mechanism = self.options.mechanism(folder, self.model_config.tokenizer)
         check_model(self.model_config.hf_config)
-        check_layout(self.model_config, self.latent_config.visibility, self.options.draw_temperature is not None)
+        check_layout(self.model_config, self.mechanism.visibility, self.options.draw_temperature is not None)
         check_trains_treatment(self.model_config, self.options.treatment)
         check_packed(self.model_config)
         module = super()._build_module()
-        attach_latent_modules(module, self.latent_config)
+        self.mechanism.attach(module)
         if not module.get_input_embeddings().weight.is_meta:  # the other ranks receive rank 0's weights from FSDP2
-            load_latent_parameters(module, folder)
+            load_latent_parameters(module, self.mechanism, folder)
         attach_treatment(module, self.options.treatment, folder, self.options.seed)
         if self.rank == 0:  # the driver cannot look into a remote folder
             for note in initialisation_notes(self.options.treatment, folder, self.options.seed):
@@ -82,11 +81,11 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         # within a forward only: features kept across forwards would make ranks call the tower's collectives unequally often
         caches = self.backbone.caches_tower and self.options.share_images
         self.vision_cache = VisionCache.install(module) if caches else None
-        self.injector = LatentInjector.install(module)
+        self.injector = LatentInjector.install(module, self.mechanism)
         self.input_gradients = InputGradients(module)  # after the injector: it watches what the model is fed
-        self.options.treatment.check(self.latent_config)
+        self.options.treatment.check(self.mechanism)
         self.treated = TreatedForward(self, module, self.injector, self.options.treatment, self.options.terms)
-        self.choices = ChoiceForward(module, self.latent_config.top_k_image, self.options.draw_temperature)
+        self.choices = ChoiceForward(module, self.mechanism.top_k_image, self.options.draw_temperature)
         return module
 
     def _build_fsdp_module(self, module):
@@ -117,13 +116,13 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
 
     def prepare_model_inputs(self, micro_batch: TensorDict):
         batch = self.batch = MicroBatch.of(micro_batch)
-        batch.cover_latents(self.latent_config.latent_id)
+        batch.cover_latents(self.mechanism.placeholder_id(PositionKind.LATENT))
         if self.backbone.has_mrope:
             batch.expand_positions()
         model_inputs, output_args = super().prepare_model_inputs(micro_batch)
         self._keep_image_arguments(model_inputs)
-        check_padding(self.latent_config.visibility, batch.is_packed)
-        sequences = engine_sequences(model_inputs, batch, self.latent_config.visibility)
+        check_padding(self.mechanism.visibility, batch.is_packed)
+        sequences = engine_sequences(model_inputs, batch, self.mechanism.visibility)
         if sequences.visibility != "full":  # otherwise verl's own mask stays, and with it its fastest kernel
             model_inputs["attention_mask"] = sequences.attention_bias(self._autocast_dtype)
         self.choices.feed(batch)
@@ -194,7 +193,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
     def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None, **kwargs):
         super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
         if self.rank == 0:
-            complete_hf_folder(f"{local_path}/huggingface", self.model_config, self.latent_config)
+            complete_hf_folder(f"{local_path}/huggingface", self.model_config, self.mechanism)
         torch.distributed.barrier()
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import Mechanism
 
 
-def complete_hf_folder(folder: str | Path, model_config, latent_config: LatentConfig) -> None:
+def complete_hf_folder(folder: str | Path, model_config, mechanism: Mechanism) -> None:
     """Adds what verl leaves out of `actor/huggingface`: latent_config.json, and the tokenizer beside the processor."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if model_config.processor is not None:
         model_config.processor.save_pretrained(folder)
     model_config.tokenizer.save_pretrained(folder)
-    latent_config.save(folder)
+    mechanism.save(folder)

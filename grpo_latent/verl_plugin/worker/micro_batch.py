@@ -23,7 +23,7 @@ from grpo_latent import recorded
 from grpo_latent.errors import LatentMismatchError
 from grpo_latent.models.positions import text_row
 from grpo_latent.models.shift import score_columns
-from grpo_latent.trajectory import PositionKind, from_column, latent_mask, recorded_mask
+from grpo_latent.trajectory import PositionKind, from_column, latent_mask, made_mask, recorded_mask
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ class MicroBatch:
 
     @cached_property
     def num_own(self) -> list[int]:
-        """LATENT positions of each row."""
-        return [int((kinds == PositionKind.LATENT).sum()) for kinds in self.kinds_rows]
+        """Positions of each row whose vectors a hidden state made."""
+        return [int(made_mask(kinds).sum()) for kinds in self.kinds_rows]
 
     @property
     def ids(self) -> Tensor:

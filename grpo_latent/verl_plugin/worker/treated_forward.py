@@ -47,7 +47,7 @@ class TreatedForward:
         # the reference's means are not what was recorded; neither is a latent that was drawn around its mean
         self.measures = treatment.feeds_mean and not engine.engine_config.forward_only
         needs_tap = self.taps or self.measures or treatment.gradient is not None
-        self.tap = SourceTap.install(module) if needs_tap else None
+        self.tap = SourceTap.install(module, engine.mechanism) if needs_tap else None
 
     def prepare(
         self, model_inputs: dict, sequences: LatentSequences, batch: MicroBatch, trains: bool

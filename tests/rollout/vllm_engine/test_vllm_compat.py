@@ -119,11 +119,11 @@ def folder(tmp_path):
 
 def test_a_skeleton_holds_what_engine_hf_would(folder):
     skeleton = read_skeleton(folder, {"steps": 7})
-    assert skeleton.config.steps == 7 and skeleton.adapter.device.type == "meta"
+    assert skeleton.mechanism.steps == 7 and skeleton.adapter.device.type == "meta"
     assert skeleton.eos_ids == (skeleton.tokenizer.eos_token_id,)
     banned = skeleton.banned_ids([5, skeleton.eos_ids[0]])
-    assert {5, skeleton.config.latent_id, skeleton.config.end_id} <= set(banned)
-    assert skeleton.config.start_id not in banned and skeleton.eos_ids[0] not in banned
+    assert {5, skeleton.mechanism.latent_id, skeleton.mechanism.end_id} <= set(banned)
+    assert skeleton.mechanism.start_id not in banned and skeleton.eos_ids[0] not in banned
 
 
 def test_mechanisms_that_need_engine_hf_are_refused(folder):
@@ -151,12 +151,14 @@ def test_worker_options_survive_json_and_are_read_from_the_folder_otherwise(fold
             model = str(folder)
 
     skeleton = read_skeleton(folder)
-    options = WorkerOptions(skeleton.config, (1, 2), 64)
+    options = WorkerOptions(skeleton.mechanism, (1, 2), 64)
     Config.additional_config = {"grpo_latent": json.loads(json.dumps(options.to_json()))}
     assert worker_options(Config) == options
     Config.additional_config = {"grpo_latent": {"overrides": {"steps": 9}, "max_latents": 32}}
     served = worker_options(Config)
-    assert served.config.steps == 9 and served.max_latents == 32 and served.banned_ids == tuple(skeleton.banned_ids())
+    assert (
+        served.mechanism.steps == 9 and served.max_latents == 32 and served.banned_ids == tuple(skeleton.banned_ids())
+    )
     Config.additional_config = {"grpo_latent": {"overrides": {"steps": 9, "max_spans": 2}}}
     # a client may ask for more steps than the checkpoint's: room for them although max_spans * steps is 18
     assert worker_options(Config).room(4096) == 256 and worker_options(Config).room(100) == 100

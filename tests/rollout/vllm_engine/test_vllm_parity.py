@@ -105,11 +105,11 @@ def test_exits_heads_and_max_spans(changes, tmp_path):
     try:
         requests = case.requests(32)
         trajectories = [group[0] for group in engine.generate(requests, sampling())]
-        caps = [request.steps or case.config.steps for request in requests]
+        caps = [request.steps or case.mechanism.steps for request in requests]
         lengths = [(span.length, cap) for t, cap in zip(trajectories, caps, strict=True) for span in t.spans]
         if changes["exit"] != "steps":
             assert any(length < cap for length, cap in lengths)  # the rule ended some spans
-        assert max(len(t.spans) for t in trajectories) <= (case.config.max_spans or 128)
+        assert max(len(t.spans) for t in trajectories) <= (case.mechanism.max_spans or 128)
         assert check_parity(case, engine, num_requests=32).num_latents > 24
     finally:
         engine.close()

@@ -147,7 +147,7 @@ def test_what_clients_may_do(server, client, folder, reference):
     assert chat(client, folder, TEXT).choices[0].token_ids == trajectory.token_ids.tolist()
     body = {"return_token_ids": True, "vllm_xargs": {"latent_steps": 5}}
     longer_spans = chat(client, folder, IMAGE_TEXT, folder / "picture.png", extra_body=body).choices[0]
-    latent_id = LatentLLM(folder).config.latent_id
+    latent_id = LatentLLM(folder).mechanism.latent_id
     runs = "".join("L" if token == latent_id else "." for token in longer_spans.token_ids).split(".")
     assert {len(run) for run in runs[:-1] if run} == {5}  # the last one may be cut
     stats = worker_stats(server)

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from grpo_latent.errors import RolloutError
-from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import LVR
 from grpo_latent.rollout.vllm.skeleton import WorkerOptions
 from grpo_latent.rollout.vllm.steps import LatentSteps
 
@@ -16,9 +17,11 @@ HIDDEN, VOCAB = 4, 6
 
 
 def steps():
-    options = WorkerOptions(LatentConfig("s", "l", "e", START, LATENT, END, steps=2), (LATENT, END), 8)
+    options = WorkerOptions(LVR("s", "l", "e", START, LATENT, END, steps=2), (LATENT, END), 8)
     sizes = dict(vocab_size=VOCAB, num_slots=2, max_length=16, hidden_size=HIDDEN)
-    return LatentSteps(options, lambda h: h, lambda: None, dtype=torch.float32, device=torch.device("cpu"), **sizes)
+    return LatentSteps(
+        options, nn.Module(), nn.Embedding(VOCAB, HIDDEN), dtype=torch.float32, device=torch.device("cpu"), **sizes
+    )
 
 
 def recorded(key):

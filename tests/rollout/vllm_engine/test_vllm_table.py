@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from grpo_latent.errors import RolloutError
-from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import LVR
 from grpo_latent.rollout.vllm.table import LatentRequest, LatentTable, RowSampling, StepRows
 from grpo_latent.trajectory import PositionKind
 
@@ -15,10 +16,12 @@ T, S, L, F = (int(kind) for kind in (PositionKind.TEXT, PositionKind.START, Posi
 
 
 def table(num_slots=2, max_latents=8, **changes):
-    config = LatentConfig("s", "l", "e", START, LATENT, END, steps=2, **changes)
+    mechanism = LVR("s", "l", "e", START, LATENT, END, steps=2, **changes)
     banned = torch.zeros(VOCAB, dtype=torch.bool)
     banned[[LATENT, END]] = True
-    return LatentTable(config, banned, num_slots, 16, max_latents, HIDDEN, torch.float32)
+    return LatentTable(
+        mechanism, nn.Module(), nn.Embedding(VOCAB, HIDDEN), banned, num_slots, 16, max_latents, HIDDEN, torch.float32
+    )
 
 
 def greedy(key, steps=None):
@@ -33,7 +36,7 @@ def step(table, ids, positions, best, hidden=None, served=None):
     logits[torch.arange(len(ids)), torch.tensor(best)] = 5.0
     hidden = torch.full((len(ids), HIDDEN), float(positions[0])) if hidden is None else hidden
     served = torch.zeros(len(ids), dtype=torch.long) if served is None else torch.tensor(served)
-    tokens, full, forced = table.choose(rows, hidden, logits, served, lambda h: h, None)
+    tokens, full, forced = table.choose(rows, hidden, logits, served)
     table.note_chosen(rows)
     return tokens.tolist(), full, forced.tolist()
 

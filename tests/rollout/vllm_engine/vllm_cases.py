@@ -6,17 +6,16 @@ of a bias, so that spans are frequent and ends rare.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from latent_cases import SAMPLED, WORDS, Case
 
-from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.head import attach_latent_modules
 from grpo_latent.models.loading import save_latent_model
 from grpo_latent.models.replay import replay
 from grpo_latent.models.sequences import collate
@@ -33,7 +32,7 @@ class VllmCase:
     """A checkpoint on disk, the Hugging Face model that it holds, and engine hf on that model."""
 
     case: Case
-    config: LatentConfig
+    mechanism: Mechanism
     folder: Path
 
     @property
@@ -41,7 +40,7 @@ class VllmCase:
         return set(range(len(self.case.tokenizer))) - {self.case.token_id(token) for token in DRAWN}
 
     def hf_engine(self) -> HFRolloutEngine:
-        return HFRolloutEngine(self.case.model, self.config, [self.case.eos_id], self.banned_ids)
+        return HFRolloutEngine(self.case.model, self.mechanism, [self.case.eos_id], self.banned_ids)
 
     def vllm_engine(self, **options):
         from grpo_latent.rollout.vllm.engine import VllmRolloutEngine
@@ -73,13 +72,13 @@ _RECIPES = {
 }
 
 
-def build_vllm_case(name: str, folder: Path, head: str = "none", seed: int | None = None, **config_changes) -> VllmCase:
+def build_vllm_case(name: str, folder: Path, head: str = "none", seed: int | None = None, **changes) -> VllmCase:
     """A checkpoint in `folder`; another `seed` gives other weights of the same shapes."""
     own_seed, start_scale = _RECIPES[name]
     seed = own_seed if seed is None else seed
     model, tokenizer, processor = getattr(tiny, f"tiny_{name}")(WORDS, tiny.TinySizes(hidden=64), seed)
     case = Case(name, model, tokenizer, processor, ModelAdapter(model))
-    config = case.config(head=head, **config_changes)
+    mechanism = case.mechanism(head=head, **changes)
     scales = {"lm_head": 8.0, "embed_tokens": 40.0}
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -90,11 +89,11 @@ def build_vllm_case(name: str, folder: Path, head: str = "none", seed: int | Non
         model.lm_head.weight[tokenizer.eos_token_id] *= 1.1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            attach_latent_modules(model, config)
-            if config.exit == "latent_end":
+            mechanism.attach(model)
+            if mechanism.exit == "latent_end":
                 model.lvr_latent_end_emb.zero_()
-    save_latent_model(folder, model, tokenizer, processor, config)
-    return VllmCase(case, config, folder)
+    save_latent_model(folder, model, tokenizer, processor, mechanism)
+    return VllmCase(replace(case, adapter=ModelAdapter(model, mechanism)), mechanism, folder)
 
 
 @dataclass(frozen=True)

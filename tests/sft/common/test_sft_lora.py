@@ -16,8 +16,8 @@ ROWS = examples(8)
 def lora_model(**settings):
     latent = latent_model(NAME, head="glu", end=True)
     settings = LoraSettings(**dict(enabled=True, r=2, alpha=4, dropout=0.0) | settings)
-    new_ids = [latent.config.start_id, latent.config.latent_end_id]
-    add_lora(latent.model, settings, new_ids)
+    new_ids = [latent.mechanism.start_id, latent.mechanism.latent_end_id]
+    add_lora(latent.model, settings, new_ids, latent.mechanism.parameter_prefixes)
     freeze_vision(latent.model)
     return latent, new_ids
 
@@ -51,11 +51,11 @@ def test_merged_lora_is_the_same_function_under_plain_names(tmp_path):
     names = set(latent_model(NAME, head="glu", end=True).model.state_dict())
     train(tmp_path, latent=latent, loss=LVRLossConfig(end="latent_end"), optim="adamw_torch", learning_rate=1e-2)
     batch = batch_of(latent, ROWS, has_end_vector=True)
-    adapter = ModelAdapter(latent.model)
+    adapter = ModelAdapter(latent.model, latent.mechanism)
     sums, num_merged = [], []
     with torch.no_grad():
         for _ in range(2):
-            sums.append(loss_sums(adapter, batch, latent.config, LVRLossConfig(end="latent_end")))
+            sums.append(loss_sums(adapter, batch, latent.mechanism, LVRLossConfig(end="latent_end")))
             num_merged.append(merge_lora(latent.model))
     assert num_merged == [14, 0] and set(latent.model.state_dict()) == names
     for name in ("ce", "latent"):

@@ -27,7 +27,7 @@ def reference_step(latent, rows, loss, learning_rate):
     """One SGD step of CE / labels + weight * latent / latents over all rows at once."""
     freeze_vision(latent.model)
     batch = batch_of(latent, rows)
-    sums = loss_sums(ModelAdapter(latent.model), batch, latent.config, loss)
+    sums = loss_sums(ModelAdapter(latent.model, latent.mechanism), batch, latent.mechanism, loss)
     total = sums["ce"] / (batch["labels"] != -100).sum() + loss.latent_weight * sums["latent"] / batch["roi"].numel()
     total.backward()
     with torch.no_grad():
@@ -64,7 +64,9 @@ def test_logged_metrics_are_means_over_the_logged_steps(tmp_path):
     latent = latent_model(NAME, head="mlp")
     batch = batch_of(latent, ROWS)
     with torch.no_grad():
-        sums = loss_sums(ModelAdapter(latent.model), batch, latent.config, LVRLossConfig(), count_hits=True)
+        sums = loss_sums(
+            ModelAdapter(latent.model, latent.mechanism), batch, latent.mechanism, LVRLossConfig(), count_hits=True
+        )
     # learning rate 0: both steps see the same model
     run = train(
         tmp_path,
@@ -147,7 +149,7 @@ def test_a_checkpoint_holds_every_weight_and_loads_as_a_latent_model(tmp_path, n
     assert all(torch.equal(own[key], tensor) for key, tensor in other.model.state_dict().items())
     loaded = load_latent_model(folder)
     assert all(torch.equal(own[key], tensor) for key, tensor in loaded.model.state_dict().items())
-    assert loaded.config == run.latent.config
+    assert loaded.mechanism == run.latent.mechanism
     assert not (folder / "training_args.bin").exists(), "no pickle of ours"
 
 

@@ -34,7 +34,7 @@ def encoder(c, **changes):
     return ILVREncoder(
         tokenizer=c.tokenizer,
         processor=c.processor,
-        config=c.config(steps=STEPS),
+        mechanism=c.mechanism(steps=STEPS),
         eos_id=c.eos_id,
         vision_ids=c.adapter.vision_ids,
         **changes,
@@ -225,7 +225,7 @@ def test_stage_1_sums_equal_plain_forwards_row_by_row(rows):
     c = case("qwen2_5_vl")
     batch = collate_rows(rows)
     targets = teacher_targets(c.adapter, batch, "full")
-    sums = stage1_loss_sums(c.adapter, with_targets(batch, targets, 32), c.config(), noise_std=0.0)
+    sums = stage1_loss_sums(c.adapter, with_targets(batch, targets, 32), c.mechanism(), noise_std=0.0)
     ce = distance = 0.0
     remaining = list(targets)
     for row in rows:
@@ -261,7 +261,7 @@ def test_stage_2_feeds_its_own_latents_and_reaches_them_with_the_gradient(rows):
     for gradient in ("cut", "bptt"):
         c = build_case("qwen2_5_vl")
         batch = collate_rows(rows)
-        sums = stage2_loss_sums(c.adapter, batch, c.config(), gradient)
+        sums = stage2_loss_sums(c.adapter, batch, c.mechanism(), gradient)
         sums["ce"].backward()
         values[gradient] = (sums["ce"].item(), c.adapter.decoder.layers[0].mlp.up_proj.weight.grad.clone())
     assert values["cut"][0] == pytest.approx(values["bptt"][0], rel=1e-5)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import grpo_latent.config
 from grpo_latent.data.formats.ilvr_jsonl import read_ilvr_jsonl
 from grpo_latent.errors import ConfigError, DataError
-from grpo_latent.latent.mechanisms import ILVR_TOKENS
+from grpo_latent.latent.mechanisms import ILVR
 from grpo_latent.models import tiny
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.models.prompts import encode_prompt
@@ -97,14 +97,16 @@ def test_stage_1_resumes_student_and_teacher_and_stage_2_goes_on_from_it(inputs,
 
     second = run(inputs, tmp_path / "stage2", "ilvr_stage2", **{"model.path": str(result.model_path)})
     loaded = load_latent_model(second.model_path)
-    assert (loaded.config.mechanism, loaded.config.exit, loaded.config.steps) == ("ilvr", "end_token", 2)
-    assert [loaded.config.start_token, loaded.config.latent_token, loaded.config.end_token] == list(ILVR_TOKENS)
+    assert (loaded.mechanism.key(), loaded.mechanism.exit, loaded.mechanism.steps) == ("ilvr", "end_token", 2)
+    assert [loaded.mechanism.start_token, loaded.mechanism.latent_token, loaded.mechanism.end_token] == list(
+        ILVR.published_tokens.values()
+    )
     first, after = (load_file(r.model_path / "model.safetensors") for r in (result, second))
     assert first.keys() == after.keys() and not torch.equal(first["lm_head.weight"], after["lm_head.weight"])
     example = next(read_ilvr_jsonl(inputs / "rows.jsonl"))
     images = [image.open() for image in example.images]
     prompt = encode_prompt(loaded.tokenizer, loaded.processor, example.messages, images, "here")
-    engine = HFRolloutEngine(loaded.model, loaded.config, loaded.eos_ids)
+    engine = HFRolloutEngine(loaded.model, loaded.mechanism, loaded.eos_ids)
     ((trajectory,),) = engine.generate([RolloutRequest(prompt.ids, [1], prompt.images)], sampling(8))
     assert torch.isfinite(trajectory.rollout_log_probs).all()
     with pytest.raises(ConfigError, match="latents of another mechanism; got ilvr; expected lvr"):

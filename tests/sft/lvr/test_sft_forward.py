@@ -12,8 +12,8 @@ from sft_cases import batch_of, encoder, example, latent_model, png
 
 from grpo_latent.data.examples import ImageRef
 from grpo_latent.errors import LatentMismatchError
+from grpo_latent.latent.mechanisms.lvr import end_vector
 from grpo_latent.models.adapter import ImageInputs, ModelAdapter
-from grpo_latent.models.head import end_vector, feedback
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import LatentOverride, RolloutRequest
 from grpo_latent.sft.common.images import visual_embeddings
@@ -32,6 +32,12 @@ ROWS = [
     example(1, answer=None),
     example(2, num_images=2, boxes=((0.0, 0.0, 1.0, 1.0),), box_images=(1,), question="read blue red ?"),
 ]
+
+
+def fed_back(model, hidden):
+    """What is fed of a hidden state, without the mechanism: the head's output if the model has one."""
+    head = getattr(model, "lvr_head", None)
+    return hidden if head is None else head(hidden)
 
 
 def reference_row(latent, row, loss, shift=1):
@@ -67,13 +73,13 @@ def reference_row(latent, row, loss, shift=1):
         if label != IGNORED:
             ce -= logits[t - 1].log_softmax(-1)[label]
     for t, target in zip(latent_positions, targets, strict=True):
-        predicted, target = feedback(model, hidden[t - shift]), target.detach()
+        predicted, target = fed_back(model, hidden[t - shift]), target.detach()
         latent_sum += {
             "mse": lambda p, v: ((p - v) ** 2).mean(),
             "mae": lambda p, v: (p - v).abs().mean(),
             "cosine": lambda p, v: 1 - p @ v / (p.norm() * v.norm()),
         }[loss.latent_loss](predicted, target)
-        probability = logits[t].softmax(-1)[latent.config.end_id]
+        probability = logits[t].softmax(-1)[latent.mechanism.end_id]
         end -= probability.log() if row.kinds[t + 1] != K.LATENT else (1 - probability).log()
     return ce, latent_sum, end
 
@@ -93,7 +99,7 @@ def test_sums_are_those_of_a_forward_written_by_hand(name, loss, head):
     latent = latent_model(name, head=head, end=has_end)
     rows = [encoder(latent, has_end)(item) for item in ROWS]
     with torch.no_grad():
-        sums = loss_sums(ModelAdapter(latent.model), collate_rows(rows), latent.config, loss)
+        sums = loss_sums(ModelAdapter(latent.model, latent.mechanism), collate_rows(rows), latent.mechanism, loss)
         expected = [sum(parts) for parts in zip(*(reference_row(latent, row, loss) for row in rows), strict=True)]
         shifted = sum(reference_row(latent, row, loss, shift=0)[1] for row in rows)
     torch.testing.assert_close(sums["ce"], expected[0], rtol=1e-5, atol=1e-4)
@@ -112,13 +118,13 @@ def test_training_on_what_a_rollout_did_scores_what_the_rollout_reported(name, v
     latent = latent_model(name, head="mlp", visibility=visibility, steps=2)
     row = encoder(latent)(ROWS[0])
     length = int((row.labels != IGNORED).nonzero()[0, 0])
-    adapter = ModelAdapter(latent.model)
+    adapter = ModelAdapter(latent.model, latent.mechanism)
     with torch.no_grad():
         visual = visual_embeddings(adapter, row.images)
     # every span of the rollout is fed visual tokens 4, 1, 4, 1, …
     fed = torch.tensor([4, 1] * 12)
-    banned = set(range(len(latent.tokenizer))) - {latent.config.start_id, latent.tokenizer.eos_token_id}
-    engine = HFRolloutEngine(latent.model, latent.config, latent.eos_ids, banned)
+    banned = set(range(len(latent.tokenizer))) - {latent.mechanism.start_id, latent.tokenizer.eos_token_id}
+    engine = HFRolloutEngine(latent.model, latent.mechanism, latent.eos_ids, banned)
     request = RolloutRequest(
         row.input_ids[:length], [1, 2, 3, 4], row.images, latent_override=LatentOverride(visual[fed])
     )
@@ -137,7 +143,7 @@ def test_training_on_what_a_rollout_did_scores_what_the_rollout_reported(name, v
             num_visual_tokens=row.num_visual_tokens,
         )
         with torch.no_grad():
-            sums = loss_sums(adapter, collate_rows([as_row]), latent.config, LVRLossConfig())
+            sums = loss_sums(adapter, collate_rows([as_row]), latent.mechanism, LVRLossConfig())
         torch.testing.assert_close(sums["ce"], -trajectory.rollout_log_probs.sum(), rtol=1e-4, atol=1e-4)
     assert seen_spans >= 2
 
@@ -147,16 +153,16 @@ def test_the_prediction_is_what_a_rollout_would_feed(visibility):
     latent = latent_model("qwen2_5_vl", head="mlp", visibility=visibility, steps=1)
     row = encoder(latent)(example())
     length = int((row.labels != IGNORED).nonzero()[0, 0])
-    banned = set(range(len(latent.tokenizer))) - {latent.config.start_id}
-    engine = HFRolloutEngine(latent.model, latent.config, latent.eos_ids, banned | set(latent.eos_ids))
+    banned = set(range(len(latent.tokenizer))) - {latent.mechanism.start_id}
+    engine = HFRolloutEngine(latent.model, latent.mechanism, latent.eos_ids, banned | set(latent.eos_ids))
     request = RolloutRequest(row.input_ids[:length], [1], row.images)
     ((trajectory,),) = engine.generate([request], sampling(2))
     assert trajectory.kinds.tolist() == [K.START, K.LATENT]
-    adapter = ModelAdapter(latent.model)
+    adapter = ModelAdapter(latent.model, latent.mechanism)
     with torch.no_grad():
         target = visual_embeddings(adapter, row.images)[row.roi_N]
         distance = ((trajectory.latents - target) ** 2).mean(-1).sum()
-        sums = loss_sums(adapter, collate_rows([row]), latent.config, LVRLossConfig())
+        sums = loss_sums(adapter, collate_rows([row]), latent.mechanism, LVRLossConfig())
     torch.testing.assert_close(sums["latent"], distance, rtol=1e-4, atol=1e-5)
 
 
@@ -166,7 +172,9 @@ def test_each_term_reads_its_own_positions_only(monkeypatch, term):
     batch = batch_of(latent, ROWS)
     hidden = torch.randn(*batch["input_ids"].shape, 32, requires_grad=True)
     monkeypatch.setattr(forward_module, "replay_hidden", lambda *args: hidden)
-    sums = loss_sums(ModelAdapter(latent.model), batch, latent.config, LVRLossConfig(end="mode_switch"))
+    sums = loss_sums(
+        ModelAdapter(latent.model, latent.mechanism), batch, latent.mechanism, LVRLossConfig(end="mode_switch")
+    )
     sums[term].backward()
     read = hidden.grad.abs().sum(-1) > 0
     following = {
@@ -182,22 +190,22 @@ def test_each_term_reads_its_own_positions_only(monkeypatch, term):
 
 def test_ids_at_latent_positions_change_nothing():
     latent = latent_model("qwen2_vl")
-    adapter = ModelAdapter(latent.model)
+    adapter = ModelAdapter(latent.model, latent.mechanism)
     batch = batch_of(latent, ROWS)
     with torch.no_grad():
-        before = loss_sums(adapter, batch, latent.config, LVRLossConfig())
-        for placeholder in (latent.tokenizer.eos_token_id, latent.config.start_id, latent.config.end_id):
+        before = loss_sums(adapter, batch, latent.mechanism, LVRLossConfig())
+        for placeholder in (latent.tokenizer.eos_token_id, latent.mechanism.start_id, latent.mechanism.end_id):
             ids = batch["input_ids"].masked_fill(batch["kinds"] == K.LATENT, placeholder)
-            after = loss_sums(adapter, batch | {"input_ids": ids}, latent.config, LVRLossConfig())
+            after = loss_sums(adapter, batch | {"input_ids": ids}, latent.mechanism, LVRLossConfig())
             assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_target_variance_divides_the_latent_term_only():
     latent = latent_model("qwen2_vl")
-    batch, adapter = batch_of(latent, ROWS), ModelAdapter(latent.model)
+    batch, adapter = batch_of(latent, ROWS), ModelAdapter(latent.model, latent.mechanism)
     with torch.no_grad():
-        plain = loss_sums(adapter, batch, latent.config, LVRLossConfig())
-        scaled = loss_sums(adapter, batch, latent.config, LVRLossConfig(), target_variance=4.0)
+        plain = loss_sums(adapter, batch, latent.mechanism, LVRLossConfig())
+        scaled = loss_sums(adapter, batch, latent.mechanism, LVRLossConfig(), target_variance=4.0)
     assert torch.equal(plain["ce"], scaled["ce"])
     torch.testing.assert_close(scaled["latent"], plain["latent"] / 4)
 
@@ -215,7 +223,9 @@ def test_frozen_parts_get_no_gradient(tower, merger, trained, frozen):
     latent = latent_model("qwen3_vl", head="mlp", end=True)
     freeze_vision(latent.model, tower, merger)
     batch = batch_of(latent, ROWS, has_end_vector=True)
-    sums = loss_sums(ModelAdapter(latent.model), batch, latent.config, LVRLossConfig(end="latent_end"))
+    sums = loss_sums(
+        ModelAdapter(latent.model, latent.mechanism), batch, latent.mechanism, LVRLossConfig(end="latent_end")
+    )
     (sums["ce"] + sums["latent"]).backward()
     moved = {name for name, parameter in latent.model.named_parameters() if parameter.grad is not None}
     for part in trained:
@@ -232,7 +242,9 @@ def test_targets_are_constants_and_the_end_vector_is_not():
     with torch.no_grad():  # the prediction no longer depends on anything but the head's bias
         model.lvr_head.mlp[2].weight.zero_()
     batch = batch_of(latent, ROWS, has_end_vector=True)
-    loss_sums(ModelAdapter(model), batch, latent.config, LVRLossConfig(end="latent_end"))["latent"].backward()
+    loss_sums(ModelAdapter(model, latent.mechanism), batch, latent.mechanism, LVRLossConfig(end="latent_end"))[
+        "latent"
+    ].backward()
     gradients = [parameter.grad for parameter in model.model.visual.parameters() if parameter.grad is not None]
     assert all(float(gradient.abs().max()) == 0 for gradient in gradients)
     # 2 (v - b) / H for each of the four spans
@@ -245,7 +257,11 @@ def test_hits_count_predictions_with_a_visual_target():
     batch = batch_of(latent, ROWS, has_end_vector=True)
     with torch.no_grad():
         sums = loss_sums(
-            ModelAdapter(latent.model), batch, latent.config, LVRLossConfig(end="latent_end"), count_hits=True
+            ModelAdapter(latent.model, latent.mechanism),
+            batch,
+            latent.mechanism,
+            LVRLossConfig(end="latent_end"),
+            count_hits=True,
         )
     assert float(sums["num_targets"]) == float((batch["roi"] >= 0).sum()) < batch["roi"].shape[0]
     assert 0 <= float(sums["hits"]) <= float(sums["num_targets"])
@@ -260,19 +276,19 @@ def test_a_latent_without_a_target_is_refused(roi, vector):
 def test_swapping_the_image_under_the_same_latents_moves_no_text_when_latents_are_the_only_channel():
     """The leak test of SFT's own forward: with one latent a span, CE after `start` cannot see the image."""
     latent = latent_model("qwen2_5_vl", visibility="latents_only", steps=1)
-    adapter = ModelAdapter(latent.model)
+    adapter = ModelAdapter(latent.model, latent.mechanism)
     encode = encoder(latent)
     row, other = encode(example(0)), encode(example(5))
     assert torch.equal(row.input_ids, other.input_ids)
     labels = row.labels.clone()
-    labels[labels == latent.config.start_id] = IGNORED  # the first response token is predicted by a sighted row
+    labels[labels == latent.mechanism.start_id] = IGNORED  # the first response token is predicted by a sighted row
     with torch.no_grad():
         visual = visual_embeddings(adapter, row.images)
         ces = {}
         for name, images in (("own", row.images), ("other", other.images)):
             batch = collate_rows([LVRRow(row.input_ids, row.kinds, labels, row.roi_N, images, row.num_visual_tokens)])
             for channel in ("latents_only", "full"):
-                config = latent.config.replace(visibility=channel)
+                config = latent.mechanism.replace(visibility=channel)
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(forward_module, "teacher_forced", lambda _, roi, vector: visual[roi])
                     ces[name, channel] = loss_sums(adapter, batch, config, LVRLossConfig())["ce"]
@@ -286,7 +302,7 @@ def test_images_of_a_row_are_counted_in_order():
     item = example(3, num_images=2, boxes=((0.0, 0.0, 0.2, 0.2),), box_images=(1,))
     wide = ImageRef("row 3: images[0]", data=png(99, size=(28, 84)))
     row = encoder(latent)(item.__class__(**{**vars(item), "images": (wide, item.images[1])}))
-    adapter = ModelAdapter(latent.model)
+    adapter = ModelAdapter(latent.model, latent.mechanism)
     with torch.no_grad():
         visual = visual_embeddings(adapter, row.images)
         second = visual_embeddings(adapter, ImageInputs(row.images.pixel_values[48:], row.images.image_grid_thw[1:]))

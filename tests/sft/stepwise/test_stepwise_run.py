@@ -76,9 +76,9 @@ def run(output_dir, method, model, file, **overrides):
 def test_published_records_through_the_curriculum_with_lora(inputs, tmp_path):
     changes = {"latent.top_k_image": 2, "model.lora.enabled": True, "model.lora.r": 2, "loss.save_stages": False}
     result = run(tmp_path / "out", "ivt_lr", inputs / "vision", inputs / "m3cot.parquet", **changes)
-    config = load_latent_model(result.model_path).config
-    assert (config.mechanism, config.trigger, config.positions) == ("ivt_lr", "prompt_slots", "1d")
-    assert (config.steps, config.top_k_image, config.latent_token) == (2, 2, "<|latent|>")
+    mechanism = load_latent_model(result.model_path).mechanism
+    assert (mechanism.key(), mechanism.has_slots, mechanism.positions) == ("ivt_lr", True, "1d")
+    assert (mechanism.steps, mechanism.top_k_image, mechanism.latent_token) == (2, 2, "<|latent|>")
     with pytest.raises(ConfigError, match="stages are saved of whole models"):
         run(
             tmp_path / "no",
@@ -91,8 +91,8 @@ def test_published_records_through_the_curriculum_with_lora(inputs, tmp_path):
 
 def test_coconut_on_a_text_model(inputs, tmp_path):
     result = run(tmp_path / "out", "coconut", inputs / "text", inputs / "rows.parquet")
-    assert result.steps == 3 and load_latent_model(result.model_path).config.mechanism == "coconut"
-    assert [load_latent_model(tmp_path / "out" / f"stage_{stage}").config.steps for stage in (0, 1)] == [0, 1]
+    assert result.steps == 3 and load_latent_model(result.model_path).mechanism.key() == "coconut"
+    assert [load_latent_model(tmp_path / "out" / f"stage_{stage}").mechanism.steps for stage in (0, 1)] == [0, 1]
     with pytest.raises(CheckpointError, match="needs a vision tower"):
         run(tmp_path / "other", "ivt_lr", inputs / "text", inputs / "rows.parquet")
 

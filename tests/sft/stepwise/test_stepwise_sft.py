@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from latent_cases import build_case, case, sampling
+from latent_cases import build_case, sampling
 from sft_cases import png
 
 from grpo_latent.data.examples import ImageRef
@@ -21,31 +21,31 @@ from grpo_latent.sft.stepwise.rows import StepwiseEncoder, StepwiseRow, collate_
 def slot_case(name):
     c = build_case(name)
     changes = dict(mechanism="ivt_lr", top_k_image=4) if c.processor else dict(mechanism="coconut")
-    config = c.config(trigger="prompt_slots", positions="1d", steps=2, **changes)
-    return c, config, ModelAdapter(c.model, "1d")
+    mechanism = c.mechanism(steps=2, **changes)
+    return c, mechanism, ModelAdapter(c.model, mechanism)
 
 
-def rollouts(c, config):
+def rollouts(c, mechanism):
     images = [c.images(2, seed=2), c.images(1, seed=1), None] if c.processor else [None] * 3
     requests = [
         c.request(text, image, range(4 * i, 4 * i + 4))
         for i, (text, image) in enumerate(zip(("read ? ?", "read red ?", "blue"), images, strict=True))
     ]
-    groups = c.engine(config).generate(requests, sampling(20))
+    groups = c.engine(mechanism).generate(requests, sampling(20))
     pairs = [(t, request.images) for request, group in zip(requests, groups, strict=True) for t in group]
     return [t for t, _ in pairs], [image for _, image in pairs]
 
 
 @pytest.mark.parametrize("name, gradient", [("qwen2_vl", "cut"), ("qwen3", "cut"), ("qwen3", "bptt")])
 def test_loss_and_gradient_equal_those_of_replayed_rollouts(name, gradient):
-    c, config, adapter = slot_case(name)
-    trajectories, images = rollouts(c, config)
+    c, mechanism, adapter = slot_case(name)
+    trajectories, images = rollouts(c, mechanism)
     rows = [
         StepwiseRow(t.prompt_ids, (torch.tensor(t.text_ids),), image)
         for t, image in zip(trajectories, images, strict=True)
     ]
     weight = adapter.decoder.layers[0].mlp.up_proj.weight
-    sums = loss_sums(adapter, collate_rows(rows, 0), config, 2, gradient == "cut")
+    sums = loss_sums(adapter, collate_rows(rows, 0), 2, gradient == "cut")
     sums["ce"].backward()
     found, weight.grad = weight.grad, None
     batch = collate(trajectories, images, adapter, "full", "both")
@@ -60,18 +60,18 @@ def test_gradient_checkpointing_in_training_keeps_the_cache():
     """transformers drops the cache of a checkpointed layer with no more than a warning."""
     losses = []
     for checkpointing in (False, True):
-        c, config, adapter = slot_case("qwen3")
+        c, mechanism, adapter = slot_case("qwen3")
         rows = [StepwiseRow(c.request("read red ?").prompt_ids, (torch.tensor([12, 13, c.eos_id]),), None)]
         c.model.train()
         if checkpointing:
             c.model.gradient_checkpointing_enable()
-        losses.append(loss_sums(adapter, collate_rows(rows, 0), config, 2, False)["ce"].item())
+        losses.append(loss_sums(adapter, collate_rows(rows, 0), 2, False)["ce"].item())
         assert adapter.decoder.layers[0].gradient_checkpointing is checkpointing
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_stages_write_what_is_not_replaced():
-    c, config, adapter = slot_case("qwen2_vl")
+    c, mechanism, adapter = slot_case("qwen2_vl")
     content = [{"type": "image"}, {"type": "text", "text": "read red ?"}]
     image = ImageRef("row 1: image", data=png(0))
     steps = ("red 3", "blue 7")
@@ -80,7 +80,7 @@ def test_stages_write_what_is_not_replaced():
     encode = StepwiseEncoder(
         tokenizer=c.tokenizer,
         processor=c.processor,
-        config=config,
+        mechanism=mechanism,
         eos_id=c.eos_id,
         vision_ids=adapter.vision_ids,
         image_token_id=adapter.image_token_id,
@@ -96,12 +96,14 @@ def test_stages_write_what_is_not_replaced():
     with pytest.raises(DataError, match="row 1: a reserved token"):
         encode(dataclasses.replace(example, steps=("red <|lvr|>",)))
     with pytest.raises(DataError, match="row 1: more slots than image tokens; got 7 slots, 6 image tokens"):
-        dataclasses.replace(encode, config=config.replace(steps=7))(example)
+        dataclasses.replace(encode, mechanism=mechanism.replace(steps=7))(example)
     with pytest.raises(DataError, match="row 1: row too long; got 31 positions"):
         dataclasses.replace(encode, max_length=30)(example)
 
 
-def test_another_numbering_of_positions_is_an_error():
-    _, config, _ = slot_case("qwen3")
-    with pytest.raises(ConfigError, match="another numbering"):
-        loss_sums(case("qwen3").adapter, {}, config, 1, True)
+def test_an_adapter_numbers_positions_as_its_mechanism_says_and_slots_need_one():
+    c, mechanism, adapter = slot_case("qwen3")
+    assert adapter.positions == mechanism.positions == "1d"
+    batch = collate_rows([StepwiseRow(torch.tensor([1]), (torch.tensor([2]),), None)], 0)
+    with pytest.raises(ConfigError, match="no mechanism says what a latent is"):
+        loss_sums(ModelAdapter(c.model), batch, 1, True)

@@ -18,7 +18,7 @@ from grpo_latent.sft.stepwise.forward import loss_sums
 from grpo_latent.sft.stepwise.rows import StepwiseEncoder, collate_rows
 from grpo_latent.sft.stepwise.trainer import StepwiseTrainer
 
-SLOTS = dict(trigger="prompt_slots", positions="1d", steps=2)
+SLOTS = dict(steps=2)
 WORDS = ("red", "blue", "green")
 
 
@@ -37,11 +37,11 @@ def examples(num, has_image):
 
 def trainer(folder, steps, mechanism="ivt_lr", loss=None, lora=False, **arguments):
     is_text = mechanism == "coconut"
-    changes = dict(mechanism=mechanism, top_k_image=0 if is_text else 2)
+    changes = dict(mechanism=mechanism) if is_text else dict(mechanism=mechanism, top_k_image=2)
     name = "qwen3" if is_text else "qwen2_vl"
     latent = latent_model(case=build_case(name), savable=True, **SLOTS, **changes)
     freeze_vision(latent.model)
-    adapter = ModelAdapter(latent.model)
+    adapter = ModelAdapter(latent.model, latent.mechanism)
     encoder = StepwiseEncoder.of_model(
         latent, image_token_id=adapter.image_token_id, curriculum=loss or CurriculumConfig()
     )
@@ -88,7 +88,7 @@ def test_stages_begin_at_their_steps_and_a_resume_changes_no_bit(tmp_path, mecha
         again = train(tmp_path, 5, mechanism, loss, resume=str(tmp_path / f"checkpoint-{step}"))
         assert all(torch.equal(own[name], value) for name, value in weights(again).items()), step
     for stage in (0, 1):
-        assert load_latent_model(tmp_path / f"stage_{stage}").config == run.latent.config.replace(steps=stage)
+        assert load_latent_model(tmp_path / f"stage_{stage}").mechanism == run.latent.mechanism.replace(steps=stage)
     at_end, checkpoint = (load_latent_model(tmp_path / name).model for name in ("stage_0", "checkpoint-2"))
     assert all(torch.equal(value, checkpoint.state_dict()[name]) for name, value in at_end.state_dict().items())
 
@@ -111,7 +111,7 @@ def test_the_loss_is_that_of_the_stage(tmp_path):
     with torch.no_grad():
         for stage in range(3):
             batch = collate_rows([run.train_dataset[i] for i in range(8)], stage)
-            sums = loss_sums(run.adapter, batch, run.latent.config, stage, True)
+            sums = loss_sums(run.adapter, batch, stage, True)
             expected.append(float(sums["ce"]) / int(batch["response_valid"].sum()))
     run.train()
     run.release()
@@ -131,13 +131,13 @@ def test_several_slots_a_step_and_a_last_stage_of_answers_alone(tmp_path):
         assert run.latent.tokenizer.decode(row[:-1]) == f"{steps}{example.closing}"
         batch = collate_rows([run.train_dataset[i] for i in range(8)], stage)
         with torch.no_grad():
-            sums = loss_sums(run.adapter, batch, run.latent.config, num_slots, False)
+            sums = loss_sums(run.adapter, batch, num_slots, False)
         expected.append(float(sums["ce"]) / int(batch["response_valid"].sum()))
     run.train()
     run.release()
     logged = [entry["ce"] for entry in run.state.log_history if "ce" in entry]
     assert logged == pytest.approx(expected, rel=1e-5) and len({round(value, 3) for value in expected}) == 3
-    assert [load_latent_model(tmp_path / f"stage_{stage}").config.steps for stage in (0, 1)] == [0, 2]
+    assert [load_latent_model(tmp_path / f"stage_{stage}").mechanism.steps for stage in (0, 1)] == [0, 2]
 
 
 def test_stages_by_epochs():

@@ -58,7 +58,7 @@ def make_loop(loaded, server):
         processor=loaded.processor,
         dataset_cls=LatentDataset,
         data_config=SimpleNamespace(config=config.data),
-        latent_config=loaded.config,
+        mechanism=loaded.mechanism,
     )
 
 
@@ -91,7 +91,7 @@ def run_groups(loaded, server, rows, seeds=(11, 12, 13), order=None):
 
 def test_a_group_carries_what_replays_it(parts):
     loaded, server = parts
-    adapter = ModelAdapter(loaded.model)
+    adapter = ModelAdapter(loaded.model, loaded.mechanism)
     (outputs, pixels), *_ = run_groups(loaded, server, [prompt_row(0, loaded), prompt_row(1, loaded, "read ?")])
     assert len(outputs) == 3 and bool(pixels) == (loaded.processor is not None)
     for output in outputs:

@@ -97,7 +97,7 @@ def test_a_killed_save_and_resume_at_world_size_2(local_ray, inputs, tmp_path, m
     tiny_run.assert_equal_runs(first, second, range(1, 7), checkpoint=6)
     trained = load_latent_model(second / "checkpoints" / "global_step_6" / "actor" / "huggingface")
     start = load_latent_model(inputs / "model")
-    assert trained.config == start.config
+    assert trained.mechanism == start.config
     assert not torch.equal(*(m.model.get_output_embeddings().weight for m in (trained, start)))
 
 
@@ -134,7 +134,7 @@ def test_prompt_slots_train(local_ray, tmp_path, monkeypatch):
         assert item.response_mask[6:].all() and "<|lvr|>" not in item.text
     trained = load_latent_model(output / "checkpoints" / "global_step_2" / "actor" / "huggingface")
     start = load_latent_model(inputs / "model")
-    assert trained.config == start.config
+    assert trained.mechanism == start.config
     assert not torch.equal(*(m.model.model.visual.merger.mlp[2].weight for m in (trained, start)))
 
 

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf, open_dict
 
 from grpo_latent.errors import ConfigError
-from grpo_latent.latent.config import LatentConfig
+from grpo_latent.latent.mechanisms import LVR, MECHANISMS
 from grpo_latent.latent.treatments import LatentTerms, Mask
 from grpo_latent.latent.treatments.gumbel_soft import GumbelSoft
 from grpo_latent.models import tiny
@@ -173,25 +173,17 @@ VLLM = ("actor_rollout_ref.rollout.name=vllm_latent",)
 def test_engine_vllm_is_chosen_by_its_name(device):
     config = composed(f"device={device}", *VLLM)
     check_config(config)
-    checkpoint = LatentConfig("s", "l", "e", 0, 1, 2)
+    checkpoint = LVR("s", "l", "e", 0, 1, 2)
     check_latents(config, checkpoint)
     with pytest.raises(ConfigError, match="latent.visibility.*rollout.name=hf_latent"):
         check_latents(config, checkpoint.replace(visibility="latents_only"))
     check_latents(composed(f"device={device}"), checkpoint.replace(visibility="latents_only"))
 
 
-@pytest.mark.parametrize(
-    "slots",
-    [
-        dict(mechanism="ivt_lr", trigger="prompt_slots", top_k_image=2, positions="1d"),
-        dict(mechanism="coconut", trigger="prompt_slots"),
-        dict(mechanism="ilvr"),
-    ],
-    ids=lambda changes: changes["mechanism"],
-)
-def test_mechanisms_that_vllm_cannot_run_point_to_engine_hf(slots):
+@pytest.mark.parametrize("mechanism, changes", [("ivt_lr", dict(top_k_image=2)), ("coconut", {}), ("ilvr", {})])
+def test_mechanisms_that_vllm_cannot_run_point_to_engine_hf(mechanism, changes):
     with pytest.raises(ConfigError, match="latent.mechanism.*rollout.name=hf_latent"):
-        check_latents(composed(*VLLM), LatentConfig("s", "l", "e", 0, 1, 2, **slots))
+        check_latents(composed(*VLLM), MECHANISMS[mechanism]("s", "l", "e", 0, 1, 2, **changes))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def recorded(tmp_path_factory):
     """(case as in test_treated_engine.py, gradient of the sum of the choices' log-probs), before verl patches anything."""
     folder = helpers.make_checkpoint(tmp_path_factory.mktemp("model"), tiny.tiny_qwen2_vl, **helpers.SLOTS)
     loaded, trajectories, images, rows, positions = helpers.roll_out(folder, selection_temperature=0.5, group_size=4)
-    adapter = ModelAdapter(loaded.model, loaded.config.positions)
+    adapter = ModelAdapter(loaded.model, loaded.mechanism)
     _, log_probs_M = scored(adapter, collate(trajectories, images, adapter, "full"), 0.5)
     log_probs_M.sum().backward()
     own = {name: p.grad.clone() for name, p in loaded.model.named_parameters() if p.grad is not None}
@@ -72,7 +72,7 @@ def test_rollout_replay_and_engine_give_one_number(recorded, gloo):
     (folder, loaded, trajectories, images, expected, positions), _ = recorded
     assert len({tuple(t.selected_idx.tolist()) for t in trajectories[:4]}) > 1, "a group must differ in its choices"
     engine = helpers.make_engine(folder, freeze_vision=True, **DRAWN)
-    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model))
+    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism))
     for row, plain, t in zip(helpers.infer(engine, batch), expected, trajectories, strict=True):
         acted = t.response_mask() | (t.kinds == K.SELECTED)
         assert (row - plain)[acted].abs().max() <= 1e-5
@@ -123,7 +123,7 @@ def test_choices_have_a_clipped_ratio_of_their_own(recorded, gloo):
 
 def reference_gradient(loaded, trajectories, images):
     """Of the sum of action log-probs by a plain forward that is fed the chosen image embeddings, which carry theirs."""
-    adapter = ModelAdapter(loaded.model, loaded.config.positions)
+    adapter = ModelAdapter(loaded.model, loaded.mechanism)
     batch = collate(trajectories, images, adapter, "full")
     chosen = [adapter.encode_images(image)[t.selected_idx] for t, image in zip(trajectories, images, strict=True)]
     is_selected_N = (batch.kinds_BT == K.SELECTED)[batch.recorded_mask_BT]

@@ -46,7 +46,7 @@ def test_log_probs_equal_a_plain_replay(name, recorded, gloo):
     folder, loaded, trajectories, images, expected, positions = recorded[name]
     assert sum(len(t.latents) for t in trajectories) >= 3 and len({len(p.T) for p in positions}) > 1
     engine = helpers.make_engine(folder, packed, freeze_vision=True, visibility=visibility)
-    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model))
+    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism))
     assert helpers.gap(helpers.infer(engine, batch, packed), expected, trajectories) <= 1e-5
 
 
@@ -57,7 +57,7 @@ def test_without_the_latents_the_log_probs_differ(name, recorded, gloo):
     folder, loaded, trajectories, images, expected, positions = recorded[name]
     engine = helpers.make_engine(folder, packed, freeze_vision=True, visibility=visibility)
     zeroed = [replace_latents(t, torch.zeros_like(t.latents)) for t in trajectories]
-    batch = helpers.make_batch(zeroed, images, positions, ModelAdapter(loaded.model))
+    batch = helpers.make_batch(zeroed, images, positions, ModelAdapter(loaded.model, loaded.mechanism))
     assert helpers.gap(helpers.infer(engine, batch, packed), expected, trajectories) > 1e-2
 
 
@@ -67,7 +67,7 @@ def test_slots_with_another_numbering_differ(recorded, gloo):
     text_style = [
         helpers.row_positions(ModelAdapter(loaded.model), t, i) for t, i in zip(trajectories, images, strict=True)
     ]
-    batch = helpers.make_batch(trajectories, images, text_style, ModelAdapter(loaded.model))
+    batch = helpers.make_batch(trajectories, images, text_style, ModelAdapter(loaded.model, loaded.mechanism))
     engine = helpers.make_engine(folder, freeze_vision=True)
     assert helpers.gap(helpers.infer(engine, batch), expected, trajectories) > 1e-3
 
@@ -82,7 +82,7 @@ def test_visibility_reaches_the_decoder(recorded, gloo):
     single = [first_latent_only(t) for t in trajectories]
     positions = [p[:, : len(t.prompt_ids) + len(t.token_ids)] for p, t in zip(positions, single, strict=True)]
     engine = helpers.make_engine(folder, visibility="latents_only")
-    adapter = ModelAdapter(loaded.model)
+    adapter = ModelAdapter(loaded.model, loaded.mechanism)
     swapped = [type(i)(torch.randn_like(i.pixel_values), i.image_grid_thw) for i in images]
     own, other = (
         helpers.infer(engine, helpers.make_batch(single, i, positions, adapter), micro=1) for i in (images, swapped)
@@ -97,9 +97,9 @@ def test_visibility_reaches_the_decoder(recorded, gloo):
 def test_placeholder_ids_change_nothing(recorded, gloo):
     """Image placeholders, EOS and the start token at latent positions leave every log-prob as it was."""
     folder, loaded, trajectories, images, _, positions = recorded["qwen2.5-vl padded"]
-    engine, adapter = helpers.make_engine(folder), ModelAdapter(loaded.model)
+    engine, adapter = helpers.make_engine(folder), ModelAdapter(loaded.model, loaded.mechanism)
     before = helpers.infer(engine, helpers.make_batch(trajectories, images, positions, adapter))
-    for token_id in (adapter.image_token_id, loaded.eos_ids[0], loaded.config.start_id):
+    for token_id in (adapter.image_token_id, loaded.eos_ids[0], loaded.mechanism.start_id):
         changed = [replace_placeholders(t, token_id) for t in trajectories]
         after = helpers.infer(engine, helpers.make_batch(changed, images, positions, adapter))
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -108,7 +108,7 @@ def test_placeholder_ids_change_nothing(recorded, gloo):
 def test_equal_lengths_and_text_only_rows(recorded, gloo):
     """Two verl 0.9.1 bugs: rows of equal length, and a vision model's micro-batch without images."""
     folder, loaded, trajectories, images, expected, positions = recorded["qwen2.5-vl padded"]
-    engine, adapter = helpers.make_engine(folder), ModelAdapter(loaded.model)
+    engine, adapter = helpers.make_engine(folder), ModelAdapter(loaded.model, loaded.mechanism)
     batch = helpers.make_batch(trajectories[:1] * 2, images[:1] * 2, positions[:1] * 2, adapter)
     rows = torch.stack([positions[0], positions[0]])
     batch["position_ids"] = torch.nested.as_nested_tensor(
@@ -126,7 +126,7 @@ def test_equal_lengths_and_text_only_rows(recorded, gloo):
 
 def test_mismatches_raise(recorded, gloo):
     folder, loaded, trajectories, images, _, positions = recorded["qwen2.5-vl padded"]
-    engine, adapter = helpers.make_engine(folder), ModelAdapter(loaded.model)
+    engine, adapter = helpers.make_engine(folder), ModelAdapter(loaded.model, loaded.mechanism)
     batch = helpers.make_batch(trajectories, images, positions, adapter)
     rows = [t.latents[:-1] if len(t.latents) else t.latents for t in trajectories]
     batch["latent_embeds"] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
@@ -148,14 +148,14 @@ def test_layouts_that_cannot_work_are_refused(recorded, gloo):
 def test_reference_engine_builds_on_cpu(recorded, gloo):
     folder, loaded, trajectories, images, expected, positions = recorded["qwen2.5-vl padded"]
     engine = helpers.make_engine(folder, forward_only=True)
-    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model))
+    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism))
     assert helpers.gap(helpers.infer(engine, batch), expected, trajectories) <= 1e-5
 
 
 def test_bf16_is_close(recorded, gloo):
     folder, loaded, trajectories, images, expected, positions = recorded["qwen2.5-vl latents_only"]
     engine = helpers.make_engine(folder, visibility="latents_only", dtype="bf16")
-    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model))
+    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism))
     assert 0 < helpers.gap(helpers.infer(engine, batch), expected, trajectories) < 0.5
 
 
@@ -176,7 +176,7 @@ def test_sharing_images_changes_no_gradient(recorded, gloo):
     """A group of four shares its image: encoded once, with the gradient of four encodings."""
     folder, loaded, *_ = recorded["qwen2.5-vl padded"]
     _, trajectories, images, _, positions = helpers.roll_out(folder, num_prompts=2, group_size=2)
-    adapter = ModelAdapter(loaded.model)
+    adapter = ModelAdapter(loaded.model, loaded.mechanism)
     shared, separate = (helpers.make_engine(folder, micro=4, share_images=on) for on in (True, False))
     batches = [helpers.make_batch(trajectories, images, positions, adapter) for _ in range(2)]
     first, second = gradients(shared, batches[0], 4), gradients(separate, batches[1], 4)
@@ -190,7 +190,9 @@ def test_sharing_images_changes_no_gradient(recorded, gloo):
 def test_freezing_reaches_tower_and_merger(recorded, gloo):
     folder, loaded, trajectories, images, _, positions = recorded["qwen2.5-vl padded"]
     engine = helpers.make_engine(folder, freeze_vision=True)
-    grads = gradients(engine, helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model)), 2)
+    grads = gradients(
+        engine, helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism)), 2
+    )
     assert grads and not any("visual" in name for name in grads)
     names = {name for name, _ in engine.module.named_parameters() if "visual" in name}
     assert any("merger" in name for name in names)
@@ -202,7 +204,7 @@ def test_the_head_is_loaded_sent_and_saved(head, tmp_path, gloo):
     folder = helpers.make_checkpoint(tmp_path / "in", head=head)
     loaded, trajectories, images, expected, positions = helpers.roll_out(folder)
     engine = helpers.make_engine(folder)
-    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model))
+    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism))
     assert helpers.gap(helpers.infer(engine, batch), expected, trajectories) <= 1e-5
     own = loaded.model.state_dict()
     sent = dict(engine.get_per_tensor_param()[0])
@@ -211,7 +213,7 @@ def test_the_head_is_loaded_sent_and_saved(head, tmp_path, gloo):
 
     engine.save_checkpoint(str(tmp_path / "out"), global_step=1)
     again = load_latent_model(tmp_path / "out" / "huggingface")
-    assert again.config == loaded.config and again.processor is not None and again.eos_ids == loaded.eos_ids
+    assert again.mechanism == loaded.mechanism and again.processor is not None and again.eos_ids == loaded.eos_ids
     assert all(torch.equal(tensor, own[name]) for name, tensor in again.model.state_dict().items())
     inputs = [
         p(text=["<|image_pad|>"], images=[Image.new("RGB", (28, 28))]) for p in (again.processor, loaded.processor)

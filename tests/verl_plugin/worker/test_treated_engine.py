@@ -64,7 +64,7 @@ def recorded(tmp_path_factory):
 
 def reference_gradients(loaded, trajectories, images, visibility, gradients) -> dict[str, dict]:
     """Of the sum of all action log-probs, by `own_latents`, which test_recompute.py compares with finite differences."""
-    adapter, found = ModelAdapter(loaded.model, loaded.config.positions), {}
+    adapter, found = ModelAdapter(loaded.model, loaded.mechanism), {}
     batch = collate(trajectories, images, adapter, visibility, "both")
     for gradient in gradients:
         loaded.model.zero_grad()
@@ -78,7 +78,7 @@ def reference_gradients(loaded, trajectories, images, visibility, gradients) -> 
 
 def batch_of(case, packed, micro=2, **changes):
     _, loaded, trajectories, images, _, positions = case[:6]
-    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model))
+    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism))
     tu.assign_non_tensor(
         batch,
         use_remove_padding=packed,
@@ -114,7 +114,7 @@ def test_log_densities_stand_at_the_latents(name, recorded, gloo):
     values, _, packed, visibility, _ = CASES[name]
     folder, loaded, trajectories, images, expected, positions, _ = recorded[name]
     engine = helpers.make_engine(folder, packed, visibility=visibility, treatment=values)
-    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model))
+    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism))
     rows = helpers.infer(engine, batch, packed)
     for row, plain, trajectory in zip(rows, expected, trajectories, strict=True):
         acted = trajectory.response_mask() | trajectory.latent_mask
@@ -128,7 +128,7 @@ def test_latents_of_another_row_are_other_densities(recorded, gloo):
     """Negative control, and what a shifted pairing would do."""
     folder, loaded, trajectories, images, expected, positions, _ = recorded["gaussian"]
     engine = helpers.make_engine(folder, treatment=GAUSSIAN)
-    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model))
+    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism))
     rows = [row.roll(1, 0) for row in batch["latent_embeds"].unbind()]
     batch["latent_embeds"] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
     pairs = zip(helpers.infer(engine, batch), expected, trajectories, strict=True)
@@ -203,7 +203,7 @@ def test_only_the_update_recomputes(recorded, gloo):
     """Old and reference log-probs are those of the recorded latents."""
     folder, loaded, trajectories, images, expected, positions, _ = recorded["recompute"]
     engine = helpers.make_engine(folder, treatment={"name": "recompute", "recompute": {"gradient": "bptt"}})
-    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model))
+    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism))
     assert helpers.gap(helpers.infer(engine, batch), expected, trajectories) <= 1e-5
     batch["latent_embeds"] = torch.nested.as_nested_tensor(
         [row * 0 for row in batch["latent_embeds"].unbind()], layout=torch.jagged

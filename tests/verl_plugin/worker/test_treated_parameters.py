@@ -72,7 +72,7 @@ def recorded(tmp_path_factory):
 
 def density_gradients(loaded, trajectories, images) -> dict[str, torch.Tensor]:
     """Of the sum of all log-densities, by the package's replay."""
-    adapter = ModelAdapter(loaded.model, loaded.config.positions)
+    adapter = ModelAdapter(loaded.model, loaded.mechanism)
     batch = collate(trajectories, images, adapter, "full", "both")
     _, hidden_BTH = replay(adapter, batch, helpers.TEMPERATURE)
     latent_log_densities(adapter, batch, hidden_BTH, TREATMENT, helpers.TEMPERATURE).sum().backward()
@@ -81,7 +81,7 @@ def density_gradients(loaded, trajectories, images) -> dict[str, torch.Tensor]:
 
 def batch_of(case, packed):
     _, loaded, trajectories, images, expected, positions, _ = case
-    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model))
+    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism))
     settings = dict(use_dynamic_bsz=False, micro_batch_size_per_gpu=2, use_fused_kernels=False)
     tu.assign_non_tensor(batch, use_remove_padding=packed, global_batch_size=len(trajectories), **settings)
     nested = partial(torch.nested.as_nested_tensor, layout=torch.jagged)
@@ -141,7 +141,7 @@ def test_they_are_trained_sent_saved_and_loaded(recorded, gloo, tmp_path):
     assert NAMES <= sent.keys() and all((sent[name] - before[name]).abs().max() > 1e-4 for name in NAMES)
 
     rollout = load_latent_model(folder, treatment=TREATMENT)
-    hf = HFRolloutEngine(rollout.model, rollout.config, rollout.eos_ids, treatment=TREATMENT)
+    hf = HFRolloutEngine(rollout.model, rollout.mechanism, rollout.eos_ids, treatment=TREATMENT)
     hf.load_weights(sent.items(), policy_version=1)
     torch.testing.assert_close(rollout.model.latent_treatment.linear.weight, sent["latent_treatment.linear.weight"])
 
@@ -168,7 +168,7 @@ def test_a_users_own_by_its_import_path(recorded, gloo):
     loss = LatentLoss(no_text, terms, frozenset(), "token-mean", treatment=treatment)
     grads = train(engine, batch_of(recorded["padded"], False), loss)
 
-    adapter = ModelAdapter(loaded.model, loaded.config.positions)
+    adapter = ModelAdapter(loaded.model, loaded.mechanism)
     sequences = collate(trajectories, images, adapter, "full", "both")
     with torch.no_grad():
         _, hidden_BTH = replay(adapter, sequences, helpers.TEMPERATURE)
@@ -205,7 +205,7 @@ def test_what_is_refused(recorded, gloo, tmp_path):
     folder = recorded["packed"][0]
     with pytest.raises(CheckpointError, match="a treatment without its parameters"):
         loaded = load_latent_model(folder)
-        HFRolloutEngine(loaded.model, loaded.config, loaded.eos_ids, treatment=TREATMENT)
+        HFRolloutEngine(loaded.model, loaded.mechanism, loaded.eos_ids, treatment=TREATMENT)
     with pytest.raises(ConfigError, match="LoRA would freeze"):
         helpers.make_engine(folder, True, lora_rank=4, treatment=HEAD)
     shutil.copytree(folder, tmp_path / "partial")

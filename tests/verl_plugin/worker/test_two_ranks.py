@@ -44,7 +44,7 @@ def rank_batch(folder, rank, world_size, treatment=None, without_latents=()):
         pick(trajectories),
         pick(images),
         pick(positions),
-        ModelAdapter(loaded.model),
+        ModelAdapter(loaded.model, loaded.mechanism),
         calculate_entropy=True,
         global_batch_size=NUM_ROWS,
         use_remove_padding=False,

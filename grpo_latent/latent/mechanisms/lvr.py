@@ -1,0 +1,129 @@
+"""LVR (2509.24251): spans of h, each as long as the checkpoint says, or until a learned end vector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from grpo_latent.errors import CheckpointError, ConfigError
+from grpo_latent.latent.mechanisms.fed_back import HEAD_ATTRIBUTE
+from grpo_latent.latent.mechanisms.protocol import Mechanism, Refusal
+from grpo_latent.latent.mechanisms.spans import END_TOKEN, LATENT_END, STEPS, SpanMechanism, SpanRows
+
+END_VECTOR_ATTRIBUTE = "lvr_latent_end_emb"
+# fields of the official checkpoints' config.json
+_OFFICIAL_IDS = {"lvr_start_id": "start", "lvr_id": "latent", "lvr_end_id": "end", "lvr_latent_end_id": "latent_end"}
+_OFFICIAL_HEADS = {"simple": "mlp", "glu": "glu"}
+
+
+@dataclass(frozen=True)
+class LVR(SpanMechanism):
+    """Attributes:
+    latent_end_token, latent_end_id: token that stands for the learned end vector of exit `latent_end`, None without one.
+    latent_end_threshold: mean squared distance within which a fed vector is the end vector.
+    """
+
+    latent_end_token: str | None = None
+    latent_end_id: int | None = None
+    latent_end_threshold: float = 0.02
+
+    name: ClassVar[str] = "lvr"
+    published_tokens: ClassVar[Mapping[str, str]] = {
+        "start": "<|lvr_start|>",
+        "latent": "<|lvr|>",
+        "latent_end": "<|lvr_latent_end|>",
+        "end": "<|lvr_end|>",
+    }
+    parameter_prefixes: ClassVar[tuple[str, ...]] = (f"{HEAD_ATTRIBUTE}.", END_VECTOR_ATTRIBUTE)
+    exits: ClassVar[tuple[str, ...]] = (STEPS, LATENT_END, END_TOKEN)
+
+    def __post_init__(self):
+        super().__post_init__()
+        threshold = self.latent_end_threshold
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold > 0:
+            raise ConfigError("not a distance", where="latent.latent_end_threshold", got=threshold, expected="> 0")
+        if self.exit == LATENT_END and self.latent_end_id is None:
+            raise ConfigError(
+                "exit by distance needs the learned end vector",
+                where="latent.exit",
+                got="latent_end without latent_end_id",
+                expected="latent_end_id set",
+                fix="Train SFT with loss.end=latent_end, or set latent.exit=steps.",
+            )
+
+    @property
+    def reads_latents(self) -> bool:
+        return self.exit == LATENT_END
+
+    def new_parameters(
+        self, text_config, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, nn.Module | nn.Parameter]:
+        parameters = super().new_parameters(text_config, dtype, device)
+        if self.latent_end_id is not None:
+            end_vector_H = torch.empty(text_config.hidden_size, device=device, dtype=dtype)
+            nn.init.normal_(end_vector_H, std=text_config.initializer_range)
+            parameters[END_VECTOR_ATTRIBUTE] = nn.Parameter(end_vector_H)
+        return parameters
+
+    def check_model(self, model: nn.Module) -> None:
+        if self.exit == LATENT_END and not hasattr(model, END_VECTOR_ATTRIBUTE):
+            raise CheckpointError("exit latent_end without an end vector", where="model", expected=END_VECTOR_ATTRIBUTE)
+
+    def begin(self, model: nn.Module, steps_N: Tensor, max_spans_N: Tensor | None = None) -> SpanRows:
+        if self.exit != LATENT_END:
+            return super().begin(model, steps_N, max_spans_N)
+        return LVRRows(self, steps_N, max_spans_N, end_vector(model))
+
+    def refusals(self, engine: str) -> list[Refusal]:
+        if engine == "hf" or self.visibility == "full":
+            return []
+        return [Refusal("visibility", self.visibility, "full", "vLLM's kernels take no custom attention mask")]
+
+    @classmethod
+    def official_layout(cls, config_json: dict, tokenizer, where: str) -> Mechanism | None:
+        """Of the `lvr_*` fields in config.json; tokens by their ids."""
+        if "lvr_start_id" not in config_json:
+            return None
+        missing = [name for name in ("lvr_id", "lvr_end_id") if not isinstance(config_json.get(name), int)]
+        if missing:
+            raise CheckpointError("not an LVR checkpoint", where=where, got=f"no {missing}", expected="token ids")
+        ids = {
+            role: config_json[name] for name, role in _OFFICIAL_IDS.items() if isinstance(config_json.get(name), int)
+        }
+        head = "none"
+        if config_json.get("lvr_head"):
+            head_type = config_json.get("lvr_head_type", "simple")
+            if head_type not in _OFFICIAL_HEADS:
+                raise CheckpointError(
+                    "unknown head type", where=f"{where}: lvr_head_type", got=head_type, expected="simple or glu"
+                )
+            head = _OFFICIAL_HEADS[head_type]
+        if not config_json.get("latent_end_token"):
+            ids.pop("latent_end", None)
+        tokens = {f"{role}_token": tokenizer.convert_ids_to_tokens(token_id) for role, token_id in ids.items()}
+        return cls(**tokens, **{f"{role}_id": token_id for role, token_id in ids.items()}, head=head)
+
+
+class LVRRows(SpanRows):
+    """Spans that end by distance, too.
+
+    Args:
+        end_vector_H: the learned end vector.
+    """
+
+    def __init__(self, mechanism: LVR, steps_N: Tensor, max_spans_N: Tensor | None, end_vector_H: Tensor):
+        super().__init__(mechanism, steps_N, max_spans_N)
+        self.end_vector_H = end_vector_H
+
+    def _is_end(self, latents_NH: Tensor) -> Tensor:
+        distance_N = (latents_NH.float() - self.end_vector_H.float()).square().mean(-1)
+        return distance_N < self.mechanism.latent_end_threshold
+
+
+def end_vector(model: nn.Module) -> Tensor:
+    """The learned end vector [H] of exit `latent_end`."""
+    return getattr(model, END_VECTOR_ATTRIBUTE)

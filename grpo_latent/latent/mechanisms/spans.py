@@ -1,0 +1,164 @@
+"""Latent spans (LVR, 2509.24251 section 3; ILVR, 2512.05665): rows in different modes at the same step.
+
+    token   … <start>  <latent>  <latent>  <end>    …
+    kind      START    LATENT    LATENT    FORCED   TEXT
+    input     e(start) h(start)  h         e(end)
+
+A row emits `start` as an ordinary token. From then on its inputs are h(start), then h of each latent step, until the exit
+says so; then `end` is appended (FORCED). Nothing is sampled inside a span, so neither EOS nor any other token can leave it
+early, and spans may repeat. Differs from the published code, which samples a discarded token at each latent step and leaves
+`end` to the sampler: that derives masks from garbage ids and runs into endless `end` tokens.
+
+Legend: N rows, M some of them, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from grpo_latent.errors import ConfigError
+from grpo_latent.latent.mechanisms.fed_back import FedBack, check_choice, check_count, check_switch
+from grpo_latent.latent.mechanisms.protocol import UNBOUNDED, VISIBILITIES, RowStates
+from grpo_latent.trajectory import PositionKind
+
+STEPS, END_TOKEN, LATENT_END = "steps", "end_token", "latent_end"
+
+
+@dataclass(frozen=True)
+class SpanMechanism(FedBack):
+    """Spans that the model opens by emitting `start`.
+
+    Attributes:
+        exit: how a span ends: `steps` (after exactly `steps`); `end_token` (where the arg-max token at a latent position is
+            the end, at `steps` at the latest); `latent_end` (the fed vector that is close to the learned end vector is the
+            last, at `steps` at the latest).
+        max_spans: spans that a completion may open, None for no bound; `start` cannot be sampled after the last one.
+        visibility, start_is_action: see `Mechanism`.
+    """
+
+    exit: str = STEPS
+    max_spans: int | None = None
+    visibility: str = "full"
+    start_is_action: bool = True
+
+    exits: ClassVar[tuple[str, ...]] = (STEPS, END_TOKEN)
+    state_size: ClassVar[int] = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("exit", self.exit, self.exits)
+        check_choice("visibility", self.visibility, VISIBILITIES)
+        check_switch("start_is_action", self.start_is_action)
+        if self.max_spans is not None:
+            check_count("max_spans", self.max_spans, 0)
+        if self.visibility == "latents_only" and self.exit != STEPS:
+            # the last latent of a span must be known when it is fed (it is a blind row), which only `steps` allows
+            raise ConfigError(
+                "visibility latents_only needs spans of known length",
+                where="latent.exit",
+                got=self.exit,
+                expected=STEPS,
+                fix="Set latent.exit=steps, or latent.visibility=full.",
+            )
+
+    @property
+    def opening_ids(self) -> frozenset[int]:
+        return frozenset({self.start_id})
+
+    def placeholder_id(self, kind: PositionKind) -> int:
+        return self.end_id if kind == PositionKind.FORCED else super().placeholder_id(kind)
+
+    @property
+    def reads_logits(self) -> bool:
+        return self.exit == END_TOKEN
+
+    def begin(self, model: nn.Module, steps_N: Tensor, max_spans_N: Tensor | None = None) -> SpanRows:
+        return SpanRows(self, steps_N, max_spans_N)
+
+    def requests_without_latents(self) -> dict:
+        return {"max_spans": 0}
+
+    def requests_with_markers_only(self) -> dict:
+        return {"steps": 0}
+
+
+class SpanRows(RowStates):
+    """Where each of N rows stands in its spans.
+
+    Args:
+        steps_N: int64 [N], latent steps (exit `steps`) or their cap a span; with 0, `end` follows on `start`.
+        max_spans_N: int64 [N], spans that each row may open (`UNBOUNDED` for no bound); None for the mechanism's.
+    """
+
+    def __init__(self, mechanism: SpanMechanism, steps_N: Tensor, max_spans_N: Tensor | None = None):
+        self.mechanism = mechanism
+        self.steps_N = steps_N
+        self.max_spans_N: Tensor | int = UNBOUNDED if mechanism.max_spans is None else mechanism.max_spans
+        self.is_bounded = mechanism.max_spans is not None
+        if max_spans_N is not None:
+            self.max_spans_N = max_spans_N
+            self.is_bounded = bool((max_spans_N < UNBOUNDED).any())
+        self.in_span_N = torch.zeros_like(steps_N, dtype=torch.bool)
+        self.num_fed_N = torch.zeros_like(steps_N)
+        self.num_spans_N = torch.zeros_like(steps_N)
+        self.end_is_due_N = torch.zeros_like(self.in_span_N)
+
+    def plan(self, logits_NV: Tensor | None) -> Tensor:
+        leaves_N = self.end_is_due_N
+        if self.mechanism.reads_logits:
+            # a span has at least one latent step: the rule reads the logits of latent positions only
+            says_end_N = logits_NV.argmax(-1) == self.mechanism.end_id
+            leaves_N = leaves_N | (self.in_span_N & (self.num_fed_N > 0) & says_end_N)
+        kinds_N = torch.where(self.in_span_N, int(PositionKind.LATENT), int(PositionKind.TEXT))
+        return torch.where(leaves_N, int(PositionKind.FORCED), kinds_N)
+
+    def advance(self, kinds_N: Tensor, token_ids_N: Tensor, latents_NH: Tensor | None) -> Tensor:
+        is_text_N = kinds_N == PositionKind.TEXT
+        is_latent_N = kinds_N == PositionKind.LATENT
+        opens_N = is_text_N & (token_ids_N == self.mechanism.start_id)
+        closes_N = kinds_N == PositionKind.FORCED
+        self.num_fed_N += is_latent_N
+        self.end_is_due_N = (is_latent_N & (self.num_fed_N >= self.steps_N)) | (opens_N & (self.steps_N == 0))
+        if latents_NH is not None:
+            self.end_is_due_N |= is_latent_N & self._is_end(latents_NH)
+        self.in_span_N = (self.in_span_N | opens_N) & ~closes_N
+        self.num_fed_N = torch.where(opens_N, 0, self.num_fed_N)
+        self.num_spans_N += opens_N
+        return torch.where(opens_N, int(PositionKind.START), kinds_N)
+
+    def _is_end(self, latents_NH: Tensor) -> Tensor:
+        """bool [N], vectors that end their span by themselves."""
+        return torch.zeros_like(self.in_span_N)
+
+    @property
+    def may_open_N(self) -> Tensor:
+        return self.num_spans_N < self.max_spans_N
+
+    @property
+    def span_N(self) -> Tensor:
+        return self.num_spans_N - 1
+
+    @property
+    def is_last_latent_N(self) -> Tensor:
+        return self.end_is_due_N
+
+    @property
+    def is_after_span_N(self) -> Tensor:
+        return (self.num_spans_N > 0) & ~self.in_span_N
+
+    def keep_rows(self, rows_M: Tensor) -> None:
+        self.steps_N = self.steps_N[rows_M]
+        self.unpack(tuple(column_N[rows_M] for column_N in self.pack()))
+        if isinstance(self.max_spans_N, Tensor):
+            self.max_spans_N = self.max_spans_N[rows_M]
+
+    def pack(self) -> tuple[Tensor, ...]:
+        return self.in_span_N, self.end_is_due_N, self.num_fed_N, self.num_spans_N
+
+    def unpack(self, columns: tuple[Tensor, ...]) -> None:
+        in_span_N, end_is_due_N, self.num_fed_N, self.num_spans_N = columns
+        self.in_span_N, self.end_is_due_N = in_span_N.bool(), end_is_due_N.bool()

@@ -1,0 +1,118 @@
+"""What a batch records while it decodes, and the trajectories that come of it.
+
+Records are by *record row*, the row that a trajectory had when the batch began; rows that decode may be fewer.
+
+Legend: R record rows, N rows still decoding, M some of them, T completion positions, H hidden, A numbers of aux a latent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from grpo_latent.models.slots import SlotRecord
+from grpo_latent.rollout.protocol import RolloutRequest
+from grpo_latent.trajectory import Trajectory
+
+
+class Recorder:
+    """Tensors [R, T] that fill column by column, and recorded vectors in the order in which they came.
+
+    What a row holds beyond its length (a row that has stopped idles along for a while) is never read.
+    """
+
+    def __init__(self, num_rows: int, num_positions: int, device: torch.device):
+        self.token_ids_RT = torch.zeros(num_rows, num_positions, dtype=torch.long, device=device)
+        self.kinds_RT = torch.zeros_like(self.token_ids_RT)
+        self.full_log_probs_RT = torch.zeros(num_rows, num_positions, device=device)
+        self.drawn_log_probs_RT = torch.zeros_like(self.full_log_probs_RT)
+        self.lengths_R = torch.full((num_rows,), num_positions, device=device)
+        self.stopped_R = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self._latent_rows: list[Tensor] = []
+        self._latents: list[Tensor] = []
+        self._aux: list[Tensor] = []
+
+    def add(
+        self, position: int, rows_N: Tensor, kinds_N: Tensor, token_ids_N: Tensor, full_N: Tensor, drawn_N: Tensor
+    ) -> None:
+        """What stands at `position` of the record rows `rows_N`, with both log-probs."""
+        self.token_ids_RT[rows_N, position] = token_ids_N
+        self.kinds_RT[rows_N, position] = kinds_N
+        self.full_log_probs_RT[rows_N, position] = full_N
+        self.drawn_log_probs_RT[rows_N, position] = drawn_N
+
+    def add_latents(self, rows_M: Tensor, latents_MH: Tensor, aux_MA: Tensor | None) -> None:
+        """The vectors of one position of the record rows `rows_M`."""
+        self._latent_rows.append(rows_M)
+        self._latents.append(latents_MH.float())
+        if aux_MA is not None:
+            self._aux.append(aux_MA)
+
+    def end(self, position: int, rows_M: Tensor) -> None:
+        """`position` is the last of the record rows `rows_M`, because there is no more room."""
+        self.lengths_R[rows_M] = position + 1
+
+    def stop(self, position: int, rows_M: Tensor) -> None:
+        """`position` is the last of the record rows `rows_M`, by their own choice."""
+        self.end(position, rows_M)
+        self.stopped_R[rows_M] = True
+
+    def trajectories(
+        self, requests: list[RolloutRequest], policy_version: int, hidden_size: int, aux_size: int
+    ) -> list[list[Trajectory]]:
+        """The records of each request, cut to each trajectory's length, on the CPU."""
+        lengths, stopped = self.lengths_R.tolist(), self.stopped_R.tolist()
+        fields = {
+            "token_ids": self.token_ids_RT.cpu(),
+            "kinds": self.kinds_RT.cpu(),
+            "rollout_log_probs": self.full_log_probs_RT.cpu(),
+            "sampling_log_probs": self.drawn_log_probs_RT.cpu(),
+        }
+        latents_by_row = self._by_row(self._latents, hidden_size)
+        aux_by_row = self._by_row(self._aux, aux_size)
+        groups, row = [], 0
+        for request in requests:
+            prompt_ids, group = request.prompt_ids.cpu(), []
+            for seed in request.seeds:
+                trajectory = Trajectory(
+                    prompt_ids=prompt_ids,
+                    # copies, not views that would keep the whole batch alive
+                    **{name: values[row, : lengths[row]].clone() for name, values in fields.items()},
+                    latents=latents_by_row[row],
+                    latent_aux=aux_by_row[row],
+                    stop_reason="eos" if stopped[row] else "length",
+                    group_id=request.group_id,
+                    seed=seed,
+                    policy_version=policy_version,
+                )
+                group.append(trajectory)
+                row += 1
+            groups.append(group)
+        return groups
+
+    def _by_row(self, values: list[Tensor], width: int) -> list[Tensor]:
+        """[n, width] float32 for each record row; `Trajectory` checks their number against the kinds."""
+        num_rows = self.token_ids_RT.shape[0]
+        if not values:
+            return [torch.zeros(0, width) for _ in range(num_rows)]
+        rows_L = torch.cat(self._latent_rows).cpu()
+        values_LW = torch.cat(values).cpu()[rows_L.argsort(stable=True)]
+        counts = torch.bincount(rows_L, minlength=num_rows).tolist()
+        return [rows.clone() for rows in values_LW.split(counts)]
+
+
+def with_slots(trajectory: Trajectory, record: SlotRecord, placeholder_id: int) -> Trajectory:
+    """The trajectory with the slots of its prompt in front."""
+    kinds = record.kinds.cpu()
+    log_probs = record.log_probs.float().cpu()
+    return dataclasses.replace(
+        trajectory,
+        token_ids=torch.cat([torch.full_like(kinds, placeholder_id), trajectory.token_ids]),
+        kinds=torch.cat([kinds, trajectory.kinds]),
+        latents=torch.cat([record.latents.float().cpu(), trajectory.latents]),
+        rollout_log_probs=torch.cat([log_probs, trajectory.rollout_log_probs]),
+        sampling_log_probs=torch.cat([log_probs, trajectory.sampling_log_probs]),
+        selected_idx=record.selected_idx.cpu(),
+    )
