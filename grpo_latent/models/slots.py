@@ -26,11 +26,12 @@ from transformers.cache_utils import Cache, DynamicCache
 from grpo_latent.algo.selection import NOT_CHOSEN, sample_candidates, selection_log_probs, top_k_candidates
 from grpo_latent.common.row_tensors import RowTensors
 from grpo_latent.errors import ConfigError, LatentMismatchError
-from grpo_latent.models.adapter import ImageInputs, ModelAdapter
+from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.choices import log_weights
 from grpo_latent.models.kv_cache import caching_layers
 from grpo_latent.models.positions import count_on, next_positions, with_components
 from grpo_latent.models.selection import recording_last_row
+from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.models.visibility import attention_bias
 from grpo_latent.models.vision_cache import encoding_once
 from grpo_latent.trajectory import PositionKind
@@ -89,9 +90,7 @@ class SlotPrefill:
 
 def prefill_with_slots(
     adapter: ModelAdapter,
-    input_ids_BP: Tensor,
-    valid_BP: Tensor,
-    images: ImageInputs | None,
+    prompts: LatentSequences,
     num_slots_B: Tensor,
     top_k_image: int,
     cut: bool = True,
@@ -99,10 +98,10 @@ def prefill_with_slots(
     selected_idx: Sequence[Tensor | None] = (),
     draws: SlotDraws | None = None,
 ) -> SlotPrefill:
-    """Forward over left-padded prompts, then over their slots.
+    """Forward over prompts, then over their slots.
 
     Args:
-        images: of all prompts, in order.
+        prompts: padded on the left, as `prompt_sequences` makes them.
         num_slots_B: int64, slots of each prompt.
         top_k_image: image embeddings inserted before each slot (32 published); 0 is Coconut.
         cut: whether the fed h is a constant (IVT-LR) or carries its gradient (Coconut).
@@ -123,25 +122,24 @@ def prefill_with_slots(
             expected="0 for a text-only model",
         )
     cache = DynamicCache(config=adapter.text_config)
-    kinds_BP = adapter.prompt_kinds(input_ids_BP)
-    position_ids = adapter.position_ids(input_ids_BP, valid_BP, images)
-    bias = attention_bias(kinds_BP, valid_BP, "full", adapter.dtype)
+    images = prompts.images
+    bias = prompts.attention_bias(adapter.dtype)
     selects = top_k_image > 0 and images is not None
     recording = recording_last_row(adapter.text_config) if selects else nullcontext()
     with caching_layers(adapter.model), recording as recorder:
         with encoding_once(adapter.backbone) if selects else nullcontext():
             embeddings_MH = adapter.encode_images(images) if selects else None
-            hidden_BH = adapter.forward_hidden(input_ids_BP, bias, position_ids, images, cache)[:, -1]
+            hidden_BH = adapter.forward_hidden(prompts.input_ids_BT, bias, prompts.position_ids, images, cache)[:, -1]
         feeder = _SlotFeeder(
             adapter,
             cache,
             recorder,
             embeddings_MH,
-            input_ids_BP,
-            kinds_BP,
-            valid_BP,
+            prompts.input_ids_BT,
+            prompts.kinds_BT,
+            prompts.valid_BT,
             hidden_BH,
-            next_positions(position_ids),
+            next_positions(prompts.position_ids),
         )
         feeder.feed_hook = feed
         if draws is not None:

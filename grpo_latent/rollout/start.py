@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from grpo_latent.errors import RolloutError
-from grpo_latent.models.adapter import ImageInputs, ModelAdapter
+from grpo_latent.models.adapter import ModelAdapter
+from grpo_latent.models.sequences import prompt_sequences
 from grpo_latent.models.slots import SlotDraws, SlotRecord, prefill_with_slots
 from grpo_latent.rollout.override import OverrideTable
 from grpo_latent.rollout.prefill import Prefill, prefill_prompts
@@ -47,22 +48,6 @@ def rows_of_prompts(requests: list[RolloutRequest], device: torch.device) -> Ten
     """int64 [N], the prompt of each row."""
     group_sizes = torch.tensor([len(request.seeds) for request in requests])
     return torch.repeat_interleave(torch.arange(len(requests)), group_sizes).to(device)
-
-
-def padded_prompts(adapter: ModelAdapter, requests: list[RolloutRequest]) -> tuple[Tensor, Tensor, ImageInputs | None]:
-    """Left-padded ids and validity [B, P] of the prompts, and all their images."""
-    length = max(request.prompt_ids.shape[0] for request in requests)
-    input_ids_BP = torch.zeros(len(requests), length, dtype=torch.long)
-    valid_BP = torch.zeros(len(requests), length, dtype=torch.bool)
-    for prompt_idx, request in enumerate(requests):
-        input_ids_BP[prompt_idx, length - request.prompt_ids.shape[0] :] = request.prompt_ids
-        valid_BP[prompt_idx, length - request.prompt_ids.shape[0] :] = True
-    device = adapter.device
-    input_ids_BP, valid_BP = input_ids_BP.to(device), valid_BP.to(device)
-    images = ImageInputs.concat([request.images for request in requests])
-    if images is not None:
-        images = images.to(device)
-    return input_ids_BP, valid_BP, images
 
 
 def prompt_start(adapter: ModelAdapter, requests: list[RolloutRequest]) -> Start:
@@ -95,7 +80,9 @@ def slot_start(
     may_draw = selection_temperature is not None and adapter.mechanism.top_k_image and not is_given
     prefill = prefill_with_slots(
         adapter,
-        *padded_prompts(adapter, requests),
+        prompt_sequences(
+            [request.prompt_ids for request in requests], [request.images for request in requests], adapter, "full"
+        ),
         torch.tensor(num_slots, device=device),
         adapter.mechanism.top_k_image,
         feed=_feed(OverrideTable(requests, prompts_B, adapter.hidden_size)) if is_given else None,

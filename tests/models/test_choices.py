@@ -22,7 +22,7 @@ TOP_K, TEMPERATURE = 4, 0.7
 def drawn(c, requests, num_slots, row_to_prompt, uniforms_NSM, temperature=TEMPERATURE):
     adapter = ModelAdapter(c.model, c.mechanism("coconut"))
     draws = SlotDraws(torch.tensor(row_to_prompt), temperature, uniforms_NSM)
-    return prefill_with_slots(adapter, *padded(requests), torch.tensor(num_slots), TOP_K, draws=draws)
+    return prefill_with_slots(adapter, padded(adapter, requests), torch.tensor(num_slots), TOP_K, draws=draws)
 
 
 def uniforms_of(num_rows, num_slots=3, num_images=12, seed=0):
@@ -64,9 +64,8 @@ def test_a_rows_draws_do_not_depend_on_its_batch_and_follow_the_stated_probabili
     alone = drawn(c, requests[1:2], (3,), [0], uniforms_NSM[1:2])
     assert together.records[1].selected_idx.tolist() == alone.records[0].selected_idx.tolist()
     best = drawn(c, requests, (2, 3, 1), [0, 1, 2], None)
-    plain = prefill_with_slots(
-        ModelAdapter(c.model, c.mechanism("coconut")), *padded(requests), torch.tensor([2, 3, 1]), TOP_K
-    )
+    adapter = ModelAdapter(c.model, c.mechanism("coconut"))
+    plain = prefill_with_slots(adapter, padded(adapter, requests), torch.tensor([2, 3, 1]), TOP_K)
     assert all(torch.equal(a.selected_idx, b.selected_idx) for a, b in zip(best.records, plain.records, strict=True))
     num = 2000
     records = drawn(c, requests[1:2], (1,), [0] * num, uniforms_of(num, 1, 6, seed=3)).records

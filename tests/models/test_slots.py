@@ -6,10 +6,10 @@ import pytest
 import torch
 from latent_cases import build_case, case
 
-from grpo_latent.models.adapter import ImageInputs, ModelAdapter
+from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.recompute import recompute_latents
 from grpo_latent.models.replay import replay_hidden
-from grpo_latent.models.sequences import LatentSequences
+from grpo_latent.models.sequences import LatentSequences, prompt_sequences
 from grpo_latent.models.slots import prefill_with_slots
 from grpo_latent.trajectory import PositionKind as K
 
@@ -26,14 +26,9 @@ def prompts(c):
     ]
 
 
-def padded(requests):
-    length = max(len(request.prompt_ids) for request in requests)
-    input_ids_BP = torch.zeros(len(requests), length, dtype=torch.long)
-    valid_BP = torch.zeros(len(requests), length, dtype=torch.bool)
-    for row, request in enumerate(requests):
-        input_ids_BP[row, length - len(request.prompt_ids) :] = request.prompt_ids
-        valid_BP[row, length - len(request.prompt_ids) :] = True
-    return input_ids_BP, valid_BP, ImageInputs.concat([request.images for request in requests])
+def padded(adapter, requests):
+    prompts, images = [request.prompt_ids for request in requests], [request.images for request in requests]
+    return prompt_sequences(prompts, images, adapter, "full")
 
 
 @torch.no_grad()
@@ -75,9 +70,8 @@ def slow_slots(c, request, num_slots, top_k):
 
 
 def fast_slots(c, requests, num_slots, top_k):
-    input_ids_BP, valid_BP, images = padded(requests)
     adapter = ModelAdapter(c.model, c.mechanism("coconut"))
-    return prefill_with_slots(adapter, input_ids_BP, valid_BP, images, torch.tensor(num_slots), top_k)
+    return prefill_with_slots(adapter, padded(adapter, requests), torch.tensor(num_slots), top_k)
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
@@ -115,7 +109,8 @@ def test_coconut_on_a_text_model():
 
 def as_batch(adapter, prefill, requests):
     """The slots as sequences: the prefill's own columns."""
-    input_ids_BP, valid_BP, images = padded(requests)
+    given = padded(adapter, requests)
+    input_ids_BP, images = given.input_ids_BT, given.images
     num_more = prefill.kinds_BS.shape[1] - input_ids_BP.shape[1]
     input_ids_BS = torch.nn.functional.pad(input_ids_BP, (0, num_more))
     return LatentSequences.build(
@@ -149,8 +144,8 @@ def test_h_is_cut_or_carries_its_gradient():
     gradients = []
     for cut in (True, False):
         c = build_case("qwen2")
-        input_ids_BP, valid_BP, _ = padded([c.request("read red ?")])
-        prefill = prefill_with_slots(c.adapter, input_ids_BP, valid_BP, None, torch.tensor([2]), 0, cut)
+        prompt = padded(c.adapter, [c.request("read red ?")])
+        prefill = prefill_with_slots(c.adapter, prompt, torch.tensor([2]), 0, cut)
         prefill.hidden_BH.sin().sum().backward()
         gradients.append(c.model.model.layers[0].mlp.up_proj.weight.grad)
         assert prefill.records[0].latents.requires_grad is not cut

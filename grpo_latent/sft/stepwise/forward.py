@@ -17,6 +17,7 @@ from torch import Tensor
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.kv_cache import caching_layers
 from grpo_latent.models.positions import count_on, with_components
+from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.models.slots import prefill_with_slots
 from grpo_latent.models.visibility import attention_bias
 from grpo_latent.sft.common.images import batch_images
@@ -30,11 +31,18 @@ def loss_sums(adapter: ModelAdapter, batch: dict[str, Tensor], num_slots: int, c
     Args:
         cut: whether the slots' h are constants.
     """
-    images = batch_images(batch)
-    num_slots_B = torch.full((batch["prompt_ids"].shape[0],), num_slots, device=adapter.device)
-    prefill = prefill_with_slots(
-        adapter, batch["prompt_ids"], batch["prompt_valid"], images, num_slots_B, adapter.mechanism.top_k_image, cut
+    prompt_ids_BP = batch["prompt_ids"]
+    prompts = LatentSequences.build(
+        adapter,
+        prompt_ids_BP,
+        adapter.prompt_kinds(prompt_ids_BP),
+        batch["prompt_valid"],
+        torch.zeros(0, adapter.hidden_size, dtype=adapter.dtype, device=adapter.device),
+        "full",
+        batch_images(batch),
     )
+    num_slots_B = torch.full((prompt_ids_BP.shape[0],), num_slots, device=adapter.device)
+    prefill = prefill_with_slots(adapter, prompts, num_slots_B, adapter.mechanism.top_k_image, cut)
     response_ids_BR, valid_BR = batch["response_ids"], batch["response_valid"]
     # the last response position scores nothing
     fed_ids_BR, num_before = response_ids_BR[:, :-1], prefill.kinds_BS.shape[1]
