@@ -106,3 +106,7 @@ class PreflightError(GrpoLatentError, RuntimeError):
 
 class TrainingError(GrpoLatentError, RuntimeError):
     """An update cannot be made, for example because the loss is not finite."""
+
+
+class ConformanceError(GrpoLatentError, RuntimeError):
+    """A mechanism breaks a promise that training relies on; `where` names the check (see `grpo_latent.testing`)."""

@@ -30,6 +30,7 @@ ALLOWED = {
     "sft": _MODELS | {"data"},
     "eval": _MODELS | {"data", "rewards", "rollout"},
     "inspect": _MODELS | {"data", "rewards", "rollout", "eval"},
+    "testing": _MODELS | {"rollout", "eval"},  # checks that users run on their own plug-ins
     # the page of a run, for wandb; torchvision, which vLLM imports
     "verl_plugin": _MODELS | {"data", "rewards", "rollout", "eval", "inspect", "torchvision_ops"},
     "config": set(),
