@@ -141,7 +141,7 @@ def _chain_over_cache(adapter: ModelAdapter, sequences: LatentSequences) -> Tens
     recorded_BTH = recorded_BTH.to(adapter.dtype).masked_scatter(
         recorded_BT[..., None], sequences.latents_NH.to(adapter.dtype)
     )
-    fed: list[Tensor] = []
+    vectors: list[Tensor] = []
     with caching_layers(adapter.model):
         source_BH = adapter.forward_hidden(
             input_ids_BT[:, :first],
@@ -153,11 +153,15 @@ def _chain_over_cache(adapter: ModelAdapter, sequences: LatentSequences) -> Tens
         for start, end in _decoding_pieces(is_made_BT[:, : last + 1].any(0).tolist(), first):
             piece = slice(start, end)
             latents_BLH = adapter.make(source_BH)[:, None].expand(-1, end - start, -1)
-            embeds_BLH = torch.where(
-                recorded_BT[:, piece, None], recorded_BTH[:, piece], adapter.embed(input_ids_BT[:, piece])
-            )
-            embeds_BLH = torch.where(is_made_BT[:, piece, None], latents_BLH, embeds_BLH)
-            fed.append(embeds_BLH)
+            tokens_BLH = adapter.embed(input_ids_BT[:, piece])
+            vectors_BLH = torch.where(recorded_BT[:, piece, None], recorded_BTH[:, piece], tokens_BLH)
+            vectors_BLH = torch.where(is_made_BT[:, piece, None], latents_BLH, vectors_BLH)
+            vectors.append(vectors_BLH)
+            embeds_BLH = vectors_BLH
+            if adapter.mechanism.composes:
+                parts = (tokens_BLH.flatten(0, 1), vectors_BLH.flatten(0, 1))
+                composed_BLH = adapter.mechanism.compose(adapter.model, *parts).view_as(tokens_BLH)
+                embeds_BLH = torch.where(recorded_BT[:, piece, None], composed_BLH.to(tokens_BLH.dtype), tokens_BLH)
             hidden_BLH = adapter.decoder(
                 inputs_embeds=embeds_BLH,
                 attention_mask=bias[:, :, piece, :end],
@@ -166,7 +170,7 @@ def _chain_over_cache(adapter: ModelAdapter, sequences: LatentSequences) -> Tens
                 use_cache=True,
             ).last_hidden_state
             source_BH = last_hidden(hidden_BLH, is_source_BT[:, piece], source_BH)
-    return torch.cat(fed, 1)[recorded_BT[:, first : last + 1]]
+    return torch.cat(vectors, 1)[recorded_BT[:, first : last + 1]]
 
 
 def _decoding_pieces(has_latent_T: list[bool], first: int) -> list[tuple[int, int]]:

@@ -11,6 +11,8 @@ import torch
 from latent_cases import build_case, sampling
 
 from grpo_latent.errors import ConfigError
+from grpo_latent.latent.mechanisms import Mechanism
+from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.recompute import GRADIENTS, latents_by_passes, recompute_latents
 from grpo_latent.models.replay import replay, replay_hidden
 from grpo_latent.models.sequences import collate
@@ -157,3 +159,34 @@ def test_passes_run_the_needed_columns_only_and_as_often_as_they_are_told():
     # too few passes leave what depends on more latents as it was recorded
     zeroed = sequences.with_latents(torch.zeros_like(sequences.latents_NH))
     assert float((by_passes(adapter, zeroed, "cut", num_passes=1) - made_NH.detach()).abs().max()) > 1e-2
+
+
+class Halves(Mechanism):
+    """Half a token's embedding beside its vector."""
+
+    def compose(self, model, embeds_MH, recorded_MH):
+        return 0.5 * embeds_MH + recorded_MH
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_what_a_mechanism_composes_is_fed_and_what_it_makes_is_returned(gradient):
+    """Over a cache and by passes, where sampled tokens are MIXED."""
+    c, _, _, aligned = recorded("qwen3")
+    adapter, found = ModelAdapter(c.model, Halves()), []
+    # the first six positions of each completion
+    kinds_BT, first = aligned.kinds_BT, int((aligned.kinds_BT >= int(K.TEXT)).any(0).nonzero()[0])
+    mixed_BT = torch.zeros_like(aligned.valid_BT)
+    mixed_BT[:, first : first + 6] = aligned.valid_BT[:, first : first + 6]
+    kinds_BT = kinds_BT.masked_fill(kinds_BT >= int(K.TEXT), int(K.TEXT)).masked_fill(mixed_BT, int(K.MIXED))
+    nothing_NH = torch.zeros(int(mixed_BT.sum()), c.adapter.hidden_size)
+    mixed = dataclasses.replace(aligned, kinds_BT=kinds_BT, latents_NH=nothing_NH, latent_aux_MA=None)
+    for run in (recompute_latents, lambda *args: by_passes(*args, num_passes=6)):
+        c.model.zero_grad()
+        latents_NH = run(adapter, mixed, gradient)
+        replay(adapter, mixed.with_latents(latents_NH), 2.0)[0].sum().backward()
+        found.append((latents_NH.detach(), c.model.model.layers[0].mlp.up_proj.weight.grad.clone()))
+    (cached_NH, cached), (passed_NH, passed) = found
+    torch.testing.assert_close(passed_NH, cached_NH, rtol=0, atol=1e-3)
+    torch.testing.assert_close(passed, cached, rtol=1e-2, atol=1e-3 * float(cached.abs().max()))
+    plain = recompute_latents(c.adapter, mixed, "cut")
+    assert float((plain - cached_NH).abs().max()) > 1e-2, "without the tokens' half they are others"
