@@ -1,4 +1,6 @@
-"""Leaves modules that import vllm out of the doctests where vLLM is not installed (`make vllm` installs it)."""
+"""Leaves modules that import vllm out of the doctests where vLLM is not installed (`make vllm`
+installs it).
+"""
 
 import importlib.metadata
 

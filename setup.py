@@ -12,9 +12,13 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["grpo_latent", "grpo_latent.*", "reward", "reward.*"]),
-    package_data={"grpo_latent.config": ["*.yaml", "*/*.yaml"], "grpo_latent.inspect": ["assets/*"]},
-    # requirements/ pins whole tested sets for CPU and CUDA; these are the ranges that the code supports. The upper bound of
-    # torch is exact so that an installed or local CPU build of 2.13.0 satisfies it and pip fetches no CUDA build.
+    package_data={
+        "grpo_latent.config": ["*.yaml", "*/*.yaml"],
+        "grpo_latent.inspect": ["assets/*"],
+    },
+    # requirements/ pins whole tested sets for CPU and CUDA; these are the ranges that the code
+    # supports. The upper bound of torch is exact so that an installed or local CPU build of 2.13.0
+    # satisfies it and pip fetches no CUDA build.
     install_requires=[
         "torch>=2.11,<=2.13.0",
         "transformers>=5.9,<5.18",
@@ -39,7 +43,9 @@ setup(
         ],
         "sft": ["accelerate", "datasets", "peft"],
         "reward": ["math-verify"],
-        "vllm": ["vllm==0.24.0"],  # the CUDA build, as verl 0.9.1 pins it; `make vllm` adds the CPU build
+        "vllm": [
+            "vllm==0.24.0"
+        ],  # the CUDA build, as verl 0.9.1 pins it; `make vllm` adds the CPU build
         "embedded": ["scikit-learn", "matplotlib", "pyarrow", "pandas"],
         "inspect": ["plotly>=6", "jinja2", "pyarrow"],
         "dev": ["pytest", "hypothesis", "ruff", "selenium"],

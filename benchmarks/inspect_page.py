@@ -1,10 +1,12 @@
 """Size and opening time of the inspector's page for 2,000 trajectories, in headless Chromium.
 
-    python benchmarks/inspect_page.py outputs/<run> [--trajectories 2000] [--repeats 5] [--json out.json]
+    python benchmarks/inspect_page.py outputs/<run> [--trajectories 2000] [--repeats 5] [--json
+    out.json]
 
-The run's rollout dumps are repeated under new step numbers until there are enough trajectories; checkpoint, data and
-metrics are the run's. "Open" is from navigation to a table that can be used (`document.body.dataset.ready`): median and
-largest of the repeats, each in a tab of its own. Needs Chromium with its driver, and `pip install -e ".[inspect]" selenium`.
+The run's rollout dumps are repeated under new step numbers until there are enough trajectories;
+checkpoint, data and metrics are the run's. "Open" is from navigation to a table that can be used
+(`document.body.dataset.ready`): median and largest of the repeats, each in a tab of its own. Needs
+Chromium with its driver, and `pip install -e ".[inspect]" selenium`.
 """
 
 from __future__ import annotations
@@ -48,10 +50,17 @@ def time_opening(page: Path, repeats: int) -> list[float]:
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1500,1000"):
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--window-size=1500,1000",
+    ):
         options.add_argument(argument)
     driver_path = shutil.which("chromedriver")
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_path) if driver_path else None)
+    driver = webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(driver_path) if driver_path else None
+    )
     seconds = []
     try:
         for _ in range(repeats):
@@ -69,7 +78,9 @@ def time_opening(page: Path, repeats: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("--trajectories", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=5)
@@ -80,7 +91,9 @@ def main() -> None:
         num_dumped = repeat_dumps(options.run, run, options.trajectories)
         start = time.perf_counter()
         command = [sys.executable, "-m", "grpo_latent.inspect", run, "--out", page]
-        subprocess.run([*command, "--trajectories", str(num_dumped)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [*command, "--trajectories", str(num_dumped)], check=True, stdout=subprocess.DEVNULL
+        )
         made_s, opened_s = time.perf_counter() - start, time_opening(page, options.repeats)
         result = {
             "trajectories": num_dumped,

@@ -2,16 +2,20 @@
 
     python benchmarks/mechanisms.py [--sections ilvr ivt_lr] [--repeats 5] [--json out.json]
 
-The embedded experiment's model (Qwen2.5-VL, 1.3 M parameters, random weights), one thread, CPU-seconds
-(`time.process_time`), medians of repeats that interleave the paths, so that a busy machine slows all of them alike.
+The embedded experiment's model (Qwen2.5-VL, 1.3 M parameters, random weights), one thread,
+CPU-seconds (`time.process_time`), medians of repeats that interleave the paths, so that a busy
+machine slows all of them alike.
 
     ilvr     32 prompts with an image each, spans that repeat between texts, 64 new positions: engine `hf` over all 32 rows,
-             engine `hf` one row at a time, and a plain loop over the Hugging Face model one row at a time, as published
+             engine `hf` one row at a time, and a plain loop over the Hugging Face model one row at
+             a time, as published
     ivt_lr   8 prompts with an image of 256 tokens, 3 slots of 32 image embeddings, 16 text positions: engine `hf` over all
-             rows and one at a time (keys and values reused, last row of attention only), and the published way: one row at a
-             time, the whole prefix with full maps anew for each slot; its text decoded over a cache, or like its slots
+             rows and one at a time (keys and values reused, last row of attention only), and the
+             published way: one row at a time, the whole prefix with full maps anew for each slot;
+             its text decoded over a cache, or like its slots
 
-Paths of a section draw the same tokens: `ilvr` checks it for the two engine paths, `ivt_lr` for all three.
+Paths of a section draw the same tokens: `ilvr` checks it for the two engine paths, `ivt_lr` for
+all three.
 """
 
 from __future__ import annotations
@@ -51,7 +55,9 @@ def requests_of(processor, num: int, kinds: tuple[str, ...]) -> list[RolloutRequ
     requests = []
     for seed, example in enumerate(digits.generate(num, stream="dev", seed=0, kinds=kinds)):
         content = [{"type": "text", "text": example.question}, {"type": "image"}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False
+        )
         batch = processor(text=[text], images=[example.image], return_tensors="pt")
         images = ImageInputs(batch["pixel_values"], batch["image_grid_thw"])
         requests.append(RolloutRequest(batch["input_ids"][0], seeds=[seed], images=images))
@@ -75,7 +81,11 @@ def ilvr() -> tuple[str, list[Contender]]:
     generator = torch.Generator()
 
     def decode(batches: list[list[RolloutRequest]]) -> list[list[int]]:
-        groups = [group for batch in batches for group in engine.generate(batch, SamplingParams(NEW_TOKENS))]
+        groups = [
+            group
+            for batch in batches
+            for group in engine.generate(batch, SamplingParams(NEW_TOKENS))
+        ]
         trajectories = [trajectory for group in groups for trajectory in group]
         assert sum(len(t.spans) > 1 for t in trajectories) > NUM_ROWS / 2, "spans must repeat"
         return [t.token_ids.tolist() for t in trajectories]
@@ -118,10 +128,18 @@ def ivt_lr() -> tuple[str, list[Contender]]:
         pixels = rng.integers(0, 256, (IMAGE_SIDE, IMAGE_SIDE, 3), dtype=np.uint8)
         batch = processor.image_processor(images=[pixels], return_tensors="pt")
         place = (request.prompt_ids == model.config.image_token_id).nonzero()[:, 0]
-        image = torch.full((int(batch["image_grid_thw"].prod()) // 4,), model.config.image_token_id)
-        prompt_ids = torch.cat([request.prompt_ids[: place[0]], image, request.prompt_ids[place[-1] + 1 :]])
+        image = torch.full(
+            (int(batch["image_grid_thw"].prod()) // 4,), model.config.image_token_id
+        )
+        prompt_ids = torch.cat(
+            [request.prompt_ids[: place[0]], image, request.prompt_ids[place[-1] + 1 :]]
+        )
         requests.append(
-            replace(request, prompt_ids=prompt_ids, images=ImageInputs(batch["pixel_values"], batch["image_grid_thw"]))
+            replace(
+                request,
+                prompt_ids=prompt_ids,
+                images=ImageInputs(batch["pixel_values"], batch["image_grid_thw"]),
+            )
         )
     engine = HFRolloutEngine(model, mechanism, [tokenizer.eos_token_id])
     sampling = SamplingParams(SLOTS * (TOP_K + 1) + TEXT_TOKENS, temperature=0)
@@ -130,34 +148,51 @@ def ivt_lr() -> tuple[str, list[Contender]]:
         groups = [group for batch in batches for group in engine.generate(batch, sampling)]
         return [(t.text_ids, t.selected_idx.tolist()) for (t,) in groups]
 
-    banned = sorted(engine.adapter.vision_ids | {ids[token] for token in IVTLR.published_tokens.values()})
+    banned = sorted(
+        engine.adapter.vision_ids | {ids[token] for token in IVTLR.published_tokens.values()}
+    )
 
     def published(caches_text: bool) -> list[tuple[list[int], list[int]]]:
-        return [recomputed_slots(engine.adapter, request, banned, caches_text) for request in requests]
+        return [
+            recomputed_slots(engine.adapter, request, banned, caches_text) for request in requests
+        ]
 
     one_by_one = [[request] for request in requests]
     assert decode([requests]) == decode(one_by_one) == published(True) == published(False), (
         "the paths must choose and draw the same"
     )
     num = sampling.max_new_tokens * SLOT_ROWS
-    return f"IVT-LR, {SLOT_ROWS} rows, {SLOTS} slots of {TOP_K} image embeddings, {TEXT_TOKENS} text positions", [
-        Contender(f"engine hf, {SLOT_ROWS} rows at a time", lambda: len(decode([requests])) and num),
-        Contender("engine hf, one row at a time", lambda: len(decode(one_by_one)) and num),
-        Contender("prefix anew for each slot", lambda: len(published(True)) and num),
-        Contender("prefix anew for each slot and token", lambda: len(published(False)) and num),
-    ]
+    return (
+        f"IVT-LR, {SLOT_ROWS} rows, {SLOTS} slots of {TOP_K} image embeddings, {TEXT_TOKENS} text positions",
+        [
+            Contender(
+                f"engine hf, {SLOT_ROWS} rows at a time", lambda: len(decode([requests])) and num
+            ),
+            Contender("engine hf, one row at a time", lambda: len(decode(one_by_one)) and num),
+            Contender("prefix anew for each slot", lambda: len(published(True)) and num),
+            Contender(
+                "prefix anew for each slot and token", lambda: len(published(False)) and num
+            ),
+        ],
+    )
 
 
 @torch.no_grad()
 def recomputed_slots(
     adapter: ModelAdapter, request: RolloutRequest, banned: list[int], caches_text: bool
 ) -> tuple[list[int], list[int]]:
-    """(text ids, chosen image positions), greedy: as published, the prefix is read anew, with full maps, for each slot."""
+    """(text ids, chosen image positions), greedy: as published, the prefix is read anew, with full
+    maps, for each slot.
+    """
     decoder, text_config = adapter.decoder, adapter.text_config
     is_image = request.prompt_ids == adapter.image_token_id
     visual_MH = adapter.encode_images(request.images)
     embeds_TH = adapter.embed(request.prompt_ids).masked_scatter(is_image[:, None], visual_MH)
-    columns, left, chosen = is_image.nonzero()[:, 0], torch.ones(int(is_image.sum()), dtype=torch.bool), []
+    columns, left, chosen = (
+        is_image.nonzero()[:, 0],
+        torch.ones(int(is_image.sum()), dtype=torch.bool),
+        [],
+    )
     cache = DynamicCache(config=text_config)
 
     def forward(embeds_LH: Tensor, start: int = 0, with_maps: bool = False, caches: bool = False):
@@ -172,7 +207,9 @@ def recomputed_slots(
 
     for _ in range(SLOTS):
         output = forward(embeds_TH, with_maps=True)
-        weights_M = torch.stack([layer[0, :, -1] for layer in output.attentions]).mean((0, 1))[columns]
+        weights_M = torch.stack([layer[0, :, -1] for layer in output.attentions]).mean((0, 1))[
+            columns
+        ]
         best_K = weights_M.masked_fill(~left, -1).argsort(descending=True, stable=True)[:TOP_K]
         left[best_K] = False
         chosen += best_K.tolist()
@@ -180,7 +217,9 @@ def recomputed_slots(
     hidden_1H = forward(embeds_TH, caches=caches_text).last_hidden_state[:, -1]
     text_ids: list[int] = []
     for _ in range(TEXT_TOKENS):
-        token = adapter.logits(hidden_1H).index_fill(1, torch.tensor(banned), -torch.inf).argmax(-1)
+        token = (
+            adapter.logits(hidden_1H).index_fill(1, torch.tensor(banned), -torch.inf).argmax(-1)
+        )
         text_ids.append(int(token))
         embeds_TH = torch.cat([embeds_TH, adapter.embed(token)])
         start = len(embeds_TH) - 1 if caches_text else 0

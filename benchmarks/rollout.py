@@ -1,19 +1,24 @@
-"""Rollout throughput: engine `hf` with latents against Hugging Face `generate` without, a naive latent loop, and vLLM.
+"""Rollout throughput: engine `hf` with latents against Hugging Face `generate` without, a naive
+latent loop, and vLLM.
 
-    python benchmarks/rollout.py [--new-tokens 11 64] [--text-positions 64] [--repeats 5] [--json out.json]
+    python benchmarks/rollout.py [--new-tokens 11 64] [--text-positions 64] [--repeats 5] [--json
+    out.json]
 
-First part. The embedded experiment's model (Qwen2.5-VL, 1.3 M parameters, random weights), 16 prompts with an image each, 8
-trajectories a prompt, one thread. All three sample at temperature 1 without truncation; EOS is never sampled, so that every
-trajectory has the same number of positions. The numbers are CPU-seconds (`time.process_time`), medians of repeats that
-interleave the paths, so that a busy machine slows all of them alike.
+First part. The embedded experiment's model (Qwen2.5-VL, 1.3 M parameters, random weights), 16
+prompts with an image each, 8 trajectories a prompt, one thread. All three sample at temperature 1
+without truncation; EOS is never sampled, so that every trajectory has the same number of
+positions. The numbers are CPU-seconds (`time.process_time`), medians of repeats that interleave
+the paths, so that a busy machine slows all of them alike.
 
-What is compared is what each is: `generate` gets the whole batch, `num_return_sequences=8`, no logits processors and returns
-ids only; the engine also feeds latents (a span of 4 in every trajectory) and returns log-probs and latents. The naive loop
-runs one trajectory at a time and encodes the image for each, as the published code does; it is timed on the first 16
-trajectories, since each costs the same.
+What is compared is what each is: `generate` gets the whole batch, `num_return_sequences=8`, no
+logits processors and returns ids only; the engine also feeds latents (a span of 4 in every
+trajectory) and returns log-probs and latents. The naive loop runs one trajectory at a time and
+encodes the image for each, as the published code does; it is timed on the first 16 trajectories,
+since each costs the same.
 
-Second part (text_models.py), where vLLM is installed: text models of 3 M and 0.15 B parameters, 32 prompts. Engine `vllm`
-with latents against stock vLLM that samples text at all positions, compiled and eager; engine `hf` against engine `vllm`.
+Second part (text_models.py), where vLLM is installed: text models of 3 M and 0.15 B parameters, 32
+prompts. Engine `vllm` with latents against stock vLLM that samples text at all positions, compiled
+and eager; engine `hf` against engine `vllm`.
 """
 
 from __future__ import annotations
@@ -86,7 +91,9 @@ def build() -> Setting:
     texts, images = [], []
     for example in examples:
         content = [{"type": "text", "text": example.question}, {"type": "image"}]
-        texts.append(processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
+        texts.append(
+            processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        )
         images.append(example.image)
     tokenizer.padding_side = "left"
     batch = dict(processor(text=texts, images=images, padding=True, return_tensors="pt"))
@@ -105,7 +112,9 @@ def build() -> Setting:
     return Setting(model, processor, mechanism, tokenizer.eos_token_id, batch, requests)
 
 
-def engine_path(setting: Setting, new_tokens: int, visibility: str, pack_linears: bool = True) -> Contender:
+def engine_path(
+    setting: Setting, new_tokens: int, visibility: str, pack_linears: bool = True
+) -> Contender:
     mechanism = setting.mechanism.replace(visibility=visibility)
     engine = HFRolloutEngine(setting.model, mechanism, [setting.eos_id], pack_linears=pack_linears)
 
@@ -116,7 +125,9 @@ def engine_path(setting: Setting, new_tokens: int, visibility: str, pack_linears
         assert with_span > 0.9 * len(trajectories), "the benchmark must have latents"
         return sum(len(t.token_ids) for t in trajectories)
 
-    return Contender(f"engine hf, latents, {visibility}{'' if pack_linears else ', plain linears'}", run)
+    return Contender(
+        f"engine hf, latents, {visibility}{'' if pack_linears else ', plain linears'}", run
+    )
 
 
 def generate_path(setting: Setting, new_tokens: int) -> Contender:
@@ -142,13 +153,17 @@ def naive_path(setting: Setting, new_tokens: int) -> Contender:
     def run() -> int:
         generator.manual_seed(0)
         rows = [request for request in setting.requests for _ in range(GROUP_SIZE)][:NUM_NAIVE]
-        return sum(len(naive_trajectory(setting, request, new_tokens, generator)) for request in rows)
+        return sum(
+            len(naive_trajectory(setting, request, new_tokens, generator)) for request in rows
+        )
 
     return Contender("naive latent loop", run)
 
 
 @torch.no_grad()
-def naive_trajectory(setting: Setting, request: RolloutRequest, new_tokens: int, generator) -> list[int]:
+def naive_trajectory(
+    setting: Setting, request: RolloutRequest, new_tokens: int, generator
+) -> list[int]:
     """Kinds of one trajectory: `DynamicCache`, the whole prompt and its image for itself."""
     model, mechanism = setting.model, setting.mechanism
     ids, cache = request.prompt_ids[None], DynamicCache(config=model.config.get_text_config())
@@ -175,7 +190,11 @@ def naive_trajectory(setting: Setting, request: RolloutRequest, new_tokens: int,
             if int(token) == setting.eos_id:
                 break
             if int(token) == mechanism.start_id:
-                kinds[-1], steps_left, num_spans = PositionKind.START, mechanism.steps, num_spans + 1
+                kinds[-1], steps_left, num_spans = (
+                    PositionKind.START,
+                    mechanism.steps,
+                    num_spans + 1,
+                )
             vector = embed(token)
         elif steps_left > 0:
             kinds.append(PositionKind.LATENT)
@@ -190,13 +209,19 @@ def naive_trajectory(setting: Setting, request: RolloutRequest, new_tokens: int,
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
-        if is_latent and mechanism.exit == "end_token" and int(model.lm_head(hidden).argmax()) == mechanism.end_id:
+        if (
+            is_latent
+            and mechanism.exit == "end_token"
+            and int(model.lm_head(hidden).argmax()) == mechanism.end_id
+        ):
             steps_left = 0
     return kinds
 
 
 def measure(paths: list[Contender], repeats: int) -> dict[str, dict]:
-    """Median CPU-seconds and positions a CPU-second of each path; one warm-up each, then interleaved repeats."""
+    """Median CPU-seconds and positions a CPU-second of each path; one warm-up each, then
+    interleaved repeats.
+    """
     for path in paths:
         path.run()
     seconds: dict[str, list[float]] = {path.name: [] for path in paths}
@@ -208,7 +233,11 @@ def measure(paths: list[Contender], repeats: int) -> dict[str, dict]:
             seconds[path.name].append(time.process_time() - started)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
-        name: {"cpu_s": median, "positions": positions[name], "positions_per_cpu_s": positions[name] / median}
+        name: {
+            "cpu_s": median,
+            "positions": positions[name],
+            "positions_per_cpu_s": positions[name] / median,
+        }
         for name, median in medians.items()
     }
 
@@ -220,15 +249,21 @@ def show(console: Console, title: str, results: dict[str, dict], base: str) -> N
     for name, result in results.items():
         ratio = results[base]["positions_per_cpu_s"] / result["positions_per_cpu_s"]
         rate = f"{result['positions_per_cpu_s']:,.0f}"
-        table.add_row(name, f"{result['cpu_s']:.3f}", str(result["positions"]), rate, f"{ratio:.2f} x")
+        table.add_row(
+            name, f"{result['cpu_s']:.3f}", str(result["positions"]), rate, f"{ratio:.2f} x"
+        )
     console.print(table)
 
 
-def text_report(console: Console, labels: list[str], new_tokens: int, repeats: int, folder: Path) -> dict[str, dict]:
-    """Second part: a table and the ratios of each size. Ratios are medians over rounds, each of neighbouring turns.
+def text_report(
+    console: Console, labels: list[str], new_tokens: int, repeats: int, folder: Path
+) -> dict[str, dict]:
+    """Second part: a table and the ratios of each size. Ratios are medians over rounds, each of
+    neighbouring turns.
 
     Args:
-        folder: keeps the checkpoints, because vLLM's cache of compiled code knows a model by its path.
+        folder: keeps the checkpoints, because vLLM's cache of compiled code knows a model by its
+            path.
     """
     version, report = text_models.vllm_version(), {}
     if version is None:
@@ -237,12 +272,19 @@ def text_report(console: Console, labels: list[str], new_tokens: int, repeats: i
         checkpoint = folder / label.replace(" ", "")
         num_parameters = text_models.write_checkpoint(checkpoint, text_models.SIZES[label])
         turns = text_models.compare(checkpoint, new_tokens, repeats, with_vllm=version is not None)
-        table = Table(title=f"text model, {num_parameters / 1e6:.1f} M parameters, fp32, {new_tokens} new positions")
+        table = Table(
+            title=f"text model, {num_parameters / 1e6:.1f} M parameters, fp32, {new_tokens} new positions"
+        )
         for column in ("path", "CPU s", "wall s", "positions", "latents", "positions / CPU s"):
             table.add_column(column, justify="left" if column == "path" else "right")
         rows = {name: median_turn(values) for name, values in turns.items()}
         for name, turn in rows.items():
-            cells = (f"{turn.cpu_s:.2f}", f"{turn.wall_s:.2f}", str(turn.num_positions), str(turn.num_latents))
+            cells = (
+                f"{turn.cpu_s:.2f}",
+                f"{turn.wall_s:.2f}",
+                str(turn.num_positions),
+                str(turn.num_latents),
+            )
             table.add_row(name, *cells, f"{turn.num_positions / turn.cpu_s:,.0f}")
         console.print(table)
         ratios = {
@@ -260,7 +302,9 @@ def text_report(console: Console, labels: list[str], new_tokens: int, repeats: i
 
 
 def median_turn(turns: list[text_models.Turn]) -> text_models.Turn:
-    cpu_s, wall_s = (statistics.median(getattr(turn, name) for turn in turns) for name in ("cpu_s", "wall_s"))
+    cpu_s, wall_s = (
+        statistics.median(getattr(turn, name) for turn in turns) for name in ("cpu_s", "wall_s")
+    )
     return replace(turns[0], cpu_s=cpu_s, wall_s=wall_s)
 
 
@@ -270,9 +314,15 @@ def main() -> None:
     parser.add_argument("--text-positions", type=int, default=64, help="of the text models")
     parser.add_argument("--repeats", type=int, default=5)
     sizes = list(text_models.SIZES)
-    parser.add_argument("--sizes", nargs="+", choices=sizes, default=sizes, help="of the text models")
-    parser.add_argument("--parts", nargs="+", choices=("images", "text"), default=["images", "text"])
-    parser.add_argument("--folder", type=Path, default=Path("outputs/benchmark_rollout"), help="of the text models")
+    parser.add_argument(
+        "--sizes", nargs="+", choices=sizes, default=sizes, help="of the text models"
+    )
+    parser.add_argument(
+        "--parts", nargs="+", choices=("images", "text"), default=["images", "text"]
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("outputs/benchmark_rollout"), help="of the text models"
+    )
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -285,11 +335,18 @@ def main() -> None:
         engines = [engine_path(setting, new_tokens, *variant) for variant in variants]
         paths = [*engines, generate_path(setting, new_tokens), naive_path(setting, new_tokens)]
         results = measure(paths, options.repeats)
-        show(console, f"{NUM_PROMPTS} prompts x {GROUP_SIZE}, {new_tokens} new positions", results, engines[0].name)
+        show(
+            console,
+            f"{NUM_PROMPTS} prompts x {GROUP_SIZE}, {new_tokens} new positions",
+            results,
+            engines[0].name,
+        )
         report[str(new_tokens)] = results
     if "text" in options.parts:
         folder = options.folder.resolve()
-        report["text"] = text_report(console, options.sizes, options.text_positions, options.repeats, folder)
+        report["text"] = text_report(
+            console, options.sizes, options.text_positions, options.repeats, folder
+        )
     text = json.dumps(report, indent=2)
     print(text)
     if options.json is not None:

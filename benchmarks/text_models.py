@@ -1,7 +1,8 @@
-"""Text models for rollout.py: engine `hf`, engine `vllm` and stock vLLM on one checkpoint, each in a process of its own.
+"""Text models for rollout.py: engine `hf`, engine `vllm` and stock vLLM on one checkpoint, each in
+a process of its own.
 
-The processes take turns, so that a busy machine slows all of them alike; in-process vLLM changes the process that it lives
-in, which engine `hf` must not pay for.
+The processes take turns, so that a busy machine slows all of them alike; in-process vLLM changes
+the process that it lives in, which engine `hf` must not pay for.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ SIZES = {
 }
 NUM_PROMPTS, MIN_PROMPT, MAX_PROMPT, STEPS = 32, 16, 48, 8
 NUM_WORDS = 340
-START_ODDS, EOS_LOGIT = 20.0, -50.0  # `start` is as likely as so many other tokens together; EOS never comes
+START_ODDS, EOS_LOGIT = (
+    20.0,
+    -50.0,
+)  # `start` is as likely as so many other tokens together; EOS never comes
 # (a, b): how many times as many positions a CPU-second a makes as b
 RATIOS = (
     ("engine vllm, compiled", "plain vLLM text, compiled"),
@@ -71,24 +75,32 @@ def vllm_version() -> str | None:
 
 
 def write_checkpoint(folder: Path, sizes: tiny.TinySizes) -> int:
-    """A Qwen2 of random weights that opens spans often and never ends; returns its number of parameters.
+    """A Qwen2 of random weights that opens spans often and never ends; returns its number of
+    parameters.
 
-    vLLM knows no output bias. Instead one dimension is large in every token's embedding, and so, past the final norm, in
-    every hidden state: the output rows of `start` and EOS read it.
+    vLLM knows no output bias. Instead one dimension is large in every token's embedding, and so,
+    past the final norm, in every hidden state: the output rows of `start` and EOS read it.
     """
     model, tokenizer, _ = tiny.tiny_qwen2([f"w{i}" for i in range(NUM_WORDS)], sizes)
     start_id = tokenizer.convert_tokens_to_ids("<|lvr_start|>")
     with torch.no_grad():
-        model.get_input_embeddings().weight[:, 0] = model.config.initializer_range * sizes.hidden**0.5
+        model.get_input_embeddings().weight[:, 0] = (
+            model.config.initializer_range * sizes.hidden**0.5
+        )
         ids = torch.tensor(prompts(len(tokenizer), length=MAX_PROMPT)[:4])
         level = float(model.model(input_ids=ids).last_hidden_state[..., 0].mean())
-        for token_id, logit in ((start_id, float(torch.tensor(START_ODDS).log())), (tokenizer.eos_token_id, EOS_LOGIT)):
+        for token_id, logit in (
+            (start_id, float(torch.tensor(START_ODDS).log())),
+            (tokenizer.eos_token_id, EOS_LOGIT),
+        ):
             row = model.lm_head.weight[token_id]
             row.zero_()
             row[0] = logit / level
     names = {"start": "<|lvr_start|>", "latent": "<|lvr|>", "end": "<|lvr_end|>"}
     ids = {f"{role}_id": tokenizer.convert_tokens_to_ids(token) for role, token in names.items()}
-    mechanism = LVR(**{f"{role}_token": token for role, token in names.items()}, **ids, steps=STEPS)
+    mechanism = LVR(
+        **{f"{role}_token": token for role, token in names.items()}, **ids, steps=STEPS
+    )
     save_latent_model(folder, model, tokenizer, None, mechanism)
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -96,9 +108,14 @@ def write_checkpoint(folder: Path, sizes: tiny.TinySizes) -> int:
 def prompts(vocab_size: int, length: int | None = None) -> list[list[int]]:
     """Random words; 16 to 48 of them, or `length`."""
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(MIN_PROMPT, MAX_PROMPT + 1, (NUM_PROMPTS,), generator=generator).tolist()
+    lengths = torch.randint(
+        MIN_PROMPT, MAX_PROMPT + 1, (NUM_PROMPTS,), generator=generator
+    ).tolist()
     first = vocab_size - NUM_WORDS
-    return [torch.randint(first, vocab_size, (length or n,), generator=generator).tolist() for n in lengths]
+    return [
+        torch.randint(first, vocab_size, (length or n,), generator=generator).tolist()
+        for n in lengths
+    ]
 
 
 def hf_runner(folder: str, new_tokens: int, pack_linears: bool) -> Callable[[], tuple[int, int]]:
@@ -106,17 +123,27 @@ def hf_runner(folder: str, new_tokens: int, pack_linears: bool) -> Callable[[], 
 
 
 def vllm_runner(folder: str, new_tokens: int, eager: bool) -> Callable[[], tuple[int, int]]:
-    options = dict(max_model_len=MAX_PROMPT + new_tokens, max_num_seqs=NUM_PROMPTS, enable_prefix_caching=False)
+    options = dict(
+        max_model_len=MAX_PROMPT + new_tokens,
+        max_num_seqs=NUM_PROMPTS,
+        enable_prefix_caching=False,
+    )
     return _latent_runner(LatentLLM(folder, "vllm", enforce_eager=eager, **options), new_tokens)
 
 
 def _latent_runner(llm: LatentLLM, new_tokens: int) -> Callable[[], tuple[int, int]]:
     ids = prompts(len(llm.tokenizer))
-    requests = [RolloutRequest(torch.tensor(row), seeds=[i], group_id=str(i)) for i, row in enumerate(ids)]
+    requests = [
+        RolloutRequest(torch.tensor(row), seeds=[i], group_id=str(i)) for i, row in enumerate(ids)
+    ]
 
     def run() -> tuple[int, int]:
-        trajectories = [group[0] for group in llm.engine.generate(requests, SamplingParams(new_tokens))]
-        return sum(len(t.token_ids) for t in trajectories), sum(len(t.latents) for t in trajectories)
+        trajectories = [
+            group[0] for group in llm.engine.generate(requests, SamplingParams(new_tokens))
+        ]
+        return sum(len(t.token_ids) for t in trajectories), sum(
+            len(t.latents) for t in trajectories
+        )
 
     return run
 
@@ -137,9 +164,16 @@ def stock_vllm_runner(folder: str, new_tokens: int, eager: bool) -> Callable[[],
         enable_prefix_caching=False,
         enforce_eager=eager,
     )
-    inputs = [{"prompt_token_ids": row} for row in prompts(AutoConfig.from_pretrained(folder).vocab_size)]
+    inputs = [
+        {"prompt_token_ids": row} for row in prompts(AutoConfig.from_pretrained(folder).vocab_size)
+    ]
     params = vllm.SamplingParams(
-        temperature=1.0, max_tokens=new_tokens, ignore_eos=True, logprobs=0, detokenize=False, seed=None
+        temperature=1.0,
+        max_tokens=new_tokens,
+        ignore_eos=True,
+        logprobs=0,
+        detokenize=False,
+        seed=None,
     )
 
     def run() -> tuple[int, int]:
@@ -163,14 +197,18 @@ def _serve(connection, kind: str, arguments: dict) -> None:
             return
         cpu, wall = time.process_time(), time.perf_counter()
         num_positions, num_latents = run()
-        connection.send(Turn(time.process_time() - cpu, time.perf_counter() - wall, num_positions, num_latents))
+        connection.send(
+            Turn(time.process_time() - cpu, time.perf_counter() - wall, num_positions, num_latents)
+        )
 
 
 @contextmanager
 def _process(kind: str, **arguments) -> Iterator[Callable[[], Turn]]:
     """A contender in a process of its own; calling it takes one turn."""
     connection, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, kind, arguments))
+    process = multiprocessing.get_context("spawn").Process(
+        target=_serve, args=(theirs, kind, arguments)
+    )
     process.start()
     theirs.close()  # else a process that died would leave us waiting
 
@@ -188,7 +226,9 @@ def _process(kind: str, **arguments) -> Iterator[Callable[[], Turn]]:
 
 
 def compare(folder: Path, new_tokens: int, repeats: int, with_vllm: bool) -> dict[str, list[Turn]]:
-    """Turns of each contender. Compiled vLLM stands beside engine `hf`; eager vLLM follows, so that less is in memory."""
+    """Turns of each contender. Compiled vLLM stands beside engine `hf`; eager vLLM follows, so
+    that less is in memory.
+    """
     os.environ.update(ENVIRONMENT)
     common = dict(folder=str(folder), new_tokens=new_tokens)
     first: dict[str, tuple[str, dict]] = {
@@ -212,5 +252,7 @@ def compare(folder: Path, new_tokens: int, repeats: int, with_vllm: bool) -> dic
             for _ in range(repeats):
                 for name, contender in contenders.items():
                     turns.setdefault(name, []).append(contender())
-                    print(f"  {name}: {turns[name][-1].cpu_s:.2f} CPU s", file=sys.stderr, flush=True)
+                    print(
+                        f"  {name}: {turns[name][-1].cpu_s:.2f} CPU s", file=sys.stderr, flush=True
+                    )
     return turns

@@ -1,4 +1,6 @@
-"""Can a job with these paths run on this cluster? `python -m grpo_latent.check_cluster --require FILE … --output-dir DIR`"""
+"""Can a job with these paths run on this cluster? `python -m grpo_latent.check_cluster --require
+FILE … --output-dir DIR`
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,21 @@ from grpo_latent.verl_plugin.boot.cluster import check_cluster
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--require", nargs="*", default=[], metavar="FILE", help="files and folders that the job reads")
+    parser.add_argument(
+        "--require",
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="files and folders that the job reads",
+    )
     parser.add_argument("--output-dir", help="folder that the job writes to")
     args = parser.parse_args(argv)
     console = Console()
     for report in check_cluster(args.require, args.output_dir):
-        console.print(f"{report.node}: Python {report.python}, grpo_latent {report.version}: ready", highlight=False)
+        console.print(
+            f"{report.node}: Python {report.python}, grpo_latent {report.version}: ready",
+            highlight=False,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""`python -m grpo_latent.check_reward my_reward.py [--name compute_score]`: tries a reward function before a run does.
+"""`python -m grpo_latent.check_reward my_reward.py [--name compute_score]`: tries a reward
+function before a run does.
 
 Exit code 0 if nothing is wrong, 2 if something is (see `common.command`).
 """
@@ -20,17 +21,35 @@ from grpo_latent.rewards.functions import DEFAULT_NAME, FunctionSpec
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m grpo_latent.check_reward", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m grpo_latent.check_reward", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("path", help="Python file, or pkg://package.module")
-    parser.add_argument("--name", default=DEFAULT_NAME, help="function in the file (default: %(default)s)")
-    parser.add_argument("--kwargs", default="{}", type=json.loads, help="JSON object, passed to each call")
-    parser.add_argument("--ground-truth", default="4", help="right answer of the trial question (default: %(default)s)")
-    parser.add_argument("--wrong-answer", default="5", help="a wrong answer to it (default: %(default)s)")
-    parser.add_argument("--data-source", default="check", help="data_source that the function is given")
-    parser.add_argument("--timeout-s", default=5.0, type=float, help="for each call (default: %(default)s)")
+    parser.add_argument(
+        "--name", default=DEFAULT_NAME, help="function in the file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--kwargs", default="{}", type=json.loads, help="JSON object, passed to each call"
+    )
+    parser.add_argument(
+        "--ground-truth",
+        default="4",
+        help="right answer of the trial question (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--wrong-answer", default="5", help="a wrong answer to it (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--data-source", default="check", help="data_source that the function is given"
+    )
+    parser.add_argument(
+        "--timeout-s", default=5.0, type=float, help="for each call (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     spec = FunctionSpec(options.path, options.name, kwargs=options.kwargs)
-    report = check_function(spec, options.ground_truth, options.wrong_answer, options.data_source, options.timeout_s)
+    report = check_function(
+        spec, options.ground_truth, options.wrong_answer, options.data_source, options.timeout_s
+    )
     show(report, spec)
     return REFUSED if report.problems else DONE
 
@@ -52,7 +71,11 @@ def show(report: CheckReport, spec: FunctionSpec) -> None:
         for problem in report.problems:
             console.print(f"[red]problem:[/] {escape(problem)}")
     total = len(report.problems)
-    console.print("[green]nothing wrong[/]" if not total else f"[red]{total} problem{'s' if total > 1 else ''}[/]")
+    console.print(
+        "[green]nothing wrong[/]"
+        if not total
+        else f"[red]{total} problem{'s' if total > 1 else ''}[/]"
+    )
 
 
 if __name__ == "__main__":

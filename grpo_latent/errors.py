@@ -1,7 +1,8 @@
 """Every error that this package raises on purpose.
 
-Each one says what went wrong, where, what was got, what was expected and how to fix it; each is also a subclass of the
-standard-library error that a caller would expect; each survives pickling, because Ray sends errors between processes.
+Each one says what went wrong, where, what was got, what was expected and how to fix it; each is
+also a subclass of the standard-library error that a caller would expect; each survives pickling,
+because Ray sends errors between processes.
 """
 
 from __future__ import annotations
@@ -89,7 +90,15 @@ class RewardError(GrpoLatentError, RuntimeError):
         super().__init__(what, **fields)
 
     def __reduce__(self):
-        return _rebuild_reward, (type(self), self.kind, self.what, self.where, self.got, self.expected, self.fix)
+        return _rebuild_reward, (
+            type(self),
+            self.kind,
+            self.what,
+            self.where,
+            self.got,
+            self.expected,
+            self.fix,
+        )
 
 
 def _rebuild_reward(cls, kind, what, where, got, expected, fix):
@@ -109,4 +118,6 @@ class TrainingError(GrpoLatentError, RuntimeError):
 
 
 class ConformanceError(GrpoLatentError, RuntimeError):
-    """A mechanism breaks a promise that training relies on; `where` names the check (see `grpo_latent.testing`)."""
+    """A mechanism breaks a promise that training relies on; `where` names the check (see
+    `grpo_latent.testing`).
+    """

@@ -18,11 +18,12 @@ Writes (and prints) one JSON object:
     prompts     [{"row_id", "question", "where", "truth"}]; outcomes: by ablation one number a prompt
     checkpoint, data, mechanism, chance, seed, num_prompts, seconds
 
-Accuracies, pass@k, gaps and their intervals are over questions: rows of a benchmark that share one (MMVP's pairs, HRBench's
-rotated options) are averaged first, and it counts once. "row_accuracy", where rows share questions, is the plain mean over
-rows; "score" is the mean reward over rows.
+Accuracies, pass@k, gaps and their intervals are over questions: rows of a benchmark that share one
+(MMVP's pairs, HRBench's rotated options) are averaged first, and it counts once. "row_accuracy",
+where rows share questions, is the plain mean over rows; "score" is the mean reward over rows.
 
-An interrupted evaluation that has an `output` goes on where it stopped and gives the same report, run times aside.
+An interrupted evaluation that has an `output` goes on where it stopped and gives the same report,
+run times aside.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ def run(config: DictConfig) -> dict:
         torch.set_num_threads(config.latent.cpu_threads)
     settings = read_settings(config)
     disable_progress_bar()  # transformers', for reading weights
-    overrides = {name: config.latent[name] for name in OVERRIDES if config.latent[name] is not None}
+    overrides = {
+        name: config.latent[name] for name in OVERRIDES if config.latent[name] is not None
+    }
     loaded = load_latent_model(
         config.model.path,
         dtype=parse_dtype(config.model.dtype, "model.dtype"),
@@ -93,14 +96,21 @@ def run(config: DictConfig) -> dict:
     for note in initialisation_notes(settings.treatment, config.model.path, settings.seed):
         print(note, file=sys.stderr)
     digest = PromptsDigest()
-    prompts, data = read_data(config, loaded, digest.add if config.output is not None else lambda prompt: None)
+    prompts, data = read_data(
+        config, loaded, digest.add if config.output is not None else lambda prompt: None
+    )
     with make_scorer(config, loaded) as scorer, _progress() as bar:
         task = bar.add_task("own", total=len(prompts) * len(settings.phases()))
         journal = None
         if config.output is not None:
-            done = fingerprint(loaded, digest, settings) | {"weights": weights_of(config.model.path), "data": data}
+            done = fingerprint(loaded, digest, settings) | {
+                "weights": weights_of(config.model.path),
+                "data": data,
+            }
             if config.data.benchmark.name is None:
-                done["reward"] = [OmegaConf.to_container(part) for part in (config.reward, config.latent.reward)]
+                done["reward"] = [
+                    OmegaConf.to_container(part) for part in (config.reward, config.latent.reward)
+                ]
                 done["reward files"] = [source_digest(spec) for spec in scorer.runner.functions]
             journal = Journal(Path(f"{config.output}.parts"), done)
         report = Evaluation(
@@ -133,7 +143,9 @@ def read_settings(config: DictConfig) -> EvalSettings:
         temperature=config.rollout.temperature,
         top_k=config.rollout.top_k,
         top_p=config.rollout.top_p,
-        decodings=tuple(Decoding.from_dict(values, f"decodings[{i}]") for i, values in enumerate(strategies)),
+        decodings=tuple(
+            Decoding.from_dict(values, f"decodings[{i}]") for i, values in enumerate(strategies)
+        ),
         ablations=tuple(config.ablations),
         leak_prompts=config.leak_prompts,
         seed=config.seed,
@@ -146,24 +158,40 @@ def read_settings(config: DictConfig) -> EvalSettings:
 def read_data(
     config: DictConfig, loaded: LatentModel, seen: Callable[[EvalPrompt], None]
 ) -> tuple[list[EvalPrompt], list[str]]:
-    """Prompts of `data.val_files`, or of `data.benchmark`, and what they were read from; arguments as `read_prompts`."""
+    """Prompts of `data.val_files`, or of `data.benchmark`, and what they were read from; arguments
+    as `read_prompts`.
+    """
     benchmark, size = config.data.benchmark, config.data.cache_bytes
     if type(size) is not int or size < 0:
-        raise ConfigError("not a number of bytes", where="data.cache_bytes", got=size, expected="int >= 0")
+        raise ConfigError(
+            "not a number of bytes", where="data.cache_bytes", got=size, expected="int >= 0"
+        )
     store = PixelStore(size)
     if benchmark.name is not None:
         if benchmark.path is None:
-            raise ConfigError("no folder", where="data.benchmark.path", got=None, expected="the benchmark's folder")
+            raise ConfigError(
+                "no folder",
+                where="data.benchmark.path",
+                got=None,
+                expected="the benchmark's folder",
+            )
         items = load_benchmark(benchmark.name, benchmark.path, benchmark.subset)
-        source = f"{benchmark.name} {benchmark.path}" + (f" {benchmark.subset}" if benchmark.subset else "")
+        source = f"{benchmark.name} {benchmark.path}" + (
+            f" {benchmark.subset}" if benchmark.subset else ""
+        )
         return benchmark_prompts(items, loaded, config.data.max_rows, store, seen), [source]
     if OmegaConf.is_missing(config.data, "val_files"):
         raise ConfigError(
-            "nothing to evaluate on", where="data", got="neither", expected="val_files, or benchmark.name and .path"
+            "nothing to evaluate on",
+            where="data",
+            got="neither",
+            expected="val_files, or benchmark.name and .path",
         )
     files = config.data.val_files
     files = list(files) if isinstance(files, ListConfig) else [files]
-    return read_prompts(files, loaded, config.data.max_rows, store, seen), [str(path) for path in files]
+    return read_prompts(files, loaded, config.data.max_rows, store, seen), [
+        str(path) for path in files
+    ]
 
 
 @contextmanager
@@ -176,13 +204,17 @@ def make_scorer(config: DictConfig, loaded: LatentModel) -> Iterator[Scorer]:
     custom = OmegaConf.to_container(config.reward.custom_reward_function, resolve=True)
     functions = settings.pop("functions")
     if custom["path"]:
-        functions = [{"path": custom["path"], "name": custom["name"], "kwargs": custom["reward_kwargs"]}]
+        functions = [
+            {"path": custom["path"], "name": custom["name"], "kwargs": custom["reward_kwargs"]}
+        ]
     with RewardRunner(specs_from_config(functions), **settings) as runner:
         yield RewardScorer(runner, loaded)
 
 
 def weights_of(folder: str) -> list:
-    """Name, size and time of a checkpoint's files: what tells another checkpoint at the same place."""
+    """Name, size and time of a checkpoint's files: what tells another checkpoint at the same
+    place.
+    """
     files = sorted(path for path in Path(folder).glob("*") if path.is_file())
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
@@ -193,12 +225,19 @@ def write_report(path: Path, report: dict) -> None:
     text = json.dumps(report | rows, indent=2)
     lines = ",\n".join(f"    {json.dumps(prompt)}" for prompt in report["prompts"])
     text = text.replace('"@prompts@"', f"[\n{lines}\n  ]")
-    lines = ",\n".join(f"    {json.dumps(n)}: {json.dumps(values)}" for n, values in report["outcomes"].items())
+    lines = ",\n".join(
+        f"    {json.dumps(n)}: {json.dumps(values)}" for n, values in report["outcomes"].items()
+    )
     write_text(path, text.replace('"@outcomes@"', f"{{\n{lines}\n  }}") + "\n")
 
 
 def _progress() -> Progress:
-    columns = (TextColumn("{task.description:>22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:>22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 

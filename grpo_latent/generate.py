@@ -1,6 +1,8 @@
-"""`python -m grpo_latent.generate MODEL --prompt TEXT [--image FILE …]`: what a latent model answers, and its latent steps.
+"""`python -m grpo_latent.generate MODEL --prompt TEXT [--image FILE …]`: what a latent model
+answers, and its latent steps.
 
-Prints one line of JSON a completion: text, number of latent steps of each span, why it stopped, tokens.
+Prints one line of JSON a completion: text, number of latent steps of each span, why it stopped,
+tokens.
 """
 
 from __future__ import annotations
@@ -20,23 +22,37 @@ from grpo_latent.rollout.protocol import SamplingParams
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="folder of a latent checkpoint")
-    parser.add_argument("--prompt", required=True, help="user message; <image> stands where an image goes")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="once for each <image>, in order")
+    parser.add_argument(
+        "--prompt", required=True, help="user message; <image> stands where an image goes"
+    )
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="once for each <image>, in order",
+    )
     parser.add_argument("--engine", choices=ENGINES, default="hf")
     parser.add_argument("--dtype", default="float32", help="of the weights, or bfloat16, float16")
     parser.add_argument("--device", default="cpu", help="of engine hf")
     parser.add_argument("--num", type=int, default=1, metavar="N", help="completions")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--steps", type=int, help="latent steps a span; the checkpoint's if left out")
+    parser.add_argument(
+        "--steps", type=int, help="latent steps a span; the checkpoint's if left out"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 
 def read_image(path: str) -> Image.Image:
-    """The image as training reads it: transparency over white. Raises `DataError` unless it is an image file."""
+    """The image as training reads it: transparency over white. Raises `DataError` unless it is an
+    image file.
+    """
     return ImageRef(where="--image", path=Path(path)).open()
 
 

@@ -1,20 +1,20 @@
-"""What is recorded of a trajectory, each field declared once. Every wire derives its columns and names from this table:
+"""What is recorded of a trajectory, each field declared once. Every wire derives its columns and
+names from this table:
 
     rollout ─ Trajectory ─┬─ agent loop ─ TransferQueue ─┬─ worker      `MicroBatch`, of columns that workers fetch
                           │                              └─ dump        rollouts/step_<n>.{jsonl,safetensors} ─ inspector
                           └─ journal                                    parts of an unfinished evaluation
 
-A mechanism or a treatment that records one thing more declares it beside its class, so that every process that loads the
-class knows the field:
+A mechanism or a treatment that records one thing more declares it beside its class, so that every
+process that loads the class knows the field:
 
     recorded.register(Field("gate", torch.float32, "MA", wires=ALL, is_optional=True))
 
 and hands the values to `Trajectory.extra["gate"]`; no other module has to know.
 
-Legend of `dims`; the first letter says what a row of the field stands for: P prompt positions, T completion
-positions, L both, N positions with a recorded vector, M those of them that a hidden state made (LATENT,
-MIXED), S SELECTED positions; further ones are sizes:
-H hidden, A aux.
+Legend of `dims`; the first letter says what a row of the field stands for: P prompt positions, T
+completion positions, L both, N positions with a recorded vector, M those of them that a hidden
+state made (LATENT, MIXED), S SELECTED positions; further ones are sizes: H hidden, A aux.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Field:
         wires: which carry it.
         column: its name in TransferQueue, where that is not `name`.
         dump: its name in dumps, where that is not `name`.
-        column_fill: where the column is not as `dims` but [L], one entry a position of prompt and completion: what
-            stands at positions that the field says nothing of.
+        column_fill: where the column is not as `dims` but [L], one entry a position of prompt and
+            completion: what stands at positions that the field says nothing of.
         is_optional: whether trajectories may lack it, as they do where its last dimension is 0.
         is_verls: whether the column is made by verl, or by training, and not out of a trajectory.
     """
@@ -107,9 +107,17 @@ _OF_TRAINING = (
     Field("response_mask", torch.int64, "T", _WORKER | {Wire.DUMP, Wire.INSPECTOR}, is_verls=True),
     Field("advantages", torch.float32, "T", _WORKER | {Wire.DUMP, Wire.INSPECTOR}, is_verls=True),
     Field("old_log_probs", torch.float32, "T", _WORKER | _LOG_PROBS, is_verls=True),
-    Field("ref_log_probs", torch.float32, "T", _WORKER | _LOG_PROBS, column="ref_log_prob", is_verls=True),
+    Field(
+        "ref_log_probs",
+        torch.float32,
+        "T",
+        _WORKER | _LOG_PROBS,
+        column="ref_log_prob",
+        is_verls=True,
+    ),
     Field("rollout_is_weights", torch.float32, "T", _WORKER, is_verls=True),
-    # verl's engine counts a batch's actions by it; rollout correction, which clears some of response_mask, leaves it
+    # verl's engine counts a batch's actions by it; rollout correction, which clears some of
+    # response_mask, leaves it
     Field("loss_mask", torch.int64, "T", _WORKER, is_verls=True),
     Field("input_ids", torch.int64, "L", _WORKER, is_verls=True),
     Field("position_ids", torch.int64, "L", _WORKER, is_verls=True),

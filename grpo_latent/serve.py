@@ -1,7 +1,9 @@
-"""`python -m grpo_latent.serve FOLDER [flags of vllm serve …]`: vLLM's own OpenAI-compatible server, latents on.
+"""`python -m grpo_latent.serve FOLDER [flags of vllm serve …]`: vLLM's own OpenAI-compatible
+server, latents on.
 
-Checks the checkpoint, then becomes `vllm serve FOLDER` with the flags that latents need. `--print-command` prints that
-command instead, to be run or changed by hand; vLLM's worker checks it again. Without `--host` it listens on loopback only.
+Checks the checkpoint, then becomes `vllm serve FOLDER` with the flags that latents need.
+`--print-command` prints that command instead, to be run or changed by hand; vLLM's worker checks
+it again. Without `--host` it listens on loopback only.
 """
 
 from __future__ import annotations
@@ -23,24 +25,40 @@ from grpo_latent.rollout.vllm.compat import (
 )
 from grpo_latent.rollout.vllm.skeleton import CONFIG_KEY, Skeleton, WorkerOptions, read_skeleton
 
-CLI, MIDDLEWARE = "grpo_latent.rollout.vllm.cli", "grpo_latent.rollout.vllm.middleware.LatentRequests"
+CLI, MIDDLEWARE = (
+    "grpo_latent.rollout.vllm.cli",
+    "grpo_latent.rollout.vllm.middleware.LatentRequests",
+)
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("model", help="folder of a latent checkpoint")
-    parser.add_argument("--steps", type=int, help="latent steps a span; the checkpoint's if left out")
     parser.add_argument(
-        "--max-latents", type=int, help="latent steps that a completion may hold (default: 256, or more for max_spans)"
+        "--steps", type=int, help="latent steps a span; the checkpoint's if left out"
     )
-    parser.add_argument("--print-command", action="store_true", help="print vLLM's command and stop")
+    parser.add_argument(
+        "--max-latents",
+        type=int,
+        help="latent steps that a completion may hold (default: 256, or more for max_spans)",
+    )
+    parser.add_argument(
+        "--print-command", action="store_true", help="print vLLM's command and stop"
+    )
     return parser.parse_known_args(argv)
 
 
 def vllm_command(
-    skeleton: Skeleton, model: str, platform: str, flags: list[str], overrides: dict, max_latents: int | None
+    skeleton: Skeleton,
+    model: str,
+    platform: str,
+    flags: list[str],
+    overrides: dict,
+    max_latents: int | None,
 ) -> list[str]:
     """Arguments of `vllm`. Flags of the user come last, so that they win.
 
@@ -54,12 +72,24 @@ def vllm_command(
     names = {flag.split("=")[0].split(".")[0].replace("_", "-") for flag in flags}
     # vLLM schedules asynchronously on GPUs unless told otherwise, never on CPU
     is_async = platform == "cuda" and "--no-async-scheduling" not in names
-    command = ["serve", model, "--worker-cls", WORKER_CLASSES[platform], "--scheduler-cls", SCHEDULER_CLASSES[is_async]]
-    command += ["--async-scheduling" if is_async else "--no-async-scheduling", "--middleware", MIDDLEWARE]
+    command = [
+        "serve",
+        model,
+        "--worker-cls",
+        WORKER_CLASSES[platform],
+        "--scheduler-cls",
+        SCHEDULER_CLASSES[is_async],
+    ]
+    command += [
+        "--async-scheduling" if is_async else "--no-async-scheduling",
+        "--middleware",
+        MIDDLEWARE,
+    ]
     if skeleton.adapter.has_vision and "--limit-mm-per-prompt" not in names:
         command += ["--limit-mm-per-prompt", json.dumps({"video": 0})]
     if skeleton.adapter.has_vision and "--mm-processor-cache-gb" not in names:
-        # a request that vLLM refuses after it has read the image leaves the cache's two halves at odds: 500 from then on
+        # a request that vLLM refuses after it has read the image leaves the cache's two halves at
+        # odds: 500 from then on
         command += ["--mm-processor-cache-gb", "0"]
     if "--host" not in names:
         command += ["--host", "127.0.0.1"]

@@ -1,13 +1,15 @@
 """Makes PyPI's torchvision importable beside a CPU build of torch.
 
-PyPI has only the CUDA-linked torchvision. Beside a CPU torch its C extension does not load, so its operators have no
-schema and `import torchvision` dies with `operator torchvision::nms does not exist`; so then do transformers' Qwen-VL
-processors and vLLM's models. Declaring the schemas is all that the import needs: resizing and normalising are tensor
-code. Nothing is faked: calling `nms` still raises, as no kernel is behind it. `torchvision==0.28.0+cpu` of PyTorch's own
-index needs none of this.
+PyPI has only the CUDA-linked torchvision. Beside a CPU torch its C extension does not load, so its
+operators have no schema and `import torchvision` dies with `operator torchvision::nms does not
+exist`; so then do transformers' Qwen-VL processors and vLLM's models. Declaring the schemas is all
+that the import needs: resizing and normalising are tensor code. Nothing is faked: calling `nms`
+still raises, as no kernel is behind it. `torchvision==0.28.0+cpu` of PyTorch's own index needs
+none of this.
 
-vLLM inspects models in subprocesses, which is why `make vllm` runs `python -m grpo_latent.torchvision_ops`: that writes a
-`.pth` line into the environment, which calls `install` at every start of its Python.
+vLLM inspects models in subprocesses, which is why `make vllm` runs `python -m
+grpo_latent.torchvision_ops`: that writes a `.pth` line into the environment, which calls `install`
+at every start of its Python.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ _libraries: list = []  # a torch Library takes its declarations with it when it 
 
 
 class _BeforeTorchvision(importlib.abc.MetaPathFinder):
-    """Declares the operators when torchvision is first imported, then leaves the import to the other finders."""
+    """Declares the operators when torchvision is first imported, then leaves the import to the
+    other finders.
+    """
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname == "torchvision":
@@ -36,15 +40,20 @@ class _BeforeTorchvision(importlib.abc.MetaPathFinder):
 
 def install() -> None:
     """Arms the declaration; costs nothing until torchvision is imported."""
-    if "torchvision" not in sys.modules and not any(isinstance(f, _BeforeTorchvision) for f in sys.meta_path):
+    if "torchvision" not in sys.modules and not any(
+        isinstance(f, _BeforeTorchvision) for f in sys.meta_path
+    ):
         sys.meta_path.insert(0, _BeforeTorchvision())
 
 
 def declare_operators() -> None:
-    """Schemas of `torchvision::nms` and `torchvision::qnms`, beside a torch without CUDA and only where they are missing."""
+    """Schemas of `torchvision::nms` and `torchvision::qnms`, beside a torch without CUDA and only
+    where they are missing.
+    """
     import torch
 
-    # PyTorch's own builds carry a local version (0.28.0+cpu): they load, and declare the operators themselves
+    # PyTorch's own builds carry a local version (0.28.0+cpu): they load, and declare the operators
+    # themselves
     is_own_build = "+" in importlib.metadata.version("torchvision")
     if is_own_build or torch.version.cuda is not None or torch.version.hip is not None:
         return

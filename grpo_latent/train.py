@@ -1,4 +1,5 @@
-"""`python -m grpo_latent.train`: latent GRPO on verl's trainer, from two CPU cores to a Ray cluster.
+"""`python -m grpo_latent.train`: latent GRPO on verl's trainer, from two CPU cores to a Ray
+cluster.
 
 config (hydra: verl's keys plus `latent:`) ──check──▶ Ray (own, or the running cluster) ──▶ verl's TaskRunner
                                                           │ reports
@@ -28,7 +29,9 @@ PLUGIN = "grpo_latent.verl_plugin"
 
 
 class VerlConfigs(SearchPathPlugin):
-    """Lets every config find verl's: hydra takes `hydra.searchpath` from a primary config only, and recipes are primary."""
+    """Lets every config find verl's: hydra takes `hydra.searchpath` from a primary config only,
+    and recipes are primary.
+    """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         search_path.append("verl", "pkg://verl.trainer.config")
@@ -46,14 +49,17 @@ def train(config: DictConfig) -> None:
     """Runs training to its end.
 
     Raises:
-        GrpoLatentError: the config, the data or the checkpoint cannot be used, or training stopped on a typed error.
+        GrpoLatentError: the config, the data or the checkpoint cannot be used, or training stopped
+            on a typed error.
         RuntimeError: training failed otherwise; the log has the traceback.
     """
     resolve_paths(config)
     output_dir = Path(config.latent.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     set_environment(config, output_dir)
-    from grpo_latent.verl_plugin.trainer.console import output_to_file  # after the environment: this imports verl
+    from grpo_latent.verl_plugin.trainer.console import (
+        output_to_file,
+    )  # after the environment: this imports verl
 
     with output_to_file(output_dir / LOG_FILE) as console:
         for note in check(config):
@@ -90,16 +96,18 @@ def resolve_paths(config: DictConfig) -> None:
             for index, item in enumerate(value):
                 if isinstance(item, str):
                     value[index] = absolute(item)
-                elif OmegaConf.is_dict(item) and isinstance(item.get("path"), str):  # one of several reward functions
+                elif OmegaConf.is_dict(item) and isinstance(
+                    item.get("path"), str
+                ):  # one of several reward functions
                     item.path = absolute(item.path)
 
 
 def environment(config: DictConfig, output_dir: Path) -> dict[str, str]:
     """Environment of the driver and of every worker; what the user has set stays.
 
-    It becomes part of Ray's runtime environment, which dashboards and logs show: no secret belongs in it. A Ray of our own
-    inherits the driver's environment; on a cluster, wandb's key comes from `wandb login` on its nodes or from the
-    environment that the job is submitted with.
+    It becomes part of Ray's runtime environment, which dashboards and logs show: no secret belongs
+    in it. A Ray of our own inherits the driver's environment; on a cluster, wandb's key comes from
+    `wandb login` on its nodes or from the environment that the job is submitted with.
 
     Raises:
         ConfigError: VERL_PLATFORM is set, and is of another device than the config's.
@@ -112,7 +120,8 @@ def environment(config: DictConfig, output_dir: Path) -> dict[str, str]:
         "HYDRA_FULL_ERROR": "1",
     }
     if config.trainer.device == "cpu":
-        # idle OpenMP threads spin, which costs more than they give as soon as processes share cores
+        # idle OpenMP threads spin, which costs more than they give as soon as processes share
+        # cores
         wanted["OMP_NUM_THREADS"] = str(config.latent.cpu_threads)
     values = {name: os.environ.get(name, value) for name, value in wanted.items()}
     values["VERL_PLATFORM"] = _platform(config.trainer.device)
@@ -130,7 +139,9 @@ def _platform(device: str) -> str:
             "the environment asks for another device than the config",
             where="VERL_PLATFORM",
             got=given,
-            expected="cpu" if device == "cpu" else f"nvidia, or unset, for trainer.device={device}",
+            expected="cpu"
+            if device == "cpu"
+            else f"nvidia, or unset, for trainer.device={device}",
             fix="Unset it, or choose the group device=cpu or device=cuda.",
         )
     return given or ("cpu" if device == "cpu" else "nvidia")
@@ -175,18 +186,27 @@ def check(config: DictConfig) -> list[str]:
     try:
         validate_config(config, need_reference_policy(config), need_critic(config))
     except (AssertionError, ValueError) as error:
-        raise ConfigError("verl refuses the config", got=str(error), expected="see verl's message") from error
+        raise ConfigError(
+            "verl refuses the config", got=str(error), expected="see verl's message"
+        ) from error
     return notes + _notes_on_wandb(config)
 
 
 def _notes_on_wandb(config: DictConfig) -> list[str]:
-    """That a key of this process does not reach the workers of a cluster, where wandb will ask for it."""
+    """That a key of this process does not reach the workers of a cluster, where wandb will ask for
+    it.
+    """
     logger = config.trainer.logger
     logs = "wandb" in ([logger] if isinstance(logger, str) else logger)
     has_key = "WANDB_API_KEY" in os.environ and "WANDB_API_KEY" not in submitted_variables()
-    if not (logs and has_key and is_attached()) or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+    if not (logs and has_key and is_attached()) or os.environ.get("WANDB_MODE") in (
+        "offline",
+        "disabled",
+    ):
         return []
-    return ["WANDB_API_KEY is not sent to the cluster: run wandb login on its nodes, or submit the job with the key"]
+    return [
+        "WANDB_API_KEY is not sent to the cluster: run wandb login on its nodes, or submit the job with the key"
+    ]
 
 
 def _check_files(config: DictConfig) -> None:
@@ -194,7 +214,12 @@ def _check_files(config: DictConfig) -> None:
         files = config.data[key]
         for path in [files] if isinstance(files, str) else files:
             if not is_remote(path) and not Path(path).is_file():
-                raise DataError("no such file", where=f"data.{key}", got=path, expected="a parquet or json file")
+                raise DataError(
+                    "no such file",
+                    where=f"data.{key}",
+                    got=path,
+                    expected="a parquet or json file",
+                )
     folder = config.actor_rollout_ref.model.path
     if not is_remote(folder) and not (Path(folder) / "config.json").is_file():
         raise CheckpointError(
@@ -207,7 +232,8 @@ def _check_files(config: DictConfig) -> None:
 
 
 def check_checkpoint(config: DictConfig):
-    """Loads the checkpoint once in this process and rolls out a few prompts: a `PreflightReport`, None if switched off.
+    """Loads the checkpoint once in this process and rolls out a few prompts: a `PreflightReport`,
+    None if switched off.
 
     Raises:
         CheckpointError, PreflightError: RL cannot start from it.
@@ -224,15 +250,23 @@ def check_checkpoint(config: DictConfig):
 
     files, rollout = config.data.train_files, config.actor_rollout_ref.rollout
     prompts = []
-    for row, where in islice(iter_verl_rows(files if isinstance(files, str) else files[0]), settings.num_prompts):
+    for row, where in islice(
+        iter_verl_rows(files if isinstance(files, str) else files[0]), settings.num_prompts
+    ):
         messages, images = check_prompt(row, where)
         prompts.append(PreflightPrompt(messages, [image.open() for image in images], where))
     return preflight(
         folder,
         prompts,
         min_emission_rate=settings.min_emission_rate,
-        sampling=SamplingParams(config.data.max_response_length, rollout.temperature, rollout.top_k, rollout.top_p),
-        overrides={name: config.latent[name] for name in CHECKPOINT_FIELDS if config.latent[name] is not None},
+        sampling=SamplingParams(
+            config.data.max_response_length, rollout.temperature, rollout.top_k, rollout.top_p
+        ),
+        overrides={
+            name: config.latent[name]
+            for name in CHECKPOINT_FIELDS
+            if config.latent[name] is not None
+        },
         dtype=parse_dtype(rollout.dtype),
         device=config.trainer.device,
         treatment=parse_treatment(config.latent.treatment)[0],
@@ -251,15 +285,21 @@ def is_attached() -> bool:
 
 
 def submitted_variables() -> dict[str, str]:
-    """Environment that the submitted job was given, which reaches its workers anyway; empty outside of one."""
-    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
+    """Environment that the submitted job was given, which reaches its workers anyway; empty
+    outside of one.
+    """
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get(
+        "runtime_env", {}
+    )
     return submitted.get("env_vars", {})
 
 
 def stay_on_loopback() -> None:
-    """Keeps a Ray of our own off the network. To be called before anything imports ray, which reads it on import.
+    """Keeps a Ray of our own off the network. To be called before anything imports ray, which
+    reads it on import.
 
-    Ray replaces 127.0.0.1 by the machine's address, except where it believes that it cannot form clusters.
+    Ray replaces 127.0.0.1 by the machine's address, except where it believes that it cannot form
+    clusters.
     """
     if not is_attached():
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -271,17 +311,28 @@ def ray_arguments(config: DictConfig) -> dict:
 
     given = OmegaConf.to_container(config.ray_kwargs.get("ray_init", {}), resolve=True)
     runtime_env = get_ppo_ray_runtime_env(config)
-    runtime_env.update({k: v for k, v in (given.pop("runtime_env", None) or {}).items() if v is not None})
+    runtime_env.update(
+        {k: v for k, v in (given.pop("runtime_env", None) or {}).items() if v is not None}
+    )
     own = environment(config, Path(config.latent.output_dir))
     env_vars = {**runtime_env.get("env_vars", {}), "TRANSFER_QUEUE_ENABLE": "1", **own}
     submitted = submitted_variables()  # Ray refuses to set one of them again
-    runtime_env["env_vars"] = {name: value for name, value in env_vars.items() if name not in submitted}
+    runtime_env["env_vars"] = {
+        name: value for name, value in env_vars.items() if name not in submitted
+    }
     arguments = {"runtime_env": runtime_env, "log_to_driver": True}
     if is_attached():
         return arguments
-    # loopback only (see `stay_on_loopback`); token authentication is Ray's default, it makes the token file itself
-    # `local`: without an address, Ray would join whatever cluster runs on this machine
-    return {"address": "local", "_node_ip_address": "127.0.0.1", "include_dashboard": False, **arguments, **given}
+    # loopback only (see `stay_on_loopback`); token authentication is Ray's default, it makes the
+    # token file itself `local`: without an address, Ray would join whatever cluster runs on this
+    # machine
+    return {
+        "address": "local",
+        "_node_ip_address": "127.0.0.1",
+        "include_dashboard": False,
+        **arguments,
+        **given,
+    }
 
 
 def _run(config: DictConfig, console, log_path: Path) -> None:
@@ -296,7 +347,9 @@ def _run(config: DictConfig, console, log_path: Path) -> None:
     ray.init(**ray_arguments(config))
     try:
         check_cpus(config)
-        if config.trainer.device != "cpu":  # the driver may have no GPU, and must not keep one's memory
+        if (
+            config.trainer.device != "cpu"
+        ):  # the driver may have no GPU, and must not keep one's memory
             on_gpu = ray.remote(num_gpus=1, max_calls=1)(check_checkpoint)
             report = remote_errors.get(on_gpu.remote(config), "the preflight", log_path)
             _report_preflight(report, console)

@@ -8,8 +8,8 @@ A trajectory of LVR with two latent steps, prompt left out:
     input vector  e(start) z_0       z_1       e(end)  e(ans)  e(7)    -
     action        yes      no        no        no      yes     yes     yes
 
-Masks, replay and rewards derive from `kinds`, never from token ids: the id at a latent position is a placeholder that
-may be any id at all.
+Masks, replay and rewards derive from `kinds`, never from token ids: the id at a latent position is
+a placeholder that may be any id at all.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from grpo_latent.recorded import Field, Wire
 
 
 class PositionKind(IntEnum):
-    """What a position of a sequence is. `PROMPT` and `VISION` occur in prompts, the others in completions."""
+    """What a position of a sequence is. `PROMPT` and `VISION` occur in prompts, the others in
+    completions.
+    """
 
     PROMPT = 0  # text of the prompt
     VISION = 1  # image placeholders of the prompt and their delimiters
@@ -61,29 +63,35 @@ class LatentSpan:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One completion with all that replaying it needs. T completion positions, N latent steps, H hidden size.
+    """One completion with all that replaying it needs. T completion positions, N latent steps, H
+    hidden size.
 
-    `grpo_latent.recorded` says what each field is aligned to and where it travels; a field declared there that is no
-    attribute here is an entry of `extra`.
+    `grpo_latent.recorded` says what each field is aligned to and where it travels; a field
+    declared there that is no attribute here is an entry of `extra`.
 
     Attributes:
         prompt_ids: int64 [P].
         token_ids: int64 [T]; a placeholder at latent positions.
         kinds: int64 [T], values of `PositionKind`.
-        latents: float32 [N, H], the recorded vectors (`recorded_mask`), in order of position: at latent steps as they
-            were fed, at MIXED positions what the token's embedding was composed with.
-        rollout_log_probs: float32 [T], nats; log-density of each sampled token under the *full* distribution at the
-            sampling temperature, the one that a replay can recompute, hence the one that enters ratios; 0 where nothing
-            was sampled. At LATENT positions it is the latent log-density, where the RL treatment gives them one.
-        sampling_log_probs: float32 [T], nats; the same under the distribution actually drawn from (after top-k, top-p
-            and banned ids). Its gap to `rollout_log_probs` measures what truncation hides from the ratio.
+        latents: float32 [N, H], the recorded vectors (`recorded_mask`), in order of position: at
+            latent steps as they were fed, at MIXED positions what the token's embedding was
+            composed with.
+        rollout_log_probs: float32 [T], nats; log-density of each sampled token under the *full*
+            distribution at the sampling temperature, the one that a replay can recompute, hence
+            the one that enters ratios; 0 where nothing was sampled. At LATENT positions it is the
+            latent log-density, where the RL treatment gives them one.
+        sampling_log_probs: float32 [T], nats; the same under the distribution actually drawn from
+            (after top-k, top-p and banned ids). Its gap to `rollout_log_probs` measures what
+            truncation hides from the ratio.
         stop_reason: "eos" or "length".
         group_id: of the prompt row.
         seed: the trajectory's sampling seed.
         policy_version: training step of the weights that acted.
-        selected_idx: int64, one per SELECTED position, in order: which of the prompt's image positions, from 0.
-        latent_aux: float32 [M, A], one row per position whose vector a hidden state made, in order: what the RL treatment
-            recorded beside the vector (`latent.treatments`); A is 0 for most.
+        selected_idx: int64, one per SELECTED position, in order: which of the prompt's image
+            positions, from 0.
+        latent_aux: float32 [M, A], one row per position whose vector a hidden state made, in
+            order: what the RL treatment recorded beside the vector (`latent.treatments`); A is 0
+            for most.
     """
 
     prompt_ids: Tensor
@@ -105,7 +113,9 @@ class Trajectory:
         present = {f.name: self.value(f) for f in fields if f.dims[0] == "T"}
         lengths = {name: values.shape[0] for name, values in present.items() if values is not None}
         if len(set(lengths.values())) != 1:
-            raise LatentMismatchError("fields of a trajectory differ in length", got=lengths, expected="one length T")
+            raise LatentMismatchError(
+                "fields of a trajectory differ in length", got=lengths, expected="one length T"
+            )
         unknown = set(self.kinds.tolist()) - COMPLETION_KINDS
         if unknown or self.stop_reason not in STOP_REASONS:
             raise LatentMismatchError(
@@ -121,7 +131,8 @@ class Trajectory:
 
     @classmethod
     def of_fields(cls, fields: dict[str, Tensor | None], **changes) -> Trajectory:
-        """A trajectory of its recorded fields by name, whether attributes or entries of `extra`; None counts as absent.
+        """A trajectory of its recorded fields by name, whether attributes or entries of `extra`;
+        None counts as absent.
 
         Args:
             changes: the attributes that no wire carries as tensors, such as `stop_reason`.
@@ -137,18 +148,24 @@ class Trajectory:
         if values is None and field_.is_optional:
             return
         if values is None or values.ndim != len(field_.dims) or values.shape[0] != count:
-            expected = ", ".join([str(count), *(_SIZES.get(letter, letter) for letter in field_.dims[1:])])
+            expected = ", ".join(
+                [str(count), *(_SIZES.get(letter, letter) for letter in field_.dims[1:])]
+            )
             raise LatentMismatchError(
                 f"recorded {field_.name} does not match the {_POSITIONS_OF.get(field_.dims[0], 'prompt')}",
                 where=f"trajectory of group {self.group_id!r}",
-                got="nothing" if values is None else f"{field_.name} of shape {tuple(values.shape)}",
+                got="nothing"
+                if values is None
+                else f"{field_.name} of shape {tuple(values.shape)}",
                 expected=f"[{expected}]",
             )
 
     def value(self, field_: Field) -> Tensor | None:
         """What was recorded under a field; None where the trajectory lacks an optional one."""
         values = vars(self).get(field_.name, self.extra.get(field_.name))
-        is_empty = values is not None and values.ndim == len(field_.dims) > 1 and values.shape[-1] == 0
+        is_empty = (
+            values is not None and values.ndim == len(field_.dims) > 1 and values.shape[-1] == 0
+        )
         return None if is_empty and field_.is_optional else values
 
     def columns(self, prompt_kinds: Tensor) -> dict[str, Tensor]:
@@ -163,11 +180,15 @@ class Trajectory:
             values = self.value(field_)
             if field_.is_verls or values is None or not field_.wires & {Wire.WORKER, Wire.DUMP}:
                 continue
-            columns[field_.column] = kinds_L if field_.name == "kinds" else to_column(field_, values, kinds_L)
+            columns[field_.column] = (
+                kinds_L if field_.name == "kinds" else to_column(field_, values, kinds_L)
+            )
         return columns
 
     def __getstate__(self) -> dict:
-        """As numpy arrays, which pickle ten times as fast as tensors: a training step moves thousands of them."""
+        """As numpy arrays, which pickle ten times as fast as tensors: a training step moves
+        thousands of them.
+        """
         return _as_arrays(vars(self)) | {"extra": _as_arrays(self.extra)}
 
     def __setstate__(self, state: dict) -> None:
@@ -203,12 +224,18 @@ class Trajectory:
 
 
 def _as_arrays(values: dict) -> dict:
-    return {name: value.numpy() if isinstance(value, Tensor) else value for name, value in values.items()}
+    return {
+        name: value.numpy() if isinstance(value, Tensor) else value
+        for name, value in values.items()
+    }
 
 
 def _as_tensors(values: dict) -> dict:
     # a copy: what Ray hands out is read-only
-    return {name: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v for name, v in values.items()}
+    return {
+        name: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v
+        for name, v in values.items()
+    }
 
 
 def positions_of(kinds: Tensor, letter: str) -> Tensor:
@@ -229,7 +256,9 @@ def positions_of(kinds: Tensor, letter: str) -> Tensor:
 
 
 def to_column(field_: Field, values: Tensor, kinds_L: Tensor) -> Tensor:
-    """A field's values as its column has them: as they are or, with a `column_fill`, one a position [L]."""
+    """A field's values as its column has them: as they are or, with a `column_fill`, one a
+    position [L].
+    """
     if field_.column_fill is None:
         return values
     column_L = torch.full(kinds_L.shape, field_.column_fill, dtype=values.dtype)
@@ -257,7 +286,9 @@ def made_mask(kinds: Tensor) -> Tensor:
 
 
 def recorded_mask(kinds: Tensor) -> Tensor:
-    """bool, True where a vector is recorded, whether it is the input (LATENT, SELECTED) or a part of it (MIXED)."""
+    """bool, True where a vector is recorded, whether it is the input (LATENT, SELECTED) or a part
+    of it (MIXED).
+    """
     return latent_mask(kinds) | (kinds == PositionKind.MIXED)
 
 
@@ -267,7 +298,8 @@ def is_text(kinds: Tensor) -> Tensor:
 
 
 def response_mask(kinds: Tensor, start_is_action: bool = True) -> Tensor:
-    """bool, True where the policy acted: at sampled text and, if `start_is_action`, at emitted span starts.
+    """bool, True where the policy acted: at sampled text and, if `start_is_action`, at emitted
+    span starts.
 
     Args:
         kinds: integer tensor of any shape, values of `PositionKind`.
@@ -291,5 +323,7 @@ def latent_spans(kinds: Tensor) -> list[LatentSpan]:
 
 def prompt_kinds(input_ids: Tensor, vision_ids: frozenset[int] | set[int]) -> Tensor:
     """int64, same shape: `VISION` at image placeholders and their delimiters, `PROMPT` elsewhere."""
-    is_vision = torch.isin(input_ids, torch.tensor(sorted(vision_ids), dtype=input_ids.dtype, device=input_ids.device))
+    is_vision = torch.isin(
+        input_ids, torch.tensor(sorted(vision_ids), dtype=input_ids.dtype, device=input_ids.device)
+    )
     return torch.where(is_vision, int(PositionKind.VISION), int(PositionKind.PROMPT))

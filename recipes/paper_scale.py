@@ -1,4 +1,6 @@
-"""What recipes' validate.py share: configs that compose, and shapes of a published model on the meta device."""
+"""What recipes' validate.py share: configs that compose, and shapes of a published model on the
+meta device.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +52,15 @@ def check_sft(folder: Path, name: str) -> SFTSettings:
 
 
 def check_slots(sft: SFTSettings, grpo) -> None:
-    """Raises `ConfigError` where SFT and RL differ in their slots, or the slots leave no room for text."""
+    """Raises `ConfigError` where SFT and RL differ in their slots, or the slots leave no room for
+    text.
+    """
     slots, length = sft.latent.steps, grpo.data.max_response_length
     if grpo.latent.steps != slots:
         got = f"{slots} in SFT, {grpo.latent.steps} in RL"
-        raise ConfigError("SFT and RL differ in slots", where="latent.steps", got=got, expected="one number")
+        raise ConfigError(
+            "SFT and RL differ in slots", where="latent.steps", got=got, expected="one number"
+        )
     num_positions = slots * (getattr(sft.latent, "top_k_image", 0) + 1)
     if num_positions >= length:
         raise ConfigError(
@@ -65,8 +71,11 @@ def check_slots(sft: SFTSettings, grpo) -> None:
         )
 
 
-def validate_curriculum(folder: Path, name: str, model_json: Path, first_free_id: int, overrides: list[str]) -> None:
-    """Checks <name>_sft and <name>_grpo of a recipe whose SFT is a curriculum of slots, on one model; prints what it found.
+def validate_curriculum(
+    folder: Path, name: str, model_json: Path, first_free_id: int, overrides: list[str]
+) -> None:
+    """Checks <name>_sft and <name>_grpo of a recipe whose SFT is a curriculum of slots, on one
+    model; prints what it found.
 
     Args:
         model_json, first_free_id: as for `check_shapes`.
@@ -75,10 +84,15 @@ def validate_curriculum(folder: Path, name: str, model_json: Path, first_free_id
     sft, grpo = check_sft(folder, f"{name}_sft"), check_grpo(folder, f"{name}_grpo", overrides)
     check_slots(sft, grpo)
     slots = ", ".join(str(stage.num_slots) for stage in sft.loss.stages(sft.latent.steps))
-    print(f"{name}_sft and {name}_grpo: valid ({grpo.trainer.n_gpus_per_node} GPUs a node), slots by stage {slots}")
+    print(
+        f"{name}_sft and {name}_grpo: valid ({grpo.trainer.n_gpus_per_node} GPUs a node), slots by stage {slots}"
+    )
     show_memory(f"{name}_sft of {model_json.stem}", check_memory(model_json, sft))
     length = grpo.data.max_response_length
-    show_shapes(model_json.stem, check_shapes(model_json, first_free_id, sft.latent.tokens, sft.latent.make, length))
+    show_shapes(
+        model_json.stem,
+        check_shapes(model_json, first_free_id, sft.latent.tokens, sft.latent.make, length),
+    )
 
 
 def meta_model(model_json: Path, dtype: torch.dtype):
@@ -91,12 +105,14 @@ def meta_model(model_json: Path, dtype: torch.dtype):
 
 
 def check_memory(model_json: Path, settings: SFTSettings, gpu_gb: float = 80) -> dict[str, float]:
-    """GB that a rank of DistributedDataParallel needs for SFT of one row of the longest length, counted on the meta device.
+    """GB that a rank of DistributedDataParallel needs for SFT of one row of the longest length,
+    counted on the meta device.
 
-    Weights, and of those that train: gradients, DDP's copy of them, AdamW's two moments, autocast's bfloat16 copies of
-    float32 linear layers (kept until the forward ends), and ILVR's teacher. Activations are those that a decoder layer keeps
-    for its backward (a rough count: norms, projections, MLP), or its input alone with gradient checkpointing, beside one
-    layer that runs again. Left out: logits, kernels' scratch space, fragmentation.
+    Weights, and of those that train: gradients, DDP's copy of them, AdamW's two moments,
+    autocast's bfloat16 copies of float32 linear layers (kept until the forward ends), and ILVR's
+    teacher. Activations are those that a decoder layer keeps for its backward (a rough count:
+    norms, projections, MLP), or its input alone with gradient checkpointing, beside one layer that
+    runs again. Left out: logits, kernels' scratch space, fragmentation.
 
     Raises:
         ConfigError: more than 90 % of `gpu_gb`.
@@ -108,13 +124,20 @@ def check_memory(model_json: Path, settings: SFTSettings, gpu_gb: float = 80) ->
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
     trained = sum(size for size, trains in sizes if trains)
     linear = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    copied = [weight.numel() for weight in linear if weight.requires_grad and weight.dtype == torch.float32]
+    copied = [
+        weight.numel()
+        for weight in linear
+        if weight.requires_grad and weight.dtype == torch.float32
+    ]
     text = model.config.get_text_config()
-    # float32 residuals (the embeddings train), bfloat16 inside: two norms, attention and its projections, four of the MLP's
+    # float32 residuals (the embeddings train), bfloat16 inside: two norms, attention and its
+    # projections, four of the MLP's
     kept = 30 * text.hidden_size + 8 * text.intermediate_size
     is_checkpointed = bool(settings.trainer.get("gradient_checkpointing"))
     per_token = (
-        4 * text.hidden_size * text.num_hidden_layers + kept if is_checkpointed else kept * text.num_hidden_layers
+        4 * text.hidden_size * text.num_hidden_layers + kept
+        if is_checkpointed
+        else kept * text.num_hidden_layers
     )
     rows = settings.trainer["per_device_train_batch_size"]
     parts = {
@@ -125,7 +148,9 @@ def check_memory(model_json: Path, settings: SFTSettings, gpu_gb: float = 80) ->
         "teacher": trained if settings.method == "ilvr_stage1" else 0,
         "activations": per_token * settings.data.max_length * rows,
     }
-    parts = {name: size / 1e9 for name, size in parts.items()} | {"total": sum(parts.values()) / 1e9}
+    parts = {name: size / 1e9 for name, size in parts.items()} | {
+        "total": sum(parts.values()) / 1e9
+    }
     if parts["total"] > 0.9 * gpu_gb:
         raise ConfigError(
             "does not fit the GPU",
@@ -139,7 +164,9 @@ def check_memory(model_json: Path, settings: SFTSettings, gpu_gb: float = 80) ->
 
 
 def show_memory(name: str, parts: dict[str, float]) -> None:
-    print(f"{name}: " + ", ".join(f"{part} {size:.1f}" for part, size in parts.items()) + " GB a GPU")
+    print(
+        f"{name}: " + ", ".join(f"{part} {size:.1f}" for part, size in parts.items()) + " GB a GPU"
+    )
 
 
 def check_shapes(
@@ -149,8 +176,8 @@ def check_shapes(
     make_mechanism: Callable[[dict[str, int]], Mechanism],
     response_length: int,
 ) -> dict[str, tuple[int, ...]]:
-    """Builds the model on the meta device and runs one latent forward: hidden states, logits, feedback; of a vision model
-    also the merger.
+    """Builds the model on the meta device and runs one latent forward: hidden states, logits,
+    feedback; of a vision model also the merger.
 
     Args:
         model_json: its config.json.
@@ -164,14 +191,19 @@ def check_shapes(
         ids = dict(zip(tokens, range(first_free_id, first_free_id + len(tokens)), strict=True))
         if max(ids.values()) >= vocab_size:
             raise ConfigError(
-                "no room for the latent tokens", where=name, got=vocab_size, expected=f"> {max(ids.values())}"
+                "no room for the latent tokens",
+                where=name,
+                got=vocab_size,
+                expected=f"> {max(ids.values())}",
             )
         mechanism = make_mechanism(ids)
         mechanism.attach(model)
         adapter = ModelAdapter(model, mechanism)
         length = 64 + response_length
         input_ids = torch.zeros(1, length, dtype=torch.long)
-        bias = attention_bias(input_ids, torch.ones_like(input_ids, dtype=torch.bool), "full", adapter.dtype)
+        bias = attention_bias(
+            input_ids, torch.ones_like(input_ids, dtype=torch.bool), "full", adapter.dtype
+        )
         position_ids = input_ids.expand(3, 1, -1) if adapter.has_mrope else input_ids
         hidden = adapter.forward_hidden(input_ids, bias, position_ids)
         latent = adapter.make(hidden[:, -1])
@@ -183,18 +215,33 @@ def check_shapes(
     if isinstance(adapter.backbone, QwenVL):
         shapes = vision_shapes(model) | shapes
     expected = (32, adapter.hidden_size)
-    if shapes.get("visual token", expected) != expected or shapes["latent"] != (1, adapter.hidden_size):
-        raise ConfigError("visual tokens and latents differ in size", where=name, got=shapes, expected=str(expected))
+    if shapes.get("visual token", expected) != expected or shapes["latent"] != (
+        1,
+        adapter.hidden_size,
+    ):
+        raise ConfigError(
+            "visual tokens and latents differ in size",
+            where=name,
+            got=shapes,
+            expected=str(expected),
+        )
     return shapes
 
 
 def vision_shapes(model) -> dict[str, tuple[int, ...]]:
     """Of a patch, and of 32 visual tokens after the merger."""
     vision = model.config.vision_config
-    tower_size = getattr(vision, "embed_dim", vision.hidden_size)  # Qwen2-VL's hidden_size is the decoder's
+    tower_size = getattr(
+        vision, "embed_dim", vision.hidden_size
+    )  # Qwen2-VL's hidden_size is the decoder's
     patch_size = vision.in_chans * vision.temporal_patch_size * vision.patch_size**2
-    patches = torch.empty(32 * vision.spatial_merge_size**2, tower_size, dtype=torch.bfloat16, device="meta")
-    return {"patch": (patch_size,), "visual token": tuple(model.model.visual.merger(patches).shape)}
+    patches = torch.empty(
+        32 * vision.spatial_merge_size**2, tower_size, dtype=torch.bfloat16, device="meta"
+    )
+    return {
+        "patch": (patch_size,),
+        "visual token": tuple(model.model.visual.merger(patches).shape),
+    }
 
 
 def show_shapes(name: str, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -1,10 +1,11 @@
 """Writes summary.json and learning_curve.png of a recipe's run, and prints the summary.
 
 python recipes/summarize.py outputs/quickstart --seed 0 --grpo-seconds 90 --seconds-total 300
-python recipes/summarize.py outputs/ilvr --name ilvr --stages stage1 stage2 --seed 0 --grpo-seconds 90 --seconds-total 300
+python recipes/summarize.py outputs/ilvr --name ilvr --stages stage1 stage2 --seed 0 --grpo-seconds
+90 --seconds-total 300
 
-It reads evaluation_<stage>.json of each SFT stage, evaluation_grpo.json, and the folder grpo/. With one stage `sft` is one
-entry, with several a list of them.
+It reads evaluation_<stage>.json of each SFT stage, evaluation_grpo.json, and the folder grpo/.
+With one stage `sft` is one entry, with several a list of them.
 """
 
 from __future__ import annotations
@@ -24,13 +25,27 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-ACCURACY, REWARD = ("val-core/", "/acc/mean@1"), "critic/score/mean"  # verl puts the data source between the two
+ACCURACY, REWARD = (
+    ("val-core/", "/acc/mean@1"),
+    "critic/score/mean",
+)  # verl puts the data source between the two
 GAP, PROBS_DIFF = "latent/replay_logp_gap_max", "training/rollout_probs_diff_max"
-PACKAGES = ("grpo_latent", "torch", "transformers", "verl", "ray", "TransferQueue", "tensordict", "numpy")
+PACKAGES = (
+    "grpo_latent",
+    "torch",
+    "transformers",
+    "verl",
+    "ray",
+    "TransferQueue",
+    "tensordict",
+    "numpy",
+)
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """One dict a step; a step that was logged twice, before and after a resume, counts once, the later one."""
+    """One dict a step; a step that was logged twice, before and after a resume, counts once, the
+    later one.
+    """
     steps: dict[int, dict] = {}
     for line in path.read_text().splitlines():
         entry = json.loads(line)
@@ -46,7 +61,12 @@ def series(metrics: list[dict], key: str | tuple[str, str]) -> tuple[list[int], 
     """
     if isinstance(key, tuple):
         begin, end = key
-        names = {name for entry in metrics for name in entry if name.startswith(begin) and name.endswith(end)}
+        names = {
+            name
+            for entry in metrics
+            for name in entry
+            if name.startswith(begin) and name.endswith(end)
+        }
         (key,) = names or {""}
     points = [(entry["step"], entry[key]) for entry in metrics if key in entry]
     return [step for step, _ in points], [value for _, value in points]
@@ -78,7 +98,11 @@ def summarize(
             "steps": metrics[-1]["step"],
             "seconds": grpo_seconds,
         },
-        **({"controls": {name: sft_entry(out, name)["heldout_accuracy"] for name in controls}} if controls else {}),
+        **(
+            {"controls": {name: sft_entry(out, name)["heldout_accuracy"] for name in controls}}
+            if controls
+            else {}
+        ),
         "ablations": grpo["ablations"],
         "chance": grpo["chance"],
         "latents": grpo["verdict"]["sentence"],
@@ -90,7 +114,10 @@ def summarize(
         "seed": seed,
         "rollout_engine": config.actor_rollout_ref.rollout.name.split("_")[0],
         "seconds_total": seconds_total,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
     }
 
 
@@ -118,19 +145,26 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--name", default="quickstart", help="of the recipe, for titles")
     parser.add_argument("--stages", nargs="+", default=["sft"], help="SFT stages, in order")
-    parser.add_argument("--controls", nargs="*", default=[], help="evaluations of SFT without latents")
+    parser.add_argument(
+        "--controls", nargs="*", default=[], help="evaluations of SFT without latents"
+    )
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--grpo-seconds", type=float, required=True)
     parser.add_argument("--seconds-total", type=float, required=True)
     args = parser.parse_args()
-    summary = summarize(args.out, args.seed, args.grpo_seconds, args.seconds_total, args.stages, args.controls)
+    summary = summarize(
+        args.out, args.seed, args.grpo_seconds, args.seconds_total, args.stages, args.controls
+    )
     (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     table = Table(title=f"{args.name}, seed {args.seed}")
     table.add_column("measure")
     table.add_column("value", justify="right")
     for stage in args.stages:
         label = "SFT" if len(args.stages) == 1 else stage
-        table.add_row(f"held-out accuracy after {label}", f"{sft_entry(args.out, stage)['heldout_accuracy']:.3f}")
+        table.add_row(
+            f"held-out accuracy after {label}",
+            f"{sft_entry(args.out, stage)['heldout_accuracy']:.3f}",
+        )
     for name, accuracy in summary.get("controls", {}).items():
         table.add_row(f"control: {name}", f"{accuracy:.3f}")
     table.add_row("held-out accuracy after GRPO", f"{summary['grpo']['heldout_accuracy']:.3f}")

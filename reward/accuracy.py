@@ -1,12 +1,15 @@
-"""1.0 where the answer equals the ground truth, else 0.0: math-verify first, then as text. The answer is
+"""1.0 where the answer equals the ground truth, else 0.0: math-verify first, then as text. The
+answer is
 
     tags     the text of `<answer>…</answer>`, of which there is exactly one pair (LVR's form)
     stated   what follows the last "answer is" or "answer:", to the end of a completion that ended by itself (ILVR's form)
 
-As LVR's accuracy reward (arXiv 2509.24251), with two differences. The answer is read where the system was trained to write
-it, where LVR lets math-verify search the whole completion. And math-verify decides only where it read *all* digits of both
-texts: it stops at the first number that it finds, so it takes `12:45` for `12:30`, and `4 or 5` for `4`. Thousands that are
-set apart (`1\\,200`) are joined before: math-verify 0.9.0 adds such groups up, as the parts of a mixed number, to 201.
+As LVR's accuracy reward (arXiv 2509.24251), with two differences. The answer is read where the
+system was trained to write it, where LVR lets math-verify search the whole completion. And
+math-verify decides only where it read *all* digits of both texts: it stops at the first number
+that it finds, so it takes `12:45` for `12:30`, and `4 or 5` for `4`. Thousands that are set apart
+(`1\\,200`) are joined before: math-verify 0.9.0 adds such groups up, as the parts of a mixed
+number, to 201.
 """
 
 from __future__ import annotations
@@ -24,16 +27,20 @@ MATH_TIMEOUT_S = 2
 MAX_MATH_CHARS = 1000  # no published answer is longer; a policy's endless one is compared as text
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 STATED = re.compile(r"answer(?:\s+is\b\s*:?|\s*:)", re.IGNORECASE)
-# what typesetting puts between thousands: LaTeX's spaces and {,}, no-break and thin spaces, the Swiss apostrophe
+# what typesetting puts between thousands: LaTeX's spaces and {,}, no-break and thin spaces, the
+# Swiss apostrophe
 THOUSANDS = re.compile(r"(?<=\d)(?:\\[,;:! ]|\{,\}|[~'\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
 MINUS_SIGN = "\u2212"  # typographic; math-verify reads "−5" as no number at all
 BOXED = re.compile(r"\\boxed\{(.*)\}", re.DOTALL)
 
-# it warns that its time-out is off, which is the caller's business here: the reward runner has its own
+# it warns that its time-out is off, which is the caller's business here: the reward runner has its
+# own
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
-def compute_score(data_source, solution_str, ground_truth, extra_info=None, variant="tags", **kwargs) -> float:
+def compute_score(
+    data_source, solution_str, ground_truth, extra_info=None, variant="tags", **kwargs
+) -> float:
     """Args:
         data_source: name of the data set, used in errors.
         solution_str: completion without latent spans.
@@ -52,7 +59,9 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, vari
     1.0
     """
     if variant not in VARIANTS:
-        raise ConfigError("unknown form", where="kwargs.variant", got=variant, expected=f"one of {VARIANTS}")
+        raise ConfigError(
+            "unknown form", where="kwargs.variant", got=variant, expected=f"one of {VARIANTS}"
+        )
     gold = _ground_truth_text(ground_truth, data_source, extra_info)
     if not isinstance(solution_str, str):
         raise RewardError("solution_str is no text", kind="type", got=solution_str, expected="str")
@@ -79,7 +88,8 @@ def answer_text(solution_str: str) -> str | None:
 
 
 def stated_answer(solution_str: str) -> str | None:
-    """What the last statement of an answer says, without the sentence's full stop, bold and maths marks.
+    """What the last statement of an answer says, without the sentence's full stop, bold and maths
+    marks.
 
     >>> stated_answer("The answer is not A. Final answer: **B**."), stated_answer("B")
     ('B', None)
@@ -92,7 +102,8 @@ def _equal_as_maths(gold: str, answer: str) -> bool:
     if max(len(gold), len(answer)) > MAX_MATH_CHARS:
         return False
     gold, answer = _plain_numbers(gold), _plain_numbers(answer)
-    # its time-outs are signals, which only the main thread may set; elsewhere the caller must be able to kill
+    # its time-outs are signals, which only the main thread may set; elsewhere the caller must be
+    # able to kill
     timeout_s = MATH_TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
     parsed = [parse(text, parsing_timeout=timeout_s) for text in (gold, answer)]
     for text, found in zip((gold, answer), parsed, strict=True):
@@ -115,7 +126,9 @@ def _digits(text: str) -> str:
 
 
 def _normalise(text: str) -> str:
-    """Without `\\boxed`, `$`, brackets around an option letter, a closing full stop, case and runs of spaces."""
+    """Without `\\boxed`, `$`, brackets around an option letter, a closing full stop, case and runs
+    of spaces.
+    """
     boxed = BOXED.fullmatch(text.strip())
     text = (boxed.group(1) if boxed else text).strip().strip("$").strip()
     option = re.fullmatch(r"\(?([A-Za-z])[).]?", text)

@@ -1,7 +1,9 @@
-"""1.0 for the right letter in "Therefore, the answer is B", and 0.1 for that form, each also reported by its name.
+"""1.0 for the right letter in "Therefore, the answer is B", and 0.1 for that form, each also
+reported by its name.
 
-M3CoT and ScienceQA as IVT-LR is trained on them (arXiv 2510.12603): the sentence closes the completion. Case of the words,
-brackets around the letter and a full stop do not matter; text before the sentence is the rest of the rationale.
+M3CoT and ScienceQA as IVT-LR is trained on them (arXiv 2510.12603): the sentence closes the
+completion. Case of the words, brackets around the letter and a full stop do not matter; text
+before the sentence is the rest of the rationale.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
     """Args:
         solution_str: completion without latent spans.
         ground_truth: the letter of the right choice.
-        extra_info: `index` of the row, used in errors; `latent`: {stop_reason, …}: a completion cut off has no form.
+        extra_info: `index` of the row, used in errors; `latent`: {stop_reason, …}: a completion
+            cut off has no form.
 
     Returns:
         score = accuracy + 0.1 · format, and the two.
@@ -42,7 +45,11 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
         raise RewardError("solution_str is no text", kind="type", got=solution_str, expected="str")
     found = list(ANSWER.finditer(solution_str))
     latent = (extra_info or {}).get("latent") or {}
-    ends = bool(found) and found[-1].end() == len(solution_str) and latent.get("stop_reason", "eos") == "eos"
+    ends = (
+        bool(found)
+        and found[-1].end() == len(solution_str)
+        and latent.get("stop_reason", "eos") == "eos"
+    )
     form = float(ends and len(found) == 1)
     accuracy = float(form and found[-1].group(1).upper() == truth)
     return {"score": accuracy + FORMAT_WEIGHT * form, "accuracy": accuracy, "format": form}

@@ -1,8 +1,9 @@
 """The embedded task: 1.0 for the right digit and 0.1 for the form, each also reported by its name.
 
-The completion is one latent span, `<answer> 7 </answer>`, and its end. Form and digit are both judged on that alone: with
-`latent.visibility=latents_only` the first token of the completion is the only one that is predicted with the image in
-sight, so a digit written in front of the answer would carry it past the latents. Two variants have another form:
+The completion is one latent span, `<answer> 7 </answer>`, and its end. Form and digit are both
+judged on that alone: with `latent.visibility=latents_only` the first token of the completion is
+the only one that is predicted with the image in sight, so a digit written in front of the answer
+would carry it past the latents. Two variants have another form:
 
     interleaved   at red <span> 7 at blue <span> 3 <answer> 7 </answer>   the asked colours in order, each with a span and a
                                                                           number; which one is free
@@ -24,11 +25,14 @@ ANSWER_OF_VARIANT = {
 OBJECT = re.compile(r"at\s+([a-z]+)\s+(\d+)\s*")
 
 
-def compute_score(data_source, solution_str, ground_truth, extra_info=None, variant="latent", **kwargs) -> dict:
+def compute_score(
+    data_source, solution_str, ground_truth, extra_info=None, variant="latent", **kwargs
+) -> dict:
     """Args:
         solution_str: completion without latent spans.
         ground_truth: the digit, as text or int.
-        extra_info: `latent`: {span_offsets, stop_reason, …}; `steps` of the row for variant `interleaved`.
+        extra_info: `latent`: {span_offsets, stop_reason, …}; `steps` of the row for variant
+            `interleaved`.
         variant: `latent`, `text` or `interleaved`.
 
     Returns:
@@ -46,7 +50,10 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, vari
     digit = _digit(ground_truth, data_source, extra_info)
     if variant not in ANSWER_OF_VARIANT:
         raise ConfigError(
-            "unknown variant", where="kwargs.variant", got=variant, expected=f"one of {tuple(ANSWER_OF_VARIANT)}"
+            "unknown variant",
+            where="kwargs.variant",
+            got=variant,
+            expected=f"one of {tuple(ANSWER_OF_VARIANT)}",
         )
     if not isinstance(solution_str, str):
         raise RewardError("solution_str is no text", kind="type", got=solution_str, expected="str")
@@ -66,18 +73,24 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, vari
     offsets = latent["span_offsets"]
     if variant == "interleaved":
         has_form = has_form and _is_interleaved(solution_str, offsets, _colors(extra_info))
-    spans_fit = variant != "latent" or (len(offsets) > 0 and max(offsets) <= solution_str.find("<answer>"))
+    spans_fit = variant != "latent" or (
+        len(offsets) > 0 and max(offsets) <= solution_str.find("<answer>")
+    )
     accuracy = float(has_form and match.group(1).strip() == digit)
     form = float(has_form and spans_fit and match.group(1).strip() != "")
     return {"score": accuracy + FORMAT_WEIGHT * form, "accuracy": accuracy, "format": form}
 
 
 def _is_interleaved(solution_str: str, offsets: list[int], colors: list[str]) -> bool:
-    """Whether the text before the answer is each colour with its number, and each span stands between the two."""
+    """Whether the text before the answer is each colour with its number, and each span stands
+    between the two.
+    """
     objects = list(OBJECT.finditer(solution_str, 0, solution_str.find("<answer>")))
     if [found.group(1) for found in objects] != colors or len(offsets) != len(colors):
         return False
-    return all(found.end(1) <= at <= found.start(2) for found, at in zip(objects, offsets, strict=True))
+    return all(
+        found.end(1) <= at <= found.start(2) for found, at in zip(objects, offsets, strict=True)
+    )
 
 
 def _colors(extra_info: dict) -> list[str]:

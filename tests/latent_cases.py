@@ -1,7 +1,8 @@
 """Tiny latent models whose numbers react to every input, and requests for them.
 
-A freshly initialised tiny model is nearly constant: its embeddings are 1/50 of its hidden states, its logits are almost
-uniform. `build_case` scales its weights up, so that a wrong latent, position or mask moves log-probs by nats, not by 1e-3.
+A freshly initialised tiny model is nearly constant: its embeddings are 1/50 of its hidden states,
+its logits are almost uniform. `build_case` scales its weights up, so that a wrong latent, position
+or mask moves log-probs by nats, not by 1e-3.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ VL_NAMES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 TEXT_NAMES = ("qwen2", "qwen3")
 ALL_NAMES = VL_NAMES + TEXT_NAMES
 WORDS = ("read", "red", "blue", "green", "?")
-SAMPLED = ("<|lvr_start|>", "<|im_end|>", "<answer>", "3", "7")  # the tokens that `engine` may draw
+SAMPLED = (
+    "<|lvr_start|>",
+    "<|im_end|>",
+    "<answer>",
+    "3",
+    "7",
+)  # the tokens that `engine` may draw
 
 
 @dataclass(frozen=True)
@@ -47,35 +54,61 @@ class Case:
         return [self.token_id(token) for token in SAMPLED]
 
     def mechanism(self, mechanism: str = "lvr", **changes) -> Mechanism:
-        values = dict(start_token="<|lvr_start|>", latent_token="<|lvr|>", end_token="<|lvr_end|>", steps=3)
+        values = dict(
+            start_token="<|lvr_start|>", latent_token="<|lvr|>", end_token="<|lvr_end|>", steps=3
+        )
         values |= changes
-        ids = {f"{role}_id": self.token_id(values[f"{role}_token"]) for role in ("start", "latent", "end")}
+        ids = {
+            f"{role}_id": self.token_id(values[f"{role}_token"])
+            for role in ("start", "latent", "end")
+        }
         if values.get("exit") == "latent_end":
-            values |= dict(latent_end_token="<|lvr_latent_end|>", latent_end_id=self.token_id("<|lvr_latent_end|>"))
+            values |= dict(
+                latent_end_token="<|lvr_latent_end|>",
+                latent_end_id=self.token_id("<|lvr_latent_end|>"),
+            )
         return MECHANISMS[mechanism](**ids, **values)
 
-    def engine(self, mechanism: Mechanism | None = None, sampled: tuple[str, ...] = SAMPLED, **kwargs):
+    def engine(
+        self, mechanism: Mechanism | None = None, sampled: tuple[str, ...] = SAMPLED, **kwargs
+    ):
         """An engine that draws only the tokens of `sampled`, so that spans and ends are frequent."""
         allowed = {self.token_id(token) for token in sampled}
         banned = set(range(len(self.tokenizer))) - allowed
-        return HFRolloutEngine(self.model, mechanism or self.mechanism(), [self.eos_id], banned, **kwargs)
+        return HFRolloutEngine(
+            self.model, mechanism or self.mechanism(), [self.eos_id], banned, **kwargs
+        )
 
-    def images(self, num_images: int, seed: int = 0, size: tuple[int, int] = (28, 42)) -> ImageInputs | None:
+    def images(
+        self, num_images: int, seed: int = 0, size: tuple[int, int] = (28, 42)
+    ) -> ImageInputs | None:
         """Random images of `size` (height, width): 2 x 3 merged tokens each."""
         if num_images == 0:
             return None
         rng = np.random.default_rng(seed)
-        pictures = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for _ in range(num_images)]
+        pictures = [
+            Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+            for _ in range(num_images)
+        ]
         batch = self.processor.image_processor(images=pictures, return_tensors="pt")
         return ImageInputs(batch["pixel_values"], batch["image_grid_thw"])
 
     def request(
-        self, text: str = "read red ?", images: ImageInputs | None = None, seeds=(1,), image_first=False, **kwargs
+        self,
+        text: str = "read red ?",
+        images: ImageInputs | None = None,
+        seeds=(1,),
+        image_first=False,
+        **kwargs,
     ) -> RolloutRequest:
         """`<|im_start|> text image… <|im_end|>`, or the images first."""
         merge = 4
-        counts = [] if images is None else [int(grid.prod()) // merge for grid in images.image_grid_thw]
-        pictures = " ".join(f"<|vision_start|> {'<|image_pad|> ' * count}<|vision_end|>" for count in counts)
+        counts = (
+            [] if images is None else [int(grid.prod()) // merge for grid in images.image_grid_thw]
+        )
+        pictures = " ".join(
+            f"<|vision_start|> {'<|image_pad|> ' * count}<|vision_end|>" for count in counts
+        )
         body = f"{pictures} {text}" if image_first else f"{text} {pictures}"
         ids = self.tokenizer(f"<|im_start|> {body} <|im_end|>", return_tensors="pt").input_ids[0]
         assert self.tokenizer.unk_token_id not in ids
@@ -98,7 +131,8 @@ def sharpened(name: str, built: tiny.TinyModel, head: str = "none", seed: int = 
                 parameter.mul_(40.0)
             elif parameter.ndim >= 2:
                 parameter.mul_(10.0)
-        # spans frequent, ends rare: short rollouts then hold several spans, and rows of one batch differ
+        # spans frequent, ends rare: short rollouts then hold several spans, and rows of one batch
+        # differ
         bias = torch.zeros(len(tokenizer))
         bias[tokenizer.get_vocab()["<|lvr_start|>"]] = 3.0
         bias[tokenizer.eos_token_id] = -0.5

@@ -12,11 +12,19 @@ from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.trajectory import PositionKind as K
 
 
-def scored(adapter: ModelAdapter, batch: LatentSequences, temperature: float) -> tuple[SlotChoices, Tensor]:
+def scored(
+    adapter: ModelAdapter, batch: LatentSequences, temperature: float
+) -> tuple[SlotChoices, Tensor]:
     """(choices, log-probs) of a batch by one forward that records the slots' rows."""
-    is_image_BT = (batch.input_ids_BT == adapter.image_token_id) & (batch.kinds_BT == K.VISION) & batch.valid_BT
+    is_image_BT = (
+        (batch.input_ids_BT == adapter.image_token_id)
+        & (batch.kinds_BT == K.VISION)
+        & batch.valid_BT
+    )
     choices = slot_choices(batch.kinds_BT, batch.valid_BT, is_image_BT, batch.selected_idx_M)
-    with recording_rows(adapter.text_config, choices.sources_BN, choices.allowed_BNT(batch.valid_BT)) as recorder:
+    with recording_rows(
+        adapter.text_config, choices.sources_BN, choices.allowed_BNT(batch.valid_BT)
+    ) as recorder:
         replay_hidden(adapter, batch)
         attention_BNT = recorder.take(adapter.text_config.num_hidden_layers)
     return choices, choice_log_probs(choices, attention_BNT, temperature)

@@ -1,7 +1,8 @@
-"""The same mathematics read slowly: one trajectory at a time, no batch, no padding, no hook, masks by double loop.
+"""The same mathematics read slowly: one trajectory at a time, no batch, no padding, no hook, masks
+by double loop.
 
-Nothing here uses the package's injection, visibility, cache, position or sampling code; only plain Hugging Face forwards on
-hand-built `inputs_embeds`.
+Nothing here uses the package's injection, visibility, cache, position or sampling code; only plain
+Hugging Face forwards on hand-built `inputs_embeds`.
 """
 
 from __future__ import annotations
@@ -23,18 +24,28 @@ VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video
 
 def kinds_of_prompt(case: Case, prompt_ids: Tensor) -> list[int]:
     vision = {case.token_id(token) for token in VISION_TOKENS} if case.processor else set()
-    return [int(K.VISION) if token_id in vision else int(K.PROMPT) for token_id in prompt_ids.tolist()]
+    return [
+        int(K.VISION) if token_id in vision else int(K.PROMPT) for token_id in prompt_ids.tolist()
+    ]
 
 
 def positions(case: Case, prompt_ids: Tensor, images: ImageInputs | None, num_more: int) -> Tensor:
-    """[3, 1, T]: text counts up by one; an image of t x h x w merged tokens spans max(h, w) positions."""
+    """[3, 1, T]: text counts up by one; an image of t x h x w merged tokens spans max(h, w)
+    positions.
+    """
     columns, now = [], 0
-    ids, idx, grids = prompt_ids.tolist(), 0, [] if images is None else images.image_grid_thw.tolist()
+    ids, idx, grids = (
+        prompt_ids.tolist(),
+        0,
+        [] if images is None else images.image_grid_thw.tolist(),
+    )
     while idx < len(ids):
         if case.processor and ids[idx] == case.token_id("<|image_pad|>"):
             _, height, width = grids.pop(0)
             height, width = height // 2, width // 2
-            columns += [(now, now + row, now + column) for row in range(height) for column in range(width)]
+            columns += [
+                (now, now + row, now + column) for row in range(height) for column in range(width)
+            ]
             idx, now = idx + height * width, now + max(height, width)
         else:
             columns.append((now, now, now))
@@ -53,23 +64,36 @@ def may_see(kinds: list[int], row: int, column: int, visibility: str) -> bool:
         text_after_it = K.FORCED in kinds[: row + 1] and kinds[row] in (K.TEXT, K.FORCED)
         return kinds[column] != K.VISION or not text_after_it
     image_side = kinds[column] in (K.VISION, K.START)
-    another_latent_follows = kinds[row] == K.LATENT and row + 1 < len(kinds) and kinds[row + 1] == K.LATENT
+    another_latent_follows = (
+        kinds[row] == K.LATENT and row + 1 < len(kinds) and kinds[row + 1] == K.LATENT
+    )
     return not image_side or kinds[row] in (K.VISION, K.START) or another_latent_follows
 
 
 def mask(kinds: list[int], visibility: str, rows: range | None = None) -> Tensor:
     rows = range(len(kinds)) if rows is None else rows
-    table = [[may_see(kinds, row, column, visibility) for column in range(rows[-1] + 1)] for row in rows]
+    table = [
+        [may_see(kinds, row, column, visibility) for column in range(rows[-1] + 1)] for row in rows
+    ]
     return torch.where(torch.tensor(table), 0.0, torch.finfo(torch.float32).min)[None, None]
 
 
-def forward(case: Case, trajectory: Trajectory, images: ImageInputs | None, visibility: str) -> tuple[Tensor, Tensor]:
-    """Logits [T, V] and last hidden states [T, H] of prompt and completion, from `inputs_embeds`; no cache."""
+def forward(
+    case: Case, trajectory: Trajectory, images: ImageInputs | None, visibility: str
+) -> tuple[Tensor, Tensor]:
+    """Logits [T, V] and last hidden states [T, H] of prompt and completion, from `inputs_embeds`;
+    no cache.
+    """
     ids = torch.cat([trajectory.prompt_ids, trajectory.token_ids])
     kinds = kinds_of_prompt(case, trajectory.prompt_ids) + trajectory.kinds.tolist()
     table = case.model.get_input_embeddings().weight
     latents = list(trajectory.latents)
-    embeds = torch.stack([latents.pop(0) if kind == K.LATENT else table[i] for i, kind in zip(ids, kinds, strict=True)])
+    embeds = torch.stack(
+        [
+            latents.pop(0) if kind == K.LATENT else table[i]
+            for i, kind in zip(ids, kinds, strict=True)
+        ]
+    )
     inputs = dict(inputs_embeds=embeds[None], use_cache=False)
     if visibility != "full":
         inputs["attention_mask"] = mask(kinds, visibility)
@@ -82,13 +106,19 @@ def forward(case: Case, trajectory: Trajectory, images: ImageInputs | None, visi
 
 
 def log_probs(
-    case: Case, trajectory: Trajectory, images: ImageInputs | None, visibility: str, temperature: float = 1.0
+    case: Case,
+    trajectory: Trajectory,
+    images: ImageInputs | None,
+    visibility: str,
+    temperature: float = 1.0,
 ) -> list[float]:
     """Of each sampled token of the completion; 0 where nothing was sampled."""
     with torch.no_grad():
         logits, _ = forward(case, trajectory, images, visibility)
     values, prompt_length = [], len(trajectory.prompt_ids)
-    for idx, (token_id, kind) in enumerate(zip(trajectory.token_ids.tolist(), trajectory.kinds.tolist(), strict=True)):
+    for idx, (token_id, kind) in enumerate(
+        zip(trajectory.token_ids.tolist(), trajectory.kinds.tolist(), strict=True)
+    ):
         row = (logits[prompt_length + idx - 1].double() / temperature).tolist()
         largest = max(row)
         log_sum = largest + math.log(sum(math.exp(value - largest) for value in row))
@@ -96,7 +126,9 @@ def log_probs(
     return values
 
 
-def draw(logits: list[float], u: float, temperature: float, top_k: int, top_p: float, allowed: set[int]) -> int:
+def draw(
+    logits: list[float], u: float, temperature: float, top_k: int, top_p: float, allowed: set[int]
+) -> int:
     """Inverse-CDF draw over the sorted-by-id allowed tokens, after brute-force top-k and top-p."""
     if temperature == 0:
         return max(sorted(allowed), key=lambda i: logits[i])
@@ -120,7 +152,9 @@ def draw(logits: list[float], u: float, temperature: float, top_k: int, top_p: f
 
 @torch.no_grad()
 def rollout(case: Case, config, request, seed: int, sampling, sampled_ids) -> dict:
-    """One trajectory by a plain loop over a `DynamicCache`, fixed-length spans; the machinery an engine must match."""
+    """One trajectory by a plain loop over a `DynamicCache`, fixed-length spans; the machinery an
+    engine must match.
+    """
     model, table = case.model, case.model.get_input_embeddings().weight
     text_config = model.config.get_text_config()
     decoder = model.model.language_model if case.processor else model.model
@@ -128,7 +162,9 @@ def rollout(case: Case, config, request, seed: int, sampling, sampled_ids) -> di
     all_positions = positions(case, request.prompt_ids, request.images, sampling.max_new_tokens)
     prompt_length, vision = len(kinds), {}
     if request.images is not None:
-        vision = dict(pixel_values=request.images.pixel_values, image_grid_thw=request.images.image_grid_thw)
+        vision = dict(
+            pixel_values=request.images.pixel_values, image_grid_thw=request.images.image_grid_thw
+        )
 
     def position_ids(start, end):
         return all_positions[..., start:end] if case.processor else all_positions[0, :, start:end]

@@ -1,4 +1,6 @@
-"""Errors say what, where, got, expected and fix; are what a caller would catch; and cross process borders."""
+"""Errors say what, where, got, expected and fix; are what a caller would catch; and cross process
+borders.
+"""
 
 import pickle
 
@@ -10,7 +12,9 @@ from grpo_latent.errors import ConfigError, GrpoLatentError, RewardError
 ALL = [
     value
     for value in vars(errors).values()
-    if isinstance(value, type) and issubclass(value, GrpoLatentError) and value is not GrpoLatentError
+    if isinstance(value, type)
+    and issubclass(value, GrpoLatentError)
+    and value is not GrpoLatentError
 ]
 STANDARD = (ValueError, RuntimeError)
 FIELDS = dict(where="row 3", got=[1, 2], expected="one number", fix="Drop the row.")
@@ -27,7 +31,9 @@ def test_each_is_documented_typed_and_survives_pickling(error):
     assert str(original) == "row 3: two answers; got [1, 2]; expected one number. Drop the row."
     # twice, as Ray does when a worker hands an error on
     copy = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(original))))
-    assert type(copy) is error and str(copy) == str(original) and copy.__dict__ == original.__dict__
+    assert (
+        type(copy) is error and str(copy) == str(original) and copy.__dict__ == original.__dict__
+    )
 
 
 def test_message_with_the_first_field_only():
@@ -41,7 +47,11 @@ def test_falsy_values_are_shown(got):
 
 def test_long_values_are_cut():
     error = ConfigError("bad", got="x" * 10_000)
-    assert len(error.got) == GrpoLatentError.MAX_GOT_CHARS and error.got.endswith("…") and len(str(error)) < 400
+    assert (
+        len(error.got) == GrpoLatentError.MAX_GOT_CHARS
+        and error.got.endswith("…")
+        and len(str(error)) < 400
+    )
 
 
 @pytest.mark.parametrize("kind", RewardError.KINDS)

@@ -1,4 +1,6 @@
-"""Imports point one way; read from the AST, function-level ones too. Not covered: `importlib.import_module(name)`."""
+"""Imports point one way; read from the AST, function-level ones too. Not covered:
+`importlib.import_module(name)`.
+"""
 
 import ast
 from pathlib import Path
@@ -8,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "grpo_latent"
 
-# layer -> layers of grpo_latent that it may import, itself aside. `entry` is every module at the top of the package that has
-# no row of its own: `python -m grpo_latent.<entry>`.
+# layer -> layers of grpo_latent that it may import, itself aside. `entry` is every module at the
+# top of the package that has no row of its own: `python -m grpo_latent.<entry>`.
 _BASE = {"errors", "common"}
 _TYPES = _BASE | {"recorded", "trajectory"}
 _CORE = _TYPES | {"latent", "algo"}
@@ -34,15 +36,25 @@ ALLOWED = {
     # the page of a run, for wandb; torchvision, which vLLM imports
     "verl_plugin": _MODELS | {"data", "rewards", "rollout", "eval", "inspect", "torchvision_ops"},
     "config": set(),
-    "entry": _MODELS | {"data", "rewards", "rollout", "sft", "eval", "inspect", "verl_plugin", "config"},
+    "entry": _MODELS
+    | {"data", "rewards", "rollout", "sft", "eval", "inspect", "verl_plugin", "config"},
 }
-# package -> its rooms in order; a module imports its own room and earlier ones, rooms in one pair of brackets not each other
+# package -> its rooms in order; a module imports its own room and earlier ones, rooms in one pair
+# of brackets not each other
 ROOMS = {
     "data": (("boxes",), ("examples",), ("rows",), ("formats", "embedded")),
-    "sft": (("common",), ("lvr", "ilvr", "stepwise"), ("methods",), ("settings",), ("run",), ("__main__",)),
+    "sft": (
+        ("common",),
+        ("lvr", "ilvr", "stepwise"),
+        ("methods",),
+        ("settings",),
+        ("run",),
+        ("__main__",),
+    ),
     "verl_plugin": (("boot",), ("rewards",), ("rollout",), ("worker",), ("trainer",)),
 }
-# third-party root -> modules that may import it: the plug-in, the entry point that starts verl's trainer, engine `vllm`
+# third-party root -> modules that may import it: the plug-in, the entry point that starts verl's
+# trainer, engine `vllm`
 _PLUGIN = ("grpo_latent.verl_plugin", "grpo_latent.train")
 ONLY_IN = {
     **dict.fromkeys(("ray", "verl", "tensordict", "transfer_queue"), _PLUGIN),
@@ -68,7 +80,9 @@ def is_module(name: str) -> bool:
 
 
 def imported_modules(source: str, module: str, is_package: bool = False) -> set[str]:
-    """Absolute names of all modules that `source` imports; `from package import name` counts `package.name` if a module."""
+    """Absolute names of all modules that `source` imports; `from package import name` counts
+    `package.name` if a module.
+    """
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -103,7 +117,12 @@ def room_violations(source: str, module: str) -> list[str]:
     found = []
     for name in sorted(imported_modules(source, module) if room else ()):
         _, target_package, target, *_ = [*name.split("."), "", ""]
-        if target_package == package and target and target != room and order[target] >= order[room]:
+        if (
+            target_package == package
+            and target
+            and target != room
+            and order[target] >= order[room]
+        ):
             found.append(f"{module} imports {name}")
     return found
 
@@ -120,7 +139,9 @@ def test_module_imports_lower_layers_only(path):
 
 def test_the_package_itself_imports_nothing():
     """`import grpo_latent` must work, and be cheap, where only Python is installed."""
-    assert imported_modules((PACKAGE / "__init__.py").read_text(), "grpo_latent", True) <= {"__future__"}
+    assert imported_modules((PACKAGE / "__init__.py").read_text(), "grpo_latent", True) <= {
+        "__future__"
+    }
 
 
 def test_every_package_has_a_row():
@@ -131,7 +152,11 @@ def test_every_package_has_a_row():
 def test_the_table_has_no_cycle():
     done = set()
     while len(done) < len(ALLOWED):
-        free = {layer for layer, allowed in ALLOWED.items() if layer not in done and allowed - {layer} <= done}
+        free = {
+            layer
+            for layer, allowed in ALLOWED.items()
+            if layer not in done and allowed - {layer} <= done
+        }
         assert free, f"a cycle among {set(ALLOWED) - done}"
         done |= free
 
@@ -139,25 +164,41 @@ def test_the_table_has_no_cycle():
 @pytest.mark.parametrize("package", ROOMS)
 def test_rooms_of_a_package_import_earlier_ones_only(package):
     files = sorted((PACKAGE / package).rglob("*.py"))
-    names = {path.relative_to(PACKAGE / package).parts[0].removesuffix(".py") for path in files} - {"__init__"}
-    assert names == {name for names in ROOMS[package] for name in names}, "each room has its place in the order"
-    assert [found for path in files for found in room_violations(path.read_text(), module_name(path))] == []
+    names = {
+        path.relative_to(PACKAGE / package).parts[0].removesuffix(".py") for path in files
+    } - {"__init__"}
+    assert names == {name for names in ROOMS[package] for name in names}, (
+        "each room has its place in the order"
+    )
+    assert [
+        found for path in files for found in room_violations(path.read_text(), module_name(path))
+    ] == []
 
 
 def test_no_two_modules_import_each_other():
     imports = {
-        module_name(path): imported_modules(path.read_text(), module_name(path), path.name == "__init__.py")
+        module_name(path): imported_modules(
+            path.read_text(), module_name(path), path.name == "__init__.py"
+        )
         for path in FILES
     }
     while imports:
-        free = {name for name, targets in imports.items() if not (targets - {name}) & imports.keys()}
+        free = {
+            name for name, targets in imports.items() if not (targets - {name}) & imports.keys()
+        }
         assert free, f"a circle among {sorted(imports)}"
         imports = {name: targets for name, targets in imports.items() if name not in free}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "reward").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "reward").glob("*.py")), ids=lambda path: path.name
+)
 def test_reward_functions_use_types_and_errors_only(path):
-    own = {name for name in imported_modules(path.read_text(), module_name(path)) if name.startswith("grpo_latent")}
+    own = {
+        name
+        for name in imported_modules(path.read_text(), module_name(path))
+        if name.startswith("grpo_latent")
+    }
     assert own <= {"grpo_latent.errors", "grpo_latent.trajectory"}
 
 
@@ -196,14 +237,26 @@ def test_the_rule_catches(module, source, num_violations):
     ("module", "source", "num_violations"),
     [
         ("grpo_latent.sft.common.x", "from grpo_latent.sft.lvr.rows import LVRRow", 1),
-        ("grpo_latent.sft.common.x", "if TYPE_CHECKING:\n    from grpo_latent.sft.settings import SFTSettings", 1),
+        (
+            "grpo_latent.sft.common.x",
+            "if TYPE_CHECKING:\n    from grpo_latent.sft.settings import SFTSettings",
+            1,
+        ),
         ("grpo_latent.sft.ilvr.x", "from grpo_latent.sft.lvr.rows import LVRRow", 1),
         ("grpo_latent.sft.ilvr.x", "from grpo_latent.sft.ilvr.rows import ILVRRow", 0),
         ("grpo_latent.sft.ilvr.x", "from grpo_latent.sft.common.rows import IGNORED", 0),
         ("grpo_latent.sft.run", "from grpo_latent.sft.settings import SFTSettings", 0),
         ("grpo_latent.verl_plugin.boot.x", "from grpo_latent.verl_plugin.worker import engine", 1),
-        ("grpo_latent.verl_plugin.rollout.x", "def f():\n    from grpo_latent.verl_plugin.trainer import trainer", 1),
-        ("grpo_latent.data.rows", "from grpo_latent.data.formats.lvr_json import LVRJsonDataset", 1),
+        (
+            "grpo_latent.verl_plugin.rollout.x",
+            "def f():\n    from grpo_latent.verl_plugin.trainer import trainer",
+            1,
+        ),
+        (
+            "grpo_latent.data.rows",
+            "from grpo_latent.data.formats.lvr_json import LVRJsonDataset",
+            1,
+        ),
         ("grpo_latent.data.formats.x", "from grpo_latent.data.rows import write_verl_parquet", 0),
     ],
 )

@@ -1,5 +1,5 @@
-"""Malformed configs, checkpoints, requests and trajectories of the core: each a typed error that names the field or file,
-what was got, what was expected, and, where there is one, the fix."""
+"""Malformed configs, checkpoints, requests and trajectories of the core: each a typed error that
+names the field or file, what was got, what was expected, and, where there is one, the fix."""
 
 import json
 import shutil
@@ -27,7 +27,9 @@ BASE = LVR("s", "l", "e", 1, 2, 3)
 def check(error, where=None, got=None, expected=None, fix=None):
     for name, text in (("where", where), ("got", got), ("expected", expected), ("fix", fix)):
         if text is not None:
-            assert text in str(getattr(error, name)), f"{name}: {text!r} not in {getattr(error, name)!r}"
+            assert text in str(getattr(error, name)), (
+                f"{name}: {text!r} not in {getattr(error, name)!r}"
+            )
     assert error.expected or error.fix, "says neither what was expected nor how to fix it"
 
 
@@ -100,7 +102,9 @@ def good_folder(tmp_path_factory):
 def edit_json(name, **changes):
     def edit(folder):
         values = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps({k: v for k, v in (values | changes).items() if v is not ...}))
+        (folder / name).write_text(
+            json.dumps({k: v for k, v in (values | changes).items() if v is not ...})
+        )
 
     return edit
 
@@ -122,7 +126,9 @@ def official(**changes):
 
     def edit(folder):
         (folder / LATENT_CONFIG_FILE).unlink()
-        edit_json("config.json", **(ids | {"lvr_head": False, "latent_end_token": False} | changes))(folder)
+        edit_json(
+            "config.json", **(ids | {"lvr_head": False, "latent_end_token": False} | changes)
+        )(folder)
 
     return edit
 
@@ -141,22 +147,46 @@ def unlink(*names):
     [
         (shutil.rmtree, None, "a folder written by"),
         (unlink("config.json"), "model_type", "Hugging Face folder"),
-        (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON", "Hugging Face folder"),
+        (
+            lambda folder: (folder / "config.json").write_text("{"),
+            "not a valid JSON",
+            "Hugging Face folder",
+        ),
         (edit_json("config.json", model_type="zzz"), "zzz", "Hugging Face folder"),
         (unlink("model.safetensors"), "model.safetensors", "Hugging Face folder"),
         (truncate_weights, "Safetensor", "Hugging Face folder"),
-        (edit_weights("model.norm.weight"), "'missing': ['model.norm.weight']", "Qwen2ForCausalLM"),
-        (edit_weights("surprise", torch.zeros(1)), "'unexpected': ['surprise']", "Qwen2ForCausalLM"),
-        (edit_weights("model.norm.weight", torch.zeros(3)), "model.norm.weight", "Qwen2ForCausalLM"),
+        (
+            edit_weights("model.norm.weight"),
+            "'missing': ['model.norm.weight']",
+            "Qwen2ForCausalLM",
+        ),
+        (
+            edit_weights("surprise", torch.zeros(1)),
+            "'unexpected': ['surprise']",
+            "Qwen2ForCausalLM",
+        ),
+        (
+            edit_weights("model.norm.weight", torch.zeros(3)),
+            "model.norm.weight",
+            "Qwen2ForCausalLM",
+        ),
         (unlink("tokenizer.json", "tokenizer_config.json"), "'<|lvr_start|>' -> None", "-> 7"),
-        (lambda folder: (folder / "tokenizer.json").write_text("{"), "JSON", "Hugging Face folder"),
+        (
+            lambda folder: (folder / "tokenizer.json").write_text("{"),
+            "JSON",
+            "Hugging Face folder",
+        ),
         (edit_json(LATENT_CONFIG_FILE, end_id=12), "'<|lvr_end|>' -> 10", "-> 12"),
         (edit_json(LATENT_CONFIG_FILE, start_token="<s>"), "'<s>' -> None", "-> 7"),
         (edit_json(LATENT_CONFIG_FILE, latent_end_token=None), "None -> None", "-> 9"),
         (edit_weights("lvr_head.mlp.2.bias"), "lvr_head.mlp.2.bias", "latent_config.json names"),
         (edit_weights("lvr_head.ln_q.weight", torch.zeros(4)), "(4,)", "[32]"),
         (edit_weights("lvr_latent_end_emb"), "lvr_latent_end_emb", "latent_config.json names"),
-        (edit_json(LATENT_CONFIG_FILE, head="glu"), "lvr_head.down_proj", "latent_config.json names"),
+        (
+            edit_json(LATENT_CONFIG_FILE, head="glu"),
+            "lvr_head.down_proj",
+            "latent_config.json names",
+        ),
         (unlink(LATENT_CONFIG_FILE), None, "a folder written by"),
         (official(lvr_id=...), "lvr_id", "token ids"),
         (official(lvr_id="8"), "lvr_id", "token ids"),
@@ -217,7 +247,12 @@ def test_sampling_params(values, where):
 )
 def test_request(values, got):
     with pytest.raises(RolloutError) as info:
-        RolloutRequest(**(dict(prompt_ids=torch.ones(3, dtype=torch.long), seeds=[1], group_id="row-7") | values))
+        RolloutRequest(
+            **(
+                dict(prompt_ids=torch.ones(3, dtype=torch.long), seeds=[1], group_id="row-7")
+                | values
+            )
+        )
     check(info.value, "request of group 'row-7'", got)
 
 
@@ -232,15 +267,27 @@ VL, TEXT = "qwen2_5_vl", "qwen2"
         (TEXT, lambda r: dict(images=case(VL).images(1)), "Qwen2ForCausalLM", "no images"),
         (VL, lambda r: dict(images=None), "6 placeholders", "0, one for each"),
         (VL, lambda r: dict(images=case(VL).images(2)), "6 placeholders", "12, one for each"),
-        (VL, lambda r: dict(prompt_ids=r.prompt_ids[r.prompt_ids != 5]), "0 placeholders", "6, one for each"),
         (
             VL,
-            lambda r: dict(images=ImageInputs(r.images.pixel_values[:-1], r.images.image_grid_thw)),
+            lambda r: dict(prompt_ids=r.prompt_ids[r.prompt_ids != 5]),
+            "0 placeholders",
+            "6, one for each",
+        ),
+        (
+            VL,
+            lambda r: dict(
+                images=ImageInputs(r.images.pixel_values[:-1], r.images.image_grid_thw)
+            ),
             "23 patches",
             "24 patches",
         ),
         (TEXT, lambda r: dict(latent_override=LatentOverride(torch.zeros(4))), "(4,)", "[K, 32]"),
-        (TEXT, lambda r: dict(latent_override=LatentOverride(torch.zeros(4, 1))), "(4, 1)", "[K, 32]"),
+        (
+            TEXT,
+            lambda r: dict(latent_override=LatentOverride(torch.zeros(4, 1))),
+            "(4, 1)",
+            "[K, 32]",
+        ),
     ],
 )
 def test_request_that_does_not_fit_the_model(name, change, got, expected):
@@ -264,7 +311,12 @@ def engine(c, config=None, eos_ids=(2,), **kwargs):
         (lambda c: engine(c, eos_ids=[2, 10]), ConfigError, "eos_ids", "10"),
         (lambda c: engine(c, eos_ids=[10**6]), ConfigError, "eos_ids", "1000000"),
         (lambda c: engine(c, banned_ids=[-1]), ConfigError, "banned_ids", "-1"),
-        (lambda c: engine(c, c.mechanism().replace(latent_id=500)), ConfigError, "latent config", "500"),
+        (
+            lambda c: engine(c, c.mechanism().replace(latent_id=500)),
+            ConfigError,
+            "latent config",
+            "500",
+        ),
         (lambda c: engine(c, max_batch_rows=0), ConfigError, "max_batch_rows", "0"),
         (lambda c: engine(c, c.mechanism(exit="latent_end")), CheckpointError, "model", None),
     ],
@@ -280,7 +332,13 @@ def test_engine_refuses_an_attention_without_additive_bias():
     c.model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ConfigError) as info:
         engine(c)
-    check(info.value, "attn_implementation", "flash_attention_2", "sdpa or eager", "attn_implementation=sdpa")
+    check(
+        info.value,
+        "attn_implementation",
+        "flash_attention_2",
+        "sdpa or eager",
+        "attn_implementation=sdpa",
+    )
 
 
 def trajectory(**changes):
@@ -305,8 +363,16 @@ def trajectory(**changes):
         (dict(rollout_log_probs=torch.zeros(3)), "'rollout_log_probs': 3", "one length"),
         (dict(latents=torch.zeros(2, 32)), "(2, 32)", "[1, hidden]"),
         (dict(latents=torch.zeros(32)), "(32,)", "[1, hidden]"),
-        (dict(kinds=torch.tensor([K.START, K.LATENT, K.FORCED, K.VISION])), "[1]", "kinds in [2, 3, 4, 5, 6, 7]"),
-        (dict(kinds=torch.tensor([K.START, K.LATENT, K.FORCED, 9])), "[9]", "kinds in [2, 3, 4, 5, 6, 7]"),
+        (
+            dict(kinds=torch.tensor([K.START, K.LATENT, K.FORCED, K.VISION])),
+            "[1]",
+            "kinds in [2, 3, 4, 5, 6, 7]",
+        ),
+        (
+            dict(kinds=torch.tensor([K.START, K.LATENT, K.FORCED, 9])),
+            "[9]",
+            "kinds in [2, 3, 4, 5, 6, 7]",
+        ),
         (dict(stop_reason="tired"), "'tired'", "('eos', 'length')"),
     ],
 )
@@ -319,7 +385,9 @@ def test_trajectory(changes, got, expected):
 def batch(**changes):
     ids = torch.ones(1, 3, dtype=torch.long)
     kinds = torch.tensor([[K.PROMPT, K.START, K.LATENT]])
-    fields = dict(input_ids_BT=ids, kinds_BT=kinds, valid_BT=ids.bool(), latents_NH=torch.zeros(1, 32))
+    fields = dict(
+        input_ids_BT=ids, kinds_BT=kinds, valid_BT=ids.bool(), latents_NH=torch.zeros(1, 32)
+    )
     fields |= dict(position_ids=torch.arange(3)[None], visibility="full")
     return LatentSequences(**(fields | changes))
 
@@ -327,10 +395,30 @@ def batch(**changes):
 @pytest.mark.parametrize(
     ("make", "error", "where", "got"),
     [
-        (lambda c: batch(latents_NH=torch.zeros(2, 32)), LatentMismatchError, "LatentSequences", "(2, 32)"),
-        (lambda c: collate([], [], c.adapter, "full"), LatentMismatchError, "collate", "0 trajectories"),
-        (lambda c: collate([trajectory()], [], c.adapter, "full"), LatentMismatchError, "collate", "0 entries"),
-        (lambda c: collate([trajectory()], [None], c.adapter, "full", "up"), ConfigError, "padding_side", "up"),
+        (
+            lambda c: batch(latents_NH=torch.zeros(2, 32)),
+            LatentMismatchError,
+            "LatentSequences",
+            "(2, 32)",
+        ),
+        (
+            lambda c: collate([], [], c.adapter, "full"),
+            LatentMismatchError,
+            "collate",
+            "0 trajectories",
+        ),
+        (
+            lambda c: collate([trajectory()], [], c.adapter, "full"),
+            LatentMismatchError,
+            "collate",
+            "0 entries",
+        ),
+        (
+            lambda c: collate([trajectory()], [None], c.adapter, "full", "up"),
+            ConfigError,
+            "padding_side",
+            "up",
+        ),
         (
             lambda c: collate([trajectory()], [case(VL).images(1)], case(VL).adapter, "full"),
             RolloutError,

@@ -1,6 +1,8 @@
-"""Every recorded field through every wire and back, to the bit, and one field more that only this file knows.
+"""Every recorded field through every wire and back, to the bit, and one field more that only this
+file knows.
 
-Does not cover: TransferQueue and Ray themselves (verl_plugin/trainer/test_training.py trains through them).
+Does not cover: TransferQueue and Ray themselves (verl_plugin/trainer/test_training.py trains
+through them).
 """
 
 import dataclasses
@@ -20,12 +22,25 @@ from grpo_latent.trajectory import Trajectory
 
 PROMPT_KINDS = torch.tensor([K.PROMPT, K.VISION, K.VISION, K.PROMPT])
 COMPLETIONS = [
-    [K.SELECTED, K.LATENT, K.SELECTED, K.SELECTED, K.LATENT, K.TEXT, K.START, K.LATENT, K.FORCED, K.TEXT],
+    [
+        K.SELECTED,
+        K.LATENT,
+        K.SELECTED,
+        K.SELECTED,
+        K.LATENT,
+        K.TEXT,
+        K.START,
+        K.LATENT,
+        K.FORCED,
+        K.TEXT,
+    ],
     [K.TEXT, K.TEXT],  # no latents
     [K.MIXED, K.MIXED, K.LATENT, K.TEXT],
 ]
 H, A = 5, 3
-OWN = Field("gate_values", torch.float32, "MA", ALL, column="gate_column", dump="gates", is_optional=True)
+OWN = Field(
+    "gate_values", torch.float32, "MA", ALL, column="gate_column", dump="gates", is_optional=True
+)
 OWN_T = Field("surprise", torch.float32, "T", ALL, is_optional=True)
 
 
@@ -51,14 +66,18 @@ def make_trajectories(with_aux=True) -> list[Trajectory]:
                 prompt_ids=torch.arange(4) + row,
                 token_ids=torch.randint(0, 50, (length,), generator=generator),
                 kinds=kinds,
-                latents=draw(num_own + completion.count(K.SELECTED) + completion.count(K.MIXED), H),
+                latents=draw(
+                    num_own + completion.count(K.SELECTED) + completion.count(K.MIXED), H
+                ),
                 rollout_log_probs=-draw(length).abs(),
                 sampling_log_probs=-draw(length).abs(),
                 stop_reason=("eos", "length")[row % 2],
                 group_id="7",
                 seed=row,
                 policy_version=3,
-                selected_idx=torch.randint(0, 2, (completion.count(K.SELECTED),), generator=generator),
+                selected_idx=torch.randint(
+                    0, 2, (completion.count(K.SELECTED),), generator=generator
+                ),
                 **({"latent_aux": draw(num_own, A)} if with_aux else {}),
                 extra={OWN.name: draw(num_own, A), OWN_T.name: draw(length)} if with_aux else {},
             )
@@ -83,13 +102,28 @@ def rows_in_queue(trajectories):
             reward_score=0.25 * index,
             num_turns=2,
             metrics=AgentLoopMetrics(),
-            extra_fields={"solution_str": f"text {index}", "stop_reason": t.stop_reason, "latent": {}},
+            extra_fields={
+                "solution_str": f"text {index}",
+                "stop_reason": t.stop_reason,
+                "latent": {},
+            },
             recorded=t.columns(PROMPT_KINDS),
             position_ids=torch.arange(4 + len(t.token_ids)),
         )
-        row = {"extra_info": {"index": 7}, "session_id": index, "reward_model": {"ground_truth": "x"}}
+        row = {
+            "extra_info": {"index": 7},
+            "session_id": index,
+            "reward_model": {"ground_truth": "x"},
+        }
         made = {"old_log_probs": t.rollout_log_probs - 1, "ref_log_prob": t.rollout_log_probs - 2}
-        rows.append({**output.as_dict(), **row, **made, "advantages": torch.full(t.kinds.shape, 0.5 - index)})
+        rows.append(
+            {
+                **output.as_dict(),
+                **row,
+                **made,
+                "advantages": torch.full(t.kinds.shape, 0.5 - index),
+            }
+        )
     return rows
 
 
@@ -99,7 +133,9 @@ def check_equal(found: list[Trajectory], expected: list[Trajectory], wire: Wire)
         for field in fields:
             left, right = a.value(field), b.value(field)
             assert (left is None) == (right is None), field.name
-            assert left is None or (left.dtype == field.dtype and torch.equal(left, right)), field.name
+            assert left is None or (left.dtype == field.dtype and torch.equal(left, right)), (
+                field.name
+            )
 
 
 @pytest.mark.parametrize("with_aux", [True, False])
@@ -109,7 +145,9 @@ def test_journal(own_fields, with_aux):
     assert after.pop(1) is None
     check_equal(after, before, Wire.JOURNAL)
     names = ("stop_reason", "group_id", "seed", "policy_version")
-    assert all(getattr(a, n) == getattr(b, n) for a, b in zip(after, before, strict=True) for n in names)
+    assert all(
+        getattr(a, n) == getattr(b, n) for a, b in zip(after, before, strict=True) for n in names
+    )
 
 
 def test_a_journal_of_which_some_trajectories_lack_a_field(own_fields):
@@ -128,16 +166,22 @@ def test_a_journal_of_an_older_release_loads(monkeypatch):
 
 @pytest.mark.parametrize("with_aux", [True, False])
 def test_worker(own_fields, with_aux):
-    """From the agent loop's rows to the engine's micro-batch, with the columns that workers fetch and no others."""
+    """From the agent loop's rows to the engine's micro-batch, with the columns that workers fetch
+    and no others.
+    """
     trajectories = make_trajectories(with_aux)
     rows = rows_in_queue(trajectories)
     from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
     from grpo_latent.verl_plugin.worker.micro_batch import MicroBatch
 
-    fetched = [{name: row[name] for name in recorded.columns(Wire.WORKER) if name in row} for row in rows]
+    fetched = [
+        {name: row[name] for name in recorded.columns(Wire.WORKER) if name in row} for row in rows
+    ]
     batch = MicroBatch.of(list_of_dict_to_tensordict(fetched))
-    assert torch.equal(batch.kinds_L, torch.cat([torch.cat([PROMPT_KINDS, t.kinds]) for t in trajectories]))
+    assert torch.equal(
+        batch.kinds_L, torch.cat([torch.cat([PROMPT_KINDS, t.kinds]) for t in trajectories])
+    )
     for field in recorded.of_trajectory(Wire.WORKER):
         values = [t.value(field) for t in trajectories]
         found = batch.recorded(field.name)
@@ -147,7 +191,9 @@ def test_worker(own_fields, with_aux):
             assert torch.equal(found, torch.cat(values)), field.name
     if with_aux:
         assert torch.equal(batch.latent_aux_MA(A), torch.cat([t.latent_aux for t in trajectories]))
-        with pytest.raises(LatentMismatchError, match=r"recorded aux .* got \(4, 3\); expected \(4, 2\)"):
+        with pytest.raises(
+            LatentMismatchError, match=r"recorded aux .* got \(4, 3\); expected \(4, 2\)"
+        ):
             batch.latent_aux_MA(2)
 
 
@@ -162,7 +208,9 @@ class FakeQueue:
 
         chosen = [self.rows[int(key.split("_")[1])] for key in keys]
         present = [name for name in select_fields if name in chosen[0]]
-        return list_of_dict_to_tensordict([{name: row[name] for name in present} for row in chosen])
+        return list_of_dict_to_tensordict(
+            [{name: row[name] for name in present} for row in chosen]
+        )
 
 
 def dump(trajectories, folder, monkeypatch):
@@ -174,7 +222,9 @@ def dump(trajectories, folder, monkeypatch):
 
     monkeypatch.setattr(step_rows, "tq", FakeQueue(rows))
     keys = [f"uid_{index}_0" for index in range(len(rows))]
-    rollout_dump.dump_step(KVBatchMeta(keys=keys, tags=[{} for _ in keys], partition_id="train"), 4, folder)
+    rollout_dump.dump_step(
+        KVBatchMeta(keys=keys, tags=[{} for _ in keys], partition_id="train"), 4, folder
+    )
     return read_step(folder / "step_4.jsonl")
 
 
@@ -183,9 +233,15 @@ def test_dump_and_inspector(own_fields, with_aux, tmp_path, monkeypatch):
     trajectories = make_trajectories(with_aux)
     dumped = dump(trajectories, tmp_path, monkeypatch)
     check_equal([item.trajectory for item in dumped], trajectories, Wire.DUMP)
-    assert [item.trajectory.stop_reason for item in dumped] == [t.stop_reason for t in trajectories]
+    assert [item.trajectory.stop_reason for item in dumped] == [
+        t.stop_reason for t in trajectories
+    ]
     for index, (item, t) in enumerate(zip(dumped, trajectories, strict=True)):
-        assert (item.trajectory_idx, item.reward, item.advantage) == (index, 0.25 * index, 0.5 - index)
+        assert (item.trajectory_idx, item.reward, item.advantage) == (
+            index,
+            0.25 * index,
+            0.5 - index,
+        )
         assert list(item.log_probs) == ["rollout", "sampling", "old", "ref"]
         assert torch.equal(item.log_probs["ref"], t.rollout_log_probs - 2)
         assert torch.equal(item.response_mask, t.response_mask())
@@ -195,14 +251,20 @@ def test_dump_and_inspector(own_fields, with_aux, tmp_path, monkeypatch):
         shown = [block["probes"][index].get("recorded", {}) for index in entry["probes"]]
         kinds = t.kinds[t.recorded_mask].tolist()
         assert len(shown) == len(kinds)
-        tokens = {OWN_T.name: pytest.approx(t.extra[OWN_T.name].tolist(), rel=1e-3)} if with_aux else {}
+        tokens = (
+            {OWN_T.name: pytest.approx(t.extra[OWN_T.name].tolist(), rel=1e-3)} if with_aux else {}
+        )
         assert entry["recorded"] == tokens
-        assert [s["selected_idx"] for s in shown if "selected_idx" in s] == [[i] for i in t.selected_idx.tolist()]
+        assert [s["selected_idx"] for s in shown if "selected_idx" in s] == [
+            [i] for i in t.selected_idx.tolist()
+        ]
         for name in ("latent_aux", OWN.name) if with_aux else ():
             own = [s[name] for s, kind in zip(shown, kinds, strict=True) if kind == K.LATENT]
             rows = t.value(recorded.field(name)).tolist()
             assert [[pytest.approx(v, rel=1e-4) for v in row] for row in rows] == own
-            assert not any(name in s for s, kind in zip(shown, kinds, strict=True) if kind != K.LATENT)
+            assert not any(
+                name in s for s, kind in zip(shown, kinds, strict=True) if kind != K.LATENT
+            )
 
 
 def test_a_dump_of_an_older_release_loads(tmp_path, monkeypatch):
@@ -225,14 +287,19 @@ def test_between_processes(own_fields):
 def test_a_field_is_checked_against_its_positions(own_fields):
     t = make_trajectories()[0]
     with pytest.raises(
-        LatentMismatchError, match=r"gate_values does not match the LATENT.*\(2, 3\); expected \[3, A\]"
+        LatentMismatchError,
+        match=r"gate_values does not match the LATENT.*\(2, 3\); expected \[3, A\]",
     ):
         dataclasses.replace(t, extra={OWN.name: torch.zeros(2, A)})
 
 
 def test_names_are_taken_once(own_fields):
     recorded.register(OWN)  # a class that is loaded twice
-    for clash in (dict(name="gate_values"), dict(name="x", column="latent_embeds"), dict(name="x", dump="advantages")):
+    for clash in (
+        dict(name="gate_values"),
+        dict(name="x", column="latent_embeds"),
+        dict(name="x", dump="advantages"),
+    ):
         with pytest.raises(ConfigError, match="declared twice"):
             recorded.register(Field(**{"dtype": torch.float32, "dims": "M", **clash}))
     with pytest.raises(ConfigError, match="not a recorded field"):
@@ -240,9 +307,13 @@ def test_names_are_taken_once(own_fields):
 
 
 def test_the_wires_of_today():
-    """Columns that workers fetch cost time for every trajectory: whoever adds one says so here. To files goes all of it."""
+    """Columns that workers fetch cost time for every trajectory: whoever adds one says so here. To
+    files goes all of it.
+    """
     assert all({Wire.DUMP, Wire.JOURNAL} <= field.wires for field in recorded.of_trajectory())
-    made = {field.name for field in dataclasses.fields(Trajectory)} - {field.name for field in recorded.of_trajectory()}
+    made = {field.name for field in dataclasses.fields(Trajectory)} - {
+        field.name for field in recorded.of_trajectory()
+    }
     assert made == {"stop_reason", "group_id", "seed", "policy_version", "extra"}
     assert sorted(recorded.columns(Wire.WORKER)) == sorted(
         "input_ids position_ids multi_modal_inputs position_kinds latent_embeds latent_aux selected_idx ref_latent_means "

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from grpo_latent.errors import LatentMismatchError
-from grpo_latent.trajectory import LatentSpan, Trajectory, latent_spans, prompt_kinds, response_mask
+from grpo_latent.trajectory import (
+    LatentSpan,
+    Trajectory,
+    latent_spans,
+    prompt_kinds,
+    response_mask,
+)
 from grpo_latent.trajectory import PositionKind as K
 
 KINDS = [K.START, K.LATENT, K.LATENT, K.FORCED, K.TEXT, K.TEXT, K.TEXT]
@@ -41,14 +47,19 @@ def test_masks_follow_kinds_never_ids():
     """Any ids at all, delimiters' too, give the same masks, spans and text."""
     for token_id in (0, 7, 8, 9, -1):
         t = trajectory(token_ids=torch.full((7,), token_id))
-        assert torch.equal(t.response_mask(), trajectory().response_mask()) and t.spans == [LatentSpan(1, 2)]
+        assert torch.equal(t.response_mask(), trajectory().response_mask()) and t.spans == [
+            LatentSpan(1, 2)
+        ]
         assert t.text_ids == [token_id] * 3
 
 
 def test_response_mask_of_every_kind_and_any_shape():
     kinds = torch.arange(6).reshape(2, 3)
     assert response_mask(kinds).tolist() == [[False, False, True], [True, False, False]]
-    assert response_mask(kinds, start_is_action=False).tolist() == [[False, False, True], [False, False, False]]
+    assert response_mask(kinds, start_is_action=False).tolist() == [
+        [False, False, True],
+        [False, False, False],
+    ]
 
 
 def test_spans_of_random_sequences_equal_groupby():
@@ -72,7 +83,9 @@ def test_prompt_kinds():
 
 
 def test_a_trajectory_may_be_empty_of_latents_or_cut_inside_a_span():
-    assert trajectory([K.TEXT]).spans == [] and trajectory([K.START, K.LATENT]).spans == [LatentSpan(1, 1)]
+    assert trajectory([K.TEXT]).spans == [] and trajectory([K.START, K.LATENT]).spans == [
+        LatentSpan(1, 1)
+    ]
 
 
 @pytest.mark.parametrize("num_latents", [0, 1, 3])
@@ -86,7 +99,9 @@ def test_pickling_keeps_every_field_to_the_bit():
     after = pickle.loads(pickle.dumps(before))
     for name, value in vars(before).items():
         same = (
-            torch.equal(getattr(after, name), value) if isinstance(value, torch.Tensor) else value == vars(after)[name]
+            torch.equal(getattr(after, name), value)
+            if isinstance(value, torch.Tensor)
+            else value == vars(after)[name]
         )
         assert same, name
     after.latents.add_(1)  # its own memory, and writable

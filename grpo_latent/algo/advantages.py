@@ -1,4 +1,5 @@
-"""Group-relative advantages: one scalar a trajectory, measured against the other trajectories of its prompt row.
+"""Group-relative advantages: one scalar a trajectory, measured against the other trajectories of
+its prompt row.
 
 Legend: N trajectories, M groups.
 """
@@ -33,16 +34,18 @@ def group_advantages(
         dr_grpo:  A_i = r_i - mean
         rloo:     A_i = r_i - mean over the *others* of the group = G / (G - 1) * (r_i - mean)
 
-    Sources: GRPO (arXiv 2402.03300, section 4.1.2; LVR's ddof and eps), Dr. GRPO (2503.20783, section 3.2), RLOO
-    (2402.14740, section 2.3). verl gives the only trajectory of a group the advantage (r - 0) / 1; here it is refused.
+    Sources: GRPO (arXiv 2402.03300, section 4.1.2; LVR's ddof and eps), Dr. GRPO (2503.20783,
+    section 3.2), RLOO (2402.14740, section 2.3). verl gives the only trajectory of a group the
+    advantage (r - 0) / 1; here it is refused.
 
     Args:
         rewards_N: float [N]; its gradient, if any, is cut.
         group_ids: one id a trajectory: strings, or integers [N].
         estimator: `grpo`, `dr_grpo` or `rloo`.
         eps: added to the standard deviation (`grpo` only).
-        valid_N: bool [N], False leaves a trajectory out of its group's statistics and gives it advantage 0 (verl's
-            padding rows, dropped trajectories). A group left with one trajectory has no baseline: advantage 0.
+        valid_N: bool [N], False leaves a trajectory out of its group's statistics and gives it
+            advantage 0 (verl's padding rows, dropped trajectories). A group left with one
+            trajectory has no baseline: advantage 0.
 
     Returns:
         float [N], dtype and device of `rewards_N`. A group of equal rewards gets exactly 0.
@@ -74,7 +77,9 @@ def group_advantages(
     centred_N = torch.where(valid_N, centred_N - mean_M[group_N], 0.0)
 
     if estimator == "grpo":
-        variance_M = torch.zeros_like(size_M).index_add(0, group_N, centred_N.square()) / (size_M - 1).clamp(min=1)
+        variance_M = torch.zeros_like(size_M).index_add(0, group_N, centred_N.square()) / (
+            size_M - 1
+        ).clamp(min=1)
         std_N = variance_M.sqrt()[group_N]
         # 0 / (0 + eps) is 0 for any eps but 0
         advantages_N = torch.where(centred_N == 0, 0.0, centred_N / (std_N + eps))
@@ -87,7 +92,9 @@ def group_advantages(
 
 def _check_arguments(rewards_N, group_ids, estimator, eps, valid_N) -> None:
     if estimator not in ESTIMATORS:
-        raise ConfigError("unknown advantage estimator", got=estimator, expected=f"one of {ESTIMATORS}")
+        raise ConfigError(
+            "unknown advantage estimator", got=estimator, expected=f"one of {ESTIMATORS}"
+        )
     if not eps >= 0:
         raise ConfigError("eps of the advantage is not usable", got=eps, expected="a float >= 0")
     if rewards_N.ndim != 1 or not rewards_N.is_floating_point():
@@ -96,7 +103,9 @@ def _check_arguments(rewards_N, group_ids, estimator, eps, valid_N) -> None:
             got=f"{rewards_N.dtype} {tuple(rewards_N.shape)}",
             expected="float [N]",
         )
-    if len(group_ids) != len(rewards_N) or (valid_N is not None and valid_N.shape != rewards_N.shape):
+    if len(group_ids) != len(rewards_N) or (
+        valid_N is not None and valid_N.shape != rewards_N.shape
+    ):
         raise ConfigError(
             "rewards, group ids and valid flags differ in length",
             got={
@@ -124,7 +133,9 @@ def _refuse_not_finite(rewards_N, valid_N, group_N, ids_M) -> None:
     raise RewardError(
         "a reward is not finite",
         kind=kind,
-        where=_some([f"group {ids_M[group_N[i]]!r} trajectory {i}" for i in bad[: NUM_NAMED + 1]], len(bad)),
+        where=_some(
+            [f"group {ids_M[group_N[i]]!r} trajectory {i}" for i in bad[: NUM_NAMED + 1]], len(bad)
+        ),
         got=rewards_N[bad[0]].item(),
         expected="a finite float",
         fix="Correct the reward function, or set latent.reward.on_error=drop to leave such trajectories out.",

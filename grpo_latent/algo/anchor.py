@@ -1,4 +1,6 @@
-"""The latent anchor: how far the current model's prediction of a latent has moved from the reference's."""
+"""The latent anchor: how far the current model's prediction of a latent has moved from the
+reference's.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ _LEAST_VARIANCE = 1e-8
 def anchor_distances(means_MH: Tensor, ref_means_MH: Tensor) -> Tensor:
     """mean_H (mu - mu_ref)² / var_H(mu_ref), float32 [M] with gradient to `means_MH`.
 
-    The variance is that of the reference's own vector over its dimensions: scale-free, and independent of the batch.
+    The variance is that of the reference's own vector over its dimensions: scale-free, and
+    independent of the batch.
 
     >>> import torch
     >>> anchor_distances(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, -1.0]]))

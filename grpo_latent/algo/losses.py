@@ -1,10 +1,11 @@
 """The GRPO-latent loss: PPO's clipped ratio on the positions where the policy acted on *text*.
 
-Latent positions and forced delimiters are no actions: `response_mask` is False there, and nothing at such a position,
-not even a NaN, reaches the loss or a gradient. The latents enter the log-probs as recorded inputs of the replay.
+Latent positions and forced delimiters are no actions: `response_mask` is False there, and nothing
+at such a position, not even a NaN, reaches the loss or a gradient. The latents enter the log-probs
+as recorded inputs of the replay.
 
-Every reduction divides by `Denominators` that the caller took from the whole batch, so the losses of micro-batches (and
-of padded or packed layouts) *sum* to the loss of the batch.
+Every reduction divides by `Denominators` that the caller took from the whole batch, so the losses
+of micro-batches (and of padded or packed layouts) *sum* to the loss of the batch.
 
 Legend: B trajectories, T positions.
 """
@@ -25,11 +26,13 @@ LOG_RATIO_BOUND = 20.0  # verl's: keeps exp() finite when a policy has moved abs
 
 @dataclass(frozen=True)
 class Denominators:
-    """What the reductions divide by: counts over the whole batch, not over the micro-batch at hand.
+    """What the reductions divide by: counts over the whole batch, not over the micro-batch at
+    hand.
 
     Attributes:
         num_tokens: positions where the policy acted.
-        num_trajectories: trajectories with at least one action (verl counts all of them, padding rows included).
+        num_trajectories: trajectories with at least one action (verl counts all of them, padding
+            rows included).
         max_len: constant completion length of `dr_grpo`; None where that aggregation is not used.
     """
 
@@ -47,7 +50,8 @@ class Denominators:
 class PolicyLoss:
     """Attributes:
     loss: scalar with gradient.
-    clipfrac: share of actions whose ratio was clipped, detached scalar, per token of this micro-batch.
+    clipfrac: share of actions whose ratio was clipped, detached scalar, per token of this
+        micro-batch.
     clipfrac_lower: share of actions that the dual clip bounded.
     approx_kl: mean of old - new log-prob over the actions (k1 estimate of KL(old || new)).
     """
@@ -58,7 +62,9 @@ class PolicyLoss:
     approx_kl: Tensor
 
 
-def aggregate(values_BT: Tensor, response_mask_BT: Tensor, aggregation: str, denominators: Denominators) -> Tensor:
+def aggregate(
+    values_BT: Tensor, response_mask_BT: Tensor, aggregation: str, denominators: Denominators
+) -> Tensor:
     """Reduces per-token values to the scalar that is summed over micro-batches.
 
         grpo:        sum_b [ mean over the actions of b ] / num_trajectories        verl: seq-mean-token-mean
@@ -81,10 +87,13 @@ def aggregate(values_BT: Tensor, response_mask_BT: Tensor, aggregation: str, den
     if aggregation == "token_mean":
         return per_trajectory_B.sum() / max(denominators.num_tokens, 1)
     if aggregation == "grpo":
-        return (per_trajectory_B / mask_BT.sum(-1).clamp(min=1)).sum() / max(denominators.num_trajectories, 1)
+        return (per_trajectory_B / mask_BT.sum(-1).clamp(min=1)).sum() / max(
+            denominators.num_trajectories, 1
+        )
     if aggregation == "dr_grpo":
         if denominators.max_len is None or not denominators.max_len > 0:
-            # the padded width of the tensors at hand would do, but the loss would then depend on padding
+            # the padded width of the tensors at hand would do, but the loss would then depend on
+            # padding
             raise ConfigError(
                 "aggregation dr_grpo divides by a constant length",
                 where="actor.loss_scale_factor",
@@ -92,8 +101,12 @@ def aggregate(values_BT: Tensor, response_mask_BT: Tensor, aggregation: str, den
                 expected="a length > 0 that stays the same over the run",
                 fix="Set actor_rollout_ref.actor.loss_scale_factor=${data.max_response_length}.",
             )
-        return per_trajectory_B.sum() / (max(denominators.num_trajectories, 1) * denominators.max_len)
-    raise ConfigError("unknown loss aggregation", got=aggregation, expected=f"one of {AGGREGATIONS}")
+        return per_trajectory_B.sum() / (
+            max(denominators.num_trajectories, 1) * denominators.max_len
+        )
+    raise ConfigError(
+        "unknown loss aggregation", got=aggregation, expected=f"one of {AGGREGATIONS}"
+    )
 
 
 def kl_penalty(
@@ -103,12 +116,14 @@ def kl_penalty(
     kind: str = "k3",
     log_ratio_bound: float = LOG_RATIO_BOUND,
 ) -> Tensor:
-    """Per-token estimate of KL(policy || reference) at tokens that the policy sampled; 0 where it did not act.
+    """Per-token estimate of KL(policy || reference) at tokens that the policy sampled; 0 where it
+    did not act.
 
     With d = ref - log_prob:  k1 = -d,  k2 = d² / 2,  k3 = e^d - d - 1.
 
-    Source: J. Schulman, "Approximating KL divergence" (2020); LVR uses k3. verl's k3 clamps its value to 10, which also
-    cuts the gradient of exactly the tokens that have drifted furthest; here only the exponent is bounded.
+    Source: J. Schulman, "Approximating KL divergence" (2020); LVR uses k3. verl's k3 clamps its
+    value to 10, which also cuts the gradient of exactly the tokens that have drifted furthest;
+    here only the exponent is bounded.
 
     Args:
         log_probs_BT, ref_log_probs_BT: float, nats, same temperature and same latents.
@@ -117,7 +132,9 @@ def kl_penalty(
         float [B, T], with gradient to `log_probs_BT`.
     """
     mask_BT = _bool_mask(response_mask_BT, log_probs_BT)
-    d_BT = torch.where(mask_BT, ref_log_probs_BT.detach(), 0.0) - torch.where(mask_BT, log_probs_BT, 0.0)
+    d_BT = torch.where(mask_BT, ref_log_probs_BT.detach(), 0.0) - torch.where(
+        mask_BT, log_probs_BT, 0.0
+    )
     if kind == "k1":
         return -d_BT
     if kind == "k2":
@@ -145,13 +162,16 @@ def policy_loss(
 
         loss = aggregate(w L)
 
-    LVR (2509.24251) is clip 0.2, no dual clip, `token_mean`, and 0.04 times the aggregated `kl_penalty` k3 beside it.
+    LVR (2509.24251) is clip 0.2, no dual clip, `token_mean`, and 0.04 times the aggregated
+    `kl_penalty` k3 beside it.
 
     Args:
         log_probs_BT: float32, nats, of the current policy, with gradient.
-        old_log_probs_BT: float32, nats, of the policy before the update; equal to `log_probs_BT` on the first one.
+        old_log_probs_BT: float32, nats, of the policy before the update; equal to `log_probs_BT`
+            on the first one.
         advantages: float [B] or [B, T].
-        response_mask_BT: bool, True where the policy acted; False at latents, forced delimiters and padding.
+        response_mask_BT: bool, True where the policy acted; False at latents, forced delimiters
+            and padding.
         weights_BT: float, importance weights of the rollout, multiplied into L.
 
     Raises:
@@ -165,8 +185,11 @@ def policy_loss(
             got=tuple(old_log_probs_BT.shape),
             expected=str(tuple(mask_BT.shape)),
         )
-    advantages_BT = advantages[:, None].expand_as(log_probs_BT) if advantages.ndim == 1 else advantages
-    # Masking comes before any arithmetic: masking a NaN afterwards would still send 0 · NaN backwards.
+    advantages_BT = (
+        advantages[:, None].expand_as(log_probs_BT) if advantages.ndim == 1 else advantages
+    )
+    # Masking comes before any arithmetic: masking a NaN afterwards would still send 0 · NaN
+    # backwards.
     clipped = clipped_losses(
         torch.where(mask_BT, log_probs_BT, 0.0),
         torch.where(mask_BT, old_log_probs_BT.detach(), 0.0),
@@ -184,7 +207,12 @@ def policy_loss(
         aggregate(values_BT.detach().float(), mask_BT, "token_mean", per_token)
         for values_BT in (clipped.was_clipped, clipped.was_bounded, -clipped.log_ratios)
     )
-    return PolicyLoss(aggregate(losses_BT, mask_BT, aggregation, denominators), clipfrac, clipfrac_lower, approx_kl)
+    return PolicyLoss(
+        aggregate(losses_BT, mask_BT, aggregation, denominators),
+        clipfrac,
+        clipfrac_lower,
+        approx_kl,
+    )
 
 
 @dataclass(frozen=True)
@@ -222,7 +250,8 @@ def clipped_losses(
     Sources: PPO (arXiv 1707.06347), clip-higher of DAPO (2503.14476), dual clip (1912.09729).
 
     Args:
-        log_probs, old_log_probs, advantages: float, of one shape, finite; gradient flows to the first only.
+        log_probs, old_log_probs, advantages: float, of one shape, finite; gradient flows to the
+            first only.
         log_ratio_bound: log-ratios are clamped to ± this before exp.
 
     Raises:
@@ -245,8 +274,8 @@ def clipped_losses(
 
 
 def check_latents_do_not_act(response_mask_BT: Tensor, latent_mask_BT: Tensor) -> None:
-    """Raises `LatentMismatchError` where a latent position is marked as an action of the text: its log-prob would be that
-    of a placeholder id, or a log-density clipped with the text's bounds."""
+    """Raises `LatentMismatchError` where a latent position is marked as an action of the text: its
+    log-prob would be that of a placeholder id, or a log-density clipped with the text's bounds."""
     both_BT = _bool_mask(response_mask_BT, latent_mask_BT) & latent_mask_BT.bool()
     if bool(both_BT.any()):
         b, t = both_BT.nonzero()[0].tolist()
@@ -262,7 +291,9 @@ def check_latents_do_not_act(response_mask_BT: Tensor, latent_mask_BT: Tensor) -
 def _bool_mask(mask_BT: Tensor, like_BT: Tensor) -> Tensor:
     if mask_BT.shape != like_BT.shape:
         raise LatentMismatchError(
-            "mask and values differ in shape", got=tuple(mask_BT.shape), expected=str(tuple(like_BT.shape))
+            "mask and values differ in shape",
+            got=tuple(mask_BT.shape),
+            expected=str(tuple(like_BT.shape)),
         )
     return mask_BT.bool()
 
@@ -277,5 +308,8 @@ def _check_clip(clip_low: float, clip_high: float, clip_ratio_c: float | None) -
         )
     if clip_ratio_c is not None and not clip_ratio_c > 1:
         raise ConfigError(
-            "dual clip bounds the ratio from above", where="actor.clip_ratio_c", got=clip_ratio_c, expected="> 1"
+            "dual clip bounds the ratio from above",
+            where="actor.clip_ratio_c",
+            got=clip_ratio_c,
+            expected="> 1",
         )

@@ -1,10 +1,11 @@
-"""Choosing K image positions by their attention: the deterministic rule of IVT-LR, and Plackett–Luce as its random form.
+"""Choosing K image positions by their attention: the deterministic rule of IVT-LR, and
+Plackett–Luce as its random form.
 
     scores, candidates ──top_k_candidates──▶ the K best, best first           (2510.12603 section 3)
     log-weights + Gumbel noise ──same rule──▶ K draws without replacement     (Plackett–Luce; Kool et al. 2019)
 
-Random selection makes the choice an action: its log-probability is a pure function of log-weights and chosen indices, so
-that a replay under other weights can score the recorded choice.
+Random selection makes the choice an action: its log-probability is a pure function of log-weights
+and chosen indices, so that a replay under other weights can score the recorded choice.
 
 Legend: B rows, S positions, K chosen.
 """
@@ -20,7 +21,8 @@ NOT_CHOSEN = -1  # fills the places of a row that has fewer than K candidates
 
 
 def top_k_candidates(scores_BS: Tensor, candidates_BS: Tensor, num: int) -> Tensor:
-    """Positions of the `num` largest scores among the candidates, best first; equal scores in order of position.
+    """Positions of the `num` largest scores among the candidates, best first; equal scores in
+    order of position.
 
     A row with fewer candidates than `num` gets all of them, then `NOT_CHOSEN`.
 
@@ -38,27 +40,40 @@ def top_k_candidates(scores_BS: Tensor, candidates_BS: Tensor, num: int) -> Tens
     counts_B = candidates_BS.sum(-1).clamp(max=num)
     longest = int(counts_B.max()) if counts_B.numel() else 0
     # topk breaks ties as it likes, and differently on other devices
-    order_BS = scores_BS.masked_fill(~candidates_BS, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    order_BS = (
+        scores_BS.masked_fill(~candidates_BS, -torch.inf)
+        .sort(dim=-1, descending=True, stable=True)
+        .indices
+    )
     places_K = torch.arange(longest, device=scores_BS.device)
     return order_BS[:, :longest].masked_fill(places_K >= counts_B[:, None], NOT_CHOSEN)
 
 
 def gumbel_noise(uniforms: Tensor) -> Tensor:
-    """Standard Gumbel noise -log(-log u) of uniforms in [0, 1); a u of 0 counts as the smallest positive number."""
+    """Standard Gumbel noise -log(-log u) of uniforms in [0, 1); a u of 0 counts as the smallest
+    positive number.
+    """
     return -(-uniforms.clamp(min=torch.finfo(uniforms.dtype).tiny).log()).log()
 
 
-def sample_candidates(log_weights_BS: Tensor, candidates_BS: Tensor, num: int, uniforms_BS: Tensor) -> Tensor:
-    """`num` draws without replacement, each in proportion to exp(log-weight), in order of drawing; int64 [B, K].
+def sample_candidates(
+    log_weights_BS: Tensor, candidates_BS: Tensor, num: int, uniforms_BS: Tensor
+) -> Tensor:
+    """`num` draws without replacement, each in proportion to exp(log-weight), in order of drawing;
+    int64 [B, K].
 
-    Shape and `NOT_CHOSEN` as in `top_k_candidates`. Source: the Gumbel top-k trick (Kool et al. 2019, 1903.06059).
+    Shape and `NOT_CHOSEN` as in `top_k_candidates`. Source: the Gumbel top-k trick (Kool et al.
+    2019, 1903.06059).
     """
     perturbed_BS = log_weights_BS.to(uniforms_BS.dtype) + gumbel_noise(uniforms_BS)
     return top_k_candidates(perturbed_BS, candidates_BS, num)
 
 
-def selection_log_probs(log_weights_BS: Tensor, candidates_BS: Tensor, chosen_BK: Tensor) -> Tensor:
-    """Plackett–Luce log-probability of each place of an ordered choice, nats; float [B, K], 0 at `NOT_CHOSEN`.
+def selection_log_probs(
+    log_weights_BS: Tensor, candidates_BS: Tensor, chosen_BK: Tensor
+) -> Tensor:
+    """Plackett–Luce log-probability of each place of an ordered choice, nats; float [B, K], 0 at
+    `NOT_CHOSEN`.
 
         log P(c_k | c_1..c_{k-1}) = w(c_k) - log sum over candidates not in c_1..c_{k-1} of exp w
 
@@ -66,7 +81,8 @@ def selection_log_probs(log_weights_BS: Tensor, candidates_BS: Tensor, chosen_BK
 
     Args:
         candidates_BS: bool, what could be chosen before the first draw.
-        chosen_BK: int64, distinct candidates in order; `NOT_CHOSEN` anywhere is a place without a draw.
+        chosen_BK: int64, distinct candidates in order; `NOT_CHOSEN` anywhere is a place without a
+            draw.
 
     Raises:
         LatentMismatchError: a chosen position is no candidate, or is chosen twice.
@@ -77,7 +93,9 @@ def selection_log_probs(log_weights_BS: Tensor, candidates_BS: Tensor, chosen_BK
     """
     is_chosen_BK = chosen_BK != NOT_CHOSEN
     index_BK, num_places = chosen_BK.clamp(min=0), chosen_BK.shape[1]
-    times_BS = torch.zeros_like(candidates_BS, dtype=torch.long).scatter_add_(1, index_BK, is_chosen_BK.long())
+    times_BS = torch.zeros_like(candidates_BS, dtype=torch.long).scatter_add_(
+        1, index_BK, is_chosen_BK.long()
+    )
     if bool((times_BS > candidates_BS.long()).any()):
         raise LatentMismatchError(
             "a chosen position is no candidate, or is chosen twice",
@@ -86,8 +104,12 @@ def selection_log_probs(log_weights_BS: Tensor, candidates_BS: Tensor, chosen_BK
             expected="distinct candidates",
         )
     places_K = torch.arange(num_places, device=chosen_BK.device)
-    place_BS = torch.full_like(times_BS, num_places)  # of each position; a chosen one stands in the way until its own
-    place_BS.scatter_reduce_(1, index_BK, places_K.expand_as(index_BK).masked_fill(~is_chosen_BK, num_places), "amin")
+    place_BS = torch.full_like(
+        times_BS, num_places
+    )  # of each position; a chosen one stands in the way until its own
+    place_BS.scatter_reduce_(
+        1, index_BK, places_K.expand_as(index_BK).masked_fill(~is_chosen_BK, num_places), "amin"
+    )
     left_BKS = candidates_BS[:, None] & (place_BS[:, None] >= places_K[:, None])
     # finite everywhere: a row of -inf only would turn its (unused) gradient into NaN
     minimum = torch.finfo(log_weights_BS.dtype).min

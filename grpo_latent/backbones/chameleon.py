@@ -1,4 +1,5 @@
-"""Chameleon: images are discrete. A VQ model turns one into token ids, and an image embedding is that of such an id.
+"""Chameleon: images are discrete. A VQ model turns one into token ids, and an image embedding is
+that of such an id.
 
 The ids take the place of the placeholders before the forward, which then is that of a text model.
 """
@@ -17,7 +18,10 @@ from grpo_latent.backbones.protocol import Backbone
 from grpo_latent.backbones.registry import register
 from grpo_latent.errors import ConfigError
 
-DELIMITERS = ("<racm3:break>", "<eoss>")  # around the tokens of an image; no field of its config names them
+DELIMITERS = (
+    "<racm3:break>",
+    "<eoss>",
+)  # around the tokens of an image; no field of its config names them
 
 
 @register
@@ -71,11 +75,19 @@ class Chameleon(Backbone):
     def encode_images(self, images: ImageInputs) -> Tensor:
         return self.model.get_input_embeddings()(self._token_ids(images))
 
-    def forward_inputs(self, input_ids_BT: Tensor, images: ImageInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        return input_ids_BT.masked_scatter(input_ids_BT == self.image_token_id, self._token_ids(images)), {}
+    def forward_inputs(
+        self, input_ids_BT: Tensor, images: ImageInputs
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return input_ids_BT.masked_scatter(
+            input_ids_BT == self.image_token_id, self._token_ids(images)
+        ), {}
 
     @torch.no_grad()
     def _token_ids(self, images: ImageInputs) -> Tensor:
         """int64 [M], token ids of all images in order."""
         weight = next(self.base.vqmodel.parameters())
-        return self.base.get_image_tokens(images.pixel_values.to(weight.device, weight.dtype)).flatten().long()
+        return (
+            self.base.get_image_tokens(images.pixel_values.to(weight.device, weight.dtype))
+            .flatten()
+            .long()
+        )

@@ -13,14 +13,15 @@ from torch import Tensor
 class ImageInputs:
     """Pixels of the images of one prompt or batch, as the family's image processor lays them out.
 
-    A family says what a row of either field is (`Backbone.num_pixel_rows`, `num_image_tokens`). Both are concatenated
-    along their first dimension when prompts become a batch.
+    A family says what a row of either field is (`Backbone.num_pixel_rows`, `num_image_tokens`).
+    Both are concatenated along their first dimension when prompts become a batch.
 
     Attributes:
-        pixel_values: float. Qwen-VL: [patches, channels * temporal * patch * patch]; Chameleon: [images, channels, height,
-            width]; in general rows of pixels, those of an image next to each other.
-        image_grid_thw: int64 [images, 3], cells of each image along time (or tiles), height and width. Qwen-VL counts
-            patches before the merger, the others tokens.
+        pixel_values: float. Qwen-VL: [patches, channels * temporal * patch * patch]; Chameleon:
+            [images, channels, height, width]; in general rows of pixels, those of an image next to
+            each other.
+        image_grid_thw: int64 [images, 3], cells of each image along time (or tiles), height and
+            width. Qwen-VL counts patches before the merger, the others tokens.
     """
 
     pixel_values: Tensor
@@ -36,5 +37,6 @@ class ImageInputs:
         if not present:
             return None
         return ImageInputs(
-            torch.cat([part.pixel_values for part in present]), torch.cat([part.image_grid_thw for part in present])
+            torch.cat([part.pixel_values for part in present]),
+            torch.cat([part.image_grid_thw for part in present]),
         )

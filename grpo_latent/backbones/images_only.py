@@ -1,11 +1,12 @@
 """Processors that load without torchvision.
 
-The stock processors of many families own a video processor, and transformers' video processors need torchvision, which
-the CPU set leaves out. Here each of them has an images-only subclass *of the same name*: verl picks the position function
-by the class name, and `processor_class` in a saved folder is that name. Where torchvision is missing, importing the
-family's file puts the subclass where `AutoProcessor` looks the name up; transformers has no public hook for it, as its own
-lookup finds the stock class first. Where torchvision is present nothing changes, and a folder written here loads as the
-stock processor.
+The stock processors of many families own a video processor, and transformers' video processors
+need torchvision, which the CPU set leaves out. Here each of them has an images-only subclass *of
+the same name*: verl picks the position function by the class name, and `processor_class` in a
+saved folder is that name. Where torchvision is missing, importing the family's file puts the
+subclass where `AutoProcessor` looks the name up; transformers has no public hook for it, as its
+own lookup finds the stock class first. Where torchvision is present nothing changes, and a folder
+written here loads as the stock processor.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from grpo_latent.errors import DataError
 class ImagesOnly:
     """Mixin over a stock processor: no video processor; a video is an error, never ignored.
 
-    `__init__` names no video processor, which is how transformers learns that there is none to load. Saving still
-    writes a `video_processor` entry, so that the folder is complete for a machine with torchvision.
+    `__init__` names no video processor, which is how transformers learns that there is none to
+    load. Saving still writes a `video_processor` entry, so that the folder is complete for a
+    machine with torchvision.
     """
 
     video_processor_type = ""
@@ -54,7 +56,10 @@ class ImagesOnly:
         return loaded
 
     def to_dict(self) -> dict:
-        return {**super().to_dict(), "video_processor": self._loaded_video_config or self.default_video_config()}
+        return {
+            **super().to_dict(),
+            "video_processor": self._loaded_video_config or self.default_video_config(),
+        }
 
     def default_video_config(self) -> dict:
         """What a saved folder says of the video processor where the loaded one said nothing."""
@@ -62,13 +67,17 @@ class ImagesOnly:
 
 
 def use_images_only(model_type: str, images_only: type[ImagesOnly]) -> bool:
-    """Puts the class where `AutoProcessor` looks for the processor of `model_type`, in this process, if torchvision is
-    missing; idempotent.
+    """Puts the class where `AutoProcessor` looks for the processor of `model_type`, in this
+    process, if torchvision is missing; idempotent.
 
     Returns:
         Whether the images-only class is in use.
     """
     if is_torchvision_available():
         return False
-    setattr(importlib.import_module(f"transformers.models.{model_type}"), images_only.__name__, images_only)
+    setattr(
+        importlib.import_module(f"transformers.models.{model_type}"),
+        images_only.__name__,
+        images_only,
+    )
     return True

@@ -1,10 +1,11 @@
-"""InternVL (2.5, 3, 3.5) in its Hugging Face form: an image is one or more square tiles, positions are those of text.
+"""InternVL (2.5, 3, 3.5) in its Hugging Face form: an image is one or more square tiles, positions
+are those of text.
 
     image ──processor──▶ tiles [n, 3, S, S], the last a thumbnail of all if n > 1 ──tower──▶ patches ──2 x 2──▶ projector
           grid (n, s, s): n tiles of s x s tokens
 
-A box is looked up in the view that shows the whole image: the only tile, or the thumbnail. `<img>` and `</img>` around the
-placeholders count as words, as no field of the model's config names them.
+A box is looked up in the view that shows the whole image: the only tile, or the thumbnail. `<img>`
+and `</img>` around the placeholders count as words, as no field of the model's config names them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, ProcessorMixin
-from transformers.models.internvl.processing_internvl import InternVLProcessor as StockInternVLProcessor
+from transformers.models.internvl.processing_internvl import (
+    InternVLProcessor as StockInternVLProcessor,
+)
 
 from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.backbones.images_only import ImagesOnly, use_images_only
@@ -52,11 +55,16 @@ class InternVL(Backbone):
             tiles = [int(count) for count in batch["num_patches"]]
         else:
             is_image = (batch["input_ids"].flatten() == processor.image_token_id).int()
-            # delimiters part the placeholders of two images, so that each run of placeholders is one
-            edges = torch.diff(is_image, prepend=torch.zeros(1), append=torch.zeros(1)).nonzero()[:, 0]
+            # delimiters part the placeholders of two images, so that each run of placeholders is
+            # one
+            edges = torch.diff(is_image, prepend=torch.zeros(1), append=torch.zeros(1)).nonzero()[
+                :, 0
+            ]
             tiles = [length // tokens_of_tile for length in (edges[1::2] - edges[::2]).tolist()]
         side = math.isqrt(tokens_of_tile)
-        return ImageInputs(batch["pixel_values"], torch.tensor([[count, side, side] for count in tiles]))
+        return ImageInputs(
+            batch["pixel_values"], torch.tensor([[count, side, side] for count in tiles])
+        )
 
     @property
     def vision_modules(self) -> list[nn.Module]:
@@ -74,7 +82,9 @@ class InternVL(Backbone):
 
     def encode_images(self, images: ImageInputs) -> Tensor:
         pixel_values = images.pixel_values.to(self.model.get_input_embeddings().weight.device)
-        return self.base.get_image_features(pixel_values, return_dict=True).pooler_output.flatten(0, 1)
+        return self.base.get_image_features(pixel_values, return_dict=True).pooler_output.flatten(
+            0, 1
+        )
 
 
 class InternVLProcessor(ImagesOnly, StockInternVLProcessor):
@@ -82,8 +92,17 @@ class InternVLProcessor(ImagesOnly, StockInternVLProcessor):
 
     video_processor_type = "InternVLVideoProcessor"
 
-    def __init__(self, image_processor=None, tokenizer=None, image_seq_length=256, chat_template=None, **kwargs):
-        StockInternVLProcessor.__init__(self, image_processor, tokenizer, None, image_seq_length, chat_template)
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        image_seq_length=256,
+        chat_template=None,
+        **kwargs,
+    ):
+        StockInternVLProcessor.__init__(
+            self, image_processor, tokenizer, None, image_seq_length, chat_template
+        )
 
 
 use_images_only("internvl", InternVLProcessor)

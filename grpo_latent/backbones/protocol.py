@@ -1,4 +1,5 @@
-"""`Backbone`: all that the toolkit knows of one family of Hugging Face models. A family is one file with one subclass.
+"""`Backbone`: all that the toolkit knows of one family of Hugging Face models. A family is one
+file with one subclass.
 
     folder ──config.json──▶ find_backbone ──▶ class: auto class, vision or not, what vLLM and verl refuse
     images ──processor────▶ image_inputs  ──▶ ImageInputs: pixels and grid
@@ -16,7 +17,8 @@ What a new family writes (a family without images writes nothing, see `text.py`)
     encode_images, forward_inputs
     check_vllm, check_verl where an engine cannot run it
 
-The defaults below are those of a model whose `base` has `get_image_features(pixel_values)` and a `language_model`.
+The defaults below are those of a model whose `base` has `get_image_features(pixel_values)` and a
+`language_model`.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from grpo_latent.errors import ConfigError
 
 
 class Backbone:
-    """One model seen as a member of its family. Everything that needs a config or a processor only is a class method.
+    """One model seen as a member of its family. Everything that needs a config or a processor only
+    is a class method.
 
     Attributes:
         model_types: values of `model_type` in config.json that this class serves.
@@ -41,9 +44,11 @@ class Backbone:
         auto_class: loads and builds the model.
         has_vision: whether the model takes images.
         has_mrope: whether position ids have three components, [3, B, T].
-        caches_tower: whether the tower's forward is `tower(pixel_values, grid_thw)`, as `models.vision_cache` wraps it.
-        runs_tower_without_images: whether the forward that verl puts in place runs the tower on nothing for rows of text, so
-            that the collectives of its shards are called equally often on all ranks.
+        caches_tower: whether the tower's forward is `tower(pixel_values, grid_thw)`, as
+            `models.vision_cache` wraps it.
+        runs_tower_without_images: whether the forward that verl puts in place runs the tower on
+            nothing for rows of text, so that the collectives of its shards are called equally
+            often on all ranks.
         image_arguments: fields of `ImageInputs` that the model's own forward takes.
         base: the model without its head. decoder: the part that takes `inputs_embeds` only.
         image_token_id: the placeholder of one image embedding; None without images.
@@ -51,8 +56,8 @@ class Backbone:
         unpredicted_ids: tokens that the model's own forward gives no probability.
 
     Raises:
-        ConfigError: the model has no token-embedding/decoder structure that latents can enter, or attends over a sliding
-            window, which the latent attention bias does not express.
+        ConfigError: the model has no token-embedding/decoder structure that latents can enter, or
+            attends over a sliding window, which the latent attention bias does not express.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
@@ -88,17 +93,21 @@ class Backbone:
         self.vision_ids: frozenset[int] = frozenset()
         self.unpredicted_ids: list[int] = []
 
-    # ---- of a config: before there is a model ----------------------------------------------------------------------
+    # ---- of a config: before there is a model
+    # ----------------------------------------------------------------------
 
     @classmethod
     def check_vllm(cls, hf_config: PreTrainedConfig, where: str) -> None:
-        """Raises `ConfigError` where engine vllm would not run the model, or not as Hugging Face does."""
+        """Raises `ConfigError` where engine vllm would not run the model, or not as Hugging Face
+        does.
+        """
 
     @classmethod
     def check_verl(cls, where: str) -> None:
         """Raises `ConfigError` where verl's engine cannot train the model with latents."""
 
-    # ---- of a processor --------------------------------------------------------------------------------------------
+    # ---- of a processor
+    # --------------------------------------------------------------------------------------------
 
     @classmethod
     def image_inputs(cls, batch: Mapping[str, Tensor], processor: ProcessorMixin) -> ImageInputs:
@@ -106,8 +115,11 @@ class Backbone:
         raise NotImplementedError(f"{cls.__name__}.image_inputs")
 
     @classmethod
-    def bound_image_tokens(cls, processor: ProcessorMixin, minimum: int | None, maximum: int | None) -> None:
-        """Bounds the tokens of an image, in the processor; it is saved with the model, so RL sees the same images.
+    def bound_image_tokens(
+        cls, processor: ProcessorMixin, minimum: int | None, maximum: int | None
+    ) -> None:
+        """Bounds the tokens of an image, in the processor; it is saved with the model, so RL sees
+        the same images.
 
         Raises:
             ConfigError: no image size fits the bounds, or the family's images have one size.
@@ -119,15 +131,20 @@ class Backbone:
             expected=f"neither, for {cls.__name__}",
         )
 
-    # ---- vision ----------------------------------------------------------------------------------------------------
+    # ---- vision ---------------------------------------------------------------------------------
+    # -------------------
 
     @property
     def vision_modules(self) -> list[nn.Module]:
-        """All modules between pixels and image embeddings, mergers included; the tower first. Empty without vision."""
+        """All modules between pixels and image embeddings, mergers included; the tower first.
+        Empty without vision.
+        """
         return []
 
     def merger_parameters(self) -> list[nn.Parameter]:
-        """Parameters of `vision_modules` that map tower states to the decoder's width; may be frozen apart."""
+        """Parameters of `vision_modules` that map tower states to the decoder's width; may be
+        frozen apart.
+        """
         return []
 
     @property
@@ -149,17 +166,22 @@ class Backbone:
         return images.image_grid_thw.prod(-1) // self.merge_size**2
 
     def box_view(self, grid_thw: list[int]) -> tuple[int, list[int]]:
-        """Where the tokens of a box are looked up: the index of the first token, among the image's, of a view that shows
-        the whole image, and the grid of that view."""
+        """Where the tokens of a box are looked up: the index of the first token, among the
+        image's, of a view that shows the whole image, and the grid of that view."""
         return 0, grid_thw
 
     def encode_images(self, images: ImageInputs) -> Tensor:
-        """Image embeddings, after any merger, [M, H], of all images in order: what stands at image placeholders."""
+        """Image embeddings, after any merger, [M, H], of all images in order: what stands at image
+        placeholders.
+        """
         raise NotImplementedError(f"{type(self).__name__}.encode_images")
 
-    # ---- sequence --------------------------------------------------------------------------------------------------
+    # ---- sequence -------------------------------------------------------------------------------
+    # -------------------
 
-    def position_ids(self, input_ids_BT: Tensor, valid_BT: Tensor, images: ImageInputs, plain: Tensor) -> Tensor:
+    def position_ids(
+        self, input_ids_BT: Tensor, valid_BT: Tensor, images: ImageInputs, plain: Tensor
+    ) -> Tensor:
         """Position ids int64 of rows with images, [3, B, T] (`has_mrope`) or [B, T].
 
         Args:
@@ -167,12 +189,18 @@ class Backbone:
         """
         return plain
 
-    def forward_inputs(self, input_ids_BT: Tensor, images: ImageInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """The ids, and the arguments beside them, that `base` takes to see images at their placeholders."""
+    def forward_inputs(
+        self, input_ids_BT: Tensor, images: ImageInputs
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The ids, and the arguments beside them, that `base` takes to see images at their
+        placeholders.
+        """
         return input_ids_BT, {name: getattr(images, name) for name in self.image_arguments}
 
     def mask_unpredicted(self, logits: Tensor) -> Tensor:
-        """Logits as the model's own forward makes them: the lowest finite number at `unpredicted_ids`."""
+        """Logits as the model's own forward makes them: the lowest finite number at
+        `unpredicted_ids`.
+        """
         if not self.unpredicted_ids:
             return logits
         is_out_V = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)

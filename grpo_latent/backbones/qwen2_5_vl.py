@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor as StockQwen2_5_VLProcessor
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import (
+    Qwen2_5_VLProcessor as StockQwen2_5_VLProcessor,
+)
 
 from grpo_latent.backbones.images_only import use_images_only
 from grpo_latent.backbones.qwen_vl import QwenImagesOnly, QwenVL

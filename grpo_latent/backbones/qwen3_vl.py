@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from transformers import PreTrainedConfig
-from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor as StockQwen3VLProcessor
+from transformers.models.qwen3_vl.processing_qwen3_vl import (
+    Qwen3VLProcessor as StockQwen3VLProcessor,
+)
 
 from grpo_latent.backbones.images_only import use_images_only
 from grpo_latent.backbones.qwen_vl import QwenImagesOnly, QwenVL
@@ -18,8 +20,9 @@ class Qwen3VL(QwenVL):
 
     @classmethod
     def check_vllm(cls, hf_config: PreTrainedConfig, where: str) -> None:
-        """Raises `ConfigError` for a config on which vLLM and Hugging Face disagree, silently: transformers interleaves the
-        rotary sections whatever the config says, vLLM only if it says so."""
+        """Raises `ConfigError` for a config on which vLLM and Hugging Face disagree, silently:
+        transformers interleaves the rotary sections whatever the config says, vLLM only if it says
+        so."""
         rope = getattr(hf_config.get_text_config(), "rope_parameters", None) or {}
         if not rope.get("mrope_interleaved"):
             raise ConfigError(

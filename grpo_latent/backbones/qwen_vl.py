@@ -1,4 +1,5 @@
-"""What the Qwen-VL families share: a tower `visual` with its merger, patches in a row, mRoPE, one image processor.
+"""What the Qwen-VL families share: a tower `visual` with its merger, patches in a row, mRoPE, one
+image processor.
 
 image ──processor──▶ patches [t * h * w, channels * 2 * patch * patch], grid (t, h, w) ──visual──▶ t * h * w / merge²
 """
@@ -31,7 +32,12 @@ class QwenVL(Backbone):
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
-        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        names = (
+            "image_token_id",
+            "video_token_id",
+            "vision_start_token_id",
+            "vision_end_token_id",
+        )
         ids = [getattr(model.config, name, None) for name in names]
         self.image_token_id = ids[0]
         self.vision_ids = frozenset(token_id for token_id in ids if token_id is not None)
@@ -41,7 +47,9 @@ class QwenVL(Backbone):
         return ImageInputs(batch["pixel_values"], batch["image_grid_thw"])
 
     @classmethod
-    def bound_image_tokens(cls, processor: ProcessorMixin, minimum: int | None, maximum: int | None) -> None:
+    def bound_image_tokens(
+        cls, processor: ProcessorMixin, minimum: int | None, maximum: int | None
+    ) -> None:
         image_processor = processor.image_processor
         token_pixels = (image_processor.patch_size * image_processor.merge_size) ** 2
         size = dict(image_processor.size)
@@ -78,7 +86,9 @@ class QwenVL(Backbone):
         features = self.base.get_image_features(images.pixel_values, images.image_grid_thw)
         return torch.cat(tuple(features.pooler_output))
 
-    def position_ids(self, input_ids_BT: Tensor, valid_BT: Tensor, images: ImageInputs, plain: Tensor) -> Tensor:
+    def position_ids(
+        self, input_ids_BT: Tensor, valid_BT: Tensor, images: ImageInputs, plain: Tensor
+    ) -> Tensor:
         # without `mm_token_type_ids` transformers numbers image positions as text, silently
         position_ids, _ = self.base.get_rope_index(
             input_ids_BT,
@@ -104,29 +114,47 @@ class QwenImagesOnly(ImagesOnly):
 
     @property
     def model_input_names(self) -> list[str]:
-        names = self.tokenizer.model_input_names + self.image_processor.model_input_names + ["mm_token_type_ids"]
+        names = (
+            self.tokenizer.model_input_names
+            + self.image_processor.model_input_names
+            + ["mm_token_type_ids"]
+        )
         return list(dict.fromkeys(names))
 
 
 def build_qwen_processor(
-    images_only: type[QwenImagesOnly], tokenizer, *, patch_size: int, merge_size: int, temporal_patch_size: int = 2
+    images_only: type[QwenImagesOnly],
+    tokenizer,
+    *,
+    patch_size: int,
+    merge_size: int,
+    temporal_patch_size: int = 2,
 ) -> ProcessorMixin:
     """A Qwen-VL processor with its own geometry, for a model built from config.
 
-    Images are resized only if a side is no multiple of `patch_size * merge_size`, or if they have more than 1024 merged
-    visual tokens.
+    Images are resized only if a side is no multiple of `patch_size * merge_size`, or if they have
+    more than 1024 merged visual tokens.
 
     Args:
-        images_only: the family's class, directly above the stock one that is taken where torchvision is present.
+        images_only: the family's class, directly above the stock one that is taken where
+            torchvision is present.
         tokenizer: with a chat template and the Qwen vision tokens.
     """
-    geometry = {"patch_size": patch_size, "merge_size": merge_size, "temporal_patch_size": temporal_patch_size}
+    geometry = {
+        "patch_size": patch_size,
+        "merge_size": merge_size,
+        "temporal_patch_size": temporal_patch_size,
+    }
     token_pixels = (patch_size * merge_size) ** 2
     size = {"shortest_edge": token_pixels, "longest_edge": 1024 * token_pixels}
     image_processor = Qwen2VLImageProcessorPil(size=size, **geometry)
     if not is_torchvision_available():
         return images_only(image_processor, tokenizer, chat_template=tokenizer.chat_template)
-    video_class = getattr(importlib.import_module("transformers"), images_only.video_processor_type)
+    video_class = getattr(
+        importlib.import_module("transformers"), images_only.video_processor_type
+    )
     video_processor = video_class(size=dict(size), **geometry)
     stock = images_only.__bases__[-1]
-    return stock(image_processor, tokenizer, video_processor, chat_template=tokenizer.chat_template)
+    return stock(
+        image_processor, tokenizer, video_processor, chat_template=tokenizer.chat_template
+    )

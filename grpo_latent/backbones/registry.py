@@ -1,4 +1,6 @@
-"""Which family a config, a model or a processor belongs to. An unknown one is an error, never a guess by attributes."""
+"""Which family a config, a model or a processor belongs to. An unknown one is an error, never a
+guess by attributes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from grpo_latent.backbones.protocol import Backbone
 from grpo_latent.backbones.text import TextBackbone
 from grpo_latent.errors import ConfigError
 
-# comma-separated `package.module:Class`; an environment variable, as it must reach every process: torchrun's, Ray's, vLLM's
+# comma-separated `package.module:Class`; an environment variable, as it must reach every process:
+# torchrun's, Ray's, vLLM's
 VARIABLE = "GRPO_LATENT_BACKBONES"
 
 _BY_MODEL_TYPE: dict[str, type[Backbone]] = {}
@@ -52,7 +55,10 @@ def load_named_backbones() -> None:
             cls = error
         if not (isinstance(cls, type) and issubclass(cls, Backbone)):
             raise ConfigError(
-                "not a backbone", where=VARIABLE, got=f"{name}: {cls}", expected="package.module:Class of a Backbone"
+                "not a backbone",
+                where=VARIABLE,
+                got=f"{name}: {cls}",
+                expected="package.module:Class of a Backbone",
             )
         register(cls)
 
@@ -63,7 +69,8 @@ def known_model_types() -> list[str]:
 
 
 def find_backbone(hf_config: PreTrainedConfig, where: str = "model") -> type[Backbone]:
-    """The family of a config: whether it has vision, which auto class builds it, what the engines refuse.
+    """The family of a config: whether it has vision, which auto class builds it, what the engines
+    refuse.
 
     Args:
         where: folder or key, for the error.
@@ -89,18 +96,28 @@ def find_backbone(hf_config: PreTrainedConfig, where: str = "model") -> type[Bac
 
 
 def is_text_model(hf_config: PreTrainedConfig) -> bool:
-    """Whether a config is that of a decoder over tokens: rotary positions, keys and values at every layer, nothing beside.
+    """Whether a config is that of a decoder over tokens: rotary positions, keys and values at
+    every layer, nothing beside.
 
-    A config with a part (vision, audio, a code book) is none, whatever else it is registered as; nor is one whose model
-    carries a recurrent state or looks back over a window only, which the latents' cache and attention mask do not express.
+    A config with a part (vision, audio, a code book) is none, whatever else it is registered as;
+    nor is one whose model carries a recurrent state or looks back over a window only, which the
+    latents' cache and attention mask do not express.
     """
-    if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING or hf_config.sub_configs or hf_config.is_encoder_decoder:
+    if (
+        type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        or hf_config.sub_configs
+        or hf_config.is_encoder_decoder
+    ):
         return False
     if getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)], "_is_stateful", False):
         return False
     has_rotary_attention = bool(getattr(hf_config, "rope_parameters", None))
-    says_its_layers = bool(getattr(hf_config, "layer_types", None))  # then `Backbone` refuses those it cannot run
-    return has_rotary_attention and (says_its_layers or not getattr(hf_config, "sliding_window", None))
+    says_its_layers = bool(
+        getattr(hf_config, "layer_types", None)
+    )  # then `Backbone` refuses those it cannot run
+    return has_rotary_attention and (
+        says_its_layers or not getattr(hf_config, "sliding_window", None)
+    )
 
 
 def backbone_of(model: nn.Module) -> Backbone:

@@ -1,4 +1,5 @@
-"""How every `python -m grpo_latent.…` ends: one line that a user can act on, and one meaning for each exit code.
+"""How every `python -m grpo_latent.…` ends: one line that a user can act on, and one meaning for
+each exit code.
 
     0    done
     1    something broke that is no fault of what was given: a traceback of ours
@@ -24,10 +25,11 @@ _HYDRA_RAISES = "HYDRA_FULL_ERROR"
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wraps the `main` of an entry point: it returns the exit code, 0 where `main` returns nothing.
+    """Wraps the `main` of an entry point: it returns the exit code, 0 where `main` returns
+    nothing.
 
-    What is no error of this package, of hydra or of omegaconf leaves as it came: Python prints the traceback and ends
-    with 1.
+    What is no error of this package, of hydra or of omegaconf leaves as it came: Python prints the
+    traceback and ends with 1.
 
         @command
         def main(argv=None): ...
@@ -56,9 +58,11 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
 
 
 def config_command(config_name: str) -> Callable[[Callable], Callable[..., int]]:
-    """Wraps a `main(config)` whose config hydra composes: `grpo_latent/config/<config_name>.yaml` and the command line.
+    """Wraps a `main(config)` whose config hydra composes: `grpo_latent/config/<config_name>.yaml`
+    and the command line.
 
-    The wrapped function is a `command`. Called with a config, it runs on that one and hydra has no part in it.
+    The wrapped function is a `command`. Called with a config, it runs on that one and hydra has no
+    part in it.
     """
 
     def decorate(task: Callable) -> Callable[..., int]:
@@ -88,14 +92,18 @@ def _with_hydra(task: Callable, config_name: str) -> None:
             raised.append(error)
 
     with _hydra_raising():
-        hydra.main(config_path="pkg://grpo_latent.config", config_name=config_name, version_base=None)(job)()
+        hydra.main(
+            config_path="pkg://grpo_latent.config", config_name=config_name, version_base=None
+        )(job)()
     if raised:
         raise raised[0]
 
 
 @contextmanager
 def _hydra_raising() -> Iterator[None]:
-    """hydra raises what is wrong with a command line or config, in place of printing it and ending with 1."""
+    """hydra raises what is wrong with a command line or config, in place of printing it and ending
+    with 1.
+    """
     before = os.environ.get(_HYDRA_RAISES)
     os.environ[_HYDRA_RAISES] = "1"
     try:
@@ -107,7 +115,9 @@ def _hydra_raising() -> Iterator[None]:
 
 
 def print_error(error: GrpoLatentError) -> None:
-    """Prints `ErrorType: message` to stderr: the form of every message that ends a command, or that a command survives."""
+    """Prints `ErrorType: message` to stderr: the form of every message that ends a command, or
+    that a command survives.
+    """
     print(f"{type(error).__name__}: {error}", file=sys.stderr)
 
 
@@ -117,7 +127,9 @@ def _is_of_config_library(error: Exception) -> bool:
 
 
 def _as_config_error(error: Exception) -> ConfigError:
-    """`error` of hydra or omegaconf, whose messages take several lines, the first of which says most."""
+    """`error` of hydra or omegaconf, whose messages take several lines, the first of which says
+    most.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     what = lines[0].rstrip(".;") if lines else type(error).__name__
     return ConfigError(what, where="config", fix=" ".join(lines[1:3]) or None)

@@ -27,5 +27,7 @@ def parse_dtype(name: str, where: str = "dtype") -> torch.dtype:
         ConfigError: a name that `DTYPES` lacks; `where` says which setting it came from.
     """
     if name not in DTYPES:
-        raise ConfigError("unknown dtype", where=where, got=name, expected=f"one of {tuple(DTYPES)}")
+        raise ConfigError(
+            "unknown dtype", where=where, got=name, expected=f"one of {tuple(DTYPES)}"
+        )
     return DTYPES[name]

@@ -1,8 +1,10 @@
-"""Writes that survive a kill: whoever opens a path finds the whole old content or the whole new one, never half of either.
+"""Writes that survive a kill: whoever opens a path finds the whole old content or the whole new
+one, never half of either.
 
-All writers of the package go through here. Each writes beside the target, so that the rename stays within one file system;
-syncs the content before the rename, because some file systems order the two the other way round and a power cut would then
-leave an empty file under the right name; and syncs the folder after it, because the rename itself lives there.
+All writers of the package go through here. Each writes beside the target, so that the rename stays
+within one file system; syncs the content before the rename, because some file systems order the
+two the other way round and a power cut would then leave an empty file under the right name; and
+syncs the folder after it, because the rename itself lives there.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def replacing_file(path: str | Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` when the block ends, and vanishes if the block raises.
+    """A path to write to, which becomes `path` when the block ends, and vanishes if the block
+    raises.
 
-    Of several in one `with`, the last one named becomes visible first: name the file that makes the others count first.
+    Of several in one `with`, the last one named becomes visible first: name the file that makes
+    the others count first.
 
         with replacing_file(index) as new_index, replacing_file(data) as new_data:
             ...
@@ -35,7 +39,8 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # a name of its own for each writer: two that share one would rename each other's half-written file
+    # a name of its own for each writer: two that share one would rename each other's half-written
+    # file
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         yield part
@@ -48,10 +53,12 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
-    """A new, empty folder to fill, which becomes `folder` when the block ends, and vanishes if the block raises.
+    """A new, empty folder to fill, which becomes `folder` when the block ends, and vanishes if the
+    block raises.
 
-    A folder cannot be renamed over a full one, so for an instant there is none. A process that dies in that instant leaves
-    the old one beside it as `.<name>.old`; the next call puts it back before it begins.
+    A folder cannot be renamed over a full one, so for an instant there is none. A process that
+    dies in that instant leaves the old one beside it as `.<name>.old`; the next call puts it back
+    before it begins.
     """
     folder = Path(folder)
     part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
@@ -89,9 +96,15 @@ def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes `tensors`, of any shape and dtype, as one safetensors file, atomically; they need not be contiguous."""
-    from safetensors.torch import save_file  # here: it imports torch, which processes that only write text go without
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Writes `tensors`, of any shape and dtype, as one safetensors file, atomically; they need not
+    be contiguous.
+    """
+    from safetensors.torch import (
+        save_file,
+    )  # here: it imports torch, which processes that only write text go without
 
     with replacing_file(path) as part:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)

@@ -1,4 +1,6 @@
-"""Tensors that share their first dimension, the rows of a batch, as one struct: rows are dropped in one place."""
+"""Tensors that share their first dimension, the rows of a batch, as one struct: rows are dropped
+in one place.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ Rows = TypeVar("Rows", bound="RowTensors")
 
 
 class RowTensors:
-    """Base of dataclasses whose fields are tensors [N, …], or None where a batch has no such thing.
+    """Base of dataclasses whose fields are tensors [N, …], or None where a batch has no such
+    thing.
 
     >>> import torch
     >>> @dataclasses.dataclass
@@ -25,4 +28,6 @@ class RowTensors:
     def keep(self: Rows, rows_M: Tensor) -> Rows:
         """The rows `rows_M`, int64, in this order; a row may be named more than once."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return type(self)(**{name: None if value is None else value[rows_M] for name, value in values.items()})
+        return type(self)(
+            **{name: None if value is None else value[rows_M] for name, value in values.items()}
+        )

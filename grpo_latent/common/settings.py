@@ -1,7 +1,9 @@
-"""A settings dataclass out of a config's mapping, strictly: no key is ignored, no value is taken for another type.
+"""A settings dataclass out of a config's mapping, strictly: no key is ignored, no value is taken
+for another type.
 
-The dataclass is the schema: its fields are the keys, their annotations the types, a field without a default is a value that
-the user must give. What a value may be beyond its type, the class checks itself in `__post_init__`.
+The dataclass is the schema: its fields are the keys, their annotations the types, a field without
+a default is a value that the user must give. What a value may be beyond its type, the class checks
+itself in `__post_init__`.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ def build(
 ) -> Settings:
     """A `kind` with the fields that `values` has, the defaults for the others.
 
-    A list becomes a tuple, and a single value a tuple of one, where the field is a tuple; a mapping becomes a dataclass
-    where the field is one. Other values stay as they are: an int that a float field takes remains an int.
+    A list becomes a tuple, and a single value a tuple of one, where the field is a tuple; a
+    mapping becomes a dataclass where the field is one. Other values stay as they are: an int that
+    a float field takes remains an int.
 
     >>> @dataclasses.dataclass
     ... class Sizes:
@@ -50,7 +53,8 @@ def build(
         where: name of the section, for messages and for the override that they suggest.
         note: added to the expected keys of a message, such as ` of method lvr`.
         given: fields that the caller has built; not keys of the section.
-        error: type of what is raised; another one than `ConfigError` for a file, which no override changes.
+        error: type of what is raised; another one than `ConfigError` for a file, which no override
+            changes.
 
     Raises:
         error: not a mapping, a key is unknown or missing, or a value is not of its field's type.
@@ -58,10 +62,13 @@ def build(
     given = dict(given or {})
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init and f.name not in given}
     required = [name for name, field in fields.items() if _is_required(field)]
-    check_keys({} if values is None else values, fields, where, required=required, note=note, error=error)
+    check_keys(
+        {} if values is None else values, fields, where, required=required, note=note, error=error
+    )
     hints = _hints(kind)
     built = {
-        name: _convert(hints.get(name, Any), value, f"{where}.{name}", error) for name, value in (values or {}).items()
+        name: _convert(hints.get(name, Any), value, f"{where}.{name}", error)
+        for name, value in (values or {}).items()
     }
     return kind(**built, **given)
 
@@ -75,10 +82,12 @@ def check_keys(
     note: str = "",
     error: type[GrpoLatentError] = ConfigError,
 ) -> None:
-    """Refuses what is not a mapping, keys that are not `known`, and `required` ones that are absent or `???`.
+    """Refuses what is not a mapping, keys that are not `known`, and `required` ones that are
+    absent or `???`.
 
     Raises:
-        error: the first of the three that is found; an unknown key is shown with the known ones that look like it.
+        error: the first of the three that is found; an unknown key is shown with the known ones
+            that look like it.
     """
     if not isinstance(values, Mapping):
         raise error("not a section", where=where, got=values, expected=f"keys {sorted(known)}")
@@ -90,13 +99,21 @@ def check_keys(
     absent = sorted(name for name in required if _is_absent(values, name))
     if absent:
         fix = f"Set {where}.{absent[0]}=… on the command line." if error is ConfigError else None
-        raise error("missing value", where=where, got=f"no {', '.join(absent)}", expected="a value", fix=fix)
+        raise error(
+            "missing value",
+            where=where,
+            got=f"no {', '.join(absent)}",
+            expected="a value",
+            fix=fix,
+        )
 
 
 def check_choice(value: object, allowed: Collection[str], where: str, note: str = "") -> None:
     """Raises `ConfigError` where `value` is none of `allowed`."""
     if value not in allowed:
-        raise ConfigError("unknown value", where=where, got=value, expected=f"one of {tuple(allowed)}{note}")
+        raise ConfigError(
+            "unknown value", where=where, got=value, expected=f"one of {tuple(allowed)}{note}"
+        )
 
 
 def _is_required(field: dataclasses.Field) -> bool:
@@ -108,7 +125,9 @@ def _is_absent(values: Mapping[str, Any], name: str) -> bool:
 
 
 def _hints(kind: type) -> dict[str, Any]:
-    """Types of the fields. A class of the user's may name types that exist for a type checker only: those go unchecked."""
+    """Types of the fields. A class of the user's may name types that exist for a type checker
+    only: those go unchecked.
+    """
     try:
         return typing.get_type_hints(kind)
     except NameError:
@@ -132,7 +151,11 @@ def _convert(hint: Any, value: Any, where: str, error: type[GrpoLatentError]) ->
 
 def _options(hint: Any) -> tuple[Any, ...]:
     """Members of a union; any other hint is a union of one."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return (
+        typing.get_args(hint)
+        if typing.get_origin(hint) in (typing.Union, types.UnionType)
+        else (hint,)
+    )
 
 
 def _tuple(hint: Any, value: Any, where: str, error: type[GrpoLatentError]) -> tuple:
@@ -146,8 +169,13 @@ def _tuple(hint: Any, value: Any, where: str, error: type[GrpoLatentError]) -> t
     elif not members:
         members = (Any,) * len(value)
     elif len(members) != len(value):
-        raise error("wrong length", where=where, got=list(value), expected=f"{len(members)} values")
-    return tuple(_convert(m, v, f"{where}[{i}]", error) for i, (m, v) in enumerate(zip(members, value, strict=True)))
+        raise error(
+            "wrong length", where=where, got=list(value), expected=f"{len(members)} values"
+        )
+    return tuple(
+        _convert(m, v, f"{where}[{i}]", error)
+        for i, (m, v) in enumerate(zip(members, value, strict=True))
+    )
 
 
 def _is_list(value: object) -> bool:
@@ -178,7 +206,11 @@ def _names(options: Iterable[Any]) -> str:
     ('int | None', 'tuple[str, ...]')
     """
     names = [
-        "None" if option is type(None) else option.__name__ if type(option) is type else str(option)
+        "None"
+        if option is type(None)
+        else option.__name__
+        if type(option) is type
+        else str(option)
         for option in options
     ]
     return " | ".join(names)

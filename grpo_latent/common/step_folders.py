@@ -1,7 +1,7 @@
 """Folders that are named after training steps, and the tracker that names the newest complete one.
 
-Beside `global_step_20` people keep `global_step_20_best`, and a root may lie in a folder `global_step_5`: only a name
-that is the prefix and a number, and nothing else, is a step's.
+Beside `global_step_20` people keep `global_step_20_best`, and a root may lie in a folder
+`global_step_5`: only a name that is the prefix and a number, and nothing else, is a step's.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def step_of(folder: str | Path, prefix: str = STEP_PREFIX) -> int | None:
 
 def step_folders(root: str | Path, prefix: str = STEP_PREFIX) -> dict[int, Path]:
     """Folders of steps below `root` by step, ascending; {} where `root` is none."""
-    found = {step_of(path, prefix): path for path in Path(root).glob(f"{prefix}*") if path.is_dir()}
+    found = {
+        step_of(path, prefix): path for path in Path(root).glob(f"{prefix}*") if path.is_dir()
+    }
     return {step: found[step] for step in sorted(step for step in found if step is not None)}
 
 
@@ -49,7 +51,9 @@ def read_tracker(root: str | Path) -> int | None:
     text = path.read_text(errors="replace").strip()
     step = parse_step(text)
     if step is None:
-        raise CheckpointError("not a step", where=str(path), got=text, expected="a number", fix="Delete the file.")
+        raise CheckpointError(
+            "not a step", where=str(path), got=text, expected="a number", fix="Delete the file."
+        )
     if not (Path(root) / f"{STEP_PREFIX}{step}").is_dir():
         raise CheckpointError(
             "the checkpoint is gone",

@@ -27,17 +27,24 @@ def check_box(box: Sequence[float], where: str) -> tuple[float, float, float, fl
     try:
         x0, y0, x1, y1 = (float(value) for value in box)
     except (TypeError, ValueError) as error:
-        raise problem("a box needs four numbers", "Write one list of four numbers a box.") from error
+        raise problem(
+            "a box needs four numbers", "Write one list of four numbers a box."
+        ) from error
     if not all(math.isfinite(value) for value in (x0, y0, x1, y1)):
         raise problem("a box coordinate is not finite", "Drop the box or correct it.")
     if min(x0, y0, x1, y1) < 0 or max(x0, y0, x1, y1) > 1:
-        raise problem("a box lies outside the image", "Divide pixel coordinates by the image's width and height.")
+        raise problem(
+            "a box lies outside the image",
+            "Divide pixel coordinates by the image's width and height.",
+        )
     if x1 <= x0 or y1 <= y0:
         raise problem("a box has no area", "Order the corners: left, top, right, bottom.")
     return x0, y0, x1, y1
 
 
-def box_to_visual_tokens(box_normalised: Sequence[float], grid_thw: Sequence[int], merge_size: int) -> list[int]:
+def box_to_visual_tokens(
+    box_normalised: Sequence[float], grid_thw: Sequence[int], merge_size: int
+) -> list[int]:
     """Finds the merged visual tokens that a box overlaps: ascending, row-major in the image.
 
     LVR's rule: floor and ceil on the patch grid, then the merge; a token counts if any of its
@@ -72,7 +79,8 @@ def box_to_visual_tokens(box_normalised: Sequence[float], grid_thw: Sequence[int
 def box_to_prompt_tokens(
     box_normalised: Sequence[float], image_idx: int, images: ImageInputs, backbone: Backbone
 ) -> list[int]:
-    """As `box_to_visual_tokens`, as indices among all image tokens of a prompt with several images.
+    """As `box_to_visual_tokens`, as indices among all image tokens of a prompt with several
+    images.
 
     Args:
         image_idx: of the image that the box lies in.

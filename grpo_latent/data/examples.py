@@ -137,7 +137,9 @@ def response_template(num_spans: int, answer: str | None) -> str:
     ('<lvr> <answer> 7 </answer>', '<lvr> <lvr> <answer>')
     """
     spans = [LVR_PLACEHOLDER] * num_spans
-    return " ".join([*spans, ANSWER_OPEN] if answer is None else [*spans, ANSWER_OPEN, answer, ANSWER_CLOSE])
+    return " ".join(
+        [*spans, ANSWER_OPEN] if answer is None else [*spans, ANSWER_OPEN, answer, ANSWER_CLOSE]
+    )
 
 
 def split_content(text: str) -> list[dict]:
@@ -156,7 +158,9 @@ def split_content(text: str) -> list[dict]:
 
 def join_content(content: Sequence[dict]) -> str:
     """Inverts `split_content`."""
-    return "".join(IMAGE_PLACEHOLDER if part["type"] == "image" else part["text"] for part in content)
+    return "".join(
+        IMAGE_PLACEHOLDER if part["type"] == "image" else part["text"] for part in content
+    )
 
 
 def find_answers(response: str) -> list[str]:
@@ -174,11 +178,23 @@ def check_images(messages: Sequence[dict], images: Sequence[ImageRef], where: st
     def problem(what: str, got: str, expected: str, fix: str) -> DataError:
         return DataError(what, where=where, got=got, expected=expected, fix=fix)
 
-    texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+    texts = [
+        part["text"]
+        for message in messages
+        for part in message["content"]
+        if part["type"] == "text"
+    ]
     for placeholder in ("<video>", "<audio>"):
         if any(placeholder in text for text in texts):
-            raise problem(f"{placeholder} is not supported", " ".join(texts), "text and images", "Drop the row.")
-    num_placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
+            raise problem(
+                f"{placeholder} is not supported",
+                " ".join(texts),
+                "text and images",
+                "Drop the row.",
+            )
+    num_placeholders = sum(
+        part["type"] == "image" for message in messages for part in message["content"]
+    )
     if num_placeholders != len(images):
         raise problem(
             "placeholders do not match the images",
@@ -218,13 +234,21 @@ def build_example(
     """
 
     def problem(field: str, what: str, got: object, expected: str, fix: str) -> DataError:
-        return DataError(what, where=f"{where}: {fields[field]}", got=got, expected=expected, fix=fix)
+        return DataError(
+            what, where=f"{where}: {fields[field]}", got=got, expected=expected, fix=fix
+        )
 
     check_images(messages, images, f"{where}: {fields['messages']}")
     boxes = _check_boxes(bboxes, where, fields["bboxes"], problem)
     box_images = _check_box_images(bbox_images, len(boxes), len(images), problem)
     if not isinstance(has_answer, bool):
-        raise problem("has_answer", "not a truth value", has_answer, "true or false", "Leave it out if all are known.")
+        raise problem(
+            "has_answer",
+            "not a truth value",
+            has_answer,
+            "true or false",
+            "Leave it out if all are known.",
+        )
     if has_answer != (answer != ""):
         raise problem(
             "answer",
@@ -249,17 +273,29 @@ def build_example(
     )
 
 
-def _check_boxes(bboxes: object, where: str, field: str, problem) -> tuple[tuple[float, float, float, float], ...]:
+def _check_boxes(
+    bboxes: object, where: str, field: str, problem
+) -> tuple[tuple[float, float, float, float], ...]:
     if bboxes is None:
         return ()
     if not isinstance(bboxes, list | tuple):
-        raise problem("bboxes", "not a list of boxes", bboxes, "[[x0, y0, x1, y1], ...]", "Write a list of lists.")
+        raise problem(
+            "bboxes",
+            "not a list of boxes",
+            bboxes,
+            "[[x0, y0, x1, y1], ...]",
+            "Write a list of lists.",
+        )
     return tuple(check_box(box, f"{where}: {field}[{index}]") for index, box in enumerate(bboxes))
 
 
-def _check_box_images(bbox_images: object, num_boxes: int, num_images: int, problem) -> tuple[int, ...]:
+def _check_box_images(
+    bbox_images: object, num_boxes: int, num_images: int, problem
+) -> tuple[int, ...]:
     if num_boxes and not num_images:
-        raise problem("bboxes", "boxes without an image", f"{num_boxes} boxes", "an image", "Add the image.")
+        raise problem(
+            "bboxes", "boxes without an image", f"{num_boxes} boxes", "an image", "Add the image."
+        )
     if bbox_images is None and num_boxes and num_images > 1:
         raise problem(
             "bbox_images",
@@ -284,7 +320,13 @@ def _check_box_images(bbox_images: object, num_boxes: int, num_images: int, prob
 
 def _check_response(response: object, num_boxes: int, has_answer: bool, problem) -> None:
     if not isinstance(response, str) or not response.strip():
-        raise problem("response", "no response", response, "a non-empty text", "Add the response that SFT imitates.")
+        raise problem(
+            "response",
+            "no response",
+            response,
+            "a non-empty text",
+            "Add the response that SFT imitates.",
+        )
     num_spans = response.count(LVR_PLACEHOLDER)
     if num_spans != num_boxes:
         raise problem(

@@ -128,7 +128,10 @@ def write_verl_parquet(path: str | Path, rows: Iterable[dict]) -> int:
     import pyarrow.parquet as pq
 
     num_rows, rows = 0, iter(rows)
-    with replacing_file(path) as part, pq.ParquetWriter(part, _schema(), compression="zstd") as writer:
+    with (
+        replacing_file(path) as part,
+        pq.ParquetWriter(part, _schema(), compression="zstd") as writer,
+    ):
         while group := list(itertools.islice(rows, ROWS_PER_GROUP)):
             writer.write_table(pa.Table.from_pylist(group, schema=_schema()))
             num_rows += len(group)
@@ -174,7 +177,11 @@ def iter_verl_rows(path: str | Path) -> Iterator[tuple[dict, str]]:
             expected=f"columns {list(REQUIRED_COLUMNS)}, and images and extra_info where they apply",
             fix="Rename or add the columns; see the schema in grpo_latent/data/rows.py.",
         )
-    columns = [name for name in (*REQUIRED_COLUMNS, "images", "extra_info") if name in file.schema_arrow.names]
+    columns = [
+        name
+        for name in (*REQUIRED_COLUMNS, "images", "extra_info")
+        if name in file.schema_arrow.names
+    ]
     index = 0
     for batch in file.iter_batches(ROWS_PER_GROUP, columns=columns):
         for row in batch.to_pylist():
@@ -201,14 +208,27 @@ def _parse_prompt(row: dict, where: str) -> tuple[list[dict], list[ImageRef]]:
     problem = _problem(where)
     data_source = row.get("data_source")
     if not isinstance(data_source, str) or not data_source:
-        raise problem("data_source", repr(data_source), "a non-empty string", "It picks the reward; name the data set.")
+        raise problem(
+            "data_source",
+            repr(data_source),
+            "a non-empty string",
+            "It picks the reward; name the data set.",
+        )
     reward_model = row.get("reward_model")
     if not isinstance(reward_model, dict) or reward_model.get("ground_truth") is None:
         raise problem(
-            "reward_model", reward_model, '{"style": "rule", "ground_truth": ...}', "Store what the reward compares to."
+            "reward_model",
+            reward_model,
+            '{"style": "rule", "ground_truth": ...}',
+            "Store what the reward compares to.",
         )
     if not isinstance(row.get("extra_info"), dict | None):
-        raise problem("extra_info", row["extra_info"], "a struct", "Store extra_info as a struct, not as text.")
+        raise problem(
+            "extra_info",
+            row["extra_info"],
+            "a struct",
+            "Store extra_info as a struct, not as text.",
+        )
     return _messages(row.get("prompt"), problem), _images(row.get("images"), where, problem)
 
 
@@ -219,10 +239,14 @@ def parse_verl_row(row: dict, where: str) -> LvrExample:
         DataError: names row, field, what was got and expected, and a fix.
     """
     problem = _problem(where)
-    messages, images = _parse_prompt(row, where)  # `build_example` checks the images: once, which takes a checksum each
+    messages, images = _parse_prompt(
+        row, where
+    )  # `build_example` checks the images: once, which takes a checksum each
     ground_truth = row["reward_model"]["ground_truth"]
     if not isinstance(ground_truth, str | int | float):
-        raise problem("reward_model.ground_truth", ground_truth, "the answer's text", "SFT needs one answer.")
+        raise problem(
+            "reward_model.ground_truth", ground_truth, "the answer's text", "SFT needs one answer."
+        )
     extra_info = row.get("extra_info") or {}
     return build_example(
         messages=messages,
@@ -240,7 +264,9 @@ def parse_verl_row(row: dict, where: str) -> LvrExample:
 
 def _problem(where: str):
     def problem(field: str, got: object, expected: str, fix: str) -> DataError:
-        return DataError("malformed row", where=f"{where}: {field}", got=got, expected=expected, fix=fix)
+        return DataError(
+            "malformed row", where=f"{where}: {field}", got=got, expected=expected, fix=fix
+        )
 
     return problem
 
@@ -251,13 +277,22 @@ def _messages(prompt: object, problem) -> list[dict]:
         raise problem("prompt", prompt, expected, "Store chat messages, not a string.")
     messages = []
     for index, message in enumerate(prompt):
-        valid = isinstance(message, dict) and message.get("role") in ("system", "user", "assistant")
+        valid = isinstance(message, dict) and message.get("role") in (
+            "system",
+            "user",
+            "assistant",
+        )
         if not valid or not isinstance(message.get("content"), str):
-            raise problem(f"prompt[{index}]", message, expected, "Use the roles system, user and assistant.")
+            raise problem(
+                f"prompt[{index}]", message, expected, "Use the roles system, user and assistant."
+            )
         messages.append({"role": message["role"], "content": split_content(message["content"])})
     if messages[-1]["role"] != "user":
         raise problem(
-            f"prompt[{len(prompt) - 1}].role", messages[-1]["role"], expected, "End the prompt with the user."
+            f"prompt[{len(prompt) - 1}].role",
+            messages[-1]["role"],
+            expected,
+            "End the prompt with the user.",
         )
     return messages
 
@@ -274,5 +309,10 @@ def _images(images: object, where: str, problem) -> list[ImageRef]:
         elif isinstance(image, dict) and isinstance(image.get("bytes"), bytes) and image["bytes"]:
             refs.append(ImageRef(ref_where, data=image["bytes"]))
         else:
-            raise problem(f"images[{index}]", image, expected, "Store the file's bytes; verl does not read `path`.")
+            raise problem(
+                f"images[{index}]",
+                image,
+                expected,
+                "Store the file's bytes; verl does not read `path`.",
+            )
     return refs

@@ -2,8 +2,8 @@
 
     own trajectory of a prompt ──ablation──▶ changes of its request ──the engine decodes──▶ outcome
 
-Everything else stays: prompt, image, tokens before the first latent, mask, seeds. If the outcome does not move, the latents
-are not used (SYSTEMS: "Are the latents used at all?").
+Everything else stays: prompt, image, tokens before the first latent, mask, seeds. If the outcome
+does not move, the latents are not used (SYSTEMS: "Are the latents used at all?").
 
     zero          zeros
     noise         a random direction with the norm of the prompt's own latent
@@ -16,10 +16,11 @@ are not used (SYSTEMS: "Are the latents used at all?").
     no_span       no span is opened: forced text
     image_blind_after_span  own latents, but text after the first span does not see the image
 
-`name@part` replaces only a part of the latents: `span<k>`, the k-th span (from 0); `latent<k>`, the k-th latent; or, for
-prompt slots, `text` (the fed hidden states) or `vision` (the chosen image embeddings). Whatever is not replaced is what the
-model makes of the changed prefix; a slot's chosen image positions stay the own ones. An ablation that changes nothing for a
-prompt (no latents there, no donor, no boxes) leaves it its own outcome.
+`name@part` replaces only a part of the latents: `span<k>`, the k-th span (from 0); `latent<k>`,
+the k-th latent; or, for prompt slots, `text` (the fed hidden states) or `vision` (the chosen image
+embeddings). Whatever is not replaced is what the model makes of the changed prefix; a slot's
+chosen image positions stay the own ones. An ablation that changes nothing for a prompt (no latents
+there, no donor, no boxes) leaves it its own outcome.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class AblationInputs:
         ideal: merged image embeddings [R, H] of the row's boxes, None without boxes or image.
         mechanism: the checkpoint's.
         seed: of noise and of donors.
-        swapped: for `image_swap`: trajectories of the same prompts with the images of others, None where no other fits.
+        swapped: for `image_swap`: trajectories of the same prompts with the images of others, None
+            where no other fits.
     """
 
     prompts: Sequence[EvalPrompt]
@@ -64,7 +66,9 @@ class AblationInputs:
     swapped: Sequence[Trajectory | None] = ()
 
 
-Vectors = list[Tensor | None]  # [K, H] for each prompt, for the K latents of the part; None leaves the prompt as it is
+Vectors = list[
+    Tensor | None
+]  # [K, H] for each prompt, for the K latents of the part; None leaves the prompt as it is
 Changes = list[dict | None]  # fields of each prompt's `RolloutRequest`; None leaves it as it is
 
 
@@ -79,23 +83,30 @@ def parse_name(name: str) -> tuple[str, str]:
     """
     base, has_part, part = name.partition("@")
     if base not in ABLATIONS:
-        raise ConfigError("unknown ablation", where="ablations", got=name, expected=f"one of {ABLATIONS}")
+        raise ConfigError(
+            "unknown ablation", where="ablations", got=name, expected=f"one of {ABLATIONS}"
+        )
     if not has_part:
         return base, ALL
     check_part(part, f"ablations: {name}")
     if base not in VECTORS:
         expected = f"a part with one of {tuple(VECTORS)}"
-        raise ConfigError("an ablation without vectors has no parts", where="ablations", got=name, expected=expected)
+        raise ConfigError(
+            "an ablation without vectors has no parts",
+            where="ablations",
+            got=name,
+            expected=expected,
+        )
     return base, part
 
 
 def check_decides(name: str, where: str) -> None:
     """Whether a loss under this ablation shows that what the latents hold is used.
 
-    `shuffle` and `image_swap` feed each place what the model itself makes there, for another question or image. Zeros,
-    noise, means, the first latent at every place and missing latents are inputs that it has never seen, under which it may
-    fail whatever it reads; the oracle's vectors are better ones; `no_span` and `image_blind_after_span` take away something
-    else.
+    `shuffle` and `image_swap` feed each place what the model itself makes there, for another
+    question or image. Zeros, noise, means, the first latent at every place and missing latents are
+    inputs that it has never seen, under which it may fail whatever it reads; the oracle's vectors
+    are better ones; `no_span` and `image_blind_after_span` take away something else.
 
     Raises:
         ConfigError: it does not, or there is no such ablation.
@@ -111,7 +122,9 @@ def check_decides(name: str, where: str) -> None:
 
 
 def make_changes(name: str, inputs: AblationInputs) -> Changes:
-    """How an ablation changes each prompt's request; prompts whose own trajectory has no latents stay as they are."""
+    """How an ablation changes each prompt's request; prompts whose own trajectory has no latents
+    stay as they are.
+    """
     base, part = parse_name(name)
     changes: Changes = []
     if base in REQUESTS:
@@ -127,13 +140,19 @@ def make_changes(name: str, inputs: AblationInputs) -> Changes:
 
 
 def make_vectors(base: str, part: str, inputs: AblationInputs) -> Vectors:
-    """What each prompt's latents of the part are fed; None also where that is what they are anyway."""
-    swapped = [None if trajectory is None else Places(trajectory, part) for trajectory in inputs.swapped]
+    """What each prompt's latents of the part are fed; None also where that is what they are
+    anyway.
+    """
+    swapped = [
+        None if trajectory is None else Places(trajectory, part) for trajectory in inputs.swapped
+    ]
     places = [Places(trajectory, part) for trajectory in inputs.own]
     clusters = [prompt.cluster for prompt in inputs.prompts]
     vectors = VECTORS[base](PartInputs(places, inputs.ideal, inputs.seed, swapped, clusters))
     return [
-        None if vectors_KH is None or not len(own) or torch.equal(vectors_KH, own.latents_KH) else vectors_KH
+        None
+        if vectors_KH is None or not len(own) or torch.equal(vectors_KH, own.latents_KH)
+        else vectors_KH
         for own, vectors_KH in zip(places, vectors, strict=True)
     ]
 
@@ -154,7 +173,9 @@ class Places:
         span_number, latent_number = part_number(part, "span"), part_number(part, "latent")
         if span_number is not None:
             lengths = torch.tensor([span.length for span in trajectory.spans], dtype=torch.long)
-            is_part_N &= torch.repeat_interleave(torch.arange(len(lengths)), lengths) == span_number
+            is_part_N &= (
+                torch.repeat_interleave(torch.arange(len(lengths)), lengths) == span_number
+            )
         if latent_number is not None:
             is_own_N = made_mask(kinds_N).long()
             is_part_N &= is_own_N.cumsum(-1) - is_own_N == latent_number
@@ -171,9 +192,11 @@ class Places:
         return self.latents_KH[self.kinds_K == kind]
 
     def filled_from(self, source: Callable[[int], Tensor]) -> Tensor:
-        """At each place vector `rank` mod their number of `source(kind)`; its own where that is empty.
+        """At each place vector `rank` mod their number of `source(kind)`; its own where that is
+        empty.
 
-        Of latents of one kind that is what the engine makes of the source itself, however many steps a trajectory takes.
+        Of latents of one kind that is what the engine makes of the source itself, however many
+        steps a trajectory takes.
         """
         kinds = self.kinds_K.unique().tolist()
         if len(kinds) == 1 and len(source(kinds[0])):
@@ -182,7 +205,9 @@ class Places:
         for kind in LATENT_KINDS:
             table_RH, is_kind_K = source(kind), self.kinds_K == kind
             if len(table_RH):
-                vectors_KH[is_kind_K] = table_RH[self.rank_K[is_kind_K] % len(table_RH)].to(vectors_KH.dtype)
+                vectors_KH[is_kind_K] = table_RH[self.rank_K[is_kind_K] % len(table_RH)].to(
+                    vectors_KH.dtype
+                )
         return vectors_KH
 
 
@@ -205,9 +230,15 @@ def _noise(inputs: PartInputs) -> Vectors:
     """Gaussian directions, each scaled to the norm of the latent that it replaces."""
     vectors: Vectors = []
     for index, own in enumerate(inputs.own):
-        generator = torch.Generator().manual_seed(trajectory_seed(inputs.seed, 0, f"noise/{index}", 0))
+        generator = torch.Generator().manual_seed(
+            trajectory_seed(inputs.seed, 0, f"noise/{index}", 0)
+        )
         directions_KH = torch.randn(own.latents_KH.shape, generator=generator)
-        vectors.append(directions_KH * own.latents_KH.norm(dim=-1, keepdim=True) / directions_KH.norm(dim=-1)[:, None])
+        vectors.append(
+            directions_KH
+            * own.latents_KH.norm(dim=-1, keepdim=True)
+            / directions_KH.norm(dim=-1)[:, None]
+        )
     return vectors
 
 
@@ -225,7 +256,10 @@ def _mean(inputs: PartInputs) -> Vectors:
     for kind in LATENT_KINDS:
         tables = [own.of_kind(kind) for own in inputs.own]
         longest = max(map(len, tables), default=0)
-        rows = [torch.stack([t[rank] for t in tables if len(t) > rank]).mean(0) for rank in range(longest)]
+        rows = [
+            torch.stack([t[rank] for t in tables if len(t) > rank]).mean(0)
+            for rank in range(longest)
+        ]
         means[kind] = torch.stack(rows) if rows else torch.zeros(0)
     return [own.filled_from(means.__getitem__) for own in inputs.own]
 
@@ -235,7 +269,9 @@ def _first_repeat(inputs: PartInputs) -> Vectors:
 
 
 def _oracle(inputs: PartInputs) -> Vectors:
-    """Latent number i of the trajectory is the embedding of the boxes' visual token i; of slots, chosen embedding i is."""
+    """Latent number i of the trajectory is the embedding of the boxes' visual token i; of slots,
+    chosen embedding i is.
+    """
     vectors: Vectors = []
     for own, ideal_RH in zip(inputs.own, inputs.ideal, strict=True):
         if ideal_RH is None:
@@ -270,14 +306,17 @@ REQUESTS: dict[str, Callable[[Mechanism], dict | None]] = {
     "markers_only": lambda mechanism: mechanism.requests_with_markers_only(),
     "no_span": lambda mechanism: mechanism.requests_without_latents(),
     # behind the bottleneck text is blind anyway
-    BLIND: lambda mechanism: {"blind_after_span": True} if mechanism.visibility == "full" else None,
+    BLIND: lambda mechanism: (
+        {"blind_after_span": True} if mechanism.visibility == "full" else None
+    ),
 }
 ABLATIONS = (*VECTORS, *REQUESTS)
 DECIDING = (SHUFFLE, IMAGE_SWAP)
 
 
 def donors(num_latents: Sequence[int], clusters: Sequence[str], seed: int) -> list[int | None]:
-    """For each trajectory the index of another cluster's whose latents it gets; no two get the same one's.
+    """For each trajectory the index of another cluster's whose latents it gets; no two get the
+    same one's.
 
     Random; None for those without latents, and where no other cluster is left.
     """
@@ -289,10 +328,11 @@ def donors(num_latents: Sequence[int], clusters: Sequence[str], seed: int) -> li
 
 
 def of_other_clusters(order: Sequence[int], clusters: Sequence[str]) -> dict[int, int]:
-    """For each of `order` the next one, cyclically, that belongs to another cluster, and to nobody else.
+    """For each of `order` the next one, cyclically, that belongs to another cluster, and to nobody
+    else.
 
-    Clusters stand side by side, and each takes the one that is as many places on as the largest cluster has members. Those
-    whose cluster holds more than half of all may find none.
+    Clusters stand side by side, and each takes the one that is as many places on as the largest
+    cluster has members. Those whose cluster holds more than half of all may find none.
 
     >>> of_other_clusters([2, 0, 1], "abc"), of_other_clusters([0, 1, 2, 3], "aabb")
     ({2: 0, 0: 1, 1: 2}, {0: 2, 1: 3, 2: 0, 3: 1})
@@ -301,16 +341,25 @@ def of_other_clusters(order: Sequence[int], clusters: Sequence[str]) -> dict[int
     places = {cluster: place for place, cluster in enumerate(sizes)}
     row = sorted(order, key=lambda i: places[clusters[i]])
     shift = max(sizes.values(), default=0)
-    return {a: b for a, b in zip(row, row[shift:] + row[:shift], strict=True) if clusters[a] != clusters[b]}
+    return {
+        a: b
+        for a, b in zip(row, row[shift:] + row[:shift], strict=True)
+        if clusters[a] != clusters[b]
+    }
 
 
-def nearest_token_hits(trajectory: Trajectory, roi: Sequence[int], visual_MH: Tensor) -> list[bool]:
-    """For the first latents of a trajectory, whether the nearest visual token (L2) is the ideal one.
+def nearest_token_hits(
+    trajectory: Trajectory, roi: Sequence[int], visual_MH: Tensor
+) -> list[bool]:
+    """For the first latents of a trajectory, whether the nearest visual token (L2) is the ideal
+    one.
 
     Says how well latents are *aligned* with the boxes, not whether they are used.
     """
     pairs = zip(trajectory.latents, roi, strict=False)
-    return [int((visual_MH - latent).square().sum(-1).argmin()) == token for latent, token in pairs]
+    return [
+        int((visual_MH - latent).square().sum(-1).argmin()) == token for latent, token in pairs
+    ]
 
 
 @torch.no_grad()
@@ -321,33 +370,51 @@ def leak(
     visibility: str,
     max_prompts: int = 64,
 ) -> float | None:
-    """Largest change of a post-span log-prob, in nats, when the image is swapped under the recorded latents.
+    """Largest change of a post-span log-prob, in nats, when the image is swapped under the
+    recorded latents.
 
-    Exactly 0.0 if the latents are the only way from the image to the text. Each prompt gets the image of another one with
-    the same image grid; None if no prompt has a span with text after it and such a partner.
+    Exactly 0.0 if the latents are the only way from the image to the text. Each prompt gets the
+    image of another one with the same image grid; None if no prompt has a span with text after it
+    and such a partner.
     """
-    rows = [i for i, t in enumerate(own) if prompts[i].images is not None and bool(_post_span(t.kinds).any())]
+    rows = [
+        i
+        for i, t in enumerate(own)
+        if prompts[i].images is not None and bool(_post_span(t.kinds).any())
+    ]
     pairs = sorted(image_partners(prompts, rows).items())[:max_prompts]
     largest = None
     for start in range(0, len(pairs), LEAK_ROWS):
         part = pairs[start : start + LEAK_ROWS]
         trajectories = [own[i] for i, _ in part]
-        batch = collate(trajectories, [prompts[i].images for i, _ in part], adapter, visibility, "both")
-        swapped = collate(trajectories, [prompts[i].images for _, i in part], adapter, visibility, "both")
+        batch = collate(
+            trajectories, [prompts[i].images for i, _ in part], adapter, visibility, "both"
+        )
+        swapped = collate(
+            trajectories, [prompts[i].images for _, i in part], adapter, visibility, "both"
+        )
         change_BT = (replay(adapter, swapped)[0] - replay(adapter, batch)[0]).abs()
         change = float(change_BT[_post_span(batch.kinds_BT)].max())
         largest = change if largest is None else max(largest, change)
     return largest
 
 
-def image_partners(prompts: Sequence[EvalPrompt], rows: Sequence[int] | None = None) -> dict[int, int]:
-    """For each prompt (of `rows`) one of another cluster whose images have the same grids; only those that have one."""
+def image_partners(
+    prompts: Sequence[EvalPrompt], rows: Sequence[int] | None = None
+) -> dict[int, int]:
+    """For each prompt (of `rows`) one of another cluster whose images have the same grids; only
+    those that have one.
+    """
     by_grid: dict[str, list[int]] = {}
     clusters = [prompt.cluster for prompt in prompts]
     for index in range(len(prompts)) if rows is None else rows:
         if prompts[index].images is not None:
-            by_grid.setdefault(str(prompts[index].images.image_grid_thw.tolist()), []).append(index)
-    return {a: b for same in by_grid.values() for a, b in of_other_clusters(same, clusters).items()}
+            by_grid.setdefault(str(prompts[index].images.image_grid_thw.tolist()), []).append(
+                index
+            )
+    return {
+        a: b for same in by_grid.values() for a, b in of_other_clusters(same, clusters).items()
+    }
 
 
 def _post_span(kinds: Tensor) -> Tensor:
@@ -355,10 +422,14 @@ def _post_span(kinds: Tensor) -> Tensor:
     return ((kinds == PositionKind.FORCED).cumsum(-1) > 0) & is_text(kinds)
 
 
-def with_truth_of(prompts: Sequence[EvalPrompt], sources: Sequence[int | None]) -> list[EvalPrompt]:
-    """Prompts with the ground truth of their donors, for `follow`; entries without a donor stay as they are.
+def with_truth_of(
+    prompts: Sequence[EvalPrompt], sources: Sequence[int | None]
+) -> list[EvalPrompt]:
+    """Prompts with the ground truth of their donors, for `follow`; entries without a donor stay as
+    they are.
 
-    Everything else, `extra_info` too, stays the prompt's own: a reward may judge by it what the completion should look like.
+    Everything else, `extra_info` too, stays the prompt's own: a reward may judge by it what the
+    completion should look like.
     """
     return [
         prompt if source is None else replace(prompt, ground_truth=prompts[source].ground_truth)

@@ -1,4 +1,5 @@
-"""Readers of benchmarks from local files, in the schemas in which they were published. Nothing is downloaded.
+"""Readers of benchmarks from local files, in the schemas in which they were published. Nothing is
+downloaded.
 
     name       file                                        columns
     mmvp       Questions.csv + "MMVP Images/<Index>.jpg"    Index, Question, Options, Correct Answer
@@ -10,11 +11,11 @@
     digits     the embedded task, or any parquet of verl's  data_source, prompt, images, reward_model
                schema whose answers are numbers
 
-m3cot and scienceqa are asked in the form that IVT-LR is trained with (`data.stepwise`), which asks for no form of answer;
-the other choice questions end with `INSTRUCTION`.
+m3cot and scienceqa are asked in the form that IVT-LR is trained with (`data.stepwise`), which asks
+for no form of answer; the other choice questions end with `INSTRUCTION`.
 
-Each row becomes a `BenchmarkItem`; graders see its options and answer. A missing or malformed file raises `DataError` with
-the file, where it comes from and the expected columns.
+Each row becomes a `BenchmarkItem`; graders see its options and answer. A missing or malformed file
+raises `DataError` with the file, where it comes from and the expected columns.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class BenchmarkItem:
 
     Attributes:
         item_id: unique in its benchmark.
-        group_id: what is scored together (an MMVP pair, an HRBench question over its cycled options), else `item_id`.
+        group_id: what is scored together (an MMVP pair, an HRBench question over its cycled
+            options), else `item_id`.
         category: subset or category of the publication, "" where there is none.
         messages: contents are lists of {"type": "text", "text"} and {"type": "image"} in order.
         images: in the order of the image parts.
@@ -78,7 +80,8 @@ class Benchmark:
     Attributes:
         files: globs below its folder.
         parse: (row, where, file) -> item.
-        group_size: rows of each group, where its score is not defined for fewer; None where groups may differ.
+        group_size: rows of each group, where its score is not defined for fewer; None where groups
+            may differ.
     """
 
     name: str
@@ -103,23 +106,43 @@ def load_benchmark(name: str, path: str | Path, subset: str | None = None) -> li
 
     Raises:
         ConfigError: unknown benchmark.
-        DataError: no such file, a malformed row, equal ids, a pair of which a half is missing, or no row of the subset.
+        DataError: no such file, a malformed row, equal ids, a pair of which a half is missing, or
+            no row of the subset.
     """
     if name not in BENCHMARKS:
-        raise ConfigError("unknown benchmark", where="benchmark", got=name, expected=f"one of {sorted(BENCHMARKS)}")
+        raise ConfigError(
+            "unknown benchmark",
+            where="benchmark",
+            got=name,
+            expected=f"one of {sorted(BENCHMARKS)}",
+        )
     benchmark, path = BENCHMARKS[name], Path(path)
     items: list[BenchmarkItem] = []
     for file in _find_files(benchmark, path, subset):
-        items += [item for item in _read_file(benchmark, file) if subset is None or item.category == subset]
+        items += [
+            item
+            for item in _read_file(benchmark, file)
+            if subset is None or item.category == subset
+        ]
     if not items:
-        raise _problem(benchmark, str(path), "no rows" if subset is None else f"no rows of subset {subset!r}", subset)
+        raise _problem(
+            benchmark,
+            str(path),
+            "no rows" if subset is None else f"no rows of subset {subset!r}",
+            subset,
+        )
     if len({item.item_id for item in items}) != len(items):
         raise _problem(benchmark, str(path), "two rows have one id", "val and test files mixed?")
     sizes = Counter(item.group_id for item in items)
     if benchmark.group_size is not None and set(sizes.values()) != {benchmark.group_size}:
         found = {group: size for group, size in sizes.items() if size != benchmark.group_size}
         got = dict(list(found.items())[:5])
-        raise _problem(benchmark, str(path), f"not {benchmark.group_size} rows a group", f"rows by group: {got}")
+        raise _problem(
+            benchmark,
+            str(path),
+            f"not {benchmark.group_size} rows a group",
+            f"rows by group: {got}",
+        )
     return items
 
 
@@ -128,8 +151,8 @@ def first_items(
 ) -> list[BenchmarkItem]:
     """The first `max_rows` items, or all: asked before anything is decoded.
 
-    Scores are of groups as a whole (both questions of an MMVP pair, all rotations of an HRBench question), so a part of
-    one must not be left out.
+    Scores are of groups as a whole (both questions of an MMVP pair, all rotations of an HRBench
+    question), so a part of one must not be left out.
 
     Raises:
         ConfigError: the cut goes through a group, or leaves nothing.
@@ -158,7 +181,9 @@ def first_items(
 def check_max_rows(max_rows: object, where: str = "data.max_rows") -> None:
     """Raises `ConfigError` unless it is None or a count."""
     if max_rows is not None and (type(max_rows) is not int or max_rows < 1):
-        raise ConfigError("not a number of rows", where=where, got=max_rows, expected="int >= 1, or null for all")
+        raise ConfigError(
+            "not a number of rows", where=where, got=max_rows, expected="int >= 1, or null for all"
+        )
 
 
 def _find_files(benchmark: Benchmark, path: Path, subset: str | None) -> list[Path]:
@@ -170,7 +195,9 @@ def _find_files(benchmark: Benchmark, path: Path, subset: str | None) -> list[Pa
             # BLINK keeps each subset in a folder of its own name
             own = [file for file in found if subset is not None and subset in file.parts]
             return own or found
-    listing = sorted(entry.name for entry in path.iterdir())[:10] if path.is_dir() else "no such folder"
+    listing = (
+        sorted(entry.name for entry in path.iterdir())[:10] if path.is_dir() else "no such folder"
+    )
     raise _problem(benchmark, str(path), f"no file of benchmark {benchmark.name}", listing)
 
 
@@ -194,13 +221,20 @@ def _read_file(benchmark: Benchmark, file: Path) -> Iterator[BenchmarkItem]:
             where = f"{file} row {index}"
             missing = [column for column in benchmark.columns if column not in row]
             if missing:
-                raise _problem(benchmark, where, f"columns {missing} are missing", f"columns {sorted(map(str, row))}")
+                raise _problem(
+                    benchmark,
+                    where,
+                    f"columns {missing} are missing",
+                    f"columns {sorted(map(str, row))}",
+                )
             yield benchmark.parse(row, where, file)
     except (OSError, ValueError, csv.Error) as error:
         if isinstance(error, DataError):
             raise
         what = f"not a readable {file.suffix} file"
-        raise _problem(benchmark, f"{file} after row {index}", what, f"{type(error).__name__}: {error}") from error
+        raise _problem(
+            benchmark, f"{file} after row {index}", what, f"{type(error).__name__}: {error}"
+        ) from error
     except (TypeError, AttributeError, LookupError) as error:  # a value of another type, or none
         got = f"{type(error).__name__}: {error}"
         raise _problem(benchmark, f"{file} row {index}", "malformed row", got) from error
@@ -224,12 +258,15 @@ def _rows(file: Path) -> Iterable[dict]:
             yield from csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")
 
 
-# ---- one parser a benchmark -----------------------------------------------------------------------------------------
+# ---- one parser a benchmark
+# -----------------------------------------------------------------------------------------
 
 
 def _mmvp(row: dict, where: str, file: Path) -> BenchmarkItem:
     index = _integer(row["Index"], f"{where}: Index")
-    options = re.findall(r"\(([a-z])\)\s*(.*?)\s*(?=\([a-z]\)|\Z)", row["Options"] or "", re.DOTALL)
+    options = re.findall(
+        r"\(([a-z])\)\s*(.*?)\s*(?=\([a-z]\)|\Z)", row["Options"] or "", re.DOTALL
+    )
     if [letter for letter, _ in options] != ["a", "b"] or not all(text for _, text in options):
         raise _bad(f"{where}: Options", row["Options"], '"(a) <text> (b) <text>"')
     return _item(
@@ -254,17 +291,45 @@ def _vstar(row: dict, where: str, file: Path) -> BenchmarkItem:
     texts = [text for _, text in options]
     item_id = str(row["question_id"])
     category = row["category"]
-    return _item("vstar", f"{category}/{item_id}", None, category, row["text"], [image], texts, row["label"], where)
+    return _item(
+        "vstar",
+        f"{category}/{item_id}",
+        None,
+        category,
+        row["text"],
+        [image],
+        texts,
+        row["label"],
+        where,
+    )
 
 
 def _blink(row: dict, where: str, file: Path) -> BenchmarkItem:
     images = [row.get(f"image_{n}") for n in range(1, 5)]
-    images = [_stored_image(image, f"{where}: image_{n}") for n, image in enumerate(images, 1) if image is not None]
+    images = [
+        _stored_image(image, f"{where}: image_{n}")
+        for n, image in enumerate(images, 1)
+        if image is not None
+    ]
     category = row.get("sub_task") or file.parent.name
     if "hidden" in str(row["answer"]).lower():
-        raise _bad(f"{where}: answer", row["answer"], "a letter; the test split's answers are not public, use val")
+        raise _bad(
+            f"{where}: answer",
+            row["answer"],
+            "a letter; the test split's answers are not public, use val",
+        )
     prompt = _options_prompt(row["question"], row["choices"])
-    return _item("blink", str(row["idx"]), None, category, prompt, images, row["choices"], row["answer"], where)
+    return _item(
+        "blink",
+        str(row["idx"]),
+        None,
+        category,
+        prompt,
+        images,
+        row["choices"],
+        row["answer"],
+        where,
+    )
 
 
 def _hrbench(row: dict, where: str, file: Path) -> BenchmarkItem:
@@ -275,9 +340,15 @@ def _hrbench(row: dict, where: str, file: Path) -> BenchmarkItem:
     if not data:
         raise _bad(f"{where}: image", row["image"], "base64 of an image")
     options = [str(row[letter]) for letter in "ABCD"]
-    prompt, image = _options_prompt(row["question"], options), ImageRef(f"{where}: image", data=data)
-    # each question comes four times with its options rotated; other questions may have its words, of another image
-    group = f"{row['category']}: {row['question']} {hashlib.blake2b(data, digest_size=8).hexdigest()}"
+    prompt, image = (
+        _options_prompt(row["question"], options),
+        ImageRef(f"{where}: image", data=data),
+    )
+    # each question comes four times with its options rotated; other questions may have its words,
+    # of another image
+    group = (
+        f"{row['category']}: {row['question']} {hashlib.blake2b(data, digest_size=8).hexdigest()}"
+    )
     return _item(
         "hrbench",
         f"{file.stem}/{row['index']}",
@@ -303,7 +374,9 @@ def _scienceqa(row: dict, where: str, file: Path) -> BenchmarkItem:
     return _choice_item("scienceqa", item_id, row.get("subject"), scienceqa_question(row, where))
 
 
-def _choice_item(benchmark: str, item_id: str, category: str | None, question: ChoiceQuestion) -> BenchmarkItem:
+def _choice_item(
+    benchmark: str, item_id: str, category: str | None, question: ChoiceQuestion
+) -> BenchmarkItem:
     """Asked as in training."""
     return BenchmarkItem(
         benchmark,
@@ -322,14 +395,24 @@ def _verl_items(file: Path) -> Iterator[BenchmarkItem]:
         if not example.has_answer:
             continue
         yield BenchmarkItem(
-            "digits", str(index), str(index), example.data_source, example.messages, example.images, (), example.answer
+            "digits",
+            str(index),
+            str(index),
+            example.data_source,
+            example.messages,
+            example.images,
+            (),
+            example.answer,
         )
 
 
-# ---- parts of a row -------------------------------------------------------------------------------------------------
+# ---- parts of a row
+# -------------------------------------------------------------------------------------------------
 
 
-def _item(benchmark, item_id, group_id, category, prompt, images, options, answer, where) -> BenchmarkItem:
+def _item(
+    benchmark, item_id, group_id, category, prompt, images, options, answer, where
+) -> BenchmarkItem:
     options = [str(option) for option in options or []]
     letter = str(answer).strip().strip("()").upper()
     if len(options) < 2:
@@ -339,7 +422,14 @@ def _item(benchmark, item_id, group_id, category, prompt, images, options, answe
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
     message = {"role": "user", "content": content}
     return BenchmarkItem(
-        benchmark, item_id, group_id or item_id, str(category or ""), (message,), tuple(images), tuple(options), letter
+        benchmark,
+        item_id,
+        group_id or item_id,
+        str(category or ""),
+        (message,),
+        tuple(images),
+        tuple(options),
+        letter,
     )
 
 
@@ -349,7 +439,9 @@ def _options_prompt(question: str, options: Iterable[str]) -> str:
 
 
 def _bad(where: str, got: object, expected: str) -> DataError:
-    return DataError("malformed row", where=where, got=got, expected=expected, fix="Download the file again.")
+    return DataError(
+        "malformed row", where=where, got=got, expected=expected, fix="Download the file again."
+    )
 
 
 def _integer(value: object, where: str) -> int:

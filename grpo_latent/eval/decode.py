@@ -1,4 +1,6 @@
-"""Decodes prompts with one checkpoint: greedily, sampled, with other latent settings, or changed by an ablation."""
+"""Decodes prompts with one checkpoint: greedily, sampled, with other latent settings, or changed
+by an ablation.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +48,14 @@ class Decoding:
     latent: tuple[tuple[str, object], ...] = ()
 
     def __post_init__(self):
-        if isinstance(self.num_sampled, bool) or not isinstance(self.num_sampled, int) or self.num_sampled < 0:
-            raise ConfigError("not a valid count", where="num_sampled", got=self.num_sampled, expected="int >= 0")
+        if (
+            isinstance(self.num_sampled, bool)
+            or not isinstance(self.num_sampled, int)
+            or self.num_sampled < 0
+        ):
+            raise ConfigError(
+                "not a valid count", where="num_sampled", got=self.num_sampled, expected="int >= 0"
+            )
 
     @classmethod
     def from_dict(cls, values: dict, where: str) -> Decoding:
@@ -59,12 +67,21 @@ class Decoding:
         known = (*LATENT_KEYS, *SAMPLING_KEYS)
         check_keys(values, known, where)
         if not values:
-            raise ConfigError("not a decoding strategy", where=where, got=values, expected=f"some of {known}")
+            raise ConfigError(
+                "not a decoding strategy", where=where, got=values, expected=f"some of {known}"
+            )
         if not values.get("n") and set(values) & set(SAMPLING_KEYS):
-            raise ConfigError("sampling settings of a greedy decoding", where=where, got=values, expected="n >= 1")
+            raise ConfigError(
+                "sampling settings of a greedy decoding",
+                where=where,
+                got=values,
+                expected="n >= 1",
+            )
         sampling = {name: values[name] for name in SAMPLING_KEYS[1:] if name in values}
         latent = tuple((name, values[name]) for name in LATENT_KEYS if name in values)
-        name = ",".join(f"{key}={values[key]}" for key in (*LATENT_KEYS, *SAMPLING_KEYS) if key in values)
+        name = ",".join(
+            f"{key}={values[key]}" for key in (*LATENT_KEYS, *SAMPLING_KEYS) if key in values
+        )
         return cls(name, values.get("n", 0), **sampling, latent=latent)
 
     def params(self, max_new_tokens: int) -> SamplingParams:
@@ -81,7 +98,8 @@ class Evaluator:
 
     Args:
         max_new_tokens: positions of a completion, latents included.
-        seed: a trajectory's own seed is made of it, the prompt's `row_id` and the index in the group.
+        seed: a trajectory's own seed is made of it, the prompt's `row_id` and the index in the
+            group.
         max_batch_rows, treatment: see `HFRolloutEngine`.
     """
 
@@ -94,7 +112,12 @@ class Evaluator:
         treatment: Treatment | None = None,
     ):
         self.treatment = treatment
-        self.loaded, self.max_new_tokens, self.seed, self.max_batch_rows = loaded, max_new_tokens, seed, max_batch_rows
+        self.loaded, self.max_new_tokens, self.seed, self.max_batch_rows = (
+            loaded,
+            max_new_tokens,
+            seed,
+            max_batch_rows,
+        )
         self._engines: dict[tuple, HFRolloutEngine] = {}
         self.adapter = self.engine(GREEDY).adapter
 
@@ -108,7 +131,11 @@ class Evaluator:
             mechanism = self.loaded.mechanism.replace(**dict(decoding.latent))
             model, eos_ids = self.loaded.model, self.loaded.eos_ids
             self._engines[decoding.latent] = HFRolloutEngine(
-                model, mechanism, eos_ids, max_batch_rows=self.max_batch_rows, treatment=self.treatment
+                model,
+                mechanism,
+                eos_ids,
+                max_batch_rows=self.max_batch_rows,
+                treatment=self.treatment,
             )
         return self._engines[decoding.latent]
 
@@ -121,13 +148,23 @@ class Evaluator:
         """Each prompt's trajectories.
 
         Args:
-            changes: fields of each prompt's `RolloutRequest` that differ, as an ablation makes them; None where none does.
+            changes: fields of each prompt's `RolloutRequest` that differ, as an ablation makes
+                them; None where none does.
         """
         requests = []
         for prompt, change in zip(prompts, changes or [None] * len(prompts), strict=True):
-            seeds = [trajectory_seed(self.seed, 0, prompt.row_id, j) for j in range(max(decoding.num_sampled, 1))]
+            seeds = [
+                trajectory_seed(self.seed, 0, prompt.row_id, j)
+                for j in range(max(decoding.num_sampled, 1))
+            ]
             requests.append(
-                RolloutRequest(prompt.prompt_ids, seeds, prompt.images, group_id=prompt.where, **(change or {}))
+                RolloutRequest(
+                    prompt.prompt_ids,
+                    seeds,
+                    prompt.images,
+                    group_id=prompt.where,
+                    **(change or {}),
+                )
             )
         return self.engine(decoding).generate(requests, decoding.params(self.max_new_tokens))
 
@@ -136,9 +173,11 @@ class Evaluator:
 
     @contextmanager
     def encoded_once(self, prompts: Sequence[EvalPrompt]) -> Iterator[list[Tensor | None]]:
-        """Merged image embeddings [M, H] of each prompt; within the block no image is encoded again, or read.
+        """Merged image embeddings [M, H] of each prompt; within the block no image is encoded
+        again, or read.
 
-        All are encoded in one call at the beginning, so that they do not depend on what the block does.
+        All are encoded in one call at the beginning, so that they do not depend on what the block
+        does.
         """
         with held(prompt.images for prompt in prompts), encoding_once(self.adapter.backbone):
             yield self._visual(prompts)
@@ -151,7 +190,10 @@ class Evaluator:
         visual_MH = self.adapter.encode_images(images.to(self.adapter.device))
         counts = [int((p.prompt_ids == self.adapter.image_token_id).sum()) for p in prompts]
         parts = visual_MH.float().split(counts)
-        return [None if prompt.images is None else part for prompt, part in zip(prompts, parts, strict=True)]
+        return [
+            None if prompt.images is None else part
+            for prompt, part in zip(prompts, parts, strict=True)
+        ]
 
 
 def with_partners_images(prompts: Sequence[EvalPrompt]) -> list[EvalPrompt | None]:

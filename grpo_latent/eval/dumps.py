@@ -1,11 +1,12 @@
-"""Rollout dumps, which training writes each `latent.dump_every` steps: the one writer and the one reader.
+"""Rollout dumps, which training writes each `latent.dump_every` steps: the one writer and the one
+reader.
 
 rollouts/step_<n>.jsonl         one trajectory a line: ids, kinds, masks, log-probs, reward, its terms, advantages
 rollouts/step_<n>.safetensors   its latents, float [n, H], by the trajectory's id "<row index>/<index in the group>", and
                                 other recorded vectors by "<id>/<name>"
 
-Which fields there are, and where each of them stands, follows from `grpo_latent.recorded`: sequences of numbers are in the
-lines, vectors in the binary file.
+Which fields there are, and where each of them stands, follows from `grpo_latent.recorded`:
+sequences of numbers are in the lines, vectors in the binary file.
 """
 
 from __future__ import annotations
@@ -28,8 +29,20 @@ from grpo_latent.recorded import Field, Wire
 from grpo_latent.trajectory import Trajectory, from_column
 
 LOG_PROBS = "_log_probs"  # fields of such a name are one number a position
-REQUIRED = ("step", "id", "text", "stop_reason", "reward", "prompt_ids", "token_ids", "kinds", "response_mask")
-FIX = "It was cut off while being written, or by another release: delete it, or dump the step again."
+REQUIRED = (
+    "step",
+    "id",
+    "text",
+    "stop_reason",
+    "reward",
+    "prompt_ids",
+    "token_ids",
+    "kinds",
+    "response_mask",
+)
+FIX = (
+    "It was cut off while being written, or by another release: delete it, or dump the step again."
+)
 
 
 @dataclass(frozen=True)
@@ -37,13 +50,16 @@ class DumpedTrajectory:
     """A trajectory as it was trained on. T completion positions.
 
     Attributes:
-        trajectory: ids, kinds, latents and the rollout's log-probs (zeros where they were not dumped).
-        step: training step; `group_id`: index of the data row; `trajectory_idx`: index in the group.
+        trajectory: ids, kinds, latents and the rollout's log-probs (zeros where they were not
+            dumped).
+        step: training step; `group_id`: index of the data row; `trajectory_idx`: index in the
+            group.
         text: completion without latent spans, as rewards saw it.
         reward_terms: what the reward reported beside the reward.
         advantage: of its actions; None where none was dumped.
         response_mask: bool [T], True where the policy acted.
-        log_probs: float [T] by name, of `rollout`, `sampling`, `old`, `ref` those that were dumped.
+        log_probs: float [T] by name, of `rollout`, `sampling`, `old`, `ref` those that were
+            dumped.
     """
 
     trajectory: Trajectory
@@ -74,7 +90,9 @@ class Dump:
         return groups
 
 
-def split_columns(record_id: str, columns: dict[str, Tensor]) -> tuple[dict[str, list], dict[str, Tensor]]:
+def split_columns(
+    record_id: str, columns: dict[str, Tensor]
+) -> tuple[dict[str, list], dict[str, Tensor]]:
     """What of one trajectory goes into its line, and what into the binary file.
 
     Args:
@@ -92,8 +110,11 @@ def split_columns(record_id: str, columns: dict[str, Tensor]) -> tuple[dict[str,
     return line, tensors
 
 
-def write_step(folder: str | Path, step: int, records: list[dict], tensors: dict[str, Tensor]) -> None:
-    """Writes `step_<n>.jsonl`, one trajectory a line, and `step_<n>.safetensors`, both whole or not at all.
+def write_step(
+    folder: str | Path, step: int, records: list[dict], tensors: dict[str, Tensor]
+) -> None:
+    """Writes `step_<n>.jsonl`, one trajectory a line, and `step_<n>.safetensors`, both whole or
+    not at all.
 
     Args:
         tensors: of all trajectories, by the keys that `split_columns` gives them.
@@ -101,7 +122,9 @@ def write_step(folder: str | Path, step: int, records: list[dict], tensors: dict
     path = Path(folder) / f"step_{step}.jsonl"
     # a dump counts once its lines are there
     with replacing_file(path) as lines, replacing_file(path.with_suffix(".safetensors")) as binary:
-        lines.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        lines.write_text(
+            "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
+        )
         save_file({name: values.contiguous() for name, values in tensors.items()}, binary)
 
 
@@ -110,7 +133,9 @@ def _key(record_id: str, field: Field) -> str:
 
 
 def read_dump(folder: str | Path) -> Dump:
-    """All steps of a folder, in order. A file that cannot be read becomes a problem that names it; the others still come."""
+    """All steps of a folder, in order. A file that cannot be read becomes a problem that names it;
+    the others still come.
+    """
     trajectories: list[DumpedTrajectory] = []
     problems: list[GrpoLatentError] = []
     for path in dump_files(folder):
@@ -123,7 +148,10 @@ def read_dump(folder: str | Path) -> Dump:
 
 def dump_files(folder: str | Path) -> list[Path]:
     """The jsonl files of a folder, by step."""
-    numbered = [(re.fullmatch(r"step_(\d+)\.jsonl", path.name), path) for path in Path(folder).glob("step_*.jsonl")]
+    numbered = [
+        (re.fullmatch(r"step_(\d+)\.jsonl", path.name), path)
+        for path in Path(folder).glob("step_*.jsonl")
+    ]
     return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
 
 
@@ -131,7 +159,8 @@ def read_step(path: str | Path) -> list[DumpedTrajectory]:
     """The trajectories of one jsonl file.
 
     Raises:
-        DataError: the file, the line or the latents beside it are missing, malformed or do not fit each other.
+        DataError: the file, the line or the latents beside it are missing, malformed or do not fit
+            each other.
     """
     path = Path(path)
     latents = path.with_suffix(".safetensors")
@@ -158,11 +187,34 @@ def _parse(line: str, where: str, tensors, known: set[str]) -> DumpedTrajectory:
         record = json.loads(line)
         missing = [name for name in REQUIRED if name not in record]
         if missing:
-            raise DataError("fields are missing", where=where, got=sorted(record), expected=str(missing), fix=FIX)
+            raise DataError(
+                "fields are missing",
+                where=where,
+                got=sorted(record),
+                expected=str(missing),
+                fix=FIX,
+            )
         if record["id"] not in known:
-            raise DataError("no latents", where=where, got=record["id"], expected="an id of the safetensors", fix=FIX)
-        keys = {field: _key(record["id"], field) for field in recorded.of_trajectory(Wire.DUMP) if field.is_matrix}
-        return _build(record, {f.name: tensors.get_tensor(key).to(f.dtype) for f, key in keys.items() if key in known})
+            raise DataError(
+                "no latents",
+                where=where,
+                got=record["id"],
+                expected="an id of the safetensors",
+                fix=FIX,
+            )
+        keys = {
+            field: _key(record["id"], field)
+            for field in recorded.of_trajectory(Wire.DUMP)
+            if field.is_matrix
+        }
+        return _build(
+            record,
+            {
+                f.name: tensors.get_tensor(key).to(f.dtype)
+                for f, key in keys.items()
+                if key in known
+            },
+        )
     except DataError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
@@ -179,7 +231,11 @@ def _build(record: dict, matrices: dict[str, Tensor]) -> DumpedTrajectory:
     group_id, trajectory_idx = record["id"].rsplit("/", 1)
     values = matrices | _sequences(record)
     lengths = {name: len(values[name]) for name in ("token_ids", "response_mask")}
-    log_probs = {name.removesuffix(LOG_PROBS): row for name, row in values.items() if name.endswith(LOG_PROBS)}
+    log_probs = {
+        name.removesuffix(LOG_PROBS): row
+        for name, row in values.items()
+        if name.endswith(LOG_PROBS)
+    }
     lengths |= {name: len(row) for name, row in log_probs.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"{lengths['token_ids']} tokens, but {lengths}")
@@ -188,13 +244,21 @@ def _build(record: dict, matrices: dict[str, Tensor]) -> DumpedTrajectory:
         raise ValueError(f"reward {reward}")
     zeros = torch.zeros(lengths["token_ids"])
     # what dumps may lack, of older releases or of trajectories without such positions
-    absent = {"rollout_log_probs": zeros, "sampling_log_probs": zeros, "selected_idx": torch.zeros(0, dtype=torch.long)}
-    fields = {f.name: values.get(f.name, absent.get(f.name)) for f in recorded.of_trajectory(Wire.DUMP)}
+    absent = {
+        "rollout_log_probs": zeros,
+        "sampling_log_probs": zeros,
+        "selected_idx": torch.zeros(0, dtype=torch.long),
+    }
+    fields = {
+        f.name: values.get(f.name, absent.get(f.name)) for f in recorded.of_trajectory(Wire.DUMP)
+    }
     response_mask = values["response_mask"].bool()
     acted = response_mask.nonzero()[:, 0].tolist()
     advantages = values.get("advantages")
     return DumpedTrajectory(
-        trajectory=Trajectory.of_fields(fields, stop_reason=record["stop_reason"], group_id=group_id),
+        trajectory=Trajectory.of_fields(
+            fields, stop_reason=record["stop_reason"], group_id=group_id
+        ),
         step=int(record["step"]),
         group_id=group_id,
         trajectory_idx=int(trajectory_idx),
@@ -210,7 +274,9 @@ def _build(record: dict, matrices: dict[str, Tensor]) -> DumpedTrajectory:
 
 def _sequences(record: dict) -> dict[str, Tensor]:
     """The fields of a line by name, as trajectories have them."""
-    fields = [field for field in recorded.on(Wire.DUMP) if not field.is_matrix and field.dump in record]
+    fields = [
+        field for field in recorded.on(Wire.DUMP) if not field.is_matrix and field.dump in record
+    ]
     columns = {field: torch.tensor(record[field.dump], dtype=field.dtype) for field in fields}
     kinds_L = columns[recorded.field("kinds")]
     values = {field.name: from_column(field, column, kinds_L) for field, column in columns.items()}

@@ -73,7 +73,9 @@ class EvalSettings:
         for name, minimum in (("leak_prompts", 0), ("prompts_per_batch", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < minimum:
-                raise ConfigError("not a valid count", where=name, got=value, expected=f"int >= {minimum}")
+                raise ConfigError(
+                    "not a valid count", where=name, got=value, expected=f"int >= {minimum}"
+                )
         for name in self.ablations:
             parse_name(name)
         for decoding in (self.sampled, *self.decodings):
@@ -84,7 +86,11 @@ class EvalSettings:
         return Decoding(SAMPLED, self.num_sampled, self.temperature, self.top_k, self.top_p)
 
     def phases(self) -> list[str]:
-        names = [OWN, *([SAMPLED] if self.num_sampled else []), *(decoding.name for decoding in self.decodings)]
+        names = [
+            OWN,
+            *([SAMPLED] if self.num_sampled else []),
+            *(decoding.name for decoding in self.decodings),
+        ]
         return names + ([SWAPPED] if self.needs_swapped else []) + list(self.ablations)
 
     @property
@@ -110,8 +116,15 @@ class Evaluation:
         max_batch_rows: int = 512,
         journal: Journal | None = None,
     ):
-        self.prompts, self.scorer, self.settings, self.progress = prompts, scorer, settings, progress
-        self.evaluator = Evaluator(loaded, settings.max_new_tokens, settings.seed, max_batch_rows, settings.treatment)
+        self.prompts, self.scorer, self.settings, self.progress = (
+            prompts,
+            scorer,
+            settings,
+            progress,
+        )
+        self.evaluator = Evaluator(
+            loaded, settings.max_new_tokens, settings.seed, max_batch_rows, settings.treatment
+        )
         self.mechanism, self.journal = loaded.mechanism, journal or Journal(None, {})
         size = settings.prompts_per_batch
         self.batches = [slice(start, start + size) for start in range(0, len(prompts), size)]
@@ -123,16 +136,22 @@ class Evaluation:
         started, settings = time.monotonic(), self.settings
         findings = Findings(self.prompts, settings.verdict)
         own, ideal = self._decode_all(findings)
-        inputs = AblationInputs(self.prompts, own, ideal, self.mechanism, settings.seed, self._swapped())
+        inputs = AblationInputs(
+            self.prompts, own, ideal, self.mechanism, settings.seed, self._swapped()
+        )
         changes = {name: make_changes(name, inputs) for name in settings.ablations}
-        sources = donors([len(t.latents) for t in own], [p.cluster for p in self.prompts], settings.seed)
+        sources = donors(
+            [len(t.latents) for t in own], [p.cluster for p in self.prompts], settings.seed
+        )
         parts: dict[str, list[Part]] = {name: [] for name in settings.ablations}
         for batch_idx, batch in enumerate(self.batches):
             with self._encoded_once(batch, settings.ablations, batch_idx):
                 for name in settings.ablations:
                     parts[name].append(self._ablated(name, changes[name], sources, batch_idx))
         for name in settings.ablations:
-            findings.add_ablation(name, parts[name], [change is not None for change in changes[name]])
+            findings.add_ablation(
+                name, parts[name], [change is not None for change in changes[name]]
+            )
         if settings.leak_prompts:
             adapter, visibility = self.evaluator.adapter, self.mechanism.visibility
             findings.leak = leak(adapter, self.prompts, own, visibility, settings.leak_prompts)
@@ -152,9 +171,13 @@ class Evaluation:
             return nullcontext()
         return self.evaluator.encoded_once(self.prompts[batch])
 
-    def _scored(self, prompts: Sequence[EvalPrompt], groups: Sequence[Sequence[Trajectory]]) -> list[list[Outcome]]:
+    def _scored(
+        self, prompts: Sequence[EvalPrompt], groups: Sequence[Sequence[Trajectory]]
+    ) -> list[list[Outcome]]:
         rows = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
-        outcomes = iter(self.scorer(rows, [trajectory for group in groups for trajectory in group]))
+        outcomes = iter(
+            self.scorer(rows, [trajectory for group in groups for trajectory in group])
+        )
         return [[next(outcomes) for _ in group] for group in groups]
 
     def _decode_all(self, findings: Findings) -> tuple[list[Trajectory], list[Tensor | None]]:
@@ -213,7 +236,9 @@ class Evaluation:
             trajectories += self._part(SWAPPED, batch_idx, make).trajectories
         return trajectories
 
-    def _ablated(self, name: str, changes: list, sources: list[int | None], batch_idx: int) -> Part:
+    def _ablated(
+        self, name: str, changes: list, sources: list[int | None], batch_idx: int
+    ) -> Part:
         batch = self.batches[batch_idx]
         prompts, changes = self.prompts[batch], changes[batch]
 
@@ -234,12 +259,16 @@ class Evaluation:
     def _follow(
         self, batch: slice, changed: list[int], decoded: list[Trajectory], sources
     ) -> list[float | None] | None:
-        """Whether each shuffled answer is right for its donor; None where it cannot be told: letters of other questions."""
+        """Whether each shuffled answer is right for its donor; None where it cannot be told:
+        letters of other questions.
+        """
         if any(prompt.item is not None and prompt.item.options for prompt in self.prompts):
             return None
         donated = with_truth_of(self.prompts, sources)[batch]
         follow: list[float | None] = [None] * len(donated)
-        for i, outcome in zip(changed, self.scorer([donated[i] for i in changed], decoded), strict=True):
+        for i, outcome in zip(
+            changed, self.scorer([donated[i] for i in changed], decoded), strict=True
+        ):
             follow[i] = outcome.correct
         return follow
 
@@ -261,9 +290,12 @@ class PromptsDigest:
 
 
 def fingerprint(loaded: LatentModel, prompts: PromptsDigest, settings: EvalSettings) -> dict:
-    """What an evaluation's parts depend on, besides weights and reward: settings, latents, prompts."""
+    """What an evaluation's parts depend on, besides weights and reward: settings, latents,
+    prompts.
+    """
     return {
-        "settings": json.loads(json.dumps(asdict(settings))) | {"treatment": repr(settings.treatment)},
+        "settings": json.loads(json.dumps(asdict(settings)))
+        | {"treatment": repr(settings.treatment)},
         "latent_config": loaded.mechanism.to_dict(),
         "prompts": prompts.hexdigest(),
     }

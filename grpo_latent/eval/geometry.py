@@ -18,10 +18,14 @@ def geometry(groups: Sequence[Sequence[Tensor]]) -> dict[str, float]:
         groups: for each group its trajectories' latents [N, H].
 
     Returns:
-        `norm_mean`, `norm_std`; `cosine_step_to_step` between consecutive latents of a trajectory; `cosine_across_groups`
-        between first latents of groups (1: collapsed, every prompt gets one latent); `cosine_within_group` between the first
-        latents of a group's trajectories (1: deterministic, the group explores text only); `effective_rank` of the
-        first latents, exp of the entropy of the normalised singular values (Roy & Vetterli 2007). What cannot be
+        `norm_mean`, `norm_std`; `cosine_step_to_step` between consecutive latents of a trajectory;
+            `cosine_across_groups`
+        between first latents of groups (1: collapsed, every prompt gets one latent);
+            `cosine_within_group` between the first
+        latents of a group's trajectories (1: deterministic, the group explores text only);
+            `effective_rank` of the
+        first latents, exp of the entropy of the normalised singular values (Roy & Vetterli 2007).
+            What cannot be
         computed is left out.
     """
     groups = [[latents.float() for latents in group if len(latents)] for group in groups]
@@ -31,11 +35,16 @@ def geometry(groups: Sequence[Sequence[Tensor]]) -> dict[str, float]:
     norms_N = torch.cat([latents for group in groups for latents in group]).norm(dim=-1)
     result = {"norm_mean": float(norms_N.mean()), "norm_std": float(norms_N.std(correction=0))}
     consecutive = [
-        (normalize(z[1:], dim=-1) * normalize(z[:-1], dim=-1)).sum(-1) for g in groups for z in g if len(z) > 1
+        (normalize(z[1:], dim=-1) * normalize(z[:-1], dim=-1)).sum(-1)
+        for g in groups
+        for z in g
+        if len(z) > 1
     ]
     if consecutive:
         result["cosine_step_to_step"] = float(torch.cat(consecutive).mean())
-    within = [_mean_cosine(torch.stack([z[0] for z in group])) for group in groups if len(group) > 1]
+    within = [
+        _mean_cosine(torch.stack([z[0] for z in group])) for group in groups if len(group) > 1
+    ]
     if within:
         result["cosine_within_group"] = sum(within) / len(within)
     first_GH = torch.stack([group[0][0] for group in groups])
@@ -43,11 +52,17 @@ def geometry(groups: Sequence[Sequence[Tensor]]) -> dict[str, float]:
         result["cosine_across_groups"] = _mean_cosine(first_GH)
         shares = torch.linalg.svdvals(normalize(first_GH[:MAX_VECTORS], dim=-1))
         shares = shares / shares.sum()
-        result["effective_rank"] = float(torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum()))
+        result["effective_rank"] = float(
+            torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum())
+        )
     return result
 
 
 def _mean_cosine(vectors_NH: Tensor) -> float:
-    """Mean cosine of the pairs of different rows: (|sum of directions|² - sum of |direction|²) / (N (N - 1))."""
+    """Mean cosine of the pairs of different rows: (|sum of directions|² - sum of |direction|²) /
+    (N (N - 1)).
+    """
     directions, num = normalize(vectors_NH.double(), dim=-1), len(vectors_NH)
-    return float((directions.sum(0).square().sum() - directions.square().sum()) / (num * (num - 1)))
+    return float(
+        (directions.sum(0).square().sum() - directions.square().sum()) / (num * (num - 1))
+    )

@@ -2,10 +2,11 @@
 
     completion ──committed answer──▶ text ──as an option / as a number──▶ letter or text ──equals the truth?──▶ grade
 
-A completion commits to an answer in one of three forms: one pair of answer tags; a last line such as
-"The answer is (B)." or one `\\boxed{B}`; or nothing but the answer. Everything else is *unparsed*, which is wrong and
-counted apart: a letter that occurs somewhere, two different answers, or an option's letter beside another option's text
-never scores. Parsing does not see the truth, so that it cannot lean towards it.
+A completion commits to an answer in one of three forms: one pair of answer tags; a last line such
+as "The answer is (B)." or one `\\boxed{B}`; or nothing but the answer. Everything else is
+*unparsed*, which is wrong and counted apart: a letter that occurs somewhere, two different
+answers, or an option's letter beside another option's text never scores. Parsing does not see the
+truth, so that it cannot lean towards it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Grade:
 def committed_answer(completion: str) -> str | None:
     """The text that a completion gives as its answer, or None.
 
-    Special tokens such as `<|im_end|>` are left out; tags win over a stated answer, which must end the completion.
+    Special tokens such as `<|im_end|>` are left out; tags win over a stated answer, which must end
+    the completion.
 
     >>> committed_answer("It is red. <answer> B </answer>"), committed_answer("The answer is (B)."), committed_answer("A B")
     ('B', '(B)', 'A B')
@@ -54,7 +56,9 @@ def committed_answer(completion: str) -> str | None:
     text = re.sub(r"<\|[^|>]*\|>", " ", completion).strip()
     if "<answer>" in text or "</answer>" in text:
         # counted first: the regular expression is quadratic in repeated opening tags
-        pair = _TAGS.search(text) if text.count("<answer>") == text.count("</answer>") == 1 else None
+        pair = (
+            _TAGS.search(text) if text.count("<answer>") == text.count("</answer>") == 1 else None
+        )
         if pair is None:
             return None
         text = pair[1].strip()
@@ -67,7 +71,8 @@ def committed_answer(completion: str) -> str | None:
 
 
 def parse_option(answer: str | None, options: Sequence[str]) -> str | None:
-    """The letter that an answer names, or None: `B`, `(b)`, `B.`, `option B`, `(B) its text`, or exactly its text.
+    """The letter that an answer names, or None: `B`, `(b)`, `B.`, `option B`, `(B) its text`, or
+    exactly its text.
 
     >>> parse_option("(b) Closed", ["Open", "Closed"]), parse_option("(a) Closed", ["Open", "Closed"])
     ('B', None)
@@ -100,7 +105,10 @@ def grade_option(completion: str, options: Sequence[str], truth: str) -> Grade:
     """
     if truth not in LETTERS[: len(options)] or len(truth) != 1:
         raise DataError(
-            "the truth names no option", where="grade_option", got=truth, expected=f"one of {LETTERS[: len(options)]}"
+            "the truth names no option",
+            where="grade_option",
+            got=truth,
+            expected=f"one of {LETTERS[: len(options)]}",
         )
     answer = parse_option(committed_answer(completion), options)
     if answer is None:
@@ -109,13 +117,19 @@ def grade_option(completion: str, options: Sequence[str], truth: str) -> Grade:
 
 
 def grade_number(completion: str, truth: str) -> Grade:
-    """Grades an integer answer (the embedded task): the committed answer is the number and nothing else."""
+    """Grades an integer answer (the embedded task): the committed answer is the number and nothing
+    else.
+    """
     if _NUMBER.fullmatch(str(truth).strip()) is None:
-        raise DataError("the truth is no integer", where="grade_number", got=truth, expected="digits")
+        raise DataError(
+            "the truth is no integer", where="grade_number", got=truth, expected="digits"
+        )
     answer = committed_answer(completion)
     if answer is None or _NUMBER.fullmatch(answer) is None:
         return Grade(False, None, "unparsed: the completion commits to no single number")
-    return Grade(int(answer) == int(truth), str(int(answer)), f"answered {int(answer)}, truth {int(truth)}")
+    return Grade(
+        int(answer) == int(truth), str(int(answer)), f"answered {int(answer)}, truth {int(truth)}"
+    )
 
 
 def grade(completion: str, options: Sequence[str], truth: str) -> Grade:
@@ -140,17 +154,25 @@ def pair_accuracy(correct: Sequence[bool | float], pair_ids: Sequence[str]) -> f
     """
     pairs: dict[str, list[float]] = {}
     if len(correct) != len(pair_ids):
-        raise DataError("grades and pairs differ in number", where="pair_accuracy", got=(len(correct), len(pair_ids)))
+        raise DataError(
+            "grades and pairs differ in number",
+            where="pair_accuracy",
+            got=(len(correct), len(pair_ids)),
+        )
     for value, pair_id in zip(correct, pair_ids, strict=True):
         pairs.setdefault(pair_id, []).append(float(value))
     odd = [pair_id for pair_id, values in pairs.items() if len(values) != 2]
     if odd or not pairs:
-        raise DataError("not pairs", where="pair_accuracy", got=odd[:5], expected="two questions a pair")
+        raise DataError(
+            "not pairs", where="pair_accuracy", got=odd[:5], expected="two questions a pair"
+        )
     return sum(all(value == 1.0 for value in values) for values in pairs.values()) / len(pairs)
 
 
 def _tidy(text: str) -> str | None:
-    """Without white space, bold or maths marks and the closing full stop; None where nothing is left."""
+    """Without white space, bold or maths marks and the closing full stop; None where nothing is
+    left.
+    """
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip().strip("*$ \n").strip()
     text = re.sub(r"(?<=[^.])\.\Z", "", text)
     return text or None

@@ -1,4 +1,5 @@
-"""What an evaluation has done so far, on disk, so that an interrupted one goes on where it stopped.
+"""What an evaluation has done so far, on disk, so that an interrupted one goes on where it
+stopped.
 
 <output>.parts/settings.json               what the evaluation is of: another one refuses to go on from these parts
 <output>.parts/<phase>.<batch>.json         outcomes of one batch of prompts in one phase
@@ -51,7 +52,8 @@ class Part:
         outcomes: of each prompt's trajectories; empty for a prompt that the phase leaves as it is.
         extra: a further number a prompt, or None (`follow` of `shuffle`).
         num_tokens: positions that were decoded; `seconds`: wall time of it.
-        trajectories: the first one of each prompt, where later phases need it; None for prompts without.
+        trajectories: the first one of each prompt, where later phases need it; None for prompts
+            without.
     """
 
     outcomes: list[list[Outcome]]
@@ -104,7 +106,9 @@ class Journal:
         path = self._path(phase, batch_idx, "json")
         try:
             values = json.loads(path.read_text())
-            values["outcomes"] = [[Outcome(*outcome) for outcome in group] for group in values["outcomes"]]
+            values["outcomes"] = [
+                [Outcome(*outcome) for outcome in group] for group in values["outcomes"]
+            ]
             if values.pop("has_trajectories"):
                 path = self._path(phase, batch_idx, "safetensors")
                 values["trajectories"] = unpack(path.read_bytes())
@@ -123,8 +127,14 @@ class Journal:
             return
         if part.trajectories is not None:
             write_bytes(self._path(phase, batch_idx, "safetensors"), pack(part.trajectories))
-        values = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.name != "trajectories"}
-        values["outcomes"] = [[dataclasses.astuple(outcome) for outcome in group] for group in part.outcomes]
+        values = {
+            f.name: getattr(part, f.name)
+            for f in dataclasses.fields(part)
+            if f.name != "trajectories"
+        }
+        values["outcomes"] = [
+            [dataclasses.astuple(outcome) for outcome in group] for group in part.outcomes
+        ]
         values["has_trajectories"] = part.trajectories is not None
         # last: a part counts once its JSON is there
         write_text(self._path(phase, batch_idx, "json"), json.dumps(values))
@@ -134,7 +144,9 @@ class Journal:
             shutil.rmtree(self.folder)
 
     def _path(self, phase: str, batch_idx: int, suffix: str) -> Path:
-        return self.folder / f"{re.sub(r'[^A-Za-z0-9_=.,@-]', '_', phase)}.{batch_idx:05d}.{suffix}"
+        return (
+            self.folder / f"{re.sub(r'[^A-Za-z0-9_=.,@-]', '_', phase)}.{batch_idx:05d}.{suffix}"
+        )
 
 
 def _read_settings(path: Path) -> dict:
@@ -151,9 +163,11 @@ def _read_settings(path: Path) -> dict:
 
 
 def pack(trajectories: Sequence[Trajectory | None]) -> bytes:
-    """Trajectories as one safetensors file: of each recorded field the rows of all, end to end, with their lengths.
+    """Trajectories as one safetensors file: of each recorded field the rows of all, end to end,
+    with their lengths.
 
-    A field that none of them has is left out; of one that only some have, `<name>.is_there` says which.
+    A field that none of them has is left out; of one that only some have, `<name>.is_there` says
+    which.
     """
     present = [t for t in trajectories if t is not None]
     tensors = {"present": torch.tensor([t is not None for t in trajectories])}
@@ -181,14 +195,20 @@ def _rows(name: str, tensors: dict[str, Tensor]) -> list[Tensor | None]:
     """Inverse of `_end_to_end`."""
     rows = list(tensors[name].split(tensors[f"{name}.lengths"].tolist()))
     is_there = tensors.get(f"{name}.is_there")
-    return rows if is_there is None else [row if there else None for row, there in zip(rows, is_there, strict=True)]
+    return (
+        rows
+        if is_there is None
+        else [row if there else None for row, there in zip(rows, is_there, strict=True)]
+    )
 
 
 def unpack(content: bytes) -> list[Trajectory | None]:
     """Inverse of `pack`."""
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     group_ids, tensors = json.loads(header["__metadata__"]["group_ids"]), load(content)
-    fields = [field.name for field in recorded.of_trajectory(Wire.JOURNAL) if field.name in tensors]
+    fields = [
+        field.name for field in recorded.of_trajectory(Wire.JOURNAL) if field.name in tensors
+    ]
     columns = {name: _rows(name, tensors) for name in fields}
     rows = iter(range(len(group_ids)))
     trajectories: list[Trajectory | None] = []

@@ -1,7 +1,8 @@
-"""Pixels of an evaluation's prompts, made when they are asked for and kept only as far as they fit.
+"""Pixels of an evaluation's prompts, made when they are asked for and kept only as far as they
+fit.
 
-A benchmark's images take tens of gigabytes as pixels and a few as files. So a prompt holds its files, and a store holds
-pixels: those of the batch in hand, and of others what `max_bytes` allows.
+A benchmark's images take tens of gigabytes as pixels and a few as files. So a prompt holds its
+files, and a store holds pixels: those of the batch in hand, and of others what `max_bytes` allows.
 """
 
 from __future__ import annotations
@@ -73,8 +74,15 @@ class PixelStore:
 class StoredImages(ImageInputs):
     """Images whose pixels are in a store, or made anew."""
 
-    def __init__(self, key: int, image_grid_thw: Tensor, make: Callable[[], Tensor], store: PixelStore):
-        for name, value in (("key", key), ("image_grid_thw", image_grid_thw), ("_make", make), ("store", store)):
+    def __init__(
+        self, key: int, image_grid_thw: Tensor, make: Callable[[], Tensor], store: PixelStore
+    ):
+        for name, value in (
+            ("key", key),
+            ("image_grid_thw", image_grid_thw),
+            ("_make", make),
+            ("store", store),
+        ):
             object.__setattr__(self, name, value)  # the base is frozen
 
     @property

@@ -29,8 +29,9 @@ class EvalPrompt:
     Attributes:
         prompt_ids: int64 [P], image placeholders expanded.
         images: pixels, perhaps made when they are asked for (`eval.pixels`), or None.
-        roi: merged visual tokens of the row's boxes, in the order of the boxes, as indices among all visual tokens of the
-            prompt; empty without boxes. What an ideal latent number i would be.
+        roi: merged visual tokens of the row's boxes, in the order of the boxes, as indices among
+            all visual tokens of the prompt; empty without boxes. What an ideal latent number i
+            would be.
         where: file and row, for messages.
         row_id: names the row in its data, wherever that lies: what seeds are made of.
         item: of a benchmark, which then grades; None for rows that a reward function scores.
@@ -48,7 +49,9 @@ class EvalPrompt:
 
     @property
     def cluster(self) -> str:
-        """Equal for rows that share a question (MMVP's pairs, HRBench's rotations): statistics count these once."""
+        """Equal for rows that share a question (MMVP's pairs, HRBench's rotations): statistics
+        count these once.
+        """
         return self.row_id if self.item is None else self.item.group_id
 
 
@@ -77,7 +80,10 @@ def read_prompts(
         seen(prompts[-1])
     if not prompts:
         raise DataError(
-            "no rows to evaluate", where="data.val_files", got=str(list(files)), expected="at least one row"
+            "no rows to evaluate",
+            where="data.val_files",
+            got=str(list(files)),
+            expected="at least one row",
         )
     return prompts
 
@@ -99,12 +105,16 @@ def benchmark_prompts(
     for item in first_items(items, max_rows):
         where = f"{item.benchmark} {item.item_id}"
         ids, images = _encode(loaded, item.messages, item.images, where, store)
-        prompts.append(EvalPrompt(ids, images, item.benchmark, item.answer, where, item.item_id, item=item))
+        prompts.append(
+            EvalPrompt(ids, images, item.benchmark, item.answer, where, item.item_id, item=item)
+        )
         seen(prompts[-1])
     return prompts
 
 
-def encode_row(row: dict, where: str, loaded: LatentModel, row_id: str, store: PixelStore | None = None) -> EvalPrompt:
+def encode_row(
+    row: dict, where: str, loaded: LatentModel, row_id: str, store: PixelStore | None = None
+) -> EvalPrompt:
     """A row of verl's schema as a prompt.
 
     Args:
@@ -129,12 +139,18 @@ def encode_row(row: dict, where: str, loaded: LatentModel, row_id: str, store: P
 
 
 def _encode(
-    loaded: LatentModel, messages: Sequence[dict], refs: Sequence[ImageRef], where: str, store: PixelStore | None
+    loaded: LatentModel,
+    messages: Sequence[dict],
+    refs: Sequence[ImageRef],
+    where: str,
+    store: PixelStore | None,
 ) -> tuple[Tensor, ImageInputs | None]:
     """Prompt ids int64 [P], and the images, whose pixels are the store's where there is one."""
 
     def encode() -> Prompt:
-        return encode_prompt(loaded.tokenizer, loaded.processor, messages, [ref.open() for ref in refs], where)
+        return encode_prompt(
+            loaded.tokenizer, loaded.processor, messages, [ref.open() for ref in refs], where
+        )
 
     prompt = encode()
     if store is None or prompt.images is None:
@@ -142,13 +158,17 @@ def _encode(
     return prompt.ids, store.add(prompt.images, lambda: encode().images.pixel_values)
 
 
-def _roi(extra_info: dict, images: ImageInputs | None, loaded: LatentModel, where: str) -> tuple[int, ...]:
+def _roi(
+    extra_info: dict, images: ImageInputs | None, loaded: LatentModel, where: str
+) -> tuple[int, ...]:
     boxes = extra_info.get("bboxes") or []
     owners = extra_info.get("bbox_images") or [0] * len(boxes)
     if not boxes:
         return ()
     grids = torch.zeros(0, 3, dtype=torch.long) if images is None else images.image_grid_thw
-    if len(owners) != len(boxes) or not all(type(owner) is int and 0 <= owner < len(grids) for owner in owners):
+    if len(owners) != len(boxes) or not all(
+        type(owner) is int and 0 <= owner < len(grids) for owner in owners
+    ):
         raise DataError(
             "boxes do not match the images",
             where=f"{where}: extra_info.bbox_images",

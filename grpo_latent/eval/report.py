@@ -1,6 +1,7 @@
 """From outcomes to the report: intervals, pass@k, paired tests, and the verdict on the latents.
 
-Every accuracy is over questions, as its interval is: rows that share one are averaged first, and it counts once.
+Every accuracy is over questions, as its interval is: rows that share one are averaged first, and
+it counts once.
 
 Legend: P prompts (rows), Q questions, G trajectories of a prompt.
 """
@@ -44,7 +45,8 @@ class VerdictSettings:
         margin: smallest loss of accuracy that counts as use.
         level: of all intervals and tests of a report together (Bonferroni over its ablations).
         chance: accuracy of guessing; a benchmark with options brings its own.
-        primary: the ablation whose verdict is the report's; one that `ablations.check_decides` lets decide.
+        primary: the ablation whose verdict is the report's; one that `ablations.check_decides`
+            lets decide.
     """
 
     margin: float = DEFAULT_MARGIN
@@ -60,10 +62,17 @@ class VerdictSettings:
             ("chance", 0 <= self.chance < 1),
         ):
             if not holds:
-                raise ConfigError("not usable", where=f"verdict.{name}", got=getattr(self, name), expected="in (0, 1)")
+                raise ConfigError(
+                    "not usable",
+                    where=f"verdict.{name}",
+                    got=getattr(self, name),
+                    expected="in (0, 1)",
+                )
         if type(self.num_resamples) is not int or self.num_resamples < 1:
             got = self.num_resamples
-            raise ConfigError("not a count", where="verdict.num_resamples", got=got, expected="int >= 1")
+            raise ConfigError(
+                "not a count", where="verdict.num_resamples", got=got, expected="int >= 1"
+            )
         check_decides(self.primary, "verdict.primary")
 
 
@@ -84,7 +93,9 @@ class Findings:
 
     def accuracy(self, name: str) -> float | None:
         """Greedy accuracy under an ablation, or `OWN`, over questions."""
-        return accuracy(by_cluster([prompt.cluster for prompt in self.prompts], self.outcomes[name]))
+        return accuracy(
+            by_cluster([prompt.cluster for prompt in self.prompts], self.outcomes[name])
+        )
 
     def add_own(self, own: list[Trajectory], parts: Sequence[Part]) -> None:
         self.own = own
@@ -96,7 +107,9 @@ class Findings:
     def add_decoding(self, decoding: Decoding, parts: Sequence[Part]) -> None:
         groups = [group for part in parts for group in part.outcomes]
         num_trajectories = max(1, sum(len(group) for group in groups))
-        self.decodings[decoding.name] = decoding_report(self.prompts, decoding, groups, self.verdict) | {
+        self.decodings[decoding.name] = decoding_report(
+            self.prompts, decoding, groups, self.verdict
+        ) | {
             "tokens_per_question": sum(part.num_tokens for part in parts) / num_trajectories,
             "seconds_per_question": sum(part.seconds for part in parts) / num_trajectories,
         }
@@ -115,7 +128,11 @@ def build_report(findings: Findings) -> dict:
     tried = {name: sum(changed) for name, changed in findings.changed.items()}
     greedy = findings.decodings[GREEDY.name]
     sampled = findings.decodings.get("sampled")
-    further = {name: report for name, report in findings.decodings.items() if name not in (GREEDY.name, "sampled")}
+    further = {
+        name: report
+        for name, report in findings.decodings.items()
+        if name not in (GREEDY.name, "sampled")
+    }
     usage = usage_report(findings)
     return {
         "num_prompts": len(findings.prompts),
@@ -141,24 +158,44 @@ def build_report(findings: Findings) -> dict:
             }
             for prompt in findings.prompts
         ],
-        "outcomes": {name: values for name, values in findings.outcomes.items() if tried.get(name, 1)},
+        "outcomes": {
+            name: values for name, values in findings.outcomes.items() if tried.get(name, 1)
+        },
     }
 
 
 def decoding_report(
-    prompts: Sequence[EvalPrompt], decoding: Decoding, groups: list[list[Outcome]], settings: VerdictSettings
+    prompts: Sequence[EvalPrompt],
+    decoding: Decoding,
+    groups: list[list[Outcome]],
+    settings: VerdictSettings,
 ) -> dict:
-    """Accuracy with its interval, pass@k, and accuracy by trajectory index (each is a seed of its own), over questions:
-    trajectories of a row, then rows of a question are averaged first (`by_cluster`)."""
+    """Accuracy with its interval, pass@k, and accuracy by trajectory index (each is a seed of its
+    own), over questions: trajectories of a row, then rows of a question are averaged first
+    (`by_cluster`)."""
     correct_PG = [[outcome.correct for outcome in group] for group in groups]
     means_P = [accuracy(values) for values in correct_PG]
     clusters = [prompt.cluster for prompt in prompts]
     means_Q = by_cluster(clusters, means_P)
-    report = {"accuracy": accuracy(means_Q), "interval": _interval(means_Q, settings), "n": decoding.num_sampled or 1}
+    report = {
+        "accuracy": accuracy(means_Q),
+        "interval": _interval(means_Q, settings),
+        "n": decoding.num_sampled or 1,
+    }
     report |= _by_item(prompts, means_P, settings)
-    known = [(cluster, group) for cluster, group in zip(clusters, correct_PG, strict=True) if None not in group]
-    if decoding.num_sampled and known and all(value in (0.0, 1.0) for _, group in known for value in group):
-        ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < decoding.num_sampled] + [decoding.num_sampled]
+    known = [
+        (cluster, group)
+        for cluster, group in zip(clusters, correct_PG, strict=True)
+        if None not in group
+    ]
+    if (
+        decoding.num_sampled
+        and known
+        and all(value in (0.0, 1.0) for _, group in known for value in group)
+    ):
+        ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < decoding.num_sampled] + [
+            decoding.num_sampled
+        ]
         known_clusters, groups = zip(*known, strict=True)
         at_k = {k: [pass_at_k(len(values), int(sum(values)), k) for values in groups] for k in ks}
         at_k = {k: by_cluster(known_clusters, values) for k, values in at_k.items()}
@@ -168,7 +205,9 @@ def decoding_report(
         }
     if decoding.num_sampled > 1:
         seeds = range(decoding.num_sampled)
-        by_seed = [accuracy(by_cluster(clusters, [values[j] for values in correct_PG])) for j in seeds]
+        by_seed = [
+            accuracy(by_cluster(clusters, [values[j] for values in correct_PG])) for j in seeds
+        ]
         spread = [value for value in by_seed if value is not None]
         report |= {"accuracy_by_seed": by_seed, "seed_std": pstdev(spread) if spread else None}
     return report
@@ -182,9 +221,11 @@ def _interval(values: Sequence[float], settings: VerdictSettings) -> list[float]
     return _bounds(bootstrap_interval(values, **options))
 
 
-def _by_item(prompts: Sequence[EvalPrompt], means_P: Sequence[float | None], settings: VerdictSettings) -> dict:
-    """A benchmark's own measures: plain accuracy over rows where some share a question, pairs or groups that are right as a
-    whole, and accuracy by category, over questions."""
+def _by_item(
+    prompts: Sequence[EvalPrompt], means_P: Sequence[float | None], settings: VerdictSettings
+) -> dict:
+    """A benchmark's own measures: plain accuracy over rows where some share a question, pairs or
+    groups that are right as a whole, and accuracy by category, over questions."""
     items = [prompt.item for prompt in prompts]
     if any(item is None for item in items):
         return {}
@@ -196,7 +237,9 @@ def _by_item(prompts: Sequence[EvalPrompt], means_P: Sequence[float | None], set
     if len(groups) < len(items):
         report["row_accuracy"] = accuracy(means_P)
     if items[0].benchmark == "mmvp":
-        report["pair_accuracy"] = pair_accuracy([float(value or 0) for value in means_P], [i.group_id for i in items])
+        report["pair_accuracy"] = pair_accuracy(
+            [float(value or 0) for value in means_P], [i.group_id for i in items]
+        )
         report["pair_interval"] = _interval(whole, settings)
     elif len(groups) < len(items):
         report |= {"group_accuracy": fmean(whole), "group_interval": _interval(whole, settings)}
@@ -204,7 +247,11 @@ def _by_item(prompts: Sequence[EvalPrompt], means_P: Sequence[float | None], set
     if len(categories) > 1:
         report["by_category"] = {}
         for category in categories:
-            rows = [(item.group_id, v) for item, v in zip(items, means_P, strict=True) if item.category == category]
+            rows = [
+                (item.group_id, v)
+                for item, v in zip(items, means_P, strict=True)
+                if item.category == category
+            ]
             report["by_category"][category] = accuracy(by_cluster(*zip(*rows, strict=True)))
     return report
 
@@ -216,27 +263,49 @@ def chance(findings: Findings) -> float:
 
 
 def usage_report(findings: Findings) -> dict[str, dict]:
-    """By ablation, over the prompts that it changed: accuracies, gap with interval, McNemar's test, verdict in words.
+    """By ablation, over the prompts that it changed: accuracies, gap with interval, McNemar's
+    test, verdict in words.
 
-    All over questions (`by_cluster`); McNemar's test is left out where their means are fractions. `num_changed` counts rows,
-    `num_questions` what they are averaged to.
+    All over questions (`by_cluster`); McNemar's test is left out where their means are fractions.
+    `num_changed` counts rows, `num_questions` what they are averaged to.
 
-    The oracle feeds better vectors, and no loss under it says nothing about use: it gets no verdict. `SUBJECTS` are the
-    ablations whose verdict is not about the latents.
+    The oracle feeds better vectors, and no loss under it says nothing about use: it gets no
+    verdict. `SUBJECTS` are the ablations whose verdict is not about the latents.
     """
     settings, own_P = findings.verdict, findings.outcomes[OWN]
     clusters = [prompt.cluster for prompt in findings.prompts]
-    tested = [name for name, changed in findings.changed.items() if any(changed) and parse_name(name)[0] != ORACLE]
+    tested = [
+        name
+        for name, changed in findings.changed.items()
+        if any(changed) and parse_name(name)[0] != ORACLE
+    ]
     report: dict[str, dict] = {}
     for name, changed in findings.changed.items():
         rows = zip(clusters, own_P, findings.outcomes[name], changed, strict=True)
-        pairs = [(cluster, a, b) for cluster, a, b, is_changed in rows if is_changed and None not in (a, b)]
+        pairs = [
+            (cluster, a, b)
+            for cluster, a, b, is_changed in rows
+            if is_changed and None not in (a, b)
+        ]
         if not pairs:
-            report[name] = {"num_changed": sum(changed), "own": None, "ablated": None, "verdict": None}
+            report[name] = {
+                "num_changed": sum(changed),
+                "own": None,
+                "ablated": None,
+                "verdict": None,
+            }
             continue
         changed_clusters, own_rows, ablated_rows = zip(*pairs, strict=True)
-        own, ablated = by_cluster(changed_clusters, own_rows), by_cluster(changed_clusters, ablated_rows)
-        entry = {"num_changed": len(pairs), "num_questions": len(own), "own": fmean(own), "ablated": fmean(ablated)}
+        own, ablated = (
+            by_cluster(changed_clusters, own_rows),
+            by_cluster(changed_clusters, ablated_rows),
+        )
+        entry = {
+            "num_changed": len(pairs),
+            "num_questions": len(own),
+            "own": fmean(own),
+            "ablated": fmean(ablated),
+        }
         entry["verdict"] = None
         if name in tested:
             verdict = usage_verdict(
@@ -273,24 +342,43 @@ def overall_verdict(findings: Findings, usage: dict[str, dict]) -> dict:
     """The primary ablation's verdict, or why there is none."""
     primary = findings.verdict.primary
     if not any(len(trajectory.latents) for trajectory in findings.own):
-        return {"verdict": NOT_USED, "ablation": None, "sentence": f"{NOT_USED}: no trajectory has latents"}
+        return {
+            "verdict": NOT_USED,
+            "ablation": None,
+            "sentence": f"{NOT_USED}: no trajectory has latents",
+        }
     entry = usage.get(primary)
     if entry is None or entry["verdict"] is None:
         why = (
-            "was not run" if entry is None else "gives no verdict" if entry["own"] is not None else "changed no prompt"
+            "was not run"
+            if entry is None
+            else "gives no verdict"
+            if entry["own"] is not None
+            else "changed no prompt"
         )
-        return {"verdict": UNDECIDED, "ablation": primary, "sentence": f"{UNDECIDED}: {primary} {why}"}
+        return {
+            "verdict": UNDECIDED,
+            "ablation": primary,
+            "sentence": f"{UNDECIDED}: {primary} {why}",
+        }
     return {"verdict": entry["verdict"], "ablation": primary, "sentence": entry["sentence"]}
 
 
 def latent_statistics(trajectories: Sequence[Trajectory]) -> dict:
     """How latents are used in form, over trajectories; None where there are none.
 
-    Norms are per latent step; cosines and effective rank as in `eval.geometry`, a prompt being a group.
+    Norms are per latent step; cosines and effective rank as in `eval.geometry`, a prompt being a
+    group.
     """
     steps = [len(t.latents) for t in trajectories]
     shape = geometry([[trajectory.latents] for trajectory in trajectories])
-    names = ("norm_mean", "norm_std", "cosine_step_to_step", "cosine_across_groups", "effective_rank")
+    names = (
+        "norm_mean",
+        "norm_std",
+        "cosine_step_to_step",
+        "cosine_across_groups",
+        "effective_rank",
+    )
     return {
         "frac_rollouts": fmean(count > 0 for count in steps),
         "spans_mean": fmean(len(t.spans) for t in trajectories),

@@ -17,7 +17,9 @@ from grpo_latent.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class Outcome:
-    """`correct`: 0 to 1, None where the reward dropped the trajectory; `score`: the reward; `answer`: as graded."""
+    """`correct`: 0 to 1, None where the reward dropped the trajectory; `score`: the reward;
+    `answer`: as graded.
+    """
 
     correct: float | None
     score: float
@@ -27,7 +29,9 @@ class Outcome:
 class Scorer(Protocol):
     """One outcome a trajectory, of the prompt at the same place."""
 
-    def __call__(self, prompts: Sequence[EvalPrompt], trajectories: Sequence[Trajectory]) -> list[Outcome]: ...
+    def __call__(
+        self, prompts: Sequence[EvalPrompt], trajectories: Sequence[Trajectory]
+    ) -> list[Outcome]: ...
 
 
 class _Views:
@@ -40,21 +44,33 @@ class _Views:
 
 
 class RewardScorer:
-    """As training scores: what a reward reports as `acc` or `accuracy` counts as correct, else its score; 0 if it failed."""
+    """As training scores: what a reward reports as `acc` or `accuracy` counts as correct, else its
+    score; 0 if it failed.
+    """
 
     def __init__(self, runner: RewardRunner, loaded: LatentModel):
         self.runner, self.view = runner, _Views(loaded)
 
-    def __call__(self, prompts: Sequence[EvalPrompt], trajectories: Sequence[Trajectory]) -> list[Outcome]:
+    def __call__(
+        self, prompts: Sequence[EvalPrompt], trajectories: Sequence[Trajectory]
+    ) -> list[Outcome]:
         items = []
         for prompt, trajectory in zip(prompts, trajectories, strict=True):
             view = self.view(trajectory)
             extra_info = {**prompt.extra_info, "latent": view.latent}
             items.append(
-                RewardItem(prompt.data_source, view.solution_str, prompt.ground_truth, extra_info, prompt.where)
+                RewardItem(
+                    prompt.data_source,
+                    view.solution_str,
+                    prompt.ground_truth,
+                    extra_info,
+                    prompt.where,
+                )
             )
         results = self.runner.score_many(items)
-        return [as_outcome(result, item.where) for result, item in zip(results, items, strict=True)]
+        return [
+            as_outcome(result, item.where) for result, item in zip(results, items, strict=True)
+        ]
 
 
 def as_outcome(result: RewardResult, where: str | None = None) -> Outcome:
@@ -86,7 +102,9 @@ class GradeScorer:
     def __init__(self, loaded: LatentModel):
         self.view = _Views(loaded)
 
-    def __call__(self, prompts: Sequence[EvalPrompt], trajectories: Sequence[Trajectory]) -> list[Outcome]:
+    def __call__(
+        self, prompts: Sequence[EvalPrompt], trajectories: Sequence[Trajectory]
+    ) -> list[Outcome]:
         outcomes = []
         for prompt, trajectory in zip(prompts, trajectories, strict=True):
             grade = prompt.item.grade(self.view(trajectory).solution_str)

@@ -1,7 +1,8 @@
-"""Statistics of an evaluation: intervals over questions, pass@k, paired tests, and the verdict on an ablation.
+"""Statistics of an evaluation: intervals over questions, pass@k, paired tests, and the verdict on
+an ablation.
 
-The prompt is the unit throughout: trajectories of one prompt are averaged before anything is resampled, because they
-share its difficulty. P prompts, R resamples.
+The prompt is the unit throughout: trajectories of one prompt are averaged before anything is
+resampled, because they share its difficulty. P prompts, R resamples.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class Interval:
 
 @dataclass(frozen=True)
 class McNemar:
-    """Discordant pairs and the two-sided exact p-value. `only_own`: prompts that only the first of the pair answers."""
+    """Discordant pairs and the two-sided exact p-value. `only_own`: prompts that only the first of
+    the pair answers.
+    """
 
     only_own: int
     only_other: int
@@ -66,7 +69,8 @@ class UsageVerdict:
 
 
 def by_cluster(clusters: Sequence[str], values: Sequence[float | None]) -> list[float]:
-    """Means over the rows that share a question (`EvalPrompt.cluster`); rows without a value are left out.
+    """Means over the rows that share a question (`EvalPrompt.cluster`); rows without a value are
+    left out.
 
     These are what may be resampled. A question counts once, however many rows of it are left.
 
@@ -90,8 +94,9 @@ def bootstrap_interval(
 ) -> Interval:
     """Percentile bootstrap interval of the mean over questions.
 
-    A resample shows only values that were seen. Where the largest or smallest possible one was not, the interval reaches
-    as far as the exact binomial bound on its rate, 1 - (alpha/2)^(1/P), allows: 3 right answers of 3 are not certainty.
+    A resample shows only values that were seen. Where the largest or smallest possible one was
+    not, the interval reaches as far as the exact binomial bound on its rate, 1 - (alpha/2)^(1/P),
+    allows: 3 right answers of 3 are not certainty.
 
     Args:
         values_P: one number per question (mean over its trajectories).
@@ -103,11 +108,15 @@ def bootstrap_interval(
     values_P = _values(values_P, "values")
     if not 0 < level < 1 or num_resamples < 1:
         raise ConfigError(
-            "not usable", where="level, num_resamples", got=(level, num_resamples), expected="(0, 1), >= 1"
+            "not usable",
+            where="level, num_resamples",
+            got=(level, num_resamples),
+            expected="(0, 1), >= 1",
         )
     rng = np.random.default_rng(seed)
     num_prompts = values_P.shape[0]
-    # how often each value is drawn is multinomial: for outcomes of few values that is the same, without drawing prompts
+    # how often each value is drawn is multinomial: for outcomes of few values that is the same,
+    # without drawing prompts
     values_U, counts_U = np.unique(values_P, return_counts=True)
     means_R = np.empty(num_resamples)
     chunk = max(1, _CHUNK_ELEMENTS // len(values_U))
@@ -136,7 +145,8 @@ def bootstrap_difference(
 
 
 def pass_at_k(num_trajectories: int, num_correct: int, k: int) -> float:
-    """Probability that k of the n trajectories, drawn without replacement, hold a right one: 1 - C(n-c, k) / C(n, k).
+    """Probability that k of the n trajectories, drawn without replacement, hold a right one: 1 -
+    C(n-c, k) / C(n, k).
 
     The unbiased estimator of arXiv 2107.03374 (section 2.1).
 
@@ -153,8 +163,11 @@ def pass_at_k(num_trajectories: int, num_correct: int, k: int) -> float:
     return 1.0 - math.comb(num_trajectories - num_correct, k) / math.comb(num_trajectories, k)
 
 
-def mcnemar_exact(own_P: Sequence[bool] | np.ndarray, other_P: Sequence[bool] | np.ndarray) -> McNemar:
-    """Two-sided exact McNemar test: is a prompt on which the two differ as likely to favour either?
+def mcnemar_exact(
+    own_P: Sequence[bool] | np.ndarray, other_P: Sequence[bool] | np.ndarray
+) -> McNemar:
+    """Two-sided exact McNemar test: is a prompt on which the two differ as likely to favour
+    either?
 
     Raises:
         DataError: lengths differ, or an outcome is not 0/1.
@@ -199,8 +212,10 @@ def usage_verdict(
 
     Args:
         chance: accuracy of guessing.
-        margin: smallest gap that counts as use: with many prompts a gap that matters to no one is still significant.
-        num_tests: ablations tested together; interval and test are those of level 1 - (1 - level) / num_tests (Bonferroni).
+        margin: smallest gap that counts as use: with many prompts a gap that matters to no one is
+            still significant.
+        num_tests: ablations tested together; interval and test are those of level 1 - (1 - level)
+            / num_tests (Bonferroni).
     """
     own_P, ablated_P = _pair(own_P, ablated_P)
     level = 1 - (1 - level) / num_tests
@@ -223,7 +238,10 @@ def usage_verdict(
     elif gap.high < margin:
         verdict, reason = NOT_USED, f"the gap is below {margin:g}"
     else:
-        verdict, reason = UNDECIDED, f"the interval holds both 'no gap' and gaps of {margin:g} or more"
+        verdict, reason = (
+            UNDECIDED,
+            f"the interval holds both 'no gap' and gaps of {margin:g} or more",
+        )
         if is_significant:
             reason = f"the gap is above 0, but may be smaller than {margin:g}"
     return UsageVerdict(verdict, f"{verdict}: {reason} ({numbers})", gap, mcnemar, num_prompts)
@@ -241,7 +259,9 @@ def _values(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
     return values_P
 
 
-def _pair(own: Sequence[float] | np.ndarray, other: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _pair(
+    own: Sequence[float] | np.ndarray, other: Sequence[float] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     own_P, other_P = _values(own, "own"), _values(other, "other")
     if own_P.shape != other_P.shape:
         raise DataError(

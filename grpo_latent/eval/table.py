@@ -12,7 +12,9 @@ HELD = {"used": "bold green", "not used": "yellow", "undecided at this n": "dim"
 
 
 def report_table(report: dict) -> Group:
-    """Accuracies, then one row an ablation with its verdict, then the verdict on the latents in words."""
+    """Accuracies, then one row an ablation with its verdict, then the verdict on the latents in
+    words.
+    """
     title = f"{report['checkpoint']}: {report['num_prompts']} prompts, {report['seconds']:.1f} s"
     verdict = escape(f"latents: {report['verdict']['sentence']}")
     return Group(_accuracies(report, title), _ablations(report), verdict)
@@ -20,16 +22,27 @@ def report_table(report: dict) -> Group:
 
 def _accuracies(report: dict, title: str) -> Table:
     table = Table(title=title)
-    for name, justify in (("decoding", "left"), ("accuracy", "right"), ("interval", "right"), ("tokens", "right")):
+    for name, justify in (
+        ("decoding", "left"),
+        ("accuracy", "right"),
+        ("interval", "right"),
+        ("tokens", "right"),
+    ):
         table.add_column(name, justify=justify)
     table.add_column("s / question", justify="right")
-    sampled = {} if report["sampled"] is None else {f"sampled, n = {report['sampled']['n']}": report["sampled"]}
+    sampled = (
+        {}
+        if report["sampled"] is None
+        else {f"sampled, n = {report['sampled']['n']}": report["sampled"]}
+    )
     for name, found in ({"greedy": report["greedy"]} | sampled | report["decodings"]).items():
         numbers = (f"{found['tokens_per_question']:.1f}", f"{found['seconds_per_question']:.3g}")
         table.add_row(name, number(found["accuracy"]), interval(found["interval"]), *numbers)
         for k, at_k in found.get("pass_at_k", {}).items():
             if k != "1":
-                table.add_row(f"  pass@{k}", number(at_k["estimate"]), interval(at_k["interval"]), "", "")
+                table.add_row(
+                    f"  pass@{k}", number(at_k["estimate"]), interval(at_k["interval"]), "", ""
+                )
         for key in ("row", "pair", "group"):
             if f"{key}_accuracy" in found:
                 bounds = interval(found.get(f"{key}_interval"))
@@ -49,7 +62,9 @@ def _accuracies(report: dict, title: str) -> Table:
 
 
 def _ablations(report: dict) -> Table:
-    table = Table(title=f"latents fed, chance {report['chance']:.3g}; gap over the changed prompts")
+    table = Table(
+        title=f"latents fed, chance {report['chance']:.3g}; gap over the changed prompts"
+    )
     table.add_column("ablation", no_wrap=True)
     for name in ("accuracy", "changed", "gap", "p"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -63,7 +78,14 @@ def _ablations(report: dict) -> Table:
         bounds = entry.get("gap_interval")
         gap = "" if bounds is None else f"{entry['gap']:+.3f} [{bounds[0]:+.3f}, {bounds[1]:+.3f}]"
         changed = report["num_changed"].get(name, "")
-        table.add_row(name, number(value), str(changed), escape(gap), number(entry.get("p_value"), ".1g"), words)
+        table.add_row(
+            name,
+            number(value),
+            str(changed),
+            escape(gap),
+            number(entry.get("p_value"), ".1g"),
+            words,
+        )
     return table
 
 

@@ -41,8 +41,10 @@ from grpo_latent.trajectory import Trajectory
 @dataclass(frozen=True)
 class UsageSettings:
     """Attributes:
-    num_prompts: of the fixed set; 0 measures nothing. Below about 75 "not used" cannot be shown at a margin of 0.05.
-    ablations: names of `eval.ablations.ABLATIONS`, or `name@part`; the first one decides about use (`check_decides`).
+    num_prompts: of the fixed set; 0 measures nothing. Below about 75 "not used" cannot be shown at
+        a margin of 0.05.
+    ablations: names of `eval.ablations.ABLATIONS`, or `name@part`; the first one decides about use
+        (`check_decides`).
     prompts_per_batch: prompts decoded together, and kept encoded together.
     margin, chance: see `statistics.usage_verdict`.
     """
@@ -60,12 +62,19 @@ class UsageSettings:
             check_decides(name, "latent.usage.ablations")
         size = self.prompts_per_batch
         if not isinstance(size, int) or size < 1:
-            raise ConfigError("not a count", where="latent.usage.prompts_per_batch", got=size, expected="int >= 1")
+            raise ConfigError(
+                "not a count",
+                where="latent.usage.prompts_per_batch",
+                got=size,
+                expected="int >= 1",
+            )
 
 
 @dataclass(frozen=True)
 class Usage:
-    """One measurement. `verdict` and `sentence` are of the first ablation, empty where it changed no prompt."""
+    """One measurement. `verdict` and `sentence` are of the first ablation, empty where it changed
+    no prompt.
+    """
 
     metrics: dict[str, float]
     verdict: str = ""
@@ -77,7 +86,8 @@ class UsageProbe:
 
     Args:
         treatment: what RL makes of latents; its mode is what the policy feeds greedily.
-        reference: file that keeps the trajectories of the first measurement with `is_start`, over resumes.
+        reference: file that keeps the trajectories of the first measurement with `is_start`, over
+            resumes.
     """
 
     def __init__(
@@ -91,8 +101,15 @@ class UsageProbe:
         max_batch_rows: int = 512,
         treatment: Treatment | None = None,
     ):
-        self.prompts, self.scorer, self.settings, self.reference = prompts, scorer, settings, reference
-        self.evaluator = Evaluator(loaded, max_new_tokens, max_batch_rows=max_batch_rows, treatment=treatment or Mask())
+        self.prompts, self.scorer, self.settings, self.reference = (
+            prompts,
+            scorer,
+            settings,
+            reference,
+        )
+        self.evaluator = Evaluator(
+            loaded, max_new_tokens, max_batch_rows=max_batch_rows, treatment=treatment or Mask()
+        )
         self.mechanism = loaded.mechanism
         size = settings.prompts_per_batch
         self.batches = [slice(start, start + size) for start in range(0, len(prompts), size)]
@@ -100,19 +117,28 @@ class UsageProbe:
     def measure(self, is_start: bool = False) -> Usage:
         """Metrics without a prefix; what cannot be measured is left out."""
         prompts = list(self.prompts)
-        # several batches are encoded twice: only when all have been decoded can the first be ablated
+        # several batches are encoded twice: only when all have been decoded can the first be
+        # ablated
         with self.evaluator.encoded_once(prompts) if len(self.batches) == 1 else nullcontext():
             own, ideal, metrics = self._own(prompts)
-            inputs = AblationInputs(prompts, own, ideal, self.mechanism, swapped=self._swapped(prompts))
+            inputs = AblationInputs(
+                prompts, own, ideal, self.mechanism, swapped=self._swapped(prompts)
+            )
             ablated = self._ablated(inputs)
         own_P = [outcome.correct for outcome in self.scorer(prompts, own)]
         metrics["own_accuracy"] = accuracy(own_P) or 0.0
-        metrics |= {name: value for name, value in geometry([[t.latents] for t in own]).items() if "group" not in name}
+        metrics |= {
+            name: value
+            for name, value in geometry([[t.latents] for t in own]).items()
+            if "group" not in name
+        }
         metrics |= self._drift(own, is_start)
         usage = Usage(metrics)
         for name, trajectories in ablated.items():
             changed = [i for i, trajectory in enumerate(trajectories) if trajectory is not None]
-            outcomes = self.scorer([prompts[i] for i in changed], [trajectories[i] for i in changed])
+            outcomes = self.scorer(
+                [prompts[i] for i in changed], [trajectories[i] for i in changed]
+            )
             pairs = [(own_P[i], o.correct) for i, o in zip(changed, outcomes, strict=True)]
             pairs = [pair for pair in pairs if None not in pair]
             if not pairs:
@@ -120,15 +146,19 @@ class UsageProbe:
             own_C, ablated_C = zip(*pairs, strict=True)
             metrics[f"gap/{name}"] = fmean(own_C) - fmean(ablated_C)
             if name == self.settings.ablations[0]:
-                options = dict(chance=self.settings.chance, margin=self.settings.margin, num_resamples=2000)
+                options = dict(
+                    chance=self.settings.chance, margin=self.settings.margin, num_resamples=2000
+                )
                 verdict = usage_verdict(own_C, ablated_C, ablation=name, **options)
                 usage = Usage(metrics, verdict.verdict, verdict.sentence)
         return usage
 
-    def _own(self, prompts: list[EvalPrompt]) -> tuple[list[Trajectory], list[Tensor | None], dict[str, float]]:
-        """Greedy trajectories, the image embeddings of each row's boxes, and alignment with these: `alignment_cosine` of
-        latents and embeddings, and `alignment_hit`, how often the nearest visual token is the box's. It says nothing about
-        the latents' quality or use."""
+    def _own(
+        self, prompts: list[EvalPrompt]
+    ) -> tuple[list[Trajectory], list[Tensor | None], dict[str, float]]:
+        """Greedy trajectories, the image embeddings of each row's boxes, and alignment with these:
+        `alignment_cosine` of latents and embeddings, and `alignment_hit`, how often the nearest
+        visual token is the box's. It says nothing about the latents' quality or use."""
         own: list[Trajectory] = []
         ideal: list[Tensor | None] = []
         cosines: list[Tensor] = []
@@ -136,18 +166,26 @@ class UsageProbe:
         for batch in self.batches:
             with self.evaluator.encoded_once(prompts[batch]) as visual:
                 decoded = self.evaluator.greedy(prompts[batch])
-                for prompt, trajectory, visual_MH in zip(prompts[batch], decoded, visual, strict=True):
+                for prompt, trajectory, visual_MH in zip(
+                    prompts[batch], decoded, visual, strict=True
+                ):
                     if visual_MH is None or not prompt.roi:
                         ideal.append(None)
                         continue
                     ideal.append(visual_MH[list(prompt.roi)].cpu())
                     num = min(len(prompt.roi), len(trajectory.latents))
-                    cosines.append(cosine_similarity(trajectory.latents[:num], ideal[-1][:num], dim=-1))
+                    cosines.append(
+                        cosine_similarity(trajectory.latents[:num], ideal[-1][:num], dim=-1)
+                    )
                     hits += nearest_token_hits(trajectory, prompt.roi, visual_MH.cpu())
             own += decoded
         if not hits:
             return own, ideal, {}
-        return own, ideal, {"alignment_cosine": float(torch.cat(cosines).mean()), "alignment_hit": fmean(hits)}
+        return (
+            own,
+            ideal,
+            {"alignment_cosine": float(torch.cat(cosines).mean()), "alignment_hit": fmean(hits)},
+        )
 
     def _swapped(self, prompts: list[EvalPrompt]) -> list[Trajectory | None]:
         if not any(parse_name(name)[0] == IMAGE_SWAP for name in self.settings.ablations):
@@ -155,7 +193,9 @@ class UsageProbe:
         swapped = with_partners_images(prompts)
         decoded: list[Trajectory] = []
         for batch in self.batches:
-            decoded += self.evaluator.greedy([prompt for prompt in swapped[batch] if prompt is not None])
+            decoded += self.evaluator.greedy(
+                [prompt for prompt in swapped[batch] if prompt is not None]
+            )
         rest = iter(decoded)
         return [None if prompt is None else next(rest) for prompt in swapped]
 
@@ -169,7 +209,9 @@ class UsageProbe:
                 for name in changes:
                     wanted = changes[name][batch]
                     changed = [i for i, change in enumerate(wanted) if change is not None]
-                    decoded = self.evaluator.greedy([prompts[i] for i in changed], [wanted[i] for i in changed])
+                    decoded = self.evaluator.greedy(
+                        [prompts[i] for i in changed], [wanted[i] for i in changed]
+                    )
                     found = dict(zip(changed, decoded, strict=True))
                     ablated[name] += [found.get(i) for i in range(len(wanted))]
         return ablated
@@ -211,8 +253,15 @@ def _read_start(path: Path) -> list[Trajectory | None]:
 
 
 def drift(own: Sequence[Trajectory], start: Sequence[Trajectory]) -> dict[str, float]:
-    """`drift_cosine` and `drift_relative` = |z - z0| / |z0|, means over latent steps that both have; {} without any."""
-    pairs = [(a.latents[:n], b.latents[:n]) for a, b in zip(own, start, strict=True) for n in [common(a, b)] if n]
+    """`drift_cosine` and `drift_relative` = |z - z0| / |z0|, means over latent steps that both
+    have; {} without any.
+    """
+    pairs = [
+        (a.latents[:n], b.latents[:n])
+        for a, b in zip(own, start, strict=True)
+        for n in [common(a, b)]
+        if n
+    ]
     if not pairs:
         return {}
     now_NH, then_NH = (torch.cat(side) for side in zip(*pairs, strict=True))

@@ -32,7 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("heat maps", total=None)
         report = build_report(
-            runs, limits, options.device, dtype, lambda done, total: bar.update(task, completed=done, total=total)
+            runs,
+            limits,
+            options.device,
+            dtype,
+            lambda done, total: bar.update(task, completed=done, total=total),
         )
     path = options.out or options.runs[0] / "report.html"
     html = render(report, title_of(runs, report))
@@ -59,15 +63,29 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m grpo_latent.inspect", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of training runs")
     parser.add_argument("--out", type=Path, help="the page; report.html in the first run's folder")
-    parser.add_argument("--checkpoint", type=Path, help="reads the latents; the run's newest, else its start")
-    parser.add_argument("--data", type=Path, nargs="+", help="parquet files of the prompts; data.train_files")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="reads the latents; the run's newest, else its start"
+    )
+    parser.add_argument(
+        "--data", type=Path, nargs="+", help="parquet files of the prompts; data.train_files"
+    )
     parser.add_argument("--device", default="cpu", help="of the checkpoint, such as cuda")
-    parser.add_argument("--dtype", default="float32", help="of the checkpoint, or bfloat16, float16")
-    parser.add_argument("--wandb", metavar="PROJECT", help="also log the page and its tables to a wandb run there")
+    parser.add_argument(
+        "--dtype", default="float32", help="of the checkpoint, or bfloat16, float16"
+    )
+    parser.add_argument(
+        "--wandb", metavar="PROJECT", help="also log the page and its tables to a wandb run there"
+    )
     defaults = Limits()
-    parser.add_argument("--trajectories", type=int, default=defaults.trajectories, help="shown at most")
-    parser.add_argument("--probe", type=int, default=defaults.probed_groups, help="groups with image and heat maps")
-    parser.add_argument("--megabytes", type=float, default=defaults.block_bytes / 1e6, help="of trajectories' data")
+    parser.add_argument(
+        "--trajectories", type=int, default=defaults.trajectories, help="shown at most"
+    )
+    parser.add_argument(
+        "--probe", type=int, default=defaults.probed_groups, help="groups with image and heat maps"
+    )
+    parser.add_argument(
+        "--megabytes", type=float, default=defaults.block_bytes / 1e6, help="of trajectories' data"
+    )
     return parser.parse_args(arguments)
 
 

@@ -16,8 +16,10 @@ def ablation_rows(name: str, report: dict) -> dict:
     """Accuracies with intervals, verdicts, and the report's other measures of use.
 
     Returns:
-        {"name", "checkpoint", "num_prompts", "chance", "verdict", "facts": [[words, value]], "rows": [row]}. A row:
-        {"name", "accuracy", "low", "high", "gap", "gap_low", "gap_high", "changed", "about", "verdict", "sentence"}; `own`
+        {"name", "checkpoint", "num_prompts", "chance", "verdict", "facts": [[words, value]],
+            "rows": [row]}. A row:
+        {"name", "accuracy", "low", "high", "gap", "gap_low", "gap_high", "changed", "about",
+            "verdict", "sentence"}; `own`
         comes first. What a report does not have is None.
     """
     outcomes, usage = report.get("outcomes") or {}, report.get("usage") or {}
@@ -49,7 +51,11 @@ def ablation_rows(name: str, report: dict) -> dict:
             }
         )
     rows.sort(key=lambda row: row["name"] != OWN)
-    facts = [[words, float(report[key])] for key, words in FACTS.items() if isinstance(report.get(key), int | float)]
+    facts = [
+        [words, float(report[key])]
+        for key, words in FACTS.items()
+        if isinstance(report.get(key), int | float)
+    ]
     return {
         "name": name,
         "checkpoint": str(report.get("checkpoint") or ""),

@@ -1,7 +1,8 @@
 """The page: template, styles, scripts and data in one file that fetches nothing.
 
-Values of rollouts cannot act: they stand in `application/json` blocks with every `<` escaped, the scripts write them with
-`textContent`, and a content security policy allows the page's own scripts by hash, no others, and no network at all.
+Values of rollouts cannot act: they stand in `application/json` blocks with every `<` escaped, the
+scripts write them with `textContent`, and a content security policy allows the page's own scripts
+by hash, no others, and no network at all.
 """
 
 from __future__ import annotations
@@ -67,7 +68,11 @@ def plotly_bundle() -> str:
         ConfigError: the package is not installed.
     """
     try:
-        script = resources.files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
+        script = (
+            resources.files("plotly")
+            .joinpath("package_data", "plotly.min.js")
+            .read_text(encoding="utf-8")
+        )
     except (ModuleNotFoundError, FileNotFoundError) as error:
         raise ConfigError(
             "plotly is not installed",
@@ -75,8 +80,12 @@ def plotly_bundle() -> str:
             expected="plotly",
             fix='In the checkout: pip install -e ".[inspect]"',
         ) from error
-    return script.replace("\r\n", "\n").replace("\r", "\n")  # as browsers read it before they hash it
+    return script.replace("\r\n", "\n").replace(
+        "\r", "\n"
+    )  # as browsers read it before they hash it
 
 
 def _asset(name: str) -> str:
-    return resources.files("grpo_latent.inspect").joinpath("assets", name).read_text(encoding="utf-8")
+    return (
+        resources.files("grpo_latent.inspect").joinpath("assets", name).read_text(encoding="utf-8")
+    )

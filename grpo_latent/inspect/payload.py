@@ -1,6 +1,7 @@
 """The page's data: one overview, and one block a group that the page parses when it is opened.
 
-Every value that came out of a rollout, a data row or a config is data in JSON; the page writes it as text only.
+Every value that came out of a rollout, a data row or a config is data in JSON; the page writes it
+as text only.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ MAX_IMAGE_SIDE, SMALL_IMAGE_SIDE = 336, 128
 
 @dataclass
 class GroupData:
-    """A group with what was found out about it. `row` is None where its data row was not found, `probe` where it was not
-    probed."""
+    """A group with what was found out about it. `row` is None where its data row was not found,
+    `probe` where it was not probed."""
 
     run_idx: int
     step: int
@@ -62,12 +63,15 @@ class GroupData:
         return [int(top) in roi for probe in self.probe.probes for top in probe.cosines.argmax(-1)]
 
 
-def overview(runs: Sequence[Run], groups: Sequence[GroupData], notes: list[str], versions: dict[str, str]) -> dict:
+def overview(
+    runs: Sequence[Run], groups: Sequence[GroupData], notes: list[str], versions: dict[str, str]
+) -> dict:
     """What the page shows before any group is opened."""
     labels = label_runs(runs)
     return {
         "runs": [
-            _run(run, labels[run_idx], [g for g in groups if g.run_idx == run_idx]) for run_idx, run in enumerate(runs)
+            _run(run, labels[run_idx], [g for g in groups if g.run_idx == run_idx])
+            for run_idx, run in enumerate(runs)
         ],
         "groups": [group_summary(group) for group in groups],
         "notes": notes,
@@ -91,7 +95,9 @@ def _run(run: Run, label: tuple[str, str], groups: Sequence[GroupData]) -> dict:
 
 
 def dump_metrics(run: Run, groups: Sequence[GroupData]) -> dict[str, list]:
-    """Curves that only the dump can give: geometry of the latents, and hits of the boxes over the probed groups."""
+    """Curves that only the dump can give: geometry of the latents, and hits of the boxes over the
+    probed groups.
+    """
     curves: dict[str, dict[int, float]] = {}
     by_step: dict[int, list] = {}
     for (step, _), trajectories in run.dump.groups().items():
@@ -105,7 +111,10 @@ def dump_metrics(run: Run, groups: Sequence[GroupData]) -> dict[str, list]:
     for step, values in hits.items():
         if values:
             curves.setdefault("dump/roi_hit", {})[step] = statistics.fmean(values)
-    return {name: [sorted(points), [short(points[s]) for s in sorted(points)]] for name, points in curves.items()}
+    return {
+        name: [sorted(points), [short(points[s]) for s in sorted(points)]]
+        for name, points in curves.items()
+    }
 
 
 def group_summary(group: GroupData) -> dict:
@@ -119,14 +128,18 @@ def group_summary(group: GroupData) -> dict:
         "run": group.run_idx,
         "step": group.step,
         "group": group.group_id,
-        "question": None if group.row is None else group.row.text.replace("[image]", "").strip()[:200],
+        "question": None
+        if group.row is None
+        else group.row.text.replace("[image]", "").strip()[:200],
         "truth": trajectories[0].ground_truth,
         "size": len(trajectories),
         "reward": short(statistics.fmean(rewards)),
         "reward_std": short(statistics.pstdev(rewards)),
         "advantage": short(max(map(abs, advantages))) if advantages else None,
         "spans": short(statistics.fmean(len(dumped.trajectory.spans) for dumped in trajectories)),
-        "steps": short(statistics.fmean(len(dumped.trajectory.latents) for dumped in trajectories)),
+        "steps": short(
+            statistics.fmean(len(dumped.trajectory.latents) for dumped in trajectories)
+        ),
         "disagreement": short(1 - count / len(trajectories)),
         "commonest": commonest[:80],
         "hit": short(statistics.fmean(group.hits)) if group.hits else None,
@@ -135,16 +148,25 @@ def group_summary(group: GroupData) -> dict:
 
 
 def group_block(group: GroupData) -> dict:
-    """All of a group, for the trajectory view. Equal probes of a group are stored once: its latents often are equal."""
+    """All of a group, for the trajectory view. Equal probes of a group are stored once: its
+    latents often are equal.
+    """
     probes: list[dict] = []
     known: dict[str, int] = {}
     trajectories = []
     for index, dumped in enumerate(group.trajectories):
         entry = _trajectory(dumped, group.tokens[index] if group.tokens else None)
-        norms, beside = dumped.trajectory.latents.norm(dim=-1).tolist(), recorded_beside(dumped.trajectory)
+        norms, beside = (
+            dumped.trajectory.latents.norm(dim=-1).tolist(),
+            recorded_beside(dumped.trajectory),
+        )
         entry["probes"] = []
         for latent_idx, norm in enumerate(norms):
-            probe = {"norm": short(norm)} | _latent_probe(group, index, latent_idx) | beside[latent_idx]
+            probe = (
+                {"norm": short(norm)}
+                | _latent_probe(group, index, latent_idx)
+                | beside[latent_idx]
+            )
             key = json.dumps(probe)
             if key not in known:
                 known[key] = len(probes)
@@ -153,7 +175,14 @@ def group_block(group: GroupData) -> dict:
         if group.probe is not None:
             entry["log_probs"]["new"] = short_list(group.probe.probes[index].new_log_probs)
         trajectories.append(entry)
-    block = {"trajectories": trajectories, "probes": probes, "prompt": None, "images": [], "boxes": [], "roi": []}
+    block = {
+        "trajectories": trajectories,
+        "probes": probes,
+        "prompt": None,
+        "images": [],
+        "boxes": [],
+        "roi": [],
+    }
     if group.row is not None:
         block["prompt"] = group.row.text
         block["boxes"] = [
@@ -177,7 +206,9 @@ def _trajectory(dumped: DumpedTrajectory, tokens: list[str] | None) -> dict:
         "text": dumped.text,
         "stop": trajectory.stop_reason,
         "kinds": "".join(KIND_LETTERS[PositionKind(kind)] for kind in trajectory.kinds.tolist()),
-        "tokens": tokens if tokens is not None else [f"#{token_id}" for token_id in trajectory.token_ids.tolist()],
+        "tokens": tokens
+        if tokens is not None
+        else [f"#{token_id}" for token_id in trajectory.token_ids.tolist()],
         "acted": "".join("1" if acted else "0" for acted in dumped.response_mask.tolist()),
         "log_probs": {name: short_list(values) for name, values in dumped.log_probs.items()},
         "recorded": recorded_by_token(trajectory),
@@ -186,30 +217,44 @@ def _trajectory(dumped: DumpedTrajectory, tokens: list[str] | None) -> dict:
 
 def recorded_by_token(trajectory: Trajectory) -> dict[str, list]:
     """By name, numbers that a mechanism or a treatment recorded of every completion position."""
-    fields = [f for f in recorded.of_trajectory(Wire.INSPECTOR) if f.dims == "T" and f.name in trajectory.extra]
+    fields = [
+        f
+        for f in recorded.of_trajectory(Wire.INSPECTOR)
+        if f.dims == "T" and f.name in trajectory.extra
+    ]
     return {f.name: short_list(trajectory.value(f).float()) for f in fields}
 
 
 def recorded_beside(trajectory: Trajectory) -> list[dict]:
-    """For each latent position what else was recorded there: {"recorded": {name: first numbers}}, or {}."""
+    """For each latent position what else was recorded there: {"recorded": {name: first numbers}},
+    or {}.
+    """
     kinds_N = trajectory.kinds[positions_of(trajectory.kinds, "N")]
     found: list[dict] = [{} for _ in kinds_N]
     for shown in recorded.of_trajectory(Wire.INSPECTOR):
         values, letter = trajectory.value(shown), shown.dims[0]
         if shown.name == "latents" or letter not in "NMS" or values is None:
             continue
-        for latent_idx, row in zip(positions_of(kinds_N, letter).nonzero()[:, 0].tolist(), values, strict=True):
-            found[latent_idx][shown.name] = [short(value) for value in row.reshape(-1)[:MAX_RECORDED].tolist()]
+        for latent_idx, row in zip(
+            positions_of(kinds_N, letter).nonzero()[:, 0].tolist(), values, strict=True
+        ):
+            found[latent_idx][shown.name] = [
+                short(value) for value in row.reshape(-1)[:MAX_RECORDED].tolist()
+            ]
     return [{"recorded": values} if values else {} for values in found]
 
 
 def reward_terms(dumped: DumpedTrajectory) -> dict:
-    """Terms that say something: without the reward or another term again, and without bookkeeping of trajectories that
-    went well."""
+    """Terms that say something: without the reward or another term again, and without bookkeeping
+    of trajectories that went well."""
     terms = {}
     for name, value in dumped.reward_terms.items():
         is_idle = value in (None, "") or (name == "dropped" and not value)
-        is_reward = isinstance(value, float) and abs(value - dumped.reward) < 1e-5 and len(dumped.reward_terms) > 1
+        is_reward = (
+            isinstance(value, float)
+            and abs(value - dumped.reward) < 1e-5
+            and len(dumped.reward_terms) > 1
+        )
         is_copy = name == "acc" and value == dumped.reward_terms.get("accuracy")
         if not is_idle and not is_copy and not (is_reward and name not in ("accuracy", "acc")):
             terms[name] = short(value) if isinstance(value, float) else value
@@ -243,10 +288,20 @@ def image_entry(image: Image.Image, grid: tuple[int, int]) -> dict:
     if not small:
         picture.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG" if small else "JPEG", **({"optimize": True} if small else {"quality": 82}))
+    picture.save(
+        buffer,
+        format="PNG" if small else "JPEG",
+        **({"optimize": True} if small else {"quality": 82}),
+    )
     kind = "png" if small else "jpeg"
     source = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return {"src": source, "width": image.width, "height": image.height, "rows": grid[0], "columns": grid[1]}
+    return {
+        "src": source,
+        "width": image.width,
+        "height": image.height,
+        "rows": grid[0],
+        "columns": grid[1],
+    }
 
 
 def flatten(config: dict, prefix: str = "") -> dict[str, str]:
@@ -264,7 +319,9 @@ def flatten(config: dict, prefix: str = "") -> dict[str, str]:
 
 
 def thin(steps: list[int], values: list[float]) -> list[list]:
-    """At most `MAX_POINTS` points, the last one among them; NaN and infinities become null, a gap in the curve."""
+    """At most `MAX_POINTS` points, the last one among them; NaN and infinities become null, a gap
+    in the curve.
+    """
     stride = -(-len(steps) // MAX_POINTS)
     kept = sorted(set(range(0, len(steps), stride or 1)) | ({len(steps) - 1} if steps else set()))
     return [[steps[i] for i in kept], [short(values[i]) for i in kept]]

@@ -1,7 +1,9 @@
-"""What dumped latents look at: cosines to visual tokens, logit lens, nearest embeddings, replay gap, by a checkpoint.
+"""What dumped latents look at: cosines to visual tokens, logit lens, nearest embeddings, replay
+gap, by a checkpoint.
 
-N latent steps of one trajectory, M visual tokens of its prompt, V vocabulary, H hidden size. All values describe the
-recorded vectors; only the replay gap and `new` log-probs describe the checkpoint's policy, which may be of another step.
+N latent steps of one trajectory, M visual tokens of its prompt, V vocabulary, H hidden size. All
+values describe the recorded vectors; only the replay gap and `new` log-probs describe the
+checkpoint's policy, which may be of another step.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ NUM_TOKENS = 5
 
 @dataclass(frozen=True)
 class PromptRow:
-    """The data row of a group: its question, images and boxes (normalised; `box_images` index the images)."""
+    """The data row of a group: its question, images and boxes (normalised; `box_images` index the
+    images).
+    """
 
     messages: list[dict]
     image_refs: list[ImageRef]
@@ -47,7 +51,9 @@ class PromptRow:
     @property
     def text(self) -> str:
         parts = [part for message in self.messages for part in message["content"]]
-        return " ".join(part["text"].strip() if part["type"] == "text" else "[image]" for part in parts)
+        return " ".join(
+            part["text"].strip() if part["type"] == "text" else "[image]" for part in parts
+        )
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,11 @@ class Probe:
 
     Attributes:
         cosines: float [N, M].
-        lens, nearest: for each step, (token, probability) of the output layer and (token, cosine) of input embeddings.
-        replay_gaps: for each step, ||recorded - z|| / ||recorded||, z what the treatment feeds there greedily, all latents
-            before it as recorded. NaN where nothing can be expected to agree: at chosen image embeddings, and where the
-            treatment draws its latents.
+        lens, nearest: for each step, (token, probability) of the output layer and (token, cosine)
+            of input embeddings.
+        replay_gaps: for each step, ||recorded - z|| / ||recorded||, z what the treatment feeds
+            there greedily, all latents before it as recorded. NaN where nothing can be expected to
+            agree: at chosen image embeddings, and where the treatment draws its latents.
         new_log_probs: float [T], of the checkpoint, 0 where nothing acted.
     """
 
@@ -72,7 +79,9 @@ class Probe:
 
 @dataclass(frozen=True)
 class GroupProbe:
-    """`grids`: (rows, columns) of visual tokens of each image; `roi`: indices among the M tokens that boxes overlap."""
+    """`grids`: (rows, columns) of visual tokens of each image; `roi`: indices among the M tokens
+    that boxes overlap.
+    """
 
     grids: list[tuple[int, int]]
     roi: list[int]
@@ -113,7 +122,9 @@ def _prompt_row(row: dict, where: str) -> PromptRow:
     messages, images = check_prompt(row, where)
     extra_info = row.get("extra_info") or {}
     boxes = [tuple(box) for box in extra_info.get("bboxes") or []]
-    return PromptRow(messages, images, boxes, list(extra_info.get("bbox_images") or [0] * len(boxes)))
+    return PromptRow(
+        messages, images, boxes, list(extra_info.get("bbox_images") or [0] * len(boxes))
+    )
 
 
 def draws(treatment: Treatment, hidden_size: int) -> bool:
@@ -129,7 +140,9 @@ class Prober:
         treatment: of the run; None where it is not known, which leaves the replay gaps out.
     """
 
-    def __init__(self, loaded: LatentModel, temperature: float = 1.0, treatment: Treatment | None = None):
+    def __init__(
+        self, loaded: LatentModel, temperature: float = 1.0, treatment: Treatment | None = None
+    ):
         self.loaded, self.temperature, self.treatment = loaded, temperature, treatment
         self.adapter = ModelAdapter(loaded.model, loaded.mechanism)
         embeddings = loaded.model.get_input_embeddings().weight.detach()
@@ -140,11 +153,14 @@ class Prober:
         """Probes of a group, in its order.
 
         Raises:
-            LatentMismatchError: hidden size, vocabulary or number of image tokens differ from the dump's.
+            LatentMismatchError: hidden size, vocabulary or number of image tokens differ from the
+                dump's.
         """
         where = f"step {group[0].step}, group {group[0].group_id}"
         trajectories = [dumped.trajectory for dumped in group]
-        prompt = encode_prompt(self.loaded.tokenizer, self.loaded.processor, row.messages, row.images(), where)
+        prompt = encode_prompt(
+            self.loaded.tokenizer, self.loaded.processor, row.messages, row.images(), where
+        )
         self._check(prompt, trajectories[0], where)
         self._check_vocabulary(trajectories, where)
         visual_MH = torch.zeros(0, self.adapter.hidden_size)
@@ -153,14 +169,22 @@ class Prober:
             visual_MH = self.adapter.encode_images(prompt.images).float()
             grids, roi = self._layout(prompt, row)
         images, mechanism = [prompt.images] * len(group), self.loaded.mechanism
-        sequences = collate(trajectories, images, self.adapter, mechanism.visibility, padding_side="both")
-        log_probs_BT, hidden_BTH = replay(self.adapter, sequences, self.temperature, mechanism.start_is_action)
+        sequences = collate(
+            trajectories, images, self.adapter, mechanism.visibility, padding_side="both"
+        )
+        log_probs_BT, hidden_BTH = replay(
+            self.adapter, sequences, self.temperature, mechanism.start_is_action
+        )
         expected_NH = self._expected_latents(sequences, hidden_BTH).float().cpu()
         counts = [len(t.latents) for t in trajectories]
         start = max(len(t.prompt_ids) for t in trajectories)
         probes = [
-            self._probe_latents(t.latents, visual_MH, part, log_probs_BT[i, start : start + len(t.token_ids)].cpu())
-            for i, (t, part) in enumerate(zip(trajectories, expected_NH.split(counts), strict=True))
+            self._probe_latents(
+                t.latents, visual_MH, part, log_probs_BT[i, start : start + len(t.token_ids)].cpu()
+            )
+            for i, (t, part) in enumerate(
+                zip(trajectories, expected_NH.split(counts), strict=True)
+            )
         ]
         return GroupProbe(grids, roi, probes)
 
@@ -169,7 +193,9 @@ class Prober:
         expected_NH = torch.full_like(sequences.latents_NH, torch.nan)
         if self.treatment is None or draws(self.treatment, self.adapter.hidden_size):
             return expected_NH
-        source = source_of_latents(self.adapter, sequences, hidden_BTH, self.temperature, self.treatment)
+        source = source_of_latents(
+            self.adapter, sequences, hidden_BTH, self.temperature, self.treatment
+        )
         made_MH, _ = self.treatment.draw(source, None, self.adapter.embed)
         expected_NH[sequences.is_made_N] = made_MH.to(expected_NH.dtype)
         return expected_NH
@@ -187,7 +213,9 @@ class Prober:
         image_id = self.adapter.image_token_id
         if image_id is None:
             return
-        dumped, encoded = (int((ids == image_id).sum()) for ids in (trajectory.prompt_ids, prompt.ids))
+        dumped, encoded = (
+            int((ids == image_id).sum()) for ids in (trajectory.prompt_ids, prompt.ids)
+        )
         if dumped != encoded:
             raise LatentMismatchError(
                 "the data row has another image than the dump",
@@ -200,7 +228,9 @@ class Prober:
     def _check_vocabulary(self, trajectories: Sequence[Trajectory], where: str) -> None:
         """Ids at latent positions are placeholders, which no embedding is read for."""
         size = len(self._directions_VH)
-        ids = torch.cat([ids for t in trajectories for ids in (t.prompt_ids, t.token_ids[~t.latent_mask])])
+        ids = torch.cat(
+            [ids for t in trajectories for ids in (t.prompt_ids, t.token_ids[~t.latent_mask])]
+        )
         if bool(((ids < 0) | (ids >= size)).any()):
             raise LatentMismatchError(
                 "token ids of another model",
@@ -221,18 +251,29 @@ class Prober:
         ]
         return grids, sorted(roi)
 
-    def _probe_latents(self, latents_NH: Tensor, visual_MH: Tensor, expected_NH: Tensor, log_probs_T: Tensor) -> Probe:
+    def _probe_latents(
+        self, latents_NH: Tensor, visual_MH: Tensor, expected_NH: Tensor, log_probs_T: Tensor
+    ) -> Probe:
         device = visual_MH.device
         directions_NH = normalize(latents_NH.to(device), dim=-1)
         cosines_NM = (directions_NH @ normalize(visual_MH, dim=-1).T).cpu()
-        lens_NV = self.adapter.logits(latents_NH.to(self.adapter.device, self.adapter.dtype)).float().softmax(-1)
+        lens_NV = (
+            self.adapter.logits(latents_NH.to(self.adapter.device, self.adapter.dtype))
+            .float()
+            .softmax(-1)
+        )
         nearest_NV = directions_NH.to(self._directions_VH.device) @ self._directions_VH.T
         gaps = (latents_NH - expected_NH).norm(dim=-1) / latents_NH.norm(dim=-1).clamp(min=1e-12)
-        return Probe(cosines_NM, self._top(lens_NV), self._top(nearest_NV), gaps.tolist(), log_probs_T)
+        return Probe(
+            cosines_NM, self._top(lens_NV), self._top(nearest_NV), gaps.tolist(), log_probs_T
+        )
 
     def _top(self, scores_NV: Tensor) -> list[list[tuple[str, float]]]:
         size = min(NUM_TOKENS, len(self.loaded.tokenizer), scores_NV.shape[1])
         # rows of the matrix beyond the tokenizer are padding
         values_NK, ids_NK = scores_NV[:, : len(self.loaded.tokenizer)].topk(size, dim=-1)
         tokens = [self.loaded.tokenizer.convert_ids_to_tokens(ids) for ids in ids_NK.tolist()]
-        return [list(zip(row, values, strict=True)) for row, values in zip(tokens, values_NK.tolist(), strict=True)]
+        return [
+            list(zip(row, values, strict=True))
+            for row, values in zip(tokens, values_NK.tolist(), strict=True)
+        ]

@@ -1,4 +1,6 @@
-"""From run folders to the page's data: which groups are shown, which are probed, and how much fits."""
+"""From run folders to the page's data: which groups are shown, which are probed, and how much
+fits.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class Limits:
     def __post_init__(self):
         for name in ("trajectories", "probed_groups", "block_bytes"):
             if getattr(self, name) < 0:
-                raise ConfigError("not a valid count", where=name, got=getattr(self, name), expected=">= 0")
+                raise ConfigError(
+                    "not a valid count", where=name, got=getattr(self, name), expected=">= 0"
+                )
 
 
 @dataclass(frozen=True)
@@ -61,18 +65,24 @@ def build_report(
         shown = choose_groups(run_idx, run, limits.trajectories // share)
         num_shown = sum(len(group.trajectories) for group in shown)
         if num_shown < len(run.dump.trajectories):
-            notes.append(f"{name}: {num_shown} of {len(run.dump.trajectories)} dumped trajectories are shown.")
+            notes.append(
+                f"{name}: {num_shown} of {len(run.dump.trajectories)} dumped trajectories are shown."
+            )
         chosen = spread(shown, limits.probed_groups // share)
         try:
             treatment = treatment_of(run)
             probe_groups(run, shown, chosen, device, dtype, progress, treatment)
-            notes += [f"{name}: {reason}" for reason in [no_replay_gap(treatment, shown)] if reason]
+            notes += [
+                f"{name}: {reason}" for reason in [no_replay_gap(treatment, shown)] if reason
+            ]
         except (GrpoLatentError, OSError) as error:
             run.problems.append(error)
         groups += shown
     blocks, left_out = pack(groups, limits.block_bytes)
     if left_out:
-        notes.append(f"{left_out} groups have a row but no trajectories here, to keep the page small (--megabytes).")
+        notes.append(
+            f"{left_out} groups have a row but no trajectories here, to keep the page small (--megabytes)."
+        )
     summary = overview(runs, groups, notes, versions())
     for index, row in enumerate(summary["groups"]):
         row["open"] = index in blocks
@@ -80,7 +90,9 @@ def build_report(
 
 
 def treatment_of(run: Run) -> Treatment | None:
-    """What the run made of latents; None where that is a class of the user's that this environment cannot import."""
+    """What the run made of latents; None where that is a class of the user's that this environment
+    cannot import.
+    """
     try:
         return parse_treatment(lookup(run.config, "latent.treatment"))[0]
     except ConfigError:
@@ -89,20 +101,25 @@ def treatment_of(run: Run) -> Treatment | None:
 
 def no_replay_gap(treatment: Treatment | None, shown: Sequence[GroupData]) -> str:
     """Why the page has no replay gaps of a run; empty where it has."""
-    hidden_size = next((t.trajectory.latents.shape[1] for group in shown for t in group.trajectories), 0)
+    hidden_size = next(
+        (t.trajectory.latents.shape[1] for group in shown for t in group.trajectories), 0
+    )
     if treatment is None:
-        return "no replay gaps, because latent.treatment.name of its config cannot be imported here."
+        return (
+            "no replay gaps, because latent.treatment.name of its config cannot be imported here."
+        )
     if hidden_size and draws(treatment, hidden_size):
         name = type(treatment).__name__
-        return (
-            f"no replay gaps, because the treatment {name} draws its latents: they differ from the model's by design."
-        )
+        return f"no replay gaps, because the treatment {name} draws its latents: they differ from the model's by design."
     return ""
 
 
 def choose_groups(run_idx: int, run: Run, max_trajectories: int) -> list[GroupData]:
     """Whole groups, spread evenly over the dump, last step first."""
-    groups = [GroupData(run_idx, step, group_id, members) for (step, group_id), members in run.dump.groups().items()]
+    groups = [
+        GroupData(run_idx, step, group_id, members)
+        for (step, group_id), members in run.dump.groups().items()
+    ]
     groups.sort(key=lambda group: -group.step)
     total = sum(len(group.trajectories) for group in groups)
     if total <= max_trajectories:
@@ -142,14 +159,19 @@ def probe_groups(
         )
     loaded = load_latent_model(run.checkpoint, dtype=dtype, device=device, treatment=treatment)
     for group in shown:
-        group.tokens = [token_texts(loaded, dumped.trajectory.token_ids.tolist()) for dumped in group.trajectories]
+        group.tokens = [
+            token_texts(loaded, dumped.trajectory.token_ids.tolist())
+            for dumped in group.trajectories
+        ]
     rows = find_rows(run.data_files, {group.group_id for group in shown})
     for group in shown:
         group.row = rows.get(group.group_id)
     temperature = lookup(run.config, "actor_rollout_ref.rollout.temperature")
     if not isinstance(temperature or 1.0, int | float):
         where = f"{run.folder}: actor_rollout_ref.rollout.temperature"
-        raise DataError("no temperature", where=where, got=temperature, expected="a number, as in training")
+        raise DataError(
+            "no temperature", where=where, got=temperature, expected="a number, as in training"
+        )
     prober = Prober(loaded, float(temperature or 1.0), treatment)
     missing = sorted({group.group_id for group in shown} - set(rows))
     for done, group in enumerate(chosen, 1):
@@ -169,7 +191,9 @@ def probe_groups(
 def token_texts(loaded: LatentModel, token_ids: list[int]) -> list[str]:
     """Each token's own text; a placeholder id outside the vocabulary is shown as its number."""
     return [
-        loaded.tokenizer.decode([token_id]) if 0 <= token_id < len(loaded.tokenizer) else f"#{token_id}"
+        loaded.tokenizer.decode([token_id])
+        if 0 <= token_id < len(loaded.tokenizer)
+        else f"#{token_id}"
         for token_id in token_ids
     ]
 

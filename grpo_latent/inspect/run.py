@@ -1,4 +1,6 @@
-"""A training run as it lies on disk: config, metrics, rollout dumps, evaluations, checkpoint. Never written to."""
+"""A training run as it lies on disk: config, metrics, rollout dumps, evaluations, checkpoint.
+Never written to.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,8 @@ class Run:
 
 
 def label_runs(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """(name, family) of each run: names tell all runs apart, runs of one family differ by seed and by what watches them.
+    """(name, family) of each run: names tell all runs apart, runs of one family differ by seed and
+    by what watches them.
 
     A run without a config is judged by its name.
     """
@@ -63,7 +66,8 @@ def label_runs(runs: Sequence[Run]) -> list[tuple[str, str]]:
         taken[stem] = taken.get(stem, 0) + 1
         families[key] = stem if taken[stem] == 1 else f"{stem} ({taken[stem]})"
     return [
-        (name, families[_without_seeds(run.config) or stem]) for run, name, stem in zip(runs, names, stems, strict=True)
+        (name, families[_without_seeds(run.config) or stem])
+        for run, name, stem in zip(runs, names, stems, strict=True)
     ]
 
 
@@ -74,7 +78,9 @@ def _without_seed(name: str) -> str:
 
 
 def _without_seeds(config: dict, prefix: str = "") -> str:
-    """The config as text, without seeds, places on disk and what only watches training; empty without a config."""
+    """The config as text, without seeds, places on disk and what only watches training; empty
+    without a config.
+    """
     lines = []
     for key, value in sorted((str(key), value) for key, value in config.items()):
         if isinstance(value, dict):
@@ -84,7 +90,9 @@ def _without_seeds(config: dict, prefix: str = "") -> str:
     return "\n".join(line for line in lines if line)
 
 
-def read_run(folder: str | Path, checkpoint: Path | None = None, data_files: list[Path] | None = None) -> Run:
+def read_run(
+    folder: str | Path, checkpoint: Path | None = None, data_files: list[Path] | None = None
+) -> Run:
     """Reads what there is.
 
     Args:
@@ -95,7 +103,9 @@ def read_run(folder: str | Path, checkpoint: Path | None = None, data_files: lis
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError("no such run", where=str(folder), expected="the output_dir of a training run")
+        raise DataError(
+            "no such run", where=str(folder), expected="the output_dir of a training run"
+        )
     problems: list[GrpoLatentError] = []
     config = _attempt(problems, lambda: read_config(folder / CONFIG_FILE), {})
     metrics = _attempt(problems, lambda: read_metrics(folder / METRICS_FILE), {})
@@ -121,7 +131,8 @@ def read_run(folder: str | Path, checkpoint: Path | None = None, data_files: lis
         dump=dump,
         evaluations=evaluations,
         checkpoint=checkpoint or find_checkpoint(folder, config, problems),
-        data_files=data_files or [find_file(str(f), folder) for f in (files if isinstance(files, list) else [files])],
+        data_files=data_files
+        or [find_file(str(f), folder) for f in (files if isinstance(files, list) else [files])],
         problems=problems + dump.problems,
     )
 
@@ -133,12 +144,15 @@ def read_config(path: Path) -> dict:
     try:
         config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except Exception as error:  # yaml and omegaconf have no common base
-        raise DataError("not readable", where=str(path), got=str(error), expected="a resolved config") from error
+        raise DataError(
+            "not readable", where=str(path), got=str(error), expected="a resolved config"
+        ) from error
     return config if isinstance(config, dict) else {}
 
 
 def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """verl's file logger: {"step": n, "data": {name: value}} a line. The last line may be half written.
+    """verl's file logger: {"step": n, "data": {name: value}} a line. The last line may be half
+    written.
 
     Raises:
         DataError: a malformed line before the last.
@@ -155,21 +169,31 @@ def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
             if number == len(lines):
                 break
             raise DataError(
-                "malformed metrics", where=f"{path} line {number}", got=line[:100], expected='{"step", "data"}'
+                "malformed metrics",
+                where=f"{path} line {number}",
+                got=line[:100],
+                expected='{"step", "data"}',
             ) from error
         for name, value in values.items():
             by_step.setdefault(name, {})[step] = value
-    return {name: (sorted(values), [values[s] for s in sorted(values)]) for name, values in sorted(by_step.items())}
+    return {
+        name: (sorted(values), [values[s] for s in sorted(values)])
+        for name, values in sorted(by_step.items())
+    }
 
 
 def numbers_of(data: dict) -> dict[str, float]:
     """What of logged values is a number, as floats."""
-    return {k: float(v) for k, v in data.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return {
+        k: float(v)
+        for k, v in data.items()
+        if isinstance(v, int | float) and not isinstance(v, bool)
+    }
 
 
 def read_evaluations(folder: Path, problems: list[GrpoLatentError]) -> dict[str, dict]:
-    """Reports of `grpo_latent.evaluate` by file: in the run's folder, in a folder `eval*` of it, and beside it those whose
-    checkpoint is the run's."""
+    """Reports of `grpo_latent.evaluate` by file: in the run's folder, in a folder `eval*` of it,
+    and beside it those whose checkpoint is the run's."""
     reports = {}
     beside = list(folder.resolve().parent.glob("*.json"))
     for path in sorted([*folder.glob("*.json"), *folder.glob("eval*/*.json"), *beside]):
@@ -179,12 +203,22 @@ def read_evaluations(folder: Path, problems: list[GrpoLatentError]) -> dict[str,
         except (ValueError, OSError) as error:
             if path in beside:  # some other file
                 continue
-            problems.append(DataError("not readable", where=str(path), got=str(error), expected="a JSON report"))
+            problems.append(
+                DataError(
+                    "not readable", where=str(path), got=str(error), expected="a JSON report"
+                )
+            )
             continue
-        if not isinstance(report, dict) or not isinstance(report.get("ablations"), dict) or "greedy" not in report:
+        if (
+            not isinstance(report, dict)
+            or not isinstance(report.get("ablations"), dict)
+            or "greedy" not in report
+        ):
             continue
         # by the run's name, because the whole experiment may have been moved since
-        if path in beside and f"/{folder.resolve().name}/checkpoints/" not in str(report.get("checkpoint")):
+        if path in beside and f"/{folder.resolve().name}/checkpoints/" not in str(
+            report.get("checkpoint")
+        ):
             continue
         name = path.name if path in beside else str(path.relative_to(folder))
         try:
@@ -192,7 +226,9 @@ def read_evaluations(folder: Path, problems: list[GrpoLatentError]) -> dict[str,
         except (DataError, ValueError, TypeError, KeyError, AttributeError) as error:
             got = f"{type(error).__name__}: {error}"
             expected = "a report of grpo_latent.evaluate"
-            problems.append(DataError("malformed evaluation", where=str(path), got=got, expected=expected))
+            problems.append(
+                DataError("malformed evaluation", where=str(path), got=got, expected=expected)
+            )
             continue
         reports[name] = report
     return reports
@@ -201,7 +237,8 @@ def read_evaluations(folder: Path, problems: list[GrpoLatentError]) -> dict[str,
 def find_checkpoint(folder: Path, config: dict, problems: list[GrpoLatentError]) -> Path | None:
     """The run's newest `global_step_<n>/actor/huggingface`, else the model that it started from.
 
-    Newer folders than the one that the tracker names are half of a save, or of a branch that has been left.
+    Newer folders than the one that the tracker names are half of a save, or of a branch that has
+    been left.
     """
     root = folder / "checkpoints"
     if not root.is_dir():
@@ -217,7 +254,9 @@ def find_checkpoint(folder: Path, config: dict, problems: list[GrpoLatentError])
 
 
 def find_file(file: str, folder: Path) -> Path:
-    """A file of the run's config; a relative path is from where the run was started, which is here or above its folder."""
+    """A file of the run's config; a relative path is from where the run was started, which is here
+    or above its folder.
+    """
     for base in (Path(), *folder.resolve().parents):
         if (base / file).is_file():
             return base / file

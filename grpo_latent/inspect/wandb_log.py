@@ -1,6 +1,7 @@
 """The page and its tables in a wandb run.
 
-`python -m grpo_latent.inspect.wandb_log <run> <out>` draws both for a process that must not risk its own memory on it.
+`python -m grpo_latent.inspect.wandb_log <run> <out>` draws both for a process that must not risk
+its own memory on it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,18 @@ GROUP_COLUMNS = (
     "commonest",
     "hit",
 )
-ABLATION_COLUMNS = ("name", "accuracy", "low", "high", "gap", "gap_low", "gap_high", "changed", "about", "verdict")
+ABLATION_COLUMNS = (
+    "name",
+    "accuracy",
+    "low",
+    "high",
+    "gap",
+    "gap_low",
+    "gap_high",
+    "changed",
+    "about",
+    "verdict",
+)
 KEY = "latent/inspector"
 PAGE_FILE, TABLES_FILE = "page.html", "tables.json"
 
@@ -35,7 +47,10 @@ PAGE_FILE, TABLES_FILE = "page.html", "tables.json"
 def group_rows(report: Report) -> list[list]:
     """A row a group, as the page's table has them."""
     names = [run["name"] for run in report.overview["runs"]]
-    return [[names[g["run"]], *(g[column] for column in GROUP_COLUMNS)] for g in report.overview["groups"]]
+    return [
+        [names[g["run"]], *(g[column] for column in GROUP_COLUMNS)]
+        for g in report.overview["groups"]
+    ]
 
 
 def ablation_rows(report: Report) -> list[list]:
@@ -49,11 +64,16 @@ def ablation_rows(report: Report) -> list[list]:
 
 
 def tables_of(report: Report) -> dict[str, dict[str, list]]:
-    """`latent/groups` and, where there are evaluations, `latent/ablations`, as {"columns", "rows"}, JSON-ready."""
+    """`latent/groups` and, where there are evaluations, `latent/ablations`, as {"columns",
+    "rows"}, JSON-ready.
+    """
     tables = {"latent/groups": {"columns": ["run", *GROUP_COLUMNS], "rows": group_rows(report)}}
     ablations = ablation_rows(report)
     if ablations:
-        tables["latent/ablations"] = {"columns": ["run", "evaluation", *ABLATION_COLUMNS], "rows": ablations}
+        tables["latent/ablations"] = {
+            "columns": ["run", "evaluation", *ABLATION_COLUMNS],
+            "rows": ablations,
+        }
     return tables
 
 
@@ -73,12 +93,16 @@ def log_page(run, html: str, tables: dict[str, dict[str, list]], step: int | Non
     values = {KEY: wandb.Html(html, inject=False)}
     for name, table in tables.items():
         # a question is text in one row and missing in the next
-        values[name] = wandb.Table(columns=table["columns"], data=table["rows"], allow_mixed_types=True)
+        values[name] = wandb.Table(
+            columns=table["columns"], data=table["rows"], allow_mixed_types=True
+        )
     run.log(values, step=step)
 
 
 def draw(folder: str, out: str) -> None:
-    """Writes `page.html` and `tables.json` of a run into the folder `out`; its checkpoint is read on the CPU."""
+    """Writes `page.html` and `tables.json` of a run into the folder `out`; its checkpoint is read
+    on the CPU.
+    """
     run = read_run(folder)
     report = build_report([run], Limits(), "cpu")
     write_text(Path(out) / PAGE_FILE, render(report, run.name))

@@ -1,6 +1,8 @@
-"""One model as the latent machinery uses it: positions, hidden states, logits, and checks of prompts.
+"""One model as the latent machinery uses it: positions, hidden states, logits, and checks of
+prompts.
 
-What is a matter of the model's family (its tower, placeholders, positions of images, merge) is asked of its `Backbone`.
+What is a matter of the model's family (its tower, placeholders, positions of images, merge) is
+asked of its `Backbone`.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ class ModelAdapter:
     """Positions, masks, hidden states, logits and latents of one model.
 
     Args:
-        mechanism: what latents are for this model; None where none are made, and positions are the model's own.
+        mechanism: what latents are for this model; None where none are made, and positions are the
+            model's own.
 
     Raises:
-        ConfigError: a family that no backbone serves, or a model that latents cannot enter (see `Backbone`).
+        ConfigError: a family that no backbone serves, or a model that latents cannot enter (see
+            `Backbone`).
     """
 
     def __init__(self, model: nn.Module, mechanism: Mechanism | None = None):
@@ -33,11 +37,16 @@ class ModelAdapter:
         self.base, self.decoder = self.backbone.base, self.backbone.decoder
         self.text_config = self.backbone.text_config
         self.has_vision, self.has_mrope = self.backbone.has_vision, self.backbone.has_mrope
-        self.image_token_id, self.vision_ids = self.backbone.image_token_id, self.backbone.vision_ids
+        self.image_token_id, self.vision_ids = (
+            self.backbone.image_token_id,
+            self.backbone.vision_ids,
+        )
 
     @property
     def mechanism(self) -> Mechanism:
-        """Raises `ConfigError` where the adapter was made without one: h itself would pass for a latent, unnoticed."""
+        """Raises `ConfigError` where the adapter was made without one: h itself would pass for a
+        latent, unnoticed.
+        """
         if self._mechanism is None:
             raise ConfigError(
                 "no mechanism says what a latent is",
@@ -60,19 +69,25 @@ class ModelAdapter:
         return self.model.get_input_embeddings().weight.device
 
     def check_prompt(self, prompt_ids: Tensor, images: ImageInputs | None, where: str) -> None:
-        """Raises `RolloutError` unless ids [P] lie in the vocabulary and image placeholders fit the pixels.
+        """Raises `RolloutError` unless ids [P] lie in the vocabulary and image placeholders fit
+        the pixels.
 
-        Hugging Face compares the totals of a batch only, and reads placeholders without any image as words.
+        Hugging Face compares the totals of a batch only, and reads placeholders without any image
+        as words.
         """
         vocab_size = self.model.get_input_embeddings().num_embeddings
         if int(prompt_ids.min()) < 0 or int(prompt_ids.max()) >= vocab_size:
             got = f"ids in {int(prompt_ids.min())}..{int(prompt_ids.max())}"
-            raise RolloutError("ids outside the vocabulary", where=where, got=got, expected=f"0..{vocab_size - 1}")
+            raise RolloutError(
+                "ids outside the vocabulary", where=where, got=got, expected=f"0..{vocab_size - 1}"
+            )
         if images is None and not self.has_vision:
             return
         if not self.has_vision:
             model = type(self.model).__name__
-            raise RolloutError("images for a text-only model", where=where, got=model, expected="no images")
+            raise RolloutError(
+                "images for a text-only model", where=where, got=model, expected="no images"
+            )
         num_placeholders = int((prompt_ids == self.image_token_id).sum())
         num_tokens = 0 if images is None else int(self.num_image_tokens(images).sum())
         if images is not None:
@@ -100,11 +115,14 @@ class ModelAdapter:
     def prompt_kinds(self, input_ids: Tensor) -> Tensor:
         return prompt_kinds(input_ids, self.vision_ids)
 
-    def position_ids(self, input_ids_BT: Tensor, valid_BT: Tensor, images: ImageInputs | None) -> Tensor:
-        """Position ids, int64: [3, B, T] (mRoPE) or [B, T]. Positions after the prompt's images count on as text; with
-        positions `1d`, so do the images.
+    def position_ids(
+        self, input_ids_BT: Tensor, valid_BT: Tensor, images: ImageInputs | None
+    ) -> Tensor:
+        """Position ids, int64: [3, B, T] (mRoPE) or [B, T]. Positions after the prompt's images
+        count on as text; with positions `1d`, so do the images.
 
-        Computed here and always passed on: left to itself, a Hugging Face VL model keeps `rope_deltas` as hidden state.
+        Computed here and always passed on: left to itself, a Hugging Face VL model keeps
+        `rope_deltas` as hidden state.
         """
         plain = with_components(plain_positions(valid_BT), self.has_mrope)
         if images is None or self.positions == "1d":
@@ -119,7 +137,8 @@ class ModelAdapter:
         images: ImageInputs | None = None,
         cache=None,
     ) -> Tensor:
-        """Last hidden states after the final norm [B, T, H] of a forward that starts from token ids.
+        """Last hidden states after the final norm [B, T, H] of a forward that starts from token
+        ids.
 
         Args:
             attention_mask: additive bias [B, 1, T, T_total], or bool/int validity [B, T].
@@ -128,7 +147,9 @@ class ModelAdapter:
         if images is not None:
             if not self.has_vision:  # a text model would ignore the pixels without a word
                 model = type(self.model).__name__
-                raise RolloutError("images for a text-only model", where=model, got="images", expected="no images")
+                raise RolloutError(
+                    "images for a text-only model", where=model, got="images", expected="no images"
+                )
             input_ids_BT, inputs = self.backbone.forward_inputs(input_ids_BT, images)
         return self.base(
             input_ids=input_ids_BT,
@@ -140,10 +161,14 @@ class ModelAdapter:
         ).last_hidden_state
 
     def encode_images(self, images: ImageInputs) -> Tensor:
-        """Image embeddings, after any merger, [M, H], of all images in order: what stands at image placeholders."""
+        """Image embeddings, after any merger, [M, H], of all images in order: what stands at image
+        placeholders.
+        """
         return self.backbone.encode_images(images)
 
-    def decode_hidden(self, embeds_NH: Tensor, bias_N11S: Tensor, position_ids: Tensor, cache) -> Tensor:
+    def decode_hidden(
+        self, embeds_NH: Tensor, bias_N11S: Tensor, position_ids: Tensor, cache
+    ) -> Tensor:
         """One decoding step from input vectors: last hidden states [N, H]."""
         return self.decoder(
             inputs_embeds=embeds_NH[:, None],
@@ -154,7 +179,9 @@ class ModelAdapter:
         ).last_hidden_state[:, 0]
 
     def make(self, hidden_MH: Tensor) -> Tensor:
-        """The vectors that the mechanism records of hidden states, in their shape; leading dimensions may be any."""
+        """The vectors that the mechanism records of hidden states, in their shape; leading
+        dimensions may be any.
+        """
         source = HiddenSource(hidden_MH, lambda: self.logits(hidden_MH), self.embed)
         return self.mechanism.make(self.model, source)
 

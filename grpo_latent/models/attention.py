@@ -1,8 +1,9 @@
-"""Attention of one new position: query heads that share a key head are folded, so keys and values are never repeated.
+"""Attention of one new position: query heads that share a key head are folded, so keys and values
+are never repeated.
 
-Hugging Face's `sdpa` repeats keys and values to the number of query heads at each step and layer whenever a mask is
-given. For a single query position the heads of a group can stand in the query dimension instead: the same products,
-no copy.
+Hugging Face's `sdpa` repeats keys and values to the number of query heads at each step and layer
+whenever a mask is given. For a single query position the heads of a group can stand in the query
+dimension instead: the same products, no copy.
 """
 
 from __future__ import annotations
@@ -32,20 +33,30 @@ def folded_sdpa(
     num_groups = getattr(module, "num_key_value_groups", 1)
     batch_size, num_heads, length, head_dim = query.shape
     if length != 1 or num_groups == 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )
     folded = query.reshape(batch_size, num_heads // num_groups, num_groups, head_dim)
     if query.device.type == "cpu" and query.dtype == torch.float32 and attention_mask is not None:
         output = _as_products(folded, key, value, attention_mask, scaling)
     else:
-        output = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
+        output = F.scaled_dot_product_attention(
+            folded, key, value, attn_mask=attention_mask, scale=scaling
+        )
     return output.reshape(batch_size, 1, num_heads, head_dim), None
 
 
-def _as_products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float | None) -> Tensor:
-    """The same by two batched products: torch's CPU kernel is made for long queries, and slower on many short ones."""
+def _as_products(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float | None
+) -> Tensor:
+    """The same by two batched products: torch's CPU kernel is made for long queries, and slower on
+    many short ones.
+    """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     bias = bias.expand(-1, key.shape[1], -1, -1).flatten(0, 1)
-    scores = torch.baddbmm(bias, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), alpha=scaling)
+    scores = torch.baddbmm(
+        bias, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), alpha=scaling
+    )
     return torch.bmm(scores.softmax(-1), value.flatten(0, 1))
 
 
@@ -54,7 +65,9 @@ ALL_ATTENTION_FUNCTIONS.register(FOLDED_SDPA, folded_sdpa)
 
 @contextmanager
 def folded_attention(text_config):
-    """Decodes with `folded_sdpa` where the model is configured for `sdpa`; other implementations stay as they are."""
+    """Decodes with `folded_sdpa` where the model is configured for `sdpa`; other implementations
+    stay as they are.
+    """
     configured = text_config._attn_implementation
     if configured == "sdpa":
         text_config._attn_implementation = FOLDED_SDPA

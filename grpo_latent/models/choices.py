@@ -1,11 +1,14 @@
-"""Scores recorded choices of image positions: their Plackett–Luce log-probability under the model's current attention.
+"""Scores recorded choices of image positions: their Plackett–Luce log-probability under the
+model's current attention.
 
     kinds ──slot_choices──▶ where each slot's attention is read, what it could choose, what it chose
     one forward with `recording_rows` at those places ──choice_log_probs──▶ log-prob at each SELECTED position, with gradient
 
-The log-weights are log(mean attention) / temperature, as in the rollout (`models.slots.SlotDraws`).
+The log-weights are log(mean attention) / temperature, as in the rollout
+(`models.slots.SlotDraws`).
 
-Legend: B sequences, T positions, N slots with a choice (the most of any sequence), K places of a choice, M image positions.
+Legend: B sequences, T positions, N slots with a choice (the most of any sequence), K places of a
+choice, M image positions.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ class SlotChoices:
         chosen_BNK: int64, image positions counted from 0; `NOT_CHOSEN` where there is none.
         candidates_BNM: bool, image positions that each choice could take.
         image_columns_BM: int64, where they stand.
-        places: (sequence, position, slot, place), each int64, one a SELECTED position in row-major order.
+        places: (sequence, position, slot, place), each int64, one a SELECTED position in row-major
+            order.
     """
 
     sources_BN: Tensor
@@ -49,10 +53,12 @@ class SlotChoices:
 def chosen_columns(
     kinds_BT: Tensor, valid_BT: Tensor, is_image_BT: Tensor, selected_idx_M: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sequence, position, position of the chosen image embedding), each int64 [M]; arguments as `slot_choices`.
+    """(sequence, position, position of the chosen image embedding), each int64 [M]; arguments as
+    `slot_choices`.
 
     Raises:
-        LatentMismatchError: the indices are not as many as the positions, or no image position of the sequence.
+        LatentMismatchError: the indices are not as many as the positions, or no image position of
+            the sequence.
     """
     row_M, column_M = ((kinds_BT == PositionKind.SELECTED) & valid_BT).nonzero(as_tuple=True)
     num_images_B = is_image_BT.sum(-1)
@@ -68,7 +74,9 @@ def chosen_columns(
     return row_M, column_M, is_image_BT.nonzero()[first_B[row_M] + selected_idx_M, 1]
 
 
-def slot_choices(kinds_BT: Tensor, valid_BT: Tensor, is_image_BT: Tensor, selected_idx_M: Tensor) -> SlotChoices:
+def slot_choices(
+    kinds_BT: Tensor, valid_BT: Tensor, is_image_BT: Tensor, selected_idx_M: Tensor
+) -> SlotChoices:
     """Choices of sequences in which each run of SELECTED positions is one.
 
     Args:
@@ -78,7 +86,8 @@ def slot_choices(kinds_BT: Tensor, valid_BT: Tensor, is_image_BT: Tensor, select
         selected_idx_M: int64, of the SELECTED positions in row-major order.
 
     Raises:
-        LatentMismatchError: the indices are not as many as the positions, or no image position of the sequence.
+        LatentMismatchError: the indices are not as many as the positions, or no image position of
+            the sequence.
     """
     is_selected_BT = (kinds_BT == PositionKind.SELECTED) & valid_BT
     starts_BT = is_selected_BT & ~torch.nn.functional.pad(is_selected_BT[:, :-1], (1, 0))
@@ -104,8 +113,16 @@ def slot_choices(kinds_BT: Tensor, valid_BT: Tensor, is_image_BT: Tensor, select
     candidates_BNM = exists_BM[:, None] & (slot_of_image_BM[:, None] >= slots_N1)
     image_columns_BM = torch.zeros(batch_size, num_images, dtype=torch.long, device=device)
     image_row, image_column = is_image_BT.nonzero(as_tuple=True)
-    image_columns_BM[image_row, (is_image_BT.cumsum(-1) - 1)[image_row, image_column]] = image_column
-    return SlotChoices(sources_BN, chosen_BNK, candidates_BNM, image_columns_BM, (row_S, column_S, slot_S, place_S))
+    image_columns_BM[image_row, (is_image_BT.cumsum(-1) - 1)[image_row, image_column]] = (
+        image_column
+    )
+    return SlotChoices(
+        sources_BN,
+        chosen_BNK,
+        candidates_BNM,
+        image_columns_BM,
+        (row_S, column_S, slot_S, place_S),
+    )
 
 
 def choice_log_probs(choices: SlotChoices, attention_BNT: Tensor, temperature: float) -> Tensor:
@@ -114,7 +131,9 @@ def choice_log_probs(choices: SlotChoices, attention_BNT: Tensor, temperature: f
     columns_BNM = choices.image_columns_BM[:, None].expand(-1, num_slots, -1)
     log_weights_BNM = log_weights(attention_BNT.gather(2, columns_BNM), temperature)
     terms = selection_log_probs(
-        log_weights_BNM.flatten(0, 1), choices.candidates_BNM.flatten(0, 1), choices.chosen_BNK.flatten(0, 1)
+        log_weights_BNM.flatten(0, 1),
+        choices.candidates_BNM.flatten(0, 1),
+        choices.chosen_BNK.flatten(0, 1),
     )
     row_S, _, slot_S, place_S = choices.places
     return terms.view(choices.chosen_BNK.shape)[row_S, slot_S, place_S]

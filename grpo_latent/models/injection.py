@@ -1,10 +1,11 @@
 """Latents enter a model through a forward hook on its input-embedding module.
 
-Passing `inputs_embeds` would not do: verl's patched vision-language forward overwrites them, and Hugging Face's own
-forward then cannot tell image positions from text. The hook sees what the embedding module returns, padded or packed,
-and writes the recorded vectors over the latent positions, or what the mechanism composes of them and the token
-embeddings; images are scattered in afterwards, elsewhere. Image embeddings that prompt slots have chosen stand among
-those images already: they enter behind that, in front of the decoder.
+Passing `inputs_embeds` would not do: verl's patched vision-language forward overwrites them, and
+Hugging Face's own forward then cannot tell image positions from text. The hook sees what the
+embedding module returns, padded or packed, and writes the recorded vectors over the latent
+positions, or what the mechanism composes of them and the token embeddings; images are scattered in
+afterwards, elsewhere. Image embeddings that prompt slots have chosen stand among those images
+already: they enter behind that, in front of the decoder.
 """
 
 from __future__ import annotations
@@ -52,14 +53,17 @@ class LatentInjector:
 
     @contextmanager
     def inject(self, mask_BT: Tensor, latents_NH: Tensor):
-        """Within the block, the model's next forward reads `latents_NH` at the True positions of `mask_BT`.
+        """Within the block, the model's next forward reads `latents_NH` at the True positions of
+        `mask_BT`.
 
         Args:
             mask_BT: bool [B, T] (packed: [1, T]), the shape of the `input_ids` of the forward.
-            latents_NH: [N, H], N = number of True positions, in row-major order. Gradients flow into it.
+            latents_NH: [N, H], N = number of True positions, in row-major order. Gradients flow
+                into it.
 
         Raises:
-            LatentMismatchError: counts or shapes differ, or the block ran no forward of the embedding module.
+            LatentMismatchError: counts or shapes differ, or the block ran no forward of the
+                embedding module.
         """
         self.arm(mask_BT, latents_NH)
         try:
@@ -69,9 +73,15 @@ class LatentInjector:
             self.disarm()
 
     def arm(self, mask_BT: Tensor, latents_NH: Tensor) -> None:
-        """`inject` without the block, for engines whose forward lies in code that is not ours. Pair with `disarm`."""
+        """`inject` without the block, for engines whose forward lies in code that is not ours.
+        Pair with `disarm`.
+        """
         num_positions = int(mask_BT.sum())
-        if mask_BT.dtype != torch.bool or latents_NH.ndim != 2 or latents_NH.shape[0] != num_positions:
+        if (
+            mask_BT.dtype != torch.bool
+            or latents_NH.ndim != 2
+            or latents_NH.shape[0] != num_positions
+        ):
             raise LatentMismatchError(
                 "latents do not match the latent mask",
                 got=f"mask {mask_BT.dtype} with {num_positions} positions, latents {tuple(latents_NH.shape)}",
@@ -95,7 +105,10 @@ class LatentInjector:
     def _hook(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         if self._mask_BT is None:
             return None
-        if self._mask_BT.shape != output.shape[:-1] or self._latents_NH.shape[-1] != output.shape[-1]:
+        if (
+            self._mask_BT.shape != output.shape[:-1]
+            or self._latents_NH.shape[-1] != output.shape[-1]
+        ):
             raise LatentMismatchError(
                 "latents do not fit the embedded sequence",
                 got=f"mask {tuple(self._mask_BT.shape)}, latents {tuple(self._latents_NH.shape)}",
@@ -110,9 +123,11 @@ class LatentInjector:
 
 
 class SelectionInjector:
-    """Replay by index: SELECTED positions read what the forward has at the image positions that they chose.
+    """Replay by index: SELECTED positions read what the forward has at the image positions that
+    they chose.
 
-    Whatever was recorded, and with a gradient into a vision tower that trains. Does nothing until it is armed.
+    Whatever was recorded, and with a gradient into a vision tower that trains. Does nothing until
+    it is armed.
     """
 
     _ATTRIBUTE = "_grpo_latent_selection_injector"
@@ -132,7 +147,9 @@ class SelectionInjector:
         return injector
 
     def arm(self, rows_M: Tensor, columns_M: Tensor, image_columns_M: Tensor) -> None:
-        """For all forwards until `disarm`: position (row, column) reads (row, image column), as far as a forward goes."""
+        """For all forwards until `disarm`: position (row, column) reads (row, image column), as
+        far as a forward goes.
+        """
         self._places = (rows_M, columns_M, image_columns_M)
 
     def disarm(self) -> None:
@@ -145,4 +162,6 @@ class SelectionInjector:
         is_in_M = self._places[1] < embeds_BTH.shape[1]
         rows_M, columns_M, image_columns_M = (places_M[is_in_M] for places_M in self._places)
         chosen_MH = embeds_BTH[rows_M, image_columns_M]
-        return args, kwargs | {"inputs_embeds": embeds_BTH.index_put((rows_M, columns_M), chosen_MH)}
+        return args, kwargs | {
+            "inputs_embeds": embeds_BTH.index_put((rows_M, columns_M), chosen_MH)
+        }

@@ -1,9 +1,10 @@
 """Keys and values of a rollout batch, written in place.
 
-Hugging Face's `DynamicCache` copies all keys and values at every step; this one does so only when they outgrow their room,
-by an eighth of it, and it can start from a prompt that was prefilled once and is shared by the trajectories of its group.
-Room for all positions from the start would be simpler, but rows that lie far apart are read more slowly (6 % of a rollout
-on CPU), and batches that stop early never need it.
+Hugging Face's `DynamicCache` copies all keys and values at every step; this one does so only when
+they outgrow their room, by an eighth of it, and it can start from a prompt that was prefilled once
+and is shared by the trajectories of its group. Room for all positions from the start would be
+simpler, but rows that lie far apart are read more slowly (6 % of a rollout on CPU), and batches
+that stop early never need it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ MIN_GROWTH = 8  # positions
 
 
 class InPlaceLayer(CacheLayerMixin):
-    """Keys and values of one decoder layer, [rows, KV heads, room, head dim], of which `length` positions are filled."""
+    """Keys and values of one decoder layer, [rows, KV heads, room, head dim], of which `length`
+    positions are filled.
+    """
 
     is_sliding = False
 
@@ -30,7 +33,9 @@ class InPlaceLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise AssertionError("an InPlaceLayer is initialised when it is made")
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         end = self.length + key_states.shape[-2]
         if end > self.keys.shape[2]:
             self._grow(min(self.capacity, end + max(MIN_GROWTH, self.length // 8)))
@@ -69,7 +74,10 @@ class RolloutCache(Cache):
     """
 
     def __init__(self, prefilled: Cache, row_to_prompt_N: Tensor, capacity: int):
-        layers = [InPlaceLayer(layer.keys, layer.values, row_to_prompt_N, capacity) for layer in prefilled.layers]
+        layers = [
+            InPlaceLayer(layer.keys, layer.values, row_to_prompt_N, capacity)
+            for layer in prefilled.layers
+        ]
         super().__init__(layers=layers)
 
     def keep_rows(self, rows_M: Tensor) -> None:
@@ -79,9 +87,11 @@ class RolloutCache(Cache):
 
 @contextmanager
 def caching_layers(model: nn.Module):
-    """Switches gradient checkpointing off within the block: in training, transformers drops the cache of a checkpointed
-    layer with no more than a warning."""
-    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    """Switches gradient checkpointing off within the block: in training, transformers drops the
+    cache of a checkpointed layer with no more than a warning."""
+    checkpointed = [
+        module for module in model.modules() if getattr(module, "gradient_checkpointing", False)
+    ]
     for module in checkpointed:
         module.gradient_checkpointing = False
     try:

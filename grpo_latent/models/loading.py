@@ -1,7 +1,8 @@
 """Latent checkpoints on disk: a plain Hugging Face folder plus `latent_config.json`.
 
-`load_latent_model` reads ours and the official layouts that mechanisms know, and never writes to the folder;
-`save_latent_model` writes ours. A folder that disagrees with itself raises `CheckpointError`.
+`load_latent_model` reads ours and the official layouts that mechanisms know, and never writes to
+the folder; `save_latent_model` writes ours. A folder that disagrees with itself raises
+`CheckpointError`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,23 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from grpo_latent.backbones.registry import read_backbone
 from grpo_latent.errors import CheckpointError, ConfigError, GrpoLatentError
-from grpo_latent.latent.mechanisms import LATENT_CONFIG_FILE, LVR, MECHANISMS, Mechanism, load_mechanism
+from grpo_latent.latent.mechanisms import (
+    LATENT_CONFIG_FILE,
+    LVR,
+    MECHANISMS,
+    Mechanism,
+    load_mechanism,
+)
 from grpo_latent.latent.treatments import Treatment
 from grpo_latent.latent.treatments.protocol import PARAMETERS_ATTRIBUTE
 from grpo_latent.models.tokens import add_latent_tokens
@@ -51,18 +64,23 @@ def load_latent_model(
     """Model, tokenizer, processor and latent config of a checkpoint folder.
 
     Args:
-        overrides: settings of the mechanism to replace, such as `{"visibility": "full", "steps": 4}`.
-        plain: the folder is a Hugging Face model without latents: it gets LVR's tokens in memory, and may open no span.
+        overrides: settings of the mechanism to replace, such as `{"visibility": "full", "steps":
+            4}`.
+        plain: the folder is a Hugging Face model without latents: it gets LVR's tokens in memory,
+            and may open no span.
         treatment: of latents in RL, for its parameters, and
         seed: which these start from if the folder has none.
 
     Raises:
-        CheckpointError: weights are missing or unknown, or tokenizer and `latent_config.json` disagree.
+        CheckpointError: weights are missing or unknown, or tokenizer and `latent_config.json`
+            disagree.
         ConfigError: a family that no backbone serves.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError("no such folder", where=str(folder), expected="a folder written by grpo_latent.sft")
+        raise CheckpointError(
+            "no such folder", where=str(folder), expected="a folder written by grpo_latent.sft"
+        )
     with reading("tokenizer", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     mechanism = None
@@ -71,12 +89,21 @@ def load_latent_model(
         check_tokens(mechanism, tokenizer, where=str(folder))
         mechanism = mechanism.replace(**(overrides or {}))
     elif overrides or (folder / LATENT_CONFIG_FILE).is_file():
-        got = f"{LATENT_CONFIG_FILE} in {folder}" if not overrides else f"overrides {sorted(overrides)}"
-        raise ConfigError("a plain model has no latents", where="model.plain", got=got, expected="neither")
+        got = (
+            f"{LATENT_CONFIG_FILE} in {folder}"
+            if not overrides
+            else f"overrides {sorted(overrides)}"
+        )
+        raise ConfigError(
+            "a plain model has no latents", where="model.plain", got=got, expected="neither"
+        )
     with reading("config.json", folder):
         hf_config, backbone = read_backbone(folder)
     auto_class = backbone.auto_class
-    model_class, expected = auto_class._model_mapping[type(hf_config)], LVR if mechanism is None else mechanism
+    model_class, expected = (
+        auto_class._model_mapping[type(hf_config)],
+        LVR if mechanism is None else mechanism,
+    )
     with reading("weights", folder), _latent_parameters_expected(model_class, expected):
         model, info = auto_class.from_pretrained(
             folder,
@@ -86,7 +113,11 @@ def load_latent_model(
             ignore_mismatched_sizes=True,  # reported in `info`, and refused below by name and shape
         )
     if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
-        found = {name.removesuffix("_keys"): sorted(map(str, names))[:5] for name, names in info.items() if names}
+        found = {
+            name.removesuffix("_keys"): sorted(map(str, names))[:5]
+            for name, names in info.items()
+            if names
+        }
         raise CheckpointError(
             "weights do not match the architecture",
             where=str(folder),
@@ -128,9 +159,11 @@ def reading(part: str, folder: Path):
 
 
 @contextmanager
-def _latent_parameters_expected(model_class: type[PreTrainedModel], mechanism: Mechanism | type[Mechanism]):
-    """Keeps transformers from reporting the mechanism's parameters, which `load_latent_parameters` reads, and a treatment's,
-    which only a run with that treatment needs, as unexpected."""
+def _latent_parameters_expected(
+    model_class: type[PreTrainedModel], mechanism: Mechanism | type[Mechanism]
+):
+    """Keeps transformers from reporting the mechanism's parameters, which `load_latent_parameters`
+    reads, and a treatment's, which only a run with that treatment needs, as unexpected."""
     known = model_class._keys_to_ignore_on_load_unexpected
     ours = (*mechanism.parameter_prefixes, f"{PARAMETERS_ATTRIBUTE}.")
     own = [f"^{re.escape(prefix)}" for prefix in ours]
@@ -152,7 +185,8 @@ def save_latent_model(
     """Writes a folder that `load_latent_model`, and any Hugging Face program, can read.
 
     Args:
-        state_dict: the weights, where the model itself holds shards of them; None takes the model's.
+        state_dict: the weights, where the model itself holds shards of them; None takes the
+            model's.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +198,9 @@ def save_latent_model(
 
 
 def read_mechanism(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> Mechanism:
-    """The mechanism of `latent_config.json`, or of a published checkpoint whose layout a mechanism knows."""
+    """The mechanism of `latent_config.json`, or of a published checkpoint whose layout a mechanism
+    knows.
+    """
     folder = Path(folder)
     config_path = folder / "config.json"
     if (folder / LATENT_CONFIG_FILE).is_file() or not config_path.is_file():
@@ -178,7 +214,9 @@ def read_mechanism(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> Me
 
 
 def check_tokens(mechanism: Mechanism, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Raises `CheckpointError` unless the tokenizer maps each latent token to the id that the mechanism names."""
+    """Raises `CheckpointError` unless the tokenizer maps each latent token to the id that the
+    mechanism names.
+    """
     for role, (token, token_id) in mechanism.roles.items():
         actual = None if token is None else tokenizer.get_vocab().get(token)
         if actual != token_id:
@@ -195,10 +233,13 @@ def load_latent_parameters(model: nn.Module, mechanism: Mechanism, folder: str |
     """Fills what `Mechanism.attach` made from the folder's safetensors.
 
     Raises:
-        CheckpointError: a parameter of the head or end vector is not in the folder, or has another shape.
+        CheckpointError: a parameter of the head or end vector is not in the folder, or has another
+            shape.
     """
     prefixes = mechanism.parameter_prefixes
-    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefixes)}
+    own = {
+        name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefixes)
+    }
     for name, tensor in read_tensors(folder, prefixes):
         if name in own:
             if own[name].shape != tensor.shape:
@@ -229,11 +270,17 @@ def read_tensors(folder: str | Path, prefixes: tuple[str, ...]) -> Iterable[tupl
 
 def find_eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """All end-of-sequence ids: the generation config's and the tokenizer's."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
+    configured = (
+        model.generation_config.eos_token_id if model.generation_config is not None else None
+    )
+    ids = set(configured if isinstance(configured, list) else [configured]) | {
+        tokenizer.eos_token_id
+    }
     ids.discard(None)
     if not ids:
         raise CheckpointError(
-            "no end-of-sequence token", where="generation_config and tokenizer", expected="eos_token_id"
+            "no end-of-sequence token",
+            where="generation_config and tokenizer",
+            expected="eos_token_id",
         )
     return tuple(sorted(ids))

@@ -1,9 +1,10 @@
 """Linear layers on CPU through oneDNN, with weights laid out once for many products.
 
-torch's own `linear` hands the weight to its BLAS as it lies in memory, in each call anew. A rollout multiplies with the same
-weights hundreds of times, a few rows at each decoding step, so that the layout decides the time. Laying the weights out
-costs about as much as two steps: it is done for each rollout and forgotten, so that no copy can outlive an update of the
-weights. Results differ from the plain layers' by the order of summation.
+torch's own `linear` hands the weight to its BLAS as it lies in memory, in each call anew. A
+rollout multiplies with the same weights hundreds of times, a few rows at each decoding step, so
+that the layout decides the time. Laying the weights out costs about as much as two steps: it is
+done for each rollout and forgotten, so that no copy can outlive an update of the weights. Results
+differ from the plain layers' by the order of summation.
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-# rows that the layout is chosen for, whatever their number is: of a constant, so that results are reproducible
+# rows that the layout is chosen for, whatever their number is: of a constant, so that results are
+# reproducible
 LAYOUT_ROWS = 64
-_linear = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
+_linear = (
+    torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
+)
 
 
 def packs(weight: Tensor) -> bool:
-    """Whether oneDNN has packed products for it: on CPU, in float32 or (where the CPU has the instructions) bfloat16."""
+    """Whether oneDNN has packed products for it: on CPU, in float32 or (where the CPU has the
+    instructions) bfloat16.
+    """
     if _linear is None or weight.device.type != "cpu":
         return False
     if weight.dtype == torch.bfloat16:
@@ -30,12 +36,19 @@ def packs(weight: Tensor) -> bool:
 
 @contextmanager
 def packed_linears(modules: Iterable[nn.Module]) -> Iterator[int]:
-    """Within the block every `nn.Linear` in `modules` multiplies with a packed copy of its weight; yields their number.
+    """Within the block every `nn.Linear` in `modules` multiplies with a packed copy of its weight;
+    yields their number.
 
-    Not for subclasses of `nn.Linear`, weights that `packs` refuses, or a forward of somebody else's: those stay as they are.
-    No gradient passes a packed layer, and weights must not change within the block.
+    Not for subclasses of `nn.Linear`, weights that `packs` refuses, or a forward of somebody
+    else's: those stay as they are. No gradient passes a packed layer, and weights must not change
+    within the block.
     """
-    found = {id(m): m for module in modules for m in module.modules() if type(m) is nn.Linear and packs(m.weight)}
+    found = {
+        id(m): m
+        for module in modules
+        for m in module.modules()
+        if type(m) is nn.Linear and packs(m.weight)
+    }
     layers = [layer for layer in found.values() if "forward" not in vars(layer)]
     try:
         for layer in layers:

@@ -3,7 +3,8 @@
     prompt        as the model numbers it: text 0, 1, 2, …; with mRoPE an image has three components (time, row, column)
     completion    counts on from the largest position of its prompt, as text, latents included
 
-A text token, an image of 1 × 2 tokens and two completion positions, with mRoPE and as verl's rows have them:
+A text token, an image of 1 × 2 tokens and two completion positions, with mRoPE and as verl's rows
+have them:
 
     text      0  1  2  3  4      verl only: places of the sequence
     time      0  1  1  3  4
@@ -12,7 +13,8 @@ A text token, an image of 1 × 2 tokens and two completion positions, with mRoPE
 
 With positions `1d` an image counts as text, in all components.
 
-Legend: B sequences, P prompt positions, T positions, L positions that follow, C components (mRoPE: 3).
+Legend: B sequences, P prompt positions, T positions, L positions that follow, C components (mRoPE:
+3).
 """
 
 from __future__ import annotations
@@ -24,12 +26,16 @@ NUM_ROPE_COMPONENTS = 3
 
 
 def plain_positions(valid_BT: Tensor) -> Tensor:
-    """int64 [B, T]: places among the valid positions; padding, which may stand on either side, has some position >= 0."""
+    """int64 [B, T]: places among the valid positions; padding, which may stand on either side, has
+    some position >= 0.
+    """
     return (valid_BT.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def with_components(positions_BT: Tensor, has_mrope: bool) -> Tensor:
-    """Positions of text as a model takes them: [3, B, T] for mRoPE, all components equal, otherwise as they are."""
+    """Positions of text as a model takes them: [3, B, T] for mRoPE, all components equal,
+    otherwise as they are.
+    """
     return positions_BT[None].expand(NUM_ROPE_COMPONENTS, -1, -1) if has_mrope else positions_BT
 
 
@@ -53,7 +59,9 @@ def extend_positions(prompt_positions: Tensor, num_tokens: int) -> Tensor:
     Returns:
         int64 [P + T], or [4, P + T] with the places of the sequence first.
     """
-    following_1T = count_on(next_positions(prompt_positions[..., None, :]), torch.ones(1, num_tokens))
+    following_1T = count_on(
+        next_positions(prompt_positions[..., None, :]), torch.ones(1, num_tokens)
+    )
     if prompt_positions.ndim == 1:
         return torch.cat([prompt_positions, following_1T[0]])
     rope = torch.cat([prompt_positions, following_1T.expand(NUM_ROPE_COMPONENTS, -1)], dim=1)

@@ -17,7 +17,9 @@ from grpo_latent.errors import DataError
 
 @dataclass(frozen=True)
 class Prompt:
-    """`ids` int64 [P], image placeholders expanded; `images` in the order of their placeholders, or None."""
+    """`ids` int64 [P], image placeholders expanded; `images` in the order of their placeholders,
+    or None.
+    """
 
     ids: Tensor
     images: ImageInputs | None
@@ -38,7 +40,8 @@ def encode_prompt(
         where: file and row, for errors.
 
     Raises:
-        DataError: the numbers of images and of image parts differ, or images for a model without a processor.
+        DataError: the numbers of images and of image parts differ, or images for a model without a
+            processor.
     """
     num_parts = sum(part["type"] == "image" for message in messages for part in message["content"])
     if num_parts != len(images):
@@ -49,17 +52,30 @@ def encode_prompt(
             expected="one <image> per image",
         )
     if images and processor is None:
-        raise DataError("an image for a text-only model", where=where, got=f"{len(images)} image(s)", expected="none")
+        raise DataError(
+            "an image for a text-only model",
+            where=where,
+            got=f"{len(images)} image(s)",
+            expected="none",
+        )
     if processor is None:  # templates of text models print a list of parts as it is
         messages = [
-            {**message, "content": "".join(part["text"] for part in message["content"])} for message in messages
+            {**message, "content": "".join(part["text"] for part in message["content"])}
+            for message in messages
         ]
     template_owner = (
         processor if getattr(processor, "chat_template", None) else tokenizer
     )  # Chameleon's cannot have one
-    text = template_owner.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    text = template_owner.apply_chat_template(
+        list(messages), add_generation_prompt=True, tokenize=False
+    )
     if not images:
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
         return Prompt(ids, None)
-    batch = processor(text=[text], images=list(images), add_special_tokens=False, return_tensors="pt")
-    return Prompt(batch["input_ids"][0].to(torch.long), backbone_of_processor(processor).image_inputs(batch, processor))
+    batch = processor(
+        text=[text], images=list(images), add_special_tokens=False, return_tensors="pt"
+    )
+    return Prompt(
+        batch["input_ids"][0].to(torch.long),
+        backbone_of_processor(processor).image_inputs(batch, processor),
+    )

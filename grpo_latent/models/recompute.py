@@ -1,19 +1,23 @@
-"""Latents of the current model at recorded positions, with three ways for a gradient to pass through them.
+"""Latents of the current model at recorded positions, with three ways for a gradient to pass
+through them.
 
     cut       z is a constant:                     loss(θ, z₀)
     one_hop   z is made by one forward over z₀:    loss(θ, z(θ, z₀))      Monet's depth (2511.21395)
     bptt      z is made by the whole chain:        loss(θ, z(θ))          ILVR's stage 2, Coconut
 
-z₀ are the current model's own latents as constants, so that all three have the same value and differ in gradient only.
-LVR's RL makes them so, cut (2509.24251 section 3.3). SELECTED vectors, which no hidden state makes, stay as recorded.
+z₀ are the current model's own latents as constants, so that all three have the same value and
+differ in gradient only. LVR's RL makes them so, cut (2509.24251 section 3.3). SELECTED vectors,
+which no hidden state makes, stay as recorded.
 
 The chain runs in one of two ways, with equal values and gradients:
 
     over a cache   `recompute_latents`   each position once, a latent column at a time
     by passes      `latents_by_passes`   the whole forward once a latent: for a forward that is somebody else's, as under
-                                         FSDP, whose parameters exist within the forward of its root only
+                                         FSDP, whose parameters exist within the forward of its
+                                         root only
 
-Legend: B sequences, T positions, L of one piece, N recorded vectors, M of them that a hidden state made, H hidden.
+Legend: B sequences, T positions, L of one piece, N recorded vectors, M of them that a hidden state
+made, H hidden.
 """
 
 from __future__ import annotations
@@ -35,11 +39,15 @@ from grpo_latent.models.shift import is_source, last_hidden
 from grpo_latent.trajectory import PositionKind, made_mask
 
 
-def recompute_latents(adapter: ModelAdapter, sequences: LatentSequences, gradient: str = "cut") -> Tensor:
-    """Latents [N, H] as the current model makes them for the recorded tokens; what `sequences` hold there is not read.
+def recompute_latents(
+    adapter: ModelAdapter, sequences: LatentSequences, gradient: str = "cut"
+) -> Tensor:
+    """Latents [N, H] as the current model makes them for the recorded tokens; what `sequences`
+    hold there is not read.
 
     Args:
-        sequences: completions aligned to one column (`padding_side='both'`), or no image behind the first latent.
+        sequences: completions aligned to one column (`padding_side='both'`), or no image behind
+            the first latent.
         gradient: `cut`, `one_hop` or `bptt`.
     """
 
@@ -58,14 +66,16 @@ def latents_by_passes(
 ) -> Tensor:
     """As `recompute_latents`, through any forward.
 
-    Each pass makes all latents anew from those of the pass before. A sequence's k-th latent depends on the earlier ones
-    only, so it is exact after k passes, whatever the recorded ones were; so is its gradient, if all passes carry one.
+    Each pass makes all latents anew from those of the pass before. A sequence's k-th latent
+    depends on the earlier ones only, so it is exact after k passes, whatever the recorded ones
+    were; so is its gradient, if all passes carry one.
 
     Args:
         sequences: padded on the right, or packed.
-        num_passes: at least the most latents of a sequence. Ranks whose forwards meet in collectives need one number.
-        make: a forward over sequences, those columns of them that the passes need: what is fed of its hidden states at
-            (rows, columns), in that order, [M, H].
+        num_passes: at least the most latents of a sequence. Ranks whose forwards meet in
+            collectives need one number.
+        make: a forward over sequences, those columns of them that the passes need: what is fed of
+            its hidden states at (rows, columns), in that order, [M, H].
     """
     if num_passes == 0:
         return sequences.latents_NH
@@ -87,7 +97,9 @@ def latents_by_passes(
     return _with_gradient(gradient, chain, made_from)
 
 
-def _with_gradient(gradient: str, chain: Callable[[], Tensor], made_from: Callable[[Tensor], Tensor]) -> Tensor:
+def _with_gradient(
+    gradient: str, chain: Callable[[], Tensor], made_from: Callable[[Tensor], Tensor]
+) -> Tensor:
     """The three modes.
 
     Args:
@@ -95,7 +107,9 @@ def _with_gradient(gradient: str, chain: Callable[[], Tensor], made_from: Callab
         made_from: makes each of them anew from given ones before it, by one forward.
     """
     if gradient not in GRADIENTS:
-        raise ConfigError("unknown value", where="latent gradient", got=gradient, expected=f"one of {GRADIENTS}")
+        raise ConfigError(
+            "unknown value", where="latent gradient", got=gradient, expected=f"one of {GRADIENTS}"
+        )
     with nullcontext() if gradient == "bptt" else torch.no_grad():
         latents_NH = chain()
     # without any latents, too: under FSDP every rank must run the forward that another rank runs
@@ -104,7 +118,9 @@ def _with_gradient(gradient: str, chain: Callable[[], Tensor], made_from: Callab
 
 def _with_made(sequences: LatentSequences, latents_NH: Tensor, made_MH: Tensor) -> Tensor:
     """`latents_NH` with other vectors where a hidden state made them."""
-    return latents_NH.index_copy(0, sequences.is_made_N.nonzero()[:, 0], made_MH.to(latents_NH.dtype))
+    return latents_NH.index_copy(
+        0, sequences.is_made_N.nonzero()[:, 0], made_MH.to(latents_NH.dtype)
+    )
 
 
 def _num_needed_columns(sequences: LatentSequences, columns_M: Tensor) -> int:
@@ -137,7 +153,9 @@ def _chain_over_cache(adapter: ModelAdapter, sequences: LatentSequences) -> Tens
     cache = DynamicCache(config=adapter.text_config)
     is_made_BT = made_mask(kinds_BT) & sequences.valid_BT
     is_source_BT = is_source(kinds_BT, sequences.valid_BT)
-    recorded_BTH = torch.zeros(*kinds_BT.shape, sequences.latents_NH.shape[-1], device=adapter.device)
+    recorded_BTH = torch.zeros(
+        *kinds_BT.shape, sequences.latents_NH.shape[-1], device=adapter.device
+    )
     recorded_BTH = recorded_BTH.to(adapter.dtype).masked_scatter(
         recorded_BT[..., None], sequences.latents_NH.to(adapter.dtype)
     )
@@ -154,14 +172,18 @@ def _chain_over_cache(adapter: ModelAdapter, sequences: LatentSequences) -> Tens
             piece = slice(start, end)
             latents_BLH = adapter.make(source_BH)[:, None].expand(-1, end - start, -1)
             tokens_BLH = adapter.embed(input_ids_BT[:, piece])
-            vectors_BLH = torch.where(recorded_BT[:, piece, None], recorded_BTH[:, piece], tokens_BLH)
+            vectors_BLH = torch.where(
+                recorded_BT[:, piece, None], recorded_BTH[:, piece], tokens_BLH
+            )
             vectors_BLH = torch.where(is_made_BT[:, piece, None], latents_BLH, vectors_BLH)
             vectors.append(vectors_BLH)
             embeds_BLH = vectors_BLH
             if adapter.mechanism.composes:
                 parts = (tokens_BLH.flatten(0, 1), vectors_BLH.flatten(0, 1))
                 composed_BLH = adapter.mechanism.compose(adapter.model, *parts).view_as(tokens_BLH)
-                embeds_BLH = torch.where(recorded_BT[:, piece, None], composed_BLH.to(tokens_BLH.dtype), tokens_BLH)
+                embeds_BLH = torch.where(
+                    recorded_BT[:, piece, None], composed_BLH.to(tokens_BLH.dtype), tokens_BLH
+                )
             hidden_BLH = adapter.decoder(
                 inputs_embeds=embeds_BLH,
                 attention_mask=bias[:, :, piece, :end],
@@ -174,7 +196,9 @@ def _chain_over_cache(adapter: ModelAdapter, sequences: LatentSequences) -> Tens
 
 
 def _decoding_pieces(has_latent_T: list[bool], first: int) -> list[tuple[int, int]]:
-    """Columns from `first` on as (start, end): each with a latent step alone, those between in one piece."""
+    """Columns from `first` on as (start, end): each with a latent step alone, those between in one
+    piece.
+    """
     pieces: list[tuple[int, int]] = []
     for column in range(first, len(has_latent_T)):
         joins = pieces and not has_latent_T[column] and not has_latent_T[column - 1]

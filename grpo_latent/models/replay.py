@@ -2,8 +2,9 @@
 
     LatentSequences ──replay──▶ log_probs [B, T], hidden [B, T, H]
 
-Everything is label-aligned: `log_probs_BT[b, t]` scores the token at position t given those before it, and the latent at
-position t is made of the hidden state before it (through the head). `models.shift` makes the shift.
+Everything is label-aligned: `log_probs_BT[b, t]` scores the token at position t given those before
+it, and the latent at position t is made of the hidden state before it (through the head).
+`models.shift` makes the shift.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.models.shift import token_sources
 
 
-def replay_hidden(adapter: ModelAdapter, sequences: LatentSequences, cache: Cache | None = None) -> Tensor:
-    """Hidden states [B, T, H] of the sequences, latents as recorded. Gradients flow, into the latents too.
+def replay_hidden(
+    adapter: ModelAdapter, sequences: LatentSequences, cache: Cache | None = None
+) -> Tensor:
+    """Hidden states [B, T, H] of the sequences, latents as recorded. Gradients flow, into the
+    latents too.
 
     Args:
         cache: takes the keys and values of all T positions.
@@ -31,7 +35,9 @@ def replay_hidden(adapter: ModelAdapter, sequences: LatentSequences, cache: Cach
     latents_NH = sequences.latents_NH
     has_latents = latents_NH.shape[0] > 0
     inject = (
-        LatentInjector.install(adapter.model, adapter.mechanism).inject if has_latents else lambda *_: nullcontext()
+        LatentInjector.install(adapter.model, adapter.mechanism).inject
+        if has_latents
+        else lambda *_: nullcontext()
     )
     with inject(sequences.recorded_mask_BT, latents_NH):
         return adapter.forward_hidden(
@@ -44,23 +50,35 @@ def replay_hidden(adapter: ModelAdapter, sequences: LatentSequences, cache: Cach
 
 
 def token_log_probs(
-    adapter: ModelAdapter, sequences: LatentSequences, hidden_BTH: Tensor, temperature: float, mask_BT: Tensor
+    adapter: ModelAdapter,
+    sequences: LatentSequences,
+    hidden_BTH: Tensor,
+    temperature: float,
+    mask_BT: Tensor,
 ) -> Tensor:
-    """log softmax(logits / temperature) of each token at the True positions of `mask_BT`, 0 elsewhere; float32 [B, T].
+    """log softmax(logits / temperature) of each token at the True positions of `mask_BT`, 0
+    elsewhere; float32 [B, T].
 
     Logits are made at those positions only.
     """
     if not 0 < temperature < math.inf:
-        raise ConfigError("not a temperature", where="replay", got=temperature, expected="finite, > 0")
+        raise ConfigError(
+            "not a temperature", where="replay", got=temperature, expected="finite, > 0"
+        )
     logits_MV = adapter.logits(hidden_BTH[token_sources(mask_BT)]).float() / temperature
     picked_M = logits_MV.log_softmax(-1).gather(1, sequences.input_ids_BT[mask_BT][:, None])[:, 0]
     return torch.zeros(mask_BT.shape, device=picked_M.device).masked_scatter(mask_BT, picked_M)
 
 
 def replay(
-    adapter: ModelAdapter, sequences: LatentSequences, temperature: float = 1.0, start_is_action: bool = True
+    adapter: ModelAdapter,
+    sequences: LatentSequences,
+    temperature: float = 1.0,
+    start_is_action: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs [B, T] of the actions (0 elsewhere) and hidden states [B, T, H] of the recorded sequences."""
+    """Log-probs [B, T] of the actions (0 elsewhere) and hidden states [B, T, H] of the recorded
+    sequences.
+    """
     hidden_BTH = replay_hidden(adapter, sequences)
     mask_BT = sequences.action_mask_BT(start_is_action)
     return token_log_probs(adapter, sequences, hidden_BTH, temperature, mask_BT), hidden_BTH

@@ -1,9 +1,10 @@
 """Attention of a few positions, averaged over all layers and heads, without a T x T map.
 
-IVT-LR chooses image positions by that of the last one (2510.12603 section 3), and a random choice is scored by that of each
-slot's. `output_attentions` would build every layer's full map, at every slot; only these rows are wanted. Within
-`recording_last_row` or `recording_rows` the decoder's attention computes its ordinary output, and beside it
-softmax(q · Kᵀ) of the wanted queries: O(T) a layer and row, over a cache too.
+IVT-LR chooses image positions by that of the last one (2510.12603 section 3), and a random choice
+is scored by that of each slot's. `output_attentions` would build every layer's full map, at every
+slot; only these rows are wanted. Within `recording_last_row` or `recording_rows` the decoder's
+attention computes its ordinary output, and beside it softmax(q · Kᵀ) of the wanted queries: O(T) a
+layer and row, over a cache too.
 
 Legend: B rows, A attention heads, T queries, N of them wanted, S keys, D head dim.
 """
@@ -33,7 +34,8 @@ class RecordedAttention:
     Attributes:
         rows_BN: int64, the wanted queries of a forward without cache; None for the last one.
         allowed_BNS: bool, what they may look at; None where the forward's own mask says it.
-        queries_BATD, keys_BASD: of the last layer only, as its attention read them (after rotary embedding), where asked.
+        queries_BATD, keys_BASD: of the last layer only, as its attention read them (after rotary
+            embedding), where asked.
     """
 
     keep_last_layer: bool = False
@@ -50,7 +52,9 @@ class RecordedAttention:
             mask = None if mask is None else mask[:, 0, -1:, : key.shape[2]]
             mean = rows_attention(query[:, :, -1:], key, mask, scaling)[:, 0]
         else:
-            index_BAND = self.rows_BN[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+            index_BAND = self.rows_BN[:, None, :, None].expand(
+                -1, query.shape[1], -1, query.shape[3]
+            )
             mean = rows_attention(query.gather(2, index_BAND), key, self.allowed_BNS, scaling)
         if self.keep_last_layer:
             self.queries_BATD, self.keys_BASD, self.scaling = query, key, scaling
@@ -58,8 +62,8 @@ class RecordedAttention:
         self._num_layers += 1
 
     def take(self, num_layers: int) -> Tensor:
-        """float32 [B, S], or [B, N, S] of `rows_BN`, each sums to 1: the mean over layers and heads of the forward since the
-        last `take`.
+        """float32 [B, S], or [B, N, S] of `rows_BN`, each sums to 1: the mean over layers and
+        heads of the forward since the last `take`.
 
         Raises:
             LatentMismatchError: not each of the `num_layers` layers has run exactly once.
@@ -77,7 +81,9 @@ class RecordedAttention:
         return mean
 
 
-_recorder: ContextVar[RecordedAttention | None] = ContextVar("grpo_latent_recorded_attention", default=None)
+_recorder: ContextVar[RecordedAttention | None] = ContextVar(
+    "grpo_latent_recorded_attention", default=None
+)
 
 
 def rows_attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -90,12 +96,18 @@ def rows_attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling: flo
     """
     batch_size, num_heads, num_rows, head_dim = query.shape
     num_kv_heads = key.shape[1]
-    folded = query.reshape(batch_size, num_kv_heads, -1, head_dim)  # the heads of a group one after the other
+    folded = query.reshape(
+        batch_size, num_kv_heads, -1, head_dim
+    )  # the heads of a group one after the other
     scores = (folded @ key.transpose(2, 3)).float() * scaling
     scores = scores.view(batch_size, num_kv_heads, num_heads // num_kv_heads, num_rows, -1)
     if mask is not None:
         mask = mask[:, None, None]
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+        scores = (
+            scores.masked_fill(~mask, -torch.inf)
+            if mask.dtype == torch.bool
+            else scores + mask.float()
+        )
     return scores.softmax(-1).mean((1, 2))
 
 
@@ -116,7 +128,9 @@ def _recorded_sdpa(
         # what a rollout chooses has no gradient; only the score of a recorded choice has one
         with torch.no_grad() if recorder.rows_BN is None else nullcontext():
             recorder.add(query, key, attention_mask, scaling_of_rows)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling, **kwargs
+    )
 
 
 ALL_ATTENTION_FUNCTIONS.register(RECORDED_SDPA, _recorded_sdpa)
@@ -125,10 +139,12 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(RECORDED_SDPA, ALL_MASK_ATTENTION_FUNCTION
 
 @contextmanager
 def recording_last_row(text_config, keep_last_layer: bool = False) -> Iterator[RecordedAttention]:
-    """Within the block, each forward of the decoder records its last row's attention. Give it an explicit 4-D mask.
+    """Within the block, each forward of the decoder records its last row's attention. Give it an
+    explicit 4-D mask.
 
     Args:
-        text_config: of the decoder; its attention implementation is `sdpa` (or what replaces it) again after the block.
+        text_config: of the decoder; its attention implementation is `sdpa` (or what replaces it)
+            again after the block.
         keep_last_layer: also keep the last layer's queries and keys.
 
     Raises:
@@ -139,14 +155,19 @@ def recording_last_row(text_config, keep_last_layer: bool = False) -> Iterator[R
 
 
 @contextmanager
-def recording_rows(text_config, rows_BN: Tensor, allowed_BNS: Tensor) -> Iterator[RecordedAttention]:
-    """Within the block, each forward of the decoder, without cache, records the attention of `rows_BN`, with its gradient.
+def recording_rows(
+    text_config, rows_BN: Tensor, allowed_BNS: Tensor
+) -> Iterator[RecordedAttention]:
+    """Within the block, each forward of the decoder, without cache, records the attention of
+    `rows_BN`, with its gradient.
 
     Args:
         rows_BN: int64, queries.
         allowed_BNS: bool, what each may look at; at least itself.
     """
-    with _recording(text_config, RecordedAttention(rows_BN=rows_BN, allowed_BNS=allowed_BNS)) as recorder:
+    with _recording(
+        text_config, RecordedAttention(rows_BN=rows_BN, allowed_BNS=allowed_BNS)
+    ) as recorder:
         yield recorder
 
 

@@ -5,9 +5,11 @@
     SFT's rows      ──build─────────────▶ │                    ├─▶ SFT's losses
     verl's rows     ──worker.engine─────▶ ┘                    └─▶ verl's forward
 
-Positions are those of `models.positions`, visibility that of `models.visibility`, sources those of `models.shift`.
+Positions are those of `models.positions`, visibility that of `models.visibility`, sources those of
+`models.shift`.
 
-Legend: B sequences, T positions, N recorded vectors, M of them that a hidden state made, H hidden, A aux, C components.
+Legend: B sequences, T positions, N recorded vectors, M of them that a hidden state made, H hidden,
+A aux, C components.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ PADDING_SIDES = ("left", "right", "both")
 
 @dataclass(frozen=True)
 class LatentSequences:
-    """Sequences padded to one length T, or packed: one row, B = 1, in which they stand one after the other.
+    """Sequences padded to one length T, or packed: one row, B = 1, in which they stand one after
+    the other.
 
     Attributes:
         input_ids_BT: int64 [B, T]; any id at all at latent positions.
@@ -39,13 +42,17 @@ class LatentSequences:
         latents_NH: float [N, H], row-major over the recorded positions.
         position_ids: int64 [B, T] or [C, B, T], as the model takes them.
         visibility: `full` or `latents_only`.
-        images: pixels of all sequences in order; None where there are none, or where others feed them (verl).
-        selected_idx_M: int64, row-major over the SELECTED positions: which image position of its sequence, from 0; None
-            where there are none.
-        latent_aux_MA: float32, row-major over the LATENT positions, as recorded; None where nothing was.
-        is_packed: the layout; only `full` can be packed, and the model then tells the sequences apart by their positions.
-        following_kinds_B: int64, kinds of the column behind the last, where these are the first columns of longer
-            sequences: what a position sees depends on what follows it. None where nothing does.
+        images: pixels of all sequences in order; None where there are none, or where others feed
+            them (verl).
+        selected_idx_M: int64, row-major over the SELECTED positions: which image position of its
+            sequence, from 0; None where there are none.
+        latent_aux_MA: float32, row-major over the LATENT positions, as recorded; None where
+            nothing was.
+        is_packed: the layout; only `full` can be packed, and the model then tells the sequences
+            apart by their positions.
+        following_kinds_B: int64, kinds of the column behind the last, where these are the first
+            columns of longer sequences: what a position sees depends on what follows it. None
+            where nothing does.
     """
 
     input_ids_BT: Tensor
@@ -90,7 +97,14 @@ class LatentSequences:
         ids_BT = input_ids_BT.masked_fill(latent_mask(kinds_BT), 0)
         position_ids = adapter.position_ids(ids_BT, valid_BT, images)
         return LatentSequences(
-            input_ids_BT, kinds_BT, valid_BT, latents_NH, position_ids, visibility, images, **recorded
+            input_ids_BT,
+            kinds_BT,
+            valid_BT,
+            latents_NH,
+            position_ids,
+            visibility,
+            images,
+            **recorded,
         )
 
     @property
@@ -115,8 +129,8 @@ class LatentSequences:
 
     @property
     def fed_ids_BT(self) -> Tensor:
-        """`input_ids_BT` as a model may read them: 0 at latent positions, where a recorded placeholder may be any id,
-        an image placeholder or one outside the vocabulary included."""
+        """`input_ids_BT` as a model may read them: 0 at latent positions, where a recorded
+        placeholder may be any id, an image placeholder or one outside the vocabulary included."""
         return self.input_ids_BT.masked_fill(self.latent_mask_BT, 0)
 
     def action_mask_BT(self, start_is_action: bool = True) -> Tensor:
@@ -126,13 +140,18 @@ class LatentSequences:
     def attention_bias(self, dtype: torch.dtype) -> Tensor:
         """[B, 1, T, T], for whoever runs a part of the columns or records attention."""
         return attention_bias(
-            self.kinds_BT, self.valid_BT, self.visibility, dtype, following_kinds_B=self.following_kinds_B
+            self.kinds_BT,
+            self.valid_BT,
+            self.visibility,
+            dtype,
+            following_kinds_B=self.following_kinds_B,
         )
 
     def attention_mask(self, dtype: torch.dtype) -> Tensor:
         """What a model's own forward takes.
 
-        With `full` it is the validity alone, int64 [B, T]: the model makes its causal mask, and may use its fastest kernel.
+        With `full` it is the validity alone, int64 [B, T]: the model makes its causal mask, and
+        may use its fastest kernel.
         """
         return self.valid_BT.long() if self.visibility == "full" else self.attention_bias(dtype)
 
@@ -141,7 +160,9 @@ class LatentSequences:
         return replace(self, latents_NH=latents_NH)
 
     def first_columns(self, length: int) -> LatentSequences:
-        """The first `length` columns; images must stand among them. `selected_idx_M` and `latent_aux_MA` stay behind."""
+        """The first `length` columns; images must stand among them. `selected_idx_M` and
+        `latent_aux_MA` stay behind.
+        """
         is_in_N = self.recorded_mask_BT.nonzero()[:, 1] < length
         return replace(
             self,
@@ -152,7 +173,9 @@ class LatentSequences:
             position_ids=self.position_ids[..., :length],
             selected_idx_M=None,
             latent_aux_MA=None,
-            following_kinds_B=self.kinds_BT[:, length] if length < self.kinds_BT.shape[1] else self.following_kinds_B,
+            following_kinds_B=self.kinds_BT[:, length]
+            if length < self.kinds_BT.shape[1]
+            else self.following_kinds_B,
         )
 
 
@@ -167,18 +190,22 @@ def collate(
 
     Args:
         images: of each trajectory's prompt, as in its request.
-        padding_side: `right`, `left`, or `both`: prompts padded left and completions right, so that all completions
-            begin in one column.
+        padding_side: `right`, `left`, or `both`: prompts padded left and completions right, so
+            that all completions begin in one column.
     """
     if padding_side not in PADDING_SIDES:
-        raise ConfigError("unknown value", where="padding_side", got=padding_side, expected="left, right or both")
+        raise ConfigError(
+            "unknown value", where="padding_side", got=padding_side, expected="left, right or both"
+        )
     if not trajectories or len(trajectories) != len(images):
         got = f"{len(trajectories)} trajectories, {len(images)} entries of images"
         raise LatentMismatchError(
             "nothing to collate", where="collate", got=got, expected="one entry each, at least one"
         )
     for row, (trajectory, pixels) in enumerate(zip(trajectories, images, strict=True)):
-        adapter.check_prompt(trajectory.prompt_ids, pixels, f"trajectory {row} (group {trajectory.group_id!r})")
+        adapter.check_prompt(
+            trajectory.prompt_ids, pixels, f"trajectory {row} (group {trajectory.group_id!r})"
+        )
     lengths = [len(t.prompt_ids) + len(t.token_ids) for t in trajectories]
     longest_prompt = max(len(t.prompt_ids) for t in trajectories)
     length = max(lengths)
@@ -205,21 +232,34 @@ def collate(
 
 
 def prompt_sequences(
-    prompts: Sequence[Tensor], images: Sequence[ImageInputs | None], adapter: ModelAdapter, visibility: str
+    prompts: Sequence[Tensor],
+    images: Sequence[ImageInputs | None],
+    adapter: ModelAdapter,
+    visibility: str,
 ) -> LatentSequences:
-    """Prompts, each ids [P], padded on the left, so that all completions begin in one column; on the adapter's device."""
+    """Prompts, each ids [P], padded on the left, so that all completions begin in one column; on
+    the adapter's device.
+    """
     length = max(ids.shape[0] for ids in prompts)
     starts = [length - ids.shape[0] for ids in prompts]
     kinds_rows = [adapter.prompt_kinds(ids) for ids in prompts]
     nothing_NH = torch.zeros(0, adapter.hidden_size, dtype=adapter.dtype, device=adapter.device)
     padded = _padded(prompts, kinds_rows, starts, length, adapter.device)
-    return LatentSequences.build(adapter, *padded, nothing_NH, visibility, _on_device(images, adapter.device))
+    return LatentSequences.build(
+        adapter, *padded, nothing_NH, visibility, _on_device(images, adapter.device)
+    )
 
 
 def _padded(
-    ids_rows: Sequence[Tensor], kinds_rows: Sequence[Tensor], starts: Sequence[int], length: int, device
+    ids_rows: Sequence[Tensor],
+    kinds_rows: Sequence[Tensor],
+    starts: Sequence[int],
+    length: int,
+    device,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, kinds and validity [B, T] of rows that begin at `starts`; padding has id 0 and kind PROMPT."""
+    """Ids, kinds and validity [B, T] of rows that begin at `starts`; padding has id 0 and kind
+    PROMPT.
+    """
     # filled on the host: a device would launch three kernels a row
     input_ids_BT = torch.zeros(len(ids_rows), length, dtype=torch.long)
     kinds_BT = torch.zeros_like(input_ids_BT)

@@ -1,4 +1,5 @@
-"""What latents come from, in a forward of ours or of somebody else's: the hidden state that `models.shift` says.
+"""What latents come from, in a forward of ours or of somebody else's: the hidden state that
+`models.shift` says.
 
 position    …   t - 1        t
 kind            START        LATENT
@@ -28,10 +29,14 @@ def source_of_latents(
     temperature: float = 1.0,
     treatment: Treatment | None = None,
 ) -> LatentSource:
-    """What this model would make the recorded LATENT positions of; arguments as `latent_log_densities`."""
+    """What this model would make the recorded LATENT positions of; arguments as
+    `latent_log_densities`.
+    """
     hidden_MH = hidden_BTH[sequences.sources]
     features_MF = None if treatment is None else treatment.features(adapter.model, hidden_MH)
-    return LatentSource(adapter.make(hidden_MH), lambda: adapter.logits(hidden_MH) / temperature, features_MF)
+    return LatentSource(
+        adapter.make(hidden_MH), lambda: adapter.logits(hidden_MH) / temperature, features_MF
+    )
 
 
 def latent_log_densities(
@@ -41,7 +46,8 @@ def latent_log_densities(
     treatment: Treatment,
     temperature: float = 1.0,
 ) -> Tensor:
-    """float32 [B, T]: log-density of each recorded latent under this model, at its own position; 0 elsewhere.
+    """float32 [B, T]: log-density of each recorded latent under this model, at its own position; 0
+    elsewhere.
 
     Args:
         hidden_BTH: of the same sequences, by `replay_hidden`.
@@ -49,15 +55,19 @@ def latent_log_densities(
     """
     source = source_of_latents(adapter, sequences, hidden_BTH, temperature, treatment)
     kinds_BT = sequences.kinds_BT.masked_fill(~sequences.valid_BT, int(PositionKind.PROMPT))
-    density_M = treatment.log_density(source, sequences.latents_NH[sequences.is_made_N], sequences.latent_aux_MA)
-    is_own_BT = kinds_BT == PositionKind.LATENT
-    return torch.zeros(is_own_BT.shape, dtype=density_M.dtype, device=density_M.device).masked_scatter(
-        is_own_BT, density_M
+    density_M = treatment.log_density(
+        source, sequences.latents_NH[sequences.is_made_N], sequences.latent_aux_MA
     )
+    is_own_BT = kinds_BT == PositionKind.LATENT
+    return torch.zeros(
+        is_own_BT.shape, dtype=density_M.dtype, device=density_M.device
+    ).masked_scatter(is_own_BT, density_M)
 
 
 class Taken(NamedTuple):
-    """What a tap took: means [M, H], logits [M, V] if wanted, and features [M, F] of a treatment with parameters."""
+    """What a tap took: means [M, H], logits [M, V] if wanted, and features [M, F] of a treatment
+    with parameters.
+    """
 
     means_MH: Tensor
     logits_MV: Tensor | None
@@ -67,9 +77,10 @@ class Taken(NamedTuple):
 class SourceTap:
     """Takes the sources out of a forward that is not ours (verl's, under FSDP).
 
-    The parameters of the head and of the treatment belong to the FSDP root, which has gathered them only within its forward.
-    So means and features are made there, in front of `lm_head`, and are handed out as the model's `hidden_states`: FSDP
-    registers its backward on every output, so it gathers the parameters again whichever output's gradient arrives first.
+    The parameters of the head and of the treatment belong to the FSDP root, which has gathered
+    them only within its forward. So means and features are made there, in front of `lm_head`, and
+    are handed out as the model's `hidden_states`: FSDP registers its backward on every output, so
+    it gathers the parameters again whichever output's gradient arrives first.
     """
 
     _ATTRIBUTE = "_grpo_latent_source_tap"
@@ -107,11 +118,16 @@ class SourceTap:
 
         Args:
             wants_logits: keep the logits at the sources, too.
-            is_sources_only: the forward is run for its sources: logits are made of one column instead of all.
+            is_sources_only: the forward is run for its sources: logits are made of one column
+                instead of all.
             features: `Treatment.features`, of the same hidden states.
         """
         self._make_features = features
-        self._where, self._wants_logits, self._is_sources_only = (rows_M, columns_M), wants_logits, is_sources_only
+        self._where, self._wants_logits, self._is_sources_only = (
+            (rows_M, columns_M),
+            wants_logits,
+            is_sources_only,
+        )
         self._means_MH = self._logits_MV = self._features_MF = None
 
     def take(self) -> Taken:
@@ -120,7 +136,10 @@ class SourceTap:
         self.disarm()
         if taken.means_MH is None:
             raise LatentMismatchError(
-                "the forward made no logits", where="SourceTap", got="no call of lm_head", expected="one forward"
+                "the forward made no logits",
+                where="SourceTap",
+                got="no call of lm_head",
+                expected="one forward",
             )
         return taken
 
@@ -135,7 +154,9 @@ class SourceTap:
         rows_M, columns_M = self._where
         hidden_MH = hidden_BTH[rows_M, columns_M]
         # the module's own forward: a call would come back to this hook
-        source = HiddenSource(hidden_MH, lambda: module.forward(hidden_MH), self._model.get_input_embeddings())
+        source = HiddenSource(
+            hidden_MH, lambda: module.forward(hidden_MH), self._model.get_input_embeddings()
+        )
         self._means_MH = self.mechanism.make(self._model, source)
         if self._make_features is not None:
             self._features_MF = self._make_features(self._model, hidden_MH)

@@ -1,11 +1,12 @@
-"""Tiny Qwen and Chameleon models built from config, with a word-level tokenizer, a chat template and a real image processor.
+"""Tiny Qwen and Chameleon models built from config, with a word-level tokenizer, a chat template
+and a real image processor.
 
 For tests and for the embedded experiment. Nothing is downloaded. One user message becomes
 
     <|im_start|> read red ? <|vision_start|> <|image_pad|> x n <|vision_end|> <|im_end|>
 
-in the order of its content; the assistant has no header (a generation prompt adds nothing, each token costs time), and
-its message is its content followed by `<|im_end|>`, the EOS token.
+in the order of its content; the assistant has no header (a generation prompt adds nothing, each
+token costs time), and its message is its content followed by `<|im_end|>`, the EOS token.
 """
 
 from __future__ import annotations
@@ -101,26 +102,38 @@ class TinyModel(NamedTuple):
     processor: ProcessorMixin | None
 
 
-def word_tokenizer(words: Sequence[str] = (), latent_tokens: Sequence[str] = LVR_TOKENS) -> PreTrainedTokenizerFast:
-    """A tokenizer with one id a word: special tokens, `<answer>`, `</answer>`, 0..18, then `words`.
+def word_tokenizer(
+    words: Sequence[str] = (), latent_tokens: Sequence[str] = LVR_TOKENS
+) -> PreTrainedTokenizerFast:
+    """A tokenizer with one id a word: special tokens, `<answer>`, `</answer>`, 0..18, then
+    `words`.
 
-    Text splits at whitespace and at special and answer tokens; decoding joins with one space, so that
-    `decode(encode(text)) == text` for space-separated known words. Other words become `<unk>`.
+    Text splits at whitespace and at special and answer tokens; decoding joins with one space, so
+    that `decode(encode(text)) == text` for space-separated known words. Other words become
+    `<unk>`.
 
     Args:
-        latent_tokens: special tokens of the latent mechanism; `()` gives the tokenizer of a model before SFT.
+        latent_tokens: special tokens of the latent mechanism; `()` gives the tokenizer of a model
+            before SFT.
 
     >>> tokenizer = word_tokenizer(["read", "?"])
     >>> tokenizer.decode(tokenizer("read ?<answer>7</answer><|im_end|>").input_ids)
     'read ? <answer> 7 </answer> <|im_end|>'
     """
     special = (*QWEN_TOKENS, *latent_tokens, UNKNOWN_TOKEN)
-    vocab = {token: idx for idx, token in enumerate(dict.fromkeys((*special, *ANSWER_TOKENS, *NUMBERS, *words)))}
+    vocab = {
+        token: idx
+        for idx, token in enumerate(dict.fromkeys((*special, *ANSWER_TOKENS, *NUMBERS, *words)))
+    }
     backend = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN_TOKEN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in special]
+    )
     # not special: a reward must see them whatever skip_special_tokens says
-    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in ANSWER_TOKENS])
+    backend.add_tokens(
+        [AddedToken(token, special=False, normalized=False) for token in ANSWER_TOKENS]
+    )
     named = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>", "unk_token": UNKNOWN_TOKEN}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -212,8 +225,8 @@ def tiny_qwen2(
 ) -> TinyModel:
     """Qwen2, text only; arguments as `tiny_qwen2_5_vl`.
 
-    `AutoTokenizer` forces its byte-level tokenizer on folders of this model type, whatever they say; where a saved
-    folder must load, use `tiny_qwen3`.
+    `AutoTokenizer` forces its byte-level tokenizer on folders of this model type, whatever they
+    say; where a saved folder must load, use `tiny_qwen3`.
     """
     return _tiny_text("Qwen2", words, sizes, seed, latent_tokens)
 
@@ -228,7 +241,10 @@ def tiny_qwen3(
     return _tiny_text("Qwen3", words, sizes, seed, latent_tokens)
 
 
-CHAMELEON_CODES, CHAMELEON_SIDE = 16, 16  # entries of the code book; pixels of an image, which has 4 x 4 tokens
+CHAMELEON_CODES, CHAMELEON_SIDE = (
+    16,
+    16,
+)  # entries of the code book; pixels of an image, which has 4 x 4 tokens
 
 
 def tiny_chameleon(
@@ -237,31 +253,52 @@ def tiny_chameleon(
     seed: int = 0,
     latent_tokens: Sequence[str] = LVR_TOKENS,
 ) -> TinyModel:
-    """Chameleon, with a VQ model of random weights; arguments as `tiny_qwen2_5_vl`. An image is 16 discrete tokens."""
-    codes = [f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(code))}Z" for code in range(CHAMELEON_CODES)]
+    """Chameleon, with a VQ model of random weights; arguments as `tiny_qwen2_5_vl`. An image is 16
+    discrete tokens.
+    """
+    codes = [
+        f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(code))}Z"
+        for code in range(CHAMELEON_CODES)
+    ]
     image_tokens = ("<image>", *DELIMITERS, *codes)
     tokenizer = word_tokenizer(words, (*latent_tokens, *image_tokens))
     tokenizer.sep_token = "<|im_end|>"  # the processor puts it behind the prompt
-    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(
+        "<|vision_start|><|image_pad|><|vision_end|>", "<image>"
+    )
     text = _text_config(tokenizer, sizes)
     del text["head_dim"]
-    vq = dict(base_channels=32, channel_multiplier=[1, 1, 1], num_res_blocks=1, embed_dim=8, latent_channels=8)
+    vq = dict(
+        base_channels=32,
+        channel_multiplier=[1, 1, 1],
+        num_res_blocks=1,
+        embed_dim=8,
+        latent_channels=8,
+    )
     config = transformers.ChameleonConfig(
         **text | dict(num_key_value_heads=sizes.heads),  # its QK norms know no groups
         vq_config=vq | dict(num_embeddings=CHAMELEON_CODES, resolution=CHAMELEON_SIDE),
         vocabulary_map={token: tokenizer.convert_tokens_to_ids(token) for token in image_tokens},
     )
     side = {"height": CHAMELEON_SIDE, "width": CHAMELEON_SIDE}
-    image_processor = ChameleonImageProcessorPil(size={"shortest_edge": CHAMELEON_SIDE}, crop_size=side)
+    image_processor = ChameleonImageProcessorPil(
+        size={"shortest_edge": CHAMELEON_SIDE}, crop_size=side
+    )
     num_tokens = (CHAMELEON_SIDE // 4) ** 2
-    processor = transformers.ChameleonProcessor(image_processor, tokenizer, image_seq_length=num_tokens)
-    return TinyModel(_build(transformers.ChameleonForConditionalGeneration, config, seed), tokenizer, processor)
+    processor = transformers.ChameleonProcessor(
+        image_processor, tokenizer, image_seq_length=num_tokens
+    )
+    return TinyModel(
+        _build(transformers.ChameleonForConditionalGeneration, config, seed), tokenizer, processor
+    )
 
 
 def _tiny_text(name: str, words, sizes: TinySizes, seed: int, latent_tokens) -> TinyModel:
     tokenizer = word_tokenizer(words, latent_tokens)
     config = getattr(transformers, f"{name}Config")(**_text_config(tokenizer, sizes))
-    return TinyModel(_build(getattr(transformers, f"{name}ForCausalLM"), config, seed), tokenizer, None)
+    return TinyModel(
+        _build(getattr(transformers, f"{name}ForCausalLM"), config, seed), tokenizer, None
+    )
 
 
 def _tiny_vl(
@@ -277,22 +314,32 @@ def _tiny_vl(
     text = _text_config(tokenizer, sizes)
     text["rope_parameters"]["mrope_section"] = mrope_section(text["head_dim"])
     if name == "Qwen3VL":
-        text["rope_parameters"]["mrope_interleaved"] = True  # as published; vLLM reads it, Hugging Face assumes it
+        text["rope_parameters"]["mrope_interleaved"] = (
+            True  # as published; vLLM reads it, Hugging Face assumes it
+        )
     else:
         del text["head_dim"]  # the older text configs derive it
-    geometry = dict(patch_size=sizes.patch, spatial_merge_size=sizes.merge, temporal_patch_size=sizes.temporal)
+    geometry = dict(
+        patch_size=sizes.patch, spatial_merge_size=sizes.merge, temporal_patch_size=sizes.temporal
+    )
     vision_tokens = ("image_pad", "video_pad", "vision_start", "vision_end")
     config = getattr(transformers, f"{name}Config")(
         text_config=text,
         vision_config={**vision, **geometry},
         tie_word_embeddings=sizes.tied,
         **{
-            f"{token.removesuffix('_pad')}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+            f"{token.removesuffix('_pad')}_token_id": tokenizer.convert_tokens_to_ids(
+                f"<|{token}|>"
+            )
             for token in vision_tokens
         },
     )
     processor = build_qwen_processor(
-        processor_class, tokenizer, patch_size=sizes.patch, merge_size=sizes.merge, temporal_patch_size=sizes.temporal
+        processor_class,
+        tokenizer,
+        patch_size=sizes.patch,
+        merge_size=sizes.merge,
+        temporal_patch_size=sizes.temporal,
     )
     model = _build(getattr(transformers, f"{name}ForConditionalGeneration"), config, seed)
     return TinyModel(model, tokenizer, processor)

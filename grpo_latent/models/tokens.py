@@ -10,17 +10,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 def add_latent_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]
 ) -> dict[str, int]:
-    """Ids of the latent tokens; those that are missing are added as special tokens, and the embeddings grow if needed.
+    """Ids of the latent tokens; those that are missing are added as special tokens, and the
+    embeddings grow if needed.
 
     Args:
         tokens: in the order in which they are added, such as `LVR.published_tokens.values()`.
 
-    The published code renames the input checkpoint's own tokenizer files; nothing on disk is touched here.
+    The published code renames the input checkpoint's own tokenizer files; nothing on disk is
+    touched here.
     """
     tokens = list(tokens)
     missing = [token for token in tokens if token not in tokenizer.get_vocab()]
     if missing:
-        tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": missing}, replace_extra_special_tokens=False
+        )
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
     return {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}

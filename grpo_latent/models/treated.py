@@ -1,4 +1,5 @@
-"""A treatment's own parameters in a model: attached, and filled from the checkpoint's folder if it has them.
+"""A treatment's own parameters in a model: attached, and filled from the checkpoint's folder if it
+has them.
 
 folder has   all of them    loaded
              none           initialised from the seed: a checkpoint of SFT, or of another treatment. Whoever loads
@@ -18,10 +19,13 @@ from grpo_latent.errors import CheckpointError
 from grpo_latent.latent.treatments import Treatment
 
 
-def attach_treatment(model: nn.Module, treatment: Treatment, folder: str | Path, seed: int) -> None:
+def attach_treatment(
+    model: nn.Module, treatment: Treatment, folder: str | Path, seed: int
+) -> None:
     """To be called before FSDP wraps the model. Torch's generator stays where it was.
 
-    Where the model's weights are meta (FSDP2 sends rank 0's to the other ranks), the parameters are meta, too.
+    Where the model's weights are meta (FSDP2 sends rank 0's to the other ranks), the parameters
+    are meta, too.
 
     Raises:
         CheckpointError: the folder has some of the parameters, or of another shape.
@@ -36,7 +40,11 @@ def attach_treatment(model: nn.Module, treatment: Treatment, folder: str | Path,
     found = _tensors(folder, treatment.parameter_prefixes)
     if not found:
         return
-    own = {name: value for name, value in model.state_dict().items() if name.startswith(treatment.parameter_prefixes)}
+    own = {
+        name: value
+        for name, value in model.state_dict().items()
+        if name.startswith(treatment.parameter_prefixes)
+    }
     shapes = {name: tuple(value.shape) for name, value in own.items()}
     got = {name: tuple(value.shape) for name, value in found.items()}
     if shapes != got:
@@ -65,5 +73,7 @@ def _tensors(folder: str | Path, prefixes: tuple[str, ...]) -> dict[str, torch.T
     found = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}
+            found |= {
+                name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)
+            }
     return found

@@ -1,9 +1,10 @@
 """Who may look at whom: the attention bias of `latent.visibility`, the only one in this package.
 
-One rule, `is_sighted` and `is_hidden`, in two forms: a matrix over whole sequences (`attention_bias`), and a row
-at a time for sequences that grow (`GrowingVisibility`).
+One rule, `is_sighted` and `is_hidden`, in two forms: a matrix over whole sequences
+(`attention_bias`), and a row at a time for sequences that grow (`GrowingVisibility`).
 
-`full` is causal attention, as published. `latents_only` makes the latents the only channel from the image to the text:
+`full` is causal attention, as published. `latents_only` makes the latents the only channel from
+the image to the text:
 
     row (query)                                   sees image and `start` positions
     image placeholders, `start`                   yes (sighted)
@@ -11,9 +12,10 @@ at a time for sequences that grow (`GrowingVisibility`).
     prompt text, sampled text, forced end,        no (blind): the question, the latents and other blind rows only
     the last latent of a span
 
-With one latent a span the channel is closed exactly: swapping the image under recorded latents changes no log-prob.
-With more, a sighted latent's keys and values carry image content beyond its input vector, so the channel leaks; the
-two-pass form (a fresh context of question and latents) is closed for any length.
+With one latent a span the channel is closed exactly: swapping the image under recorded latents
+changes no log-prob. With more, a sighted latent's keys and values carry image content beyond its
+input vector, so the channel leaks; the two-pass form (a fresh context of question and latents) is
+closed for any length.
 """
 
 from __future__ import annotations
@@ -32,14 +34,21 @@ def is_hidden(kinds: Tensor) -> Tensor:
 
 
 def is_sighted(kinds: Tensor, is_before_latent: Tensor) -> Tensor:
-    """bool, same shape: positions that see the image side; `is_before_latent`: a LATENT position follows."""
+    """bool, same shape: positions that see the image side; `is_before_latent`: a LATENT position
+    follows.
+    """
     return is_hidden(kinds) | ((kinds == PositionKind.LATENT) & is_before_latent)
 
 
 def check_visibility(visibility: str) -> None:
     """Raises `ConfigError` unless it is one of `VISIBILITIES`."""
     if visibility not in VISIBILITIES:
-        raise ConfigError("unknown value", where="latent.visibility", got=visibility, expected=f"one of {VISIBILITIES}")
+        raise ConfigError(
+            "unknown value",
+            where="latent.visibility",
+            got=visibility,
+            expected=f"one of {VISIBILITIES}",
+        )
 
 
 def attention_bias(
@@ -54,21 +63,26 @@ def attention_bias(
 
     Args:
         kinds_BT: int [B, T], `PositionKind` of each position.
-        valid_BT: bool [B, T], False at padding, which no other row sees. Each row sees itself, so that no row is all minima,
-            whose softmax would be uniform.
+        valid_BT: bool [B, T], False at padding, which no other row sees. Each row sees itself, so
+            that no row is all minima, whose softmax would be uniform.
         visibility: `full` or `latents_only`.
         query_start: rows query_start..T-1 are returned.
-        following_kinds_B: int [B], of the position after the last, which the rule asks for; None where none follows.
+        following_kinds_B: int [B], of the position after the last, which the rule asks for; None
+            where none follows.
 
     Returns:
         [B, 1, T - query_start, T].
     """
     check_visibility(visibility)
     length, device = kinds_BT.shape[1], kinds_BT.device
-    causal = torch.ones(length - query_start, length, dtype=torch.bool, device=device).tril(diagonal=query_start)
+    causal = torch.ones(length - query_start, length, dtype=torch.bool, device=device).tril(
+        diagonal=query_start
+    )
     allowed = causal & valid_BT[:, None, :]
     if visibility == "latents_only":
-        before_latent_BT = torch.nn.functional.pad((kinds_BT == PositionKind.LATENT)[:, 1:], (0, 1))
+        before_latent_BT = torch.nn.functional.pad(
+            (kinds_BT == PositionKind.LATENT)[:, 1:], (0, 1)
+        )
         if following_kinds_B is not None:
             before_latent_BT[:, -1] = following_kinds_B == PositionKind.LATENT
         sighted_BT = is_sighted(kinds_BT, before_latent_BT)
@@ -80,17 +94,19 @@ def attention_bias(
 
 
 class GrowingVisibility:
-    """The rule for N sequences that grow by one position at a time: `see` is the next row of the matrix.
+    """The rule for N sequences that grow by one position at a time: `see` is the next row of the
+    matrix.
 
-    It keeps the bias of the coming rows over all columns, once for sighted and once for blind positions, so that
-    a step costs a view, or one choice between the two.
+    It keeps the bias of the coming rows over all columns, once for sighted and once for blind
+    positions, so that a step costs a view, or one choice between the two.
 
     Legend: N sequences, P positions of the prompts, S positions so far, M sequences that are kept.
 
     Args:
         kinds_NP, valid_NP: of what the sequences begin with.
         capacity: positions to hold in all.
-        may_blind: whether `see` may be told to hide images from positions that `full` lets see them (causal ablations).
+        may_blind: whether `see` may be told to hide images from positions that `full` lets see
+            them (causal ablations).
     """
 
     def __init__(
@@ -114,15 +130,19 @@ class GrowingVisibility:
             self._blind_NS[:, : self.length].masked_fill_(is_hidden(kinds_NP), self._minimum)
 
     def see(
-        self, kinds_N: Tensor, is_before_latent_N: Tensor | None = None, is_blind_N: Tensor | None = None
+        self,
+        kinds_N: Tensor,
+        is_before_latent_N: Tensor | None = None,
+        is_blind_N: Tensor | None = None,
     ) -> Tensor:
-        """Additive bias [N, S] of one more position of each sequence over all so far, itself included.
+        """Additive bias [N, S] of one more position of each sequence over all so far, itself
+        included.
 
         Args:
             kinds_N: int64, its kind.
             is_before_latent_N: bool, a LATENT position will follow; read where `has_sighted`.
-            is_blind_N: bool, `full` hides images from it; None from no one. With `latents_only`, which hides them from all
-                text anyway, it is not read.
+            is_blind_N: bool, `full` hides images from it; None from no one. With `latents_only`,
+                which hides them from all text anyway, it is not read.
         """
         column, self.length = self.length, self.length + 1
         sighted_NS = self._sighted_NS[:, : self.length]

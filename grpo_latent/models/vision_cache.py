@@ -1,10 +1,12 @@
-"""Encodes an image once: within a call, within a block of calls, or, for a frozen tower, across steps.
+"""Encodes an image once: within a call, within a block of calls, or, for a frozen tower, across
+steps.
 
     visual(pixels of I images) ──split──▶ images ──known?──▶ features of each ──cat──▶ the same output
 
-A group's rows all show one image, an SFT step needs its features twice (as inputs and as targets), and a frozen tower
-gives the same features in every epoch. The cache stands between callers and the tower's own `forward`; it changes no
-weight, no `state_dict` entry, and nothing for callers that pass precomputed positions or ask for attentions.
+A group's rows all show one image, an SFT step needs its features twice (as inputs and as targets),
+and a frozen tower gives the same features in every epoch. The cache stands between callers and the
+tower's own `forward`; it changes no weight, no `state_dict` entry, and nothing for callers that
+pass precomputed positions or ask for attentions.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class _Encoded:
-    """One image: merged tokens [n, H], deepstack features (each [n, H]), patch states [patches, D] where kept."""
+    """One image: merged tokens [n, H], deepstack features (each [n, H]), patch states [patches, D]
+    where kept.
+    """
 
     merged: Tensor
     deepstack: tuple[Tensor, ...]
@@ -35,18 +39,22 @@ class _Encoded:
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self.merged, *self.deepstack))
+        return sum(
+            tensor.numel() * tensor.element_size() for tensor in (self.merged, *self.deepstack)
+        )
 
 
 class VisionCache:
     """The cache of one vision tower (of a backbone that `caches_tower`).
 
-    Three scopes. Always: equal images of a call are encoded once, together with the others. In `reuse()`: also over the
-    calls of the block, with gradients. With `max_bytes` and a frozen tower: over all calls, least recently used images
-    dropped first; then each image is encoded *on its own*, so that its features cannot depend on the batch that it came
-    in, and a resumed run computes what an uninterrupted one does, to the bit.
+    Three scopes. Always: equal images of a call are encoded once, together with the others. In
+    `reuse()`: also over the calls of the block, with gradients. With `max_bytes` and a frozen
+    tower: over all calls, least recently used images dropped first; then each image is encoded *on
+    its own*, so that its features cannot depend on the batch that it came in, and a resumed run
+    computes what an uninterrupted one does, to the bit.
 
-    Under FSDP all ranks must call the blocks of the tower equally often: leave `max_bytes` at 0 there.
+    Under FSDP all ranks must call the blocks of the tower equally often: leave `max_bytes` at 0
+    there.
     """
 
     def __init__(self, visual: nn.Module, merge_size: int):
@@ -67,10 +75,12 @@ class VisionCache:
         """The cache of the model's vision tower, put in place the first time.
 
         Args:
-            max_bytes: bound of what is kept across calls; None leaves it (0 at first: nothing is kept).
+            max_bytes: bound of what is kept across calls; None leaves it (0 at first: nothing is
+                kept).
 
         Raises:
-            ConfigError: no vision tower that it knows to wrap, or `max_bytes` for a tower that trains.
+            ConfigError: no vision tower that it knows to wrap, or `max_bytes` for a tower that
+                trains.
         """
         backbone = backbone_of(model)
         if not backbone.caches_tower:
@@ -95,8 +105,8 @@ class VisionCache:
 
     @contextmanager
     def reuse(self):
-        """Within the block, an image is encoded once over all calls, as long as weights and autocast stay. A block within a
-        block goes on with what the outer one has."""
+        """Within the block, an image is encoded once over all calls, as long as weights and
+        autocast stay. A block within a block goes on with what the outer one has."""
         if self._block is not None:
             yield self
             return
@@ -121,11 +131,16 @@ class VisionCache:
             )
 
     def _state(self) -> tuple:
-        """What features depend on besides the image. In-place updates of a parameter raise its version."""
+        """What features depend on besides the image. In-place updates of a parameter raise its
+        version.
+        """
         device = next(self._visual.parameters()).device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         # under FSDP a parameter may be a DTensor, whose data lie in its local tensor
-        local = (getattr(parameter, "_local_tensor", parameter) for parameter in self._visual.parameters())
+        local = (
+            getattr(parameter, "_local_tensor", parameter)
+            for parameter in self._visual.parameters()
+        )
         return autocast, tuple((tensor.data_ptr(), tensor._version) for tensor in local)
 
     def _forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs):
@@ -135,7 +150,10 @@ class VisionCache:
         if asks_for_more or kwargs.get("return_dict") is False:
             return self._forward_of_tower(hidden_states, grid_thw, **kwargs)
         encoded = self._encode(hidden_states, grid_thw, kwargs)
-        deepstack = [torch.cat(features) for features in zip(*(image.deepstack for image in encoded), strict=True)]
+        deepstack = [
+            torch.cat(features)
+            for features in zip(*(image.deepstack for image in encoded), strict=True)
+        ]
         patches = [image.patches for image in encoded]
         # a new object every time: transformers splits `pooler_output` in place
         return self._output_type(
@@ -159,7 +177,9 @@ class VisionCache:
             self._last_call = (pixel_values, state, encoded)
         return encoded
 
-    def _encode_kept(self, parts: list[Tensor], grid: Tensor, kwargs: dict, state: tuple) -> list[_Encoded]:
+    def _encode_kept(
+        self, parts: list[Tensor], grid: Tensor, kwargs: dict, state: tuple
+    ) -> list[_Encoded]:
         """Each image from the entries, or encoded on its own."""
         self._check_frozen()
         if state[1:] != self._state_of_entries:
@@ -171,7 +191,9 @@ class VisionCache:
             image = self._entries.get(key)
             if image is None:
                 (image,) = self._run(part, grid[image_idx : image_idx + 1], kwargs)
-                image = _Encoded(image.merged.detach(), tuple(f.detach() for f in image.deepstack), None)
+                image = _Encoded(
+                    image.merged.detach(), tuple(f.detach() for f in image.deepstack), None
+                )
                 self._entries[key] = image
                 self._num_bytes += image.num_bytes
             self._entries.move_to_end(key)
@@ -181,14 +203,18 @@ class VisionCache:
             self._num_bytes -= dropped.num_bytes
         return encoded
 
-    def _encode_distinct(self, parts: list[Tensor], grid: Tensor, kwargs: dict, state: tuple) -> list[_Encoded]:
+    def _encode_distinct(
+        self, parts: list[Tensor], grid: Tensor, kwargs: dict, state: tuple
+    ) -> list[_Encoded]:
         """One call of the tower over the images that are not known yet."""
         known = [] if self._block is None else self._block
         candidates: dict[tuple, list[tuple[Tensor, int]]] = {}
         for index, (key, part, _) in enumerate(known):
             candidates.setdefault(key, []).append((part, index))
         indices, new = [], []
-        for image_idx, (part, size, total) in enumerate(zip(parts, grid.tolist(), _bit_sums(parts), strict=True)):
+        for image_idx, (part, size, total) in enumerate(
+            zip(parts, grid.tolist(), _bit_sums(parts), strict=True)
+        ):
             key = (state, *size, total)
             same = [index for other, index in candidates.get(key, []) if torch.equal(other, part)]
             if not same:
@@ -202,7 +228,9 @@ class VisionCache:
             fresh = self._run(pixels, grid[[image_idx for _, _, image_idx in new]], kwargs)
             images += fresh
             if self._block is not None:
-                self._block += [(key, part, image) for (key, part, _), image in zip(new, fresh, strict=True)]
+                self._block += [
+                    (key, part, image) for (key, part, _), image in zip(new, fresh, strict=True)
+                ]
         return [images[index] for index in indices]
 
     def _run(self, pixel_values: Tensor, grid: Tensor, kwargs: dict) -> list[_Encoded]:
@@ -212,23 +240,37 @@ class VisionCache:
         num_patches = grid.prod(-1).tolist()
         num_tokens = [count // self._merge_area for count in num_patches]
         merged = output.pooler_output.split(num_tokens)
-        layers = [features.split(num_tokens) for features in getattr(output, "deepstack_features", None) or []]
+        layers = [
+            features.split(num_tokens)
+            for features in getattr(output, "deepstack_features", None) or []
+        ]
         patches = output.last_hidden_state.split(num_patches)
-        return [_Encoded(merged[i], tuple(layer[i] for layer in layers), patches[i]) for i in range(len(num_patches))]
+        return [
+            _Encoded(merged[i], tuple(layer[i] for layer in layers), patches[i])
+            for i in range(len(num_patches))
+        ]
 
 
 def encoding_once(backbone: Backbone) -> AbstractContextManager:
-    """Within the block an image is encoded once over all calls, where the backbone's tower can be cached at all."""
+    """Within the block an image is encoded once over all calls, where the backbone's tower can be
+    cached at all.
+    """
     return VisionCache.install(backbone.model).reuse() if backbone.caches_tower else nullcontext()
 
 
 def image_digest(pixels: Tensor, size: list[int]) -> bytes:
     """Digest of an image's pixels and grid."""
     content = pixels.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(content, digest_size=16, salt=repr((size, pixels.dtype)).encode()[:16]).digest()
+    return hashlib.blake2b(
+        content, digest_size=16, salt=repr((size, pixels.dtype)).encode()[:16]
+    ).digest()
 
 
 def _bit_sums(parts: list[Tensor]) -> list[int]:
-    """Exact sums of the bit patterns, equal for equal images: they find candidates, equality decides."""
+    """Exact sums of the bit patterns, equal for equal images: they find candidates, equality
+    decides.
+    """
     integer = _INTEGERS[parts[0].element_size()]
-    return torch.stack([part.detach().view(integer).sum(dtype=torch.int64) for part in parts]).tolist()
+    return torch.stack(
+        [part.detach().view(integer).sum(dtype=torch.int64) for part in parts]
+    ).tolist()

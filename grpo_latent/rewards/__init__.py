@@ -1,4 +1,5 @@
-"""Running reward functions: loading, a killable process, typed outcomes, weights, and a checker for users' own.
+"""Running reward functions: loading, a killable process, typed outcomes, weights, and a checker
+for users' own.
 
     functions.py  FunctionSpec, load_function      what to call
     worker.py     the child process                calls it

@@ -1,4 +1,6 @@
-"""Tries a reward function on the completions that a policy will one day produce, and says what is wrong with it."""
+"""Tries a reward function on the completions that a policy will one day produce, and says what is
+wrong with it.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,10 @@ def completions(ground_truth: str, wrong_answer: str) -> list[Case]:
         Case("unclosed tag", f"<answer> {ground_truth}"),
         Case("closed before opened", f"</answer> {ground_truth} <answer>"),
         Case("text after the answer", f"{correct} I am sure."),
-        Case("HTML", f"<html><script>alert(1)</script>&lt;answer&gt;{ground_truth}&lt;/answer&gt;</html>"),
+        Case(
+            "HTML",
+            f"<html><script>alert(1)</script>&lt;answer&gt;{ground_truth}&lt;/answer&gt;</html>",
+        ),
         Case("100k characters", "<answer>" + "4 " * (LONG_CHARS // 2)),
         Case("100k opened tags", "<answer>" * (LONG_CHARS // 8)),
         Case("unicode", "<answer> ４²⅓ 七 \U0001f600 \u202e \ufffd \x00 </answer>"),
@@ -86,9 +91,9 @@ def check_function(
 ) -> CheckReport:
     """Calls the function on each completion twice, in a process that is killed on a time-out.
 
-    Problems: it cannot be loaded, raises, hangs, returns no finite float, returns another score the second time, or edits
-    its `extra_info`. Warnings: one score for everything, the right answer not above the wrong one, slow calls, a score
-    for a row without ground truth.
+    Problems: it cannot be loaded, raises, hangs, returns no finite float, returns another score
+    the second time, or edits its `extra_info`. Warnings: one score for everything, the right
+    answer not above the wrong one, slow calls, a score for a row without ground truth.
     """
     report = CheckReport()
     try:
@@ -100,11 +105,17 @@ def check_function(
 
     def call(case: Case, truth: object) -> Call:
         extra_info = {"index": 0, "split": "check", "latent": case.latent}
-        arguments = {"data_source": data_source, "solution_str": case.solution_str, "ground_truth": truth}
+        arguments = {
+            "data_source": data_source,
+            "solution_str": case.solution_str,
+            "ground_truth": truth,
+        }
         return Call(0, {**arguments, "extra_info": extra_info}, probe=True)
 
     try:
-        process.run([call(cases[0], ground_truth)])  # lazy imports would make the first call look slow
+        process.run(
+            [call(cases[0], ground_truth)]
+        )  # lazy imports would make the first call look slow
         first = process.run([call(case, ground_truth) for case in cases])
         # in another order, so that a function that remembers its last call is found out too
         second = process.run([call(case, ground_truth) for case in reversed(cases)])[::-1]
@@ -124,7 +135,11 @@ def _verdict(one: Outcome, two: Outcome) -> str:
     failed = one if not one.is_ok else two
     if not failed.is_ok:
         said = failed.detail.splitlines()[0] if failed.detail else ""
-        what = {"exception": "raised an exception", "timeout": "did not return", "type": "wrong type"}
+        what = {
+            "exception": "raised an exception",
+            "timeout": "did not return",
+            "type": "wrong type",
+        }
         return f"{what.get(failed.kind, f'returned {failed.kind}')}: {said}".rstrip(": ")
     if (one.score, one.extras) != (two.score, two.extras):
         return f"not deterministic: {one.score} {one.extras}, then {two.score} {two.extras}"
@@ -142,11 +157,15 @@ def _warn(report: CheckReport, outcomes: dict[str, Outcome], without_truth: Outc
             "its kind of --ground-truth and --wrong-answer"
         )
     slow = {
-        name: outcome.seconds for name, outcome in outcomes.items() if outcome.kind == OK and outcome.seconds > SLOW_S
+        name: outcome.seconds
+        for name, outcome in outcomes.items()
+        if outcome.kind == OK and outcome.seconds > SLOW_S
     }
     if slow:
         name = max(slow, key=slow.get)
-        report.warnings.append(f"slow on {len(slow)} of {len(outcomes)} completions: {slow[name]:.2f} s on {name!r}")
+        report.warnings.append(
+            f"slow on {len(slow)} of {len(outcomes)} completions: {slow[name]:.2f} s on {name!r}"
+        )
     if without_truth.is_ok:
         report.warnings.append(
             f"scores {without_truth.score} where ground_truth is None; if it is meant to judge answers, let it raise there, "

@@ -15,7 +15,8 @@ class Combined:
     """Attributes:
     score: Σ weight · score; None if a function failed.
     terms: unweighted score by term, None for a function that failed.
-    extras: what dict results carried beside their score: `<key>` from a single function, `<term>/<key>` from several.
+    extras: what dict results carried beside their score: `<key>` from a single function,
+        `<term>/<key>` from several.
     failures: (term, outcome) of each function that failed.
     """
 
@@ -32,7 +33,11 @@ def combine(specs: Sequence[FunctionSpec], outcomes: Sequence[Outcome]) -> Combi
     >>> combine(specs, [Outcome("ok", 1.0), Outcome("ok", 3.0, {"n": 7.0})])
     Combined(score=3.5, terms={'a': 1.0, 'b': 3.0}, extras={'b/n': 7.0}, failures=[])
     """
-    failures = [(spec.term, outcome) for spec, outcome in zip(specs, outcomes, strict=True) if not outcome.is_ok]
+    failures = [
+        (spec.term, outcome)
+        for spec, outcome in zip(specs, outcomes, strict=True)
+        if not outcome.is_ok
+    ]
     terms = {spec.term: outcome.score for spec, outcome in zip(specs, outcomes, strict=True)}
     extras = {
         key if len(specs) == 1 else f"{spec.term}/{key}": value

@@ -28,8 +28,8 @@ class FunctionSpec:
         path: a Python file, or `pkg://package.module`.
         name: of the function in it.
         weight: of its score in the reward.
-        term: name under which its score is logged (`rewards/<term>/mean`); the file's name where the function is called
-            `compute_score`, else the function's.
+        term: name under which its score is logged (`rewards/<term>/mean`); the file's name where
+            the function is called `compute_score`, else the function's.
         kwargs: passed to each call.
     """
 
@@ -41,7 +41,11 @@ class FunctionSpec:
 
     def __post_init__(self):
         if not isinstance(self.path, str) or not self.path:
-            raise ConfigError("a reward function needs a file", where="latent.reward.functions.path", got=self.path)
+            raise ConfigError(
+                "a reward function needs a file",
+                where="latent.reward.functions.path",
+                got=self.path,
+            )
         is_number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
         if not is_number or not math.isfinite(self.weight):
             raise ConfigError(
@@ -51,14 +55,22 @@ class FunctionSpec:
                 expected="a float",
             )
         if not isinstance(self.kwargs, Mapping):
-            raise ConfigError("kwargs are no mapping", where=f"reward function {self.path}", got=self.kwargs)
+            raise ConfigError(
+                "kwargs are no mapping", where=f"reward function {self.path}", got=self.kwargs
+            )
         if not self.term:
-            stem = self.path.removeprefix(PACKAGE_PREFIX).replace("/", ".").removesuffix(".py").rpartition(".")[2]
+            stem = (
+                self.path.removeprefix(PACKAGE_PREFIX)
+                .replace("/", ".")
+                .removesuffix(".py")
+                .rpartition(".")[2]
+            )
             object.__setattr__(self, "term", stem if self.name == DEFAULT_NAME else self.name)
 
 
 def specs_from_config(entries: Iterable[Mapping]) -> list[FunctionSpec]:
-    """`latent.reward.functions`, a list of {path, name, weight, term, kwargs}, all but `path` optional.
+    """`latent.reward.functions`, a list of {path, name, weight, term, kwargs}, all but `path`
+    optional.
 
     Raises:
         ConfigError: no function, an unknown key, or two functions under one term.
@@ -68,10 +80,15 @@ def specs_from_config(entries: Iterable[Mapping]) -> list[FunctionSpec]:
         where = f"latent.reward.functions[{i}]"
         if not isinstance(entry, Mapping) or "path" not in entry:
             raise ConfigError(
-                "not a reward function", where=where, got=entry, expected="{path, name, weight, term, kwargs}"
+                "not a reward function",
+                where=where,
+                got=entry,
+                expected="{path, name, weight, term, kwargs}",
             )
         # plain, because the function runs in a process without OmegaConf's types
-        values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in entry.items() if v is not None}
+        values = {
+            k: dict(v) if isinstance(v, Mapping) else v for k, v in entry.items() if v is not None
+        }
         specs.append(build(FunctionSpec, values, where))
     if not specs:
         raise ConfigError(
@@ -98,13 +115,18 @@ def load_function(spec: FunctionSpec) -> Callable:
     """Imports the file (which runs it) and takes the function out of it.
 
     Raises:
-        ConfigError: the file is missing or fails to import, lacks the function, or the function cannot be called as
-            `f(data_source=…, solution_str=…, ground_truth=…, extra_info=…, **kwargs)`.
+        ConfigError: the file is missing or fails to import, lacks the function, or the function
+            cannot be called as `f(data_source=…, solution_str=…, ground_truth=…, extra_info=…,
+            **kwargs)`.
     """
     module = _load_module(spec.path)
     function = getattr(module, spec.name, None)
     if not callable(function):
-        names = sorted(n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__)
+        names = sorted(
+            n
+            for n, v in vars(module).items()
+            if inspect.isfunction(v) and v.__module__ == module.__name__
+        )
         raise ConfigError(
             f"no function {spec.name!r} in the file",
             where=spec.path,
@@ -152,7 +174,9 @@ def _load_module(path: str):
         name = f"grpo_latent_reward_{file.stem}"
         module_spec = importlib.util.spec_from_file_location(name, file)
         if module_spec is None or module_spec.loader is None:
-            raise ConfigError("not a Python file", where=path, got=file.name, expected="a name that ends in .py")
+            raise ConfigError(
+                "not a Python file", where=path, got=file.name, expected="a name that ends in .py"
+            )
         module = importlib.util.module_from_spec(module_spec)
         sys.modules[name] = module  # dataclasses and pickle look their module up there
         module_spec.loader.exec_module(module)

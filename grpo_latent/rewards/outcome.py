@@ -1,4 +1,6 @@
-"""What one call of a reward function came to: a finite score, or a typed failure. Never a 0 that stands for a failure."""
+"""What one call of a reward function came to: a finite score, or a typed failure. Never a 0 that
+stands for a failure.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,9 @@ class Outcome:
 def normalise(result: object, seconds: float = 0.0) -> Outcome:
     """Types what a reward function returned.
 
-    A score is a real number, a bool (True is 1.0), or a numpy or torch scalar; or a dict with such a `score`, whose other
-    values are numbers, texts or None. Everything else is of the wrong type: a text is not parsed, None is not 0.
+    A score is a real number, a bool (True is 1.0), or a numpy or torch scalar; or a dict with such
+    a `score`, whose other values are numbers, texts or None. Everything else is of the wrong type:
+    a text is not parsed, None is not 0.
 
     >>> normalise({"score": True, "pred": "4"}).score, normalise(None).kind, normalise(float("nan")).kind
     (1.0, 'type', 'nan')
@@ -49,7 +52,9 @@ def normalise(result: object, seconds: float = 0.0) -> Outcome:
         kind, value = _scalar(result)
         return Outcome(kind, value, detail=_detail(kind, "it", result), seconds=seconds)
     if "score" not in result:
-        return Outcome("type", detail=f"a dict without 'score': {_short(dict(result))}", seconds=seconds)
+        return Outcome(
+            "type", detail=f"a dict without 'score': {_short(dict(result))}", seconds=seconds
+        )
     kind, score = _scalar(result["score"])
     if kind != OK:
         return Outcome(kind, detail=_detail(kind, "'score'", result["score"]), seconds=seconds)
@@ -93,7 +98,9 @@ def _scalar(value: object) -> tuple[str, float | None]:
     is_one_element = getattr(value, "size", None) == 1 or (
         callable(getattr(value, "numel", None)) and value.numel() == 1
     )
-    if is_one_element and callable(getattr(value, "item", None)):  # numpy and torch, without importing either
+    if is_one_element and callable(
+        getattr(value, "item", None)
+    ):  # numpy and torch, without importing either
         value = value.item()
     if not isinstance(value, numbers.Real):
         return "type", None

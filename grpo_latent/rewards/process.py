@@ -1,4 +1,6 @@
-"""A child process that runs reward functions, seen from the parent: send calls, wait for each, kill what hangs."""
+"""A child process that runs reward functions, seen from the parent: send calls, wait for each,
+kill what hangs.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,9 @@ class Call(NamedTuple):
 class RewardProcess:
     """One persistent child. Not thread-safe: one caller at a time.
 
-    A fresh interpreter and not a fork: the parent holds CUDA, Ray and threads, which a fork would copy half of. It is
-    started by command line and not by `multiprocessing`, which would run the parent's main script again.
+    A fresh interpreter and not a fork: the parent holds CUDA, Ray and threads, which a fork would
+    copy half of. It is started by command line and not by `multiprocessing`, which would run the
+    parent's main script again.
 
     Args:
         specs: functions to load; loading them is done when the constructor returns.
@@ -46,7 +49,12 @@ class RewardProcess:
         ConfigError: a function cannot be loaded.
     """
 
-    def __init__(self, specs: Sequence[FunctionSpec], timeout_s: float, start_timeout_s: float = START_TIMEOUT_S):
+    def __init__(
+        self,
+        specs: Sequence[FunctionSpec],
+        timeout_s: float,
+        start_timeout_s: float = START_TIMEOUT_S,
+    ):
         self.specs, self.timeout_s, self.start_timeout_s = list(specs), timeout_s, start_timeout_s
         self.num_starts = 0
         self._child: subprocess.Popen | None = None
@@ -54,7 +62,8 @@ class RewardProcess:
         self._start()
 
     def run(self, calls: Sequence[Call]) -> list[Outcome]:
-        """One outcome a call, in order. A call that hangs or kills the process costs a restart, not the calls after it.
+        """One outcome a call, in order. A call that hangs or kills the process costs a restart,
+        not the calls after it.
 
         Raises:
             DataError: a call's arguments cannot be pickled.
@@ -72,7 +81,9 @@ class RewardProcess:
         self._end(grace_s=0.0)
 
     def _end(self, grace_s: float) -> int | None:
-        """Closes the connection, waits `grace_s` for the child to end by itself, kills its group; its exit code."""
+        """Closes the connection, waits `grace_s` for the child to end by itself, kills its group;
+        its exit code.
+        """
         child, self._child = self._child, None
         if self._connection is not None:
             self._connection.close()
@@ -112,7 +123,9 @@ class RewardProcess:
                 "the reward process did not start",
                 kind="timeout" if timed_out else "exception",
                 where=", ".join(spec.path for spec in self.specs),
-                got=f"nothing for {self.start_timeout_s:g} s" if timed_out else f"exit code {exit_code} during import",
+                got=f"nothing for {self.start_timeout_s:g} s"
+                if timed_out
+                else f"exit code {exit_code} during import",
                 expected="files that import within that time",
                 fix="Import the reward file in a Python shell and look at what it does at import.",
             ) from failure
@@ -144,7 +157,11 @@ class RewardProcess:
                 self.close()
                 return [
                     *outcomes,
-                    Outcome("timeout", detail=f"no result after {self.timeout_s:g} s", seconds=self.timeout_s),
+                    Outcome(
+                        "timeout",
+                        detail=f"no result after {self.timeout_s:g} s",
+                        seconds=self.timeout_s,
+                    ),
                 ]
             except (EOFError, OSError):
                 detail = f"the process died with exit code {self._end(EXIT_GRACE_S)}"

@@ -1,6 +1,8 @@
-"""`RewardRunner`: scores completions with a run's reward functions, in processes that can be killed.
+"""`RewardRunner`: scores completions with a run's reward functions, in processes that can be
+killed.
 
-items -> calls (item x function) -> RewardProcess -> Outcomes -> combine -> policy on errors -> RewardResults
+items -> calls (item x function) -> RewardProcess -> Outcomes -> combine -> policy on errors ->
+RewardResults
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ DEFAULT_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True)
 class RewardItem:
-    """What verl hands to a reward function, and `where` it comes from for errors ("group 17, trajectory 3")."""
+    """What verl hands to a reward function, and `where` it comes from for errors ("group 17,
+    trajectory 3").
+    """
 
     data_source: str
     solution_str: str
@@ -50,7 +54,9 @@ class RewardResult:
     error_kind: str = ""
 
     def info(self) -> dict[str, float | str | None]:
-        """Flat dict for verl's `reward_extra_info`; `acc` is the name that verl's validation looks for."""
+        """Flat dict for verl's `reward_extra_info`; `acc` is the name that verl's validation looks
+        for.
+        """
         named = {**self.extras, **self.terms}
         acc = {"acc": named["accuracy"]} if "accuracy" in named and "acc" not in named else {}
         return {
@@ -68,11 +74,11 @@ class RewardRunner:
     Args:
         functions: see `specs_from_config`.
         timeout_s: for each call of each function.
-        on_error: `raise` stops the run; `drop` leaves the trajectory out of training; `score` gives it `error_score`. All
-            three count the failure in `errors`.
+        on_error: `raise` stops the run; `drop` leaves the trajectory out of training; `score`
+            gives it `error_score`. All three count the failure in `errors`.
         error_score: the whole reward of a trajectory on which a function failed (`score` only).
-        num_processes: functions run in that many processes; more than one helps functions that wait, such as a judge
-            behind a network.
+        num_processes: functions run in that many processes; more than one helps functions that
+            wait, such as a judge behind a network.
 
     Raises:
         ConfigError: a setting is not usable, or a function cannot be loaded.
@@ -91,7 +97,9 @@ class RewardRunner:
         self.on_error, self.error_score = on_error, float(error_score)
         self.errors: Counter[str] = Counter({kind: 0 for kind in RewardError.KINDS})
         self.num_dropped = 0
-        self._processes = [RewardProcess(self.functions, self.timeout_s) for _ in range(num_processes)]
+        self._processes = [
+            RewardProcess(self.functions, self.timeout_s) for _ in range(num_processes)
+        ]
         self._idle: queue.SimpleQueue[RewardProcess] = queue.SimpleQueue()
         for process in self._processes:
             self._idle.put(process)
@@ -104,7 +112,8 @@ class RewardRunner:
         """One result an item, in order.
 
         Raises:
-            RewardError: a function failed and `on_error` is `raise`; names function, trajectory and remedy.
+            RewardError: a function failed and `on_error` is `raise`; names function, trajectory
+                and remedy.
         """
         size = -(-len(items) // len(self._processes)) if items else 1
         chunks = [items[i : i + size] for i in range(0, len(items), size)]
@@ -133,7 +142,10 @@ class RewardRunner:
         finally:
             self._idle.put(process)
         width = len(self.functions)
-        return [combine(self.functions, outcomes[i * width : (i + 1) * width]) for i in range(len(items))]
+        return [
+            combine(self.functions, outcomes[i * width : (i + 1) * width])
+            for i in range(len(items))
+        ]
 
     def _settle(self, item: RewardItem, combined: Combined) -> RewardResult:
         if not combined.failures:
@@ -159,13 +171,20 @@ def _arguments(item: RewardItem) -> dict:
 
 def _check_settings(timeout_s, on_error, error_score, num_processes) -> None:
     def number(value) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return (
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        )
 
     for name, value, usable, expected in (
         ("timeout_s", timeout_s, number(timeout_s) and timeout_s > 0, "seconds > 0"),
         ("on_error", on_error, on_error in ON_ERROR, f"one of {ON_ERROR}"),
         ("error_score", error_score, number(error_score), "a finite float"),
-        ("num_processes", num_processes, type(num_processes) is int and num_processes > 0, "an int > 0"),
+        (
+            "num_processes",
+            num_processes,
+            type(num_processes) is int and num_processes > 0,
+            "an int > 0",
+        ),
     ):
         if not usable:
             raise ConfigError(

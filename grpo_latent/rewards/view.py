@@ -1,4 +1,6 @@
-"""What a reward may see of a trajectory: its text without latent spans, and a summary of what was left out."""
+"""What a reward may see of a trajectory: its text without latent spans, and a summary of what was
+left out.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,20 @@ from grpo_latent.trajectory import PositionKind, Trajectory, is_text
 @dataclass(frozen=True)
 class RewardView:
     """Attributes:
-    solution_str: text of the completion; no latent, delimiter or EOS in it, whatever the tokenizer calls special.
-    latent: {"num_spans", "num_steps", "num_forced_ends", "span_offsets", "stop_reason"}, the `extra_info["latent"]` of
-        reward functions; `span_offsets` are characters of `solution_str`.
+    solution_str: text of the completion; no latent, delimiter or EOS in it, whatever the tokenizer
+        calls special.
+    latent: {"num_spans", "num_steps", "num_forced_ends", "span_offsets", "stop_reason"}, the
+        `extra_info["latent"]` of reward functions; `span_offsets` are characters of
+        `solution_str`.
     """
 
     solution_str: str
     latent: dict
 
 
-def reward_view(trajectory: Trajectory, decode: Callable[[Sequence[int]], str], eos_ids: Collection[int]) -> RewardView:
+def reward_view(
+    trajectory: Trajectory, decode: Callable[[Sequence[int]], str], eos_ids: Collection[int]
+) -> RewardView:
     """Builds the view from position kinds, so no token id or special-token flag has a say.
 
     Args:

@@ -1,7 +1,9 @@
-"""The process that runs foreign reward functions, so that it can be killed: `python -m grpo_latent.rewards.worker FD`.
+"""The process that runs foreign reward functions, so that it can be killed: `python -m
+grpo_latent.rewards.worker FD`.
 
-Protocol over the socket FD, pickled both ways: the parent sends the function specs; the child answers None, or the error
-that loading them raised. Then, repeatedly: the parent sends a list of calls, the child one `Outcome` for each, in order.
+Protocol over the socket FD, pickled both ways: the parent sends the function specs; the child
+answers None, or the error that loading them raised. Then, repeatedly: the parent sends a list of
+calls, the child one `Outcome` for each, in order.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ def main(fd: int) -> None:
         except EOFError:  # the parent is gone
             return
         for function_idx, arguments, probe in calls:
-            # The parent kills at `timeout_s`. If it has died itself, this C thread ends the process, GIL or not.
+            # The parent kills at `timeout_s`. If it has died itself, this C thread ends the
+            # process, GIL or not.
             faulthandler.dump_traceback_later(timeout_s + ORPHAN_GRACE_S, exit=True)
             outcome = call(functions[function_idx], arguments, specs[function_idx].kwargs, probe)
             faulthandler.cancel_dump_traceback_later()
@@ -54,7 +57,9 @@ def main(fd: int) -> None:
 
 def call(function, arguments: dict, kwargs: dict, probe: bool = False) -> Outcome:
     """Calls a function on its own copy of the arguments; whatever happens becomes an `Outcome`."""
-    arguments = copy.deepcopy(arguments)  # several functions see the same row: none may edit it for the next
+    arguments = copy.deepcopy(
+        arguments
+    )  # several functions see the same row: none may edit it for the next
     before = pickle.dumps(arguments["extra_info"]) if probe else b""
     start = time.perf_counter()
     try:
@@ -62,9 +67,13 @@ def call(function, arguments: dict, kwargs: dict, probe: bool = False) -> Outcom
         if inspect.isawaitable(result):
             result = _event_loop().run(_await(result))
         outcome = normalise(result, time.perf_counter() - start)
-    except BaseException:  # foreign code may raise anything, SystemExit too; none of it may end the worker
+    except (
+        BaseException
+    ):  # foreign code may raise anything, SystemExit too; none of it may end the worker
         detail = traceback.format_exc()[-MAX_TRACEBACK_CHARS:]
-        return Outcome("exception", detail=_last_line_first(detail), seconds=time.perf_counter() - start)
+        return Outcome(
+            "exception", detail=_last_line_first(detail), seconds=time.perf_counter() - start
+        )
     if probe:
         mutated = pickle.dumps(arguments["extra_info"]) != before
         outcome = dataclasses.replace(outcome, mutated=mutated)
@@ -73,7 +82,9 @@ def call(function, arguments: dict, kwargs: dict, probe: bool = False) -> Outcom
 
 @functools.cache
 def _event_loop() -> asyncio.Runner:
-    """One loop for all calls: asynchronous clients that a function keeps are bound to the loop they were made in."""
+    """One loop for all calls: asynchronous clients that a function keeps are bound to the loop
+    they were made in.
+    """
     return asyncio.Runner()
 
 

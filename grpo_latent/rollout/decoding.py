@@ -3,7 +3,8 @@
     choose    plan kinds ▸ sample tokens ▸ make vectors ▸ record         what stands at the next position of each row
     forward   its input vectors ▸ the hidden states that decide the one after it
 
-Legend: N rows still decoding, M some of them, S positions so far, T completion positions, H hidden, V vocabulary, K kinds.
+Legend: N rows still decoding, M some of them, S positions so far, T completion positions, H
+hidden, V vocabulary, K kinds.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ class TokenRules:
     """What token ids and kinds mean while decoding.
 
     Attributes:
-        banned_2V: bool [2, V], never sampled; the second row is for trajectories that may not open another span.
+        banned_2V: bool [2, V], never sampled; the second row is for trajectories that may not open
+            another span.
         is_eos_V: bool [V].
         placeholder_ids_K: int64, by `PositionKind`: the id that stands where nothing is sampled.
-        is_text_K, is_made_K: bool, by `PositionKind`: a token is sampled there; a vector is made there.
+        is_text_K, is_made_K: bool, by `PositionKind`: a token is sampled there; a vector is made
+            there.
     """
 
     banned_2V: Tensor
@@ -49,7 +52,12 @@ class TokenRules:
 
     @classmethod
     def build(
-        cls, mechanism: Mechanism, eos_ids: Iterable[int], banned_ids: Iterable[int], vocab_size: int, device
+        cls,
+        mechanism: Mechanism,
+        eos_ids: Iterable[int],
+        banned_ids: Iterable[int],
+        vocab_size: int,
+        device,
     ) -> TokenRules:
         banned_2V = torch.zeros(2, vocab_size, dtype=torch.bool, device=device)
         banned_2V[:, sorted(banned_ids)] = True
@@ -59,7 +67,11 @@ class TokenRules:
         kinds_K = torch.arange(len(PositionKind), device=device)
         placeholder_ids = [mechanism.placeholder_id(kind) for kind in PositionKind]
         return cls(
-            banned_2V, is_eos_V, torch.tensor(placeholder_ids, device=device), is_text(kinds_K), made_mask(kinds_K)
+            banned_2V,
+            is_eos_V,
+            torch.tensor(placeholder_ids, device=device),
+            is_text(kinds_K),
+            made_mask(kinds_K),
         )
 
 
@@ -73,7 +85,8 @@ class DecodingRows(RowTensors):
         limit_N: int64, positions that it may take; None where all may take as many.
         next_position_N: int64, position id of its first completion position.
         uniforms_NT: float64, what its tokens are drawn by.
-        blind_after_span_N: bool, text after its first span does not see the image; None where no row wants that.
+        blind_after_span_N: bool, text after its first span does not see the image; None where no
+            row wants that.
         last_kinds_N: int64, what was chosen last.
     """
 
@@ -104,12 +117,17 @@ class DecodingBatch:
         self.adapter, self.mechanism = adapter, adapter.mechanism
         self.rules, self.sampling, self.treatment, self.start = rules, sampling, treatment, start
         device, length = adapter.device, sampling.max_new_tokens
-        row_to_prompt_N, row_to_prefill_N = rows_of_prompts(requests, device), start.row_to_prefill_N
+        row_to_prompt_N, row_to_prefill_N = (
+            rows_of_prompts(requests, device),
+            start.row_to_prefill_N,
+        )
         prefill = start.prefill
         self.prompt_length = prefill.kinds_BP.shape[1]
         self.cache = RolloutCache(prefill.cache, row_to_prefill_N, self.prompt_length + length)
         self.hidden_NH = prefill.hidden_BH[row_to_prefill_N]
-        self.seeds_R = np.array([seed for request in requests for seed in request.seeds], dtype=np.uint64)
+        self.seeds_R = np.array(
+            [seed for request in requests for seed in request.seeds], dtype=np.uint64
+        )
         counts = [counts_B[row_to_prompt_N] for counts_B in self._span_counts(requests, device)]
         self.state = self.mechanism.begin(adapter.model, *counts)
         self.override = OverrideTable(requests, row_to_prompt_N, adapter.hidden_size)
@@ -133,21 +151,32 @@ class DecodingBatch:
         )
         self.recorder = Recorder(row_to_prompt_N.shape[0], length, device)
 
-    def _span_counts(self, requests: list[RolloutRequest], device: torch.device) -> tuple[Tensor, Tensor]:
+    def _span_counts(
+        self, requests: list[RolloutRequest], device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """Latent steps a span, and spans that may be opened, of each prompt."""
-        steps = [self.mechanism.steps if request.steps is None else request.steps for request in requests]
+        steps = [
+            self.mechanism.steps if request.steps is None else request.steps
+            for request in requests
+        ]
         max_spans = [
-            self.mechanism.max_spans if request.max_spans is None else request.max_spans for request in requests
+            self.mechanism.max_spans if request.max_spans is None else request.max_spans
+            for request in requests
         ]
         max_spans = [UNBOUNDED if value is None else value for value in max_spans]
         return torch.tensor(steps, device=device), torch.tensor(max_spans, device=device)
 
-    # ---- choosing a position ---------------------------------------------------------------------------------------
+    # ---- choosing a position
+    # ---------------------------------------------------------------------------------------
 
     def choose(self, position: int) -> Tensor | None:
-        """Decides and records `position` of every row; returns the input vectors [N, H], None when no row goes on."""
+        """Decides and records `position` of every row; returns the input vectors [N, H], None when
+        no row goes on.
+        """
         logits_NV = self.adapter.logits(self.hidden_NH) if self.mechanism.reads_logits else None
-        planned_N = self.state.plan(logits_NV).masked_fill(self.rows.done_N, int(PositionKind.TEXT))
+        planned_N = self.state.plan(logits_NV).masked_fill(
+            self.rows.done_N, int(PositionKind.TEXT)
+        )
         token_ids_N, full_N, drawn_N = self._sample_text(position, planned_N, logits_NV)
         made_rows_M = self.rules.is_made_K[planned_N].nonzero()[:, 0]
         latents_MH = None
@@ -164,10 +193,18 @@ class DecodingBatch:
             return None
         self.rows.last_kinds_N = kinds_N
         embeds_NH = self._fed(token_ids_N, made_rows_M, latents_MH)
-        return self._drop_stopped_rows(embeds_NH) if num_active * 2 <= self.rows.done_N.shape[0] else embeds_NH
+        return (
+            self._drop_stopped_rows(embeds_NH)
+            if num_active * 2 <= self.rows.done_N.shape[0]
+            else embeds_NH
+        )
 
-    def _sample_text(self, position: int, planned_N: Tensor, logits_NV: Tensor | None) -> tuple[Tensor, ...]:
-        """Token ids (placeholders where nothing is sampled) and both log-probs (0 there), each [N]."""
+    def _sample_text(
+        self, position: int, planned_N: Tensor, logits_NV: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Token ids (placeholders where nothing is sampled) and both log-probs (0 there), each
+        [N].
+        """
         token_ids_N = self.rules.placeholder_ids_K[planned_N]
         rows_M = (self.rules.is_text_K[planned_N] & ~self.rows.done_N).nonzero()[:, 0]
         if rows_M.numel() == 0:
@@ -182,7 +219,9 @@ class DecodingBatch:
         if self.state.is_bounded:
             banned_MV = self.rules.banned_2V[(~self.state.may_open_N[rows_M]).long()]
         sampling, draws_M = self.sampling, self.rows.uniforms_NT[rows_M, position]
-        picked = sample(logits_MV, draws_M, sampling.temperature, sampling.top_k, sampling.top_p, banned_MV)
+        picked = sample(
+            logits_MV, draws_M, sampling.temperature, sampling.top_k, sampling.top_p, banned_MV
+        )
         if is_all:
             return picked
         zeros = torch.zeros(planned_N.shape, device=planned_N.device)
@@ -192,17 +231,21 @@ class DecodingBatch:
     def _make(
         self, rows_M: Tensor, position: int, planned_N: Tensor, logits_NV: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Recorded vectors [M, H] of the rows that get one, and their log-densities [M] where the treatment gives them."""
+        """Recorded vectors [M, H] of the rows that get one, and their log-densities [M] where the
+        treatment gives them.
+        """
         hidden_MH, greedy = self.hidden_NH[rows_M], self.sampling.temperature == 0
         scale = 1.0 if greedy else self.sampling.temperature
 
         def logits() -> Tensor:
-            # where every token has a vector the logits of all rows are there already; a subset's own would be another
-            # matrix product, which rounds differently
+            # where every token has a vector the logits of all rows are there already; a subset's
+            # own would be another matrix product, which rounds differently
             is_there = self.mechanism.composes and logits_NV is not None
             return logits_NV[rows_M] if is_there else self.adapter.logits(hidden_MH)
 
-        mean_MH = self.mechanism.make(self.adapter.model, HiddenSource(hidden_MH, logits, self.adapter.embed))
+        mean_MH = self.mechanism.make(
+            self.adapter.model, HiddenSource(hidden_MH, logits, self.adapter.embed)
+        )
         features_MF = self.treatment.features(self.adapter.model, hidden_MH)
         source = LatentSource(mean_MH, lambda: logits().float() / scale, features_MF)
         num_uniforms = 0 if greedy else self.treatment.num_uniforms(hidden_MH.shape[1])
@@ -215,13 +258,19 @@ class DecodingBatch:
             kinds_M1 = planned_N[rows_M][:, None]
             used_M1 = torch.ones_like(kinds_M1, dtype=torch.bool)
             spans_M = self.state.span_N[rows_M]
-            latents_MH = self.override.feed(rows_M, latents_MH[:, None], kinds_M1, used_M1, spans_M)[:, 0]
+            latents_MH = self.override.feed(
+                rows_M, latents_MH[:, None], kinds_M1, used_M1, spans_M
+            )[:, 0]
         self.recorder.add_latents(self.rows.record_N[rows_M], latents_MH, aux_MA)
         acts = self.treatment.is_action
         return latents_MH, self.treatment.log_density(source, latents_MH, aux_MA) if acts else None
 
     def _advance(
-        self, planned_N: Tensor, token_ids_N: Tensor, made_rows_M: Tensor, latents_MH: Tensor | None
+        self,
+        planned_N: Tensor,
+        token_ids_N: Tensor,
+        made_rows_M: Tensor,
+        latents_MH: Tensor | None,
     ) -> Tensor:
         """Final kinds [N], after telling the rows' state what stands at this position."""
         if not self.mechanism.reads_latents or latents_MH is None:
@@ -259,7 +308,8 @@ class DecodingBatch:
         self.override.keep_rows(keep_M)
         return embeds_NH[keep_M]
 
-    # ---- feeding it ------------------------------------------------------------------------------------------------
+    # ---- feeding it -----------------------------------------------------------------------------
+    # -------------------
 
     def forward(self, position: int, embeds_NH: Tensor) -> None:
         """Feeds `position`: the hidden states that decide the next one."""
@@ -269,14 +319,26 @@ class DecodingBatch:
         if rows.blind_after_span_N is not None:
             is_blind_N = rows.blind_after_span_N & self.state.is_after_span_N
         bias_NS = self.visibility.see(rows.last_kinds_N, is_before_latent_N, is_blind_N)
-        position_ids = with_components((rows.next_position_N + position)[:, None], self.adapter.has_mrope)
-        self.hidden_NH = self.adapter.decode_hidden(embeds_NH, bias_NS[:, None, None], position_ids, self.cache)
+        position_ids = with_components(
+            (rows.next_position_N + position)[:, None], self.adapter.has_mrope
+        )
+        self.hidden_NH = self.adapter.decode_hidden(
+            embeds_NH, bias_NS[:, None, None], position_ids, self.cache
+        )
 
-    def trajectories(self, requests: list[RolloutRequest], policy_version: int) -> list[list[Trajectory]]:
+    def trajectories(
+        self, requests: list[RolloutRequest], policy_version: int
+    ) -> list[list[Trajectory]]:
         """What was recorded, on the CPU."""
         sizes = self.adapter.hidden_size, self.treatment.aux_size
         groups = self.recorder.trajectories(requests, policy_version, *sizes)
         if self.start.records is None:
             return groups
-        records, placeholder_id = iter(self.start.records), self.mechanism.placeholder_id(PositionKind.LATENT)
-        return [[with_slots(trajectory, next(records), placeholder_id) for trajectory in group] for group in groups]
+        records, placeholder_id = (
+            iter(self.start.records),
+            self.mechanism.placeholder_id(PositionKind.LATENT),
+        )
+        return [
+            [with_slots(trajectory, next(records), placeholder_id) for trajectory in group]
+            for group in groups
+        ]

@@ -1,12 +1,14 @@
-"""Engine `hf`: batched latent rollouts on a Hugging Face model, the reference that other engines are compared with.
+"""Engine `hf`: batched latent rollouts on a Hugging Face model, the reference that other engines
+are compared with.
 
     requests ──prefill, once a prompt──▶ keys and values ──expand to G rows a prompt──▶ decoding loop ──▶ trajectories
                                                                                           │
       each step, every row in its own mode:  plan kinds ▸ sample text ▸ feed h back ▸ record ▸ one forward ▸ drop rows
 
-An image is encoded once, a prompt prefilled once, beside prompts of about its length; keys and values are written in place;
-rows that have stopped are dropped when they are half of the batch; on CPU linear layers multiply with packed weights. A
-row's result depends on weights, prompt, seed and sampling; the batch that it shares moves its numbers by rounding only.
+An image is encoded once, a prompt prefilled once, beside prompts of about its length; keys and
+values are written in place; rows that have stopped are dropped when they are half of the batch; on
+CPU linear layers multiply with packed weights. A row's result depends on weights, prompt, seed and
+sampling; the batch that it shares moves its numbers by rounding only.
 """
 
 from __future__ import annotations
@@ -36,15 +38,18 @@ class HFRolloutEngine:
         model: a Hugging Face model that `ModelAdapter` accepts, attention `sdpa` or `eager`.
         mechanism: the checkpoint's.
         eos_ids: tokens that end a completion, outside latent spans.
-        banned_ids: tokens never sampled, besides the latent tokens other than `start` and the image placeholders (a
-            sampled image placeholder would break the count of image features in every later forward).
+        banned_ids: tokens never sampled, besides the latent tokens other than `start` and the
+            image placeholders (a sampled image placeholder would break the count of image features
+            in every later forward).
         max_batch_rows: trajectories decoded together; a group is never split.
-        treatment: what RL makes of latents; it decides what is fed and recorded at them. None is `mask`.
-        selection_temperature: of the image positions that prompt slots draw (Plackett–Luce); None takes those of most
-            attention.
-        pack_linears: multiply with packed copies of the decoder's linear weights, made for each call of `generate` and
-            dropped after it, where `models.packed_linears.packs` them (CPU, float32 or bfloat16; elsewhere the layers run as
-            they are). Moves numbers by rounding only, and takes the memory of the decoder's weights once more.
+        treatment: what RL makes of latents; it decides what is fed and recorded at them. None is
+            `mask`.
+        selection_temperature: of the image positions that prompt slots draw (Plackett–Luce); None
+            takes those of most attention.
+        pack_linears: multiply with packed copies of the decoder's linear weights, made for each
+            call of `generate` and dropped after it, where `models.packed_linears.packs` them (CPU,
+            float32 or bfloat16; elsewhere the layers run as they are). Moves numbers by rounding
+            only, and takes the memory of the decoder's weights once more.
     """
 
     def __init__(
@@ -76,9 +81,13 @@ class HFRolloutEngine:
         mechanism.check_model(model)
         eos_ids = sorted(set(eos_ids))
         if not eos_ids:
-            raise ConfigError("no end-of-sequence token", where="eos_ids", expected="at least one id")
+            raise ConfigError(
+                "no end-of-sequence token", where="eos_ids", expected="at least one id"
+            )
         if max_batch_rows < 1:
-            raise ConfigError("not a batch size", where="max_batch_rows", got=max_batch_rows, expected=">= 1")
+            raise ConfigError(
+                "not a batch size", where="max_batch_rows", got=max_batch_rows, expected=">= 1"
+            )
         banned = (set(banned_ids) | mechanism.banned_ids | self.adapter.vision_ids) - set(eos_ids)
         self._check_ids(eos_ids, banned)
         vocab_size = model.get_output_embeddings().weight.shape[0]
@@ -89,10 +98,17 @@ class HFRolloutEngine:
         if special & set(eos_ids):
             expected = f"none of {sorted(special)}"
             raise ConfigError(
-                "an end-of-sequence token is a latent token", where="eos_ids", got=eos_ids, expected=expected
+                "an end-of-sequence token is a latent token",
+                where="eos_ids",
+                got=eos_ids,
+                expected=expected,
             )
         vocab_size = self.model.get_output_embeddings().weight.shape[0]
-        outside = sorted(token_id for token_id in {*banned, *special, *eos_ids} if not 0 <= token_id < vocab_size)
+        outside = sorted(
+            token_id
+            for token_id in {*banned, *special, *eos_ids}
+            if not 0 <= token_id < vocab_size
+        )
         if outside:
             raise ConfigError(
                 "ids outside the vocabulary",
@@ -106,13 +122,20 @@ class HFRolloutEngine:
         where = f"request of group {request.group_id!r}"
         self.adapter.check_prompt(request.prompt_ids, request.images, where)
         if request.latent_override is not None:
-            shape, hidden_size = tuple(request.latent_override.vectors.shape), self.adapter.hidden_size
+            shape, hidden_size = (
+                tuple(request.latent_override.vectors.shape),
+                self.adapter.hidden_size,
+            )
             if len(shape) != 2 or shape[0] < 1 or shape[1] != hidden_size:
                 expected = f"[K, {hidden_size}] with K >= 1"
-                raise RolloutError("not a latent_override", where=where, got=f"shape {shape}", expected=expected)
+                raise RolloutError(
+                    "not a latent_override", where=where, got=f"shape {shape}", expected=expected
+                )
 
     @torch.no_grad()
-    def generate(self, requests: list[RolloutRequest], sampling: SamplingParams) -> list[list[Trajectory]]:
+    def generate(
+        self, requests: list[RolloutRequest], sampling: SamplingParams
+    ) -> list[list[Trajectory]]:
         """One list of trajectories a request, in the order of its seeds."""
         for request in requests:
             self._check_request(request)
@@ -120,7 +143,11 @@ class HFRolloutEngine:
         self.model.eval()
         try:
             with self._packed():
-                return [group for chunk in self._chunks(requests) for group in self._generate_chunk(chunk, sampling)]
+                return [
+                    group
+                    for chunk in self._chunks(requests)
+                    for group in self._generate_chunk(chunk, sampling)
+                ]
         finally:
             self.model.train(was_training)
 
@@ -135,19 +162,33 @@ class HFRolloutEngine:
         missing = {tensor.data_ptr() for tensor in own.values()}
         for name, tensor in weights:
             if name not in own or own[name].shape != tensor.shape:
-                expected = tuple(own[name].shape) if name in own else "a name of the model's state_dict"
+                expected = (
+                    tuple(own[name].shape) if name in own else "a name of the model's state_dict"
+                )
                 raise CheckpointError(
-                    "weight does not fit", where=name, got=f"shape {tuple(tensor.shape)}", expected=str(expected)
+                    "weight does not fit",
+                    where=name,
+                    got=f"shape {tuple(tensor.shape)}",
+                    expected=str(expected),
                 )
             own[name].copy_(tensor)
-            missing.discard(own[name].data_ptr())  # by address: tied weights arrive under one of their names
+            missing.discard(
+                own[name].data_ptr()
+            )  # by address: tied weights arrive under one of their names
         if missing:
             names = [name for name, tensor in own.items() if tensor.data_ptr() in missing]
-            raise CheckpointError("weights were not sent", where="load_weights", got=names[:5], expected="all weights")
+            raise CheckpointError(
+                "weights were not sent",
+                where="load_weights",
+                got=names[:5],
+                expected="all weights",
+            )
         self.policy_version = policy_version
 
     def _packed(self):
-        """Whatever reads the prompt or decodes; an image tower has its own batch sizes, and often its own cache."""
+        """Whatever reads the prompt or decodes; an image tower has its own batch sizes, and often
+        its own cache.
+        """
         if not self.pack_linears:
             return nullcontext()
         own = self.mechanism.own_modules(self.model)
@@ -164,14 +205,17 @@ class HFRolloutEngine:
         if chunk:
             yield chunk
 
-    def _generate_chunk(self, requests: list[RolloutRequest], sampling: SamplingParams) -> list[list[Trajectory]]:
+    def _generate_chunk(
+        self, requests: list[RolloutRequest], sampling: SamplingParams
+    ) -> list[list[Trajectory]]:
         if self.mechanism.has_slots:
             start = slot_start(self.adapter, requests, sampling, self.selection_temperature)
         else:
             start = prompt_start(self.adapter, requests)
         batch = DecodingBatch(self.adapter, self._rules, requests, sampling, self.treatment, start)
-        # the prefill is over: transformers makes masks for implementations that it knows by name only, and encoded images
-        # may outlive the rollout, which tensors of inference mode (5 % faster here) must not
+        # the prefill is over: transformers makes masks for implementations that it knows by name
+        # only, and encoded images may outlive the rollout, which tensors of inference mode (5 %
+        # faster here) must not
         with folded_attention(self.adapter.text_config), torch.inference_mode():
             for position in range(sampling.max_new_tokens):
                 embeds_NH = batch.choose(position)

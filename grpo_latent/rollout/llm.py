@@ -23,8 +23,8 @@ ENGINES = ("hf", "vllm")
 class LatentLLM:
     """A latent model that answers prompts.
 
-        llm = LatentLLM("checkpoints/lvr", engine="vllm")
-        [[trajectory]] = llm.generate(["<image>What is in the box?"], [[image]], SamplingParams(max_new_tokens=256))
+        llm = LatentLLM("checkpoints/lvr", engine="vllm") [[trajectory]] =
+        llm.generate(["<image>What is in the box?"], [[image]], SamplingParams(max_new_tokens=256))
         print(llm.text(trajectory), len(trajectory.latents))
 
     Args:
@@ -45,11 +45,19 @@ class LatentLLM:
         **engine_options,
     ):
         if engine not in ENGINES:
-            raise ConfigError("unknown value", where="engine", got=engine, expected=f"one of {ENGINES}")
+            raise ConfigError(
+                "unknown value", where="engine", got=engine, expected=f"one of {ENGINES}"
+            )
         if engine == "hf":
             loaded = load_latent_model(folder, dtype, device, overrides=overrides)
-            self.tokenizer, self.processor, self.mechanism = loaded.tokenizer, loaded.processor, loaded.mechanism
-            self.engine = HFRolloutEngine(loaded.model, loaded.mechanism, loaded.eos_ids, **engine_options)
+            self.tokenizer, self.processor, self.mechanism = (
+                loaded.tokenizer,
+                loaded.processor,
+                loaded.mechanism,
+            )
+            self.engine = HFRolloutEngine(
+                loaded.model, loaded.mechanism, loaded.eos_ids, **engine_options
+            )
             return
         from grpo_latent.rollout.vllm.engine import VllmRolloutEngine
 
@@ -91,10 +99,16 @@ class LatentLLM:
         requests = []
         for idx, (text, pictures) in enumerate(zip(prompts, images, strict=True)):
             messages = [{"role": "user", "content": content_parts(text)}]
-            prompt = encode_prompt(self.tokenizer, self.processor, messages, pictures, where=f"prompt {idx}")
+            prompt = encode_prompt(
+                self.tokenizer, self.processor, messages, pictures, where=f"prompt {idx}"
+            )
             seeds = [trajectory_seed(seed, 0, idx, number) for number in range(num_trajectories)]
-            requests.append(RolloutRequest(prompt.ids, seeds, prompt.images, group_id=str(idx), steps=steps))
-        return self.engine.generate(requests, sampling or SamplingParams(max_new_tokens=256, temperature=0.0))
+            requests.append(
+                RolloutRequest(prompt.ids, seeds, prompt.images, group_id=str(idx), steps=steps)
+            )
+        return self.engine.generate(
+            requests, sampling or SamplingParams(max_new_tokens=256, temperature=0.0)
+        )
 
     def text(self, trajectory: Trajectory) -> str:
         """The completion as a reader sees it: no latent span, no special token."""

@@ -1,6 +1,7 @@
 """What a row's latent positions are fed instead of the model's own vectors, while a batch decodes.
 
-Legend: B prompts, N rows, M some of them, L positions fed at once, K vectors of an override, H hidden.
+Legend: B prompts, N rows, M some of them, L positions fed at once, K vectors of an override, H
+hidden.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from grpo_latent.trajectory import PositionKind, made_mask
 
 @dataclass
 class FedRows(RowTensors):
-    """The request of each row, and how many positions of its part, and of latents, it has been fed; int64 [N]."""
+    """The request of each row, and how many positions of its part, and of latents, it has been
+    fed; int64 [N].
+    """
 
     prompt_N: Tensor
     num_fed_N: Tensor
@@ -35,8 +38,13 @@ class OverrideTable:
         device, num_prompts = row_to_prompt_N.device, len(requests)
         overrides = [request.latent_override for request in requests]
         self.sizes_B = torch.zeros(num_prompts, dtype=torch.long, device=device)
-        self.span_B, self.latent_B = torch.full_like(self.sizes_B, -1), torch.full_like(self.sizes_B, -1)
-        self.has_kind_BK = torch.zeros(num_prompts, len(PositionKind), dtype=torch.bool, device=device)
+        self.span_B, self.latent_B = (
+            torch.full_like(self.sizes_B, -1),
+            torch.full_like(self.sizes_B, -1),
+        )
+        self.has_kind_BK = torch.zeros(
+            num_prompts, len(PositionKind), dtype=torch.bool, device=device
+        )
         longest = max((len(o.vectors) for o in overrides if o is not None), default=0)
         self.vectors_BKH = torch.zeros(num_prompts, longest, hidden_size, device=device)
         for prompt_idx, override in enumerate(overrides):
@@ -49,10 +57,15 @@ class OverrideTable:
                 number = part_number(override.part, unit)
                 number_B[prompt_idx] = -1 if number is None else number
         self.is_empty = longest == 0
-        self.rows = FedRows(row_to_prompt_N, torch.zeros_like(row_to_prompt_N), torch.zeros_like(row_to_prompt_N))
+        self.rows = FedRows(
+            row_to_prompt_N, torch.zeros_like(row_to_prompt_N), torch.zeros_like(row_to_prompt_N)
+        )
 
-    def feed(self, rows_M: Tensor, own_MLH: Tensor, kinds_ML: Tensor, used_ML: Tensor, span_M: Tensor) -> Tensor:
-        """[M, L, H]: the vectors of the overrides at the positions of their parts, `own_MLH` elsewhere.
+    def feed(
+        self, rows_M: Tensor, own_MLH: Tensor, kinds_ML: Tensor, used_ML: Tensor, span_M: Tensor
+    ) -> Tensor:
+        """[M, L, H]: the vectors of the overrides at the positions of their parts, `own_MLH`
+        elsewhere.
 
         Args:
             kinds_ML: int64, `PositionKind`.
@@ -65,9 +78,15 @@ class OverrideTable:
         is_part_ML = used_ML & self.has_kind_BK[prompt_M].gather(1, kinds_ML)
         is_part_ML &= ((self.span_B[prompt_M] < 0) | (self.span_B[prompt_M] == span_M))[:, None]
         is_latent_ML = used_ML & made_mask(kinds_ML)
-        latent_ML = self.rows.num_latents_N[rows_M][:, None] + is_latent_ML.long().cumsum(-1) - is_latent_ML.long()
+        latent_ML = (
+            self.rows.num_latents_N[rows_M][:, None]
+            + is_latent_ML.long().cumsum(-1)
+            - is_latent_ML.long()
+        )
         self.rows.num_latents_N[rows_M] += is_latent_ML.sum(-1)
-        is_part_ML &= (self.latent_B[prompt_M][:, None] < 0) | (self.latent_B[prompt_M][:, None] == latent_ML)
+        is_part_ML &= (self.latent_B[prompt_M][:, None] < 0) | (
+            self.latent_B[prompt_M][:, None] == latent_ML
+        )
         rank_ML = self.rows.num_fed_N[rows_M][:, None] + is_part_ML.long().cumsum(-1) - 1
         self.rows.num_fed_N[rows_M] += is_part_ML.sum(-1)
         vector_idx_ML = rank_ML.clamp(min=0) % self.sizes_B[prompt_M].clamp(min=1)[:, None]

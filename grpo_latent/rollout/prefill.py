@@ -1,7 +1,8 @@
 """Prompts of different lengths, prefilled with little padding: those of about one length together.
 
-Padding costs a forward as much as prompt does, and a prompt's image makes lengths differ by hundreds. The parts are put
-side by side afterwards, padded on the left, so that decoding sees one batch.
+Padding costs a forward as much as prompt does, and a prompt's image makes lengths differ by
+hundreds. The parts are put side by side afterwards, padded on the left, so that decoding sees one
+batch.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Prefill(NamedTuple):
 def length_buckets(lengths: Sequence[int]) -> list[list[int]]:
     """Indices of the prompts that are prefilled together, buckets of long prompts first.
 
-    A bucket takes shorter and shorter prompts, until it has `MIN_POSITIONS` and the next would be padded by more than an
-    eighth.
+    A bucket takes shorter and shorter prompts, until it has `MIN_POSITIONS` and the next would be
+    padded by more than an eighth.
 
     >>> length_buckets([300, 20, 290, 30]), length_buckets([30, 20, 30])
     ([[0, 2], [1, 3]], [[0, 1, 2]])
@@ -63,7 +64,10 @@ def length_buckets(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def prefill_prompts(
-    prompts: Sequence[Tensor], images: Sequence[ImageInputs | None], adapter: ModelAdapter, visibility: str
+    prompts: Sequence[Tensor],
+    images: Sequence[ImageInputs | None],
+    adapter: ModelAdapter,
+    visibility: str,
 ) -> Prefill:
     """Of B prompts, each ids [P] with its images or None: one forward a bucket."""
     buckets = length_buckets([ids.shape[0] for ids in prompts])
@@ -74,7 +78,11 @@ def prefill_prompts(
         cache = DynamicCache(config=adapter.text_config)
         hidden_BTH = replay_hidden(adapter, sequences, cache)
         next_position_B = next_positions(sequences.position_ids)
-        parts.append(Prefill(hidden_BTH[:, -1], cache, sequences.kinds_BT, sequences.valid_BT, next_position_B))
+        parts.append(
+            Prefill(
+                hidden_BTH[:, -1], cache, sequences.kinds_BT, sequences.valid_BT, next_position_B
+            )
+        )
     return parts[0] if len(parts) == 1 else join_prefills(parts, buckets)
 
 
@@ -85,20 +93,29 @@ def join_prefills(parts: Sequence[Prefill], buckets: Sequence[Sequence[int]]) ->
         buckets: of each part, the indices of its prompts.
     """
     length = max(part.kinds_BP.shape[1] for part in parts)
-    order_B = torch.tensor([index for bucket in buckets for index in bucket], device=parts[0].hidden_BH.device)
+    order_B = torch.tensor(
+        [index for bucket in buckets for index in bucket], device=parts[0].hidden_BH.device
+    )
     place_B = order_B.argsort()
 
     def join(tensors: Sequence[Tensor], value: int = 0, dim: int | None = None) -> Tensor:
         """Rows in the prompts' order; `dim` is padded on the left to P, with zeros or `value`."""
         if dim is not None:
             later_dims = [0] * 2 * (tensors[0].ndim - 1 - dim)
-            tensors = [pad(tensor, [*later_dims, length - tensor.shape[dim], 0], value=value) for tensor in tensors]
+            tensors = [
+                pad(tensor, [*later_dims, length - tensor.shape[dim], 0], value=value)
+                for tensor in tensors
+            ]
         return torch.cat(list(tensors))[place_B]
 
     cache = DynamicCache()
     for layer_idx in range(len(parts[0].cache.layers)):
         layers = [part.cache.layers[layer_idx] for part in parts]
-        cache.update(join([x.keys for x in layers], dim=2), join([x.values for x in layers], dim=2), layer_idx)
+        cache.update(
+            join([x.keys for x in layers], dim=2),
+            join([x.values for x in layers], dim=2),
+            layer_idx,
+        )
         for layer in layers:
             layer.keys = layer.values = None
     return Prefill(

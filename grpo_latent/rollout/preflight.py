@@ -1,8 +1,10 @@
-"""Whether a checkpoint can start RL: everything that would fail, or silently learn nothing, hours later.
+"""Whether a checkpoint can start RL: everything that would fail, or silently learn nothing, hours
+later.
 
     folder ──load──▶ tokens ▸ embeddings ▸ chat template ▸ end of sequence ──rollout of a few prompts──▶ emission rate
 
-`latents that are never emitted` is the quiet failure: reward and loss look well, and text-only GRPO is what runs.
+`latents that are never emitted` is the quiet failure: reward and loss look well, and text-only
+GRPO is what runs.
 """
 
 from __future__ import annotations
@@ -39,9 +41,11 @@ class PreflightReport:
     """What a checkpoint does.
 
     Attributes:
-        layout: `grpo_latent` (latent_config.json) or `official_lvr`, `official_ilvr` (fields of config.json).
+        layout: `grpo_latent` (latent_config.json) or `official_lvr`, `official_ilvr` (fields of
+            config.json).
         tokens: id of each latent token.
-        emission_rate: share of the trajectories that open at least one span; None if no prompt was tried.
+        emission_rate: share of the trajectories that open at least one span; None if no prompt was
+            tried.
         num_latent_steps: mean over the trajectories.
         eos_rate: share of the trajectories that end by themselves within `max_new_tokens`.
     """
@@ -95,13 +99,19 @@ def preflight(
         PreflightError: the model rolls out no latents, or no finite log-probs.
     """
     if not 0 <= min_emission_rate <= 1:
-        raise ConfigError("not a rate", where="min_emission_rate", got=min_emission_rate, expected="in [0, 1]")
-    loaded = load_latent_model(folder, dtype, device, overrides=overrides, treatment=treatment, seed=seed)
+        raise ConfigError(
+            "not a rate", where="min_emission_rate", got=min_emission_rate, expected="in [0, 1]"
+        )
+    loaded = load_latent_model(
+        folder, dtype, device, overrides=overrides, treatment=treatment, seed=seed
+    )
     check_tokenizer(loaded, str(folder))
     trajectories: list[Trajectory] = []
     if prompts:
         sampling = sampling or SamplingParams(max_new_tokens=64)
-        trajectories = roll_out(loaded, prompts, sampling, trajectories_per_prompt, str(folder), treatment)
+        trajectories = roll_out(
+            loaded, prompts, sampling, trajectories_per_prompt, str(folder), treatment
+        )
     report = make_report(folder, loaded, trajectories)
     if report.emission_rate is not None and report.emission_rate < min_emission_rate:
         raise PreflightError(
@@ -115,7 +125,9 @@ def preflight(
 
 
 def check_tokenizer(loaded: LatentModel, where: str) -> None:
-    """Raises `CheckpointError` unless prompts can be made and each latent token is one token with an embedding."""
+    """Raises `CheckpointError` unless prompts can be made and each latent token is one token with
+    an embedding.
+    """
     tokenizer = loaded.tokenizer
     num_rows = loaded.model.get_input_embeddings().weight.shape[0]
     for token, token_id in loaded.mechanism.token_ids.items():
@@ -169,12 +181,18 @@ def roll_out(
     """
     requests = []
     for prompt_idx, item in enumerate(prompts):
-        prompt = encode_prompt(loaded.tokenizer, loaded.processor, item.messages, item.images, item.where)
+        prompt = encode_prompt(
+            loaded.tokenizer, loaded.processor, item.messages, item.images, item.where
+        )
         seeds = [trajectory_seed(0, 0, prompt_idx, idx) for idx in range(trajectories_per_prompt)]
         requests.append(RolloutRequest(prompt.ids, seeds, prompt.images, group_id=item.where))
     engine = HFRolloutEngine(loaded.model, loaded.mechanism, loaded.eos_ids, treatment=treatment)
     trajectories = [item for group in engine.generate(requests, sampling) for item in group]
-    broken = [item.group_id for item in trajectories if not bool(torch.isfinite(item.rollout_log_probs).all())]
+    broken = [
+        item.group_id
+        for item in trajectories
+        if not bool(torch.isfinite(item.rollout_log_probs).all())
+    ]
     if broken:
         raise PreflightError(
             "log-probs are not finite",
@@ -186,17 +204,25 @@ def roll_out(
     return trajectories
 
 
-def make_report(folder: str | Path, loaded: LatentModel, trajectories: Sequence[Trajectory]) -> PreflightReport:
+def make_report(
+    folder: str | Path, loaded: LatentModel, trajectories: Sequence[Trajectory]
+) -> PreflightReport:
     num = len(trajectories)
     return PreflightReport(
         folder=str(folder),
-        layout="grpo_latent" if (Path(folder) / LATENT_CONFIG_FILE).is_file() else f"official_{loaded.mechanism.key()}",
+        layout="grpo_latent"
+        if (Path(folder) / LATENT_CONFIG_FILE).is_file()
+        else f"official_{loaded.mechanism.key()}",
         model_type=loaded.model.config.model_type,
         head=getattr(loaded.mechanism, "head", "none"),
         tokens=loaded.mechanism.token_ids,
         eos_ids=loaded.eos_ids,
         num_trajectories=num,
-        emission_rate=sum(bool(item.recorded_mask.any()) for item in trajectories) / num if num else None,
-        num_latent_steps=sum(item.latents.shape[0] for item in trajectories) / num if num else None,
+        emission_rate=sum(bool(item.recorded_mask.any()) for item in trajectories) / num
+        if num
+        else None,
+        num_latent_steps=sum(item.latents.shape[0] for item in trajectories) / num
+        if num
+        else None,
         eos_rate=sum(item.stop_reason == "eos" for item in trajectories) / num if num else None,
     )

@@ -26,7 +26,9 @@ _PART_KINDS = {
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. `temperature` 0 is greedy; `top_k` <= 0 and `top_p` 1 switch truncation off."""
+    """How tokens are drawn. `temperature` 0 is greedy; `top_k` <= 0 and `top_p` 1 switch
+    truncation off.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -35,30 +37,40 @@ class SamplingParams:
 
     def __post_init__(self):
         checks = (
-            ("max_new_tokens", isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1, "an int >= 1"),
+            (
+                "max_new_tokens",
+                isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1,
+                "an int >= 1",
+            ),
             ("temperature", 0 <= self.temperature < math.inf, "finite, >= 0"),
             ("top_k", isinstance(self.top_k, int), "an int"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
         )
         for name, holds, expected in checks:
             if not holds:
-                raise ConfigError("not usable", where=f"sampling.{name}", got=getattr(self, name), expected=expected)
+                raise ConfigError(
+                    "not usable",
+                    where=f"sampling.{name}",
+                    got=getattr(self, name),
+                    expected=expected,
+                )
 
 
 @dataclass(frozen=True)
 class LatentOverride:
     """Vectors fed at latent positions instead of the model's own (causal ablations).
 
-    A trajectory's latent positions of the part are counted from 0, and number i is fed vector i mod K. All others are fed
-    what the model makes of the prefix as it then is.
+    A trajectory's latent positions of the part are counted from 0, and number i is fed vector i
+    mod K. All others are fed what the model makes of the prefix as it then is.
 
     Attributes:
         vectors: float [K, H], K >= 1.
-        part: `all`; `text`, what hidden states made (LATENT, MIXED); `vision`, the chosen image embeddings (SELECTED);
-            `span<k>`, the latents of the k-th span from 0; `latent<k>`, the k-th latent and the image embeddings chosen
-            for it.
-        selected_idx: for prompt slots: the image positions taken by the SELECTED positions, where attention shall not choose
-            anew (an own trajectory's, so that other vectors at some positions change nothing at the others).
+        part: `all`; `text`, what hidden states made (LATENT, MIXED); `vision`, the chosen image
+            embeddings (SELECTED); `span<k>`, the latents of the k-th span from 0; `latent<k>`, the
+            k-th latent and the image embeddings chosen for it.
+        selected_idx: for prompt slots: the image positions taken by the SELECTED positions, where
+            attention shall not choose anew (an own trajectory's, so that other vectors at some
+            positions change nothing at the others).
     """
 
     vectors: Tensor = field(repr=False)
@@ -93,10 +105,12 @@ class RolloutRequest:
 
     Attributes:
         prompt_ids: int64 [P], image placeholders expanded.
-        seeds: one per trajectory (`rollout.sampling.trajectory_seed`); their number is the group size.
+        seeds: one per trajectory (`rollout.sampling.trajectory_seed`); their number is the group
+            size.
         images: pixels of the prompt's images, or None.
         group_id: copied into the trajectories.
-        steps: latent steps a span for this prompt, None for the checkpoint's; 0 leaves the delimiters alone (no slots).
+        steps: latent steps a span for this prompt, None for the checkpoint's; 0 leaves the
+            delimiters alone (no slots).
         max_spans: spans that a trajectory may open, None for the checkpoint's; 0 forces text.
         blind_after_span: text after the first span does not see the image.
         latent_override: vectors fed instead of the model's own latents.
@@ -115,21 +129,31 @@ class RolloutRequest:
         ids, where = self.prompt_ids, f"request of group {self.group_id!r}"
         if ids.ndim != 1 or ids.shape[0] == 0 or ids.dtype != torch.int64:
             got = f"prompt_ids {ids.dtype} of shape {tuple(ids.shape)}"
-            raise RolloutError("not a prompt", where=where, got=got, expected="int64 [P] with P >= 1")
+            raise RolloutError(
+                "not a prompt", where=where, got=got, expected="int64 [P] with P >= 1"
+            )
         if not self.seeds:
-            raise RolloutError("no trajectories wanted", where=where, got=self.seeds, expected="a seed for each")
+            raise RolloutError(
+                "no trajectories wanted", where=where, got=self.seeds, expected="a seed for each"
+            )
         if not all(isinstance(seed, int) and 0 <= seed < 2**64 for seed in self.seeds):
-            raise RolloutError("not seeds", where=where, got=self.seeds, expected="ints in [0, 2**64)")
+            raise RolloutError(
+                "not seeds", where=where, got=self.seeds, expected="ints in [0, 2**64)"
+            )
         for name in ("steps", "max_spans"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= 0):
-                raise RolloutError("not a count", where=f"{where}: {name}", got=value, expected="int >= 0 or None")
+                raise RolloutError(
+                    "not a count", where=f"{where}: {name}", got=value, expected="int >= 0 or None"
+                )
 
 
 class RolloutEngine(Protocol):
     """Turns requests into trajectories; the result depends on weights, requests and sampling only."""
 
-    def generate(self, requests: list[RolloutRequest], sampling: SamplingParams) -> list[list[Trajectory]]:
+    def generate(
+        self, requests: list[RolloutRequest], sampling: SamplingParams
+    ) -> list[list[Trajectory]]:
         """One list of trajectories a request, in the order of its seeds."""
         ...
 

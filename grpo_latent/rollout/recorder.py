@@ -1,8 +1,10 @@
 """What a batch records while it decodes, and the trajectories that come of it.
 
-Records are by *record row*, the row that a trajectory had when the batch began; rows that decode may be fewer.
+Records are by *record row*, the row that a trajectory had when the batch began; rows that decode
+may be fewer.
 
-Legend: R record rows, N rows still decoding, M some of them, T completion positions, H hidden, A numbers of aux a latent.
+Legend: R record rows, N rows still decoding, M some of them, T completion positions, H hidden, A
+numbers of aux a latent.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from grpo_latent.trajectory import Trajectory
 
 
 class Recorder:
-    """Tensors [R, T] that fill column by column, and recorded vectors in the order in which they came.
+    """Tensors [R, T] that fill column by column, and recorded vectors in the order in which they
+    came.
 
-    What a row holds beyond its length (a row that has stopped idles along for a while) is never read.
+    What a row holds beyond its length (a row that has stopped idles along for a while) is never
+    read.
     """
 
     def __init__(self, num_rows: int, num_positions: int, device: torch.device):
@@ -35,7 +39,13 @@ class Recorder:
         self._aux: list[Tensor] = []
 
     def add(
-        self, position: int, rows_N: Tensor, kinds_N: Tensor, token_ids_N: Tensor, full_N: Tensor, drawn_N: Tensor
+        self,
+        position: int,
+        rows_N: Tensor,
+        kinds_N: Tensor,
+        token_ids_N: Tensor,
+        full_N: Tensor,
+        drawn_N: Tensor,
     ) -> None:
         """What stands at `position` of the record rows `rows_N`, with both log-probs."""
         self.token_ids_RT[rows_N, position] = token_ids_N
@@ -79,7 +89,10 @@ class Recorder:
                 trajectory = Trajectory(
                     prompt_ids=prompt_ids,
                     # copies, not views that would keep the whole batch alive
-                    **{name: values[row, : lengths[row]].clone() for name, values in fields.items()},
+                    **{
+                        name: values[row, : lengths[row]].clone()
+                        for name, values in fields.items()
+                    },
                     latents=latents_by_row[row],
                     latent_aux=aux_by_row[row],
                     stop_reason="eos" if stopped[row] else "length",
@@ -93,7 +106,9 @@ class Recorder:
         return groups
 
     def _by_row(self, values: list[Tensor], width: int) -> list[Tensor]:
-        """[n, width] float32 for each record row; `Trajectory` checks their number against the kinds."""
+        """[n, width] float32 for each record row; `Trajectory` checks their number against the
+        kinds.
+        """
         num_rows = self.token_ids_RT.shape[0]
         if not values:
             return [torch.zeros(0, width) for _ in range(num_rows)]

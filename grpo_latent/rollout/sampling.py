@@ -1,8 +1,8 @@
 """Sampling that depends on a trajectory's own seed and position only.
 
-Each draw inverts the distribution's cumulative sum at one uniform number, which a counter-based hash makes from
-(trajectory seed, position). So a resumed run, another number of workers or another batch composition draws the same
-numbers, and no generator state has to be saved.
+Each draw inverts the distribution's cumulative sum at one uniform number, which a counter-based
+hash makes from (trajectory seed, position). So a resumed run, another number of workers or another
+batch composition draws the same numbers, and no generator state has to be saved.
 """
 
 from __future__ import annotations
@@ -15,17 +15,24 @@ from torch import Tensor
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _LATENT_STREAM = 1 << 40  # counters of latents begin here, far beyond those of text positions
-_SLOT_STREAM, _MAX_IMAGE_POSITIONS = 1 << 50, 1 << 32  # counters of slots, beyond those of everything else
+_SLOT_STREAM, _MAX_IMAGE_POSITIONS = (
+    1 << 50,
+    1 << 32,
+)  # counters of slots, beyond those of everything else
 
 
 def trajectory_seed(run_seed: int, step: int, row_id: str | int, trajectory_idx: int) -> int:
-    """63-bit seed of one trajectory; equal arguments give equal seeds in every process and on every machine."""
+    """63-bit seed of one trajectory; equal arguments give equal seeds in every process and on
+    every machine.
+    """
     text = f"{run_seed}/{step}/{row_id}/{trajectory_idx}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def uniforms(seeds_N: np.ndarray, position: int | np.ndarray) -> Tensor:
-    """float64 [N] in [0, 1): splitmix64 (Steele et al. 2014) of seed + (position + 1) * golden ratio."""
+    """float64 [N] in [0, 1): splitmix64 (Steele et al. 2014) of seed + (position + 1) * golden
+    ratio.
+    """
     with np.errstate(over="ignore"):
         x = seeds_N.astype(np.uint64) + (np.asarray(position) + 1).astype(np.uint64) * _GOLDEN
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -35,18 +42,26 @@ def uniforms(seeds_N: np.ndarray, position: int | np.ndarray) -> Tensor:
 
 
 def latent_uniforms(seeds_M: np.ndarray, position: int, count: int) -> Tensor:
-    """float64 [M, count] in (0, 1): what a latent at `position` draws from, on a stream of its own."""
+    """float64 [M, count] in (0, 1): what a latent at `position` draws from, on a stream of its
+    own.
+    """
     counters = _LATENT_STREAM + position * count + np.arange(count)
     return uniforms(seeds_M[:, None], counters[None]) + 2.0**-54
 
 
 def slot_uniforms(seeds_N: np.ndarray, slot: int, num_images: int) -> Tensor:
-    """float64 [N, num_images] in [0, 1): what a prompt's slot draws each image position with, on a stream of its own."""
-    return uniforms(seeds_N[:, None], _SLOT_STREAM + slot * _MAX_IMAGE_POSITIONS + np.arange(num_images))
+    """float64 [N, num_images] in [0, 1): what a prompt's slot draws each image position with, on a
+    stream of its own.
+    """
+    return uniforms(
+        seeds_N[:, None], _SLOT_STREAM + slot * _MAX_IMAGE_POSITIONS + np.arange(num_images)
+    )
 
 
 def truncate(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits with -inf outside the top-k and the top-p nucleus (top_k <= 0 and top_p >= 1 switch each off)."""
+    """Logits with -inf outside the top-k and the top-p nucleus (top_k <= 0 and top_p >= 1 switch
+    each off).
+    """
     vocab_size = logits_NV.shape[-1]
     if 0 < top_k < vocab_size:
         kth_N1 = logits_NV.topk(top_k, dim=-1).values[:, -1:]
@@ -76,20 +91,30 @@ def sample(
         banned_NV: bool [N, V] or [1, V], tokens that must not be drawn.
 
     Returns:
-        token ids int64 [N]; log-prob under the full distribution at `temperature` (at 1 when greedy), float32 [N]; log-prob
+        token ids int64 [N]; log-prob under the full distribution at `temperature` (at 1 when
+            greedy), float32 [N]; log-prob
         under the distribution drawn from, float32 [N] (0 when greedy).
     """
     greedy = temperature == 0
-    scaled_NV = logits_NV.float() if greedy or temperature == 1 else logits_NV.float() / temperature
+    scaled_NV = (
+        logits_NV.float() if greedy or temperature == 1 else logits_NV.float() / temperature
+    )
     full_NV = scaled_NV.log_softmax(-1)
     allowed_NV = scaled_NV if banned_NV is None else scaled_NV.masked_fill(banned_NV, -torch.inf)
     if greedy:
         tokens_N = allowed_NV.argmax(-1)
-        return tokens_N, full_NV.gather(1, tokens_N[:, None])[:, 0], torch.zeros_like(full_NV[:, 0])
+        return (
+            tokens_N,
+            full_NV.gather(1, tokens_N[:, None])[:, 0],
+            torch.zeros_like(full_NV[:, 0]),
+        )
     drawn_NV = truncate(allowed_NV, top_k, top_p).log_softmax(-1)
     cumulative_NV = drawn_NV.double().exp().cumsum(-1)
-    # rounding may leave the last cumulative value below 1: scale the uniform instead of running past the end
+    # rounding may leave the last cumulative value below 1: scale the uniform instead of running
+    # past the end
     target_N1 = uniforms_N.to(cumulative_NV.device)[:, None] * cumulative_NV[:, -1:]
-    tokens_N = torch.searchsorted(cumulative_NV, target_N1, right=True)[:, 0].clamp_(max=logits_NV.shape[-1] - 1)
+    tokens_N = torch.searchsorted(cumulative_NV, target_N1, right=True)[:, 0].clamp_(
+        max=logits_NV.shape[-1] - 1
+    )
     pick = tokens_N[:, None]
     return tokens_N, full_NV.gather(1, pick)[:, 0], drawn_NV.gather(1, pick)[:, 0]

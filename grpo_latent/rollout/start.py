@@ -1,4 +1,5 @@
-"""How the rows of a batch begin: their prompts, prefilled once each, and the slots of mechanisms that have them.
+"""How the rows of a batch begin: their prompts, prefilled once each, and the slots of mechanisms
+that have them.
 
     prompt_start   B prompts ──one forward a length──▶ keys and values, shared by the rows of a prompt
     slot_start     B prompts ──▶ slots ──▶ the same; with drawn image positions each row has slots of its own
@@ -34,8 +35,10 @@ class Start:
     Attributes:
         prefill: of B prompts, or of N rows.
         row_to_prefill_N: int64, the row of `prefill` that each row goes on from.
-        records: the slots of each row, which stand in front of what is decoded; None without slots.
-        limits_N: int64, positions that each row may still take; None where all may take `max_new_tokens`.
+        records: the slots of each row, which stand in front of what is decoded; None without
+            slots.
+        limits_N: int64, positions that each row may still take; None where all may take
+            `max_new_tokens`.
     """
 
     prefill: Prefill
@@ -52,7 +55,10 @@ def rows_of_prompts(requests: list[RolloutRequest], device: torch.device) -> Ten
 
 def prompt_start(adapter: ModelAdapter, requests: list[RolloutRequest]) -> Start:
     """Prefills the prompts, with little padding."""
-    prompts, images = [request.prompt_ids for request in requests], [request.images for request in requests]
+    prompts, images = (
+        [request.prompt_ids for request in requests],
+        [request.images for request in requests],
+    )
     prefill = prefill_prompts(prompts, images, adapter, adapter.mechanism.visibility)
     return Start(prefill, rows_of_prompts(requests, adapter.device))
 
@@ -65,12 +71,13 @@ def slot_start(
 ) -> Start:
     """Prefills the prompts and runs their slots, which count towards `max_new_tokens`.
 
-    Deterministic selection does not depend on a trajectory's seed, so the rows of a prompt share their slots; with random
-    selection (Plackett–Luce) the prompt is prefilled once, and each row has slots of its own.
+    Deterministic selection does not depend on a trajectory's seed, so the rows of a prompt share
+    their slots; with random selection (Plackett–Luce) the prompt is prefilled once, and each row
+    has slots of its own.
 
     Args:
-        selection_temperature: of Plackett–Luce selection; None takes the image positions of most attention, and so does
-            greedy decoding.
+        selection_temperature: of Plackett–Luce selection; None takes the image positions of most
+            attention, and so does greedy decoding.
     """
     device = adapter.device
     num_slots = [adapter.mechanism.num_slots(request.steps) for request in requests]
@@ -81,13 +88,20 @@ def slot_start(
     prefill = prefill_with_slots(
         adapter,
         prompt_sequences(
-            [request.prompt_ids for request in requests], [request.images for request in requests], adapter, "full"
+            [request.prompt_ids for request in requests],
+            [request.images for request in requests],
+            adapter,
+            "full",
         ),
         torch.tensor(num_slots, device=device),
         adapter.mechanism.top_k_image,
         feed=_feed(OverrideTable(requests, prompts_B, adapter.hidden_size)) if is_given else None,
-        selected_idx=[None if override is None else override.selected_idx for override in overrides],
-        draws=_draws(adapter, requests, num_slots, sampling, selection_temperature) if may_draw else None,
+        selected_idx=[
+            None if override is None else override.selected_idx for override in overrides
+        ],
+        draws=_draws(adapter, requests, num_slots, sampling, selection_temperature)
+        if may_draw
+        else None,
     )
     rows = [request for request in requests for _ in request.seeds]
     # one record a row: a prompt's rows share theirs, unless each has drawn its own
@@ -99,7 +113,13 @@ def slot_start(
         limits.append(sampling.max_new_tokens - record.kinds.shape[0])
         _check_room(request, record, sampling)
     return Start(
-        Prefill(prefill.hidden_BH, prefill.cache, prefill.kinds_BS, prefill.valid_BS, prefill.next_position_B),
+        Prefill(
+            prefill.hidden_BH,
+            prefill.cache,
+            prefill.kinds_BS,
+            prefill.valid_BS,
+            prefill.next_position_B,
+        ),
         torch.arange(len(rows), device=device) if has_own else rows_of_prompts(requests, device),
         records,
         torch.tensor(limits, device=device),
@@ -115,9 +135,15 @@ def _draws(
 ) -> SlotDraws:
     uniforms_NSM = None
     if sampling.temperature > 0:
-        seeds_N = np.array([seed for request in requests for seed in request.seeds], dtype=np.uint64)
-        counts = [int((request.prompt_ids == adapter.image_token_id).sum()) for request in requests]
-        slots = [slot_uniforms(seeds_N, slot, max(*counts, 1)) for slot in range(max(*num_slots, 1))]
+        seeds_N = np.array(
+            [seed for request in requests for seed in request.seeds], dtype=np.uint64
+        )
+        counts = [
+            int((request.prompt_ids == adapter.image_token_id).sum()) for request in requests
+        ]
+        slots = [
+            slot_uniforms(seeds_N, slot, max(*counts, 1)) for slot in range(max(*num_slots, 1))
+        ]
         uniforms_NSM = torch.stack(slots, 1).to(adapter.device)
     return SlotDraws(rows_of_prompts(requests, adapter.device), temperature, uniforms_NSM)
 

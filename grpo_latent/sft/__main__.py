@@ -30,7 +30,9 @@ def main(config: DictConfig) -> None:
         ) from error
     result = run_sft(SFTSettings.from_dict(resolved))
     metrics = "  ".join(f"{name} {value:.3g}" for name, value in result.metrics.items())
-    print(f"sft: {result.steps} steps in {result.seconds:.1f} s  {metrics}\nmodel: {result.model_path}")
+    print(
+        f"sft: {result.steps} steps in {result.seconds:.1f} s  {metrics}\nmodel: {result.model_path}"
+    )
 
 
 if __name__ == "__main__":

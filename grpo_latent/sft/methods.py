@@ -23,11 +23,22 @@ from grpo_latent.data.formats.stepwise import READERS as STEPWISE_READERS
 from grpo_latent.data.rows import read_verl_parquet
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import LatentModel
-from grpo_latent.sft.common.latents import CoconutLatents, ILVRLatents, IVTLRLatents, LatentSettings, LVRLatents
+from grpo_latent.sft.common.latents import (
+    CoconutLatents,
+    ILVRLatents,
+    IVTLRLatents,
+    LatentSettings,
+    LVRLatents,
+)
 from grpo_latent.sft.common.rows import RowEncoder
 from grpo_latent.sft.common.trainer import LatentSFTTrainer
 from grpo_latent.sft.ilvr.rows import ILVREncoder
-from grpo_latent.sft.ilvr.trainer import ILVRStage1Trainer, ILVRStage2Trainer, SelfFedConfig, TeacherConfig
+from grpo_latent.sft.ilvr.trainer import (
+    ILVRStage1Trainer,
+    ILVRStage2Trainer,
+    SelfFedConfig,
+    TeacherConfig,
+)
 from grpo_latent.sft.lvr.losses import LVRLossConfig
 from grpo_latent.sft.lvr.rows import LVREncoder
 from grpo_latent.sft.lvr.trainer import LVRTrainer
@@ -67,17 +78,25 @@ def _lvr_encoder(latent: LatentModel, loss: LVRLossConfig, max_length: int | Non
     )
 
 
-def _stage1_encoder(latent: LatentModel, loss: TeacherConfig, max_length: int | None) -> ILVREncoder:
+def _stage1_encoder(
+    latent: LatentModel, loss: TeacherConfig, max_length: int | None
+) -> ILVREncoder:
     return ILVREncoder.of_model(latent, max_length=max_length, reads_helpers=True)
 
 
-def _stage2_encoder(latent: LatentModel, loss: SelfFedConfig, max_length: int | None) -> ILVREncoder:
+def _stage2_encoder(
+    latent: LatentModel, loss: SelfFedConfig, max_length: int | None
+) -> ILVREncoder:
     return ILVREncoder.of_model(latent, max_length=max_length, reads_helpers=False)
 
 
-def _stepwise_encoder(latent: LatentModel, loss: CurriculumConfig, max_length: int | None) -> StepwiseEncoder:
+def _stepwise_encoder(
+    latent: LatentModel, loss: CurriculumConfig, max_length: int | None
+) -> StepwiseEncoder:
     image_token_id = ModelAdapter(latent.model).image_token_id
-    return StepwiseEncoder.of_model(latent, max_length=max_length, image_token_id=image_token_id, curriculum=loss)
+    return StepwiseEncoder.of_model(
+        latent, max_length=max_length, image_token_id=image_token_id, curriculum=loss
+    )
 
 
 def _stored(read: Callable[[str], Iterator]) -> Callable[[str, str | None], Iterator]:

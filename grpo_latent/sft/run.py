@@ -32,7 +32,14 @@ from grpo_latent.sft.common.saving import save_for_rl
 from grpo_latent.sft.settings import SFTSettings
 
 # a resumed run may differ in these: how long it goes on, and what it writes
-_FREE_ON_RESUME = {"max_steps", "num_train_epochs", "save_steps", "save_strategy", "save_total_limit", "output_dir"}
+_FREE_ON_RESUME = {
+    "max_steps",
+    "num_train_epochs",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "output_dir",
+}
 
 
 @dataclass(frozen=True)
@@ -68,9 +75,13 @@ def run_sft(settings: SFTSettings) -> SFTResult:
     checkpoint = find_checkpoint(settings, output_dir)
     set_seed(args.seed)  # before loading, which draws new embeddings and modules
     parts = settings.parts
-    latent = load_for_sft(settings.model, settings.latent, settings.loss.trains_end_vector, parts.needs_vision)
+    latent = load_for_sft(
+        settings.model, settings.latent, settings.loss.trains_end_vector, parts.needs_vision
+    )
     if latent.processor is not None:
-        set_image_tokens(latent.processor, settings.data.min_image_tokens, settings.data.max_image_tokens)
+        set_image_tokens(
+            latent.processor, settings.data.min_image_tokens, settings.data.max_image_tokens
+        )
     choose_parameters(latent, settings)
     dataset = build_dataset(latent, settings)
     if args.should_save:
@@ -95,16 +106,29 @@ def run_sft(settings: SFTSettings) -> SFTResult:
     metrics = {}
     # the last value of each, from whichever line has it: a term may be missing from the last one
     for line in trainer.state.log_history:
-        metrics |= {name: line[name] for name in ("ce", "latent_loss", "latent_hit", "end_loss") if name in line}
+        metrics |= {
+            name: line[name]
+            for name in ("ce", "latent_loss", "latent_hit", "end_loss")
+            if name in line
+        }
     trainer.accelerator.wait_for_everyone()
     # gathering shards is a collective: every process takes part
-    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
+    state_dict = (
+        trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if trainer.is_fsdp_enabled
+        else None
+    )
     if args.should_save:
         merge_lora(latent.model)
         save_for_rl(save_path, latent, state_dict)
     result = SFTResult(save_path, trainer.state.global_step, time.perf_counter() - start, metrics)
     if args.should_save:
-        summary = {"model": str(save_path), "steps": result.steps, "seconds": round(result.seconds, 2), **metrics}
+        summary = {
+            "model": str(save_path),
+            "steps": result.steps,
+            "seconds": round(result.seconds, 2),
+            **metrics,
+        }
         write_json(output_dir / "summary.json", summary)
     return result
 
@@ -114,7 +138,8 @@ def check_sharding(args: TrainingArguments, has_lora: bool) -> None:
     refused = {
         "DeepSpeed": bool(args.deepspeed),
         "FSDP with LoRA": bool(args.fsdp) and has_lora,
-        "FSDP on the CPU": bool(args.fsdp) and args.use_cpu,  # accelerate falls back to plain data parallelism
+        "FSDP on the CPU": bool(args.fsdp)
+        and args.use_cpu,  # accelerate falls back to plain data parallelism
     }
     for got, is_asked in refused.items():
         if is_asked:
@@ -151,7 +176,9 @@ def build_dataset(latent: LatentModel, settings: SFTSettings) -> SFTDataset:
     """Reads and checks the rows of all files; their images are decoded when a batch is made."""
     data, parts = settings.data, settings.parts
     read = parts.readers[data.format]
-    examples = itertools.chain.from_iterable(read(path, data.image_folder) for path in data.train_files)
+    examples = itertools.chain.from_iterable(
+        read(path, data.image_folder) for path in data.train_files
+    )
     encoder = parts.make_encoder(latent, settings.loss, data.max_length)
     return SFTDataset(list(itertools.islice(examples, data.max_rows)), encoder, data.cache_bytes)
 
@@ -177,7 +204,11 @@ def find_checkpoint(settings: SFTSettings, output_dir: Path) -> Path | None:
                 expected="auto, null, or a folder checkpoint-N",
             )
         return checkpoint
-    checkpoints = [folder for folder in step_folders(output_dir, "checkpoint-").values() if is_complete(folder)]
+    checkpoints = [
+        folder
+        for folder in step_folders(output_dir, "checkpoint-").values()
+        if is_complete(folder)
+    ]
     if not checkpoints:
         return None
     check_same_run(settings, output_dir)
@@ -203,7 +234,9 @@ def check_same_run(settings: SFTSettings, output_dir: Path) -> None:
     except (OSError, json.JSONDecodeError):
         before = {}
     now = as_dict(settings)
-    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    changed = sorted(
+        name for name in before.keys() | now.keys() if before.get(name) != now.get(name)
+    )
     changed = [name for name in changed if name.removeprefix("trainer.") not in _FREE_ON_RESUME]
     changed = [name for name in changed if name not in ("resume", "model.save_path")]
     if changed:
@@ -221,7 +254,10 @@ def as_dict(settings: SFTSettings) -> dict:
 
     def flatten(value: object, prefix: str) -> dict:
         if isinstance(value, dict) and value:
-            items = (flatten(item, f"{prefix}.{name}" if prefix else name) for name, item in value.items())
+            items = (
+                flatten(item, f"{prefix}.{name}" if prefix else name)
+                for name, item in value.items()
+            )
             return {name: item for part in items for name, item in part.items()}
         return {prefix: list(value) if isinstance(value, tuple) else value}
 

@@ -60,7 +60,9 @@ class SFTSettings:
             horizon_steps=schedule.get("horizon_steps"),
         )
         check_choice(settings.model.dtype, DTYPES, "model.dtype")
-        check_choice(settings.data.format, tuple(method.readers), "data.format", note=f" for method {name}")
+        check_choice(
+            settings.data.format, tuple(method.readers), "data.format", note=f" for method {name}"
+        )
         return settings
 
     @property

@@ -1,7 +1,8 @@
 """Tiny models for a mechanism under test, and what it does on them.
 
-A freshly initialised tiny model is nearly constant: its embeddings are 1/50 of its hidden states, its logits are almost
-uniform. `sharpen` scales its weights, so that a wrong latent, position or mask moves log-probs by nats, not by 1e-3.
+A freshly initialised tiny model is nearly constant: its embeddings are 1/50 of its hidden states,
+its logits are almost uniform. `sharpen` scales its weights, so that a wrong latent, position or
+mask moves log-probs by nats, not by 1e-3.
 
 Legend: N rows (trajectories), T completion positions, H hidden.
 """
@@ -38,7 +39,9 @@ IMAGE_SIZE = (28, 42)  # pixels: 2 x 3 merged tokens
 
 
 def sharpen(model: PreTrainedModel, opening_ids: frozenset[int], eos_id: int) -> None:
-    """Changes a tiny model in place so that its numbers react to every input, and spans and ends are frequent."""
+    """Changes a tiny model in place so that its numbers react to every input, and spans and ends
+    are frequent.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lm_head" in name:
@@ -68,7 +71,8 @@ class Case:
     """A mechanism on one backbone.
 
     Attributes:
-        sampled_ids: the only tokens that rollouts may draw, so that rows meet spans, delimiters and ends soon.
+        sampled_ids: the only tokens that rollouts may draw, so that rows meet spans, delimiters
+            and ends soon.
     """
 
     backbone: str
@@ -99,7 +103,9 @@ class Case:
         banned = set(range(len(self.tokenizer))) - self.sampled_ids
         return HFRolloutEngine(model or self.model, self.mechanism, [self.eos_id], banned)
 
-    def generate(self, requests: list[RolloutRequest], max_new_tokens: int | None = None) -> list[list[Trajectory]]:
+    def generate(
+        self, requests: list[RolloutRequest], max_new_tokens: int | None = None
+    ) -> list[list[Trajectory]]:
         sampling = SamplingParams(max_new_tokens or self.max_new_tokens, temperature=TEMPERATURE)
         return self.engine().generate(requests, sampling)
 
@@ -114,28 +120,42 @@ class Case:
             requests.append(RolloutRequest(ids, seeds, images, group_id=str(row)))
         return requests
 
-    def _prompt(self, text: str, num_images: int, generator: torch.Generator) -> tuple[Tensor, ImageInputs | None]:
+    def _prompt(
+        self, text: str, num_images: int, generator: torch.Generator
+    ) -> tuple[Tensor, ImageInputs | None]:
         content = [{"type": "text", "text": text}, *[{"type": "image"}] * num_images]
-        prompt = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        prompt = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False
+        )
         if num_images == 0:
             return torch.tensor(self.tokenizer(prompt).input_ids), None
-        pixels = torch.randint(0, 255, (num_images, *IMAGE_SIZE, 3), generator=generator, dtype=torch.uint8)
+        pixels = torch.randint(
+            0, 255, (num_images, *IMAGE_SIZE, 3), generator=generator, dtype=torch.uint8
+        )
         pictures = [Image.fromarray(image.numpy()) for image in pixels]
         inputs = self.processor(text=[prompt], images=pictures, return_tensors="pt")
-        return inputs["input_ids"][0], backbone_of_processor(self.processor).image_inputs(inputs, self.processor)
+        return inputs["input_ids"][0], backbone_of_processor(self.processor).image_inputs(
+            inputs, self.processor
+        )
 
     @cached_property
     def recorded(self) -> Recorded:
         """Made once; no check changes the model."""
         return recorded(self.requests, self.generate(self.requests))
 
-    def collate(self, made: Recorded | None = None, padding_side: str = "right") -> LatentSequences:
+    def collate(
+        self, made: Recorded | None = None, padding_side: str = "right"
+    ) -> LatentSequences:
         made = made or self.recorded
-        return collate(made.trajectories, made.images, self.adapter, self.mechanism.visibility, padding_side)
+        return collate(
+            made.trajectories, made.images, self.adapter, self.mechanism.visibility, padding_side
+        )
 
 
 def recorded(requests: list[RolloutRequest], groups: list[list[Trajectory]]) -> Recorded:
-    images = [request.images for request, group in zip(requests, groups, strict=True) for _ in group]
+    images = [
+        request.images for request, group in zip(requests, groups, strict=True) for _ in group
+    ]
     return Recorded(requests, [trajectory for group in groups for trajectory in group], images)
 
 
@@ -146,10 +166,23 @@ def build_case(cls: type[Mechanism], backbone: str, settings: dict) -> Case:
         ConfigError: no such tiny model, or settings that the mechanism refuses.
     """
     if backbone not in BACKBONES:
-        raise ConfigError("no such tiny model", where="backbones", got=backbone, expected=f"some of {tuple(BACKBONES)}")
-    named = [value for name, value in settings.items() if name.endswith("_token") and isinstance(value, str)]
+        raise ConfigError(
+            "no such tiny model",
+            where="backbones",
+            got=backbone,
+            expected=f"some of {tuple(BACKBONES)}",
+        )
+    named = [
+        value
+        for name, value in settings.items()
+        if name.endswith("_token") and isinstance(value, str)
+    ]
     known = tiny.word_tokenizer(WORDS, ()).get_vocab()
-    tokens = [token for token in dict.fromkeys([*cls.published_tokens.values(), *named]) if token not in known]
+    tokens = [
+        token
+        for token in dict.fromkeys([*cls.published_tokens.values(), *named])
+        if token not in known
+    ]
     model, tokenizer, processor = BACKBONES[backbone](WORDS, latent_tokens=tokens)
     mechanism = cls.from_tokens(tokenizer.get_vocab(), **settings)
     sharpen(model, mechanism.opening_ids, tokenizer.eos_token_id)

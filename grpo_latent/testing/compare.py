@@ -18,13 +18,17 @@ REPLAY_BOUND = 1e-4  # nats: one forward over a whole sequence against one a tok
 ROW_BOUND = 1e-5  # nats: the same row beside other rows
 
 
-def require(holds: bool, what: str, got: object = None, expected: str | None = None, fix: str | None = None) -> None:
+def require(
+    holds: bool, what: str, got: object = None, expected: str | None = None, fix: str | None = None
+) -> None:
     """Raises `ConformanceError` unless `holds`; the runner adds which check it was."""
     if not holds:
         raise ConformanceError(what, got=got, expected=expected, fix=fix)
 
 
-def rows_of(values_BT: Tensor, sequences: LatentSequences, trajectories: list[Trajectory]) -> list[Tensor]:
+def rows_of(
+    values_BT: Tensor, sequences: LatentSequences, trajectories: list[Trajectory]
+) -> list[Tensor]:
     """The completions' part of each row, [T] each, wherever the padding stands."""
     return [
         values_BT[row][sequences.valid_BT[row]][len(trajectory.prompt_ids) :]
@@ -33,12 +37,16 @@ def rows_of(values_BT: Tensor, sequences: LatentSequences, trajectories: list[Tr
 
 
 @torch.no_grad()
-def replayed(case: Case, trajectories: list[Trajectory], sequences: LatentSequences) -> list[Tensor]:
+def replayed(
+    case: Case, trajectories: list[Trajectory], sequences: LatentSequences
+) -> list[Tensor]:
     """Log-probs of each completion by replay, 0 where nothing was sampled."""
     return rows_of(replay(case.adapter, sequences, TEMPERATURE)[0], sequences, trajectories)
 
 
-def require_replay(case: Case, trajectories: list[Trajectory], sequences: LatentSequences, what: str) -> None:
+def require_replay(
+    case: Case, trajectories: list[Trajectory], sequences: LatentSequences, what: str
+) -> None:
     """Rollout log-probs equal replayed ones at every action."""
     for row, (trajectory, values_T) in enumerate(
         zip(trajectories, replayed(case, trajectories, sequences), strict=True)
@@ -54,16 +62,27 @@ def require_replay(case: Case, trajectories: list[Trajectory], sequences: Latent
         )
 
 
-def require_equal_rows(first: Trajectory, second: Trajectory, what: str, bound: float = ROW_BOUND) -> None:
+def require_equal_rows(
+    first: Trajectory, second: Trajectory, what: str, bound: float = ROW_BOUND
+) -> None:
     """The same tokens and kinds, log-probs and vectors up to rounding."""
-    same = torch.equal(first.token_ids, second.token_ids) and torch.equal(first.kinds, second.kinds)
+    same = torch.equal(first.token_ids, second.token_ids) and torch.equal(
+        first.kinds, second.kinds
+    )
     got = f"tokens {first.token_ids.tolist()} and {second.token_ids.tolist()}"
     require(same, what, got=got, expected="the same tokens and kinds")
     gap = float((first.rollout_log_probs - second.rollout_log_probs).abs().max())
-    require(gap <= bound, what, got=f"log-probs that differ by {gap:.3g} nats", expected=f"<= {bound}")
+    require(
+        gap <= bound, what, got=f"log-probs that differ by {gap:.3g} nats", expected=f"<= {bound}"
+    )
     if len(first.latents):
         gap = relative(first.latents, second.latents)
-        require(gap <= 1e-4, what, got=f"recorded vectors that differ by {gap:.3g}", expected="<= 1e-4 of their size")
+        require(
+            gap <= 1e-4,
+            what,
+            got=f"recorded vectors that differ by {gap:.3g}",
+            expected="<= 1e-4 of their size",
+        )
 
 
 def relative(first: Tensor, second: Tensor) -> float:

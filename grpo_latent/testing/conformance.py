@@ -1,4 +1,5 @@
-"""`check_mechanism`: whether a mechanism keeps what rollout, replay, training and ablations rely on.
+"""`check_mechanism`: whether a mechanism keeps what rollout, replay, training and ablations rely
+on.
 
 class, settings ──build_case──▶ a tiny model with it attached ──CHECKS──▶ outcomes, or `ConformanceError`
 """
@@ -50,7 +51,8 @@ def check_mechanism(
     Args:
         cls: the class, its name in the registry, or package.module:Class.
         checks: names of `CHECKS`.
-        backbones: names of tiny models. A mechanism that inserts image embeddings is not run on one without images.
+        backbones: names of tiny models. A mechanism that inserts image embeddings is not run on
+            one without images.
         settings: of the mechanism, as `Mechanism.from_tokens` takes them.
 
     Raises:
@@ -60,12 +62,16 @@ def check_mechanism(
     cls = mechanism_class(cls) if isinstance(cls, str) else cls
     unknown = sorted(set(checks) - set(CHECKS))
     if unknown:
-        raise ConfigError("unknown checks", where="checks", got=unknown, expected=f"some of {tuple(CHECKS)}")
+        raise ConfigError(
+            "unknown checks", where="checks", got=unknown, expected=f"some of {tuple(CHECKS)}"
+        )
     outcomes = []
     for backbone in backbones:
         case = build_case(cls, backbone, dict(settings))
         if case.mechanism.top_k_image and not case.adapter.has_vision:
-            outcomes += [Outcome(name, backbone, "no image embeddings to insert") for name in checks]
+            outcomes += [
+                Outcome(name, backbone, "no image embeddings to insert") for name in checks
+            ]
             continue
         outcomes += [Outcome(name, backbone, _run(name, case)) for name in checks]
     return outcomes

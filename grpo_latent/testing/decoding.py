@@ -26,12 +26,22 @@ from grpo_latent.trajectory import PositionKind, latent_mask
 
 
 def check_declares(case: Case) -> str | None:
-    """What a mechanism says of itself holds: ids lie in the vocabulary, `parameter_prefixes` cover what `attach` makes."""
+    """What a mechanism says of itself holds: ids lie in the vocabulary, `parameter_prefixes` cover
+    what `attach` makes.
+    """
     mechanism, vocab_size = case.mechanism, len(case.tokenizer)
     ids = {kind.name: mechanism.placeholder_id(kind) for kind in PositionKind}
-    require(all(0 <= i < vocab_size for i in ids.values()), "placeholder ids outside the vocabulary", got=ids)
+    require(
+        all(0 <= i < vocab_size for i in ids.values()),
+        "placeholder ids outside the vocabulary",
+        got=ids,
+    )
     unknown = (mechanism.banned_ids | mechanism.opening_ids) - set(mechanism.token_ids.values())
-    require(not unknown, "banned_ids or opening_ids of tokens that are not the mechanism's", got=sorted(unknown))
+    require(
+        not unknown,
+        "banned_ids or opening_ids of tokens that are not the mechanism's",
+        got=sorted(unknown),
+    )
     made = mechanism.new_parameters(case.adapter.text_config, torch.float32, torch.device("cpu"))
     prefixes = mechanism.parameter_prefixes
     names = [name for name in case.model.state_dict() if name.split(".")[0] in made]
@@ -50,19 +60,30 @@ def check_rollout_is_replay(case: Case) -> str | None:
     """Log-probs of the rollout equal those of a replay, at every action."""
     made = case.recorded
     count = sum(len(trajectory.latents) for trajectory in made.trajectories)
-    require(count > 0, "the rollouts recorded no vector", got=f"{len(made.trajectories)} rows", expected="some")
-    require_replay(case, made.trajectories, case.collate(), "rollout and replay score an action differently")
+    require(
+        count > 0,
+        "the rollouts recorded no vector",
+        got=f"{len(made.trajectories)} rows",
+        expected="some",
+    )
+    require_replay(
+        case, made.trajectories, case.collate(), "rollout and replay score an action differently"
+    )
     return None
 
 
 @torch.no_grad()
 def check_recorded_is_made(case: Case) -> str | None:
-    """While weights stay, what was recorded is what `make` makes of the hidden states at `sources`."""
+    """While weights stay, what was recorded is what `make` makes of the hidden states at
+    `sources`.
+    """
     sequences = case.collate()
     sources = case.mechanism.sources(sequences.kinds_BT, sequences.valid_BT)
     same = all(torch.equal(a, b) for a, b in zip(sources, sequences.sources, strict=True))
     require(
-        same, "sources other than the sequences'", expected="the last position that is neither padding nor SELECTED"
+        same,
+        "sources other than the sequences'",
+        expected="the last position that is neither padding nor SELECTED",
     )
     recorded_MH = sequences.latents_NH[sequences.is_made_N]
     made_MH = case.adapter.make(replay_hidden(case.adapter, sequences)[sources])
@@ -73,7 +94,12 @@ def check_recorded_is_made(case: Case) -> str | None:
         expected=f"{tuple(recorded_MH.shape)}, as source.hidden_MH",
     )
     gap = relative(made_MH, recorded_MH)
-    require(gap <= 1e-4, "make in a replay is not what was recorded", got=f"{gap:.3g} of its size", expected="<= 1e-4")
+    require(
+        gap <= 1e-4,
+        "make in a replay is not what was recorded",
+        got=f"{gap:.3g} of its size",
+        expected="<= 1e-4",
+    )
     return None
 
 
@@ -91,16 +117,25 @@ def check_batch(case: Case) -> str | None:
 
 
 def check_ragged(case: Case) -> str | None:
-    """Prompts and completions of different lengths, with images and without, replay alike however they are padded."""
+    """Prompts and completions of different lengths, with images and without, replay alike however
+    they are padded.
+    """
     made = case.recorded
     lengths = {len(trajectory.kinds) for trajectory in made.trajectories}
-    require(len(lengths) > 1, "all rows are of one length", got=lengths, expected="rows that stop by themselves")
+    require(
+        len(lengths) > 1,
+        "all rows are of one length",
+        got=lengths,
+        expected="rows that stop by themselves",
+    )
     for side in ("left", "right", "both"):
         what = f"rows padded on the {side} score differently"
         require_replay(case, made.trajectories, case.collate(padding_side=side), what)
     for trajectory, images in list(zip(made.trajectories, made.images, strict=True))[::4]:
         one = Recorded([], [trajectory], [images])
-        require_replay(case, one.trajectories, case.collate(one), "a row without padding scores differently")
+        require_replay(
+            case, one.trajectories, case.collate(one), "a row without padding scores differently"
+        )
     return None
 
 
@@ -112,7 +147,8 @@ def check_placeholders(case: Case) -> str | None:
     own = replayed(case, made.trajectories, case.collate())
     for token_id in (case.eos_id, case.adapter.image_token_id or 1, 10**6):
         changed = [
-            replace(t, token_ids=torch.where(latent_mask(t.kinds), token_id, t.token_ids)) for t in made.trajectories
+            replace(t, token_ids=torch.where(latent_mask(t.kinds), token_id, t.token_ids))
+            for t in made.trajectories
         ]
         other = replayed(case, changed, case.collate(replace(made, trajectories=changed)))
         same = all(torch.equal(a, b) for a, b in zip(own, other, strict=True))
@@ -125,16 +161,22 @@ def check_longer_run(case: Case) -> str | None:
     length = case.max_new_tokens - 5
     shorter = [t for group in case.generate(case.requests, length) for t in group]
     for short, long in zip(shorter, case.recorded.trajectories, strict=True):
-        require_equal_rows(first_positions(long, length), short, "a longer run begins otherwise than a shorter one")
+        require_equal_rows(
+            first_positions(long, length),
+            short,
+            "a longer run begins otherwise than a shorter one",
+        )
     return None
 
 
-# ---- the rows' state -------------------------------------------------------------------------------------------------
+# ---- the rows' state
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Script:
-    """What a rollout put at each position behind prompt and slots; positions beyond a row's end are idle text.
+    """What a rollout put at each position behind prompt and slots; positions beyond a row's end
+    are idle text.
 
     Attributes:
         kinds_NT, ids_NT: int64.
@@ -154,9 +196,15 @@ class _Script:
 def _script(case: Case) -> _Script:
     trajectories, sequences = case.recorded.trajectories, case.collate()
     hidden_BTH = replay_hidden(case.adapter, sequences)
-    num_slots = [int((~latent_mask(t.kinds)).long().argmax()) if case.mechanism.has_slots else 0 for t in trajectories]
+    num_slots = [
+        int((~latent_mask(t.kinds)).long().argmax()) if case.mechanism.has_slots else 0
+        for t in trajectories
+    ]
     lengths = [len(t.kinds) - skipped for t, skipped in zip(trajectories, num_slots, strict=True)]
-    shape, idle_id = (len(trajectories), max(lengths)), case.mechanism.placeholder_id(PositionKind.TEXT)
+    shape, idle_id = (
+        (len(trajectories), max(lengths)),
+        case.mechanism.placeholder_id(PositionKind.TEXT),
+    )
     script = _Script(
         torch.full(shape, int(PositionKind.TEXT)),
         torch.full(shape, idle_id),
@@ -164,12 +212,16 @@ def _script(case: Case) -> _Script:
         torch.zeros(*shape, case.model.get_output_embeddings().weight.shape[0]),
         torch.zeros(*shape, case.adapter.hidden_size),
     )
-    for row, (trajectory, skipped, length) in enumerate(zip(trajectories, num_slots, lengths, strict=True)):
+    for row, (trajectory, skipped, length) in enumerate(
+        zip(trajectories, num_slots, lengths, strict=True)
+    ):
         script.kinds_NT[row, :length] = trajectory.kinds[skipped:]
         script.ids_NT[row, :length] = trajectory.token_ids[skipped:]
         script.valid_NT[row, :length] = True
         before = len(trajectory.prompt_ids) + skipped - 1
-        script.logits_NTV[row, :length] = case.adapter.logits(hidden_BTH[row, before : before + length])
+        script.logits_NTV[row, :length] = case.adapter.logits(
+            hidden_BTH[row, before : before + length]
+        )
         vectors_TH = torch.zeros(len(trajectory.kinds), case.adapter.hidden_size)
         vectors_TH[trajectory.recorded_mask] = trajectory.latents
         script.latents_NTH[row, :length] = vectors_TH[skipped:]
@@ -178,7 +230,10 @@ def _script(case: Case) -> _Script:
 
 def _begin(case: Case, num_rows: int) -> RowStates:
     max_spans = UNBOUNDED if case.mechanism.max_spans is None else case.mechanism.max_spans
-    steps_N, max_spans_N = torch.full((num_rows,), case.mechanism.steps), torch.full((num_rows,), max_spans)
+    steps_N, max_spans_N = (
+        torch.full((num_rows,), case.mechanism.steps),
+        torch.full((num_rows,), max_spans),
+    )
     return case.mechanism.begin(case.model, steps_N, max_spans_N)
 
 
@@ -192,11 +247,15 @@ def _columns(case: Case, state: RowStates, num_rows: int) -> tuple[Tensor, ...]:
     shapes = [tuple(column.shape) for column in columns]
     size = case.mechanism.state_size
     expected = f"state_size {size} columns of shape ({num_rows},)"
-    require(shapes == [(num_rows,)] * size, "pack gives other columns", got=shapes, expected=expected)
+    require(
+        shapes == [(num_rows,)] * size, "pack gives other columns", got=shapes, expected=expected
+    )
     return tuple(column.long().clone() for column in columns)
 
 
-def _run(case: Case, script: _Script, packs: bool, keep: tuple[int, Tensor] | None = None) -> list[dict[str, Tensor]]:
+def _run(
+    case: Case, script: _Script, packs: bool, keep: tuple[int, Tensor] | None = None
+) -> list[dict[str, Tensor]]:
     """What the state says at each position.
 
     Args:
@@ -208,7 +267,9 @@ def _run(case: Case, script: _Script, packs: bool, keep: tuple[int, Tensor] | No
     for position in range(script.kinds_NT.shape[1]):
         if keep is not None and position == keep[0]:
             state.keep_rows(keep[1])
-            script = _Script(*(getattr(script, f.name)[keep[1]] for f in dataclasses.fields(script)))
+            script = _Script(
+                *(getattr(script, f.name)[keep[1]] for f in dataclasses.fields(script))
+            )
         valid_N, kinds_N = script.valid_NT[:, position], script.kinds_NT[:, position]
         planned_N = state.plan(script.logits_NTV[:, position] if mechanism.reads_logits else None)
         planned_N = planned_N.masked_fill(~valid_N, int(PositionKind.TEXT))
@@ -236,11 +297,15 @@ def _require_same(first: list[dict], second: list[dict], what: str) -> None:
 
 
 def check_resume(case: Case) -> str | None:
-    """A batch that goes on after any step from what `pack` gave, or with some of its rows, says what it would have said."""
+    """A batch that goes on after any step from what `pack` gave, or with some of its rows, says
+    what it would have said.
+    """
     script = _script(case)
     through = _run(case, script, packs=False)
     resumed = _run(case, script, packs=True)
-    _require_same(through, resumed, "after unpack the rows go on otherwise: pack leaves something out")
+    _require_same(
+        through, resumed, "after unpack the rows go on otherwise: pack leaves something out"
+    )
     rows_M = torch.arange(0, script.kinds_NT.shape[0], 2)
     kept = _run(case, script, packs=False, keep=(3, rows_M))[3:]
     expected = [{name: values[rows_M] for name, values in said.items()} for said in through[3:]]

@@ -22,20 +22,33 @@ from grpo_latent.models.replay import replay_hidden
 from grpo_latent.models.sequences import LatentSequences, collate
 from grpo_latent.rollout.protocol import LatentOverride, RolloutRequest
 from grpo_latent.testing.cases import Case, Recorded, recorded
-from grpo_latent.testing.compare import loss_of, replayed, require, require_equal_rows, require_replay
+from grpo_latent.testing.compare import (
+    loss_of,
+    replayed,
+    require,
+    require_equal_rows,
+    require_replay,
+)
 from grpo_latent.trajectory import PositionKind, Trajectory
 
 GRADIENT_ROWS = 6
 
 
 def check_saves(case: Case) -> str | None:
-    """Settings and parameters come back from a folder, which loading leaves as it was; rollouts are the same."""
+    """Settings and parameters come back from a folder, which loading leaves as it was; rollouts
+    are the same.
+    """
     mechanism = case.mechanism
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         mechanism.save(folder)
         found = load_mechanism(folder)
-        require(found == mechanism, "latent_config.json comes back otherwise", got=found, expected=repr(mechanism))
+        require(
+            found == mechanism,
+            "latent_config.json comes back otherwise",
+            got=found,
+            expected=repr(mechanism),
+        )
     head, bias_V = case.model.get_output_embeddings(), case.model.get_output_embeddings().bias
     head.bias = None  # what makes spans frequent; no published model has it, so none would load it
     try:
@@ -43,15 +56,32 @@ def check_saves(case: Case) -> str | None:
             save_latent_model(name, case.model, case.tokenizer, case.processor, mechanism)
             before = _digests(Path(name))
             again = load_latent_model(name)
-            require(_digests(Path(name)) == before, "loading a folder changes it", expected="an untouched folder")
-            require(again.mechanism == mechanism, "the folder gives another mechanism", got=again.mechanism)
+            require(
+                _digests(Path(name)) == before,
+                "loading a folder changes it",
+                expected="an untouched folder",
+            )
+            require(
+                again.mechanism == mechanism,
+                "the folder gives another mechanism",
+                got=again.mechanism,
+            )
             own, other = case.model.state_dict(), again.model.state_dict()
             differ = [
-                n for n in own.keys() | other.keys() if n not in own or n not in other or own[n].ne(other[n]).any()
+                n
+                for n in own.keys() | other.keys()
+                if n not in own or n not in other or own[n].ne(other[n]).any()
             ]
-            require(not differ, "weights come back otherwise", got=sorted(differ)[:5], expected="the same to the bit")
+            require(
+                not differ,
+                "weights come back otherwise",
+                got=sorted(differ)[:5],
+                expected="the same to the bit",
+            )
             loaded = replace(case, model=again.model, tokenizer=again.tokenizer)
-            for first, second in zip(case.generate(case.requests), loaded.generate(case.requests), strict=True):
+            for first, second in zip(
+                case.generate(case.requests), loaded.generate(case.requests), strict=True
+            ):
                 for a, b in zip(first, second, strict=True):
                     require_equal_rows(b, a, "the loaded folder rolls out otherwise")
     finally:
@@ -61,19 +91,28 @@ def check_saves(case: Case) -> str | None:
 
 def _digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def check_gradients(case: Case) -> str | None:
-    """The parameters of `attach` get the gradient that finite differences give, through what is composed and made."""
+    """The parameters of `attach` get the gradient that finite differences give, through what is
+    composed and made.
+    """
     prefixes = case.mechanism.parameter_prefixes
-    names = [name for name, _ in case.model.named_parameters() if prefixes and name.startswith(prefixes)]
+    names = [
+        name for name, _ in case.model.named_parameters() if prefixes and name.startswith(prefixes)
+    ]
     if not names:
         return "the mechanism has no parameters"
     model = copy.deepcopy(case.model).double().requires_grad_(False)
     adapter = ModelAdapter(model, case.mechanism)
     rows = [i for i, t in enumerate(case.recorded.trajectories) if len(t.latents)][:GRADIENT_ROWS]
-    trajectories, images = ([values[i] for i in rows] for values in (case.recorded.trajectories, case.recorded.images))
+    trajectories, images = (
+        [values[i] for i in rows] for values in (case.recorded.trajectories, case.recorded.images)
+    )
     sequences = collate(trajectories, images, adapter, case.mechanism.visibility)
     sequences = sequences.with_latents(sequences.latents_NH.double())
     ways = {
@@ -95,7 +134,9 @@ def _made_anew(adapter: ModelAdapter, sequences: LatentSequences) -> LatentSeque
     return sequences.with_latents(sequences.latents_NH.index_copy(0, places_M, made_MH))
 
 
-def _require_gradient(name: str, parameter: nn.Parameter, way: str, loss: Callable[[], Tensor]) -> None:
+def _require_gradient(
+    name: str, parameter: nn.Parameter, way: str, loss: Callable[[], Tensor]
+) -> None:
     """Along the gradient, or in a random direction where there is none."""
     value = loss()
     gradient = None
@@ -103,11 +144,16 @@ def _require_gradient(name: str, parameter: nn.Parameter, way: str, loss: Callab
         (gradient,) = torch.autograd.grad(value, [parameter], allow_unused=True)
     size = 0.0 if gradient is None else float(gradient.norm())
     generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) if size == 0 else gradient
+    direction = (
+        torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        if size == 0
+        else gradient
+    )
     direction = direction / direction.norm()
     step = 1e-3 * max(float(parameter.detach().norm()), 1.0)
     difference = _difference(parameter, direction, step, loss)
-    # norms of Hugging Face's models compute in float32 whatever the weights are: the loss is exact to 1e-7 only
+    # norms of Hugging Face's models compute in float32 whatever the weights are: the loss is exact
+    # to 1e-7 only
     tolerance = 0.01 * max(size, abs(difference)) + 5e-7 / step
     require(
         abs(difference - size) <= tolerance,
@@ -119,7 +165,9 @@ def _require_gradient(name: str, parameter: nn.Parameter, way: str, loss: Callab
 
 
 @torch.no_grad()
-def _difference(parameter: nn.Parameter, direction: Tensor, step: float, loss: Callable[[], Tensor]) -> float:
+def _difference(
+    parameter: nn.Parameter, direction: Tensor, step: float, loss: Callable[[], Tensor]
+) -> float:
     values = []
     for sign in (1, -1):
         parameter.add_(direction, alpha=sign * step)
@@ -129,17 +177,26 @@ def _difference(parameter: nn.Parameter, direction: Tensor, step: float, loss: C
 
 
 def check_ablations(case: Case) -> str | None:
-    """Overridden vectors are fed, recorded and replayed, and matter; requests without latents have none."""
+    """Overridden vectors are fed, recorded and replayed, and matter; requests without latents have
+    none.
+    """
     own = case.recorded.trajectories
     donor = max(own, key=lambda trajectory: len(trajectory.latents))
-    for name, vectors_KH in (("zero", torch.zeros_like(donor.latents[:1])), ("shuffle", donor.latents)):
+    for name, vectors_KH in (
+        ("zero", torch.zeros_like(donor.latents[:1])),
+        ("shuffle", donor.latents),
+    ):
         made = _generate(case, lambda request, v=vectors_KH: _overridden(request, v))
         for trajectory in made.trajectories:
             if not len(trajectory.latents):
                 continue
             given_NH = vectors_KH[torch.arange(len(trajectory.latents)) % len(vectors_KH)]
             gap = float((trajectory.latents - given_NH).abs().max())
-            require(gap <= 1e-5, f"ablation {name} records other vectors than it feeds", got=f"{gap:.3g} beside them")
+            require(
+                gap <= 1e-5,
+                f"ablation {name} records other vectors than it feeds",
+                got=f"{gap:.3g} beside them",
+            )
         what = f"trajectories under ablation {name} replay otherwise"
         require_replay(case, made.trajectories, case.collate(made), what)
     _require_matter(case)
@@ -151,7 +208,10 @@ def check_ablations(case: Case) -> str | None:
             continue
         made = _generate(case, lambda request, fields=fields: replace(request, **fields))
         require_replay(
-            case, made.trajectories, case.collate(made), f"trajectories under ablation {name} replay otherwise"
+            case,
+            made.trajectories,
+            case.collate(made),
+            f"trajectories under ablation {name} replay otherwise",
         )
         for trajectory in made.trajectories:
             _require_without_latents(name, trajectory)
@@ -171,25 +231,50 @@ def _require_matter(case: Case) -> None:
     """The recorded vectors are read: zeros in their place move a log-prob."""
     sequences, trajectories = case.collate(), case.recorded.trajectories
     zeroed = sequences.with_latents(torch.zeros_like(sequences.latents_NH))
-    pairs = zip(replayed(case, trajectories, sequences), replayed(case, trajectories, zeroed), strict=True)
+    pairs = zip(
+        replayed(case, trajectories, sequences), replayed(case, trajectories, zeroed), strict=True
+    )
     moved = max(float((a - b).abs().max()) for a, b in pairs)
-    require(moved > 1e-3, "zeros in place of the recorded vectors change nothing", got=f"{moved:.2g} nats")
+    require(
+        moved > 1e-3,
+        "zeros in place of the recorded vectors change nothing",
+        got=f"{moved:.2g} nats",
+    )
 
 
 def _require_without_latents(name: str, trajectory: Trajectory) -> None:
     count = int(trajectory.recorded_mask.sum())
-    require(count == 0, f"a completion under ablation {name} has recorded vectors", got=count, expected="none")
+    require(
+        count == 0,
+        f"a completion under ablation {name} has recorded vectors",
+        got=count,
+        expected="none",
+    )
     if name == "no_span":
         opened = int((trajectory.kinds == PositionKind.START).sum())
-        require(opened == 0, "a completion under ablation no_span opens a span", got=opened, expected="none")
+        require(
+            opened == 0,
+            "a completion under ablation no_span opens a span",
+            got=opened,
+            expected="none",
+        )
 
 
 def check_refusals(case: Case) -> str | None:
     """What an engine cannot run is said in full; engine `hf` runs everything."""
     mechanism = case.mechanism
-    require(mechanism.refusals("hf") == [], "engine hf refuses a setting", got=mechanism.refusals("hf"), expected="[]")
+    require(
+        mechanism.refusals("hf") == [],
+        "engine hf refuses a setting",
+        got=mechanism.refusals("hf"),
+        expected="[]",
+    )
     for refusal in mechanism.refusals("vllm"):
-        value = mechanism.key() if refusal.setting == "mechanism" else getattr(mechanism, refusal.setting, None)
+        value = (
+            mechanism.key()
+            if refusal.setting == "mechanism"
+            else getattr(mechanism, refusal.setting, None)
+        )
         said = bool(refusal.why) and refusal.expected != refusal.got
         require(
             said and refusal.got == value,

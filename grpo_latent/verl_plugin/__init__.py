@@ -5,9 +5,10 @@
        │                      ▼
        └──metrics──── workers (latent FSDP2 engine: replay, loss, update) ──weights──▶ rollout servers
 
-verl loads this package in every process through its `verl.plugins` entry point. That must be cheap, so only the CPU
-platform is registered here, which has to happen before verl settles on a device. With
-VERL_USE_EXTERNAL_MODULES=grpo_latent.verl_plugin, which `grpo_latent.train` sets, everything is registered at once.
+verl loads this package in every process through its `verl.plugins` entry point. That must be
+cheap, so only the CPU platform is registered here, which has to happen before verl settles on a
+device. With VERL_USE_EXTERNAL_MODULES=grpo_latent.verl_plugin, which `grpo_latent.train` sets,
+everything is registered at once.
 """
 
 import os

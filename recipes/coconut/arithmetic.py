@@ -1,15 +1,18 @@
-"""The text-only task: chains of additions and multiplications modulo 7, with their running totals as the rationale.
+"""The text-only task: chains of additions and multiplications modulo 7, with their running totals
+as the rationale.
 
     3 +4 *2 +6 *5 ?      steps  0 | 0 | 6 | 2      answer  2
 
-Sums and products do not commute, so the totals have to be made one after the other; each takes a table of 91 entries. Every
-operation is a bijection: guessing scores 1/7. Questions are split by a hash: training and held-out ones are disjoint.
+Sums and products do not commute, so the totals have to be made one after the other; each takes a
+table of 91 entries. Every operation is a bijection: guessing scores 1/7. Questions are split by a
+hash: training and held-out ones are disjoint.
 
-Also writes the model that SFT starts from, a tiny Qwen3 with random weights. Its token embeddings have the norm of hidden
-states, and its output embeddings their directions, as in a pretrained model with tied embeddings: what a slot is fed is then
-like what a token is fed.
+Also writes the model that SFT starts from, a tiny Qwen3 with random weights. Its token embeddings
+have the norm of hidden states, and its output embeddings their directions, as in a pretrained
+model with tied embeddings: what a slot is fed is then like what a token is fed.
 
-python recipes/coconut/arithmetic.py --out outputs/coconut/data --model outputs/coconut/base --seed 0
+python recipes/coconut/arithmetic.py --out outputs/coconut/data --model outputs/coconut/base --seed
+0
 """
 
 from __future__ import annotations
@@ -76,7 +79,9 @@ def generate(num: int, *, stream: str, seed: int, num_steps: int) -> list[Chain]
     rng = np.random.default_rng(np.random.SeedSequence([index, seed]))
     chains: list[Chain] = []
     while len(chains) < num:
-        chain = Chain(int(rng.integers(MODULUS)), tuple(rng.choice(OPERATIONS, size=num_steps).tolist()))
+        chain = Chain(
+            int(rng.integers(MODULUS)), tuple(rng.choice(OPERATIONS, size=num_steps).tolist())
+        )
         if chain.is_heldout != is_training:
             chains.append(chain)
     return chains
@@ -111,7 +116,10 @@ def write_model(folder: Path, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder; gets train_sft, train_direct, train_rl, dev, heldout"
+        "--out",
+        type=Path,
+        required=True,
+        help="folder; gets train_sft, train_direct, train_rl, dev, heldout",
     )
     parser.add_argument("--model", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--seed", type=int, default=0)
@@ -123,11 +131,15 @@ def main() -> None:
     options = parser.parse_args()
     for stream, (_, is_training) in STREAMS.items():
         seed = options.seed if is_training else EVAL_SEED
-        chains = generate(getattr(options, stream), stream=stream, seed=seed, num_steps=options.steps)
+        chains = generate(
+            getattr(options, stream), stream=stream, seed=seed, num_steps=options.steps
+        )
         path = options.out / (f"train_{stream}.parquet" if is_training else f"{stream}.parquet")
         print(f"{path}: {write_verl_parquet(path, to_rows(chains, stream))} rows")
         if stream == "sft":
-            write_verl_parquet(options.out / "train_direct.parquet", to_rows(chains, stream, steps=False))
+            write_verl_parquet(
+                options.out / "train_direct.parquet", to_rows(chains, stream, steps=False)
+            )
     write_model(options.model, options.seed)
 
 

@@ -1,4 +1,5 @@
-"""Checks the paper-scale configs of recipes/coconut without weights or GPU: they compose, options agree, shapes hold.
+"""Checks the paper-scale configs of recipes/coconut without weights or GPU: they compose, options
+agree, shapes hold.
 
 python recipes/coconut/validate.py [hydra overrides of GRPO]
 """
@@ -13,7 +14,9 @@ import paper_scale  # noqa: E402
 
 HERE = Path(__file__).parent
 MODEL_JSON = HERE / "models" / "qwen3_0_6b.json"
-FIRST_FREE_ID = 151669  # after the tokens of Qwen3's tokenizer; its embedding table has rows to spare
+FIRST_FREE_ID = (
+    151669  # after the tokens of Qwen3's tokenizer; its embedding table has rows to spare
+)
 
 
 def main(overrides: list[str]) -> None:

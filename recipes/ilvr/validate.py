@@ -1,4 +1,5 @@
-"""Checks recipes/ilvr at paper scale without weights or GPU: the three configs compose and agree, and shapes hold on meta.
+"""Checks recipes/ilvr at paper scale without weights or GPU: the three configs compose and agree,
+and shapes hold on meta.
 
 python recipes/ilvr/validate.py [hydra overrides of GRPO]
 """
@@ -24,11 +25,18 @@ def main(overrides: list[str]) -> None:
     stages = [paper_scale.check_sft(HERE, f"ilvr_{stage}") for stage in ("stage1", "stage2")]
     if stages[0].latent != stages[1].latent:
         raise ConfigError(
-            "the stages differ in their latents", where="latent", got=stages[1].latent, expected=str(stages[0].latent)
+            "the stages differ in their latents",
+            where="latent",
+            got=stages[1].latent,
+            expected=str(stages[0].latent),
         )
-    print(f"ilvr_stage1, ilvr_stage2 and ilvr_grpo: valid ({grpo.trainer.n_gpus_per_node} GPUs a node)")
+    print(
+        f"ilvr_stage1, ilvr_stage2 and ilvr_grpo: valid ({grpo.trainer.n_gpus_per_node} GPUs a node)"
+    )
     for stage in stages:
-        paper_scale.show_memory(f"{stage.method} of {MODEL_JSON.stem}", paper_scale.check_memory(MODEL_JSON, stage))
+        paper_scale.show_memory(
+            f"{stage.method} of {MODEL_JSON.stem}", paper_scale.check_memory(MODEL_JSON, stage)
+        )
     length = grpo.data.max_response_length
     latents = stages[0].latent
     shapes = paper_scale.check_shapes(

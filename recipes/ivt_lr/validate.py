@@ -1,4 +1,5 @@
-"""Checks the paper-scale configs of recipes/ivt_lr without weights or GPU: they compose, options agree, shapes hold.
+"""Checks the paper-scale configs of recipes/ivt_lr without weights or GPU: they compose, options
+agree, shapes hold.
 
 python recipes/ivt_lr/validate.py [hydra overrides of GRPO]
 """
@@ -13,7 +14,9 @@ import paper_scale  # noqa: E402
 
 HERE = Path(__file__).parent
 MODEL_JSON = HERE / "models" / "qwen2_vl_7b.json"
-FIRST_FREE_ID = 151657  # after the tokens of Qwen2-VL's tokenizer; its embedding table has rows to spare
+FIRST_FREE_ID = (
+    151657  # after the tokens of Qwen2-VL's tokenizer; its embedding table has rows to spare
+)
 
 
 def main(overrides: list[str]) -> None:

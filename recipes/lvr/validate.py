@@ -1,4 +1,5 @@
-"""Checks recipes/lvr without weights or GPU: configs compose, options agree, every shape holds and memory suffices.
+"""Checks recipes/lvr without weights or GPU: configs compose, options agree, every shape holds and
+memory suffices.
 
 python recipes/lvr/validate.py [hydra overrides of GRPO]
 """
@@ -32,7 +33,9 @@ def model_json(model_name: str) -> Path:
 
 
 def check_shapes(model_name: str, response_length: int) -> dict[str, tuple[int, ...]]:
-    return paper_scale.check_shapes(model_json(model_name), FIRST_FREE_ID, LVR_TOKENS, make_mechanism, response_length)
+    return paper_scale.check_shapes(
+        model_json(model_name), FIRST_FREE_ID, LVR_TOKENS, make_mechanism, response_length
+    )
 
 
 def main(overrides: list[str]) -> None:
@@ -40,10 +43,16 @@ def main(overrides: list[str]) -> None:
     check_latents(grpo, make_mechanism({token: idx for idx, token in enumerate(LVR_TOKENS)}))
     sft = paper_scale.check_sft(HERE, "lvr_sft")
     engine = grpo.actor_rollout_ref.rollout.name
-    print(f"lvr_grpo and lvr_sft: valid ({grpo.trainer.n_gpus_per_node} GPUs a node, rollouts by {engine})")
+    print(
+        f"lvr_grpo and lvr_sft: valid ({grpo.trainer.n_gpus_per_node} GPUs a node, rollouts by {engine})"
+    )
     for model_name in ("qwen2_5_vl_3b", "qwen2_5_vl_7b"):
-        paper_scale.show_memory(f"lvr_sft of {model_name}", paper_scale.check_memory(model_json(model_name), sft))
-        paper_scale.show_shapes(model_name, check_shapes(model_name, grpo.data.max_response_length))
+        paper_scale.show_memory(
+            f"lvr_sft of {model_name}", paper_scale.check_memory(model_json(model_name), sft)
+        )
+        paper_scale.show_shapes(
+            model_name, check_shapes(model_name, grpo.data.max_response_length)
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Draws the learning curves of several quickstart runs and their controls into one picture: README's.
+"""Draws the learning curves of several quickstart runs and their controls into one picture:
+README's.
 
 python recipes/quickstart/plot_seeds.py expected.png outputs/seed0 outputs/seed1 outputs/seed2
 """
@@ -22,14 +23,23 @@ def main(picture: str, folders: list[str]) -> None:
     for out in map(Path, folders):
         summary = json.loads((out / "summary.json").read_text())
         points = series(read_metrics(out / "grpo" / "metrics.jsonl"), ACCURACY)
-        (line,) = curves.plot(*points, marker="o", markersize=3, label=f"latent GRPO, seed {summary['seed']}")
+        (line,) = curves.plot(
+            *points, marker="o", markersize=3, label=f"latent GRPO, seed {summary['seed']}"
+        )
         names, values = zip(*summary["ablations"].items(), strict=True)
         bars.plot(names, values, "o", alpha=0.7, color=line.get_color())
-        controls = {"random reward": "control_random/grpo", "text only, same labels": "control_text/direct/grpo"}
+        controls = {
+            "random reward": "control_random/grpo",
+            "text only, same labels": "control_text/direct/grpo",
+        }
         for name, folder in controls.items():
             metrics = out / folder / "metrics.jsonl"
             if metrics.is_file():
-                curves.plot(*series(read_metrics(metrics), ACCURACY), linestyle="--", label=f"control: {name}")
+                curves.plot(
+                    *series(read_metrics(metrics), ACCURACY),
+                    linestyle="--",
+                    label=f"control: {name}",
+                )
     curves.set(xlabel="step", ylim=(0, 1), title="held-out accuracy, greedy (dev questions)")
     curves.legend(frameon=False, fontsize=7)
     bars.axhline(0.1, linestyle=":", color="black", linewidth=1)

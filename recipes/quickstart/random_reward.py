@@ -1,4 +1,5 @@
-"""The random-reward control: what still improves under a reward that no completion can earn is not learned from it.
+"""The random-reward control: what still improves under a reward that no completion can earn is not
+learned from it.
 
 Accuracy and form are reported as they are, so that the run's held-out curve shows them.
 """

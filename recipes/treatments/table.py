@@ -16,16 +16,35 @@ from rich.table import Table
 sys.path.append(str(Path(__file__).parents[1]))  # recipes are scripts, not a package
 from summarize import read_metrics, series  # noqa: E402
 
-ORDER = ("mask", "recompute_cut", "recompute_one_hop", "recompute_bptt", "gaussian", "gumbel_soft", "mask_anchor")
-GAPS = {"replay_logp_gap_max": "latent/replay_logp_gap_max", "replay_density_gap_max": "latent/replay_density_gap_max"}
-LAST = ("critic/score/mean", "latent/log_density", "latent/ratio_mean", "latent/anchor", "actor/grad_norm")
+ORDER = (
+    "mask",
+    "recompute_cut",
+    "recompute_one_hop",
+    "recompute_bptt",
+    "gaussian",
+    "gumbel_soft",
+    "mask_anchor",
+)
+GAPS = {
+    "replay_logp_gap_max": "latent/replay_logp_gap_max",
+    "replay_density_gap_max": "latent/replay_density_gap_max",
+}
+LAST = (
+    "critic/score/mean",
+    "latent/log_density",
+    "latent/ratio_mean",
+    "latent/anchor",
+    "actor/grad_norm",
+)
 ABLATIONS = ("own", "shuffle", "oracle")
 
 
 def read_row(folder: Path) -> dict:
     """One finished run. The gaps are the largest of all steps, `last` what the last step logged."""
     run = json.loads((folder / "run.json").read_text())
-    before, after = (json.loads((folder / f"evaluation_{name}.json").read_text()) for name in ("sft", "grpo"))
+    before, after = (
+        json.loads((folder / f"evaluation_{name}.json").read_text()) for name in ("sft", "grpo")
+    )
     metrics = read_metrics(folder / "grpo" / "metrics.jsonl")
     last, gaps = metrics[-1], {name: series(metrics, key)[1] for name, key in GAPS.items()}
     return {
@@ -53,7 +72,9 @@ def summarize(out: Path, seed: int) -> dict:
     for folder in finished:
         of_row = json.loads((folder / "run.json").read_text())["seed"]
         if of_row != seed:
-            sys.exit(f"{folder} is a run of seed {of_row}, the table is of seed {seed}: take another OUT for each seed")
+            sys.exit(
+                f"{folder} is a run of seed {of_row}, the table is of seed {seed}: take another OUT for each seed"
+            )
     return {
         "seed": seed,
         "rows": [read_row(folder) for folder in finished],
@@ -64,11 +85,17 @@ def summarize(out: Path, seed: int) -> dict:
 def show(summary: dict) -> None:
     table = Table(title=f"treatments of latents, seed {summary['seed']}")
     for column in ("treatment", "SFT", "GRPO", "sampled", *ABLATIONS, "hit", "steps", "s"):
-        table.add_column(column, justify="left" if column == "treatment" else "right", no_wrap=True)
+        table.add_column(
+            column, justify="left" if column == "treatment" else "right", no_wrap=True
+        )
     number = lambda value: "-" if value is None else f"{value:.3f}"  # noqa: E731
     for row in summary["rows"]:
         grpo = row["grpo"]
-        accuracies = (row["sft"]["heldout_accuracy"], grpo["heldout_accuracy"], grpo["sampled_accuracy"])
+        accuracies = (
+            row["sft"]["heldout_accuracy"],
+            grpo["heldout_accuracy"],
+            grpo["sampled_accuracy"],
+        )
         ablations = [row["ablations"].get(name) for name in ABLATIONS]
         cells = [number(value) for value in (*accuracies, *ablations, row["hit"])]
         table.add_row(row["treatment"], *cells, str(grpo["steps"]), f"{grpo['seconds']:.0f}")

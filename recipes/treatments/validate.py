@@ -1,4 +1,5 @@
-"""Checks recipes/treatments without weights or GPU: the paper-scale config composes and agrees, with each treatment in turn.
+"""Checks recipes/treatments without weights or GPU: the paper-scale config composes and agrees,
+with each treatment in turn.
 
 python recipes/treatments/validate.py [hydra overrides]
 """

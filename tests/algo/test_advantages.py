@@ -13,16 +13,21 @@ def test_hand_numbers():
     ids = ["a", "a", "a", "b", "b", "b"]
     # group a: mean 1, deviations 0, -1, 1, std with ddof 1 = 1
     torch.testing.assert_close(
-        group_advantages(rewards_N, ids, "grpo", eps=1.0), torch.tensor([0.0, -0.5, 0.5, 0.0, 0.0, 0.0])
+        group_advantages(rewards_N, ids, "grpo", eps=1.0),
+        torch.tensor([0.0, -0.5, 0.5, 0.0, 0.0, 0.0]),
     )
     assert group_advantages(rewards_N, ids, "dr_grpo").tolist() == [0.0, -1.0, 1.0, 0.0, 0.0, 0.0]
     # leave-one-out baselines of group a: mean(0, 2) = 1, mean(1, 2) = 1.5, mean(1, 0) = 0.5
-    torch.testing.assert_close(group_advantages(rewards_N, ids, "rloo"), torch.tensor([0.0, -1.5, 1.5, 0.0, 0.0, 0.0]))
+    torch.testing.assert_close(
+        group_advantages(rewards_N, ids, "rloo"), torch.tensor([0.0, -1.5, 1.5, 0.0, 0.0, 0.0])
+    )
 
 
 def test_default_eps_is_lvrs():
     advantages_N = group_advantages(torch.tensor([0.0, 1.0], dtype=torch.float64), [0, 0])
-    assert advantages_N[1].item() == pytest.approx(0.5 / (np.std([0, 1], ddof=1) + 1e-4), rel=1e-12)
+    assert advantages_N[1].item() == pytest.approx(
+        0.5 / (np.std([0, 1], ddof=1) + 1e-4), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -47,7 +52,9 @@ def test_groups_of_unequal_size_against_numpy(estimator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 1e8, -0.7])
 def test_equal_rewards_give_exactly_zero(estimator, dtype, value):
-    advantages_N = group_advantages(torch.full((7,), value, dtype=dtype), ["g"] * 7, estimator, eps=0.0)
+    advantages_N = group_advantages(
+        torch.full((7,), value, dtype=dtype), ["g"] * 7, estimator, eps=0.0
+    )
     assert torch.equal(advantages_N, torch.zeros(7, dtype=dtype))
 
 
@@ -84,7 +91,11 @@ def test_left_out_trajectories_do_not_count():
 
 def test_a_padding_row_alone_in_its_group_is_no_error():
     rewards_N, valid_N = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([True, True, False])
-    assert group_advantages(rewards_N, ["a", "a", "pad"], "dr_grpo", valid_N=valid_N).tolist() == [0.5, -0.5, 0.0]
+    assert group_advantages(rewards_N, ["a", "a", "pad"], "dr_grpo", valid_N=valid_N).tolist() == [
+        0.5,
+        -0.5,
+        0.0,
+    ]
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -93,7 +104,9 @@ def test_a_group_of_one_is_refused(estimator):
         group_advantages(torch.tensor([1.0, 2.0, 3.0]), ["a", "a", "lonely"], estimator)
 
 
-@pytest.mark.parametrize("value, kind", [(float("nan"), "nan"), (float("inf"), "inf"), (-float("inf"), "inf")])
+@pytest.mark.parametrize(
+    "value, kind", [(float("nan"), "nan"), (float("inf"), "inf"), (-float("inf"), "inf")]
+)
 def test_rewards_that_are_not_finite_name_group_and_trajectory(value, kind):
     with pytest.raises(RewardError, match=r"group 'b' trajectory 3") as caught:
         group_advantages(torch.tensor([1.0, 0.0, 1.0, value]), ["a", "a", "b", "b"])

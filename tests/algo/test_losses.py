@@ -1,4 +1,6 @@
-"""The policy loss against hand numbers, LVR's formula, finite differences and the invariances of SYSTEMS 7.4 to 7.6."""
+"""The policy loss against hand numbers, LVR's formula, finite differences and the invariances of
+SYSTEMS 7.4 to 7.6.
+"""
 
 import math
 
@@ -23,7 +25,9 @@ MAX_LEN = 9
 
 
 def random_batch(B=5, T=MAX_LEN, dtype=torch.float64, seed=0):
-    """log-probs, old and reference log-probs, advantages [B] and a mask with holes (latents) and a ragged right edge."""
+    """log-probs, old and reference log-probs, advantages [B] and a mask with holes (latents) and a
+    ragged right edge.
+    """
     generator = torch.Generator().manual_seed(seed)
     draw = [torch.randn(B, T, generator=generator, dtype=dtype) * 0.4 - 1.0 for _ in range(3)]
     mask_BT = torch.rand(B, T, generator=generator) < 0.7
@@ -32,7 +36,16 @@ def random_batch(B=5, T=MAX_LEN, dtype=torch.float64, seed=0):
     return *draw, torch.randn(B, generator=generator, dtype=dtype), mask_BT
 
 
-def with_kl(log_probs_BT, old_BT, ref_BT, advantages, mask_BT, denominators, aggregation="token_mean", **settings):
+def with_kl(
+    log_probs_BT,
+    old_BT,
+    ref_BT,
+    advantages,
+    mask_BT,
+    denominators,
+    aggregation="token_mean",
+    **settings,
+):
     """Policy loss + kl_coef · KL, as an actor's loss adds them up."""
     kl_coef, kl_kind = settings.pop("kl_coef"), settings.pop("kl_kind", "k3")
     common = {"denominators": denominators, "aggregation": aggregation}
@@ -55,20 +68,26 @@ def test_hand_numbers():
     # -min(-3, -2.6) = 3, -min(-1, -1.6) = 1.6 (clipped low)
     assert down.loss.item() == pytest.approx((3.0 + 1.6) / 2)
     assert down.approx_kl.item() == pytest.approx(-(math.log(1.5) + math.log(0.5)) / 2)
-    dual = policy_loss(log_probs_BT, old_BT, torch.tensor([-2.0]), mask_BT, clip_ratio_c=1.2, **kwargs)
+    dual = policy_loss(
+        log_probs_BT, old_BT, torch.tensor([-2.0]), mask_BT, clip_ratio_c=1.2, **kwargs
+    )
     assert dual.loss.item() == pytest.approx((2.4 + 1.6) / 2)
     assert dual.clipfrac_lower.item() == 0.5
 
 
 def test_lvrs_formula():
-    """-min(rho A, clip(rho) A) + beta (e^d - d - 1), token mean, written out one position at a time."""
+    """-min(rho A, clip(rho) A) + beta (e^d - d - 1), token mean, written out one position at a
+    time.
+    """
     log_probs_BT, old_BT, ref_BT, advantages_B, mask_BT = random_batch()
     total = 0.0
     for b, t in mask_BT.nonzero().tolist():
         rho, A = math.exp(log_probs_BT[b, t] - old_BT[b, t]), advantages_B[b].item()
         d = (ref_BT[b, t] - log_probs_BT[b, t]).item()
         total += -min(rho * A, min(max(rho, 0.8), 1.2) * A) + 0.04 * (math.exp(d) - d - 1)
-    loss = with_kl(log_probs_BT, old_BT, ref_BT, advantages_B, mask_BT, Denominators.of(mask_BT), kl_coef=0.04)
+    loss = with_kl(
+        log_probs_BT, old_BT, ref_BT, advantages_B, mask_BT, Denominators.of(mask_BT), kl_coef=0.04
+    )
     assert loss.item() == pytest.approx(total / int(mask_BT.sum()), rel=1e-12)
 
 
@@ -123,12 +142,18 @@ def test_kl_identities(kind):
 
 @pytest.mark.parametrize("kind", ["k1", "k3"])
 def test_kl_is_unbiased(kind):
-    """E over the policy of k1 and of k3 is KL(policy || reference), exactly, by summing over a small vocabulary."""
+    """E over the policy of k1 and of k3 is KL(policy || reference), exactly, by summing over a
+    small vocabulary.
+    """
     policy_V = torch.log_softmax(
         torch.randn(1, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), -1
     )
-    ref_V = torch.log_softmax(torch.randn(1, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(4)), -1)
-    estimate = (policy_V.exp() * kl_penalty(policy_V, ref_V, torch.ones_like(policy_V).bool(), kind)).sum()
+    ref_V = torch.log_softmax(
+        torch.randn(1, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(4)), -1
+    )
+    estimate = (
+        policy_V.exp() * kl_penalty(policy_V, ref_V, torch.ones_like(policy_V).bool(), kind)
+    ).sum()
     torch.testing.assert_close(estimate, (policy_V.exp() * (policy_V - ref_V)).sum())
 
 
@@ -136,7 +161,9 @@ def test_equal_rewards_give_no_gradient():
     log_probs_BT, old_BT, _, _, mask_BT = random_batch(dtype=torch.float32)
     log_probs_BT.requires_grad_()
     advantages_B = group_advantages(torch.full((5,), 1.1), ["g"] * 5)
-    loss = policy_loss(log_probs_BT, old_BT, advantages_B, mask_BT, denominators=Denominators.of(mask_BT)).loss
+    loss = policy_loss(
+        log_probs_BT, old_BT, advantages_B, mask_BT, denominators=Denominators.of(mask_BT)
+    ).loss
     loss.backward()
     assert loss.item() == 0.0
     assert torch.equal(log_probs_BT.grad, torch.zeros_like(log_probs_BT))
@@ -149,7 +176,9 @@ def test_masked_positions_have_neither_loss_nor_gradient(aggregation, kl_kind, g
     log_probs_BT, old_BT, ref_BT, advantages_B, mask_BT = random_batch()
 
     def run(fill):
-        x_BT, o_BT, r_BT = (torch.where(mask_BT, v, fill).requires_grad_() for v in (log_probs_BT, old_BT, ref_BT))
+        x_BT, o_BT, r_BT = (
+            torch.where(mask_BT, v, fill).requires_grad_() for v in (log_probs_BT, old_BT, ref_BT)
+        )
         a_BT = torch.where(mask_BT, advantages_B[:, None], fill)
         loss = with_kl(
             x_BT,
@@ -170,11 +199,15 @@ def test_masked_positions_have_neither_loss_nor_gradient(aggregation, kl_kind, g
     (clean, clean_grad_BT), (dirty, dirty_grad_BT) = run(0.0), run(garbage)
     assert torch.equal(clean, dirty)
     assert torch.equal(clean_grad_BT, dirty_grad_BT)
-    assert torch.equal(dirty_grad_BT[~mask_BT], torch.zeros(int((~mask_BT).sum()), dtype=torch.float64))
+    assert torch.equal(
+        dirty_grad_BT[~mask_BT], torch.zeros(int((~mask_BT).sum()), dtype=torch.float64)
+    )
 
 
 def test_gradient_with_respect_to_logits_is_zero_at_masked_positions_for_any_placeholder_id():
-    """The loss never sees ids: whatever stands at a latent position, loss and dloss/dlogits stay the same."""
+    """The loss never sees ids: whatever stands at a latent position, loss and dloss/dlogits stay
+    the same.
+    """
     generator = torch.Generator().manual_seed(5)
     K = PositionKind
     kinds_BT = torch.tensor([[K.START, K.LATENT, K.LATENT, K.FORCED, K.TEXT, K.TEXT]] * 2)
@@ -197,7 +230,9 @@ def test_gradient_with_respect_to_logits_is_zero_at_masked_positions_for_any_pla
         assert torch.count_nonzero(grad_BTV[~mask_BT]) == 0
         assert torch.count_nonzero(grad_BTV[mask_BT]) > 0
         seen.append((result.loss.detach(), grad_BTV))
-    assert all(torch.equal(loss, seen[0][0]) and torch.equal(grad, seen[0][1]) for loss, grad in seen)
+    assert all(
+        torch.equal(loss, seen[0][0]) and torch.equal(grad, seen[0][1]) for loss, grad in seen
+    )
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -224,7 +259,10 @@ def test_micro_batches_sum_to_the_batch(aggregation):
     whole, whole_grad_BT = run([0, 1, 2, 3, 4, 5], MAX_LEN)
     for split in ([[0, 1, 2], [3, 4, 5]], [[5], [4], [3], [2], [1], [0]], [[0, 5], [1, 2, 3, 4]]):
         # each micro-batch is cut to its own longest trajectory, as verl's padding does
-        widths = [max(int(mask_BT[rows].any(0).nonzero().max()) + 1, 1) if mask_BT[rows].any() else 1 for rows in split]
+        widths = [
+            max(int(mask_BT[rows].any(0).nonzero().max()) + 1, 1) if mask_BT[rows].any() else 1
+            for rows in split
+        ]
         parts = [run(rows, width) for rows, width in zip(split, widths, strict=True)]
         assert math.fsum(loss for loss, _ in parts) == pytest.approx(whole, rel=1e-12)
         gradient_BT = torch.zeros_like(whole_grad_BT)
@@ -242,7 +280,9 @@ def test_padding_changes_nothing(aggregation):
         padded_BT = torch.nn.functional.pad(values_BT, (left, right, 0, rows), value=float("nan"))
         padded_mask_BT = torch.nn.functional.pad(mask_BT, (left, right, 0, rows))
         assert Denominators.of(padded_mask_BT, MAX_LEN) == denominators
-        torch.testing.assert_close(aggregate(padded_BT, padded_mask_BT, aggregation, denominators), expected)
+        torch.testing.assert_close(
+            aggregate(padded_BT, padded_mask_BT, aggregation, denominators), expected
+        )
 
 
 def test_aggregations_by_hand():
@@ -250,8 +290,12 @@ def test_aggregations_by_hand():
     mask_BT = torch.tensor([[1, 1, 0], [0, 1, 0]])
     denominators = Denominators.of(mask_BT, max_len=10)
     assert denominators == Denominators(3, 2, 10)
-    assert aggregate(values_BT, mask_BT, "token_mean", denominators).item() == pytest.approx(18 / 3)
-    assert aggregate(values_BT, mask_BT, "grpo", denominators).item() == pytest.approx((3 + 12) / 2)
+    assert aggregate(values_BT, mask_BT, "token_mean", denominators).item() == pytest.approx(
+        18 / 3
+    )
+    assert aggregate(values_BT, mask_BT, "grpo", denominators).item() == pytest.approx(
+        (3 + 12) / 2
+    )
     assert aggregate(values_BT, mask_BT, "dr_grpo", denominators).item() == pytest.approx(18 / 20)
 
 
@@ -260,7 +304,12 @@ def test_a_batch_without_any_action_gives_zero(aggregation):
     x_BT = torch.full((2, 3), -float("inf"), requires_grad=True)
     mask_BT = torch.zeros(2, 3, dtype=torch.bool)
     loss = policy_loss(
-        x_BT, x_BT, torch.ones(2), mask_BT, denominators=Denominators.of(mask_BT, MAX_LEN), aggregation=aggregation
+        x_BT,
+        x_BT,
+        torch.ones(2),
+        mask_BT,
+        denominators=Denominators.of(mask_BT, MAX_LEN),
+        aggregation=aggregation,
     ).loss
     loss.backward()
     assert loss.item() == 0.0 and torch.equal(x_BT.grad, torch.zeros(2, 3))
@@ -271,7 +320,9 @@ def test_weights_multiply_each_token():
     kwargs = {"denominators": Denominators.of(mask_BT)}
     plain = policy_loss(log_probs_BT, old_BT, advantages_B, mask_BT, **kwargs).loss
     weights_BT = torch.where(mask_BT, 2.0, float("nan"))
-    weighted = policy_loss(log_probs_BT, old_BT, advantages_B, mask_BT, weights_BT=weights_BT, **kwargs).loss
+    weighted = policy_loss(
+        log_probs_BT, old_BT, advantages_B, mask_BT, weights_BT=weights_BT, **kwargs
+    ).loss
     torch.testing.assert_close(weighted, 2 * plain)
 
 
@@ -316,9 +367,16 @@ def test_a_loss_is_that_of_its_actions():
     log_probs_BT, old_BT, _, advantages_B, mask_BT = random_batch(B=40)
     bounds = {"clip_low": 0.1, "clip_high": 0.3, "clip_ratio_c": 1.5}
     advantages_BT = advantages_B[:, None].expand_as(log_probs_BT)
-    clipped = clipped_losses(log_probs_BT[mask_BT], old_BT[mask_BT], advantages_BT[mask_BT], **bounds)
+    clipped = clipped_losses(
+        log_probs_BT[mask_BT], old_BT[mask_BT], advantages_BT[mask_BT], **bounds
+    )
     loss = policy_loss(
-        log_probs_BT, old_BT, advantages_B, mask_BT, denominators=Denominators.of(mask_BT), **bounds
+        log_probs_BT,
+        old_BT,
+        advantages_B,
+        mask_BT,
+        denominators=Denominators.of(mask_BT),
+        **bounds,
     ).loss
     torch.testing.assert_close(clipped.losses.mean(), loss)
     assert clipped.losses.shape == (int(mask_BT.sum()),)

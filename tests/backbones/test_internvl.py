@@ -1,5 +1,6 @@
-"""InternVL as a backbone: images in tiles, SFT on boxes, engine hf. A plain forward of Hugging Face's is the reference for
-what stands at image positions. RL through verl: tests/verl_plugin/test_internvl.py. Not covered: published weights."""
+"""InternVL as a backbone: images in tiles, SFT on boxes, engine hf. A plain forward of Hugging
+Face's is the reference for what stands at image positions. RL through verl:
+tests/verl_plugin/test_internvl.py. Not covered: published weights."""
 
 import functools
 import json
@@ -40,9 +41,13 @@ def internvl() -> Case:
 
 def prompt(c, text="read red ?", sizes=(SMALL,), seed=0):
     rng = np.random.default_rng(seed)
-    pictures = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+    pictures = [
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes
+    ]
     content = [{"type": "text", "text": text}, *[{"type": "image"}] * len(pictures)]
-    return encode_prompt(c.tokenizer, c.processor, [{"role": "user", "content": content}], pictures, "test")
+    return encode_prompt(
+        c.tokenizer, c.processor, [{"role": "user", "content": content}], pictures, "test"
+    )
 
 
 def data_row(index, boxes, num_images=1):
@@ -51,7 +56,10 @@ def data_row(index, boxes, num_images=1):
     return verl_row(
         data_source="test",
         prompt="read ?" + "<image>" * num_images,
-        images=[encode_png(rng.integers(0, 256, (*SMALL, 3), dtype=np.uint8)) for _ in range(num_images)],
+        images=[
+            encode_png(rng.integers(0, 256, (*SMALL, 3), dtype=np.uint8))
+            for _ in range(num_images)
+        ],
         answer=("3", "7")[index % 2],
         index=index,
         split="train",
@@ -64,15 +72,24 @@ def data_row(index, boxes, num_images=1):
 def test_the_adapters_forward_is_hugging_faces():
     c = internvl()
     p = prompt(c, sizes=(SMALL, WIDE))
-    assert p.images.image_grid_thw.tolist() == [[1, 4, 4], [3, 4, 4]] and p.images.pixel_values.shape[0] == 4
+    assert (
+        p.images.image_grid_thw.tolist() == [[1, 4, 4], [3, 4, 4]]
+        and p.images.pixel_values.shape[0] == 4
+    )
     c.adapter.check_prompt(p.ids, p.images, "here")
     ids_1T, mask_1T = p.ids[None], torch.ones_like(p.ids)[None]
     positions = c.adapter.position_ids(ids_1T, mask_1T.bool(), p.images)
     assert torch.equal(positions, torch.arange(len(p.ids))[None])
     hidden = c.adapter.forward_hidden(ids_1T, mask_1T, positions, p.images)
-    assert torch.equal(c.adapter.logits(hidden), c.model(input_ids=ids_1T, pixel_values=p.images.pixel_values).logits)
+    assert torch.equal(
+        c.adapter.logits(hidden),
+        c.model(input_ids=ids_1T, pixel_values=p.images.pixel_values).logits,
+    )
     visual_MH = c.adapter.encode_images(p.images)
-    assert visual_MH.shape == (4 * TOKENS_OF_TILE, c.adapter.hidden_size) and len(visual_MH.unique(dim=0)) == 64
+    assert (
+        visual_MH.shape == (4 * TOKENS_OF_TILE, c.adapter.hidden_size)
+        and len(visual_MH.unique(dim=0)) == 64
+    )
     kinds = c.adapter.prompt_kinds(p.ids)
     assert int((kinds == K.VISION).sum()) == 4 * TOKENS_OF_TILE
 
@@ -85,7 +102,9 @@ def test_a_token_sees_its_own_cell_most():
     tokens_MH = InternVL(model).encode_images(ImageInputs(pixels, torch.tensor([[1, 4, 4]])))
     cell = TILE // 4
     for index in (0, 1, 6, 12, 15):
-        (gradient,) = torch.autograd.grad(tokens_MH[index].square().sum(), pixels, retain_graph=True)
+        (gradient,) = torch.autograd.grad(
+            tokens_MH[index].square().sum(), pixels, retain_graph=True
+        )
         strength = gradient[0].square().sum(0).view(4, cell, 4, cell).sum((1, 3)).flatten()
         assert int(strength.argmax()) == index
 
@@ -100,9 +119,14 @@ def test_boxes_lie_in_the_view_of_the_whole_image():
         vision_ids=c.adapter.vision_ids,
         backbone=c.adapter.backbone,
     )
-    row = encode(parse_verl_row(data_row(0, ((0.0, 0.0, 0.3, 0.2), (0.5, 0.75, 0.75, 1.0)), 2), "row 0"))
+    row = encode(
+        parse_verl_row(data_row(0, ((0.0, 0.0, 0.3, 0.2), (0.5, 0.75, 0.75, 1.0)), 2), "row 0")
+    )
     # a box of two tokens of the first image's only tile, then one of the second's
-    assert row.roi_N.tolist() == [0, 1, TOKENS_OF_TILE + 14] and row.num_visual_tokens == 2 * TOKENS_OF_TILE
+    assert (
+        row.roi_N.tolist() == [0, 1, TOKENS_OF_TILE + 14]
+        and row.num_visual_tokens == 2 * TOKENS_OF_TILE
+    )
     tiled = c.adapter.backbone.box_view([3, 4, 4])
     assert tiled == (2 * TOKENS_OF_TILE, [1, 4, 4]), "the thumbnail, behind both tiles"
 
@@ -111,13 +135,25 @@ def test_boxes_lie_in_the_view_of_the_whole_image():
 @pytest.mark.parametrize("visibility", ["full", "latents_only"])
 def test_rollout_equals_replay_and_recompute(visibility):
     c = internvl()
-    prompts = [prompt(c, "read ?", (WIDE,), 1), prompt(c, "read red ?", (SMALL, SMALL), 2), prompt(c, "blue", (), 3)]
-    requests = [RolloutRequest(p.ids, list(range(4 * i, 4 * i + 4)), p.images) for i, p in enumerate(prompts)]
+    prompts = [
+        prompt(c, "read ?", (WIDE,), 1),
+        prompt(c, "read red ?", (SMALL, SMALL), 2),
+        prompt(c, "blue", (), 3),
+    ]
+    requests = [
+        RolloutRequest(p.ids, list(range(4 * i, 4 * i + 4)), p.images)
+        for i, p in enumerate(prompts)
+    ]
     engine = c.engine(c.mechanism(visibility=visibility, max_spans=2))
     groups = engine.generate(requests, sampling(16, temperature=1.5))
     trajectories = [t for group in groups for t in group]
-    assert sum(len(t.latents) for t in trajectories) > 20 and len({len(t.token_ids) for t in trajectories}) > 1
-    images = [request.images for request, group in zip(requests, groups, strict=True) for _ in group]
+    assert (
+        sum(len(t.latents) for t in trajectories) > 20
+        and len({len(t.token_ids) for t in trajectories}) > 1
+    )
+    images = [
+        request.images for request, group in zip(requests, groups, strict=True) for _ in group
+    ]
     for padding_side in ("both", "right"):
         batch = collate(trajectories, images, engine.adapter, visibility, padding_side)
         log_probs_BT, _ = replay(engine.adapter, batch, 1.5)
@@ -130,7 +166,9 @@ def test_rollout_equals_replay_and_recompute(visibility):
 
 
 def test_sft_on_boxes_learns_and_its_folder_rolls_out(tmp_path):
-    """`python -m grpo_latent.sft` from a model that has no latent tokens; tower and merger frozen, as published."""
+    """`python -m grpo_latent.sft` from a model that has no latent tokens; tower and merger frozen,
+    as published.
+    """
     model, tokenizer, processor = tiny_internvl(WORDS, latent_tokens=())
     model.save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
@@ -162,7 +200,9 @@ def test_sft_on_boxes_learns_and_its_folder_rolls_out(tmp_path):
     assert entropies[-1] < 0.6 * entropies[0]
     learned = Case("", loaded.model, loaded.tokenizer, loaded.processor, None)
     p = prompt(learned, "read ?")
-    (group,) = learned.engine(loaded.mechanism).generate([RolloutRequest(p.ids, [1, 2, 3, 4], p.images)], sampling(12))
+    (group,) = learned.engine(loaded.mechanism).generate(
+        [RolloutRequest(p.ids, [1, 2, 3, 4], p.images)], sampling(12)
+    )
     assert any(len(t.latents) >= 2 for t in group), "it opens spans"
 
 
@@ -171,9 +211,13 @@ def test_a_folder_loads_with_its_processor(tmp_path):
     c = Case("", model, tokenizer, processor, internvl().adapter)
     save_latent_model(tmp_path, model, tokenizer, processor, c.mechanism())
     loaded = load_latent_model(tmp_path)
-    again = prompt(Case("", loaded.model, loaded.tokenizer, loaded.processor, None), sizes=(SMALL, WIDE))
+    again = prompt(
+        Case("", loaded.model, loaded.tokenizer, loaded.processor, None), sizes=(SMALL, WIDE)
+    )
     own = prompt(c, sizes=(SMALL, WIDE))
-    assert torch.equal(own.ids, again.ids) and torch.equal(own.images.pixel_values, again.images.pixel_values)
+    assert torch.equal(own.ids, again.ids) and torch.equal(
+        own.images.pixel_values, again.images.pixel_values
+    )
     with pytest.raises(ConfigError, match="internvl.*Use engine hf"):
         read_skeleton(tmp_path)
 
@@ -182,9 +226,13 @@ def test_what_does_not_fit_is_refused():
     c = internvl()
     p = prompt(c, sizes=(SMALL, WIDE))
     with pytest.raises(RolloutError, match="pixels do not fit the image grid"):
-        c.adapter.check_prompt(p.ids, ImageInputs(p.images.pixel_values[:3], p.images.image_grid_thw), "row 1")
+        c.adapter.check_prompt(
+            p.ids, ImageInputs(p.images.pixel_values[:3], p.images.image_grid_thw), "row 1"
+        )
     with pytest.raises(RolloutError, match="64 placeholders; expected 16"):
-        c.adapter.check_prompt(p.ids, ImageInputs(p.images.pixel_values[:1], p.images.image_grid_thw[:1]), "row 1")
+        c.adapter.check_prompt(
+            p.ids, ImageInputs(p.images.pixel_values[:1], p.images.image_grid_thw[:1]), "row 1"
+        )
     with pytest.raises(ConfigError, match="no adjustable number of tokens.*InternVL"):
         InternVL.bound_image_tokens(c.processor, None, 16)
     if type(c.processor).__module__.startswith("grpo_latent"):

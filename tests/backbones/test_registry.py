@@ -1,4 +1,6 @@
-"""Which family a config belongs to, and that an unknown one is refused by name wherever a model is built from a folder."""
+"""Which family a config belongs to, and that an unknown one is refused by name wherever a model is
+built from a folder.
+"""
 
 import pytest
 import torch
@@ -38,7 +40,8 @@ KNOWN = {
     Qwen3Config: TextBackbone,
     LlamaConfig: TextBackbone,
 }
-# a part for images (Fuyu, though it is registered as a causal LM), a recurrent state, a window that no layer type names
+# a part for images (Fuyu, though it is registered as a causal LM), a recurrent state, a window
+# that no layer type names
 UNKNOWN = (LlavaConfig, FuyuConfig, MambaConfig, MistralConfig)
 REFUSAL = r"got llava; expected one of chameleon, .*qwen2_5_vl, .*or a text model.*protocol.py.*GRPO_LATENT_BACKBONES"
 
@@ -50,18 +53,30 @@ def test_families_of_configs(config_class):
 
 @pytest.mark.parametrize("config_class", UNKNOWN)
 def test_unknown_families_are_refused_by_name(config_class):
-    with pytest.raises(ConfigError, match=f"no backbone for this family.*got {config_class.model_type};"):
+    with pytest.raises(
+        ConfigError, match=f"no backbone for this family.*got {config_class.model_type};"
+    ):
         registry.find_backbone(config_class())
 
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory):
-    """The folder of a tiny LLaVA, which was once taken for a text model; no weights, as no place gets as far."""
+    """The folder of a tiny LLaVA, which was once taken for a text model; no weights, as no place
+    gets as far.
+    """
     folder = tmp_path_factory.mktemp("llava")
     tokenizer = tiny.word_tokenizer(("read",))
-    text = dict(model_type="qwen3", vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16)
+    text = dict(
+        model_type="qwen3", vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16
+    )
     text |= dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
-    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=14)
+    vision = dict(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=14,
+    )
     LlavaConfig(text_config=text, vision_config=vision).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     LVR.from_tokens(tokenizer.get_vocab()).save(folder)
@@ -123,7 +138,9 @@ def test_a_class_elsewhere_is_found_by_the_variable(llava, monkeypatch):
     assert "llava" in registry.known_model_types()
 
 
-@pytest.mark.parametrize("name", ["nowhere:Class", f"{__name__}:Nothing", f"{__name__}:KNOWN", "plain"])
+@pytest.mark.parametrize(
+    "name", ["nowhere:Class", f"{__name__}:Nothing", f"{__name__}:KNOWN", "plain"]
+)
 def test_a_variable_that_names_no_backbone_is_an_error(name, monkeypatch):
     monkeypatch.setenv(registry.VARIABLE, name)
     with pytest.raises(ConfigError, match="not a backbone.*package.module:Class"):

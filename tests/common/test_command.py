@@ -1,4 +1,6 @@
-"""Exit codes and messages of commands. That every entry point is wrapped, the last test reads from their source."""
+"""Exit codes and messages of commands. That every entry point is wrapped, the last test reads from
+their source.
+"""
 
 import ast
 import os
@@ -14,7 +16,11 @@ from grpo_latent import errors
 from grpo_latent.common.command import command, config_command
 
 PACKAGE = Path(grpo_latent.__file__).parent
-TYPES = [t for t in vars(errors).values() if isinstance(t, type) and issubclass(t, errors.GrpoLatentError)]
+TYPES = [
+    t
+    for t in vars(errors).values()
+    if isinstance(t, type) and issubclass(t, errors.GrpoLatentError)
+]
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.__name__)
@@ -82,9 +88,19 @@ sys.exit(main())
     ("body", "arguments", "code", "message"),
     [
         ("pass", [], 0, "^$"),
-        ("raise DataError('no rows', where='x.parquet')", [], 2, r"^DataError: x\.parquet: no rows\.\n$"),
+        (
+            "raise DataError('no rows', where='x.parquet')",
+            [],
+            2,
+            r"^DataError: x\.parquet: no rows\.\n$",
+        ),
         ("1 / 0", [], 1, "Traceback.*ZeroDivisionError"),
-        ("pass", ["no_such_key=1"], 2, "^ConfigError: config: Could not override 'no_such_key'.*\\+no_such_key=1"),
+        (
+            "pass",
+            ["no_such_key=1"],
+            2,
+            "^ConfigError: config: Could not override 'no_such_key'.*\\+no_such_key=1",
+        ),
         ("pass", ["method=no_such_method"], 2, "^ConfigError: config: .*method/no_such_method"),
         ("config.model.path", [], 2, "^ConfigError: config: Missing mandatory value: model.path"),
     ],
@@ -93,7 +109,11 @@ def test_commands_with_a_hydra_config(tmp_path, body, arguments, code, message):
     script = tmp_path / "script.py"
     script.write_text(HYDRA.format(body=body))
     done = subprocess.run(
-        [sys.executable, str(script), *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=120
+        [sys.executable, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
     )
     assert done.returncode == code, done.stderr
     assert re.search(message, done.stderr, re.DOTALL), done.stderr
@@ -114,6 +134,12 @@ NOT_OURS = set(map(Path, _NAMES))
 @pytest.mark.parametrize("path", sorted(set(entry_points()) - NOT_OURS), ids=str)
 def test_every_command_is_wrapped(path):
     tree = ast.parse((PACKAGE / path).read_text())
-    (main,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
-    assert [d for d in map(ast.unparse, main.decorator_list[:1]) if d == "command" or d.startswith("config_command(")]
+    (main,) = [
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"
+    ]
+    assert [
+        d
+        for d in map(ast.unparse, main.decorator_list[:1])
+        if d == "command" or d.startswith("config_command(")
+    ]
     assert (PACKAGE / path).read_text().rstrip().endswith("sys.exit(main())")

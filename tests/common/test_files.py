@@ -81,19 +81,27 @@ def test_content_is_synced_before_the_rename_and_the_folder_after_it(tmp_path, m
     events, path = [], tmp_path / "x"
     replace = os.replace
     monkeypatch.setattr(files, "sync", lambda target: events.append(("sync", target.is_dir())))
-    monkeypatch.setattr(os, "replace", lambda *args: (events.append(("rename", None)), replace(*args)))
+    monkeypatch.setattr(
+        os, "replace", lambda *args: (events.append(("rename", None)), replace(*args))
+    )
     write_text(path, "x")
     assert events == [("sync", False), ("rename", None), ("sync", True)]
 
 
 def test_of_two_files_the_first_one_named_becomes_visible_last(tmp_path, monkeypatch):
     order, replace = [], os.replace
-    monkeypatch.setattr(os, "replace", lambda part, path: (order.append(path.name), replace(part, path)))
+    monkeypatch.setattr(
+        os, "replace", lambda part, path: (order.append(path.name), replace(part, path))
+    )
     with replacing_file(tmp_path / "index") as index, replacing_file(tmp_path / "data") as data:
         index.write_text("i")
         data.write_text("d")
     assert order == ["data", "index"]
-    with pytest.raises(KeyError), replacing_file(tmp_path / "index"), replacing_file(tmp_path / "data") as data:
+    with (
+        pytest.raises(KeyError),
+        replacing_file(tmp_path / "index"),
+        replacing_file(tmp_path / "data") as data,
+    ):
         data.write_text("new")
         raise KeyError
     assert (tmp_path / "data").read_text() == "d" and names(tmp_path) == ["data", "index"]
@@ -105,7 +113,9 @@ def test_a_folder_is_replaced_whole(tmp_path):
             (part / "sub").mkdir()
             (part / "sub" / version).write_text(version)
             if version == "2":
-                assert (tmp_path / "model" / "sub" / "1").is_file(), "the old one stands while the new one is written"
+                assert (tmp_path / "model" / "sub" / "1").is_file(), (
+                    "the old one stands while the new one is written"
+                )
     assert names(tmp_path) == ["model"] and names(tmp_path / "model" / "sub") == ["2"]
     with pytest.raises(KeyError), replacing_folder(tmp_path / "model") as part:
         (part / "3").write_text("3")

@@ -30,7 +30,13 @@ class Outer:
 
 
 def test_values_take_the_form_of_their_fields():
-    values = {"path": "p", "rate": 2, "files": "one", "clamp": [-1.5, 3], "inner": {"names": ["b", "c"]}}
+    values = {
+        "path": "p",
+        "rate": 2,
+        "files": "one",
+        "clamp": [-1.5, 3],
+        "inner": {"names": ["b", "c"]},
+    }
     built = build(Outer, values, "outer")
     assert built == Outer("p", rate=2, files=("one",), clamp=(-1.5, 3), inner=Inner(4, ("b", "c")))
     assert isinstance(built.rate, int), "a number stays as it was given"
@@ -42,7 +48,10 @@ def test_values_take_the_form_of_their_fields():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"path": "p", "rowz": 1}, r"outer: unknown key; got \['rowz'\]; expected among \['rows'\] of method m"),
+        (
+            {"path": "p", "rowz": 1},
+            r"outer: unknown key; got \['rowz'\]; expected among \['rows'\] of method m",
+        ),
         ({"path": "p", "zzzz": 1}, r"unknown key.*'clamp', 'files', 'inner'"),
         ({}, "outer: missing value; got no path.*Set outer.path=… on the command line"),
         ({"path": "???"}, "missing value"),
@@ -56,12 +65,18 @@ def test_values_take_the_form_of_their_fields():
         ({"path": "p", "rate": False}, "outer.rate: wrong type"),
         ({"path": "p", "is_on": 1}, "outer.is_on: wrong type"),
         ({"path": "p", "limit": "x"}, r"outer.limit: wrong type; got 'x'; expected int \| None"),
-        ({"path": "p", "kind": "z"}, r"outer.kind: wrong type; got 'z'; expected typing.Literal\['x', 'y'\]"),
+        (
+            {"path": "p", "kind": "z"},
+            r"outer.kind: wrong type; got 'z'; expected typing.Literal\['x', 'y'\]",
+        ),
         ({"path": "p", "files": ["a", 1]}, r"outer.files\[1\]: wrong type; got 1; expected str"),
         ({"path": "p", "files": None}, "outer.files: wrong type"),
         ({"path": "p", "clamp": [1.0]}, "outer.clamp: wrong length; got .*expected 2 values"),
         ({"path": "p", "more": [1]}, "outer.more: wrong type"),
-        ({"path": "p", "inner": {"rang": 1}}, r"outer.inner: unknown key; got \['rang'\]; expected among \['rank'"),
+        (
+            {"path": "p", "inner": {"rang": 1}},
+            r"outer.inner: unknown key; got \['rang'\]; expected among \['rank'",
+        ),
         ({"path": "p", "inner": {"rank": None}}, "outer.inner.rank: wrong type"),
     ],
 )
@@ -87,5 +102,7 @@ def test_annotations_that_exist_for_a_type_checker_only_are_not_checked():
 
 def test_choices():
     check_choice("x", ("x", "y"), "kind")
-    with pytest.raises(ConfigError, match="kind: unknown value; got z; expected one of .*'y'.* of m"):
+    with pytest.raises(
+        ConfigError, match="kind: unknown value; got z; expected one of .*'y'.* of m"
+    ):
         check_choice("z", ("x", "y"), "kind", " of m")

@@ -23,7 +23,9 @@ def brute_force(x0, y0, x1, y1, rows, columns):
 
 def interval():
     def ordered(denominator):
-        pair = st.tuples(st.integers(0, denominator), st.integers(0, denominator)).filter(lambda ab: ab[0] != ab[1])
+        pair = st.tuples(st.integers(0, denominator), st.integers(0, denominator)).filter(
+            lambda ab: ab[0] != ab[1]
+        )
         return pair.map(lambda ab: tuple(Fraction(value, denominator) for value in sorted(ab)))
 
     return st.integers(1, 500).flatmap(ordered)
@@ -33,13 +35,17 @@ def interval():
 def test_equals_brute_force_overlap(xs, ys, rows, columns, merge_size):
     grid_thw = (1, rows * merge_size, columns * merge_size)
     box = tuple(float(value) for value in (xs[0], ys[0], xs[1], ys[1]))
-    assert box_to_visual_tokens(box, grid_thw, merge_size) == brute_force(xs[0], ys[0], xs[1], ys[1], rows, columns)
+    assert box_to_visual_tokens(box, grid_thw, merge_size) == brute_force(
+        xs[0], ys[0], xs[1], ys[1], rows, columns
+    )
 
 
 @given(interval(), interval(), st.integers(1, 98), st.integers(1, 98))
 def test_grid_lines_are_exact_for_unmerged_patches(xs, ys, rows, columns):
     box = tuple(float(value) for value in (xs[0], ys[0], xs[1], ys[1]))
-    assert box_to_visual_tokens(box, (1, rows, columns), 1) == brute_force(*(xs[0], ys[0], xs[1], ys[1]), rows, columns)
+    assert box_to_visual_tokens(box, (1, rows, columns), 1) == brute_force(
+        *(xs[0], ys[0], xs[1], ys[1]), rows, columns
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +90,9 @@ def test_bad_boxes_are_typed_errors(box, what):
     with pytest.raises(DataError, match=what) as caught:
         check_box(box, where="a.json row 3: bboxes[0]")
     error = caught.value
-    assert error.where == "a.json row 3: bboxes[0]" and error.expected.startswith("[x0") and error.fix
+    assert (
+        error.where == "a.json row 3: bboxes[0]" and error.expected.startswith("[x0") and error.fix
+    )
 
 
 @pytest.mark.parametrize("grid_thw", [(2, 4, 4), (1, 3, 4), (1, 4, 0)])

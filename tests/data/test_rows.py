@@ -1,4 +1,6 @@
-"""Readers of LVR JSON and verl parquet: what they give, and that each malformed input is a typed, placed error."""
+"""Readers of LVR JSON and verl parquet: what they give, and that each malformed input is a typed,
+placed error.
+"""
 
 import copy
 import json
@@ -14,7 +16,13 @@ from grpo_latent.data.embedded import digits
 from grpo_latent.data.examples import ImageRef, join_content, split_content
 from grpo_latent.data.formats import lvr_json
 from grpo_latent.data.formats.lvr_json import read_lvr_json, write_lvr_json
-from grpo_latent.data.rows import check_prompt, encode_png, parse_verl_row, read_verl_parquet, verl_row
+from grpo_latent.data.rows import (
+    check_prompt,
+    encode_png,
+    parse_verl_row,
+    read_verl_parquet,
+    verl_row,
+)
 from grpo_latent.errors import DataError
 
 PNG = encode_png(np.full((28, 28, 3), 7, np.uint8))
@@ -32,7 +40,10 @@ VIRL = {
     "dataset": "ViRL39K",
     "id": "MMK12-0",
     "image": "a.png",
-    "conversations": [{"from": "human", "value": "How many pairs?"}, {"from": "gpt", "value": "<answer>4</answer>"}],
+    "conversations": [
+        {"from": "human", "value": "How many pairs?"},
+        {"from": "gpt", "value": "<answer>4</answer>"},
+    ],
 }
 ROW = verl_row(
     data_source="digits",
@@ -59,7 +70,9 @@ def write_json(folder, *records):
 
 
 def changed(value, path, new):
-    """A deep copy of nested `value` with the item at `path` replaced, or removed if `new` is KeyError."""
+    """A deep copy of nested `value` with the item at `path` replaced, or removed if `new` is
+    KeyError.
+    """
     value = copy.deepcopy(value)
     item = value
     for key in path[:-1]:
@@ -83,7 +96,14 @@ def test_an_image_is_verified_once(monkeypatch):
     calls = []
     monkeypatch.setattr(ImageRef, "check", lambda self: calls.append(self.where))
     image = encode_png(np.zeros((4, 4, 3), dtype=np.uint8))
-    row = verl_row(data_source="d", prompt="?<image><image>", images=[image] * 2, answer="7", index=0, split="train")
+    row = verl_row(
+        data_source="d",
+        prompt="?<image><image>",
+        images=[image] * 2,
+        answer="7",
+        index=0,
+        split="train",
+    )
     parse_verl_row(row, "row 0")
     assert calls == ["row 0: images[0]", "row 0: images[1]"]
 
@@ -95,14 +115,24 @@ def test_published_record(folder):
     assert example.boxes == ((0.382, 0.456, 0.718, 0.656),) and example.box_images == (0,)
     assert example.response == "<lvr>\n<answer> Blue denim shorts. </answer>"
     assert (example.answer, example.has_answer) == ("Blue denim shorts.", True)
-    assert example.images[0].open().getpixel((0, 0)) == (7, 7, 7) and example.data_source == "flickr30k"
+    assert (
+        example.images[0].open().getpixel((0, 0)) == (7, 7, 7)
+        and example.data_source == "flickr30k"
+    )
 
 
 def test_several_images_turns_and_unknown_answers(folder):
-    turns = [("system", "Be brief."), ("human", "<image> and <image> ?"), ("gpt", "Two."), ("human", "Which?")]
+    turns = [
+        ("system", "Be brief."),
+        ("human", "<image> and <image> ?"),
+        ("gpt", "Two."),
+        ("human", "Which?"),
+    ]
     record = {
         "image": ["a.png", "a.png"],
-        "conversations": [{"from": who, "value": text} for who, text in [*turns, ("gpt", "<lvr> <lvr> <answer>")]],
+        "conversations": [
+            {"from": who, "value": text} for who, text in [*turns, ("gpt", "<lvr> <lvr> <answer>")]
+        ],
         "bboxes": [[0, 0, 1, 1], [0.5, 0, 1, 0.25]],
         "bbox_images": [1, 0],
         "has_answer": False,
@@ -110,26 +140,56 @@ def test_several_images_turns_and_unknown_answers(folder):
     path = folder / "data.jsonl"
     path.write_text("\n" + json.dumps(record) + "\n")
     (example,) = read_lvr_json(path)
-    assert [message["role"] for message in example.messages] == ["system", "user", "assistant", "user"]
+    assert [message["role"] for message in example.messages] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+    ]
     assert example.messages[1]["content"] == split_content("<image> and <image> ?")
     assert example.box_images == (1, 0) and example.response == "<lvr> <lvr> <answer>"
     assert (example.answer, example.has_answer) == ("", False)
     again = parse_verl_row(lvr_json.to_verl_row(example, 0, "sft"), where="row 0")
-    assert (again.messages, again.boxes, again.box_images) == (example.messages, example.boxes, (1, 0))
+    assert (again.messages, again.boxes, again.box_images) == (
+        example.messages,
+        example.boxes,
+        (1, 0),
+    )
 
 
 def test_virl_records_become_verl_rows(folder):
     out = folder / "train.parquet"
     text_only = VIRL | {"image": []}
     path = write_json(folder, VIRL, text_only, VIRL | {"image": ["a.png", "a.png"]})
-    lvr_json.main(["to-parquet", "--json", str(path), "--images", str(folder), "--out", str(out), "--split", "rl"])
+    lvr_json.main(
+        [
+            "to-parquet",
+            "--json",
+            str(path),
+            "--images",
+            str(folder),
+            "--out",
+            str(out),
+            "--split",
+            "rl",
+        ]
+    )
     rows = pq.read_table(out).to_pylist()
     contents = [row["prompt"][0]["content"] for row in rows]
-    assert contents == ["<image>How many pairs?", "How many pairs?", "<image><image>How many pairs?"]
-    assert rows[0]["images"] == [{"bytes": PNG, "path": None}] and [len(row["images"]) for row in rows] == [1, 0, 2]
+    assert contents == [
+        "<image>How many pairs?",
+        "How many pairs?",
+        "<image><image>How many pairs?",
+    ]
+    assert rows[0]["images"] == [{"bytes": PNG, "path": None}] and [
+        len(row["images"]) for row in rows
+    ] == [1, 0, 2]
     assert [row["extra_info"]["index"] for row in rows] == [0, 1, 2]
     for row in rows:
-        assert row["data_source"] == "ViRL39K" and row["reward_model"] == {"style": "rule", "ground_truth": "4"}
+        assert row["data_source"] == "ViRL39K" and row["reward_model"] == {
+            "style": "rule",
+            "ground_truth": "4",
+        }
         assert row["extra_info"]["split"] == "rl" and row["extra_info"]["bboxes"] == []
 
 
@@ -149,7 +209,9 @@ def test_digits_survive_both_formats(folder):
     assert 0 < sum(example.has_answer for example in first) < 40
     for digit_example, *read in zip(examples, first, second, third, strict=True):
         for example in read:
-            assert join_content(example.messages[0]["content"]) == f"{digit_example.question}<image>"
+            assert (
+                join_content(example.messages[0]["content"]) == f"{digit_example.question}<image>"
+            )
             assert example.boxes == tuple(digit_example.boxes)
             assert np.array_equal(np.asarray(example.images[0].open()), digit_example.image)
             assert example.answer == (digit_example.answer if example.has_answer else "")
@@ -169,15 +231,30 @@ QUESTION = ("conversations", 0, "value")
 BAD_RECORDS = {
     "no conversation": (("conversations",), KeyError, "conversations", "expected turns"),
     "conversation of a string": (("conversations",), "Q", "conversations", "got Q"),
-    "turn without value": (("conversations", 1), {"from": "gpt"}, "conversations[1]", "'from': 'gpt'"),
+    "turn without value": (
+        ("conversations", 1),
+        {"from": "gpt"},
+        "conversations[1]",
+        "'from': 'gpt'",
+    ),
     "empty value": (VALUE, "  ", "conversations[1]", "'value': '  '"),
-    "two questions": (("conversations", 1, "from"), "human", "conversations", "['human', 'human']"),
+    "two questions": (
+        ("conversations", 1, "from"),
+        "human",
+        "conversations",
+        "['human', 'human']",
+    ),
     "unknown speaker": (("conversations", 0, "from"), "user", "conversations", "['user', 'gpt']"),
     "no image file": (("image",), ["b.png"], "image[0]", "b.png"),
     "image of a number": (("image",), 3, "image", "got 3"),
     "image missing": (("image",), KeyError, "conversations", "1 <image> for 0 images"),
     "placeholder missing": (QUESTION, "What?", "conversations", "0 <image> for 1 images"),
-    "placeholder too many": (QUESTION, "<image><image>", "conversations", "2 <image> for 1 images"),
+    "placeholder too many": (
+        QUESTION,
+        "<image><image>",
+        "conversations",
+        "2 <image> for 1 images",
+    ),
     "video": (QUESTION, "<image><video>", "conversations", "<video> is not supported"),
     "box missing": (("bboxes",), [], "conversations[-1].value", "1 <lvr> for 0 boxes"),
     "boxes absent": (("bboxes",), KeyError, "conversations[-1].value", "1 <lvr> for 0 boxes"),
@@ -189,15 +266,30 @@ BAD_RECORDS = {
     "box of three": (("bboxes",), [[0.1, 0.2, 0.5]], "bboxes[0]", "four numbers"),
     "image index too large": (("bbox_images",), [1], "bbox_images", "got [1]"),
     "image index missing": (("bbox_images",), [], "bbox_images", "1 integers in [0, 1)"),
-    "no answer tag": (VALUE, "<lvr> shorts", "conversations[-1].value", "has_answer True, answer ''"),
-    "empty answer": (VALUE, "<lvr> <answer> </answer>", "conversations[-1].value", "has_answer True, answer ''"),
+    "no answer tag": (
+        VALUE,
+        "<lvr> shorts",
+        "conversations[-1].value",
+        "has_answer True, answer ''",
+    ),
+    "empty answer": (
+        VALUE,
+        "<lvr> <answer> </answer>",
+        "conversations[-1].value",
+        "has_answer True, answer ''",
+    ),
     "two answers": (
         VALUE,
         "<lvr> <answer>a</answer> <answer>b</answer>",
         "conversations[-1].value",
         "no single answer",
     ),
-    "answer though unknown": (("has_answer",), False, "conversations[-1].value", "has_answer False, answer 'Blue"),
+    "answer though unknown": (
+        ("has_answer",),
+        False,
+        "conversations[-1].value",
+        "has_answer False, answer 'Blue",
+    ),
     "has_answer of a string": (("has_answer",), "no", "has_answer", "not a truth value"),
     "span in the question": (QUESTION, "<image><lvr>", "conversations", "outside the last turn"),
 }
@@ -248,15 +340,35 @@ BAD_ROWS = {
     "empty prompt": (("prompt",), [], "prompt", "got []"),
     "unknown role": (("prompt", 0, "role"), "human", "prompt[0]", "'role': 'human'"),
     "content null": (("prompt", 0, "content"), None, "prompt[0]", "'content': None"),
-    "prompt ends with assistant": (("prompt", 0, "role"), "assistant", "prompt[0].role", "got assistant"),
+    "prompt ends with assistant": (
+        ("prompt", 0, "role"),
+        "assistant",
+        "prompt[0].role",
+        "got assistant",
+    ),
     "images of bytes": (("images",), b"x", "images", "got b'x'"),
     "image null": (("images",), [None], "images[0]", "verl does not read `path`"),
-    "image path only": (("images",), [{"bytes": None, "path": "a.png"}], "images[0]", "'path': 'a.png'"),
-    "image not decodable": (("images",), [{"bytes": b"nonsense"}], "images[0]", "8 bytes that start with b'nonsense'"),
+    "image path only": (
+        ("images",),
+        [{"bytes": None, "path": "a.png"}],
+        "images[0]",
+        "'path': 'a.png'",
+    ),
+    "image not decodable": (
+        ("images",),
+        [{"bytes": b"nonsense"}],
+        "images[0]",
+        "8 bytes that start with b'nonsense'",
+    ),
     "image missing": (("images",), None, "prompt", "1 <image> for 0 images"),
     "placeholder missing": (("prompt", 0, "content"), "read", "prompt", "0 <image> for 1 images"),
     "no reward model": (("reward_model",), None, "reward_model", "expected {"),
-    "no ground truth": (("reward_model",), {"style": "rule"}, "reward_model", "got {'style': 'rule'}"),
+    "no ground truth": (
+        ("reward_model",),
+        {"style": "rule"},
+        "reward_model",
+        "got {'style': 'rule'}",
+    ),
 }
 BAD_SFT_ROWS = {
     "several ground truths": (("reward_model", "ground_truth"), ["7"], "reward_model.ground_truth", "['7']"),
@@ -283,10 +395,14 @@ def test_malformed_rows(name):
 
 
 def test_an_unlabelled_row_must_not_hold_its_answer():
-    row = changed(changed(ROW, ("extra_info", "has_answer"), False), ("reward_model", "ground_truth"), "")
+    row = changed(
+        changed(ROW, ("extra_info", "has_answer"), False), ("reward_model", "ground_truth"), ""
+    )
     with pytest.raises(DataError, match="an answer where has_answer is false"):
         parse_verl_row(row, where="train.parquet row 5")
-    example = parse_verl_row(changed(row, ("extra_info", "response"), None), where="train.parquet row 5")
+    example = parse_verl_row(
+        changed(row, ("extra_info", "response"), None), where="train.parquet row 5"
+    )
     assert example.response == "<lvr> <answer>"
 
 
@@ -298,13 +414,19 @@ def test_malformed_parquet_files(folder):
     with pytest.raises(DataError, match="not a readable parquet file"):
         list(read_verl_parquet(path))
     pq.write_table(pa.table({"data_source": ["digits"], "question": ["Q"]}), path)
-    with pytest.raises(DataError, match=r"columns \['prompt', 'reward_model'\] are missing.*got columns"):
+    with pytest.raises(
+        DataError, match=r"columns \['prompt', 'reward_model'\] are missing.*got columns"
+    ):
         list(read_verl_parquet(path))
     digits.write_verl_parquet(path, [])
     with pytest.raises(DataError, match="no rows"):
         list(read_verl_parquet(path))
-    digits.write_verl_parquet(path, [ROW, changed(ROW, ("extra_info", "bboxes"), [[0.5, 0.5, 0.1, 0.9]])])
-    with pytest.raises(DataError, match=r"a.parquet row 1: extra_info.bboxes\[0\]: a box has no area"):
+    digits.write_verl_parquet(
+        path, [ROW, changed(ROW, ("extra_info", "bboxes"), [[0.5, 0.5, 0.1, 0.9]])]
+    )
+    with pytest.raises(
+        DataError, match=r"a.parquet row 1: extra_info.bboxes\[0\]: a box has no area"
+    ):
         list(read_verl_parquet(path))
 
 

@@ -26,7 +26,11 @@ from grpo_latent.data.rows import verl_row, write_verl_parquet  # noqa: E402
 from grpo_latent.errors import DataError  # noqa: E402
 from grpo_latent.models import tiny  # noqa: E402
 
-BUILDERS = {"qwen2_5_vl": tiny.tiny_qwen2_5_vl, "qwen2_vl": tiny.tiny_qwen2_vl, "qwen3_vl": tiny.tiny_qwen3_vl}
+BUILDERS = {
+    "qwen2_5_vl": tiny.tiny_qwen2_5_vl,
+    "qwen2_vl": tiny.tiny_qwen2_vl,
+    "qwen3_vl": tiny.tiny_qwen3_vl,
+}
 
 
 @pytest.fixture(scope="module", params=BUILDERS)
@@ -58,10 +62,14 @@ def prompt_batch(processor, row):
     messages = row["raw_prompt"]
     patch_size = processor.image_processor.patch_size
     images, videos, _ = asyncio.run(
-        dataset_class().process_multi_modal_info(messages, image_patch_size=patch_size, config=OmegaConf.create({}))
+        dataset_class().process_multi_modal_info(
+            messages, image_patch_size=patch_size, config=OmegaConf.create({})
+        )
     )
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return images, build_multimodal_processor_inputs(processor, text=[text], images=images, videos=videos)
+    return images, build_multimodal_processor_inputs(
+        processor, text=[text], images=images, videos=videos
+    )
 
 
 def test_dataset_rows_become_prompts(loaded, dataset_file):
@@ -73,28 +81,40 @@ def test_dataset_rows_become_prompts(loaded, dataset_file):
     for index in range(6):
         row = dataset[index]
         images, batch = prompt_batch(processor, row)
-        assert np.array_equal(np.asarray(images[0]), expected[index].image), "no resizing on the way"
+        assert np.array_equal(np.asarray(images[0]), expected[index].image), (
+            "no resizing on the way"
+        )
         words = tokenizer.decode(batch["input_ids"][0]).split()
         assert len(words) == 23 and " ".join(words[1:4]) == expected[index].question
-        assert row["reward_model"]["ground_truth"] == expected[index].answer and row["index"] == index
+        assert (
+            row["reward_model"]["ground_truth"] == expected[index].answer and row["index"] == index
+        )
         assert batch["image_grid_thw"].tolist() == [[1, 8, 8]]
 
 
 def test_token_ids_and_positions(loaded, dataset_file):
-    """verl's position ids of the agent loop equal the model's own, with a completion behind the prompt."""
+    """verl's position ids of the agent loop equal the model's own, with a completion behind the
+    prompt.
+    """
     model, tokenizer, processor = loaded
     assert get_processor_token_id(processor, "image") == model.config.image_token_id
     assert get_processor_token_id(processor, "video") == model.config.video_token_id
 
     row = dataset_class()(dataset_file, tokenizer, OmegaConf.create({}), processor)[0]
     images, batch = prompt_batch(processor, row)
-    completion = tokenizer("<|lvr_start|> <|lvr|> <|lvr_end|> <answer> 7 </answer> <|im_end|>").input_ids
+    completion = tokenizer(
+        "<|lvr_start|> <|lvr|> <|lvr_end|> <answer> 7 </answer> <|im_end|>"
+    ).input_ids
     input_ids = torch.cat([batch["input_ids"], torch.tensor([completion])], dim=1)
-    worker = SimpleNamespace(processor=processor, tokenizer=tokenizer, _get_mm_processor_kwargs=lambda audios: {})
+    worker = SimpleNamespace(
+        processor=processor, tokenizer=tokenizer, _get_mm_processor_kwargs=lambda audios: {}
+    )
     output = SimpleNamespace(multi_modal_data={"images": images}, mm_processor_kwargs=None)
     inputs = AgentLoopWorker._compute_multi_modal_inputs(worker, output, input_ids)
     assert torch.equal(inputs["pixel_values"], batch["pixel_values"])
-    position_ids = AgentLoopWorker._compute_position_ids(worker, input_ids, torch.ones_like(input_ids), inputs)
+    position_ids = AgentLoopWorker._compute_position_ids(
+        worker, input_ids, torch.ones_like(input_ids), inputs
+    )
 
     vision, _ = model.model.get_rope_index(
         input_ids,
@@ -105,9 +125,13 @@ def test_token_ids_and_positions(loaded, dataset_file):
     assert position_ids.shape == (1, 4, 30)
     assert torch.equal(position_ids[:, 1:], vision.transpose(0, 1))
     by_hand = torch.arange(4)
-    assert torch.equal(position_ids[0, 2, 5:21], (5 + by_hand).repeat_interleave(4)), "rows of the image"
+    assert torch.equal(position_ids[0, 2, 5:21], (5 + by_hand).repeat_interleave(4)), (
+        "rows of the image"
+    )
     assert torch.equal(position_ids[0, 3, 5:21], (5 + by_hand).repeat(4)), "columns of the image"
-    assert position_ids[0, 1:, 21:].tolist() == [list(range(9, 18))] * 3, "text goes on after the larger side"
+    assert position_ids[0, 1:, 21:].tolist() == [list(range(9, 18))] * 3, (
+        "text goes on after the larger side"
+    )
 
 
 def test_text_models_load_without_a_processor(tmp_path):
@@ -139,7 +163,9 @@ def test_malformed_and_overlong_rows_stop_the_run(loaded, dataset_file, tmp_path
     with pytest.raises(DataError, match="bad.parquet row 2: images.0.: not a readable image"):
         dataset_class()(path, tokenizer, OmegaConf.create({}), processor)
     with pytest.raises(DataError, match="max_prompt_length=22"):
-        dataset_class()(dataset_file, tokenizer, OmegaConf.create({"max_prompt_length": 22}), processor)
+        dataset_class()(
+            dataset_file, tokenizer, OmegaConf.create({"max_prompt_length": 22}), processor
+        )
 
 
 def test_images_reach_the_processor_as_they_are(tmp_path):
@@ -147,8 +173,15 @@ def test_images_reach_the_processor_as_they_are(tmp_path):
     image = Image.new("RGBA", (20, 30), (0, 0, 0, 0))
     image.save(tmp_path / "a.png")
     for source in (image, str(tmp_path / "a.png"), f"file://{tmp_path}/a.png"):
-        messages = [{"role": "user", "content": [{"type": "image", "image": source}, {"type": "text", "text": "read"}]}]
+        messages = [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": source}, {"type": "text", "text": "read"}],
+            }
+        ]
         images, videos, audios = asyncio.run(process(messages, 7, OmegaConf.create({})))
         assert (videos, audios) == (None, None) and images[0].size == (20, 30)
         assert images[0].mode == "RGB" and images[0].getpixel((0, 0)) == (255, 255, 255)
-    assert asyncio.run(process([{"role": "user", "content": "read"}], 7, OmegaConf.create({}))) == (None, None, None)
+    assert asyncio.run(
+        process([{"role": "user", "content": "read"}], 7, OmegaConf.create({}))
+    ) == (None, None, None)

@@ -46,29 +46,55 @@ def prompts(with_images=True):
         images = c.images(1, seed=index) if with_images else None
         request = c.request(text, images)
         found.append(
-            EvalPrompt(request.prompt_ids, images, "test", str(index), f"row {index}", str(index), (index % 6,))
+            EvalPrompt(
+                request.prompt_ids,
+                images,
+                "test",
+                str(index),
+                f"row {index}",
+                str(index),
+                (index % 6,),
+            )
         )
     return found
 
 
 def trajectory(latents, kinds=None):
     if kinds is None:
-        kinds = [K.START, *[K.LATENT] * len(latents), K.FORCED, K.TEXT] if len(latents) else [K.TEXT]
+        kinds = (
+            [K.START, *[K.LATENT] * len(latents), K.FORCED, K.TEXT] if len(latents) else [K.TEXT]
+        )
     kinds = torch.tensor(kinds)
     zeros = torch.zeros(len(kinds))
     ids = torch.zeros(len(kinds), dtype=torch.long)
     return Trajectory(
-        torch.ones(2, dtype=torch.long), ids, kinds, torch.as_tensor(latents).float(), zeros, zeros, "eos"
+        torch.ones(2, dtype=torch.long),
+        ids,
+        kinds,
+        torch.as_tensor(latents).float(),
+        zeros,
+        zeros,
+        "eos",
     )
 
 
-OWN = [trajectory([[3.0, 4.0], [0.0, 2.0]]), trajectory(torch.zeros(0, 2)), trajectory([[6.0, 8.0]])]
+OWN = [
+    trajectory([[3.0, 4.0], [0.0, 2.0]]),
+    trajectory(torch.zeros(0, 2)),
+    trajectory([[6.0, 8.0]]),
+]
 VISUAL = [torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]), torch.ones(3, 2), None]
 
 
 def inputs(rois=((2, 0), (1,), (0,)), seed=0, own=OWN, swapped=(None, None, None), **config):
-    rows = [EvalPrompt(torch.ones(2), None, "test", str(i), f"row {i}", str(i), roi) for i, roi in enumerate(rois)]
-    ideal = [None if v is None or not r else v[list(r)] for v, r in zip(VISUAL[: len(own)], rois, strict=True)]
+    rows = [
+        EvalPrompt(torch.ones(2), None, "test", str(i), f"row {i}", str(i), roi)
+        for i, roi in enumerate(rois)
+    ]
+    ideal = [
+        None if v is None or not r else v[list(r)]
+        for v, r in zip(VISUAL[: len(own)], rois, strict=True)
+    ]
     return AblationInputs(rows, own, ideal, case("qwen2").mechanism(**config), seed, swapped)
 
 
@@ -97,18 +123,27 @@ def test_noise_has_the_norms_of_the_own_latents_and_other_directions():
 def test_shuffle_feeds_the_latents_of_another_prompt():
     """Only prompts 0 and 2 have latents: they swap."""
     first, second, third = make_vectors("shuffle", inputs())
-    assert torch.equal(first, OWN[2].latents) and second is None and torch.equal(third, OWN[0].latents)
+    assert (
+        torch.equal(first, OWN[2].latents)
+        and second is None
+        and torch.equal(third, OWN[0].latents)
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("num_holders", [2, 3, 50])
 def test_donors_are_a_derangement_of_the_holders(num_holders, seed):
     own = [
-        trajectory([[1.0, 0.0]]) if i % 3 else trajectory(torch.zeros(0, 2)) for i in range(num_holders * 3 // 2 + 2)
+        trajectory([[1.0, 0.0]]) if i % 3 else trajectory(torch.zeros(0, 2))
+        for i in range(num_holders * 3 // 2 + 2)
     ]
     holders = {i for i, t in enumerate(own) if len(t.latents)}
     given = donors([len(t.latents) for t in own], [str(i) for i in range(len(own))], seed)
-    assert {d for d in given if d is not None} == holders == {i for i, d in enumerate(given) if d is not None}
+    assert (
+        {d for d in given if d is not None}
+        == holders
+        == {i for i, d in enumerate(given) if d is not None}
+    )
     assert all(donor != i for i, donor in enumerate(given))
 
 
@@ -119,7 +154,8 @@ def test_one_holder_has_no_donor():
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
     ("clusters", "num_donated"),
-    # rows with latents only; the last two by hand: of aaab only b and one a can swap, aabbb lacks one a for the third b
+    # rows with latents only; the last two by hand: of aaab only b and one a can swap, aabbb lacks
+    # one a for the third b
     [("aabbcc", 6), ("aaaabbbbcccc", 12), ("abbcdd", 6), ("aaab", 2), ("aabbb", 4), ("aaa", 0)],
 )
 def test_no_donor_shares_the_question(clusters, num_donated, seed):
@@ -127,12 +163,16 @@ def test_no_donor_shares_the_question(clusters, num_donated, seed):
     given = donors([3] * len(clusters) + [0], f"{clusters}a", seed)
     chosen = [donor for donor in given if donor is not None]
     assert len(chosen) == len(set(chosen)) == num_donated and given[-1] is None
-    assert all(clusters[donor] != clusters[i] for i, donor in enumerate(given) if donor is not None)
+    assert all(
+        clusters[donor] != clusters[i] for i, donor in enumerate(given) if donor is not None
+    )
 
 
 def test_oracle_takes_the_boxes_tokens_in_their_order():
     first, second, third = make_vectors("oracle", inputs())
-    assert first.tolist() == [[3, 3], [1, 1]] and second is None and third is None, "no own latent; no image"
+    assert first.tolist() == [[3, 3], [1, 1]] and second is None and third is None, (
+        "no own latent; no image"
+    )
     assert make_vectors("oracle", inputs(rois=((), (), ())))[0] is None
 
 
@@ -143,13 +183,17 @@ SPANS = [
         [K.START, K.LATENT, K.LATENT, K.FORCED, K.TEXT, K.START, K.LATENT, K.FORCED],
     ),
     trajectory([[0.0, 5.0]]),
-    trajectory([[0.0, 6.0], [0.0, 7.0]], [K.START, K.LATENT, K.FORCED, K.START, K.LATENT, K.FORCED]),
+    trajectory(
+        [[0.0, 6.0], [0.0, 7.0]], [K.START, K.LATENT, K.FORCED, K.START, K.LATENT, K.FORCED]
+    ),
 ]
 
 
 def test_a_span_alone():
     given = inputs(own=SPANS)
-    assert [change and change["latent_override"].part for change in make_changes("zero@span1", given)] == [
+    assert [
+        change and change["latent_override"].part for change in make_changes("zero@span1", given)
+    ] == [
         "span1",
         None,
         "span1",
@@ -179,17 +223,25 @@ def test_image_swap_feeds_the_latents_of_the_swapped_image():
     swapped = (trajectory([[9.0, 9.0]]), trajectory([[8.0, 8.0]]), None)
     first, second, third = make_vectors("image_swap", inputs(own=SPANS, swapped=swapped))
     assert first.tolist() == [[9, 9]] and second.tolist() == [[8, 8]] and third is None
-    assert make_vectors("image_swap@span1", inputs(own=SPANS, swapped=swapped)) == [None] * 3, "nothing at that place"
+    assert make_vectors("image_swap@span1", inputs(own=SPANS, swapped=swapped)) == [None] * 3, (
+        "nothing at that place"
+    )
 
 
 def slots(text, vision):
     """Slots of two image embeddings and an h each."""
     kinds = [K.SELECTED, K.SELECTED, K.LATENT] * len(text) + [K.TEXT]
-    latents = [row for i, h in enumerate(text) for row in ([vision[2 * i], 0.0], [vision[2 * i + 1], 0.0], [0.0, h])]
+    latents = [
+        row
+        for i, h in enumerate(text)
+        for row in ([vision[2 * i], 0.0], [vision[2 * i + 1], 0.0], [0.0, h])
+    ]
     zeros, kinds = torch.zeros(len(kinds)), torch.tensor(kinds)
     selected = torch.arange(len(vision)).flip(0)
     ids = torch.ones(2, dtype=torch.long)
-    return Trajectory(ids, kinds, kinds, torch.tensor(latents), zeros, zeros, "eos", selected_idx=selected)
+    return Trajectory(
+        ids, kinds, kinds, torch.tensor(latents), zeros, zeros, "eos", selected_idx=selected
+    )
 
 
 def test_slots_by_their_kinds():
@@ -203,11 +255,18 @@ def test_slots_by_their_kinds():
     ):
         changes = make_changes("shuffle" if part == "all" else f"shuffle@{part}", given)
         assert [c["latent_override"].vectors.tolist() for c in changes] == [first, second]
-        assert [c["latent_override"].selected_idx.tolist() for c in changes] == [[3, 2, 1, 0], [1, 0]]
-    assert make_changes("shuffle@latent1", given) == [None, None], "one of the two has a second slot"
+        assert [c["latent_override"].selected_idx.tolist() for c in changes] == [
+            [3, 2, 1, 0],
+            [1, 0],
+        ]
+    assert make_changes("shuffle@latent1", given) == [None, None], (
+        "one of the two has a second slot"
+    )
     assert make_changes("zero@latent1", given)[0]["latent_override"].vectors.shape == (3, 2)
     ideal = make_changes("oracle", given)[0]["latent_override"].vectors
-    assert ideal.tolist() == [[3, 3], [1, 1], [0, 1], [3, 3], [1, 1], [0, 2]], "boxes at image embeddings, h as it was"
+    assert ideal.tolist() == [[3, 3], [1, 1], [0, 1], [3, 3], [1, 1], [0, 2]], (
+        "boxes at image embeddings, h as it was"
+    )
 
 
 def test_ablations_of_the_request():
@@ -224,7 +283,9 @@ def test_ablations_of_the_request():
         None,
         {"blind_after_span": True},
     ]
-    bottleneck = dataclasses.replace(seeing, mechanism=case("qwen2").mechanism(visibility="latents_only"))
+    bottleneck = dataclasses.replace(
+        seeing, mechanism=case("qwen2").mechanism(visibility="latents_only")
+    )
     assert make_changes("image_blind_after_span", bottleneck) == [None] * 3, "it is blind anyway"
 
 
@@ -240,7 +301,8 @@ def test_only_latents_that_the_model_makes_itself_decide_about_use():
         check_decides(name, "verdict.primary")
     for name in (*sorted(set(ABLATIONS) - allowed), "oracle@span0"):
         with pytest.raises(
-            ConfigError, match=f"verdict.primary: a loss under.*got {name}; expected shuffle or image_sw"
+            ConfigError,
+            match=f"verdict.primary: a loss under.*got {name}; expected shuffle or image_sw",
         ):
             check_decides(name, "verdict.primary")
 
@@ -248,33 +310,52 @@ def test_only_latents_that_the_model_makes_itself_decide_about_use():
 def test_image_partners_share_a_grid():
     c, rows = case("qwen2_5_vl"), prompts()[:4]
     wide = c.images(1, size=(28, 56))
-    rows = [*rows[:2], dataclasses.replace(rows[0], images=wide), rows[2], dataclasses.replace(rows[0], images=None)]
+    rows = [
+        *rows[:2],
+        dataclasses.replace(rows[0], images=wide),
+        rows[2],
+        dataclasses.replace(rows[0], images=None),
+    ]
     assert image_partners(rows) == {0: 1, 1: 3, 3: 0}
-    assert image_partners([rows[0], rows[0], rows[1]]) == {0: 2, 2: 1}, "the same question's image is no other one"
+    assert image_partners([rows[0], rows[0], rows[1]]) == {0: 2, 2: 1}, (
+        "the same question's image is no other one"
+    )
 
 
 def test_nearest_token_hits():
     """Latents (3, 4) and (0, 2): nearest of (1, 1), (2, 2), (3, 3) are numbers 2 and 0."""
     assert nearest_token_hits(OWN[0], (2, 0), VISUAL[0]) == [True, True]
     assert nearest_token_hits(OWN[0], (1, 0), VISUAL[0]) == [False, True]
-    assert nearest_token_hits(OWN[0], (2,), VISUAL[0]) == [True] and nearest_token_hits(OWN[0], (), VISUAL[0]) == []
+    assert (
+        nearest_token_hits(OWN[0], (2,), VISUAL[0]) == [True]
+        and nearest_token_hits(OWN[0], (), VISUAL[0]) == []
+    )
 
 
 def test_truth_of_donors():
-    prompts = [dataclasses.replace(p, extra_info={"index": index}) for index, p in enumerate(inputs().prompts)]
+    prompts = [
+        dataclasses.replace(p, extra_info={"index": index})
+        for index, p in enumerate(inputs().prompts)
+    ]
     swapped = with_truth_of(prompts, [2, None, 0])
-    assert [(p.ground_truth, p.where) for p in swapped] == [("2", "row 0"), ("1", "row 1"), ("0", "row 2")]
+    assert [(p.ground_truth, p.where) for p in swapped] == [
+        ("2", "row 0"),
+        ("1", "row 1"),
+        ("0", "row 2"),
+    ]
     assert [p.extra_info["index"] for p in swapped] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", [*ABLATIONS, "shuffle@span0", "noise@span1"])
 def test_ablated_decoding_differs_in_what_the_ablation_says_only(name):
-    """Paired: prompt, tokens and log-probs up to the first change are the own ones, and so is the seed; what stands at the
-    latent positions is the given table, in turn."""
+    """Paired: prompt, tokens and log-probs up to the first change are the own ones, and so is the
+    seed; what stands at the latent positions is the given table, in turn."""
     e, rows = evaluator(), prompts()
     own = e.greedy(rows)
     with e.encoded_once(rows) as visual:
-        ideal = [visual_MH[list(prompt.roi)] for prompt, visual_MH in zip(rows, visual, strict=True)]
+        ideal = [
+            visual_MH[list(prompt.roi)] for prompt, visual_MH in zip(rows, visual, strict=True)
+        ]
         swapped = e.greedy(with_partners_images(rows))
     changes = make_changes(name, AblationInputs(rows, own, ideal, e.loaded.mechanism, 0, swapped))
     ablated = e.greedy(rows, changes)
@@ -289,10 +370,14 @@ def test_ablated_decoding_differs_in_what_the_ablation_says_only(name):
         # of `no_span` the start itself is the change, of all others what follows it
         first = before.spans[span].start - (name == "no_span")
         assert torch.equal(before.token_ids[:first], after.token_ids[:first])
-        torch.testing.assert_close(before.rollout_log_probs[:first], after.rollout_log_probs[:first], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            before.rollout_log_probs[:first], after.rollout_log_probs[:first], rtol=0, atol=1e-5
+        )
         moved += not torch.equal(before.token_ids, after.token_ids)
         if name == "markers_only":
-            assert (after.kinds == K.START).sum() == (after.kinds == K.FORCED).sum() > 0 and len(after.latents) == 0
+            assert (after.kinds == K.START).sum() == (after.kinds == K.FORCED).sum() > 0 and len(
+                after.latents
+            ) == 0
         elif name == "no_span":
             assert (after.kinds == K.TEXT).all()
         elif name == "image_blind_after_span":
@@ -302,16 +387,23 @@ def test_ablated_decoding_differs_in_what_the_ablation_says_only(name):
             if "@" in name:
                 skipped = sum(s.length for s in after.spans[:span])
                 given = given[skipped : skipped + after.spans[span].length]
-                torch.testing.assert_close(after.latents[:skipped], before.latents[:skipped], rtol=0, atol=1e-5)
+                torch.testing.assert_close(
+                    after.latents[:skipped], before.latents[:skipped], rtol=0, atol=1e-5
+                )
             assert torch.equal(given, table[torch.arange(len(given)) % len(table)])
     assert moved or name == "noise@span1", "hardly any text follows the second span"
 
 
 def test_own_latents_given_back_reproduce_the_own_trajectories():
-    """The pairing: an override with what was recorded anyway changes no token, and log-probs by rounding only."""
+    """The pairing: an override with what was recorded anyway changes no token, and log-probs by
+    rounding only.
+    """
     e, rows = evaluator(), prompts()
     own = e.greedy(rows)
-    again = e.greedy(rows, [{"latent_override": LatentOverride(t.latents)} if len(t.latents) else None for t in own])
+    again = e.greedy(
+        rows,
+        [{"latent_override": LatentOverride(t.latents)} if len(t.latents) else None for t in own],
+    )
     for a, b in zip(own, again, strict=True):
         assert torch.equal(a.token_ids, b.token_ids) and torch.equal(a.kinds, b.kinds)
         torch.testing.assert_close(a.rollout_log_probs, b.rollout_log_probs, rtol=0, atol=1e-5)
@@ -325,7 +417,9 @@ def test_visual_is_what_the_model_puts_at_its_placeholders():
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
     with torch.no_grad():
-        images = dict(pixel_values=prompt.images.pixel_values, image_grid_thw=prompt.images.image_grid_thw)
+        images = dict(
+            pixel_values=prompt.images.pixel_values, image_grid_thw=prompt.images.image_grid_thw
+        )
         e.loaded.model(input_ids=prompt.prompt_ids[None], **images)
     hook.remove()
     is_image = prompt.prompt_ids == e.adapter.image_token_id
@@ -334,7 +428,9 @@ def test_visual_is_what_the_model_puts_at_its_placeholders():
         assert visual[0] is None
 
 
-@pytest.mark.parametrize(("visibility", "steps", "leaks"), [("latents_only", 1, False), ("full", 1, True)])
+@pytest.mark.parametrize(
+    ("visibility", "steps", "leaks"), [("latents_only", 1, False), ("full", 1, True)]
+)
 def test_leak(visibility, steps, leaks):
     e, rows = evaluator(visibility, steps), prompts()
     value = leak(e.adapter, rows, e.greedy(rows), visibility)
@@ -342,16 +438,22 @@ def test_leak(visibility, steps, leaks):
 
 
 def test_leak_by_hand():
-    """Each prompt with text after a span gets the image of the next such prompt. Against plain replays, one by one."""
+    """Each prompt with text after a span gets the image of the next such prompt. Against plain
+    replays, one by one.
+    """
     e, rows = evaluator(), prompts()
     own = e.greedy(rows)
     fit = [i for i, t in enumerate(own) if K.FORCED in t.kinds[:-1].tolist()]
     assert len(fit) >= 3
     largest = 0.0
-    for t, mine, other in ((own[a], rows[a], rows[b]) for a, b in zip(fit, fit[1:] + fit[:1], strict=True)):
+    for t, mine, other in (
+        (own[a], rows[a], rows[b]) for a, b in zip(fit, fit[1:] + fit[:1], strict=True)
+    ):
         with torch.no_grad():
             a, b = (
-                replay(e.adapter, collate([t], [p.images], e.adapter, "full"))[0][0, len(t.prompt_ids) :]
+                replay(e.adapter, collate([t], [p.images], e.adapter, "full"))[0][
+                    0, len(t.prompt_ids) :
+                ]
                 for p in (mine, other)
             )
         kinds = t.kinds.tolist()

@@ -1,4 +1,6 @@
-"""Files in each published schema, written here; the real files are not at hand, so that their oddities are not covered."""
+"""Files in each published schema, written here; the real files are not at hand, so that their
+oddities are not covered.
+"""
 
 import base64
 import csv
@@ -9,7 +11,12 @@ import pytest
 from PIL import Image
 
 from grpo_latent.data.embedded.digits import generate, to_rows
-from grpo_latent.data.formats.stepwise import read_m3cot, read_scienceqa, read_stepwise_rows, to_verl_rows
+from grpo_latent.data.formats.stepwise import (
+    read_m3cot,
+    read_scienceqa,
+    read_stepwise_rows,
+    to_verl_rows,
+)
 from grpo_latent.data.rows import write_verl_parquet
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.eval.benchmarks import BENCHMARKS, BenchmarkItem, first_items, load_benchmark
@@ -47,7 +54,12 @@ def write_mmvp(root, **changes):
     for index in (1, 2, 3, 4):
         (root / "MMVP Images" / f"{index}.jpg").write_bytes(png())
         answer = "(a)" if index % 2 else "(b)"
-        row = {"Index": index, "Question": "Is it open?", "Options": "(a) Open (b) Closed", "Correct Answer": answer}
+        row = {
+            "Index": index,
+            "Question": "Is it open?",
+            "Options": "(a) Open (b) Closed",
+            "Correct Answer": answer,
+        }
         rows.append(row | changes)
     write_table(root / "Questions.csv", rows)
 
@@ -55,41 +67,91 @@ def write_mmvp(root, **changes):
 def write_vstar(root, **changes):
     (root / "direct_attributes").mkdir()
     (root / "direct_attributes" / "sa_1.jpg").write_bytes(png())
-    text = (
-        "What is the colour?\n(A) red\n(B) dark red\nAnswer with the option's letter from the given choices directly."
+    text = "What is the colour?\n(A) red\n(B) dark red\nAnswer with the option's letter from the given choices directly."
+    row = {
+        "image": "direct_attributes/sa_1.jpg",
+        "text": text,
+        "category": "direct_attributes",
+        "label": "B",
+    }
+    (root / "test_questions.jsonl").write_text(
+        json.dumps({**row, "question_id": 0, **changes}) + "\n\n"
     )
-    row = {"image": "direct_attributes/sa_1.jpg", "text": text, "category": "direct_attributes", "label": "B"}
-    (root / "test_questions.jsonl").write_text(json.dumps({**row, "question_id": 0, **changes}) + "\n\n")
 
 
 def write_blink(root, **changes):
     for subset in ("Counting", "Jigsaw"):
-        row = {"idx": f"val_{subset}_1", "question": "How many?", "sub_task": subset, "choices": ["1", "2", "3"]}
-        row |= {"answer": "(C)", "image_1": stored(), "image_2": stored("blue"), "image_3": None, "image_4": None}
+        row = {
+            "idx": f"val_{subset}_1",
+            "question": "How many?",
+            "sub_task": subset,
+            "choices": ["1", "2", "3"],
+        }
+        row |= {
+            "answer": "(C)",
+            "image_1": stored(),
+            "image_2": stored("blue"),
+            "image_3": None,
+            "image_4": None,
+        }
         write_parquet(root / subset / "val-00000-of-00001.parquet", [row | changes])
 
 
 def write_hrbench(root, **changes):
-    row = {"index": 0, "question": "What is written?", "A": "one", "B": "two", "C": "three", "D": "four"}
-    row |= {"answer": "D", "category": "single", "cycle_category": "cycle 0", "image": base64.b64encode(png()).decode()}
+    row = {
+        "index": 0,
+        "question": "What is written?",
+        "A": "one",
+        "B": "two",
+        "C": "three",
+        "D": "four",
+    }
+    row |= {
+        "answer": "D",
+        "category": "single",
+        "cycle_category": "cycle 0",
+        "image": base64.b64encode(png()).decode(),
+    }
     rotated = row | {"index": 1, "A": "four", "D": "one", "answer": "A"}
     write_table(root / "hr_bench_4k.tsv", [row | changes, rotated | changes], "\t")
 
 
 def write_m3cot(root, **changes):
-    row = {"id": "physics-1", "category": "x", "question": "Which?", "choices": ["north", "south"], "context": "A map."}
-    row |= {"answer": "A", "rationale": "Because.", "image": stored(), "domain": "science", "topic": "geo"}
+    row = {
+        "id": "physics-1",
+        "category": "x",
+        "question": "Which?",
+        "choices": ["north", "south"],
+        "context": "A map.",
+    }
+    row |= {
+        "answer": "A",
+        "rationale": "Because.",
+        "image": stored(),
+        "domain": "science",
+        "topic": "geo",
+    }
     write_parquet(root / "data" / "test-00000-of-00001.parquet", [row | changes])
 
 
 def write_scienceqa(root, **changes):
-    row = {"image": None, "question": "Which conducts?", "choices": ["wood", "iron"], "answer": 1, "hint": "Think."}
+    row = {
+        "image": None,
+        "question": "Which conducts?",
+        "choices": ["wood", "iron"],
+        "answer": 1,
+        "hint": "Think.",
+    }
     row |= {"subject": "natural science", "topic": "physics"}
-    write_parquet(root / "data" / "test-00000-of-00001.parquet", [row | changes, {**row, "image": stored()}])
+    write_parquet(
+        root / "data" / "test-00000-of-00001.parquet", [row | changes, {**row, "image": stored()}]
+    )
 
 
 def write_digits(root, **changes):
-    write_verl_parquet(root / "heldout.parquet", to_rows(generate(3, stream="heldout", seed=0), "heldout"))
+    write_verl_parquet(
+        root / "heldout.parquet", to_rows(generate(3, stream="heldout", seed=0), "heldout")
+    )
 
 
 WRITERS = {name: globals()[f"write_{name}"] for name in BENCHMARKS}
@@ -114,7 +176,9 @@ def test_published_schema(name, tmp_path):
     assert [part["type"] for part in parts] == ["image"] * len(item.images) + ["text"]
     assert all(image.open().size == (4, 3) for image in item.images)
     letters = "ABCD"[: len(item.options)]
-    assert [item.grade(f"({letter})").correct for letter in letters] == [letter == item.answer for letter in letters]
+    assert [item.grade(f"({letter})").correct for letter in letters] == [
+        letter == item.answer for letter in letters
+    ]
     assert all(option in parts[-1]["text"] for option in item.options)
     assert item.chance == 1 / len(item.options)
 
@@ -182,7 +246,13 @@ def test_missing_file_says_what_and_where_from(name, tmp_path):
     with pytest.raises(DataError) as caught:
         load_benchmark(name, tmp_path)
     benchmark = BENCHMARKS[name]
-    for part in (str(tmp_path), "notes.txt", benchmark.source, *benchmark.files, *benchmark.columns):
+    for part in (
+        str(tmp_path),
+        "notes.txt",
+        benchmark.source,
+        *benchmark.files,
+        *benchmark.columns,
+    ):
         assert part in str(caught.value)
 
 
@@ -221,7 +291,9 @@ def test_malformed_row_is_named(name, changes, named, tmp_path):
 def test_missing_column_is_named(name, tmp_path):
     WRITERS[name](tmp_path)
     (file,) = [
-        next(iter(sorted(tmp_path.glob(f"**/{p}")))) for p in BENCHMARKS[name].files if list(tmp_path.glob(f"**/{p}"))
+        next(iter(sorted(tmp_path.glob(f"**/{p}"))))
+        for p in BENCHMARKS[name].files
+        if list(tmp_path.glob(f"**/{p}"))
     ]
     column = BENCHMARKS[name].columns[-1]
     if file.suffix == ".parquet":
@@ -247,7 +319,10 @@ def test_unknown_benchmark():
 
 
 def named(*groups):
-    return [BenchmarkItem("hrbench", str(i), group, "", (), (), ("a", "b"), "A") for i, group in enumerate(groups)]
+    return [
+        BenchmarkItem("hrbench", str(i), group, "", (), (), ("a", "b"), "A")
+        for i, group in enumerate(groups)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -266,7 +341,10 @@ def test_rows_of_a_question_are_not_cut_apart(groups, whole):
         if max_rows in whole:
             assert first_items(items, max_rows) == items[:max_rows]
         else:
-            with pytest.raises(ConfigError, match=f"data.max_rows: .*apart; got {max_rows}; expected .*null for all"):
+            with pytest.raises(
+                ConfigError,
+                match=f"data.max_rows: .*apart; got {max_rows}; expected .*null for all",
+            ):
                 first_items(items, max_rows)
     for all_rows in (None, len(items), len(items) + 5):
         assert first_items(items, all_rows) == items

@@ -44,7 +44,9 @@ def write(folder, records, step=3, size=2):
 
 def test_chosen_image_positions_round_trip(tmp_path):
     kinds = [K.PROMPT, K.VISION, K.SELECTED, K.LATENT, K.SELECTED, K.LATENT, K.TEXT, K.TEXT]
-    slots = record(kinds=[int(kind) for kind in kinds], selected_idx=[-1, -1, 3, -1, 0, -1, -1, -1])
+    slots = record(
+        kinds=[int(kind) for kind in kinds], selected_idx=[-1, -1, 3, -1, 0, -1, -1, -1]
+    )
     dumped = read_step(write(tmp_path, [slots], size=4))[0]
     assert dumped.trajectory.selected_idx.tolist() == [3, 0] and len(dumped.trajectory.spans) == 1
 
@@ -52,7 +54,11 @@ def test_chosen_image_positions_round_trip(tmp_path):
 def test_round_trip(tmp_path):
     dumped = read_step(write(tmp_path, [record()]))[0]
     assert (dumped.step, dumped.group_id, dumped.trajectory_idx) == (3, "17", 2)
-    assert (dumped.reward, dumped.reward_terms, dumped.ground_truth) == (1.1, {"accuracy": 1.0}, "7")
+    assert (dumped.reward, dumped.reward_terms, dumped.ground_truth) == (
+        1.1,
+        {"accuracy": 1.0},
+        "7",
+    )
     assert dumped.advantage == 0.5
     assert dumped.trajectory.kinds.tolist() == [int(kind) for kind in KINDS[2:]]
     assert torch.equal(dumped.trajectory.latents, torch.arange(8.0).reshape(2, 4))
@@ -141,9 +147,14 @@ def test_no_folder_is_an_empty_dump(tmp_path):
 
 def test_both_files_are_written_whole(tmp_path):
     latents = {"7/0": torch.randn(2, 4), "7/1": torch.zeros(0, 4)}
-    write_step(tmp_path / "new", 3, [{"id": "7/0", "reward": 0.5}, {"id": "7/1", "reward": 0.0}], latents)
+    write_step(
+        tmp_path / "new", 3, [{"id": "7/0", "reward": 0.5}, {"id": "7/1", "reward": 0.0}], latents
+    )
     lines = (tmp_path / "new" / "step_3.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["7/0", "7/1"]
     loaded = load_file(tmp_path / "new" / "step_3.safetensors")
     assert all(torch.equal(loaded[name], tensor) for name, tensor in latents.items())
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["step_3.jsonl", "step_3.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "step_3.jsonl",
+        "step_3.safetensors",
+    ]

@@ -1,4 +1,6 @@
-"""The entry point of evaluation on the embedded task's files: rows read, reports written, errors by their setting's name."""
+"""The entry point of evaluation on the embedded task's files: rows read, reports written, errors
+by their setting's name.
+"""
 
 import dataclasses
 import json
@@ -21,27 +23,40 @@ from grpo_latent.models.loading import LatentModel, save_latent_model
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The embedded task's held-out rows, and a random model of its architecture that likes to open spans."""
+    """The embedded task's held-out rows, and a random model of its architecture that likes to open
+    spans.
+    """
     folder = tmp_path_factory.mktemp("digits")
     for kind in ("read", "sum"):
-        rows = digits.to_rows(digits.generate(6, stream="heldout", seed=0, kinds=(kind,)), "heldout")
+        rows = digits.to_rows(
+            digits.generate(6, stream="heldout", seed=0, kinds=(kind,)), "heldout"
+        )
         digits.write_verl_parquet(folder / f"{kind}.parquet", rows)
     model, tokenizer, processor = tiny.tiny_qwen2_5_vl(digits.WORDS)
     ids = tokenizer.get_vocab()
-    with torch.no_grad():  # the final norm's output is roughly along this row, so `start` is the arg-max at first
+    with (
+        torch.no_grad()
+    ):  # the final norm's output is roughly along this row, so `start` is the arg-max at first
         probe = processor(text=["<|im_start|> read <|im_end|>"], return_tensors="pt").input_ids
         hidden = model.model(input_ids=probe).last_hidden_state[0, -1]
         model.lm_head.weight[ids["<|lvr_start|>"]] = hidden
     mechanism = LVR.from_tokens(ids, steps=1, max_spans=1)
     save_latent_model(folder / "model", model, tokenizer, processor, mechanism)
-    return folder, rows, LatentModel(model, tokenizer, processor, mechanism, (tokenizer.eos_token_id,))
+    return (
+        folder,
+        rows,
+        LatentModel(model, tokenizer, processor, mechanism, (tokenizer.eos_token_id,)),
+    )
 
 
 def test_prompts_of_the_embedded_task(files):
     folder, rows, loaded = files
     prompts = read_prompts([folder / "sum.parquet"], loaded)
     examples = digits.generate(6, stream="heldout", seed=0, kinds=("sum",))
-    assert len(read_prompts([folder / "read.parquet", folder / "sum.parquet"], loaded, max_rows=8)) == 8
+    assert (
+        len(read_prompts([folder / "read.parquet", folder / "sum.parquet"], loaded, max_rows=8))
+        == 8
+    )
     for index, (prompt, example) in enumerate(zip(prompts, examples, strict=True)):
         assert prompt.ground_truth == example.answer and prompt.where.endswith(f"row {index}")
         # a cell of the 4 x 4 grid is a visual token
@@ -55,15 +70,29 @@ def test_roi_of_the_second_image_is_offset_and_bad_boxes_are_named(files):
     row = json.loads(json.dumps({k: v for k, v in rows[0].items() if k != "images"}))
     row["images"] = [rows[0]["images"][0], rows[1]["images"][0]]
     row["prompt"] = [{"role": "user", "content": "<image> read red ? <image>"}]
-    row["extra_info"] |= {"bboxes": [[0.0, 0.0, 0.2, 0.2], [0.3, 0.0, 0.45, 0.2]], "bbox_images": [1, 0]}
+    row["extra_info"] |= {
+        "bboxes": [[0.0, 0.0, 0.2, 0.2], [0.3, 0.0, 0.45, 0.2]],
+        "bbox_images": [1, 0],
+    }
     assert encode_row(row, "rows.parquet row 4", loaded, "4").roi == (16, 1)
     for changes, message in (
         ({"bbox_images": [None, 0]}, "rows.parquet row 4: extra_info.bbox_images"),
-        ({"bbox_images": [2, 0]}, r"rows.parquet row 4: extra_info.bbox_images.*\[2, 0\] for 2 boxes, 2 images"),
-        ({"bboxes": [[0.0, 0.0, 2.0, 0.2], [0, 0, 1, 1]]}, "rows.parquet row 4: extra_info.bboxes.*outside the image"),
+        (
+            {"bbox_images": [2, 0]},
+            r"rows.parquet row 4: extra_info.bbox_images.*\[2, 0\] for 2 boxes, 2 images",
+        ),
+        (
+            {"bboxes": [[0.0, 0.0, 2.0, 0.2], [0, 0, 1, 1]]},
+            "rows.parquet row 4: extra_info.bboxes.*outside the image",
+        ),
     ):
         with pytest.raises(DataError, match=message):
-            encode_row(row | {"extra_info": row["extra_info"] | changes}, "rows.parquet row 4", loaded, "4")
+            encode_row(
+                row | {"extra_info": row["extra_info"] | changes},
+                "rows.parquet row 4",
+                loaded,
+                "4",
+            )
     with pytest.raises(DataError, match="rows.parquet row 4: extra_info: malformed row"):
         encode_row(row | {"extra_info": "{}"}, "rows.parquet row 4", loaded, "4")
 
@@ -83,7 +112,9 @@ def config_for(folder, *overrides):
 def test_entry_point_writes_the_report(files, monkeypatch, request):
     folder, _, _ = files
     monkeypatch.chdir(request.config.rootpath)
-    report = run(config_for(folder, "latent.visibility=latents_only", "rollout.n=2", "data.max_rows=5"))
+    report = run(
+        config_for(folder, "latent.visibility=latents_only", "rollout.n=2", "data.max_rows=5")
+    )
     text = (folder / "report.json").read_text()
     assert json.loads(text) == json.loads(json.dumps(report))
     assert report["num_prompts"] == 5 and report["latent_config"]["visibility"] == "latents_only"
@@ -94,9 +125,16 @@ def test_entry_point_writes_the_report(files, monkeypatch, request):
 
 def test_an_evaluation_does_not_go_on_with_an_edited_reward(files, monkeypatch, tmp_path, request):
     folder, _, _ = files
-    reward, code = tmp_path / "mine.py", (request.config.rootpath / "reward" / "digits.py").read_text()
+    reward, code = (
+        tmp_path / "mine.py",
+        (request.config.rootpath / "reward" / "digits.py").read_text(),
+    )
     reward.write_text(code)
-    config = config_for(folder, f"reward.custom_reward_function.path={reward}", f"output={tmp_path / 'report.json'}")
+    config = config_for(
+        folder,
+        f"reward.custom_reward_function.path={reward}",
+        f"output={tmp_path / 'report.json'}",
+    )
 
     def interrupted(evaluation):
         raise InterruptedError
@@ -115,17 +153,26 @@ def test_an_evaluation_does_not_go_on_with_an_edited_reward(files, monkeypatch, 
     [
         ("model.path=nowhere", "CheckpointError: nowhere: no such folder"),
         ("ablations=[lobotomy]", "ConfigError: ablations: unknown ablation"),
-        ("reward.custom_reward_function.path=null", "ConfigError: latent.reward.functions: no reward function"),
+        (
+            "reward.custom_reward_function.path=null",
+            "ConfigError: latent.reward.functions: no reward function",
+        ),
         ("data.val_files=nowhere.parquet", "DataError: nowhere.parquet"),
         ("model.dtype=int32", "ConfigError: model.dtype"),
         ("rollout.n=-1", "ConfigError: num_sampled"),
         ("data.max_response_length=0", "ConfigError: sampling.max_new_tokens"),
         ("decodings=[{stepps: 4}]", "ConfigError: decodings[0]: unknown key"),
-        ("decodings=[{temperature: 0.7}]", "ConfigError: decodings[0]: sampling settings of a greedy"),
+        (
+            "decodings=[{temperature: 0.7}]",
+            "ConfigError: decodings[0]: sampling settings of a greedy",
+        ),
         ("data.max_rows=0", "ConfigError: data.max_rows: not a number of rows"),
         ("verdict.num_resamples=0", "ConfigError: verdict.num_resamples: not a count"),
         ("verdict.primary=lobotomy", "ConfigError: ablations: unknown ablation"),
-        ("verdict.primary=oracle", "ConfigError: verdict.primary: a loss under this ablation need not mean"),
+        (
+            "verdict.primary=oracle",
+            "ConfigError: verdict.primary: a loss under this ablation need not mean",
+        ),
         ("data.benchmark.name=mmvp", "ConfigError: data.benchmark.path: no folder"),
         ("model.plain=true", "ConfigError: model.plain: a plain model has no latents"),
     ],
@@ -140,17 +187,33 @@ def test_entry_point_prints_typed_errors(files, monkeypatch, capsys, request, ov
 def test_a_benchmark_is_graded_strictly_and_needs_no_reward(files, monkeypatch, tmp_path):
     """The embedded task's rows as a benchmark: the accuracy of its grader."""
     folder, rows, loaded = files
-    options = ("data.val_files=null", "reward.custom_reward_function.path=null", "latent.reward.functions=[]")
+    options = (
+        "data.val_files=null",
+        "reward.custom_reward_function.path=null",
+        "latent.reward.functions=[]",
+    )
     benchmark = ("data.benchmark.name=digits", f"data.benchmark.path={folder / 'read.parquet'}")
     report = run(
         config_for(
-            folder, *options, *benchmark, "latent.steps=2", f"output={tmp_path / 'r.json'}", "verdict.chance=0.1"
+            folder,
+            *options,
+            *benchmark,
+            "latent.steps=2",
+            f"output={tmp_path / 'r.json'}",
+            "verdict.chance=0.1",
         )
     )
     items = load_benchmark("digits", folder / "read.parquet")
     prompts = benchmark_prompts(items, loaded)
     e = Evaluator(dataclasses.replace(loaded, mechanism=loaded.mechanism.replace(steps=2)), 6)
     decode = loaded.tokenizer.decode
-    expected = [item.grade(decode(t.text_ids)).correct for item, t in zip(items, e.greedy(prompts), strict=True)]
-    assert report["outcomes"]["own"] == expected and report["data"] == [f"digits {folder / 'read.parquet'}"]
-    assert report["chance"] == 0.1 and [p["row_id"] for p in report["prompts"]] == [item.item_id for item in items]
+    expected = [
+        item.grade(decode(t.text_ids)).correct
+        for item, t in zip(items, e.greedy(prompts), strict=True)
+    ]
+    assert report["outcomes"]["own"] == expected and report["data"] == [
+        f"digits {folder / 'read.parquet'}"
+    ]
+    assert report["chance"] == 0.1 and [p["row_id"] for p in report["prompts"]] == [
+        item.item_id for item in items
+    ]

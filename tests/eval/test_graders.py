@@ -1,4 +1,6 @@
-"""Completions as models write them, with the grade that a careful person would give. Not covered: other languages."""
+"""Completions as models write them, with the grade that a careful person would give. Not covered:
+other languages.
+"""
 
 import pytest
 
@@ -9,7 +11,11 @@ OPEN = ("Open", "Closed")  # MMVP
 COLORS = ("red", "blue", "dark red", "green")  # V*, HRBench
 DEPTH = ("A is closer", "B is closer")  # BLINK Relative_Depth
 LETTER_TEXTS = ("B", "A")  # an option whose text is another option's letter
-SCIENCE = ("an insulator", "a conductor", "neither an insulator nor a conductor")  # ScienceQA, M3CoT
+SCIENCE = (
+    "an insulator",
+    "a conductor",
+    "neither an insulator nor a conductor",
+)  # ScienceQA, M3CoT
 NUMBER: tuple[str, ...] = ()  # the embedded task
 
 # (completion, options, truth, expected answer or None for unparsed, expected grade)
@@ -39,7 +45,13 @@ CASES = [
     ("Therefore \\boxed{\\text{Closed}}", OPEN, "B", "B", True),
     ("Option B", OPEN, "B", "B", True),
     ("The final answer is option (a).", OPEN, "A", "A", True),
-    ("First I thought B.\nThe answer is A.", OPEN, "A", "A", True),  # revised: the last line commits
+    (
+        "First I thought B.\nThe answer is A.",
+        OPEN,
+        "A",
+        "A",
+        True,
+    ),  # revised: the last line commits
     ("dark red", COLORS, "C", "C", True),
     ("(D) green", COLORS, "D", "D", True),
     ("A is closer", DEPTH, "A", "A", True),
@@ -116,7 +128,9 @@ def test_there_are_enough_cases_and_both_grades():
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
 def test_parsing_does_not_see_the_truth(case):
-    """The same completion is parsed alike whatever the truth is, so at most one truth can be right."""
+    """The same completion is parsed alike whatever the truth is, so at most one truth can be
+    right.
+    """
     completion, options, _, answer, _ = case
     truths = "ABCDEFG"[: len(options)] if options else [str(n) for n in range(-20, 120)]
     grades = [grade(completion, options, truth) for truth in truths]
@@ -125,7 +139,13 @@ def test_parsing_does_not_see_the_truth(case):
 
 
 def test_long_completions_are_graded():  # by a quadratic pattern they would take hours
-    for text in ("\n" * 200_000, "answer is ," * 20_000, "the answer is " * 20_000, "(" * 200_000, "<answer>" * 50_000):
+    for text in (
+        "\n" * 200_000,
+        "answer is ," * 20_000,
+        "the answer is " * 20_000,
+        "(" * 200_000,
+        "<answer>" * 50_000,
+    ):
         assert not grade(text + "x", OPEN, "A").correct
 
 
@@ -133,7 +153,9 @@ def test_special_tokens_are_no_answer():
     assert committed_answer("<|lvr_start|><|lvr|><|lvr_end|> B <|im_end|>") == "B"
 
 
-@pytest.mark.parametrize(("options", "truth"), [(OPEN, "C"), (OPEN, ""), (OPEN, "(A)"), (OPEN, "AB"), ((), "seven")])
+@pytest.mark.parametrize(
+    ("options", "truth"), [(OPEN, "C"), (OPEN, ""), (OPEN, "(A)"), (OPEN, "AB"), ((), "seven")]
+)
 def test_a_truth_that_does_not_fit_is_refused(options, truth):
     with pytest.raises(DataError, match="truth"):
         grade("A", options, truth)
@@ -145,7 +167,9 @@ def test_a_completion_that_is_no_text_is_refused():
 
 
 def test_pair_accuracy():
-    assert pair_accuracy([1, 1, 0, 1, 0, 0], ["a", "a", "b", "b", "c", "c"]) == pytest.approx(1 / 3)
+    assert pair_accuracy([1, 1, 0, 1, 0, 0], ["a", "a", "b", "b", "c", "c"]) == pytest.approx(
+        1 / 3
+    )
     with pytest.raises(DataError, match="two questions a pair"):
         pair_accuracy([1, 1, 1], ["a", "a", "b"])
     with pytest.raises(DataError, match="differ in number"):

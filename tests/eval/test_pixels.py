@@ -1,4 +1,6 @@
-"""Pixels are bounded by the batch in hand and a number of bytes, and are the same whenever they are made."""
+"""Pixels are bounded by the batch in hand and a number of bytes, and are the same whenever they
+are made.
+"""
 
 import hashlib
 import json
@@ -24,16 +26,23 @@ def stored(store, num, log):
         log.append(index)
         return torch.full((4,), float(index))
 
-    return [store.add(ImageInputs(torch.full((4,), float(i)), GRID), lambda index=i: make(index)) for i in range(num)]
+    return [
+        store.add(ImageInputs(torch.full((4,), float(i)), GRID), lambda index=i: make(index))
+        for i in range(num)
+    ]
 
 
 def test_pixels_that_do_not_fit_are_made_anew_and_equal():
     log = []
     images = stored(PixelStore(max_bytes=40), 4, log)
-    assert [int(image.pixel_values[0]) for image in images[2:]] == [2, 3] and log == [], "the last two fit"
+    assert [int(image.pixel_values[0]) for image in images[2:]] == [2, 3] and log == [], (
+        "the last two fit"
+    )
     assert [int(image.pixel_values[0]) for image in images] == [0, 1, 2, 3] and log == [0, 1, 2, 3]
     assert int(images[2].pixel_values[0]) == 2 and log == [0, 1, 2, 3]
-    assert all(torch.equal(image.image_grid_thw, GRID) for image in images) and len(log) == 4, "grids need no pixels"
+    assert all(torch.equal(image.image_grid_thw, GRID) for image in images) and len(log) == 4, (
+        "grids need no pixels"
+    )
 
 
 def test_what_is_held_is_made_once_however_little_fits():
@@ -52,13 +61,20 @@ def test_what_is_held_is_made_once_however_little_fits():
 
 
 def without_times(report):
-    report = json.loads(json.dumps({name: value for name, value in report.items() if name != "seconds"}))
+    report = json.loads(
+        json.dumps({name: value for name, value in report.items() if name != "seconds"})
+    )
     for decoding in (report["greedy"], report["sampled"]):
         decoding.pop("seconds_per_question")
     return report
 
 
-def test_an_evaluation_keeps_one_batch_of_pixels_and_gives_the_same_report(files, monkeypatch, tmp_path, request):  # noqa: F811
+def test_an_evaluation_keeps_one_batch_of_pixels_and_gives_the_same_report(
+    files,  # noqa: F811
+    monkeypatch,
+    tmp_path,
+    request,
+):
     folder, _, _ = files
     monkeypatch.chdir(request.config.rootpath)
     kept, keep = [], PixelStore._keep
@@ -69,7 +85,12 @@ def test_an_evaluation_keeps_one_batch_of_pixels_and_gives_the_same_report(files
 
     monkeypatch.setattr(PixelStore, "_keep", watched)
     # sampled trajectories are drawn batch by batch, so both runs have the same batches
-    options = ("rollout.n=2", "prompts_per_batch=2", "ablations=[shuffle,image_swap]", f"output={tmp_path / 'r.json'}")
+    options = (
+        "rollout.n=2",
+        "prompts_per_batch=2",
+        "ablations=[shuffle,image_swap]",
+        f"output={tmp_path / 'r.json'}",
+    )
     whole = run(config_for(folder, *options))
     assert max(count for _, count in kept) == 6, "all fit"
     del kept[:]
@@ -85,7 +106,9 @@ def test_the_digest_is_that_of_ids_truths_and_pixels(files):  # noqa: F811
     prompts = read_prompts([folder / "read.parquet"], loaded, store=store, seen=digest.add)
     assert all(isinstance(prompt.images, StoredImages) for prompt in prompts)
     for prompt in prompts:
-        expected.update(json.dumps([prompt.row_id, prompt.prompt_ids.tolist(), prompt.ground_truth]).encode())
+        expected.update(
+            json.dumps([prompt.row_id, prompt.prompt_ids.tolist(), prompt.ground_truth]).encode()
+        )
         expected.update(prompt.images.pixel_values.float().numpy().tobytes())
     assert digest.hexdigest() == expected.hexdigest()
 

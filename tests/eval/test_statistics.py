@@ -1,4 +1,6 @@
-"""Against hand numbers, scipy where it is installed, and by simulation. Not covered: coverage at very small n."""
+"""Against hand numbers, scipy where it is installed, and by simulation. Not covered: coverage at
+very small n.
+"""
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ from grpo_latent.eval.statistics import (
 )
 
 
-def outcomes(both: int, only_own: int, only_other: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+def outcomes(
+    both: int, only_own: int, only_other: int, neither: int
+) -> tuple[np.ndarray, np.ndarray]:
     own = np.repeat([1, 1, 0, 0], [both, only_own, only_other, neither])
     other = np.repeat([1, 0, 1, 0], [both, only_own, only_other, neither])
     return own, other
@@ -24,7 +28,13 @@ def outcomes(both: int, only_own: int, only_other: int, neither: int) -> tuple[n
 
 @pytest.mark.parametrize(
     ("n", "correct", "k", "expected"),
-    [(4, 2, 2, 1 - 1 / 6), (5, 0, 3, 0.0), (5, 5, 1, 1.0), (10, 3, 5, 1 - 21 / 252), (3, 1, 3, 1.0)],
+    [
+        (4, 2, 2, 1 - 1 / 6),
+        (5, 0, 3, 0.0),
+        (5, 5, 1, 1.0),
+        (10, 3, 5, 1 - 21 / 252),
+        (3, 1, 3, 1.0),
+    ],
 )
 def test_pass_at_k_by_hand(n, correct, k, expected):
     assert pass_at_k(n, correct, k) == pytest.approx(expected, abs=1e-12)
@@ -90,13 +100,19 @@ def test_equal_values_are_not_certainty():
 
 
 def test_a_value_not_seen_may_still_come():
-    """6 differences, one of -1 and none of +1: by the exact bound +1 may have a rate of 1 - 0.025^(1/6) = 0.459."""
+    """6 differences, one of -1 and none of +1: by the exact bound +1 may have a rate of 1 -
+    0.025^(1/6) = 0.459.
+    """
     interval = bootstrap_interval([-1.0, 0, 0, 0, 0, 0], bounds=(-1.0, 1.0))
-    assert interval.high == pytest.approx(-1 / 6 + 0.4593 * 7 / 6, abs=1e-3) and interval.low < -0.3
+    assert (
+        interval.high == pytest.approx(-1 / 6 + 0.4593 * 7 / 6, abs=1e-3) and interval.low < -0.3
+    )
 
 
 def test_several_tests_at_once_are_stricter():
-    """Bonferroni: the interval of ten ablations is that of one at 99.5 %, and p = 0.02 is no longer significant."""
+    """Bonferroni: the interval of ten ablations is that of one at 99.5 %, and p = 0.02 is no
+    longer significant.
+    """
     pairs = outcomes(60, 14, 4, 2)
     one, ten = usage_verdict(*pairs), usage_verdict(*pairs, num_tests=10)
     assert one.p_value == ten.p_value == pytest.approx(0.031, abs=1e-3)
@@ -105,7 +121,9 @@ def test_several_tests_at_once_are_stricter():
 
 
 def test_difference_is_paired():
-    """Prompts of very different difficulty, a gap of exactly 0.1 on each: paired, the interval has no width."""
+    """Prompts of very different difficulty, a gap of exactly 0.1 on each: paired, the interval has
+    no width.
+    """
     own = np.linspace(0.2, 1.0, 50)
     interval = bootstrap_difference(own, own - 0.1, bounds=None)
     assert interval.low == pytest.approx(0.1) and interval.high == pytest.approx(0.1)
@@ -120,7 +138,11 @@ def test_difference_is_paired():
         (outcomes(3, 0, 0, 0), {}, UNDECIDED),  # n = 3 without any difference is no evidence
         (outcomes(3, 0, 1, 2), {}, UNDECIDED),  # nor is n = 6 with one that favours the ablation
         (outcomes(400, 30, 5, 77), {}, UNDECIDED),  # real (p < 1e-4), yet its size may not matter
-        (outcomes(20, 30, 30, 432), {"chance": 0.1}, UNDECIDED),  # at chance there is nothing to lose
+        (
+            outcomes(20, 30, 30, 432),
+            {"chance": 0.1},
+            UNDECIDED,
+        ),  # at chance there is nothing to lose
         (outcomes(485, 0, 12, 15), {}, NOT_USED),  # the ablation does better
     ],
 )

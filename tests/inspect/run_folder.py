@@ -1,4 +1,6 @@
-"""A run folder as training leaves it, made by engine `hf` on a tiny model: checkpoint, data, dumps, metrics, evaluation."""
+"""A run folder as training leaves it, made by engine `hf` on a tiny model: checkpoint, data,
+dumps, metrics, evaluation.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +26,26 @@ from grpo_latent.models.sequences import collate
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.trajectory import PositionKind, Trajectory
 
-XSS = '<script>window.hacked = true</script><img src=x onerror="window.hacked = true"></script><!--'
+XSS = (
+    '<script>window.hacked = true</script><img src=x onerror="window.hacked = true"></script><!--'
+)
 G = 4
-_KINDS = torch.tensor([PositionKind.START, PositionKind.LATENT, PositionKind.FORCED, PositionKind.TEXT])
-LATENT = Trajectory(torch.ones(1).long(), _KINDS, _KINDS, torch.ones(1, 4), torch.zeros(4), torch.zeros(4), "eos")
+_KINDS = torch.tensor(
+    [PositionKind.START, PositionKind.LATENT, PositionKind.FORCED, PositionKind.TEXT]
+)
+LATENT = Trajectory(
+    torch.ones(1).long(), _KINDS, _KINDS, torch.ones(1, 4), torch.zeros(4), torch.zeros(4), "eos"
+)
 
 
-def make_run(folder: Path, num_groups: int = 3, steps=(1, 2), steps_a_span: int = 3, xss: bool = False) -> Path:
+def make_run(
+    folder: Path, num_groups: int = 3, steps=(1, 2), steps_a_span: int = 3, xss: bool = False
+) -> Path:
     """Writes the folder and returns it."""
     case = build_case("qwen2_5_vl")
     mechanism = case.mechanism(steps=steps_a_span)
-    # the tests scale the tiny model up and give its head a bias, which a Hugging Face folder cannot carry
+    # the tests scale the tiny model up and give its head a bias, which a Hugging Face folder
+    # cannot carry
     case.model.lm_head.bias = None
     checkpoint = folder / "checkpoints" / f"global_step_{max(steps)}" / "actor" / "huggingface"
     save_latent_model(checkpoint, case.model, case.tokenizer, case.processor, mechanism)
@@ -67,8 +78,12 @@ def roll_out(
         index = row["extra_info"]["index"]
         question = row["prompt"][0]["content"].removesuffix("<image>")
         words = "read red ?" if xss and index == 0 else question
-        messages = [{"role": "user", "content": [{"type": "text", "text": words}, {"type": "image"}]}]
-        prompt = encode_prompt(case.tokenizer, case.processor, messages, [_image(row)], f"row {index}")
+        messages = [
+            {"role": "user", "content": [{"type": "text", "text": words}, {"type": "image"}]}
+        ]
+        prompt = encode_prompt(
+            case.tokenizer, case.processor, messages, [_image(row)], f"row {index}"
+        )
         seeds = [1000 * step + 10 * index + i for i in range(G)]
         request = RolloutRequest(prompt.ids, seeds, prompt.images, group_id=str(index))
         group = engine.generate([request], SamplingParams(max_new_tokens=14))[0]
@@ -88,7 +103,11 @@ def roll_out(
                     "text": text,
                     "stop_reason": trajectory.stop_reason,
                     "reward": reward,
-                    "reward_terms": {"accuracy": reward, "format": 0.1, "pred": XSS if xss else "7"},
+                    "reward_terms": {
+                        "accuracy": reward,
+                        "format": 0.1,
+                        "pred": XSS if xss else "7",
+                    },
                     "prompt_ids": trajectory.prompt_ids.tolist(),
                     "token_ids": trajectory.token_ids.tolist(),
                     "kinds": [int(PositionKind.PROMPT)] * start + trajectory.kinds.tolist(),
@@ -111,10 +130,17 @@ def _image(row: dict):
     return Image.open(io.BytesIO(row["images"][0]["bytes"])).convert("RGB")
 
 
-def write_dump(folder: Path, step: int, records: list[dict], latents: dict[str, torch.Tensor]) -> None:
+def write_dump(
+    folder: Path, step: int, records: list[dict], latents: dict[str, torch.Tensor]
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in latents.items()}, folder / f"step_{step}.safetensors")
-    (folder / f"step_{step}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    save_file(
+        {name: tensor.contiguous() for name, tensor in latents.items()},
+        folder / f"step_{step}.safetensors",
+    )
+    (folder / f"step_{step}.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records)
+    )
 
 
 def write_metrics(path: Path, steps: int, offset: float = 0.0) -> None:
@@ -135,7 +161,9 @@ def write_metrics(path: Path, steps: int, offset: float = 0.0) -> None:
 
 
 def write_evaluation(path: Path, num_right: int = 95) -> None:
-    """A report of `grpo_latent.evaluate` made of outcomes: shuffle takes everything, noise nothing."""
+    """A report of `grpo_latent.evaluate` made of outcomes: shuffle takes everything, noise
+    nothing.
+    """
     own = [1.0] * num_right + [0.0] * (100 - num_right)
     outcomes = {
         "own": own,
@@ -154,14 +182,18 @@ def write_evaluation(path: Path, num_right: int = 95) -> None:
 
 
 def repeat_dump(folder: Path, times: int) -> int:
-    """Many trajectories out of few, for the size and the speed of the page: copies of the steps. Returns their number."""
+    """Many trajectories out of few, for the size and the speed of the page: copies of the steps.
+    Returns their number.
+    """
     first = read_dump(folder / "rollouts")
     steps = sorted({dumped.step for dumped in first.trajectories})
     for copy in range(times):
         step, new = steps[copy % len(steps)], max(steps) + 1 + copy
         text = (folder / "rollouts" / f"step_{step}.jsonl").read_text()
         records = [json.loads(line) | {"step": new} for line in text.splitlines()]
-        (folder / "rollouts" / f"step_{new}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        (folder / "rollouts" / f"step_{new}.jsonl").write_text(
+            "".join(json.dumps(r) + "\n" for r in records)
+        )
         tensors = (folder / "rollouts" / f"step_{step}.safetensors").read_bytes()
         (folder / "rollouts" / f"step_{new}.safetensors").write_bytes(tensors)
     return len(read_dump(folder / "rollouts").trajectories)

@@ -16,7 +16,9 @@ from grpo_latent.inspect.run import read_run
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    return run_folder.make_run(tmp_path_factory.mktemp("whole") / "grpo", num_groups=1, steps=(1, 2))
+    return run_folder.make_run(
+        tmp_path_factory.mktemp("whole") / "grpo", num_groups=1, steps=(1, 2)
+    )
 
 
 @pytest.fixture
@@ -51,7 +53,9 @@ def test_a_malformed_evaluation_is_named(folder, changes):
     shutil.copy(run_folder_evaluation(folder), folder / "other.json")
     run = read_run(folder)
     (problem,) = run.problems
-    assert "evaluation.json: malformed evaluation" in str(problem) and list(run.evaluations) == ["other.json"]
+    assert "evaluation.json: malformed evaluation" in str(problem) and list(run.evaluations) == [
+        "other.json"
+    ]
 
 
 def run_folder_evaluation(folder):
@@ -61,7 +65,12 @@ def run_folder_evaluation(folder):
 
 def test_what_is_not_finite_in_an_evaluation_is_left_out_of_the_page(folder, tmp_path, capsys):
     path = folder / "evaluation.json"
-    edit(path, ablations={"own": math.nan, "shuffle": 0.1}, outcomes={"own": [math.nan] * 100}, leak=math.inf)
+    edit(
+        path,
+        ablations={"own": math.nan, "shuffle": 0.1},
+        outcomes={"own": [math.nan] * 100},
+        leak=math.inf,
+    )
     (evaluation,) = read_run(folder).evaluations.values()
     assert evaluation["ablations"] == {"own": None, "shuffle": 0.1}
     _, page = page_of(folder, tmp_path, capsys)
@@ -89,7 +98,10 @@ def test_a_malformed_line_of_metrics_is_named(folder, line):
     [
         ("1: 2\ntrainer: {3: 4, name: x}", ""),
         ("data: {train_files: 5}", "5: not a readable parquet file"),
-        ("actor_rollout_ref: {rollout: {temperature: hot}}", "actor_rollout_ref.rollout.temperature: no temperature"),
+        (
+            "actor_rollout_ref: {rollout: {temperature: hot}}",
+            "actor_rollout_ref.rollout.temperature: no temperature",
+        ),
         ("latent: {treatment: 5}", ""),
         ("latent: {treatment: [mask]}", ""),
     ],
@@ -97,13 +109,16 @@ def test_a_malformed_line_of_metrics_is_named(folder, line):
 def test_an_odd_config_costs_what_it_says(folder, tmp_path, capsys, config, problem):
     text = (folder / "config.yaml").read_text()
     data = text[: text.index("latent:")]
-    (folder / "config.yaml").write_text(("" if config.startswith("data") else data) + config + "\n")
+    (folder / "config.yaml").write_text(
+        ("" if config.startswith("data") else data) + config + "\n"
+    )
     err, _ = page_of(folder, tmp_path, capsys)
     assert problem in err and ("Error: " in err) == bool(problem)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"advantages": []}, {"reward": math.nan}, {"reward": -math.inf}, {"response_mask": []}]
+    "changes",
+    [{"advantages": []}, {"reward": math.nan}, {"reward": -math.inf}, {"response_mask": []}],
 )
 def test_a_malformed_trajectory_is_named_and_other_steps_are_read(folder, changes):
     path = folder / "rollouts" / "step_1.jsonl"
@@ -119,13 +134,21 @@ def test_latents_without_a_dimension_are_named(folder):
     path = folder / "rollouts" / "step_1.safetensors"
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    save_file({name: torch.tensor(1.0) if index == 0 else t for index, (name, t) in enumerate(tensors.items())}, path)
+    save_file(
+        {
+            name: torch.tensor(1.0) if index == 0 else t
+            for index, (name, t) in enumerate(tensors.items())
+        },
+        path,
+    )
     (problem,) = read_run(folder).problems
     assert "step_1.jsonl line" in str(problem) and "malformed trajectory" in str(problem)
 
 
 @pytest.mark.parametrize("token_id", [-1, 10**9])
-def test_tokens_of_another_vocabulary_are_no_crash_in_the_embedding(folder, tmp_path, capsys, token_id):
+def test_tokens_of_another_vocabulary_are_no_crash_in_the_embedding(
+    folder, tmp_path, capsys, token_id
+):
     path = folder / "rollouts" / "step_1.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[0]["token_ids"] = [token_id] * len(lines[0]["token_ids"])

@@ -1,4 +1,6 @@
-"""The page in headless Chromium, as a user has it: opened from a file. Not covered: other browsers."""
+"""The page in headless Chromium, as a user has it: opened from a file. Not covered: other
+browsers.
+"""
 
 import json
 import shutil
@@ -9,12 +11,17 @@ import run_folder
 
 from grpo_latent.inspect.__main__ import main
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 DRIVER = shutil.which("chromedriver")
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install -e '.[dev]'")
+webdriver = pytest.importorskip(
+    "selenium.webdriver", reason="selenium is not installed: pip install -e '.[dev]'"
+)
 pytest.importorskip("plotly", reason="plotly is not installed: pip install -e '.[inspect]'")
 pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="no Chromium: apt-get install chromium chromium-driver (Debian)"
+    not (CHROMIUM and DRIVER),
+    reason="no Chromium: apt-get install chromium chromium-driver (Debian)",
 )
 
 
@@ -22,7 +29,12 @@ pytestmark = pytest.mark.skipif(
 def browser():
     options = webdriver.ChromeOptions()
     # --no-sandbox: Chromium refuses to run as root otherwise, as in a container
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1500,1000"):
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--window-size=1500,1000",
+    ):
         options.add_argument(argument)
     options.binary_location = CHROMIUM
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
@@ -41,7 +53,11 @@ def pages(tmp_path_factory):
     assert main([str(plain)]) == 0
     assert main([str(hostile)]) == 0
     assert main([str(plain), str(hostile), "--out", str(root / "both.html")]) == 0
-    return {"plain": plain / "report.html", "hostile": hostile / "report.html", "both": root / "both.html"}
+    return {
+        "plain": plain / "report.html",
+        "hostile": hostile / "report.html",
+        "both": root / "both.html",
+    }
 
 
 class Page:
@@ -58,7 +74,9 @@ class Page:
     def wait(self, script, seconds=10):
         end = time.monotonic() + seconds
         while not self.js(script):
-            assert time.monotonic() < end, f"never true: {script}; {self.browser.get_log('browser')}"
+            assert time.monotonic() < end, (
+                f"never true: {script}; {self.browser.get_log('browser')}"
+            )
             time.sleep(0.05)
 
     def see_all(self):
@@ -67,20 +85,31 @@ class Page:
             time.sleep(0.15)
 
     def shown_groups(self):
-        return self.js("return [...document.querySelectorAll('#table tbody tr')].map(r => Number(r.dataset.group))")
+        return self.js(
+            "return [...document.querySelectorAll('#table tbody tr')].map(r => Number(r.dataset.group))"
+        )
 
     def set(self, field, value):
         script = "const f = document.getElementById(arguments[0]); if (f.type === 'checkbox') f.checked = arguments[1];"
-        script += (
-            "else f.value = arguments[1]; f.dispatchEvent(new Event('input')); f.dispatchEvent(new Event('change'))"
-        )
+        script += "else f.value = arguments[1]; f.dispatchEvent(new Event('input')); f.dispatchEvent(new Event('change'))"
         self.js(script, field, value)
 
     def requests(self):
         """URLs that the page asked for, itself aside; data URIs stay inside it."""
-        messages = [json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")]
-        sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-        return [url for url in sent if not url.startswith(("data:", "about:")) and not url.endswith(".html")]
+        messages = [
+            json.loads(entry["message"])["message"]
+            for entry in self.browser.get_log("performance")
+        ]
+        sent = [
+            m["params"]["request"]["url"]
+            for m in messages
+            if m["method"] == "Network.requestWillBeSent"
+        ]
+        return [
+            url
+            for url in sent
+            if not url.startswith(("data:", "about:")) and not url.endswith(".html")
+        ]
 
 
 @pytest.mark.parametrize("name", ["plain", "hostile", "both"])
@@ -98,7 +127,9 @@ def test_the_policy_forbids_requests(browser, pages):
     page = Page(browser, pages["plain"])
     page.js("window.done = ''; fetch('https://example.org/').catch(e => { window.done = e.name })")
     page.wait("return window.done === 'TypeError'")
-    assert any("Content Security Policy" in entry["message"] for entry in browser.get_log("browser"))
+    assert any(
+        "Content Security Policy" in entry["message"] for entry in browser.get_log("browser")
+    )
 
 
 def pixels(page):
@@ -107,7 +138,9 @@ def pixels(page):
 
 def open_latent_group(page):
     """Opens the group with the most latent steps."""
-    page.js("openGroup(OVERVIEW.groups.reduce((best, g, i, all) => (g.steps > all[best].steps ? i : best), 0))")
+    page.js(
+        "openGroup(OVERVIEW.groups.reduce((best, g, i, all) => (g.steps > all[best].steps ? i : best), 0))"
+    )
     assert page.js("return document.querySelectorAll('#viewer .step').length") > 3
 
 
@@ -132,12 +165,16 @@ def test_heat_map_changes_with_the_chosen_step(browser, pages):
     assert pixels(page) == first
     page.js("document.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight'}))")
     page.wait("return document.querySelector('#viewer .step.chosen').dataset.latent === '1'")
-    page.wait("return document.getElementById('heat').dataset.drawn.endsWith(current.probe.cosines)")
+    page.wait(
+        "return document.getElementById('heat').dataset.drawn.endsWith(current.probe.cosines)"
+    )
     assert pixels(page) == second
 
 
 def test_heat_map_shows_the_cosines(browser, pages):
-    """The brightest patch on the canvas, read back from its pixels, is the probe's nearest visual token."""
+    """The brightest patch on the canvas, read back from its pixels, is the probe's nearest visual
+    token.
+    """
     page = Page(browser, pages["plain"])
     open_latent_group(page)
     page.js("VIEW.mode = 'spotlight'")
@@ -182,11 +219,16 @@ def test_filters_and_sorting(browser, pages):
     assert page.shown_groups() == []
     page.set("filter-low", "")
     page.set("filter-disagree", True)
-    assert set(page.shown_groups()) == {i for i, group in enumerate(groups) if group["disagreement"] > 0}
+    assert set(page.shown_groups()) == {
+        i for i, group in enumerate(groups) if group["disagreement"] > 0
+    }
     page.set("filter-disagree", False)
     for column in ("steps", "truth"):
         for reverse in (True, False):
-            page.js("document.querySelector(`#table th[data-column='${arguments[0]}']`).click()", column)
+            page.js(
+                "document.querySelector(`#table th[data-column='${arguments[0]}']`).click()",
+                column,
+            )
             values = [float(groups[i][column]) for i in page.shown_groups()]
             assert values == sorted(values, reverse=reverse)
 
@@ -194,8 +236,12 @@ def test_filters_and_sorting(browser, pages):
 def test_clicking_a_row_opens_its_group(browser, pages):
     page = Page(browser, pages["plain"])
     page.js("document.querySelector('#table tr[data-group=\"4\"]').click()")
-    assert page.js("return document.querySelector('#viewer h3').textContent").startswith("step 1, group 1")
-    assert page.js("return document.querySelectorAll('#viewer .trajectory').length") == run_folder.G
+    assert page.js("return document.querySelector('#viewer h3').textContent").startswith(
+        "step 1, group 1"
+    )
+    assert (
+        page.js("return document.querySelectorAll('#viewer .trajectory').length") == run_folder.G
+    )
 
 
 def test_token_log_probs(browser, pages):
@@ -208,7 +254,11 @@ def test_token_log_probs(browser, pages):
     )
     reading = page.js("return document.getElementById('reading').textContent")
     for name in ("rollout", "old", "ref", "new"):
-        value = page.js("return current.block.trajectories[0].log_probs[arguments[0]][arguments[1]]", name, position)
+        value = page.js(
+            "return current.block.trajectories[0].log_probs[arguments[0]][arguments[1]]",
+            name,
+            position,
+        )
         assert f"{value:.4f}" in reading
 
 
@@ -217,7 +267,12 @@ def test_hostile_completion_is_shown_and_not_run(browser, pages):
     page.see_all()
     page.js("openGroup(OVERVIEW.groups.findIndex((g) => g.group === '0'))")
     assert page.js("return window.hacked") is None
-    assert page.js("return document.querySelectorAll('img[src=x], #viewer script, #table script').length") == 0
+    assert (
+        page.js(
+            "return document.querySelectorAll('img[src=x], #viewer script, #table script').length"
+        )
+        == 0
+    )
     assert run_folder.XSS in page.js("return document.getElementById('table').textContent")
     assert run_folder.XSS in page.js("return document.getElementById('viewer').textContent")
     page.js("document.getElementById('config').scrollIntoView()")
@@ -234,7 +289,9 @@ def test_the_policy_stops_inline_scripts(browser, pages):
 
 
 def test_ablations_of_runs_are_overlaid_with_their_spread(browser, pages):
-    """lvr_s0 and lvr_s1 are one family: one chart with the mean of own accuracies .95 and .85 and their range."""
+    """lvr_s0 and lvr_s1 are one family: one chart with the mean of own accuracies .95 and .85 and
+    their range.
+    """
     page = Page(browser, pages["both"])
     page.js("document.getElementById('ablations').scrollIntoView()")
     page.wait("return document.querySelectorAll('#ablation-charts .main-svg').length > 0")
@@ -243,9 +300,13 @@ def test_ablations_of_runs_are_overlaid_with_their_spread(browser, pages):
       return ablationTraces(members, ['own', 'shuffle'])"""
     spread, dots = page.js(script)
     assert spread["x"] == [pytest.approx(0.9), pytest.approx(0.1)]
-    assert [spread["error_x"][side][0] for side in ("array", "arrayminus")] == [pytest.approx(0.05)] * 2
+    assert [spread["error_x"][side][0] for side in ("array", "arrayminus")] == [
+        pytest.approx(0.05)
+    ] * 2
     assert dots["x"] == [0.95, 0.85, 0.1, 0.1]
-    cells = page.js("return [...document.querySelectorAll('#ablation-charts td')].map((cell) => cell.textContent)")
+    cells = page.js(
+        "return [...document.querySelectorAll('#ablation-charts td')].map((cell) => cell.textContent)"
+    )
     assert cells[:6] == ["own", "0.950", "0.850", "shuffle", "used (+0.850)", "used (+0.750)"]
 
 
@@ -264,7 +325,13 @@ def test_runs_are_overlaid_with_their_spread(browser, pages):
     page.wait("return document.querySelectorAll('#charts .main-svg').length > 2")
     traces = page.js("return curveTraces('critic/score/mean')")
     low, high, mean = (trace["y"] for trace in traces)
-    assert low[0] == pytest.approx(0.05) and high[0] == pytest.approx(0.25) and mean[0] == pytest.approx(0.15)
+    assert (
+        low[0] == pytest.approx(0.05)
+        and high[0] == pytest.approx(0.25)
+        and mean[0] == pytest.approx(0.15)
+    )
     assert "mean of 2" in traces[2]["name"]
     page.set("filter-run", "1")
-    assert {page.js("return OVERVIEW.groups[arguments[0]].run", i) for i in page.shown_groups()} == {1}
+    assert {
+        page.js("return OVERVIEW.groups[arguments[0]].run", i) for i in page.shown_groups()
+    } == {1}

@@ -1,4 +1,6 @@
-"""What the page's data says, against a naive computation; and what happens where a run is incomplete."""
+"""What the page's data says, against a naive computation; and what happens where a run is
+incomplete.
+"""
 
 import base64
 import json
@@ -49,7 +51,10 @@ def test_nothing_is_missing(report):
 def test_probes_against_a_naive_computation(folder, report):
     loaded = load_latent_model(read_run(folder).checkpoint)
     adapter = ModelAdapter(loaded.model, loaded.mechanism)
-    dumped = {(d.step, d.group_id, d.trajectory_idx): d for d in read_dump(folder / "rollouts").trajectories}
+    dumped = {
+        (d.step, d.group_id, d.trajectory_idx): d
+        for d in read_dump(folder / "rollouts").trajectories
+    }
     rows = find_rows([folder / "train.parquet"], ["0", "1", "2"])
     num_steps = 0
     loaded.model.requires_grad_(False)
@@ -61,15 +66,26 @@ def test_probes_against_a_naive_computation(folder, report):
         for entry in block["trajectories"]:
             latents = dumped[group["step"], group["group"], entry["idx"]].trajectory.latents
             assert len(entry["probes"]) == len(latents) == entry["kinds"].count("L")
-            for latent, probe in zip(latents, (block["probes"][i] for i in entry["probes"]), strict=True):
-                expected = torch.stack([cosine_similarity(latent, token, dim=0) for token in visual])
-                found = torch.frombuffer(bytearray(base64.b64decode(probe["cosines"])), dtype=torch.int8) / 127
+            for latent, probe in zip(
+                latents, (block["probes"][i] for i in entry["probes"]), strict=True
+            ):
+                expected = torch.stack(
+                    [cosine_similarity(latent, token, dim=0) for token in visual]
+                )
+                found = (
+                    torch.frombuffer(
+                        bytearray(base64.b64decode(probe["cosines"])), dtype=torch.int8
+                    )
+                    / 127
+                )
                 torch.testing.assert_close(found, expected, atol=0.5 / 127 + 1e-4, rtol=0)
                 assert probe["top"] == int(expected.argmax())
                 assert probe["norm"] == pytest.approx(float(latent.norm()), rel=1e-4)
                 assert probe["gap"] < 1e-4  # the checkpoint is the policy that acted
                 lens = loaded.model.lm_head(latent).softmax(-1)
-                assert probe["lens"][0][0] == loaded.tokenizer.convert_ids_to_tokens(int(lens.argmax()))
+                assert probe["lens"][0][0] == loaded.tokenizer.convert_ids_to_tokens(
+                    int(lens.argmax())
+                )
                 assert probe["lens"][0][1] == pytest.approx(float(lens.max()), rel=1e-3)
                 num_steps += 1
     assert num_steps > 10
@@ -82,8 +98,12 @@ def test_the_hit_is_the_box(report):
         (x0, y0, _, _) = block["boxes"][0]["box"]
         cell = int(y0 * 4 + 1e-6) * 4 + int(x0 * 4 + 1e-6)
         assert block["roi"] == [cell]
-        hits = [block["probes"][i]["hit"] for entry in block["trajectories"] for i in entry["probes"]]
-        assert hits == [block["probes"][i]["top"] == cell for e in block["trajectories"] for i in e["probes"]]
+        hits = [
+            block["probes"][i]["hit"] for entry in block["trajectories"] for i in entry["probes"]
+        ]
+        assert hits == [
+            block["probes"][i]["top"] == cell for e in block["trajectories"] for i in e["probes"]
+        ]
         if hits:
             assert group["hit"] == pytest.approx(sum(hits) / len(hits), rel=1e-4)
 
@@ -137,15 +157,23 @@ def test_another_models_checkpoint_is_refused(folder, tmp_path):
 
     sizes = tiny.TinySizes(hidden=64)
     model, tokenizer, processor = tiny.tiny_qwen2_5_vl(WORDS, sizes=sizes)
-    save_latent_model(tmp_path / "other", model, tokenizer, processor, build_case("qwen2_5_vl").mechanism())
+    save_latent_model(
+        tmp_path / "other", model, tokenizer, processor, build_case("qwen2_5_vl").mechanism()
+    )
     run = read_run(folder, checkpoint=tmp_path / "other")
     assert "hidden size 32" in build_report([run], Limits()).overview["runs"][0]["problems"][0]
 
 
 def test_limits(folder):
-    report = build_report([read_run(folder)], Limits(trajectories=3 * run_folder.G, probed_groups=1))
+    report = build_report(
+        [read_run(folder)], Limits(trajectories=3 * run_folder.G, probed_groups=1)
+    )
     groups = report.overview["groups"]
-    assert len(groups) == 3 and {g["step"] for g in groups} == {1, 2} and sum(g["probed"] for g in groups) == 1
+    assert (
+        len(groups) == 3
+        and {g["step"] for g in groups} == {1, 2}
+        and sum(g["probed"] for g in groups) == 1
+    )
     assert any("12 of 24" in note for note in report.overview["notes"])
     size = max(map(len, report.blocks.values()))
     small = build_report([read_run(folder)], Limits(block_bytes=size + 10))
@@ -174,9 +202,19 @@ def test_geometry_by_hand():
 
 
 def test_ablation_rows():
-    """Own first; intervals from outcomes, verdicts as the evaluation gave them; an old report without them has neither."""
+    """Own first; intervals from outcomes, verdicts as the evaluation gave them; an old report
+    without them has neither.
+    """
     outcomes = {"own": [1] * 90 + [0] * 10, "shuffle": [0] * 90 + [1] * 9 + [None]}
-    usage = {"shuffle": {"gap": 0.8, "gap_interval": [0.7, 0.9], "num_changed": 99, "verdict": "used", "sentence": "s"}}
+    usage = {
+        "shuffle": {
+            "gap": 0.8,
+            "gap_interval": [0.7, 0.9],
+            "num_changed": 99,
+            "verdict": "used",
+            "sentence": "s",
+        }
+    }
     report = {
         "num_prompts": 100,
         "ablations": {"shuffle": 0.1, "own": 0.9, "oracle": None},
@@ -189,17 +227,26 @@ def test_ablation_rows():
     assert own["low"] < 0.9 < own["high"] and own["high"] - own["low"] == pytest.approx(
         4 * math.sqrt(0.09 / 100), abs=0.03
     )
-    assert (shuffle["gap_low"], shuffle["gap_high"], shuffle["verdict"], shuffle["changed"]) == (0.7, 0.9, "used", 99)
+    assert (shuffle["gap_low"], shuffle["gap_high"], shuffle["verdict"], shuffle["changed"]) == (
+        0.7,
+        0.9,
+        "used",
+        99,
+    )
     assert [value for _, value in full["facts"]] == [0.5]
     pairs = [{"question": str(i // 2)} for i in range(100)]
     paired = ablation_rows("x", report | {"outcomes": outcomes, "prompts": pairs})["rows"][0]
-    assert paired["high"] - paired["low"] == pytest.approx(4 * math.sqrt(0.09 / 50), abs=0.03), "50 questions, not 100"
+    assert paired["high"] - paired["low"] == pytest.approx(4 * math.sqrt(0.09 / 50), abs=0.03), (
+        "50 questions, not 100"
+    )
     old = ablation_rows("x", report)["rows"][1]
     assert old["accuracy"] == 0.1 and old["verdict"] is old["low"] is old["gap"] is None
 
 
 def test_runs_of_one_family_differ_by_seed_only(tmp_path):
-    """Folders of one name are told apart by their parents; a config that differs beyond seeds and places: another family."""
+    """Folders of one name are told apart by their parents; a config that differs beyond seeds and
+    places: another family.
+    """
     runs = []
     for name, rate in (("seed0", 1), ("seed1", 1), ("lower", 0.5)):
         folder = tmp_path / name / "grpo"
@@ -208,14 +255,20 @@ def test_runs_of_one_family_differ_by_seed_only(tmp_path):
             f"latent: {{seed: {len(runs)}, output_dir: {folder}}}\noptim: {{lr: {rate}}}\ndata: {{val_n: {len(runs)}}}\n"
         )
         runs.append(read_run(folder))
-    assert label_runs(runs) == [("seed0/grpo", "grpo"), ("seed1/grpo", "grpo"), ("lower/grpo", "lower/grpo")]
+    assert label_runs(runs) == [
+        ("seed0/grpo", "grpo"),
+        ("seed1/grpo", "grpo"),
+        ("lower/grpo", "lower/grpo"),
+    ]
     assert label_runs(runs[:1]) == [("grpo", "grpo")]
 
 
 def test_an_evaluation_beside_the_run_is_found(folder, tmp_path):
     copy = copy_without(folder, tmp_path, "evaluation.json")
     report = {"num_prompts": 9, "greedy": {}, "ablations": {"own": 1.0}}
-    (tmp_path / "mine.json").write_text(json.dumps(report | {"checkpoint": "/moved/copy/checkpoints/global_step_2/x"}))
+    (tmp_path / "mine.json").write_text(
+        json.dumps(report | {"checkpoint": "/moved/copy/checkpoints/global_step_2/x"})
+    )
     (tmp_path / "other.json").write_text(json.dumps(report | {"checkpoint": "/moved/sft/model"}))
     (tmp_path / "broken.json").write_text("{")
     run = read_run(copy)
@@ -235,7 +288,10 @@ def test_metrics(tmp_path):
 def test_thin_keeps_the_ends_and_json_has_no_nan():
     steps, values = thin(list(range(1201)), [float(i) for i in range(1201)])
     assert len(steps) <= 502 and (steps[0], steps[-1]) == (0, 1200)
-    assert thin([1, 2], [float("nan"), float("inf")])[1] == [None, None] and thin([], []) == [[], []]
+    assert thin([1, 2], [float("nan"), float("inf")])[1] == [None, None] and thin([], []) == [
+        [],
+        [],
+    ]
 
 
 def test_secrets_of_a_config_are_not_shown():
@@ -254,7 +310,9 @@ def copy_without(folder, target, *names):
     import shutil
 
     copy = target / "copy"
-    shutil.copytree(folder, copy, ignore=lambda _, entries: [entry for entry in entries if entry in names])
+    shutil.copytree(
+        folder, copy, ignore=lambda _, entries: [entry for entry in entries if entry in names]
+    )
     return copy
 
 
@@ -267,6 +325,9 @@ def test_wandb_gets_the_page_and_its_tables(folder, tmp_path, monkeypatch):
     (media,) = tmp_path.glob("wandb/offline-run-*/files/media")
     (page,) = media.rglob("inspector*.html")
     assert page.read_text() == (tmp_path / "page.html").read_text()
-    tables = {path.name.split("_")[0]: json.loads(path.read_text()) for path in media.rglob("*.table.json")}
+    tables = {
+        path.name.split("_")[0]: json.loads(path.read_text())
+        for path in media.rglob("*.table.json")
+    }
     assert len(tables["groups"]["data"]) == 6 and "disagreement" in tables["groups"]["columns"]
     assert [row[2] for row in tables["ablations"]["data"]] == ["own", "shuffle", "noise"]

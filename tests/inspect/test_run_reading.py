@@ -20,7 +20,13 @@ def make_run(folder, *names, tracker=None):
 
 @pytest.mark.parametrize("parent", ["global_step_7", "runs"])
 def test_the_newest_step_counts_wherever_the_run_lies(tmp_path, parent):
-    names = ("global_step_5", "global_step_10", "global_step_20", "global_step_9_best", "global_step_99_best")
+    names = (
+        "global_step_5",
+        "global_step_10",
+        "global_step_20",
+        "global_step_9_best",
+        "global_step_99_best",
+    )
     run = read_run(make_run(tmp_path / parent / "grpo", *names))
     assert run.checkpoint.parts[-3] == "global_step_20" and run.problems == []
 
@@ -30,7 +36,9 @@ def test_half_of_a_save_is_not_read(tmp_path):
     assert run.checkpoint.parts[-3] == "global_step_5" and run.problems == []
 
 
-@pytest.mark.parametrize(("tracker", "problem"), [("10_best", "not a step"), ("9", "the checkpoint is gone")])
+@pytest.mark.parametrize(
+    ("tracker", "problem"), [("10_best", "not a step"), ("9", "the checkpoint is gone")]
+)
 def test_a_broken_tracker_is_shown_and_the_newest_is_read(tmp_path, tracker, problem):
     run = read_run(make_run(tmp_path / "grpo", "global_step_5", "global_step_10", tracker=tracker))
     assert run.checkpoint.parts[-3] == "global_step_10"

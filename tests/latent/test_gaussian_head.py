@@ -1,5 +1,6 @@
-"""The learned width: its density against torch's Normal and finite differences, its draws, its start and its bounds.
-(Parameters in the engine, in checkpoints and in rollouts: test_treated_parameters.py of verl_plugin/worker.)"""
+"""The learned width: its density against torch's Normal and finite differences, its draws, its
+start and its bounds. (Parameters in the engine, in checkpoints and in rollouts:
+test_treated_parameters.py of verl_plugin/worker.)"""
 
 import math
 from types import SimpleNamespace
@@ -51,7 +52,10 @@ def test_gradients_to_the_heads_parameters_equal_finite_differences():
         return treatment.log_density(LatentSource(hidden, None, features_MF), latents_MH)
 
     linear = model.latent_treatment.linear
-    leaves = [value.detach().clone().requires_grad_() for value in (linear.weight, linear.bias, hidden_MH)]
+    leaves = [
+        value.detach().clone().requires_grad_()
+        for value in (linear.weight, linear.bias, hidden_MH)
+    ]
     assert torch.autograd.gradcheck(density, leaves)
     density(*leaves).sum().backward()
     assert leaves[0].grad.abs().max() > 1e-2 and leaves[1].grad.abs() > 1e-2
@@ -60,12 +64,16 @@ def test_gradients_to_the_heads_parameters_equal_finite_differences():
 def test_draws_have_the_learned_width():
     treatment = GaussianHead(sigma=2.0, sigma_range=4.0)
     _, hidden_MH, source = made(treatment)
-    uniforms = torch.rand(20_000, H, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    uniforms = torch.rand(
+        20_000, H, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     for m in range(M):
         one = LatentSource(hidden_MH[m : m + 1], None, source.features_MF[m : m + 1])
         drawn_MH, aux = treatment.draw(one, uniforms, None)
         sigma = float(treatment.log_sigma(one).exp())
-        assert aux is None and float((drawn_MH - hidden_MH[m]).std()) == pytest.approx(sigma, rel=0.02)
+        assert aux is None and float((drawn_MH - hidden_MH[m]).std()) == pytest.approx(
+            sigma, rel=0.02
+        )
     assert torch.equal(treatment.draw(source, None, None)[0], hidden_MH), "greedy feeds the mean"
 
 
@@ -81,7 +89,9 @@ def test_the_start_and_the_bounds():
     torch.testing.assert_close(far, torch.tensor([[0.125], [2.0]]))
 
 
-@pytest.mark.parametrize("values", [{"sigma": 0}, {"sigma": math.inf}, {"sigma_range": 1.0}, {"sigma_range": math.nan}])
+@pytest.mark.parametrize(
+    "values", [{"sigma": 0}, {"sigma": math.inf}, {"sigma_range": 1.0}, {"sigma_range": math.nan}]
+)
 def test_what_the_config_refuses(values):
     with pytest.raises(ConfigError, match="not a width"):
         parse_treatment({"name": "gaussian_head", "gaussian_head": values})

@@ -1,4 +1,6 @@
-"""`latent_config.json`: round trips, version 1, and `replace`. Malformed files are in tests/test_malformed_core.py."""
+"""`latent_config.json`: round trips, version 1, and `replace`. Malformed files are in
+tests/test_malformed_core.py.
+"""
 
 import dataclasses
 import json
@@ -77,7 +79,9 @@ def test_a_mechanism_of_ones_own_is_stored_by_where_it_is(tmp_path):
 
 
 def test_fields_added_later_take_their_defaults(tmp_path):
-    """A file that lacks an optional field, as an older release of the same version writes it, loads."""
+    """A file that lacks an optional field, as an older release of the same version writes it,
+    loads.
+    """
     values = BASE.to_dict()
     values.pop("latent_end_threshold")
     (tmp_path / LATENT_CONFIG_FILE).write_text(json.dumps(values))
@@ -88,7 +92,12 @@ def test_fields_added_later_take_their_defaults(tmp_path):
     ("changes", "expected"),
     [
         ({}, BASE),
-        (dict(latent_end_token="x", latent_end_id=4, exit="latent_end", head="mlp", max_spans=1), None),
+        (
+            dict(
+                latent_end_token="x", latent_end_id=4, exit="latent_end", head="mlp", max_spans=1
+            ),
+            None,
+        ),
         (dict(mechanism="ilvr", exit="end_token"), ILVR(**IDS)),
         (dict(mechanism="ivt_lr", **V1_SLOTS, top_k_image=4), IVTLR(**IDS, top_k_image=4)),
         (dict(mechanism="coconut", **V1_SLOTS, head="glu"), Coconut(**IDS, head="glu")),
@@ -102,7 +111,11 @@ def test_files_of_version_1_load(changes, expected):
 
 
 def test_the_first_files_of_version_1_had_fewer_keys():
-    values = {name: value for name, value in VERSION_1.items() if name in IDS or name in ("steps", "version")}
+    values = {
+        name: value
+        for name, value in VERSION_1.items()
+        if name in IDS or name in ("steps", "version")
+    }
     assert from_dict(values, "file") == BASE
 
 
@@ -123,6 +136,10 @@ def test_files_of_version_1_whose_values_no_mechanism_has_are_refused(changes, w
 
 def test_replace_gives_a_checked_copy():
     assert BASE.replace(steps=2).steps == 2 and BASE.steps == 8
-    assert Coconut(**IDS).replace(visibility="full", exit="steps") == Coconut(**IDS)  # what it has anyway
-    with pytest.raises(ConfigError, match="latent.visibility: fixed for this mechanism; got latents_only"):
+    assert Coconut(**IDS).replace(visibility="full", exit="steps") == Coconut(
+        **IDS
+    )  # what it has anyway
+    with pytest.raises(
+        ConfigError, match="latent.visibility: fixed for this mechanism; got latents_only"
+    ):
         Coconut(**IDS).replace(visibility="latents_only")

@@ -12,7 +12,14 @@ T, S, Z, F = int(K.TEXT), int(K.START), int(K.LATENT), int(K.FORCED)
 
 
 def lvr(**changes):
-    values = dict(start_token="s", latent_token="l", end_token="e", start_id=START, latent_id=LATENT, end_id=END)
+    values = dict(
+        start_token="s",
+        latent_token="l",
+        end_token="e",
+        start_id=START,
+        latent_id=LATENT,
+        end_id=END,
+    )
     return LVR(**(values | changes))
 
 
@@ -22,7 +29,9 @@ def begin(mechanism, steps_N):
 
 
 def play(state, sampled, logits=None, latents=None):
-    """Feeds one row's table of ids a step; rows that sample nothing ignore theirs. Kinds [steps][rows]."""
+    """Feeds one row's table of ids a step; rows that sample nothing ignore theirs. Kinds
+    [steps][rows].
+    """
     kinds = []
     for step, ids in enumerate(sampled):
         planned_N = state.plan(None if logits is None else logits[step])
@@ -33,7 +42,17 @@ def play(state, sampled, logits=None, latents=None):
 
 def test_rows_in_different_modes():
     state = begin(lvr(), torch.tensor([2, 1, 3]))
-    rows = play(state, [[START, WORD, WORD], [0, START, START], [0, 0, 0], [0, 0, 0], [START, START, 0], [0, 0, 0]])
+    rows = play(
+        state,
+        [
+            [START, WORD, WORD],
+            [0, START, START],
+            [0, 0, 0],
+            [0, 0, 0],
+            [START, START, 0],
+            [0, 0, 0],
+        ],
+    )
     assert rows == [[S, Z, Z, F, S, Z], [T, S, Z, F, S, Z], [T, S, Z, Z, Z, F]]
     assert state.num_spans_N.tolist() == [2, 2, 1]
 
@@ -64,7 +83,9 @@ def test_may_open_counts_spans():
 
 def test_end_token_needs_a_latent_first_and_is_capped():
     logits = torch.zeros(5, 2, 12)
-    logits[0, 0, END] = logits[1, 0, END] = logits[2, 0, END] = 1.0  # row 0 says end from the start on, row 1 never
+    logits[0, 0, END] = logits[1, 0, END] = logits[2, 0, END] = (
+        1.0  # row 0 says end from the start on, row 1 never
+    )
     state = begin(lvr(exit="end_token"), torch.tensor([3, 3]))
     rows = play(state, [[START, START], [0, 0], [0, 0], [WORD, 0], [WORD, 0]], logits)
     assert rows == [[S, Z, F, T, T], [S, Z, Z, Z, F]]
@@ -73,8 +94,17 @@ def test_end_token_needs_a_latent_first_and_is_capped():
 def test_latent_end_compares_mean_squares():
     """Distances by hand: |(1, 1) - 0|² / 2 = 1, |(0.1, 0.3) - 0|² / 2 = 0.05."""
     latents = torch.tensor([[[0.0, 0.0]], [[1.0, 1.0]], [[0.1, 0.3]], [[0.0, 0.0]], [[0.0, 0.0]]])
-    for threshold, expected in ((0.06, [S, Z, Z, F, T]), (0.04, [S, Z, Z, Z, F]), (1.1, [S, Z, F, T, T])):
-        changes = dict(exit="latent_end", latent_end_id=10, latent_end_token="le", latent_end_threshold=threshold)
+    for threshold, expected in (
+        (0.06, [S, Z, Z, F, T]),
+        (0.04, [S, Z, Z, Z, F]),
+        (1.1, [S, Z, F, T, T]),
+    ):
+        changes = dict(
+            exit="latent_end",
+            latent_end_id=10,
+            latent_end_token="le",
+            latent_end_threshold=threshold,
+        )
         state = begin(lvr(**changes), torch.tensor([5]))
         ids = [[START], [WORD], [WORD], [WORD], [WORD]]
         assert play(state, ids, latents=latents) == [expected]

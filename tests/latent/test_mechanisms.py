@@ -9,7 +9,10 @@ from grpo_latent.trajectory import PositionKind as K
 
 
 def ids(mechanism):
-    return {token: 10 + idx for idx, token in enumerate(MECHANISMS[mechanism].published_tokens.values())}
+    return {
+        token: 10 + idx
+        for idx, token in enumerate(MECHANISMS[mechanism].published_tokens.values())
+    }
 
 
 def published(mechanism, **changes):
@@ -37,9 +40,15 @@ def test_tokens_by_what_may_happen_to_them():
     lvr, slots = published("lvr"), published("coconut")
     assert (lvr.opening_ids, lvr.banned_ids) == ({lvr.start_id}, {lvr.latent_id, lvr.end_id})
     with_end = published("lvr", latent_end_token="<|lvr_latent_end|>")
-    assert with_end.banned_ids - lvr.banned_ids == {with_end.latent_end_id} and len(with_end.token_ids) == 4
+    assert (
+        with_end.banned_ids - lvr.banned_ids == {with_end.latent_end_id}
+        and len(with_end.token_ids) == 4
+    )
     assert (slots.opening_ids, slots.banned_ids) == (frozenset(), set(slots.token_ids.values()))
-    assert [lvr.placeholder_id(kind) for kind in (K.LATENT, K.FORCED)] == [lvr.latent_id, lvr.end_id]
+    assert [lvr.placeholder_id(kind) for kind in (K.LATENT, K.FORCED)] == [
+        lvr.latent_id,
+        lvr.end_id,
+    ]
     assert [slots.placeholder_id(kind) for kind in (K.LATENT, K.SELECTED)] == [slots.latent_id] * 2
 
 
@@ -81,8 +90,8 @@ def test_combinations_that_cannot_run(mechanism, changes, where):
 
 
 def test_sources_are_the_last_position_that_a_hidden_state_may_come_from():
-    """By hand: a latent after a chosen image embedding is made by what stood before that; padding in front counts for
-    nothing, and a MIXED position is made by its predecessor."""
+    """By hand: a latent after a chosen image embedding is made by what stood before that; padding
+    in front counts for nothing, and a MIXED position is made by its predecessor."""
     kinds = torch.tensor(
         [
             [K.PROMPT, K.PROMPT, K.SELECTED, K.SELECTED, K.LATENT, K.LATENT],

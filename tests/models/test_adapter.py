@@ -20,7 +20,10 @@ def test_positions_of_padded_rows_equal_a_hand_loop(name, padding):
         c.request("?", c.images(1, size=(56, 28))),
     ]
     longest = max(len(r.prompt_ids) for r in requests) + 2
-    ids, valid = torch.zeros(3, longest, dtype=torch.long), torch.zeros(3, longest, dtype=torch.bool)
+    ids, valid = (
+        torch.zeros(3, longest, dtype=torch.long),
+        torch.zeros(3, longest, dtype=torch.bool),
+    )
     for row, request in enumerate(requests):
         start = longest - len(request.prompt_ids) if padding == "left" else 0
         ids[row, start : start + len(request.prompt_ids)] = request.prompt_ids
@@ -49,16 +52,25 @@ def test_hidden_and_logits_are_the_models_own(name):
     ids = c.request("read red blue ?").prompt_ids[None]
     valid = torch.ones_like(ids)
     with torch.no_grad():
-        hidden = c.adapter.forward_hidden(ids, valid, c.adapter.position_ids(ids, valid.bool(), None))
+        hidden = c.adapter.forward_hidden(
+            ids, valid, c.adapter.position_ids(ids, valid.bool(), None)
+        )
         assert torch.equal(c.adapter.logits(hidden), c.model(input_ids=ids).logits)
 
 
 def test_state_left_by_an_earlier_forward_does_not_matter():
-    """Hugging Face VL models keep `rope_deltas` of the last forward; the adapter always passes positions."""
+    """Hugging Face VL models keep `rope_deltas` of the last forward; the adapter always passes
+    positions.
+    """
     c = case("qwen2_5_vl")
     request = c.request(images=c.images(1))
     ids, valid = request.prompt_ids[None], torch.ones(1, len(request.prompt_ids), dtype=torch.bool)
-    arguments = (ids, valid.long(), c.adapter.position_ids(ids, valid, request.images), request.images)
+    arguments = (
+        ids,
+        valid.long(),
+        c.adapter.position_ids(ids, valid, request.images),
+        request.images,
+    )
     with torch.no_grad():
         first = c.adapter.forward_hidden(*arguments)
         c.model.model.rope_deltas = torch.tensor([[1000]])
@@ -93,7 +105,9 @@ def test_sliding_window_is_refused():
         sliding_window=4,
         max_window_layers=1,
     )
-    with pytest.raises(ConfigError, match="layer_types.*sliding_attention.*use_sliding_window=False"):
+    with pytest.raises(
+        ConfigError, match="layer_types.*sliding_attention.*use_sliding_window=False"
+    ):
         ModelAdapter(Qwen2ForCausalLM(config))
 
 

@@ -1,4 +1,6 @@
-"""The in-place cache against `DynamicCache`, the folded attention against Hugging Face's sdpa and a plain softmax."""
+"""The in-place cache against `DynamicCache`, the folded attention against Hugging Face's sdpa and
+a plain softmax.
+"""
 
 import pytest
 import torch
@@ -19,7 +21,10 @@ def filled_caches(row_to_prompt, capacity=24, num_layers=2, prompt_length=4):
     """A `RolloutCache` and a `DynamicCache` repeated by hand."""
     prefilled, expanded = DynamicCache(), DynamicCache()
     for layer in range(num_layers):
-        keys, values = random(3, 2, prompt_length, 8, seed=layer), random(3, 2, prompt_length, 8, seed=layer + 10)
+        keys, values = (
+            random(3, 2, prompt_length, 8, seed=layer),
+            random(3, 2, prompt_length, 8, seed=layer + 10),
+        )
         prefilled.update(keys, values, layer)
         expanded.update(keys[row_to_prompt], values[row_to_prompt], layer)
     return RolloutCache(prefilled, row_to_prompt, capacity), expanded
@@ -31,7 +36,10 @@ def test_updates_equal_a_dynamic_cache():
     addresses = set()
     for step in range(20):
         for layer in range(2):
-            new = random(5, 2, 1, 8, seed=100 + 10 * step + layer), random(5, 2, 1, 8, seed=200 + 10 * step + layer)
+            new = (
+                random(5, 2, 1, 8, seed=100 + 10 * step + layer),
+                random(5, 2, 1, 8, seed=200 + 10 * step + layer),
+            )
             for a, b in zip(ours.update(*new, layer), reference.update(*new, layer), strict=True):
                 assert torch.equal(a, b)
         assert ours.get_seq_length() == reference.get_seq_length() == 5 + step
@@ -62,7 +70,9 @@ def test_prefilled_cache_is_not_written_to():
 @pytest.mark.parametrize("length", [1, 3])
 @pytest.mark.parametrize("with_mask", [True, False])
 @pytest.mark.parametrize("scaling", [0.3, None])
-def test_folded_equals_sdpa_and_plain_softmax(num_heads, num_key_heads, length, with_mask, scaling):
+def test_folded_equals_sdpa_and_plain_softmax(
+    num_heads, num_key_heads, length, with_mask, scaling
+):
     module = nn.Module()
     module.num_key_value_groups, module.is_causal = num_heads // num_key_heads, False
     query, keys, values = (
@@ -79,8 +89,12 @@ def test_folded_equals_sdpa_and_plain_softmax(num_heads, num_key_heads, length, 
     factor = 8**-0.5 if scaling is None else scaling
     for head in range(num_heads):
         key_head = head // (num_heads // num_key_heads)
-        weights = query[:, head] @ keys[:, key_head].transpose(-1, -2) * factor + (0 if bias is None else bias[:, 0])
-        torch.testing.assert_close(folded[:, :, head], weights.softmax(-1) @ values[:, key_head], rtol=0, atol=1e-5)
+        weights = query[:, head] @ keys[:, key_head].transpose(-1, -2) * factor + (
+            0 if bias is None else bias[:, 0]
+        )
+        torch.testing.assert_close(
+            folded[:, :, head], weights.softmax(-1) @ values[:, key_head], rtol=0, atol=1e-5
+        )
 
 
 def test_folded_attention_is_a_setting_of_the_block_only():

@@ -1,5 +1,6 @@
-"""Chameleon as a backbone of IVT-LR: discrete images, slots, rollout = replay, SFT. A plain forward of Hugging Face's is the
-reference for what stands at image positions. Not covered: published weights, the verl plug-in (which refuses it)."""
+"""Chameleon as a backbone of IVT-LR: discrete images, slots, rollout = replay, SFT. A plain
+forward of Hugging Face's is the reference for what stands at image positions. Not covered:
+published weights, the verl plug-in (which refuses it)."""
 
 import functools
 from dataclasses import replace
@@ -29,22 +30,31 @@ SLOTS = dict(mechanism="ivt_lr", steps=2, top_k_image=TOP_K)
 
 @functools.cache
 def chameleon() -> Case:
-    """Weights scaled up, so that attention is far from uniform and a wrong vector moves log-probs by far more than 1e-4."""
+    """Weights scaled up, so that attention is far from uniform and a wrong vector moves log-probs
+    by far more than 1e-4.
+    """
     model, tokenizer, processor = tiny.tiny_chameleon(("read", "red", "blue", "?"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "vqmodel" not in name and parameter.ndim >= 2:
                 parameter.mul_(10.0)
-        model.model.vqmodel.quantize.embedding.weight.mul_(0.01)  # or all patches are nearest to one code
+        model.model.vqmodel.quantize.embedding.weight.mul_(
+            0.01
+        )  # or all patches are nearest to one code
     case = Case("chameleon", model, tokenizer, processor, ModelAdapter(model))
     return replace(case, adapter=ModelAdapter(model, case.mechanism(**SLOTS)))
 
 
 def prompt(c, text, num_images, seed=0):
     rng = np.random.default_rng(seed)
-    pictures = [Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)) for _ in range(num_images)]
+    pictures = [
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))
+        for _ in range(num_images)
+    ]
     content = [{"type": "text", "text": text}, *[{"type": "image"}] * num_images]
-    return encode_prompt(c.tokenizer, c.processor, [{"role": "user", "content": content}], pictures, "test")
+    return encode_prompt(
+        c.tokenizer, c.processor, [{"role": "user", "content": content}], pictures, "test"
+    )
 
 
 @functools.cache
@@ -70,7 +80,9 @@ def test_the_adapters_forward_is_hugging_faces():
     assert torch.equal(c.adapter.logits(hidden), expected)
     features = c.model.get_image_features(p.images.pixel_values, return_dict=True).pooler_output
     assert torch.equal(c.adapter.encode_images(p.images), features.flatten(0, 1))
-    assert len(features.flatten(0, 1).unique(dim=0)) > 4, "one code everywhere would hide a wrong place"
+    assert len(features.flatten(0, 1).unique(dim=0)) > 4, (
+        "one code everywhere would hide a wrong place"
+    )
     assert p.images.image_grid_thw.tolist() == [[1, 4, 4]] * 2
     assert int((p.ids == c.adapter.image_token_id).sum()) == 2 * NUM_TOKENS
     kinds = c.adapter.prompt_kinds(p.ids)
@@ -81,7 +93,9 @@ def test_the_adapters_forward_is_hugging_faces():
 def test_rollout_equals_replay_and_recompute():
     requests, groups, engine = recorded()
     trajectories = [t for group in groups for t in group]
-    images = [request.images for request, group in zip(requests, groups, strict=True) for _ in group]
+    images = [
+        request.images for request, group in zip(requests, groups, strict=True) for _ in group
+    ]
     for padding_side in ("both", "right"):
         batch = collate(trajectories, images, engine.adapter, "full", padding_side)
         log_probs_BT, _ = replay(engine.adapter, batch, 2.0)
@@ -89,11 +103,17 @@ def test_rollout_equals_replay_and_recompute():
             values = log_probs_BT[row][batch.valid_BT[row]][len(t.prompt_ids) :]
             torch.testing.assert_close(values, t.rollout_log_probs, rtol=0, atol=1e-4)
     batch = collate(trajectories, images, engine.adapter, "full", "both")
-    torch.testing.assert_close(recompute_latents(engine.adapter, batch), batch.latents_NH, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        recompute_latents(engine.adapter, batch), batch.latents_NH, rtol=0, atol=1e-4
+    )
     for t, image in zip(trajectories, images, strict=True):
         is_selected_N = t.kinds[t.latent_mask] == K.SELECTED
-        if image is not None:  # what slots are fed is what stands at the image positions that they chose
-            assert torch.equal(t.latents[is_selected_N], engine.adapter.encode_images(image)[t.selected_idx])
+        if (
+            image is not None
+        ):  # what slots are fed is what stands at the image positions that they chose
+            assert torch.equal(
+                t.latents[is_selected_N], engine.adapter.encode_images(image)[t.selected_idx]
+            )
 
 
 def test_slots_take_what_is_left_and_the_policy_never_draws_an_image_token():
@@ -106,11 +126,18 @@ def test_slots_take_what_is_left_and_the_policy_never_draws_an_image_token():
 
 def test_sft_has_the_replays_loss_and_a_gradient():
     requests, groups, engine = recorded()
-    pairs = [(t, r.images) for r, group in zip(requests, groups, strict=True) for t in group if r.steps is None]
+    pairs = [
+        (t, r.images)
+        for r, group in zip(requests, groups, strict=True)
+        for t in group
+        if r.steps is None
+    ]
     rows = [StepwiseRow(t.prompt_ids, (torch.tensor(t.text_ids),), image) for t, image in pairs]
     sums = loss_sums(engine.adapter, collate_rows(rows, 0), 2, True)
     with torch.no_grad():
-        batch = collate([t for t, _ in pairs], [image for _, image in pairs], engine.adapter, "full", "both")
+        batch = collate(
+            [t for t, _ in pairs], [image for _, image in pairs], engine.adapter, "full", "both"
+        )
         log_probs_BT, _ = replay(engine.adapter, batch)
     assert sums["ce"].item() == pytest.approx(-log_probs_BT.sum().item(), rel=1e-4)
     weight = engine.adapter.decoder.layers[0].mlp.up_proj.weight
@@ -126,7 +153,9 @@ def test_a_folder_loads_with_its_processor(tmp_path):
         prompt(c, "read red ?", 1),
         prompt(Case("", loaded.model, loaded.tokenizer, loaded.processor, None), "read red ?", 1),
     )
-    assert torch.equal(own.ids, again.ids) and torch.equal(own.images.pixel_values, again.images.pixel_values)
+    assert torch.equal(own.ids, again.ids) and torch.equal(
+        own.images.pixel_values, again.images.pixel_values
+    )
     assert loaded.mechanism.top_k_image == TOP_K
 
 
@@ -137,4 +166,6 @@ def test_images_that_do_not_fit_are_errors():
     with pytest.raises(RolloutError, match="32 placeholders; expected 16"):
         c.adapter.check_prompt(p.ids, one, "row 1")
     with pytest.raises(RolloutError, match="pixels do not fit the image grid"):
-        c.adapter.check_prompt(p.ids, ImageInputs(p.images.pixel_values[:1], p.images.image_grid_thw), "row 1")
+        c.adapter.check_prompt(
+            p.ids, ImageInputs(p.images.pixel_values[:1], p.images.image_grid_thw), "row 1"
+        )

@@ -1,4 +1,6 @@
-"""The embedding hook: against hand-built `inputs_embeds`, its gradients, and every way to misuse it."""
+"""The embedding hook: against hand-built `inputs_embeds`, its gradients, and every way to misuse
+it.
+"""
 
 import copy
 
@@ -28,7 +30,9 @@ def test_equals_inputs_embeds_built_by_hand(name):
         plain = model(input_ids=IDS).logits
         with injector.inject(MASK, latents()):
             injected = model(input_ids=IDS).logits
-        assert torch.equal(model(input_ids=IDS).logits, plain), "the hook must be idle outside the block"
+        assert torch.equal(model(input_ids=IDS).logits, plain), (
+            "the hook must be idle outside the block"
+        )
     assert torch.equal(injected, expected) and not torch.allclose(injected, plain, atol=1e-2)
 
 
@@ -95,7 +99,9 @@ def test_mismatches_are_errors_and_leave_the_hook_idle(mask, values, message):
 def test_a_forward_that_ignores_the_latents_is_an_error():
     model = case("qwen2").model
     embeds = model.get_input_embeddings().weight[IDS].detach()
-    with pytest.raises(LatentMismatchError, match="no call of the input-embedding module.*not with inputs_embeds"):
+    with pytest.raises(
+        LatentMismatchError, match="no call of the input-embedding module.*not with inputs_embeds"
+    ):
         with torch.no_grad(), LatentInjector.install(model).inject(MASK, latents()):
             model(inputs_embeds=embeds)
 

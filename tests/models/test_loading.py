@@ -1,4 +1,6 @@
-"""Checkpoints: save → load is bit-identical, the official LVR layout loads, input folders are never written to."""
+"""Checkpoints: save → load is bit-identical, the official LVR layout loads, input folders are
+never written to.
+"""
 
 import hashlib
 import json
@@ -20,7 +22,10 @@ from grpo_latent.rollout.hf import HFRolloutEngine
 
 
 def digests(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+    }
 
 
 def saved(folder, name="qwen2", **changes):
@@ -60,13 +65,17 @@ def test_round_trip_is_bit_identical_and_acts_the_same(tmp_path, name, changes):
         for model in (case.model, loaded.model)
     ]
     for a, b in zip(*groups, strict=True):
-        assert torch.equal(a.token_ids, b.token_ids) and torch.equal(a.rollout_log_probs, b.rollout_log_probs)
+        assert torch.equal(a.token_ids, b.token_ids) and torch.equal(
+            a.rollout_log_probs, b.rollout_log_probs
+        )
 
 
 def test_saving_what_was_loaded_writes_the_same_files(tmp_path):
     saved(tmp_path / "first", "qwen2_5_vl", head="glu")
     loaded = load_latent_model(tmp_path / "first")
-    save_latent_model(tmp_path / "second", loaded.model, loaded.tokenizer, loaded.processor, loaded.mechanism)
+    save_latent_model(
+        tmp_path / "second", loaded.model, loaded.tokenizer, loaded.processor, loaded.mechanism
+    )
     first, second = digests(tmp_path / "first"), digests(tmp_path / "second")
     # transformers itself adds where it loaded from, and dtypes, to these two
     differing = {name for name in first | second if first.get(name) != second.get(name)}
@@ -75,7 +84,12 @@ def test_saving_what_was_loaded_writes_the_same_files(tmp_path):
 
 def test_overrides_change_the_config_but_not_the_file(tmp_path):
     saved(tmp_path)
-    assert load_latent_model(tmp_path, overrides={"steps": 5, "visibility": "latents_only"}).mechanism.steps == 5
+    assert (
+        load_latent_model(
+            tmp_path, overrides={"steps": 5, "visibility": "latents_only"}
+        ).mechanism.steps
+        == 5
+    )
     assert load_latent_model(tmp_path).mechanism.steps == 3
 
 
@@ -86,15 +100,23 @@ def test_dtype_reaches_the_head(tmp_path):
 
 
 def official(folder, head=None, end_vector=False, drop=()):
-    """An official LVR folder (SYSTEMS: LVR, "Checkpoint"): `lvr_*` fields in config.json, no `latent_config.json`."""
+    """An official LVR folder (SYSTEMS: LVR, "Checkpoint"): `lvr_*` fields in config.json, no
+    `latent_config.json`.
+    """
     case, _ = saved(folder, "qwen2_5_vl")
     (folder / LATENT_CONFIG_FILE).unlink()
     ids = [case.token_id(token) for token in LVR_TOKENS]
-    fields = dict(zip(("lvr_start_id", "lvr_id", "lvr_latent_end_id", "lvr_end_id"), ids, strict=True))
-    fields |= dict(lvr_head=head is not None, lvr_head_type=head or "simple", latent_end_token=end_vector)
+    fields = dict(
+        zip(("lvr_start_id", "lvr_id", "lvr_latent_end_id", "lvr_end_id"), ids, strict=True)
+    )
+    fields |= dict(
+        lvr_head=head is not None, lvr_head_type=head or "simple", latent_end_token=end_vector
+    )
     fields |= dict(loss_lvr_fct="mse")
     values = json.loads((folder / "config.json").read_text()) | fields
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in values.items() if k not in drop}))
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in values.items() if k not in drop})
+    )
     weights = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     if head == "simple":
@@ -104,11 +126,17 @@ def official(folder, head=None, end_vector=False, drop=()):
         shapes = {
             f"{part}_proj.{kind}": shape
             for part, wide in (("gate", True), ("up", True), ("down", False))
-            for kind, shape in (("weight", (64, 32) if wide else (32, 64)), ("bias", 64 if wide else 32))
+            for kind, shape in (
+                ("weight", (64, 32) if wide else (32, 64)),
+                ("bias", 64 if wide else 32),
+            )
         }
     else:
         shapes = {}
-    weights |= {f"lvr_head.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    weights |= {
+        f"lvr_head.{name}": torch.randn(shape, generator=generator)
+        for name, shape in shapes.items()
+    }
     if end_vector:
         weights[END_VECTOR_ATTRIBUTE] = torch.randn(32, generator=generator)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -116,7 +144,8 @@ def official(folder, head=None, end_vector=False, drop=()):
 
 
 @pytest.mark.parametrize(
-    ("head", "kind", "module"), [(None, "none", None), ("simple", "mlp", MLPHead), ("glu", "glu", GLUHead)]
+    ("head", "kind", "module"),
+    [(None, "none", None), ("simple", "mlp", MLPHead), ("glu", "glu", GLUHead)],
 )
 @pytest.mark.parametrize("end_vector", [False, True])
 def test_official_layout_loads_and_is_left_alone(tmp_path, head, kind, module, end_vector):
@@ -125,7 +154,11 @@ def test_official_layout_loads_and_is_left_alone(tmp_path, head, kind, module, e
     loaded = load_latent_model(tmp_path)
     assert digests(tmp_path) == before
     config = loaded.mechanism
-    assert (config.start_token, config.latent_token, config.end_token) == ("<|lvr_start|>", "<|lvr|>", "<|lvr_end|>")
+    assert (config.start_token, config.latent_token, config.end_token) == (
+        "<|lvr_start|>",
+        "<|lvr|>",
+        "<|lvr_end|>",
+    )
     assert config.start_id == case.token_id("<|lvr_start|>") and config.head == kind
     assert config.visibility == "full" and config.exit == "steps" and config.steps == 8
     assert (config.latent_end_id is not None) == end_vector
@@ -135,7 +168,9 @@ def test_official_layout_loads_and_is_left_alone(tmp_path, head, kind, module, e
     assert all(torch.equal(own[name], weights[name]) for name in extra)
     assert module is None or isinstance(loaded.model.lvr_head, module)
     engine = HFRolloutEngine(loaded.model, config.replace(max_spans=1), loaded.eos_ids)
-    assert len(engine.generate([case.request(images=case.images(1), seeds=[1])], sampling(4))[0]) == 1
+    assert (
+        len(engine.generate([case.request(images=case.images(1), seeds=[1])], sampling(4))[0]) == 1
+    )
 
 
 def test_official_head_that_is_stored_but_switched_off_is_not_used(tmp_path):
@@ -153,7 +188,10 @@ def test_sharded_weights_load(tmp_path):
     (tmp_path / "sharded" / "model.safetensors").unlink()
     case.model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    own, other = case.model.state_dict(), load_latent_model(tmp_path / "sharded").model.state_dict()
+    own, other = (
+        case.model.state_dict(),
+        load_latent_model(tmp_path / "sharded").model.state_dict(),
+    )
     assert all(torch.equal(own[name], other[name]) for name in own)
 
 
@@ -163,7 +201,11 @@ def test_add_latent_tokens_grows_what_is_missing_in_the_published_order():
     before = model.get_input_embeddings().weight.detach().clone()
     ids = add_latent_tokens(model, tokenizer, LVR_TOKENS)
     assert ids == {token: size + idx for idx, token in enumerate(LVR_TOKENS)}
-    assert model.get_input_embeddings().weight.shape[0] == model.lm_head.weight.shape[0] == size + 4
+    assert (
+        model.get_input_embeddings().weight.shape[0] == model.lm_head.weight.shape[0] == size + 4
+    )
     assert torch.equal(model.get_input_embeddings().weight[:size], before)
     assert tokenizer("read <|lvr|>").input_ids == [tokenizer.get_vocab()["read"], ids["<|lvr|>"]]
-    assert add_latent_tokens(model, tokenizer, LVR_TOKENS) == ids and len(tokenizer) == size + 4, "idempotent"
+    assert add_latent_tokens(model, tokenizer, LVR_TOKENS) == ids and len(tokenizer) == size + 4, (
+        "idempotent"
+    )

@@ -1,4 +1,6 @@
-"""Packed linears against `nn.Linear`'s own forward. Where torch lacks oneDNN nothing is packed, and these are skipped."""
+"""Packed linears against `nn.Linear`'s own forward. Where torch lacks oneDNN nothing is packed,
+and these are skipped.
+"""
 
 import pytest
 import torch
@@ -57,7 +59,9 @@ def test_an_update_between_blocks_is_seen_and_an_error_leaves_no_packed_layer():
         assert "forward" not in vars(layers[0])
         layers[0].weight.mul_(-1)
         with packed_linears([layers]):
-            torch.testing.assert_close(layers(inputs), stack_forward(layers, inputs), rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                layers(inputs), stack_forward(layers, inputs), rtol=0, atol=1e-5
+            )
 
 
 def stack_forward(layers, inputs):

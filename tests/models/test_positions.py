@@ -1,4 +1,6 @@
-"""Positions by hand numbers: text, mRoPE, 1d, padding on either side and on both, verl's four components."""
+"""Positions by hand numbers: text, mRoPE, 1d, padding on either side and on both, verl's four
+components.
+"""
 
 import pytest
 import torch
@@ -33,7 +35,9 @@ def test_text_counts_valid_positions(side):
     assert plain_positions(valid_BT)[0, place].tolist() == [0, 1, 2, 3]
     assert plain_positions(valid_BT).min() == 0
     position_ids = case("qwen2").adapter.position_ids(ids_BT, valid_BT, None)
-    assert position_ids[0, place].tolist() == [0, 1, 2, 3] and next_positions(position_ids).tolist() == [4]
+    assert position_ids[0, place].tolist() == [0, 1, 2, 3] and next_positions(
+        position_ids
+    ).tolist() == [4]
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -57,7 +61,8 @@ def test_an_image_parts_the_components_unless_positions_are_1d(side, mechanism):
 
 
 def test_the_next_position_is_after_the_largest_of_any_component():
-    # a prompt that ends with an image: its largest position is a column of the image, not the last one's time
+    # a prompt that ends with an image: its largest position is a column of the image, not the last
+    # one's time
     ids_C1P = torch.tensor([[[0, 1, 1]], [[0, 1, 1]], [[0, 2, 3]]])
     assert next_positions(ids_C1P).tolist() == [4]
     assert next_positions(torch.tensor([[0, 0, 1], [0, 1, 2]])).tolist() == [2, 3]
@@ -74,6 +79,11 @@ def test_what_follows_counts_used_positions_only():
 def test_rows_of_verl_count_on_from_the_prompt():
     assert extend_positions(torch.tensor([0, 1, 2]), 2).tolist() == [0, 1, 2, 3, 4]
     prompt = torch.tensor([[0, 1, 1], [0, 1, 2], [0, 2, 3]])
-    assert extend_positions(prompt, 2).tolist() == [[0, 1, 2, 3, 4], [0, 1, 1, 4, 5], [0, 1, 2, 4, 5], [0, 2, 3, 4, 5]]
+    assert extend_positions(prompt, 2).tolist() == [
+        [0, 1, 2, 3, 4],
+        [0, 1, 1, 4, 5],
+        [0, 1, 2, 4, 5],
+        [0, 2, 3, 4, 5],
+    ]
     assert extend_positions(prompt, 0).tolist() == [[0, 1, 2], [0, 1, 1], [0, 1, 2], [0, 2, 3]]
     assert text_row(torch.tensor([0, 1])).tolist() == [[0, 1]] * 4

@@ -1,4 +1,5 @@
-"""Invariant 8: the three latent gradients against central differences of what each of them states, in float64.
+"""Invariant 8: the three latent gradients against central differences of what each of them states,
+in float64.
 
 And the chain run by passes against the chain over a cache: values and gradients.
 """
@@ -31,17 +32,28 @@ def double_case():
 
 
 def objective(c, batch, latents_NH):
-    return replay_hidden(c.adapter, batch.with_latents(latents_NH))[batch.action_mask_BT()].sin().sum()
+    return (
+        replay_hidden(c.adapter, batch.with_latents(latents_NH))[batch.action_mask_BT()]
+        .sin()
+        .sum()
+    )
 
 
 def stated(c, batch, gradient):
-    """What is differentiated: the latents as a function of the weights, z₀ frozen where the mode freezes it."""
+    """What is differentiated: the latents as a function of the weights, z₀ frozen where the mode
+    freezes it.
+    """
     if gradient == "cut":
         return batch.latents_NH
     if gradient == "bptt":
         return recompute_latents(c.adapter, batch)
     hidden_BTH = replay_hidden(c.adapter, batch)
-    return torch.stack([hidden_BTH[row, column - 1] for row, column in (batch.kinds_BT == K.LATENT).nonzero().tolist()])
+    return torch.stack(
+        [
+            hidden_BTH[row, column - 1]
+            for row, column in (batch.kinds_BT == K.LATENT).nonzero().tolist()
+        ]
+    )
 
 
 def derivatives():
@@ -86,7 +98,9 @@ CASES = {"qwen2_5_vl": "latents_only", "qwen3": "full", "slots": "full"}
 
 @functools.cache
 def recorded(name):
-    """(case, adapter, the same trajectories padded on the right and on both sides), with several latents in most rows."""
+    """(case, adapter, the same trajectories padded on the right and on both sides), with several
+    latents in most rows.
+    """
     c, changes = build_case("qwen2_vl" if name == "slots" else name), {"visibility": CASES[name]}
     if name == "slots":
         changes = dict(mechanism="ivt_lr", steps=2, top_k_image=2)
@@ -97,8 +111,13 @@ def recorded(name):
     engine = c.engine(c.mechanism(**changes))
     groups = engine.generate(requests, sampling(14, temperature=2.0))
     trajectories = [t for group in groups for t in group]
-    images = [request.images for request, group in zip(requests, groups, strict=True) for _ in group]
-    sides = [collate(trajectories, images, engine.adapter, CASES[name], side) for side in ("right", "both")]
+    images = [
+        request.images for request, group in zip(requests, groups, strict=True) for _ in group
+    ]
+    sides = [
+        collate(trajectories, images, engine.adapter, CASES[name], side)
+        for side in ("right", "both")
+    ]
     return c, engine.adapter, *sides
 
 
@@ -110,7 +129,9 @@ def by_passes(adapter, sequences, gradient, num_passes=None, seen=None):
             seen.append(part)
         return replay_hidden(adapter, part)[rows_M, columns_M]
 
-    longest = int((sequences.kinds_BT == K.LATENT).sum(-1).max()) if num_passes is None else num_passes
+    longest = (
+        int((sequences.kinds_BT == K.LATENT).sum(-1).max()) if num_passes is None else num_passes
+    )
     return latents_by_passes(sequences, longest, gradient, make)
 
 
@@ -119,14 +140,18 @@ def by_passes(adapter, sequences, gradient, num_passes=None, seen=None):
 def test_by_passes_is_over_a_cache(name, gradient):
     """Values and the gradient of every parameter, whatever vectors were recorded at latents."""
     c, adapter, sequences, aligned = recorded(name)
-    sequences = sequences.with_latents(sequences.latents_NH.masked_fill(sequences.is_made_N[:, None], 0.0))
+    sequences = sequences.with_latents(
+        sequences.latents_NH.masked_fill(sequences.is_made_N[:, None], 0.0)
+    )
     found = []
     for given, run in ((aligned, recompute_latents), (sequences, by_passes)):
         c.model.zero_grad()
         latents_NH = run(adapter, given, gradient)
         assert latents_NH.requires_grad == (gradient != "cut")
         replay(adapter, given.with_latents(latents_NH), 2.0)[0].sum().backward()
-        gradients = {n: p.grad.clone() for n, p in c.model.named_parameters() if p.grad is not None}
+        gradients = {
+            n: p.grad.clone() for n, p in c.model.named_parameters() if p.grad is not None
+        }
         found.append((latents_NH.detach(), gradients))
     (cached_NH, cached), (passed_NH, passed) = found
     assert len(cached_NH) > 8
@@ -134,7 +159,9 @@ def test_by_passes_is_over_a_cache(name, gradient):
     assert passed.keys() == cached.keys() and len(cached) > 20
     for parameter, gradient_ in cached.items():
         scale = float(gradient_.abs().max())
-        torch.testing.assert_close(passed[parameter], gradient_, rtol=1e-3, atol=1e-4 * scale + 1e-6, msg=parameter)
+        torch.testing.assert_close(
+            passed[parameter], gradient_, rtol=1e-3, atol=1e-4 * scale + 1e-6, msg=parameter
+        )
 
 
 def test_passes_run_the_needed_columns_only_and_as_often_as_they_are_told():
@@ -158,7 +185,10 @@ def test_passes_run_the_needed_columns_only_and_as_often_as_they_are_told():
         assert len(seen) == num_forwards and seen[0].kinds_BT.shape == sequences.kinds_BT.shape
     # too few passes leave what depends on more latents as it was recorded
     zeroed = sequences.with_latents(torch.zeros_like(sequences.latents_NH))
-    assert float((by_passes(adapter, zeroed, "cut", num_passes=1) - made_NH.detach()).abs().max()) > 1e-2
+    assert (
+        float((by_passes(adapter, zeroed, "cut", num_passes=1) - made_NH.detach()).abs().max())
+        > 1e-2
+    )
 
 
 class Halves(Mechanism):
@@ -177,16 +207,24 @@ def test_what_a_mechanism_composes_is_fed_and_what_it_makes_is_returned(gradient
     kinds_BT, first = aligned.kinds_BT, int((aligned.kinds_BT >= int(K.TEXT)).any(0).nonzero()[0])
     mixed_BT = torch.zeros_like(aligned.valid_BT)
     mixed_BT[:, first : first + 6] = aligned.valid_BT[:, first : first + 6]
-    kinds_BT = kinds_BT.masked_fill(kinds_BT >= int(K.TEXT), int(K.TEXT)).masked_fill(mixed_BT, int(K.MIXED))
+    kinds_BT = kinds_BT.masked_fill(kinds_BT >= int(K.TEXT), int(K.TEXT)).masked_fill(
+        mixed_BT, int(K.MIXED)
+    )
     nothing_NH = torch.zeros(int(mixed_BT.sum()), c.adapter.hidden_size)
-    mixed = dataclasses.replace(aligned, kinds_BT=kinds_BT, latents_NH=nothing_NH, latent_aux_MA=None)
+    mixed = dataclasses.replace(
+        aligned, kinds_BT=kinds_BT, latents_NH=nothing_NH, latent_aux_MA=None
+    )
     for run in (recompute_latents, lambda *args: by_passes(*args, num_passes=6)):
         c.model.zero_grad()
         latents_NH = run(adapter, mixed, gradient)
         replay(adapter, mixed.with_latents(latents_NH), 2.0)[0].sum().backward()
-        found.append((latents_NH.detach(), c.model.model.layers[0].mlp.up_proj.weight.grad.clone()))
+        found.append(
+            (latents_NH.detach(), c.model.model.layers[0].mlp.up_proj.weight.grad.clone())
+        )
     (cached_NH, cached), (passed_NH, passed) = found
     torch.testing.assert_close(passed_NH, cached_NH, rtol=0, atol=1e-3)
     torch.testing.assert_close(passed, cached, rtol=1e-2, atol=1e-3 * float(cached.abs().max()))
     plain = recompute_latents(c.adapter, mixed, "cut")
-    assert float((plain - cached_NH).abs().max()) > 1e-2, "without the tokens' half they are others"
+    assert float((plain - cached_NH).abs().max()) > 1e-2, (
+        "without the tokens' half they are others"
+    )

@@ -1,4 +1,6 @@
-"""Invariants 1, 2 and 4 (placeholder ids): replay and recompute against uncached single-row forwards and the rollout."""
+"""Invariants 1, 2 and 4 (placeholder ids): replay and recompute against uncached single-row
+forwards and the rollout.
+"""
 
 import dataclasses
 import functools
@@ -21,19 +23,27 @@ VISIBILITIES = ("full", "latents_only")
 
 @functools.cache
 def recorded(name, visibility):
-    """Trajectories of several prompts with the images of each: two images, one, none; spans at any offset, or none."""
+    """Trajectories of several prompts with the images of each: two images, one, none; spans at any
+    offset, or none.
+    """
     c = case(name)
     if name in TEXT_NAMES:
         texts = ("read ?", "? red ? blue ?", "red")
-        requests = [c.request(text, seeds=range(7 * idx, 7 * idx + 7)) for idx, text in enumerate(texts)]
+        requests = [
+            c.request(text, seeds=range(7 * idx, 7 * idx + 7)) for idx, text in enumerate(texts)
+        ]
     else:
         requests = [
             c.request("read red ?", c.images(1, seed=1), range(5)),
             c.request("read ? ? ?", c.images(2, seed=2), range(5, 10), image_first=True),
             c.request("read blue ?", None, range(10, 15)),
         ]
-    groups = c.engine(c.mechanism(visibility=visibility)).generate(requests, sampling(16, temperature=TEMPERATURE))
-    pairs = [(t, request.images) for request, group in zip(requests, groups, strict=True) for t in group]
+    groups = c.engine(c.mechanism(visibility=visibility)).generate(
+        requests, sampling(16, temperature=TEMPERATURE)
+    )
+    pairs = [
+        (t, request.images) for request, group in zip(requests, groups, strict=True) for t in group
+    ]
     spans = [len(t.spans) for t, _ in pairs]
     assert min(spans) == 0 and max(spans) >= 2, "rows without a span and rows with several"
     return [t for t, _ in pairs], [images for _, images in pairs]
@@ -56,7 +66,9 @@ def test_replay_equals_rollout(name, visibility, padding_side):
     batch = collate(trajectories, images, c.adapter, visibility, padding_side)
     with torch.no_grad():
         log_probs_BT, _ = replay(c.adapter, batch, TEMPERATURE)
-    for trajectory, values in zip(trajectories, completion_values(trajectories, log_probs_BT, batch), strict=True):
+    for trajectory, values in zip(
+        trajectories, completion_values(trajectories, log_probs_BT, batch), strict=True
+    ):
         torch.testing.assert_close(values, trajectory.rollout_log_probs, rtol=0, atol=1e-4)
     assert (log_probs_BT[~batch.action_mask_BT()] == 0).all()
 
@@ -64,16 +76,22 @@ def test_replay_equals_rollout(name, visibility, padding_side):
 @pytest.mark.parametrize("visibility", VISIBILITIES)
 @pytest.mark.parametrize("name", ALL_NAMES)
 def test_hidden_states_equal_an_uncached_forward_row_by_row(name, visibility):
-    """Invariant 2: a padded batch of replay has the hidden states of plain single-row forwards; so has batch 1."""
+    """Invariant 2: a padded batch of replay has the hidden states of plain single-row forwards; so
+    has batch 1.
+    """
     c, (trajectories, images) = case(name), recorded(name, visibility)
     batch = collate(trajectories, images, c.adapter, visibility, "both")
     with torch.no_grad():
         hidden_BTH = replay_hidden(c.adapter, batch)
         for row in range(0, len(trajectories), 2):
             _, expected_TH = slow_reading.forward(c, trajectories[row], images[row], visibility)
-            torch.testing.assert_close(hidden_BTH[row][batch.valid_BT[row]], expected_TH, rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                hidden_BTH[row][batch.valid_BT[row]], expected_TH, rtol=0, atol=1e-4
+            )
             alone = collate([trajectories[row]], [images[row]], c.adapter, visibility)
-            torch.testing.assert_close(replay_hidden(c.adapter, alone)[0], expected_TH, rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                replay_hidden(c.adapter, alone)[0], expected_TH, rtol=0, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "qwen3"])
@@ -90,13 +108,18 @@ def test_gradient_checkpointing_changes_neither_log_probs_nor_gradients(name):
         log_probs_BT, _ = replay(c.adapter, batch, TEMPERATURE)
         log_probs_BT.sum().backward()
         results.append(
-            (log_probs_BT.detach(), {n: p.grad for n, p in c.model.named_parameters() if p.grad is not None})
+            (
+                log_probs_BT.detach(),
+                {n: p.grad for n, p in c.model.named_parameters() if p.grad is not None},
+            )
         )
     (plain, gradients), (checkpointed, others) = results
     torch.testing.assert_close(checkpointed, plain, rtol=0, atol=1e-5)
     assert set(gradients) == set(others) and len(gradients) > 20
     for parameter_name, gradient in gradients.items():
-        torch.testing.assert_close(others[parameter_name], gradient, rtol=1e-4, atol=1e-4, msg=parameter_name)
+        torch.testing.assert_close(
+            others[parameter_name], gradient, rtol=1e-4, atol=1e-4, msg=parameter_name
+        )
 
 
 @pytest.mark.parametrize("visibility", VISIBILITIES)
@@ -109,12 +132,16 @@ def test_recomputed_latents_equal_stored_while_weights_are_unchanged(name, visib
     assert not latents_NH.requires_grad and len(latents_NH) > 10
     # a wrong latent given as "recorded" is not simply echoed
     shuffled = batch.with_latents(batch.latents_NH.flip(0))
-    torch.testing.assert_close(recompute_latents(c.adapter, shuffled), batch.latents_NH, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        recompute_latents(c.adapter, shuffled), batch.latents_NH, rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("gradient", ["cut", "bptt"])
 def test_recompute_with_gradient_checkpointing_in_training(gradient):
-    """transformers silently drops the cache of a checkpointed layer in training: the published code's second defect."""
+    """transformers silently drops the cache of a checkpointed layer in training: the published
+    code's second defect.
+    """
     trajectories, images = recorded("qwen2_5_vl", "full")
     c = build_case("qwen2_5_vl")
     c.model.train()
@@ -131,11 +158,15 @@ def test_recompute_with_head_applies_it():
     group = c.engine(config).generate([c.request(seeds=range(8))], sampling(14))[0]
     batch = collate(group, [None] * 8, c.adapter, "full", "right")
     assert len(batch.latents_NH) > 5
-    torch.testing.assert_close(recompute_latents(c.adapter, batch), batch.latents_NH, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        recompute_latents(c.adapter, batch), batch.latents_NH, rtol=0, atol=1e-4
+    )
 
 
 def test_gradient_through_recomputed_latents_matches_finite_differences():
-    """Back-propagation through the whole chain of a span, in float64, against a central difference (norms stay float32)."""
+    """Back-propagation through the whole chain of a span, in float64, against a central difference
+    (norms stay float32).
+    """
     c = build_case("qwen2")
     group = c.engine().generate([c.request(seeds=range(6))], sampling(12))[0]
     c.model.double()
@@ -160,23 +191,31 @@ def test_gradient_through_recomputed_latents_matches_finite_differences():
     weight.grad = None
     cut = batch.with_latents(recompute_latents(c.adapter, batch))
     replay_hidden(c.adapter, cut)[batch.action_mask_BT()].sin().sum().backward()
-    assert float((weight.grad * direction).sum()) != pytest.approx(analytic, rel=0.02), "cut must differ"
+    assert float((weight.grad * direction).sum()) != pytest.approx(analytic, rel=0.02), (
+        "cut must differ"
+    )
 
 
 @pytest.mark.parametrize("visibility", VISIBILITIES)
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "qwen2"])
-@pytest.mark.parametrize("placeholder", ["<|im_end|>", "<|lvr_start|>", "<|lvr_end|>", "<|image_pad|>", 10**9])
+@pytest.mark.parametrize(
+    "placeholder", ["<|im_end|>", "<|lvr_start|>", "<|lvr_end|>", "<|image_pad|>", 10**9]
+)
 def test_any_placeholder_at_latent_positions_changes_nothing(name, visibility, placeholder):
     """Invariant 4: exactly nothing, in replay and recompute; ids outside the vocabulary included."""
     c, (trajectories, images) = case(name), recorded(name, visibility)
     batch = collate(trajectories, images, c.adapter, visibility, "both")
     token_id = c.token_id(placeholder) if isinstance(placeholder, str) else placeholder
-    other = dataclasses.replace(batch, input_ids_BT=batch.input_ids_BT.masked_fill(batch.latent_mask_BT, token_id))
+    other = dataclasses.replace(
+        batch, input_ids_BT=batch.input_ids_BT.masked_fill(batch.latent_mask_BT, token_id)
+    )
     assert not torch.equal(other.input_ids_BT, batch.input_ids_BT)
     with torch.no_grad():
         for a, b in zip(replay(c.adapter, batch), replay(c.adapter, other), strict=True):
             assert torch.equal(a, b)
-        assert torch.equal(recompute_latents(c.adapter, batch), recompute_latents(c.adapter, other))
+        assert torch.equal(
+            recompute_latents(c.adapter, batch), recompute_latents(c.adapter, other)
+        )
 
 
 def test_start_is_an_action_by_choice():
@@ -191,8 +230,14 @@ def test_start_is_an_action_by_choice():
 
 
 def double_norm(norm, hidden_BTH):
-    """Transformers' norms compute in float32 whatever the model's dtype, which drowns a finite difference in rounding."""
-    return norm.weight * hidden_BTH * torch.rsqrt(hidden_BTH.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+    """Transformers' norms compute in float32 whatever the model's dtype, which drowns a finite
+    difference in rounding.
+    """
+    return (
+        norm.weight
+        * hidden_BTH
+        * torch.rsqrt(hidden_BTH.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+    )
 
 
 def test_gradients_reach_the_latents(monkeypatch):
@@ -212,18 +257,24 @@ def test_gradients_reach_the_latents(monkeypatch):
     objective(latents_NH).backward()
     step = 1e-6
     with torch.no_grad():
-        numeric = (objective(latents_NH + step * direction) - objective(latents_NH - step * direction)) / (2 * step)
+        numeric = (
+            objective(latents_NH + step * direction) - objective(latents_NH - step * direction)
+        ) / (2 * step)
     assert float((latents_NH.grad * direction).sum()) == pytest.approx(float(numeric), rel=1e-6)
 
 
 def test_batch_of_rows_without_latents():
     c = case("qwen2")
-    group = c.engine(c.mechanism(max_spans=0)).generate([c.request(seeds=range(4))], sampling(6))[0]
+    group = c.engine(c.mechanism(max_spans=0)).generate([c.request(seeds=range(4))], sampling(6))[
+        0
+    ]
     batch = collate(group, [None] * 4, c.adapter, "full")
     assert batch.latents_NH.shape == (0, 32)
     with torch.no_grad():
         log_probs_BT, _ = replay(c.adapter, batch)
-    for trajectory, values in zip(group, completion_values(group, log_probs_BT, batch), strict=True):
+    for trajectory, values in zip(
+        group, completion_values(group, log_probs_BT, batch), strict=True
+    ):
         torch.testing.assert_close(values, trajectory.rollout_log_probs, rtol=0, atol=1e-4)
     assert torch.equal(recompute_latents(c.adapter, batch), batch.latents_NH)
 

@@ -1,4 +1,6 @@
-"""Acceptance 2 of IVT-LR: the last row's attention against `output_attentions` of the eager implementation."""
+"""Acceptance 2 of IVT-LR: the last row's attention against `output_attentions` of the eager
+implementation.
+"""
 
 import pytest
 import torch
@@ -14,8 +16,12 @@ from grpo_latent.models.visibility import attention_bias
 
 
 def tiny_chameleon():
-    """With QK norms, no grouped keys and a discrete image tokenizer, which the decoder does not need here."""
-    vq = dict(base_channels=32, channel_multiplier=[1], num_res_blocks=1, embed_dim=8, latent_channels=8)
+    """With QK norms, no grouped keys and a discrete image tokenizer, which the decoder does not
+    need here.
+    """
+    vq = dict(
+        base_channels=32, channel_multiplier=[1], num_res_blocks=1, embed_dim=8, latent_channels=8
+    )
     vocabulary = {"<image>": 0} | {f"IMGIMG{'ABCDEFGHIJ'[i]}Z": i + 1 for i in range(10)}
     config = ChameleonConfig(
         vocab_size=64,
@@ -52,7 +58,9 @@ def reference(text_config, decoder, embeds_BTH, bias):
     configured = text_config._attn_implementation
     text_config._attn_implementation = "eager"
     try:
-        maps = decoder(inputs_embeds=embeds_BTH, attention_mask=bias, output_attentions=True).attentions
+        maps = decoder(
+            inputs_embeds=embeds_BTH, attention_mask=bias, output_attentions=True
+        ).attentions
     finally:
         text_config._attn_implementation = configured
     return torch.stack([attention[:, :, -1] for attention in maps]).mean((0, 2))
@@ -95,7 +103,9 @@ def test_equals_the_mean_of_full_maps_cached_and_uncached(name):
     torch.testing.assert_close(uncached_BS.sum(-1), torch.ones(3))
     assert (uncached_BS[~valid_BT] == 0).all()
     for attention_BS in (uncached_BS, cached_BS):
-        assert torch.equal(top_k_candidates(attention_BS, valid_BT, 6), top_k_candidates(expected_BS, valid_BT, 6))
+        assert torch.equal(
+            top_k_candidates(attention_BS, valid_BT, 6), top_k_candidates(expected_BS, valid_BT, 6)
+        )
     # the block changes no output and leaves no trace
     ordinary = decoder(inputs_embeds=embeds_BTH, attention_mask=bias).last_hidden_state
     torch.testing.assert_close(plain, ordinary, rtol=0, atol=1e-5)
@@ -114,7 +124,9 @@ def test_kept_queries_and_keys_make_the_last_layers_map(name):
     keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
     found = (queries @ keys.transpose(2, 3) * recorder.scaling + bias).softmax(-1)
     text_config._attn_implementation = "eager"
-    expected = decoder(inputs_embeds=embeds_BTH, attention_mask=bias, output_attentions=True).attentions[-1]
+    expected = decoder(
+        inputs_embeds=embeds_BTH, attention_mask=bias, output_attentions=True
+    ).attentions[-1]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
@@ -125,12 +137,17 @@ def test_two_forwards_without_take_are_an_error():
     with recording_last_row(text_config) as recorder:
         for _ in range(2):
             decoder(inputs_embeds=embeds_BTH, attention_mask=bias)
-        with pytest.raises(LatentMismatchError, match="not that of one forward; got 4 layers; expected 2"):
+        with pytest.raises(
+            LatentMismatchError, match="not that of one forward; got 4 layers; expected 2"
+        ):
             recorder.take(text_config.num_hidden_layers)
 
 
 def test_an_attention_without_explicit_mask_is_an_error():
     text_config, _, _ = decoder_of("qwen2")
     text_config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ConfigError, match="attn_implementation=sdpa"), recording_last_row(text_config):
+    with (
+        pytest.raises(ConfigError, match="attn_implementation=sdpa"),
+        recording_last_row(text_config),
+    ):
         pass

@@ -43,8 +43,16 @@ def two_rows(side="both", visibility="full"):
 @pytest.mark.parametrize(
     ("side", "ids", "positions"),
     [
-        ("right", [[10, 11, 50, 51, 52, 53], [20, 21, 22, 50, 51, 0]], [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 4]]),
-        ("left", [[10, 11, 50, 51, 52, 53], [0, 20, 21, 22, 50, 51]], [[0, 1, 2, 3, 4, 5], [0, 0, 1, 2, 3, 4]]),
+        (
+            "right",
+            [[10, 11, 50, 51, 52, 53], [20, 21, 22, 50, 51, 0]],
+            [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 4]],
+        ),
+        (
+            "left",
+            [[10, 11, 50, 51, 52, 53], [0, 20, 21, 22, 50, 51]],
+            [[0, 1, 2, 3, 4, 5], [0, 0, 1, 2, 3, 4]],
+        ),
         (
             "both",
             [[0, 10, 11, 50, 51, 52, 53], [20, 21, 22, 50, 51, 0, 0]],
@@ -57,28 +65,47 @@ def test_collate_by_hand(side, ids, positions):
     assert sequences.input_ids_BT.tolist() == ids and sequences.position_ids.tolist() == positions
     assert sequences.valid_BT.tolist() == [[token_id != 0 for token_id in row] for row in ids]
     kinds = {0: K.PROMPT, 10: K.PROMPT, 50: K.START, 51: K.LATENT, 52: K.LATENT, 53: K.FORCED}
-    assert sequences.kinds_BT.tolist() == [[kinds.get(token_id, K.PROMPT) for token_id in row] for row in ids]
+    assert sequences.kinds_BT.tolist() == [
+        [kinds.get(token_id, K.PROMPT) for token_id in row] for row in ids
+    ]
     assert sequences.latents_NH[:, 0].tolist() == [1.0, 2.0, 5.0]
-    assert sequences.fed_ids_BT.tolist() == [[0 if i in (51, 52) else i for i in row] for row in ids]
-    assert sequences.action_mask_BT().nonzero().tolist() == [[0, ids[0].index(50)], [1, ids[1].index(50)]]
+    assert sequences.fed_ids_BT.tolist() == [
+        [0 if i in (51, 52) else i for i in row] for row in ids
+    ]
+    assert sequences.action_mask_BT().nonzero().tolist() == [
+        [0, ids[0].index(50)],
+        [1, ids[1].index(50)],
+    ]
     assert not sequences.action_mask_BT(start_is_action=False).any()
     assert sequences.sources[0].tolist() == [0, 0, 1]
     assert sequences.sources[1].tolist() == [ids[0].index(50), ids[0].index(51), ids[1].index(50)]
-    assert sequences.is_made_N.all() and sequences.selected_idx_M is None and sequences.latent_aux_MA is None
+    assert (
+        sequences.is_made_N.all()
+        and sequences.selected_idx_M is None
+        and sequences.latent_aux_MA is None
+    )
 
 
 def test_prompts_stand_to_the_left_of_one_column():
     c = case("qwen2_5_vl")
-    requests = [c.request("? red ? ? ? ? ? ? ? ? ?"), c.request("?", c.images(1), image_first=True)]
+    requests = [
+        c.request("? red ? ? ? ? ? ? ? ? ?"),
+        c.request("?", c.images(1), image_first=True),
+    ]
     prompts = [request.prompt_ids for request in requests]
-    sequences = prompt_sequences(prompts, [request.images for request in requests], c.adapter, "latents_only")
+    sequences = prompt_sequences(
+        prompts, [request.images for request in requests], c.adapter, "latents_only"
+    )
     length = max(len(ids) for ids in prompts)
     for row, ids in enumerate(prompts):
         start = length - len(ids)
         assert sequences.input_ids_BT[row].tolist() == [0] * start + ids.tolist()
         assert sequences.valid_BT[row].tolist() == [False] * start + [True] * len(ids)
         assert torch.equal(sequences.kinds_BT[row, start:], c.adapter.prompt_kinds(ids))
-    assert (sequences.kinds_BT[1] == K.VISION).sum() == 8 and sequences.latents_NH.shape == (0, c.adapter.hidden_size)
+    assert (sequences.kinds_BT[1] == K.VISION).sum() == 8 and sequences.latents_NH.shape == (
+        0,
+        c.adapter.hidden_size,
+    )
     assert torch.equal(sequences.images.pixel_values, requests[1].images.pixel_values)
 
 
@@ -90,7 +117,9 @@ def test_no_placeholder_moves_a_position(placeholder):
     sequences = collate([given], [request.images], c.adapter, "full")
     token_id = c.token_id(placeholder) if isinstance(placeholder, str) else placeholder
     token_ids = given.token_ids.masked_fill(given.latent_mask, token_id)
-    other = collate([dataclasses.replace(given, token_ids=token_ids)], [request.images], c.adapter, "full")
+    other = collate(
+        [dataclasses.replace(given, token_ids=token_ids)], [request.images], c.adapter, "full"
+    )
     assert torch.equal(other.position_ids, sequences.position_ids)
     assert sequences.position_ids[:, 0, -3:].tolist() == [[8, 9, 10]] * 3
 
@@ -99,10 +128,14 @@ def test_masks_follow_the_visibility():
     full, closed = two_rows(), two_rows(visibility="latents_only")
     assert full.attention_mask(torch.float32).tolist() == full.valid_BT.long().tolist()
     for sequences in (full, closed):
-        expected = attention_bias(sequences.kinds_BT, sequences.valid_BT, sequences.visibility, torch.float32)
+        expected = attention_bias(
+            sequences.kinds_BT, sequences.valid_BT, sequences.visibility, torch.float32
+        )
         assert torch.equal(sequences.attention_bias(torch.float32), expected)
     assert torch.equal(closed.attention_mask(torch.float32), closed.attention_bias(torch.float32))
-    assert not torch.equal(full.attention_bias(torch.float32), closed.attention_bias(torch.float32))
+    assert not torch.equal(
+        full.attention_bias(torch.float32), closed.attention_bias(torch.float32)
+    )
 
 
 def test_selected_vectors_are_recorded_and_not_made():
@@ -111,7 +144,11 @@ def test_selected_vectors_are_recorded_and_not_made():
     given = trajectory(request.prompt_ids, [K.SELECTED, K.SELECTED, K.LATENT, K.TEXT])
     sequences = collate([given], [request.images], c.adapter, "full")
     num = len(request.prompt_ids)
-    assert sequences.is_made_N.tolist() == [False, False, True] and sequences.selected_idx_M.tolist() == [0, 1]
+    assert sequences.is_made_N.tolist() == [
+        False,
+        False,
+        True,
+    ] and sequences.selected_idx_M.tolist() == [0, 1]
     assert [part.tolist() for part in sequences.sources] == [[0], [num - 1]]
 
 

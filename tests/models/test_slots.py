@@ -1,4 +1,6 @@
-"""Invariant 10, acceptance 2 of IVT-LR: slots over a cache against a prefix recomputed for every slot, eager, row by row."""
+"""Invariant 10, acceptance 2 of IVT-LR: slots over a cache against a prefix recomputed for every
+slot, eager, row by row.
+"""
 
 import dataclasses
 
@@ -17,8 +19,8 @@ TOP_K = 4
 
 
 def prompts(c):
-    """Two images (12 image positions), one (6), none: with K = 4 and three slots, the second has 2 left for its second
-    slot and none for its third."""
+    """Two images (12 image positions), one (6), none: with K = 4 and three slots, the second has 2
+    left for its second slot and none for its third."""
     return [
         c.request("read ? ?", c.images(2, seed=2), image_first=True),
         c.request("read red ?", c.images(1, seed=1)),
@@ -27,19 +29,28 @@ def prompts(c):
 
 
 def padded(adapter, requests):
-    prompts, images = [request.prompt_ids for request in requests], [request.images for request in requests]
+    prompts, images = (
+        [request.prompt_ids for request in requests],
+        [request.images for request in requests],
+    )
     return prompt_sequences(prompts, images, adapter, "full")
 
 
 @torch.no_grad()
 def slow_slots(c, request, num_slots, top_k):
-    """(kinds, vectors, chosen, last hidden state, length) of one prompt: no cache, full maps, 1-D positions."""
+    """(kinds, vectors, chosen, last hidden state, length) of one prompt: no cache, full maps, 1-D
+    positions.
+    """
     is_image = request.prompt_ids == c.adapter.image_token_id if c.processor else torch.zeros(0)
     embeds_TH = c.model.get_input_embeddings()(request.prompt_ids).clone()
     image_columns = is_image.nonzero()[:, 0].tolist()
     if request.images is not None:
         embeds_TH[is_image] = torch.cat(
-            tuple(c.model.model.get_image_features(*dataclasses.astuple(request.images)).pooler_output)
+            tuple(
+                c.model.model.get_image_features(
+                    *dataclasses.astuple(request.images)
+                ).pooler_output
+            )
         )
     prompt_TH, fed, kinds, chosen = embeds_TH, [], [], []
     text_config = c.model.config.get_text_config()
@@ -49,15 +60,21 @@ def slow_slots(c, request, num_slots, top_k):
             length = len(embeds_TH)
             output = c.adapter.decoder(
                 inputs_embeds=embeds_TH[None],
-                position_ids=torch.arange(length).expand(3, 1, -1) if c.processor else torch.arange(length)[None],
-                attention_mask=torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None],
+                position_ids=torch.arange(length).expand(3, 1, -1)
+                if c.processor
+                else torch.arange(length)[None],
+                attention_mask=torch.full((length, length), torch.finfo(torch.float32).min).triu(
+                    1
+                )[None, None],
                 output_attentions=True,
                 use_cache=False,
             )
             if slot == num_slots:
                 break
             weights = torch.stack([layer[0, :, -1] for layer in output.attentions]).mean((0, 1))
-            left = [column for column in image_columns if image_columns.index(column) not in chosen]
+            left = [
+                column for column in image_columns if image_columns.index(column) not in chosen
+            ]
             best = sorted(left, key=lambda column: (-float(weights[column]), column))[:top_k]
             chosen += [image_columns.index(column) for column in best]
             vectors = [*(prompt_TH[column] for column in best), output.last_hidden_state[0, -1]]
@@ -103,7 +120,9 @@ def test_coconut_on_a_text_model():
     for row, (request, num) in enumerate(zip(requests, (3, 2), strict=True)):
         kinds, fed, _, hidden_H, _ = slow_slots(c, request, num, 0)
         assert prefill.records[row].kinds.tolist() == kinds == [K.LATENT] * num
-        torch.testing.assert_close(prefill.records[row].latents, torch.stack(fed), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            prefill.records[row].latents, torch.stack(fed), rtol=0, atol=1e-4
+        )
         torch.testing.assert_close(prefill.hidden_BH[row], hidden_H, rtol=0, atol=1e-4)
 
 
@@ -133,14 +152,22 @@ def test_replay_and_recompute():
     batch = as_batch(adapter, prefill, requests)
     hidden_BTH = replay_hidden(adapter, batch)
     torch.testing.assert_close(hidden_BTH[:, -1], prefill.hidden_BH, rtol=0, atol=1e-4)
-    torch.testing.assert_close(recompute_latents(adapter, batch), batch.latents_NH, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        recompute_latents(adapter, batch), batch.latents_NH, rtol=0, atol=1e-4
+    )
     is_own_N = (batch.kinds_BT == K.LATENT)[batch.recorded_mask_BT]
-    spoiled = dataclasses.replace(batch, latents_NH=batch.latents_NH.masked_fill(is_own_N[:, None], 9.0))
-    torch.testing.assert_close(recompute_latents(adapter, spoiled), batch.latents_NH, rtol=0, atol=1e-4)
+    spoiled = dataclasses.replace(
+        batch, latents_NH=batch.latents_NH.masked_fill(is_own_N[:, None], 9.0)
+    )
+    torch.testing.assert_close(
+        recompute_latents(adapter, spoiled), batch.latents_NH, rtol=0, atol=1e-4
+    )
 
 
 def test_h_is_cut_or_carries_its_gradient():
-    """IVT-LR cuts, Coconut does not: only then does the last hidden state depend on the weights through the slots."""
+    """IVT-LR cuts, Coconut does not: only then does the last hidden state depend on the weights
+    through the slots.
+    """
     gradients = []
     for cut in (True, False):
         c = build_case("qwen2")
@@ -156,4 +183,7 @@ def test_h_is_cut_or_carries_its_gradient():
 def test_top_k_without_any_image():
     c = case("qwen2_vl")
     prefill = fast_slots(c, [c.request("read red ?")], (2,), TOP_K)
-    assert prefill.records[0].kinds.tolist() == [K.LATENT] * 2 and prefill.records[0].selected_idx.numel() == 0
+    assert (
+        prefill.records[0].kinds.tolist() == [K.LATENT] * 2
+        and prefill.records[0].selected_idx.numel() == 0
+    )

@@ -1,5 +1,6 @@
-"""Rollout and replay log-densities are one number, z_t pairs with the hidden state at t - 1, and draws do not depend on the
-batch. (The densities themselves: tests/latent/test_treatments.py; through verl's engine: tests/verl_plugin.)"""
+"""Rollout and replay log-densities are one number, z_t pairs with the hidden state at t - 1, and
+draws do not depend on the batch. (The densities themselves: tests/latent/test_treatments.py;
+through verl's engine: tests/verl_plugin.)"""
 
 import dataclasses
 
@@ -27,12 +28,19 @@ TEMPERATURE = 0.9
 
 
 def mixed_batch(name, treatment, max_spans, **changes):
-    """Prompts and spans of different lengths, groups of several, up to `max_spans` spans a row at any offset."""
+    """Prompts and spans of different lengths, groups of several, up to `max_spans` spans a row at
+    any offset.
+    """
     c = case(name)
     has_images = c.processor is not None
     requests = [
         c.request("read", c.images(1, seed=1) if has_images else None, seeds=range(5)),
-        c.request("read red blue ?", c.images(2, seed=2) if has_images else None, seeds=range(10, 14), steps=2),
+        c.request(
+            "read red blue ?",
+            c.images(2, seed=2) if has_images else None,
+            seeds=range(10, 14),
+            steps=2,
+        ),
     ]
     engine = c.engine(c.mechanism(max_spans=max_spans, **changes), treatment=treatment)
     groups = engine.generate(requests, sampling(18, temperature=TEMPERATURE))
@@ -56,7 +64,9 @@ def densities(c, trajectories, images, treatment, side="right"):
 
 
 @pytest.mark.parametrize("max_spans", [1, 3])
-@pytest.mark.parametrize("name, exit", [("qwen2_5_vl", "steps"), ("qwen3", "steps"), ("qwen2_5_vl", "end_token")])
+@pytest.mark.parametrize(
+    "name, exit", [("qwen2_5_vl", "steps"), ("qwen3", "steps"), ("qwen2_5_vl", "end_token")]
+)
 @pytest.mark.parametrize("treatment", TREATMENTS.values(), ids=TREATMENTS)
 def test_rollout_equals_replay(treatment, name, exit, max_spans):
     """LVR's exit and ILVR's."""
@@ -68,7 +78,9 @@ def test_rollout_equals_replay(treatment, name, exit, max_spans):
         assert treatment == TREATMENTS["vlpo"] or bool((recorded_BT[is_latent_BT] < -1e-2).all())
 
 
-@pytest.mark.parametrize("treatment", [Gaussian(sigma=0.5), GumbelSoft(top_k=4)], ids=["gaussian", "gumbel_soft"])
+@pytest.mark.parametrize(
+    "treatment", [Gaussian(sigma=0.5), GumbelSoft(top_k=4)], ids=["gaussian", "gumbel_soft"]
+)
 def test_a_shifted_pairing_is_another_number(treatment):
     """Monet's published code pairs z_t with mu_t: the comparison above would see it."""
     c, trajectories, images = mixed_batch("qwen2_5_vl", treatment, 3)
@@ -76,7 +88,9 @@ def test_a_shifted_pairing_is_another_number(treatment):
     with torch.no_grad():
         _, hidden_BTH = replay(c.adapter, batch, TEMPERATURE)
         right_BT = latent_log_densities(c.adapter, batch, hidden_BTH, treatment, TEMPERATURE)
-        shifted_BT = latent_log_densities(c.adapter, batch, hidden_BTH.roll(-1, 1), treatment, TEMPERATURE)
+        shifted_BT = latent_log_densities(
+            c.adapter, batch, hidden_BTH.roll(-1, 1), treatment, TEMPERATURE
+        )
     is_latent_BT = (batch.kinds_BT == K.LATENT) & batch.valid_BT
     assert (right_BT - shifted_BT)[is_latent_BT].abs().median() > 0.1
 
@@ -92,14 +106,22 @@ def test_sources_by_hand():
     assert rows.tolist() == [0, 0, 1] and columns.tolist() == [1, 2, 0]
 
 
-@pytest.mark.parametrize("treatment", [Gaussian(sigma=0.5), GumbelSoft(top_k=4)], ids=["gaussian", "gumbel_soft"])
+@pytest.mark.parametrize(
+    "treatment", [Gaussian(sigma=0.5), GumbelSoft(top_k=4)], ids=["gaussian", "gumbel_soft"]
+)
 def test_draws_depend_on_the_seed_and_not_on_the_batch(treatment):
-    """Each trajectory alone gives the same completion and the same latents (up to rounding), those that were drawn after
-    half of the batch had stopped and been dropped included."""
-    c, seeds, length = case("qwen2"), range(12), sampling(36, temperature=8.0)  # hot: rows stop early and late
+    """Each trajectory alone gives the same completion and the same latents (up to rounding), those
+    that were drawn after half of the batch had stopped and been dropped included."""
+    c, seeds, length = (
+        case("qwen2"),
+        range(12),
+        sampling(36, temperature=8.0),
+    )  # hot: rows stop early and late
     one = dict(sampled=("<|lvr_start|>", "<|im_end|>"), treatment=treatment)
     together = c.engine(**one).generate([c.request(seeds=seeds)], length)[0]
-    alone = c.engine(**one, max_batch_rows=1).generate([c.request(seeds=[seed]) for seed in seeds], length)
+    alone = c.engine(**one, max_batch_rows=1).generate(
+        [c.request(seeds=[seed]) for seed in seeds], length
+    )
     for (single,), other in zip(alone, together, strict=True):
         assert torch.equal(single.token_ids, other.token_ids)
         torch.testing.assert_close(single.latents, other.latents, rtol=1e-3, atol=1e-3)
@@ -121,7 +143,10 @@ def test_noise_is_drawn_beside_text_and_leaves_it_alone():
     for a, b in zip(plain, noisy, strict=True):
         first = a.spans[0].start if a.spans else len(a.token_ids)
         assert torch.equal(a.token_ids[:first], b.token_ids[:first])
-        assert bool((a.rollout_log_probs[a.latent_mask] == 0).all()) and a.latent_aux.shape == (0, 0)
+        assert bool((a.rollout_log_probs[a.latent_mask] == 0).all()) and a.latent_aux.shape == (
+            0,
+            0,
+        )
 
 
 def test_what_cannot_be_treated_is_refused():
@@ -135,7 +160,9 @@ def test_what_cannot_be_treated_is_refused():
         with pytest.raises(ConfigError, match=message):
             c.engine(config, treatment=treatment)
     with pytest.raises(ConfigError, match="more tokens than the vocabulary"):
-        c.engine(treatment=GumbelSoft(top_k=100_000)).generate([c.request(seeds=range(8))], sampling(8))
+        c.engine(treatment=GumbelSoft(top_k=100_000)).generate(
+            [c.request(seeds=range(8))], sampling(8)
+        )
 
 
 def test_aux_that_does_not_fit_is_refused():
@@ -148,20 +175,28 @@ def test_aux_that_does_not_fit_is_refused():
 def test_the_tap_sees_what_a_forward_computes():
     """Means and logits taken out of Hugging Face's own forward equal those of the hidden states."""
     c = case("qwen2", "mlp")
-    group = c.engine(c.mechanism(head="mlp")).generate([c.request(seeds=range(6))], sampling(14))[0]
+    group = c.engine(c.mechanism(head="mlp")).generate([c.request(seeds=range(6))], sampling(14))[
+        0
+    ]
     batch = collate(group, [None] * 6, c.adapter, "full")
     batch = batch.with_latents(torch.zeros_like(batch.latents_NH))
     rows, columns = latent_sources(batch.kinds_BT, batch.valid_BT)
     tap = SourceTap.install(c.model, c.adapter.mechanism)
     ids_BT, valid_BT = batch.input_ids_BT, batch.valid_BT.long()
     with torch.no_grad():
-        hidden_BTH = c.adapter.forward_hidden(ids_BT, valid_BT, c.adapter.position_ids(ids_BT, batch.valid_BT, None))
+        hidden_BTH = c.adapter.forward_hidden(
+            ids_BT, valid_BT, c.adapter.position_ids(ids_BT, batch.valid_BT, None)
+        )
         for is_sources_only in (False, True):
-            tap.arm(rows, columns, wants_logits=not is_sources_only, is_sources_only=is_sources_only)
+            tap.arm(
+                rows, columns, wants_logits=not is_sources_only, is_sources_only=is_sources_only
+            )
             output = c.model(input_ids=ids_BT, attention_mask=valid_BT, use_cache=False)
             means_MH, logits_MV, _ = tap.take()
             assert output.logits.shape[1] == (1 if is_sources_only else ids_BT.shape[1])
-            torch.testing.assert_close(means_MH, c.model.lvr_head(hidden_BTH[rows, columns]), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                means_MH, c.model.lvr_head(hidden_BTH[rows, columns]), rtol=1e-4, atol=1e-4
+            )
             if logits_MV is not None:
                 expected = c.adapter.logits(hidden_BTH[rows, columns])
                 torch.testing.assert_close(logits_MV, expected, rtol=1e-4, atol=1e-4)

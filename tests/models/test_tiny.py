@@ -13,9 +13,17 @@ from grpo_latent.errors import DataError
 from grpo_latent.models import tiny
 
 WORDS = ("read", "red", "blue", "?")
-VL_BUILDERS = {"qwen2_5_vl": tiny.tiny_qwen2_5_vl, "qwen2_vl": tiny.tiny_qwen2_vl, "qwen3_vl": tiny.tiny_qwen3_vl}
+VL_BUILDERS = {
+    "qwen2_5_vl": tiny.tiny_qwen2_5_vl,
+    "qwen2_vl": tiny.tiny_qwen2_vl,
+    "qwen3_vl": tiny.tiny_qwen3_vl,
+}
 # the stock classes' names, which saved folders and verl know
-PROCESSOR_NAMES = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
+PROCESSOR_NAMES = {
+    "qwen2_vl": "Qwen2VLProcessor",
+    "qwen2_5_vl": "Qwen2_5_VLProcessor",
+    "qwen3_vl": "Qwen3VLProcessor",
+}
 TEXT_BUILDERS = {"qwen2": tiny.tiny_qwen2, "qwen3": tiny.tiny_qwen3}
 
 
@@ -25,7 +33,9 @@ def vl(request):
 
 
 def random_image(height=56, width=56, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def messages(*parts):
@@ -68,7 +78,9 @@ def test_tokenizer_ids_are_dense_and_named():
 def test_prompt_layout_follows_the_content(parts, expected):
     _, tokenizer, processor = tiny.tiny_qwen2_5_vl(WORDS)
     num_images = sum(part["type"] == "image" for part in parts)
-    text = processor.apply_chat_template(messages(*parts), add_generation_prompt=True, tokenize=False)
+    text = processor.apply_chat_template(
+        messages(*parts), add_generation_prompt=True, tokenize=False
+    )
     batch = processor(text=[text], images=[random_image()] * num_images, return_tensors="pt")
     image = " ".join(["<|vision_start|>", *["<|image_pad|>"] * 16, "<|vision_end|>"])
     assert tokenizer.decode(batch["input_ids"][0]) == expected.format(image=image)
@@ -77,7 +89,10 @@ def test_prompt_layout_follows_the_content(parts, expected):
 def test_response_follows_the_prompt_and_ends_with_eos():
     tokenizer = tiny.word_tokenizer(WORDS)
     prompt = [{"role": "user", "content": "read red ?"}]
-    response = {"role": "assistant", "content": "<|lvr_start|> <|lvr|> <|lvr_end|> <answer> 7 </answer>"}
+    response = {
+        "role": "assistant",
+        "content": "<|lvr_start|> <|lvr|> <|lvr_end|> <answer> 7 </answer>",
+    }
     prompt_text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     whole_text = tokenizer.apply_chat_template([*prompt, response], tokenize=False)
     assert whole_text == prompt_text + response["content"] + tokenizer.eos_token
@@ -95,7 +110,9 @@ def test_vl_model_round_trip(vl, tmp_path):
     batch = processor(text=[text], images=[image], return_tensors="pt")
     with torch.no_grad():
         logits = model(**batch).logits
-        other = model(**processor(text=[text], images=[random_image(seed=1)], return_tensors="pt")).logits
+        other = model(
+            **processor(text=[text], images=[random_image(seed=1)], return_tensors="pt")
+        ).logits
     assert logits.shape == (1, 23, len(tokenizer)) and logits.dtype == torch.float32
     assert model.lm_head.weight is not model.get_input_embeddings().weight
     tied = VL_BUILDERS[model_type](WORDS, tiny.TinySizes(tied=True)).model
@@ -108,12 +125,16 @@ def test_vl_model_round_trip(vl, tmp_path):
     assert type(loaded).__name__ == type(processor).__name__ == PROCESSOR_NAMES[model_type]
     reloaded = loaded(text=[text], images=[image], return_tensors="pt")
     assert set(reloaded) == set(batch)
-    for name in batch:  # where torchvision is installed, the loaded image processor is another implementation
+    for name in (
+        batch
+    ):  # where torchvision is installed, the loaded image processor is another implementation
         torch.testing.assert_close(reloaded[name], batch[name], rtol=0, atol=1e-6)
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
     assert loaded.chat_template == processor.chat_template
     with torch.no_grad():
-        assert torch.equal(AutoModelForImageTextToText.from_pretrained(tmp_path)(**batch).logits, logits)
+        assert torch.equal(
+            AutoModelForImageTextToText.from_pretrained(tmp_path)(**batch).logits, logits
+        )
 
 
 @pytest.mark.parametrize("name", TEXT_BUILDERS)
@@ -168,13 +189,18 @@ def test_pixel_values_are_the_normalised_patches():
     np.testing.assert_allclose(batch["pixel_values"].numpy(), np.stack(expected), atol=1e-5)
 
 
-@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed: stock processors in use")
+@pytest.mark.skipif(
+    is_torchvision_available(), reason="torchvision is installed: stock processors in use"
+)
 class TestImagesOnly:
     def test_a_video_is_an_error(self, vl):
         processor = vl[1].processor
         with pytest.raises(DataError, match="1 video.*Install torchvision"):
             processor(text=["read"], videos=[np.zeros((4, 56, 56, 3), dtype=np.uint8)])
-        assert processor(text=["read"], videos=None)["input_ids"] == processor(text=["read"])["input_ids"]
+        assert (
+            processor(text=["read"], videos=None)["input_ids"]
+            == processor(text=["read"])["input_ids"]
+        )
 
     def test_saved_folder_is_complete_for_the_stock_processor(self, vl, tmp_path):
         model_type, (_, _, processor) = vl
@@ -182,7 +208,9 @@ class TestImagesOnly:
         saved = json.loads((tmp_path / "processor_config.json").read_text())
         assert saved["processor_class"] == PROCESSOR_NAMES[model_type]
         assert saved["image_processor"]["image_processor_type"] == "Qwen2VLImageProcessor"
-        video_type = "Qwen3VLVideoProcessor" if model_type == "qwen3_vl" else "Qwen2VLVideoProcessor"
+        video_type = (
+            "Qwen3VLVideoProcessor" if model_type == "qwen3_vl" else "Qwen2VLVideoProcessor"
+        )
         assert saved["video_processor"]["video_processor_type"] == video_type
         assert saved["video_processor"]["patch_size"] == 7
 

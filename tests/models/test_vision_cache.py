@@ -1,4 +1,5 @@
-"""Vision cache: the same features with and without it, fewer encodings, gradients that add up, bounds, staleness.
+"""Vision cache: the same features with and without it, fewer encodings, gradients that add up,
+bounds, staleness.
 
 Not covered: videos, and towers under FSDP.
 """
@@ -22,7 +23,10 @@ def fresh(name):
 
 def features(model, images):
     output = model.model.get_image_features(images.pixel_values, images.image_grid_thw)
-    return [torch.cat(tuple(output.pooler_output)), *(getattr(output, "deepstack_features", None) or [])]
+    return [
+        torch.cat(tuple(output.pooler_output)),
+        *(getattr(output, "deepstack_features", None) or []),
+    ]
 
 
 def freeze(model):
@@ -32,7 +36,11 @@ def freeze(model):
 
 def mixed_images(item):
     """Five images, three distinct, two of them of one shape."""
-    first, second, wide = item.images(1, seed=1), item.images(1, seed=2), item.images(1, seed=3, size=(28, 56))
+    first, second, wide = (
+        item.images(1, seed=1),
+        item.images(1, seed=2),
+        item.images(1, seed=3, size=(28, 56)),
+    )
     return ImageInputs.concat([first, second, first, wide, second])
 
 
@@ -61,7 +69,9 @@ def test_images_of_the_same_numbers_in_another_order_are_two(max_bytes):
     image = item.images(1)
     mirrored = ImageInputs(image.pixel_values.flip(0), image.image_grid_thw)
     images = ImageInputs.concat([image, mirrored])
-    torch.testing.assert_close(features(model, images)[0], features(plain, images)[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        features(model, images)[0], features(plain, images)[0], rtol=1e-5, atol=1e-5
+    )
     assert cache.num_encoded == 2
 
 
@@ -72,7 +82,9 @@ def test_whole_forward_is_the_same(name):
     requests = [item.request(images=item.images(1, seed=seed)) for seed in (1, 2, 1)]
     ids = torch.stack([request.prompt_ids for request in requests])
     images = ImageInputs.concat([request.images for request in requests])
-    inputs = dict(input_ids=ids, pixel_values=images.pixel_values, image_grid_thw=images.image_grid_thw)
+    inputs = dict(
+        input_ids=ids, pixel_values=images.pixel_values, image_grid_thw=images.image_grid_thw
+    )
     inputs["mm_token_type_ids"] = (ids == item.adapter.image_token_id).int()
     with torch.no_grad():
         got, want = model(**inputs).logits, plain(**inputs).logits
@@ -88,9 +100,16 @@ def test_gradients_of_shared_images_add_up():
     for net in (model, plain):
         with cache.reuse():
             # twice, as SFT does: as targets' source and inside the forward
-            (sum((part * weights).sum() for part in features(net, images) + features(net, images))).backward()
+            (
+                sum(
+                    (part * weights).sum()
+                    for part in features(net, images) + features(net, images)
+                )
+            ).backward()
     assert cache.num_encoded == 3
-    for got, want in zip(model.model.visual.parameters(), plain.model.visual.parameters(), strict=True):
+    for got, want in zip(
+        model.model.visual.parameters(), plain.model.visual.parameters(), strict=True
+    ):
         torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-4)
 
 
@@ -145,7 +164,9 @@ def test_kept_features_do_not_depend_on_the_batch():
     one_by_one = [
         features(plain, ImageInputs(pixels, grid[None]))[0]
         for pixels, grid in zip(
-            reversed(images.pixel_values.split(num_patches)), images.image_grid_thw.flip(0), strict=True
+            reversed(images.pixel_values.split(num_patches)),
+            images.image_grid_thw.flip(0),
+            strict=True,
         )
     ]
     assert torch.equal(together, torch.cat(one_by_one[::-1]))
@@ -200,5 +221,7 @@ def test_callers_that_ask_for_more_get_the_tower_itself():
     item, _, model = fresh("qwen2_5_vl")
     cache = VisionCache.install(model)
     images = item.images(2)
-    output = model.model.visual(images.pixel_values, grid_thw=images.image_grid_thw, output_hidden_states=True)
+    output = model.model.visual(
+        images.pixel_values, grid_thw=images.image_grid_thw, output_hidden_states=True
+    )
     assert output.hidden_states is not None and cache.num_requested == 0

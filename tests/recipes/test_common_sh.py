@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[2]
 def bash(script: str, folder: Path, **env) -> subprocess.CompletedProcess:
     lines = f"set -euo pipefail\nsource recipes/common.sh\n{script}"
     env = {**os.environ, "OUT": str(folder), "SEED": "0", **env}
-    return subprocess.run(["bash", "-c", lines], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        ["bash", "-c", lines], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+    )
 
 
 def is_alive(pid: int) -> bool:
@@ -24,7 +26,9 @@ def is_alive(pid: int) -> bool:
 
 
 def test_a_script_that_fails_takes_down_what_runs_beside_it(tmp_path):
-    """The grandchild too: of a function in the background, only the subshell would be killed by its id."""
+    """The grandchild too: of a function in the background, only the subshell would be killed by
+    its id.
+    """
     script = 'run() { sleep 60 & echo $! > "$OUT/pid"; wait; }\nbeside "$OUT/log" run\nsleep 0.5\nexit 3'
     assert bash(script, tmp_path).returncode == 3
     pid = int((tmp_path / "pid").read_text())
@@ -35,10 +39,14 @@ def test_a_script_that_fails_takes_down_what_runs_beside_it(tmp_path):
 
 
 def test_what_ran_beside_and_failed_ends_the_script_with_its_log(tmp_path):
-    done = bash('run() { echo lost; false; echo never; }\nbeside "$OUT/log" run\njoin\necho on', tmp_path)
+    done = bash(
+        'run() { echo lost; false; echo never; }\nbeside "$OUT/log" run\njoin\necho on', tmp_path
+    )
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "lost\n")
     done = bash('beside "$OUT/log" echo fine\njoin\necho on', tmp_path)
-    assert (done.returncode, done.stdout) == (0, "on\n") and (tmp_path / "log").read_text() == "fine\n"
+    assert (done.returncode, done.stdout) == (0, "on\n") and (
+        tmp_path / "log"
+    ).read_text() == "fine\n"
 
 
 def test_the_last_checkpoint_is_the_trackers(tmp_path):
@@ -55,4 +63,7 @@ def test_a_run_without_a_last_checkpoint_ends_the_script(tmp_path, tracker):
     if tracker is not None:
         (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(tracker)
     done = bash('CHECKPOINT=$(last_checkpoint "$OUT")\necho on', tmp_path)
-    assert (done.returncode, done.stdout) == (1, "") and "latest_checkpointed_iteration.txt" in done.stderr
+    assert (done.returncode, done.stdout) == (
+        1,
+        "",
+    ) and "latest_checkpointed_iteration.txt" in done.stderr

@@ -1,4 +1,5 @@
-"""What can be seen of the recipes without running them: configs that compose, shapes that hold, the summary's contract.
+"""What can be seen of the recipes without running them: configs that compose, shapes that hold,
+the summary's contract.
 
 Does not cover: run.sh and controls.sh, which are run by hand (README has their results).
 """
@@ -54,42 +55,64 @@ def test_ilvr_validates_its_three_stages_at_paper_scale(capsys):
     ilvr.main([])
     out = capsys.readouterr().out
     assert "ilvr_stage1, ilvr_stage2 and ilvr_grpo: valid (8 GPUs a node)" in out
-    assert "qwen2_5_vl_7b: patch [1176], visual token [32, 3584]" in out and "latent [1, 3584]" in out
+    assert (
+        "qwen2_5_vl_7b: patch [1176], visual token [32, 3584]" in out and "latent [1, 3584]" in out
+    )
     assert out.count(" GB a GPU") == 2
     with pytest.raises(ConfigError, match="rollout.n: a group of one"):
         ilvr.main(["actor_rollout_ref.rollout.n=1"])
 
 
 def test_memory_by_hand():
-    """Qwen2.5-VL-7B has 8.29e9 weights, 0.68e9 of them in the frozen vision part; full SFT in float32 needs 4 + 16 bytes."""
+    """Qwen2.5-VL-7B has 8.29e9 weights, 0.68e9 of them in the frozen vision part; full SFT in
+    float32 needs 4 + 16 bytes.
+    """
     shared = load(RECIPES / "paper_scale.py")
     ilvr = load(RECIPES / "ilvr" / "validate.py")
     stage = shared.check_sft(RECIPES / "ilvr", "ilvr_stage2")
     parts = shared.check_memory(ilvr.MODEL_JSON, stage)
     adapters = 64 * 28 * (2 * (2 * 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
     trained = adapters + 2 * 152064 * 3584
-    assert parts["weights"] == pytest.approx((2 * (8.2922e9 - 2 * 152064 * 3584) + 4 * trained) / 1e9, rel=1e-3)
+    assert parts["weights"] == pytest.approx(
+        (2 * (8.2922e9 - 2 * 152064 * 3584) + 4 * trained) / 1e9, rel=1e-3
+    )
     assert parts["gradients"] == parts["optimizer"] == pytest.approx(8 * trained / 1e9, rel=1e-6)
     assert parts["autocast"] == pytest.approx(2 * (adapters + 152064 * 3584) / 1e9, rel=1e-6)
-    full = dataclasses.replace(stage, model=dataclasses.replace(stage.model, dtype="float32", lora=LoraSettings()))
-    with pytest.raises(ConfigError, match="does not fit the GPU; .*weights 33 GB, gradients 61 GB, optimizer 61 GB"):
+    full = dataclasses.replace(
+        stage, model=dataclasses.replace(stage.model, dtype="float32", lora=LoraSettings())
+    )
+    with pytest.raises(
+        ConfigError,
+        match="does not fit the GPU; .*weights 33 GB, gradients 61 GB, optimizer 61 GB",
+    ):
         shared.check_memory(ilvr.MODEL_JSON, full)
     lvr = shared.check_sft(RECIPES / "lvr", "lvr_sft")
-    checkpointed = 4 * 28 * 3584 + 30 * 3584 + 8 * 18944  # bytes a position: the layers' inputs, and one layer again
-    assert shared.check_memory(ilvr.MODEL_JSON, lvr)["activations"] == pytest.approx(checkpointed * 16384 / 1e9)
-    full = dataclasses.replace(lvr, model=dataclasses.replace(lvr.model, dtype="float32", lora=LoraSettings()))
+    checkpointed = (
+        4 * 28 * 3584 + 30 * 3584 + 8 * 18944
+    )  # bytes a position: the layers' inputs, and one layer again
+    assert shared.check_memory(ilvr.MODEL_JSON, lvr)["activations"] == pytest.approx(
+        checkpointed * 16384 / 1e9
+    )
+    full = dataclasses.replace(
+        lvr, model=dataclasses.replace(lvr.model, dtype="float32", lora=LoraSettings())
+    )
     for size in ("3b", "7b"):
         with pytest.raises(ConfigError, match=f"lvr of qwen2_5_vl_{size}: does not fit the GPU"):
             shared.check_memory(RECIPES / "lvr" / "models" / f"qwen2_5_vl_{size}.json", full)
 
 
 def test_treatments_validate_at_paper_scale(capsys):
-    """Monet's VLPO, the note that its first update needs, and the same config with every treatment."""
+    """Monet's VLPO, the note that its first update needs, and the same config with every
+    treatment.
+    """
     treatments = load(RECIPES / "treatments" / "validate.py")
     treatments.main([])
     out = capsys.readouterr().out
     assert "monet_vlpo: valid, Gaussian(sigma=10.0, sigma_rollout=0.0, per_dimension=False)" in out
-    assert "the first update after each rollout has no latent gradient" in out and "as gumbel_soft: valid" in out
+    assert (
+        "the first update after each rollout has no latent gradient" in out
+        and "as gumbel_soft: valid" in out
+    )
     with pytest.raises(ConfigError, match="kl_coef: there is no reference model"):
         treatments.main(["actor_rollout_ref.actor.use_kl_loss=false"])
 
@@ -120,8 +143,13 @@ def test_ivt_lr_validates_its_curriculum_and_rl_at_paper_scale(capsys):
     ivt_lr.main([])
     out = capsys.readouterr().out
     assert "ivt_lr_sft and ivt_lr_grpo: valid (8 GPUs a node)" in out
-    assert "qwen2_vl_7b: patch [1176], visual token [32, 3584]" in out and "logits [1, 152064]" in out
-    with pytest.raises(ConfigError, match="no room for text after the slots; got 99; expected more than the slots' 99"):
+    assert (
+        "qwen2_vl_7b: patch [1176], visual token [32, 3584]" in out and "logits [1, 152064]" in out
+    )
+    with pytest.raises(
+        ConfigError,
+        match="no room for text after the slots; got 99; expected more than the slots' 99",
+    ):
         ivt_lr.main(["data.max_response_length=99"])
     with pytest.raises(ConfigError, match="SFT and RL differ in slots; got 3 in SFT, 2 in RL"):
         ivt_lr.main(["latent.steps=2"])
@@ -132,7 +160,9 @@ def test_coconut_validates_its_curriculum_and_rl_at_paper_scale(capsys):
     coconut = load(RECIPES / "coconut" / "validate.py")
     coconut.main([])
     out = capsys.readouterr().out
-    assert "coconut_sft and coconut_grpo: valid (8 GPUs a node), slots by stage 0, 2, 4, 6, 6" in out
+    assert (
+        "coconut_sft and coconut_grpo: valid (8 GPUs a node), slots by stage 0, 2, 4, 6, 6" in out
+    )
     assert "latent [1, 1024]" in out and "logits [1, 151936]" in out and "patch" not in out
     with pytest.raises(ConfigError, match="SFT and RL differ in slots; got 6 in SFT, 3 in RL"):
         coconut.main(["latent.steps=3"])
@@ -140,25 +170,42 @@ def test_coconut_validates_its_curriculum_and_rl_at_paper_scale(capsys):
 
 def test_chains_of_the_coconut_recipe():
     chains = load(RECIPES / "coconut" / "arithmetic.py")
-    parts = {name: chains.generate(300, stream=name, seed=0, num_steps=3) for name in chains.STREAMS}
+    parts = {
+        name: chains.generate(300, stream=name, seed=0, num_steps=3) for name in chains.STREAMS
+    }
     for chain in parts["sft"][:50]:
         start, *operations = chain.question.split()[:-1]
         assert len(chain.steps) == len(operations) == 3 and chain.steps[-1] == chain.answer
-        for before, operation, after in zip([start, *chain.steps], operations, chain.steps, strict=False):
+        for before, operation, after in zip(
+            [start, *chain.steps], operations, chain.steps, strict=False
+        ):
             assert int(after) == eval(before + operation) % 7  # noqa: S307  (digits and signs of our own)
     questions = {name: {chain.question for chain in part} for name, part in parts.items()}
     assert not questions["sft"] & questions["heldout"] and not questions["rl"] & questions["dev"]
-    assert parts["dev"] == chains.generate(300, stream="dev", seed=0, num_steps=3) != parts["heldout"]
+    assert (
+        parts["dev"] == chains.generate(300, stream="dev", seed=0, num_steps=3) != parts["heldout"]
+    )
     direct = chains.to_rows(parts["sft"][:2], "sft", steps=False)
     assert [row["extra_info"]["steps"] for row in direct] == [[], []] and direct[0]["images"] == []
 
 
 def test_ilvr_runs_its_stages_on_one_kind_of_latents():
-    """The embedded configs: both SFT stages and GRPO agree on what `digits_sft.yaml` says of spans."""
+    """The embedded configs: both SFT stages and GRPO agree on what `digits_sft.yaml` says of
+    spans.
+    """
     shared = load(RECIPES / "paper_scale.py")
-    first, second = (shared.check_sft(RECIPES / "ilvr", f"digits_{stage}") for stage in ("stage1", "stage2"))
-    assert first.latent == second.latent and (first.method, second.method) == ("ilvr_stage1", "ilvr_stage2")
-    assert (first.latent.steps, first.latent.exit, first.latent.visibility) == (1, "steps", "latents_only")
+    first, second = (
+        shared.check_sft(RECIPES / "ilvr", f"digits_{stage}") for stage in ("stage1", "stage2")
+    )
+    assert first.latent == second.latent and (first.method, second.method) == (
+        "ilvr_stage1",
+        "ilvr_stage2",
+    )
+    assert (first.latent.steps, first.latent.exit, first.latent.visibility) == (
+        1,
+        "steps",
+        "latents_only",
+    )
     grpo = shared.check_grpo(RECIPES / "ilvr", "digits_grpo", [])
     assert grpo.latent.max_spans == 2 and grpo.latent.steps is None
 
@@ -166,7 +213,10 @@ def test_ilvr_runs_its_stages_on_one_kind_of_latents():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["vision_config"].update(out_hidden_size=1024), "visual tokens and latents differ in size"),
+        (
+            lambda c: c["vision_config"].update(out_hidden_size=1024),
+            "visual tokens and latents differ in size",
+        ),
         (lambda c: c.update(vocab_size=FIRST_FREE_ID), "no room for the latent tokens"),
     ],
     ids=["another vision tower", "a vocabulary without spare rows"],
@@ -182,21 +232,54 @@ def test_shapes_that_do_not_fit_are_named(lvr, change, message, tmp_path, monkey
 
 
 def write_run(out):
-    """What a finished quickstart leaves; step 1 is logged twice, as by a run that died and was resumed."""
+    """What a finished quickstart leaves; step 1 is logged twice, as by a run that died and was
+    resumed.
+    """
     (out / "grpo").mkdir()
     steps = [
         (0, {"val-core/digits/acc/mean@1": 0.4}),
-        (1, {"critic/score/mean": 0.1, "latent/replay_logp_gap_max": 9.0, "training/rollout_probs_diff_max": 0.1}),
-        (1, {"critic/score/mean": 0.5, "latent/replay_logp_gap_max": 2e-6, "training/rollout_probs_diff_max": 1e-6}),
-        (2, {"critic/score/mean": 0.9, "latent/replay_logp_gap_max": 1e-6, "training/rollout_probs_diff_max": 3e-6}),
+        (
+            1,
+            {
+                "critic/score/mean": 0.1,
+                "latent/replay_logp_gap_max": 9.0,
+                "training/rollout_probs_diff_max": 0.1,
+            },
+        ),
+        (
+            1,
+            {
+                "critic/score/mean": 0.5,
+                "latent/replay_logp_gap_max": 2e-6,
+                "training/rollout_probs_diff_max": 1e-6,
+            },
+        ),
+        (
+            2,
+            {
+                "critic/score/mean": 0.9,
+                "latent/replay_logp_gap_max": 1e-6,
+                "training/rollout_probs_diff_max": 3e-6,
+            },
+        ),
     ]
     lines = [json.dumps({"step": step, "data": data}) for step, data in steps]
     (out / "grpo" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (out / "grpo" / "config.yaml").write_text("actor_rollout_ref: {rollout: {name: hf_latent}}\n")
     ablations = {"own": 0.95, "zero": 0.1, "noise": 0.1, "shuffle": 0.12, "oracle": 0.97}
     for name, accuracy in (("sft", 0.4), ("grpo", 0.95)):
-        report = {"greedy": {"accuracy": accuracy}, "sampled": {"accuracy": accuracy}, "ablations": ablations}
-        report |= {"verdict": {"sentence": "used: as shown"}, "follow": 0.9, "hit": 1.0, "leak": 0.0, "chance": 0.19}
+        report = {
+            "greedy": {"accuracy": accuracy},
+            "sampled": {"accuracy": accuracy},
+            "ablations": ablations,
+        }
+        report |= {
+            "verdict": {"sentence": "used: as shown"},
+            "follow": 0.9,
+            "hit": 1.0,
+            "leak": 0.0,
+            "chance": 0.19,
+        }
         (out / f"evaluation_{name}.json").write_text(json.dumps(report))
 
 
@@ -212,12 +295,21 @@ def test_the_quickstarts_summary_keeps_its_contract(tmp_path):
     }
     assert list(summary["ablations"]) == ["own", "zero", "noise", "shuffle", "oracle"]
     assert summary["replay_logp_gap_max"] == 2e-6 and summary["rollout_probs_diff_max"] == 3e-6
-    assert (summary["seed"], summary["rollout_engine"], summary["seconds_total"]) == (3, "hf", 240.0)
+    assert (summary["seed"], summary["rollout_engine"], summary["seconds_total"]) == (
+        3,
+        "hf",
+        240.0,
+    )
     assert {"torch", "verl", "ray"} <= summary["versions"].keys() and summary["chance"] == 0.19
     json.dumps(summary)
-    (tmp_path / "evaluation_stage2.json").write_text((tmp_path / "evaluation_grpo.json").read_text())
+    (tmp_path / "evaluation_stage2.json").write_text(
+        (tmp_path / "evaluation_grpo.json").read_text()
+    )
     both = module.summarize(tmp_path, 3, 80.0, 240.0, stages=("sft", "stage2"))
-    assert [(entry["stage"], entry["heldout_accuracy"]) for entry in both["sft"]] == [("sft", 0.4), ("stage2", 0.95)]
+    assert [(entry["stage"], entry["heldout_accuracy"]) for entry in both["sft"]] == [
+        ("sft", 0.4),
+        ("stage2", 0.95),
+    ]
     assert both["sft"][1]["ablations"]["shuffle"] == 0.12
     assert "controls" not in both
     controlled = module.summarize(tmp_path, 3, 80.0, 240.0, controls=("stage2",))

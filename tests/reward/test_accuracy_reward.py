@@ -94,7 +94,9 @@ def test_answer_may_span_lines_and_stand_anywhere():
     assert compute_score("x", "first\n<answer>\n 4 \n</answer> done", "4") == 1.0
 
 
-@pytest.mark.parametrize("truth", [None, "", "  ", "\\boxed{}", [], ["4"], {"a": 1}, True, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "truth", [None, "", "  ", "\\boxed{}", [], ["4"], {"a": 1}, True, float("nan"), float("inf")]
+)
 def test_malformed_ground_truth_is_an_error_that_names_the_row(truth):
     with pytest.raises(DataError, match=r"'geometry', row 3.*ground_truth"):
         score("4", truth)
@@ -128,7 +130,10 @@ def test_solution_that_is_no_text_is_an_error(text):
 )
 def test_a_stated_answer_closes_the_completion(text, right):
     assert compute_score("comt", text, "B", {"index": 3}, variant="stated") == right
-    assert compute_score("comt", text, "B", {"latent": {"stop_reason": "length"}}, variant="stated") == 0
+    assert (
+        compute_score("comt", text, "B", {"latent": {"stop_reason": "length"}}, variant="stated")
+        == 0
+    )
 
 
 def test_stated_answers_are_compared_as_maths_and_only_where_asked_for():

@@ -30,7 +30,9 @@ def test_a_completion_cut_off_has_no_form():
 
 
 def test_what_cannot_be_scored_is_an_error():
-    with pytest.raises(DataError, match="row 3, reward_model.ground_truth: the ground truth is no letter"):
+    with pytest.raises(
+        DataError, match="row 3, reward_model.ground_truth: the ground truth is no letter"
+    ):
         compute_score("m3cot", "the answer is B", "42", {"index": 3})
     with pytest.raises(RewardError, match="no text"):
         compute_score("m3cot", None, "B")

@@ -23,7 +23,11 @@ def score(text, truth="7", spans=(0,), stop_reason="eos", **kwargs):
         ("<answer> 77 </answer>", (0,), (0, 1)),
         ("<answer> 7 </answer>", (), (1, 0)),  # right without a span: blind, if the mask holds
         ("<answer> 7 </answer>", (20,), (1, 0)),
-        ("7 <answer> 7 </answer>", (0,), (0, 0)),  # the first token is predicted with the image in sight
+        (
+            "7 <answer> 7 </answer>",
+            (0,),
+            (0, 0),
+        ),  # the first token is predicted with the image in sight
         ("<answer> 7 </answer> 7", (0,), (0, 0)),
         ("<answer> 7 </answer><answer> 7 </answer>", (0,), (0, 0)),
         ("<answer> </answer>", (0,), (0, 0)),
@@ -53,7 +57,11 @@ STEPS = ("red at r0 c1 is 7", "blue at r2 c3 is 3")
         ("at red 7 at blue 3 <answer> 7 </answer>", (6, 16), (1, 1)),
         ("at red 12 at blue 0 <answer> 7 </answer>", (6, 17), (1, 1)),  # only the answer is known
         ("at red 7 at blue 3 <answer> 8 </answer>", (6, 16), (0, 1)),
-        ("at blue 7 at red 3 <answer> 7 </answer>", (7, 16), (0, 0)),  # the order would carry a bit past the latents
+        (
+            "at blue 7 at red 3 <answer> 7 </answer>",
+            (7, 16),
+            (0, 0),
+        ),  # the order would carry a bit past the latents
         ("red 7 blue 3 <answer> 7 </answer>", (3, 10), (0, 0)),
         ("at red 7 <answer> 7 </answer>", (6,), (0, 0)),
         ("at red 7 at blue 3 <answer> 7 </answer>", (6,), (0, 0)),
@@ -65,7 +73,9 @@ STEPS = ("red at r0 c1 is 7", "blue at r2 c3 is 3")
 )
 def test_interleaved_variant_wants_each_colour_its_span_and_a_number(text, spans, expected):
     latent = {"num_spans": len(spans), "span_offsets": list(spans), "stop_reason": "eos"}
-    result = compute_score("digits", text, "7", {"index": 5, "latent": latent, "steps": STEPS}, variant="interleaved")
+    result = compute_score(
+        "digits", text, "7", {"index": 5, "latent": latent, "steps": STEPS}, variant="interleaved"
+    )
     assert (result["accuracy"], result["format"]) == expected
 
 

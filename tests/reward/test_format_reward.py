@@ -60,14 +60,18 @@ def test_a_completion_cut_by_the_length_limit_fails():
 
 
 def test_lvr_agrees_with_the_published_expression():
-    """Every completion of up to five pieces out of a small set; spans printed as LVR's tokenizer prints them."""
+    """Every completion of up to five pieces out of a small set; spans printed as LVR's tokenizer
+    prints them.
+    """
     alphabet = [None, "look ", "\n", ANSWER]
     counts = [0, 0]
     for length in range(6):
         for pieces in itertools.product(alphabet, repeat=length):
             if pieces.count(ANSWER) > 1 or (pieces and pieces[-1] == "\n"):
                 continue  # "exactly one" is stricter than the published `.*?`; trailing blanks are allowed here
-            printed = "".join("<|lvr_start|><|lvr|><|lvr_end|>" if p is None else p for p in pieces)
+            printed = "".join(
+                "<|lvr_start|><|lvr|><|lvr_end|>" if p is None else p for p in pieces
+            )
             expected = PUBLISHED.match(printed) is not None
             if printed.startswith("\n"):  # leading blanks are allowed here
                 continue

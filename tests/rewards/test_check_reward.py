@@ -1,4 +1,6 @@
-"""The checker finds each fault that it names, and none in the functions that come with the project."""
+"""The checker finds each fault that it names, and none in the functions that come with the
+project.
+"""
 
 import subprocess
 import sys
@@ -9,7 +11,9 @@ from grpo_latent.check_reward import main
 from grpo_latent.rewards.check import check_function
 from grpo_latent.rewards.functions import FunctionSpec
 
-SIGNATURE = "def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):\n"
+SIGNATURE = (
+    "def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):\n"
+)
 JUDGE = "    good = f'<answer> {ground_truth} </answer>' in solution_str\n"
 
 
@@ -20,7 +24,11 @@ def check(tmp_path, body, header=""):
 
 
 def test_nothing_is_wrong_with_a_sound_function(tmp_path):
-    body = "    if ground_truth is None: raise ValueError('no answer')\n" + JUDGE + "    return float(good)\n"
+    body = (
+        "    if ground_truth is None: raise ValueError('no answer')\n"
+        + JUDGE
+        + "    return float(good)\n"
+    )
     report = check(tmp_path, body)
     assert report.problems == [] and report.warnings == []
     assert len(report.rows) >= 20
@@ -42,8 +50,16 @@ def test_the_projects_own_functions_pass(name):
         ("    return solution_str\n", "", "wrong type"),
         ("    return random.random()\n", "import random\n", "not deterministic"),
         ("    seen.append(1)\n    return len(seen) % 2\n", "seen = []\n", "not deterministic"),
-        ("    extra_info['latent']['num_spans'] = 0\n    return len(solution_str)\n", "", "changed its extra_info"),
-        ("    return 1 / len(solution_str) if solution_str else float('nan')\n", "", "empty: returned nan"),
+        (
+            "    extra_info['latent']['num_spans'] = 0\n    return len(solution_str)\n",
+            "",
+            "changed its extra_info",
+        ),
+        (
+            "    return 1 / len(solution_str) if solution_str else float('nan')\n",
+            "",
+            "empty: returned nan",
+        ),
         (
             "    import time\n    time.sleep(9 if len(solution_str) > 9999 else 0)\n    return len(solution_str)\n",
             "",

@@ -8,7 +8,9 @@ ACCURACY, FORMAT = FunctionSpec("accuracy.py", weight=1.0), FunctionSpec("format
 
 
 def test_weighted_sum_with_unweighted_terms():
-    combined = combine([ACCURACY, FORMAT], [Outcome("ok", 1.0, {"pred": "4"}), Outcome("ok", 0.5, {"spans": 2.0})])
+    combined = combine(
+        [ACCURACY, FORMAT], [Outcome("ok", 1.0, {"pred": "4"}), Outcome("ok", 0.5, {"spans": 2.0})]
+    )
     assert combined.score == pytest.approx(1.05)
     assert combined.terms == {"accuracy": 1.0, "format": 0.5}
     assert combined.extras == {"accuracy/pred": "4", "format/spans": 2.0}
@@ -21,7 +23,9 @@ def test_extras_of_a_single_function_keep_their_names():
 def test_one_failure_fails_the_reward_but_not_the_other_terms():
     combined = combine([ACCURACY, FORMAT], [Outcome("timeout"), Outcome("ok", 1.0)])
     assert combined.score is None and combined.terms == {"accuracy": None, "format": 1.0}
-    assert [(term, outcome.kind) for term, outcome in combined.failures] == [("accuracy", "timeout")]
+    assert [(term, outcome.kind) for term, outcome in combined.failures] == [
+        ("accuracy", "timeout")
+    ]
 
 
 def test_a_sum_that_overflows_is_a_failure():

@@ -5,7 +5,12 @@ import textwrap
 import pytest
 
 from grpo_latent.errors import ConfigError
-from grpo_latent.rewards.functions import FunctionSpec, load_function, source_digest, specs_from_config
+from grpo_latent.rewards.functions import (
+    FunctionSpec,
+    load_function,
+    source_digest,
+    specs_from_config,
+)
 
 GOOD = "def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs): return 1.0\n"
 
@@ -20,7 +25,10 @@ def write(tmp_path):
 
 
 def test_loads_a_file_and_a_package_module(write):
-    code = GOOD + "def other(data_source, solution_str, ground_truth, extra_info, scale): return scale\n"
+    code = (
+        GOOD
+        + "def other(data_source, solution_str, ground_truth, extra_info, scale): return scale\n"
+    )
     function = load_function(FunctionSpec(write(code), "other", kwargs={"scale": 2}))
     assert function("x", "", "", {}, scale=2) == 2
     assert load_function(FunctionSpec("pkg://reward.digits")).__module__ == "reward.digits"
@@ -29,7 +37,11 @@ def test_loads_a_file_and_a_package_module(write):
 def test_the_digest_is_of_the_file_however_it_is_named(write):
     module = FunctionSpec("pkg://reward.digits")
     file = load_function(module).__globals__["__file__"]
-    assert source_digest(module) == source_digest(FunctionSpec(file)) != source_digest(FunctionSpec(write(GOOD)))
+    assert (
+        source_digest(module)
+        == source_digest(FunctionSpec(file))
+        != source_digest(FunctionSpec(write(GOOD)))
+    )
 
 
 def test_files_with_dataclasses_load(write):
@@ -43,8 +55,16 @@ def test_files_with_dataclasses_load(write):
         ("", "compute_score", r"no function 'compute_score'.*functions \[\]"),
         ("def score(): return 1", "compute_score", r"functions \['score'\]"),
         ("compute_score = 1.0", "compute_score", "no function"),
-        ("def compute_score(text): return 1.0", "compute_score", r"cannot be called.*compute_score\(text\)"),
-        ("def compute_score(data_source, solution_str, ground_truth): return 1.0", "compute_score", "extra_info"),
+        (
+            "def compute_score(text): return 1.0",
+            "compute_score",
+            r"cannot be called.*compute_score\(text\)",
+        ),
+        (
+            "def compute_score(data_source, solution_str, ground_truth): return 1.0",
+            "compute_score",
+            "extra_info",
+        ),
         (
             "def compute_score(a, solution_str, ground_truth, extra_info): return 1.0",
             "compute_score",
@@ -71,7 +91,9 @@ def test_missing_files(tmp_path, write):
 
 
 def test_kwargs_that_the_function_does_not_take(write):
-    path = write("def compute_score(data_source, solution_str, ground_truth, extra_info=None): return 1.0")
+    path = write(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None): return 1.0"
+    )
     with pytest.raises(ConfigError, match="cannot be called.*scale"):
         load_function(FunctionSpec(path, kwargs={"scale": 2}))
 
@@ -89,7 +111,9 @@ def test_specs_from_config():
         ("ilvr", "ilvr", 1.0, {"a": 1}),
         ("task", "compute_score", 1.0, {}),
     ]
-    assert FunctionSpec("pkg://reward.digits").term == FunctionSpec("../x/digits.py").term == "digits"
+    assert (
+        FunctionSpec("pkg://reward.digits").term == FunctionSpec("../x/digits.py").term == "digits"
+    )
 
 
 @pytest.mark.parametrize(

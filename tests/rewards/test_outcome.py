@@ -69,7 +69,13 @@ def test_everything_else_is_a_typed_failure_and_never_a_score(result, kind, said
     assert said in outcome.detail
     error = to_error(outcome, "exact_match", "group 17, trajectory 3", 30.0)
     assert error.kind == kind and isinstance(error, RewardError)
-    for part in ("'exact_match'", "group 17, trajectory 3", said, "expected", "latent.reward.on_error=drop"):
+    for part in (
+        "'exact_match'",
+        "group 17, trajectory 3",
+        said,
+        "expected",
+        "latent.reward.on_error=drop",
+    ):
         assert part in str(error)
     assert pickle.loads(pickle.dumps(error)).kind == kind
 

@@ -61,14 +61,16 @@ def path(tmp_path_factory):
 @pytest.fixture
 def runner(path, request):
     with RewardRunner(
-        [FunctionSpec(path)], **{"timeout_s": 1.0, "on_error": "drop", **getattr(request, "param", {})}
+        [FunctionSpec(path)],
+        **{"timeout_s": 1.0, "on_error": "drop", **getattr(request, "param", {})},
     ) as r:
         yield r
 
 
 def items(*texts):
     return [
-        RewardItem("d", t, "abc", {"latent": {"num_spans": 1}}, f"group g, trajectory {i}") for i, t in enumerate(texts)
+        RewardItem("d", t, "abc", {"latent": {"num_spans": 1}}, f"group g, trajectory {i}")
+        for i, t in enumerate(texts)
     ]
 
 
@@ -101,7 +103,11 @@ def test_dict_results_are_reported_by_name(runner):
         ("score nan", "nan", "nan"),
         ("score inf", "inf", "inf"),
         ("loop", "timeout", "1 s"),
-        ("regex", "timeout", "1 s"),  # holds the GIL: no signal or thread in that process could end it
+        (
+            "regex",
+            "timeout",
+            "1 s",
+        ),  # holds the GIL: no signal or thread in that process could end it
     ],
 )
 def test_each_failure_is_typed_counted_and_costs_no_other_call(path, text, kind, said):
@@ -110,18 +116,27 @@ def test_each_failure_is_typed_counted_and_costs_no_other_call(path, text, kind,
         assert [r.score for r in results if not r.dropped] == [1, 2, 3]
         assert [r.error_kind for r in results] == ["", kind, "", kind, ""]
         assert results[1].terms == {"mine": None} and results[1].info()["dropped"] == 1.0
-        assert {name: n for name, n in runner.errors.items() if n} == {kind: 2} and runner.num_dropped == 2
+        assert {name: n for name, n in runner.errors.items() if n} == {
+            kind: 2
+        } and runner.num_dropped == 2
     with RewardRunner([FunctionSpec(path)], timeout_s=1.0) as runner:
         with pytest.raises(RewardError, match="group g, trajectory 1") as caught:
             runner.score_many(items("score 1", text))
-        assert caught.value.kind == kind and said in str(caught.value) and "'mine'" in str(caught.value)
+        assert (
+            caught.value.kind == kind
+            and said in str(caught.value)
+            and "'mine'" in str(caught.value)
+        )
         assert pickle.loads(pickle.dumps(caught.value)).kind == kind
 
 
 @pytest.mark.parametrize("runner", [{"on_error": "score", "error_score": -2.0}], indirect=True)
 def test_policy_score_gives_the_configured_reward(runner):
     results = runner.score_many(items("raise", "score 1"))
-    assert [(r.score, r.dropped, r.error_kind) for r in results] == [(-2.0, False, "exception"), (1.0, False, "")]
+    assert [(r.score, r.dropped, r.error_kind) for r in results] == [
+        (-2.0, False, "exception"),
+        (1.0, False, ""),
+    ]
     assert runner.errors["exception"] == 1 and runner.num_dropped == 0
 
 
@@ -139,7 +154,9 @@ def test_the_process_stays_between_calls(runner):
 
 def test_functions_cannot_edit_the_row_for_each_other(path):
     item = items("edit")[0]
-    with RewardRunner([FunctionSpec(path, term="a"), FunctionSpec(path, term="b", weight=10.0)]) as runner:
+    with RewardRunner(
+        [FunctionSpec(path, term="a"), FunctionSpec(path, term="b", weight=10.0)]
+    ) as runner:
         result = runner.score(item)
     assert result.terms == {"a": 2.0, "b": 2.0} and result.score == 22.0
     assert item.extra_info == {"latent": {"num_spans": 1}}
@@ -147,7 +164,10 @@ def test_functions_cannot_edit_the_row_for_each_other(path):
 
 def test_asynchronous_functions_and_kwargs(path):
     with RewardRunner([FunctionSpec(path, "judge", kwargs={"scale": 3})]) as runner:
-        assert [r.terms for r in runner.score_many(items("ab", "abc"))] == [{"judge": 6.0}, {"judge": 9.0}]
+        assert [r.terms for r in runner.score_many(items("ab", "abc"))] == [
+            {"judge": 6.0},
+            {"judge": 9.0},
+        ]
 
 
 def test_several_processes_run_side_by_side_and_keep_order(path, tmp_path):
@@ -156,7 +176,9 @@ def test_several_processes_run_side_by_side_and_keep_order(path, tmp_path):
         results = runner.score_many(items(meet, "score 5", meet, "score 6", meet, "score 7"))
         assert [r.score for r in results] == [1, 5, 1, 6, 1, 7]
         with ThreadPoolExecutor(8) as pool:
-            scores = list(pool.map(lambda i: runner.score(items(f"score {i}")[0]).score, range(40)))
+            scores = list(
+                pool.map(lambda i: runner.score(items(f"score {i}")[0]).score, range(40))
+            )
         assert scores == list(range(40))
 
 
@@ -181,7 +203,9 @@ if {text!r} != "idle":
     process._send([Call(0, arguments)])
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    parent = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60)
+    parent = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60
+    )
     assert _gone(int(parent.stdout), within_s=10.0)
 
 
@@ -189,7 +213,12 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_rows_that_cannot_be_sent_are_an_error(runner, value):
     with pytest.raises(DataError, match="cannot be sent"):
         runner.score(
-            RewardItem("d", "score 1", "x", {"field": value} if callable(value) else {"f": (x for x in value)})
+            RewardItem(
+                "d",
+                "score 1",
+                "x",
+                {"field": value} if callable(value) else {"f": (x for x in value)},
+            )
         )
 
 
@@ -230,7 +259,9 @@ def _gone(pid, within_s=5.0):
             os.kill(pid, 0)
         except ProcessLookupError:
             return True
-        with open(f"/proc/{pid}/stat") as stat:  # a zombie whose parent has not fetched its exit code is gone, too
+        with open(
+            f"/proc/{pid}/stat"
+        ) as stat:  # a zombie whose parent has not fetched its exit code is gone, too
             if stat.read().rpartition(")")[2].split()[0] == "Z":
                 return True
         time.sleep(0.05)

@@ -1,4 +1,6 @@
-"""What a reward sees does not depend on token ids, on placeholder ids, or on which tokens are called special."""
+"""What a reward sees does not depend on token ids, on placeholder ids, or on which tokens are
+called special.
+"""
 
 import pytest
 import torch
@@ -26,7 +28,9 @@ START, LATENT, _, END, EOS, OPEN, CLOSE, SEVEN, LOOK = range(9)
 
 
 def tokenizer(special):
-    raw = Tokenizer(models.WordLevel({t: i for i, t in enumerate([*TOKENS, "[UNK]"])}, unk_token="[UNK]"))
+    raw = Tokenizer(
+        models.WordLevel({t: i for i, t in enumerate([*TOKENS, "[UNK]"])}, unk_token="[UNK]")
+    )
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]")
     made.add_special_tokens({"additional_special_tokens": special})
@@ -78,7 +82,9 @@ def test_rewards_do_not_depend_on_special_token_flags_or_placeholder_ids(special
 
 def test_delimiters_that_the_policy_writes_as_text_stay_text():
     seen = view(trajectory([(START, K.TEXT), (END, K.TEXT), *ANSWER, *STOP]), TOKENS[:5])
-    assert seen.solution_str.startswith("<|lvr_start|> <|lvr_end|>") and seen.latent["num_spans"] == 0
+    assert (
+        seen.solution_str.startswith("<|lvr_start|> <|lvr_end|>") and seen.latent["num_spans"] == 0
+    )
     assert format_reward.compute_score("x", seen.solution_str, "7", {"latent": seen.latent}) == 0.0
 
 
@@ -89,4 +95,8 @@ def test_only_a_closing_eos_is_dropped():
 
 def test_a_completion_of_latents_only():
     seen = view(trajectory(span()[:-1], "length"))
-    assert seen.solution_str == "" and seen.latent["span_offsets"] == [0] and seen.latent["num_forced_ends"] == 0
+    assert (
+        seen.solution_str == ""
+        and seen.latent["span_offsets"] == [0]
+        and seen.latent["num_forced_ends"] == 0
+    )

@@ -1,6 +1,8 @@
-"""Engine `hf` against a per-trajectory loop with a `DynamicCache` and against uncached forwards on hand-built embeddings.
+"""Engine `hf` against a per-trajectory loop with a `DynamicCache` and against uncached forwards on
+hand-built embeddings.
 
-Not covered here: exits other than `steps` (test_hf_spans.py) and truncated sampling (test_sampling.py).
+Not covered here: exits other than `steps` (test_hf_spans.py) and truncated sampling
+(test_sampling.py).
 """
 
 from functools import partial
@@ -22,7 +24,9 @@ def mixed_requests(c):
     """Prompts that differ in length, number of images and order; text only for text models."""
     if c.name in TEXT_NAMES:
         texts = ("read red ?", "read blue blue green ? ?", "?")
-        return [c.request(text, seeds=range(5 * idx, 5 * idx + 5)) for idx, text in enumerate(texts)]
+        return [
+            c.request(text, seeds=range(5 * idx, 5 * idx + 5)) for idx, text in enumerate(texts)
+        ]
     return [
         c.request("read red ?", c.images(1, seed=1), range(5)),
         c.request("read blue green ? ?", c.images(2, seed=2), range(5, 10), image_first=True),
@@ -34,7 +38,9 @@ def mixed_requests(c):
 def rollouts(c, visibility, temperature=TEMPERATURE, **engine_arguments):
     requests = mixed_requests(c)
     config = c.mechanism(visibility=visibility)
-    return requests, c.engine(config, **engine_arguments).generate(requests, sampling(16, temperature=temperature))
+    return requests, c.engine(config, **engine_arguments).generate(
+        requests, sampling(16, temperature=temperature)
+    )
 
 
 @pytest.mark.parametrize("visibility", ["full", "latents_only"])
@@ -56,10 +62,14 @@ def test_tokens_kinds_and_latents_equal_the_naive_loop(name, visibility):
             assert trajectory.token_ids.tolist() == naive["token_ids"]
             assert trajectory.kinds.tolist() == naive["kinds"]
             if naive["latents"]:
-                torch.testing.assert_close(trajectory.latents, torch.stack(naive["latents"]), rtol=0, atol=1e-4)
+                torch.testing.assert_close(
+                    trajectory.latents, torch.stack(naive["latents"]), rtol=0, atol=1e-4
+                )
             num_spans.append(len(trajectory.spans))
     assert sum(num_spans) >= 3, "this seed exercises too few spans"
-    kinds = torch.nn.utils.rnn.pad_sequence([t.kinds for group in groups for t in group], batch_first=True)
+    kinds = torch.nn.utils.rnn.pad_sequence(
+        [t.kinds for group in groups for t in group], batch_first=True
+    )
     modes = [(kinds == kind).any(0) for kind in (K.TEXT, K.LATENT)]
     assert (modes[0] & modes[1]).any(), "no step at which rows are in different modes"
 
@@ -67,17 +77,23 @@ def test_tokens_kinds_and_latents_equal_the_naive_loop(name, visibility):
 @pytest.mark.parametrize("visibility", ["full", "latents_only"])
 @pytest.mark.parametrize("name", ALL_NAMES)
 def test_log_probs_equal_an_uncached_forward(name, visibility):
-    """Invariant 1 at the rollout's side: each recorded log-prob is that of a plain forward over the whole sequence."""
+    """Invariant 1 at the rollout's side: each recorded log-prob is that of a plain forward over
+    the whole sequence.
+    """
     c, temperature = case(name), TEMPERATURE
     requests, groups = rollouts(c, visibility, temperature)
     for request, group in zip(requests, groups, strict=True):
         for trajectory in group[:3]:
-            expected = slow_reading.log_probs(c, trajectory, request.images, visibility, temperature)
+            expected = slow_reading.log_probs(
+                c, trajectory, request.images, visibility, temperature
+            )
             assert trajectory.rollout_log_probs.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_latents_matter_to_these_log_probs():
-    """Negative control of the two tests above: wrong latents move the uncached log-probs by far more than 1e-4."""
+    """Negative control of the two tests above: wrong latents move the uncached log-probs by far
+    more than 1e-4.
+    """
     c = case("qwen2_5_vl")
     requests, groups = rollouts(c, "full")
     gaps = []
@@ -90,7 +106,9 @@ def test_latents_matter_to_these_log_probs():
 
 
 def assert_same(first, second, atol):
-    assert torch.equal(first.token_ids, second.token_ids) and torch.equal(first.kinds, second.kinds)
+    assert torch.equal(first.token_ids, second.token_ids) and torch.equal(
+        first.kinds, second.kinds
+    )
     assert first.stop_reason == second.stop_reason
     for name in ("latents", "rollout_log_probs", "sampling_log_probs"):
         torch.testing.assert_close(getattr(first, name), getattr(second, name), rtol=0, atol=atol)
@@ -98,7 +116,9 @@ def assert_same(first, second, atol):
 
 @pytest.mark.parametrize("visibility", ["full", "latents_only"])
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3"])
-def test_prompts_of_different_lengths_are_prefilled_apart_and_decode_as_together(monkeypatch, name, visibility):
+def test_prompts_of_different_lengths_are_prefilled_apart_and_decode_as_together(
+    monkeypatch, name, visibility
+):
     """A bucket a length, in another order than the requests', against one padded prefill of all."""
     c, shapes = case(name), []
     _, together = rollouts(c, visibility)
@@ -108,7 +128,9 @@ def test_prompts_of_different_lengths_are_prefilled_apart_and_decode_as_together
     engine = c.engine(c.mechanism(visibility=visibility))
     inner = engine.adapter.forward_hidden
     monkeypatch.setattr(
-        engine.adapter, "forward_hidden", lambda ids, *args: shapes.append(ids.shape) or inner(ids, *args)
+        engine.adapter,
+        "forward_hidden",
+        lambda ids, *args: shapes.append(ids.shape) or inner(ids, *args),
     )
     apart = engine.generate(requests, sampling(16, temperature=TEMPERATURE))
     lengths = sorted({len(request.prompt_ids) for request in requests}, reverse=True)
@@ -121,16 +143,25 @@ def test_prompts_of_different_lengths_are_prefilled_apart_and_decode_as_together
 
 @pytest.mark.parametrize("visibility", ["full", "latents_only"])
 def test_batch_composition_order_and_compaction_change_nothing(visibility):
-    """Rows end at steps 1 to 24, so that stopped rows are dropped several times; each row alone gives the same."""
+    """Rows end at steps 1 to 24, so that stopped rows are dropped several times; each row alone
+    gives the same.
+    """
     c = case("qwen2_5_vl")
     requests = mixed_requests(c)
-    engine, params = c.engine(c.mechanism(visibility=visibility)), sampling(24, temperature=TEMPERATURE)
+    engine, params = (
+        c.engine(c.mechanism(visibility=visibility)),
+        sampling(24, temperature=TEMPERATURE),
+    )
     together = engine.generate(requests, params)
     lengths = {len(t.token_ids) for group in together for t in group}
     assert min(lengths) <= 3 and max(lengths) == 24, lengths
     reversed_order = engine.generate(requests[::-1], params)[::-1]
-    in_chunks = c.engine(c.mechanism(visibility=visibility), max_batch_rows=7).generate(requests, params)
-    for request, group, other, chunked in zip(requests, together, reversed_order, in_chunks, strict=True):
+    in_chunks = c.engine(c.mechanism(visibility=visibility), max_batch_rows=7).generate(
+        requests, params
+    )
+    for request, group, other, chunked in zip(
+        requests, together, reversed_order, in_chunks, strict=True
+    ):
         for idx, seed in enumerate(request.seeds):
             alone_request = c.request(seeds=[seed])
             object.__setattr__(alone_request, "prompt_ids", request.prompt_ids)
@@ -176,7 +207,9 @@ def test_eager_attention_gives_the_same():
 def test_vision_runs_once_an_image_and_the_prompt_once_a_group():
     c, seen = case("qwen2_5_vl"), []
     handles = [
-        c.model.model.visual.register_forward_pre_hook(lambda m, args, kwargs: seen.append("vision"), with_kwargs=True),
+        c.model.model.visual.register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append("vision"), with_kwargs=True
+        ),
         c.model.model.register_forward_pre_hook(
             lambda m, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
         ),
@@ -211,14 +244,21 @@ def test_start_with_id_zero():
     assert {len(t.token_ids) for t in group} > {12} and sum(len(t.spans) for t in group) > 4
     for seed in range(24):
         ids = [c.token_id(token) for token in sampled]
-        naive = slow_reading.rollout(c, config, request, seed, sampling(12, temperature=TEMPERATURE), ids)
-        assert group[seed].token_ids.tolist() == naive["token_ids"] and group[seed].kinds.tolist() == naive["kinds"]
+        naive = slow_reading.rollout(
+            c, config, request, seed, sampling(12, temperature=TEMPERATURE), ids
+        )
+        assert (
+            group[seed].token_ids.tolist() == naive["token_ids"]
+            and group[seed].kinds.tolist() == naive["kinds"]
+        )
 
 
 @pytest.mark.parametrize("pack_linears", [True, False])
-def test_prefill_and_decoding_use_the_attention_and_linears_meant_for_them(monkeypatch, pack_linears):
-    """Folded attention has no mask of its own making, so the prefill must not run in it; decoding should. Linears
-    are packed in both, and the model's own again afterwards."""
+def test_prefill_and_decoding_use_the_attention_and_linears_meant_for_them(
+    monkeypatch, pack_linears
+):
+    """Folded attention has no mask of its own making, so the prefill must not run in it; decoding
+    should. Linears are packed in both, and the model's own again afterwards."""
     c, seen = case("qwen2_5_vl"), {}
     engine = c.engine(pack_linears=pack_linears)
     layer = engine.adapter.decoder.layers[0].mlp.up_proj
@@ -228,7 +268,9 @@ def test_prefill_and_decoding_use_the_attention_and_linears_meant_for_them(monke
         return inner(*args)
 
     for name in ("forward_hidden", "decode_hidden"):
-        monkeypatch.setattr(engine.adapter, name, partial(observed, name, getattr(engine.adapter, name)))
+        monkeypatch.setattr(
+            engine.adapter, name, partial(observed, name, getattr(engine.adapter, name))
+        )
     engine.generate([c.request(images=c.images(1))], sampling(3))
     packed = pack_linears and packs(layer.weight)
     assert seen == {"forward_hidden": ("sdpa", packed), "decode_hidden": (FOLDED_SDPA, packed)}
@@ -247,7 +289,9 @@ def test_packed_linears_move_log_probs_by_rounding_only(name):
 
 
 def test_trajectories_are_ordinary_tensors():
-    """Training differentiates through what a rollout recorded, so nothing of inference mode may leave the engine."""
+    """Training differentiates through what a rollout recorded, so nothing of inference mode may
+    leave the engine.
+    """
     c = case("qwen2_5_vl")
     trajectory = next(t for t in rollouts(c, "full")[1][0] if t.spans)
     for value in vars(trajectory).values():

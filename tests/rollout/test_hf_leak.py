@@ -1,7 +1,9 @@
-"""The leak test of `latent.visibility=latents_only`: swap the image under recorded latents, and nothing after may move.
+"""The leak test of `latent.visibility=latents_only`: swap the image under recorded latents, and
+nothing after may move.
 
-With one latent a span the channel is closed exactly (0.0, not "small"); `full`, and two latents a span, are the negative
-controls. Both sides are covered: the engine (recorded latents given back as `latent_override`) and replay.
+With one latent a span the channel is closed exactly (0.0, not "small"); `full`, and two latents a
+span, are the negative controls. Both sides are covered: the engine (recorded latents given back as
+`latent_override`) and replay.
 """
 
 from dataclasses import replace
@@ -30,9 +32,13 @@ def recorded(c, visibility, steps, image_first):
 
 
 def change_after_swap(c, visibility, steps, image_first) -> tuple[float, float]:
-    """Largest change of a post-span text log-prob, and of any other action's, by the swap of the image in replay."""
+    """Largest change of a post-span text log-prob, and of any other action's, by the swap of the
+    image in replay.
+    """
     request, trajectories = recorded(c, visibility, steps, image_first)
-    batch = collate(trajectories, [request.images] * len(trajectories), c.adapter, visibility, "both")
+    batch = collate(
+        trajectories, [request.images] * len(trajectories), c.adapter, visibility, "both"
+    )
     other = ImageInputs.concat([c.images(1, seed=2)] * len(trajectories))
     with torch.no_grad():
         before, _ = replay(c.adapter, batch)
@@ -69,19 +75,30 @@ def test_own_latents_depend_on_the_image():
     """Else the tests above would pass on a model that is blind altogether."""
     c = case("qwen2_5_vl")
     engine = c.engine(c.mechanism(visibility="latents_only", steps=1))
-    groups = engine.generate([c.request(images=c.images(1, seed=s), seeds=range(8)) for s in (1, 2)], sampling(8))
-    pairs = [(a, b) for a, b in zip(*groups, strict=True) if a.spans and b.spans and a.spans[0] == b.spans[0]]
+    groups = engine.generate(
+        [c.request(images=c.images(1, seed=s), seeds=range(8)) for s in (1, 2)], sampling(8)
+    )
+    pairs = [
+        (a, b)
+        for a, b in zip(*groups, strict=True)
+        if a.spans and b.spans and a.spans[0] == b.spans[0]
+    ]
     assert pairs and all((a.latents[0] - b.latents[0]).abs().max() > 0.05 for a, b in pairs)
 
 
 @pytest.mark.parametrize(("visibility", "exact"), [("latents_only", True), ("full", False)])
 def test_engine_with_given_latents_sees_the_image_only_with_full(visibility, exact):
-    """The engine's own mask (a second reading of the rule, step by step): two images, the same given latents."""
+    """The engine's own mask (a second reading of the rule, step by step): two images, the same
+    given latents.
+    """
     c = case("qwen2_5_vl")
     table = torch.randn(12, 32, generator=torch.Generator().manual_seed(1))
     engine = c.engine(c.mechanism(visibility=visibility, steps=1))
     requests = [
-        c.request(images=c.images(1, seed=s), seeds=range(16), latent_override=LatentOverride(table)) for s in (1, 2)
+        c.request(
+            images=c.images(1, seed=s), seeds=range(16), latent_override=LatentOverride(table)
+        )
+        for s in (1, 2)
     ]
     first, second = engine.generate(requests, sampling(12))
     same = [torch.equal(a.token_ids, b.token_ids) for a, b in zip(first, second, strict=True)]

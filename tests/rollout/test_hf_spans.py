@@ -1,6 +1,8 @@
-"""Invariant 9: exactly N latents, forced end, re-entry, cap, max_new_tokens inside a span, EOS ignored in a span; exits.
+"""Invariant 9: exactly N latents, forced end, re-entry, cap, max_new_tokens inside a span, EOS
+ignored in a span; exits.
 
-The language-model head is scripted: it prefers one token a call, so that each case is a hand-written table of kinds.
+The language-model head is scripted: it prefers one token a call, so that each case is a
+hand-written table of kinds.
 """
 
 from contextlib import contextmanager
@@ -21,7 +23,9 @@ T, S, Z, F = int(K.TEXT), int(K.START), int(K.LATENT), int(K.FORCED)
 
 @contextmanager
 def script(c, tokens):
-    """Call n of the language-model head gives `tokens[n]` the largest logit (the last one for later calls), "7" the next."""
+    """Call n of the language-model head gives `tokens[n]` the largest logit (the last one for
+    later calls), "7" the next.
+    """
     calls = iter(tokens)
     state = {"now": None, "num_calls": 0}
 
@@ -42,7 +46,9 @@ def script(c, tokens):
 
 def run(c, config, tokens, max_new_tokens=12, **request):
     with script(c, tokens) as state:
-        trajectory = c.engine(config).generate([c.request(**request)], sampling(max_new_tokens, temperature=0))[0][0]
+        trajectory = c.engine(config).generate(
+            [c.request(**request)], sampling(max_new_tokens, temperature=0)
+        )[0][0]
     return trajectory, state["num_calls"]
 
 
@@ -60,7 +66,9 @@ def run(c, config, tokens, max_new_tokens=12, **request):
     ],
 )
 def test_exit_steps(tokens, kinds, stop_reason):
-    """The scripted head is not even asked inside a span, so `[START, EOS]` also says that EOS cannot stop one."""
+    """The scripted head is not even asked inside a span, so `[START, EOS]` also says that EOS
+    cannot stop one.
+    """
     trajectory, num_calls = run(case("qwen2"), case("qwen2").mechanism(steps=2), tokens)
     assert trajectory.kinds.tolist() == kinds and trajectory.stop_reason == stop_reason
     assert num_calls == sum(kind in (T, S) for kind in kinds)
@@ -68,15 +76,26 @@ def test_exit_steps(tokens, kinds, stop_reason):
     ids = {S: c.token_id(START), F: c.token_id(END), Z: c.token_id("<|lvr|>")}
     for token_id, kind in zip(trajectory.token_ids.tolist(), kinds, strict=True):
         assert kind == T or token_id == ids[kind]
-    assert trajectory.num_forced_ends == kinds.count(F) and len(trajectory.latents) == kinds.count(Z)
+    assert trajectory.num_forced_ends == kinds.count(F) and len(trajectory.latents) == kinds.count(
+        Z
+    )
 
 
 @pytest.mark.parametrize(
     ("max_new_tokens", "kinds"),
-    [(1, [S]), (2, [S, Z]), (3, [S, Z, Z]), (4, [S, Z, Z, Z]), (5, [S, Z, Z, Z, F]), (6, [S, Z, Z, Z, F, T])],
+    [
+        (1, [S]),
+        (2, [S, Z]),
+        (3, [S, Z, Z]),
+        (4, [S, Z, Z, Z]),
+        (5, [S, Z, Z, Z, F]),
+        (6, [S, Z, Z, Z, F, T]),
+    ],
 )
 def test_max_new_tokens_cuts_anywhere(max_new_tokens, kinds):
-    trajectory, _ = run(case("qwen2"), case("qwen2").mechanism(steps=3), [START, SEVEN], max_new_tokens)
+    trajectory, _ = run(
+        case("qwen2"), case("qwen2").mechanism(steps=3), [START, SEVEN], max_new_tokens
+    )
     assert trajectory.kinds.tolist() == kinds and trajectory.stop_reason == "length"
     assert trajectory.latents.shape == (kinds.count(Z), 32)
 
@@ -88,7 +107,11 @@ def test_steps_of_a_request_override_the_checkpoints():
             [c.request(steps=4), c.request(), c.request(steps=1)], sampling(8, temperature=0)
         )
     # the scripted calls are the batch's: the one-step row samples EOS first, at call 1
-    assert [group[0].spans for group in groups] == [[LatentSpan(1, 4)], [LatentSpan(1, 2)], [LatentSpan(1, 1)]]
+    assert [group[0].spans for group in groups] == [
+        [LatentSpan(1, 4)],
+        [LatentSpan(1, 2)],
+        [LatentSpan(1, 1)],
+    ]
     assert {group[0].stop_reason for group in groups} == {"eos"}
 
 
@@ -102,7 +125,9 @@ def test_max_spans_caps_what_can_be_sampled(max_spans, num_spans):
 
 
 def test_sampled_rows_open_and_close_every_span_by_the_rule():
-    """Many sampled rows: after a start exactly N latents, then the forced end; nothing else is FORCED or LATENT."""
+    """Many sampled rows: after a start exactly N latents, then the forced end; nothing else is
+    FORCED or LATENT.
+    """
     c = case("qwen2_5_vl")
     engine = c.engine(c.mechanism(steps=3, max_spans=2))
     group = engine.generate([c.request(images=c.images(1), seeds=range(64))], sampling(20))[0]
@@ -116,7 +141,9 @@ def test_sampled_rows_open_and_close_every_span_by_the_rule():
                 completed += len(whole) == 4
         assert kinds.count(S) == len(trajectory.spans) + (kinds[-1] == S) <= 2
         assert kinds.count(Z) <= 3 * kinds.count(S) and kinds.count(F) <= kinds.count(S)
-        assert (trajectory.stop_reason == "eos") == (trajectory.token_ids[-1] == c.eos_id and kinds[-1] == T)
+        assert (trajectory.stop_reason == "eos") == (
+            trajectory.token_ids[-1] == c.eos_id and kinds[-1] == T
+        )
         assert c.eos_id not in trajectory.token_ids[:-1]
     assert completed > 60
 
@@ -124,7 +151,8 @@ def test_sampled_rows_open_and_close_every_span_by_the_rule():
 @pytest.mark.parametrize(
     ("tokens", "kinds"),
     [
-        # calls are one a position here: exit end_token reads the logits at each; [0] samples, [1] is at `start`
+        # calls are one a position here: exit end_token reads the logits at each; [0] samples, [1]
+        # is at `start`
         ([START, END, END, EOS], [S, Z, F, T]),
         ([START, SEVEN, SEVEN, END, EOS], [S, Z, Z, F, T]),
         ([START, EOS, EOS, EOS, EOS], [S, Z, Z, Z, F, T]),
@@ -132,8 +160,12 @@ def test_sampled_rows_open_and_close_every_span_by_the_rule():
     ],
 )
 def test_exit_end_token(tokens, kinds):
-    """Leaves when the arg-max at a latent position is `end`, at least one latent, at most `steps`; EOS does nothing."""
-    trajectory, num_calls = run(case("qwen2"), case("qwen2").mechanism(steps=3, exit="end_token"), tokens)
+    """Leaves when the arg-max at a latent position is `end`, at least one latent, at most `steps`;
+    EOS does nothing.
+    """
+    trajectory, num_calls = run(
+        case("qwen2"), case("qwen2").mechanism(steps=3, exit="end_token"), tokens
+    )
     assert trajectory.kinds.tolist() == kinds and trajectory.stop_reason == "eos"
     assert num_calls == len(kinds)
 
@@ -145,7 +177,9 @@ def free_latents(c, num_steps):
 
 @pytest.mark.parametrize("target", [0, 2, 4])
 def test_exit_latent_end_stops_at_the_hand_set_vector(target):
-    """The end vector is put at latent `target` of a free-running span: that latent is the last one."""
+    """The end vector is put at latent `target` of a free-running span: that latent is the last
+    one.
+    """
     c, num_steps = build_case("qwen2"), 5
     latents = free_latents(c, num_steps)
     setattr(c.model, END_VECTOR_ATTRIBUTE, torch.nn.Parameter(latents[target].clone()))
@@ -173,9 +207,14 @@ def test_exit_latent_end_is_capped_and_threshold_is_a_mean_square():
 def test_latent_override_enters_at_its_positions_and_is_recorded():
     c = case("qwen2")
     table = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    given, _ = run(c, c.mechanism(steps=2), [START, START, EOS], latent_override=LatentOverride(table))
-    assert given.spans == [LatentSpan(1, 2), LatentSpan(5, 2)] and torch.equal(given.latents, table)
-    # unscripted: the recorded log-probs are those of a plain forward that reads the table's vectors
+    given, _ = run(
+        c, c.mechanism(steps=2), [START, START, EOS], latent_override=LatentOverride(table)
+    )
+    assert given.spans == [LatentSpan(1, 2), LatentSpan(5, 2)] and torch.equal(
+        given.latents, table
+    )
+    # unscripted: the recorded log-probs are those of a plain forward that reads the table's
+    # vectors
     request = c.request(seeds=[4], latent_override=LatentOverride(table))
     sampled = c.engine(c.mechanism(steps=2)).generate([request], sampling(10))[0][0]
     assert len(sampled.latents) >= 2 and torch.equal(sampled.latents[:2], table[:2])
@@ -186,12 +225,17 @@ def test_latent_override_enters_at_its_positions_and_is_recorded():
 def test_latent_override_of_one_request_leaves_the_others():
     c = case("qwen2")
     table = torch.zeros(12, 32)
-    requests = [c.request(seeds=range(4)), c.request("? ?", seeds=range(4, 8), latent_override=LatentOverride(table))]
+    requests = [
+        c.request(seeds=range(4)),
+        c.request("? ?", seeds=range(4, 8), latent_override=LatentOverride(table)),
+    ]
     plain, overridden = c.engine().generate(requests, sampling(12))
     alone = c.engine().generate(requests[:1], sampling(12))[0]
     for a, b in zip(plain, alone, strict=True):
         torch.testing.assert_close(a.latents, b.latents, rtol=0, atol=1e-5)
-    assert sum(len(t.latents) for t in overridden) > 4 and all((t.latents == 0).all() for t in overridden)
+    assert sum(len(t.latents) for t in overridden) > 4 and all(
+        (t.latents == 0).all() for t in overridden
+    )
 
 
 def test_latent_override_of_one_span_leaves_the_others_to_the_model():
@@ -199,12 +243,29 @@ def test_latent_override_of_one_span_leaves_the_others_to_the_model():
     c = case("qwen2")
     table = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     own, _ = run(c, c.mechanism(steps=2), [START, START, EOS])
-    given, _ = run(c, c.mechanism(steps=2), [START, START, EOS], latent_override=LatentOverride(table, "span1"))
-    assert torch.equal(given.latents[:2], own.latents[:2]) and torch.equal(given.latents[2:], table[:2])
-    given, _ = run(c, c.mechanism(steps=4), [START, START, EOS], latent_override=LatentOverride(table, "span0"))
+    given, _ = run(
+        c,
+        c.mechanism(steps=2),
+        [START, START, EOS],
+        latent_override=LatentOverride(table, "span1"),
+    )
+    assert torch.equal(given.latents[:2], own.latents[:2]) and torch.equal(
+        given.latents[2:], table[:2]
+    )
+    given, _ = run(
+        c,
+        c.mechanism(steps=4),
+        [START, START, EOS],
+        latent_override=LatentOverride(table, "span0"),
+    )
     assert torch.equal(given.latents[:4], table[[0, 1, 2, 0]]), "number i mod 3"
     assert float((given.latents[4:] - table[[1, 2, 0, 1]]).abs().min()) > 0
-    again, _ = run(c, c.mechanism(steps=2), [START, START, EOS], latent_override=LatentOverride(table, "vision"))
+    again, _ = run(
+        c,
+        c.mechanism(steps=2),
+        [START, START, EOS],
+        latent_override=LatentOverride(table, "vision"),
+    )
     assert torch.equal(again.latents, own.latents), "no image embeddings among a span's latents"
 
 
@@ -220,7 +281,9 @@ def test_no_steps_leaves_the_delimiters_and_no_spans_forces_text():
 
 
 def test_blind_after_span_hides_the_image_from_what_follows():
-    """Recorded log-probs against a plain forward whose mask is drawn by hand: text before the span still sees the image."""
+    """Recorded log-probs against a plain forward whose mask is drawn by hand: text before the span
+    still sees the image.
+    """
     c = case("qwen2_5_vl")
     request = c.request(images=c.images(1), seeds=range(24), blind_after_span=True)
     group = c.engine(c.mechanism(steps=2)).generate([request], sampling(10))[0]

@@ -1,4 +1,6 @@
-"""ILVR end to end in the core: an official folder's config, interleaved spans of its own length, rollout = replay."""
+"""ILVR end to end in the core: an official folder's config, interleaved spans of its own length,
+rollout = replay.
+"""
 
 import dataclasses
 import functools
@@ -26,9 +28,13 @@ STEPS = 4
 
 @functools.cache
 def ilvr_case(name):
-    """`latent_cases`' reactive model under ILVR's tokens; `end` is likely enough to stop some spans early."""
+    """`latent_cases`' reactive model under ILVR's tokens; `end` is likely enough to stop some
+    spans early.
+    """
     source = build_case(name)
-    model, tokenizer, processor = getattr(tiny, f"tiny_{name}")(WORDS, latent_tokens=(*ILVR_TOKENS, "<|unused|>"))
+    model, tokenizer, processor = getattr(tiny, f"tiny_{name}")(
+        WORDS, latent_tokens=(*ILVR_TOKENS, "<|unused|>")
+    )
     assert len(tokenizer) == len(source.tokenizer)
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
     model.load_state_dict(source.model.state_dict())
@@ -49,12 +55,16 @@ def mechanism_of(c, **changes):
 def recorded(name):
     c = ilvr_case(name)
     config = mechanism_of(c)
-    banned = set(range(len(c.tokenizer))) - {c.token_id(token) for token in (START, "3", "7", "<|im_end|>")}
+    banned = set(range(len(c.tokenizer))) - {
+        c.token_id(token) for token in (START, "3", "7", "<|im_end|>")
+    }
     engine = HFRolloutEngine(c.model, config, [c.eos_id], banned)
     images = [c.images(1, seed=1), c.images(2, seed=2), None] if c.processor else [None] * 3
     requests = [
         c.request(text, image, range(8 * idx, 8 * idx + 8))
-        for idx, (text, image) in enumerate(zip(("read red ?", "? ?", "blue"), images, strict=True))
+        for idx, (text, image) in enumerate(
+            zip(("read red ?", "? ?", "blue"), images, strict=True)
+        )
     ]
     groups = engine.generate(requests, sampling(24))
     return (
@@ -76,10 +86,14 @@ def test_spans_repeat_between_texts_and_end_at_the_cap_or_before(name):
             after = span.start + span.length
             assert t.kinds[span.start - 1] == K.START
             if after < len(t.kinds):
-                assert t.kinds[after] == K.FORCED and t.token_ids[after] == ilvr_case(name).token_id(END)
+                assert t.kinds[after] == K.FORCED and t.token_ids[after] == ilvr_case(
+                    name
+                ).token_id(END)
     # an end, a word, and another span
     assert any(
-        torch.equal(t.kinds[i : i + 2], torch.tensor([K.FORCED, K.TEXT])) for t in trajectories for i in range(20)
+        torch.equal(t.kinds[i : i + 2], torch.tensor([K.FORCED, K.TEXT]))
+        for t in trajectories
+        for i in range(20)
     )
     assert min(len(t.spans) for t in trajectories) == 0
 
@@ -94,7 +108,9 @@ def test_rollout_equals_replay_and_recompute(name):
     for row, t in enumerate(trajectories):
         values = log_probs_BT[row][batch.valid_BT[row]][len(t.prompt_ids) :]
         torch.testing.assert_close(values, t.rollout_log_probs, rtol=0, atol=1e-4)
-    torch.testing.assert_close(recompute_latents(c.adapter, batch), batch.latents_NH, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        recompute_latents(c.adapter, batch), batch.latents_NH, rtol=0, atol=1e-4
+    )
 
 
 def test_a_row_does_not_depend_on_its_batch():
@@ -102,7 +118,9 @@ def test_a_row_does_not_depend_on_its_batch():
     trajectories, _, requests, engine = recorded("qwen2_5_vl")
     alone = engine.generate([dataclasses.replace(requests[1], seeds=[11])], sampling(24))[0][0]
     together = trajectories[11]
-    assert torch.equal(alone.token_ids, together.token_ids) and torch.equal(alone.kinds, together.kinds)
+    assert torch.equal(alone.token_ids, together.token_ids) and torch.equal(
+        alone.kinds, together.kinds
+    )
     torch.testing.assert_close(alone.latents, together.latents, rtol=0, atol=1e-4)
 
 

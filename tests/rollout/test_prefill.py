@@ -21,7 +21,10 @@ def test_prompts_together_are_each_alone(visibility, min_positions, monkeypatch)
         c.request("read red ?", c.images(1, seed=1)),
         c.request("? ? ?"),
     ]
-    prompts, images = [request.prompt_ids for request in requests], [request.images for request in requests]
+    prompts, images = (
+        [request.prompt_ids for request in requests],
+        [request.images for request in requests],
+    )
     lengths = [len(ids) for ids in prompts]
     assert len(module.length_buckets(lengths)) == (4 if min_positions == 1 else 1)
     together = prefill_prompts(prompts, images, c.adapter, visibility)
@@ -33,5 +36,9 @@ def test_prompts_together_are_each_alone(visibility, min_positions, monkeypatch)
         assert together.next_position_B[row] == counted[0, 0, -1] == alone.next_position_B[0]
         torch.testing.assert_close(together.hidden_BH[row], alone.hidden_BH[0], rtol=0, atol=1e-4)
         for layer, own in zip(together.cache.layers, alone.cache.layers, strict=True):
-            torch.testing.assert_close(layer.keys[row, :, -length:], own.keys[0], rtol=0, atol=1e-4)
-            torch.testing.assert_close(layer.values[row, :, -length:], own.values[0], rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                layer.keys[row, :, -length:], own.keys[0], rtol=0, atol=1e-4
+            )
+            torch.testing.assert_close(
+                layer.values[row, :, -length:], own.values[0], rtol=0, atol=1e-4
+            )

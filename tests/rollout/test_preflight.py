@@ -1,4 +1,6 @@
-"""Preflight: what a good checkpoint reports, and malformed ones, each refused by name; folders are only read."""
+"""Preflight: what a good checkpoint reports, and malformed ones, each refused by name; folders are
+only read.
+"""
 
 import hashlib
 import json
@@ -18,12 +20,18 @@ from grpo_latent.rollout.preflight import PreflightPrompt, preflight
 from grpo_latent.rollout.protocol import SamplingParams
 
 MESSAGE = {"role": "user", "content": [{"type": "text", "text": "read red ?"}, {"type": "image"}]}
-PROMPTS = [PreflightPrompt([MESSAGE], [Image.new("RGB", (28, 28), color)], color) for color in ("red", "blue")]
+PROMPTS = [
+    PreflightPrompt([MESSAGE], [Image.new("RGB", (28, 28), color)], color)
+    for color in ("red", "blue")
+]
 SAMPLING = SamplingParams(max_new_tokens=8)
 
 
 def digests(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+    }
 
 
 def write_checkpoint(folder, start_logit):
@@ -35,10 +43,16 @@ def write_checkpoint(folder, start_logit):
     with torch.no_grad():
         hidden = []
         for item in PROMPTS:
-            prompt = encode_prompt(case.tokenizer, case.processor, item.messages, item.images, item.where)
+            prompt = encode_prompt(
+                case.tokenizer, case.processor, item.messages, item.images, item.where
+            )
             valid = torch.ones(1, len(prompt.ids), dtype=torch.bool)
             positions = case.adapter.position_ids(prompt.ids[None], valid, prompt.images)
-            hidden.append(case.adapter.forward_hidden(prompt.ids[None], valid.long(), positions, prompt.images)[0, -1])
+            hidden.append(
+                case.adapter.forward_hidden(
+                    prompt.ids[None], valid.long(), positions, prompt.images
+                )[0, -1]
+            )
         mean = torch.stack(hidden).mean(0)
         case.model.lm_head.weight[config.start_id] = start_logit * mean / mean.square().sum()
     save_latent_model(folder, case.model, case.tokenizer, case.processor, config)
@@ -55,8 +69,16 @@ def good(tmp_path_factory):
 
 def test_a_good_checkpoint(good):
     report = preflight(good, PROMPTS, min_emission_rate=0.9, sampling=SAMPLING)
-    assert report.layout == "grpo_latent" and report.head == "mlp" and report.model_type == "qwen2_5_vl"
-    assert report.emission_rate == 1.0 and report.num_trajectories == 8 and report.num_latent_steps >= 3
+    assert (
+        report.layout == "grpo_latent"
+        and report.head == "mlp"
+        and report.model_type == "qwen2_5_vl"
+    )
+    assert (
+        report.emission_rate == 1.0
+        and report.num_trajectories == 8
+        and report.num_latent_steps >= 3
+    )
     assert set(report.tokens) == {"<|lvr_start|>", "<|lvr|>", "<|lvr_end|>"}
     assert "100% of 8 trajectories" in report.summary()
     assert preflight(good, PROMPTS, sampling=SAMPLING) == report, "the same each time"
@@ -80,7 +102,9 @@ def test_official_layout(good, tmp_path):
     latent = json.loads((tmp_path / "official" / LATENT_CONFIG_FILE).read_text())
     remove(LATENT_CONFIG_FILE)(tmp_path / "official")
     ids = {"lvr_start_id": "start_id", "lvr_id": "latent_id", "lvr_end_id": "end_id"}
-    edit("config.json", lvr_head=True, **{name: latent[key] for name, key in ids.items()})(tmp_path / "official")
+    edit("config.json", lvr_head=True, **{name: latent[key] for name, key in ids.items()})(
+        tmp_path / "official"
+    )
     before = digests(tmp_path / "official")
     report = preflight(tmp_path / "official", PROMPTS, min_emission_rate=0.9, sampling=SAMPLING)
     assert report.layout == "official_lvr" and report.head == "mlp"
@@ -111,7 +135,9 @@ def write(name, text):
 def drop_weight(prefix):
     def change(folder):
         path = folder / "model.safetensors"
-        tensors = {name: tensor for name, tensor in load_file(path).items() if not name.startswith(prefix)}
+        tensors = {
+            name: tensor for name, tensor in load_file(path).items() if not name.startswith(prefix)
+        }
         save_file(tensors, path, metadata={"format": "pt"})
 
     return change
@@ -128,7 +154,9 @@ def drop_token(folder):
     """The start token leaves the tokenizer: neither in the vocabulary nor among the added tokens."""
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
-    content["added_tokens"] = [item for item in content["added_tokens"] if item["content"] != "<|lvr_start|>"]
+    content["added_tokens"] = [
+        item for item in content["added_tokens"] if item["content"] != "<|lvr_start|>"
+    ]
     content["model"]["vocab"]["<|gone|>"] = content["model"]["vocab"].pop("<|lvr_start|>")
     path.write_text(json.dumps(content))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -140,8 +168,13 @@ def plain_token(folder):
     """The start token stays in the vocabulary, but text is no longer split at it."""
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
-    content["added_tokens"] = [item for item in content["added_tokens"] if item["content"] != "<|lvr_start|>"]
-    content["model"]["type"], content["pre_tokenizer"] = "WordLevel", {"type": "CharDelimiterSplit", "delimiter": "|"}
+    content["added_tokens"] = [
+        item for item in content["added_tokens"] if item["content"] != "<|lvr_start|>"
+    ]
+    content["model"]["type"], content["pre_tokenizer"] = (
+        "WordLevel",
+        {"type": "CharDelimiterSplit", "delimiter": "|"},
+    )
     path.write_text(json.dumps(content))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     text = json.dumps(settings).replace('"<|lvr_start|>", ', "").replace(', "<|lvr_start|>"', "")
@@ -163,7 +196,11 @@ def plain_token(folder):
         (remove("config.json"), CheckpointError, "config.json"),
         (drop_weight("lvr_head."), CheckpointError, "latent head are missing"),
         (drop_weight("model.layers.0."), CheckpointError, "do not match the architecture"),
-        (edit("generation_config.json", eos_token_id=[2, 8]), CheckpointError, "ends the sequence"),
+        (
+            edit("generation_config.json", eos_token_id=[2, 8]),
+            CheckpointError,
+            "ends the sequence",
+        ),
         (nan_weight, PreflightError, "not finite"),
     ],
     ids=lambda value: value.__name__ if callable(value) and not isinstance(value, type) else None,

@@ -1,4 +1,6 @@
-"""Sampling against brute force, its statistics, and its independence of everything but seed and position."""
+"""Sampling against brute force, its statistics, and its independence of everything but seed and
+position.
+"""
 
 import math
 
@@ -7,7 +9,13 @@ import pytest
 import slow_reading
 import torch
 
-from grpo_latent.rollout.sampling import latent_uniforms, sample, trajectory_seed, truncate, uniforms
+from grpo_latent.rollout.sampling import (
+    latent_uniforms,
+    sample,
+    trajectory_seed,
+    truncate,
+    uniforms,
+)
 
 LOGITS = torch.tensor([[1.0, -0.5, 2.0, 0.3, -3.0, 1.0001, 0.0]])
 
@@ -17,12 +25,16 @@ def draws(num_draws, position=0, first_seed=0):
 
 
 def test_latents_draw_from_a_stream_of_their_own():
-    """No number of one latent comes back at another position, at another seed, or at a text position."""
+    """No number of one latent comes back at another position, at another seed, or at a text
+    position.
+    """
     seeds = np.arange(3, dtype=np.uint64)
     latents = [latent_uniforms(seeds, position, 5) for position in range(4)]
     texts = [uniforms(seeds, position) for position in range(64)]
     numbers = torch.cat([*(values.flatten() for values in latents), *texts])
-    assert len(numbers.unique()) == 4 * 3 * 5 + 64 * 3 and bool(((numbers > 0) & (numbers < 1)).all())
+    assert len(numbers.unique()) == 4 * 3 * 5 + 64 * 3 and bool(
+        ((numbers > 0) & (numbers < 1)).all()
+    )
     assert torch.equal(latent_uniforms(seeds[1:2], 2, 5), latents[2][1:2])
 
 
@@ -35,12 +47,21 @@ def chi_square(counts, probs):
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "degrees", "critical"),
-    [(1.0, -1, 1.0, 6, 22.46), (0.7, 3, 1.0, 2, 13.82), (1.5, -1, 0.8, 3, 16.27), (1.0, 4, 0.9, 2, 13.82)],
+    [
+        (1.0, -1, 1.0, 6, 22.46),
+        (0.7, 3, 1.0, 2, 13.82),
+        (1.5, -1, 0.8, 3, 16.27),
+        (1.0, 4, 0.9, 2, 13.82),
+    ],
 )
 def test_frequencies_are_the_distribution(temperature, top_k, top_p, degrees, critical):
-    """Chi-square at p = 0.001 on 200 000 draws from consecutive seeds, the worst case for a counter-based hash."""
+    """Chi-square at p = 0.001 on 200 000 draws from consecutive seeds, the worst case for a
+    counter-based hash.
+    """
     num_draws, logits = 200_000, LOGITS[0].tolist()
-    tokens, full, drawn = sample(LOGITS.expand(num_draws, -1), draws(num_draws), temperature, top_k, top_p)
+    tokens, full, drawn = sample(
+        LOGITS.expand(num_draws, -1), draws(num_draws), temperature, top_k, top_p
+    )
     by_weight = sorted(range(7), key=lambda i: -logits[i])[: top_k if top_k > 0 else 7]
     weights = {i: math.exp(logits[i] / temperature) for i in by_weight}
     nucleus, mass = [], 0.0
@@ -48,7 +69,9 @@ def test_frequencies_are_the_distribution(temperature, top_k, top_p, degrees, cr
         if mass < top_p:
             nucleus.append(i)
             mass += weights[i] / sum(weights.values())
-    probs = [weights[i] / sum(weights[j] for j in nucleus) if i in nucleus else 0.0 for i in range(7)]
+    probs = [
+        weights[i] / sum(weights[j] for j in nucleus) if i in nucleus else 0.0 for i in range(7)
+    ]
     counts = np.bincount(tokens.numpy(), minlength=7)
     assert sum(p > 0 for p in probs) == degrees + 1
     assert chi_square(counts, probs) < critical
@@ -56,11 +79,15 @@ def test_frequencies_are_the_distribution(temperature, top_k, top_p, degrees, cr
     for token in nucleus:
         row = int((tokens == token).nonzero()[0])
         assert float(drawn[row]) == pytest.approx(math.log(probs[token]), abs=1e-5)
-        assert float(full[row]) == pytest.approx(math.log(full_weights[token] / sum(full_weights)), abs=1e-5)
+        assert float(full[row]) == pytest.approx(
+            math.log(full_weights[token] / sum(full_weights)), abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("temperature", [0, 0.5, 1.0, 2.0])
-@pytest.mark.parametrize(("top_k", "top_p"), [(-1, 1.0), (0, 0.5), (1, 1.0), (3, 0.6), (50, 0.95), (5, 1e-6)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(-1, 1.0), (0, 0.5), (1, 1.0), (3, 0.6), (50, 0.95), (5, 1e-6)]
+)
 def test_token_by_token_against_brute_force(temperature, top_k, top_p):
     generator = torch.Generator().manual_seed(top_k + 7)
     logits = torch.randn(200, 11, generator=generator) * 2
@@ -79,7 +106,9 @@ def test_truncate_keeps_ties_at_the_kth_and_the_first_of_the_nucleus():
     logits = torch.tensor([[1.0, 2.0, 1.0, 0.0]])
     assert torch.isfinite(truncate(logits, 2, 1.0)).tolist() == [[True, True, True, False]]
     assert torch.isfinite(truncate(logits, -1, 1e-9)).tolist() == [[False, True, False, False]]
-    assert torch.equal(truncate(logits, 4, 1.0), logits) and torch.equal(truncate(logits, 0, 1.0), logits)
+    assert torch.equal(truncate(logits, 4, 1.0), logits) and torch.equal(
+        truncate(logits, 0, 1.0), logits
+    )
 
 
 def test_greedy_reports_the_full_log_prob_at_temperature_one_and_avoids_banned():
@@ -129,7 +158,13 @@ def test_uniforms_depend_on_seed_and_position_only():
 def test_trajectory_seeds_are_fixed_distinct_and_fit_int64():
     """The fixed value guards against a change that would silently alter every run."""
     assert trajectory_seed(0, 0, 0, 0) == 5854343820274218872
-    arguments = [(run, step, row, idx) for run in range(2) for step in range(3) for row in ("a", 1) for idx in range(8)]
+    arguments = [
+        (run, step, row, idx)
+        for run in range(2)
+        for step in range(3)
+        for row in ("a", 1)
+        for idx in range(8)
+    ]
     seeds = [trajectory_seed(*a) for a in arguments]
     assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)
     assert trajectory_seed(1, 11, 1, 0) != trajectory_seed(11, 1, 1, 0)

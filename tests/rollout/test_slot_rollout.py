@@ -1,4 +1,6 @@
-"""IVT-LR and Coconut: rollout = replay for mixed batches, shared slots, lengths, and what is refused."""
+"""IVT-LR and Coconut: rollout = replay for mixed batches, shared slots, lengths, and what is
+refused.
+"""
 
 import dataclasses
 import functools
@@ -43,12 +45,22 @@ def recorded(name):
 
 
 def replay_by_index(adapter, batch):
-    """Log-probs where SELECTED positions read the image positions of `selected_idx_M`, whatever vectors were recorded."""
-    is_image_BT = (batch.input_ids_BT == adapter.image_token_id) & (batch.kinds_BT == K.VISION) & batch.valid_BT
+    """Log-probs where SELECTED positions read the image positions of `selected_idx_M`, whatever
+    vectors were recorded.
+    """
+    is_image_BT = (
+        (batch.input_ids_BT == adapter.image_token_id)
+        & (batch.kinds_BT == K.VISION)
+        & batch.valid_BT
+    )
     is_selected_N = (batch.kinds_BT == K.SELECTED)[batch.recorded_mask_BT]
-    spoiled = dataclasses.replace(batch, latents_NH=batch.latents_NH.masked_fill(is_selected_N[:, None], 9.0))
+    spoiled = dataclasses.replace(
+        batch, latents_NH=batch.latents_NH.masked_fill(is_selected_N[:, None], 9.0)
+    )
     injector = SelectionInjector.install(adapter.model)
-    injector.arm(*chosen_columns(batch.kinds_BT, batch.valid_BT, is_image_BT, batch.selected_idx_M))
+    injector.arm(
+        *chosen_columns(batch.kinds_BT, batch.valid_BT, is_image_BT, batch.selected_idx_M)
+    )
     try:
         return replay(adapter, spoiled, TEMPERATURE)[0]
     finally:
@@ -60,7 +72,9 @@ def replay_by_index(adapter, batch):
 def test_rollout_equals_replay_recompute_and_replay_by_index(name):
     requests, groups, engine = recorded(name)
     trajectories = [t for group in groups for t in group]
-    images = [request.images for request, group in zip(requests, groups, strict=True) for _ in group]
+    images = [
+        request.images for request, group in zip(requests, groups, strict=True) for _ in group
+    ]
     for padding_side in ("both", "left", "right"):
         batch = collate(trajectories, images, engine.adapter, "full", padding_side)
         log_probs_BT, _ = replay(engine.adapter, batch, TEMPERATURE)
@@ -68,7 +82,9 @@ def test_rollout_equals_replay_recompute_and_replay_by_index(name):
             values = log_probs_BT[row][batch.valid_BT[row]][len(t.prompt_ids) :]
             torch.testing.assert_close(values, t.rollout_log_probs, rtol=0, atol=1e-4)
     batch = collate(trajectories, images, engine.adapter, "full", "both")
-    torch.testing.assert_close(recompute_latents(engine.adapter, batch), batch.latents_NH, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        recompute_latents(engine.adapter, batch), batch.latents_NH, rtol=0, atol=1e-4
+    )
     if name == "qwen3":
         return
     right_BT, _ = replay(engine.adapter, batch, TEMPERATURE)
@@ -83,7 +99,10 @@ def test_completions_begin_with_the_prompts_slots_and_differ_after(name):
     has_images = name != "qwen3"
     expected = [
         ([K.SELECTED] * 4 + [K.LATENT]) * 2,
-        [K.SELECTED] * 4 + [K.LATENT] + [K.SELECTED] * 2 + [K.LATENT] * 2,  # six image positions for three slots
+        [K.SELECTED] * 4
+        + [K.LATENT]
+        + [K.SELECTED] * 2
+        + [K.LATENT] * 2,  # six image positions for three slots
         [K.LATENT] * 2,
     ]
     if not has_images:
@@ -93,9 +112,16 @@ def test_completions_begin_with_the_prompts_slots_and_differ_after(name):
             assert t.kinds[: len(slots)].tolist() == slots
             assert (t.kinds[len(slots) :] == K.TEXT).all() and len(t.kinds) > len(slots)
             assert len(t.kinds) <= 20 and (len(t.kinds) == 20 or t.stop_reason == "eos")
-            assert len(set(t.selected_idx.tolist())) == len(t.selected_idx) == slots.count(K.SELECTED)
-            assert torch.equal(t.latents, group[0].latents) and not t.response_mask()[: len(slots)].any()
-            assert (t.token_ids[len(slots) :] != engine.mechanism.start_id).all(), "no span is opened later"
+            assert (
+                len(set(t.selected_idx.tolist())) == len(t.selected_idx) == slots.count(K.SELECTED)
+            )
+            assert (
+                torch.equal(t.latents, group[0].latents)
+                and not t.response_mask()[: len(slots)].any()
+            )
+            assert (t.token_ids[len(slots) :] != engine.mechanism.start_id).all(), (
+                "no span is opened later"
+            )
         assert len({tuple(t.text_ids) for t in group}) > 1
 
 
@@ -113,7 +139,9 @@ def test_slots_count_towards_max_new_tokens():
 def test_a_row_does_not_depend_on_its_batch():
     requests, groups, engine = recorded("qwen2_vl")
     for request, group in zip(requests, groups, strict=True):
-        alone = engine.generate([dataclasses.replace(request, seeds=request.seeds[3:4])], sampling(20, temperature=2.0))
+        alone = engine.generate(
+            [dataclasses.replace(request, seeds=request.seeds[3:4])], sampling(20, temperature=2.0)
+        )
         assert torch.equal(alone[0][0].token_ids, group[3].token_ids)
         assert torch.equal(alone[0][0].selected_idx, group[3].selected_idx)
 
@@ -132,7 +160,9 @@ PARTS = {  # whether a latent of this kind and slot is in the part
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_override_of_slots_replaces_its_part_and_nothing_else(name, part):
-    """Beside an untouched prompt. Log-probs are those of a replay of the record; h that is not replaced is the model's."""
+    """Beside an untouched prompt. Log-probs are those of a replay of the record; h that is not
+    replaced is the model's.
+    """
     requests, groups, engine = recorded(name)
     table = 3 * torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     mixed = [dataclasses.replace(requests[1], seeds=[6])]
@@ -145,14 +175,22 @@ def test_override_of_slots_replaces_its_part_and_nothing_else(name, part):
         kinds = own.kinds[own.latent_mask].tolist()
         slots = [kinds[:place].count(K.LATENT) for place in range(len(kinds))]
         replaced = [place for place, kind in enumerate(kinds) if PARTS[part](kind, slots[place])]
-        kept_images = [place for place, kind in enumerate(kinds) if kind == K.SELECTED and place not in replaced]
+        kept_images = [
+            place
+            for place, kind in enumerate(kinds)
+            if kind == K.SELECTED and place not in replaced
+        ]
         batch = collate(group, [request.images] * len(group), engine.adapter, "full", "both")
         log_probs_BT, _ = replay(engine.adapter, batch, TEMPERATURE)
         made = recompute_latents(engine.adapter, batch).split(len(kinds))
         for row, t in enumerate(group):
-            assert t.kinds[: len(kinds)].tolist() == kinds and torch.equal(t.selected_idx, own.selected_idx)
+            assert t.kinds[: len(kinds)].tolist() == kinds and torch.equal(
+                t.selected_idx, own.selected_idx
+            )
             assert torch.equal(t.latents[replaced], table[torch.arange(len(replaced)) % 3])
-            torch.testing.assert_close(t.latents[kept_images], own.latents[kept_images], rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                t.latents[kept_images], own.latents[kept_images], rtol=0, atol=1e-5
+            )
             if K.LATENT not in [kinds[place] for place in replaced]:
                 torch.testing.assert_close(made[row], t.latents, rtol=0, atol=1e-4)
             values = log_probs_BT[row][batch.valid_BT[row]][len(t.prompt_ids) :]
@@ -162,9 +200,13 @@ def test_override_of_slots_replaces_its_part_and_nothing_else(name, part):
 def test_without_recorded_places_attention_chooses_anew():
     requests, groups, engine = recorded("qwen2_vl")
     override = LatentOverride(torch.full((1, 32), 5.0), "text")
-    moved = engine.generate([dataclasses.replace(requests[0], latent_override=override)], sampling(20))[0][0]
+    moved = engine.generate(
+        [dataclasses.replace(requests[0], latent_override=override)], sampling(20)
+    )[0][0]
     own = groups[0][0].selected_idx
-    assert torch.equal(moved.selected_idx[:4], own[:4]) and not torch.equal(moved.selected_idx, own)
+    assert torch.equal(moved.selected_idx[:4], own[:4]) and not torch.equal(
+        moved.selected_idx, own
+    )
 
 
 def test_no_slots_is_an_ordinary_rollout():
@@ -179,17 +221,25 @@ def test_no_slots_is_an_ordinary_rollout():
 def test_what_slots_cannot_do_is_an_error():
     c, text = case("qwen2_vl"), case("qwen3")
     request = c.request("read red ?", c.images(1), group_id="row-5")
-    with pytest.raises(RolloutError, match="group 'row-5'.*max_new_tokens 8, slots of 8 positions"):
+    with pytest.raises(
+        RolloutError, match="group 'row-5'.*max_new_tokens 8, slots of 8 positions"
+    ):
         c.engine(config_of(c)).generate([request], sampling(8))
     with pytest.raises(LatentMismatchError, match="prompt 0.*6 different ones below 6"):
         override = LatentOverride(torch.zeros(9, 32), selected_idx=torch.arange(5))
-        c.engine(config_of(c)).generate([dataclasses.replace(request, latent_override=override)], sampling(20))
+        c.engine(config_of(c)).generate(
+            [dataclasses.replace(request, latent_override=override)], sampling(20)
+        )
     with pytest.raises(ConfigError, match="latent.top_k_image: no image embeddings to insert"):
-        text.engine(config_of(text, mechanism="ivt_lr", top_k_image=4)).generate([text.request()], sampling(20))
+        text.engine(config_of(text, mechanism="ivt_lr", top_k_image=4)).generate(
+            [text.request()], sampling(20)
+        )
 
 
 def test_drawn_slots_differ_in_a_group_and_their_log_probs_are_a_replays():
-    """Plackett-Luce: the same seeds give the same draws whatever the batch; greedy decoding takes the best as before."""
+    """Plackett-Luce: the same seeds give the same draws whatever the batch; greedy decoding takes
+    the best as before.
+    """
     c = case("qwen2_vl")
     requests, plain, _ = recorded("qwen2_vl")
     engine = c.engine(config_of(c), selection_temperature=0.5)
@@ -197,7 +247,9 @@ def test_drawn_slots_differ_in_a_group_and_their_log_probs_are_a_replays():
     for group in groups[:2]:
         assert len({tuple(t.selected_idx.tolist()) for t in group}) > 1
     trajectories = [t for group in groups for t in group]
-    images = [request.images for request, group in zip(requests, groups, strict=True) for _ in group]
+    images = [
+        request.images for request, group in zip(requests, groups, strict=True) for _ in group
+    ]
     batch = collate(trajectories, images, engine.adapter, "full", "right")
     with torch.no_grad():
         text_BT, _ = replay(engine.adapter, batch, TEMPERATURE)
@@ -206,8 +258,12 @@ def test_drawn_slots_differ_in_a_group_and_their_log_probs_are_a_replays():
     for row, t in enumerate(trajectories):
         values = values_BT[row][batch.valid_BT[row]][len(t.prompt_ids) :]
         torch.testing.assert_close(values, t.rollout_log_probs, rtol=0, atol=1e-4)
-        assert torch.equal(t.sampling_log_probs[t.kinds == K.SELECTED], t.rollout_log_probs[t.kinds == K.SELECTED])
-    alone = engine.generate([dataclasses.replace(requests[1], seeds=[9])], sampling(20, temperature=TEMPERATURE))[0][0]
+        assert torch.equal(
+            t.sampling_log_probs[t.kinds == K.SELECTED], t.rollout_log_probs[t.kinds == K.SELECTED]
+        )
+    alone = engine.generate(
+        [dataclasses.replace(requests[1], seeds=[9])], sampling(20, temperature=TEMPERATURE)
+    )[0][0]
     assert torch.equal(alone.selected_idx, groups[1][3].selected_idx) and torch.equal(
         alone.token_ids, groups[1][3].token_ids
     )

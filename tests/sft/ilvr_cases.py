@@ -7,12 +7,16 @@ from PIL import Image
 def write_images(folder):
     rng = np.random.default_rng(0)
     for name, size in (("q", (28, 42)), ("h1", (28, 28)), ("h2", (42, 42)), ("h3", (14, 14))):
-        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(
+            folder / f"{name}.png"
+        )
 
 
 def record(*plan, question="read red ?"):
     items = [
-        {"type": "latent", "helper_image": f"{item[1:]}.png"} if item[0] == "@" else {"type": "text", "content": item}
+        {"type": "latent", "helper_image": f"{item[1:]}.png"}
+        if item[0] == "@"
+        else {"type": "text", "content": item}
         for item in plan
     ]
     return {

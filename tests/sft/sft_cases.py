@@ -45,7 +45,9 @@ def example(
     content = [{"type": "text", "text": question}, *[{"type": "image"}] * num_images]
     return LvrExample(
         messages=({"role": "user", "content": content},),
-        images=tuple(ImageRef(f"{where}: images[{i}]", data=png(10 * seed + i)) for i in range(num_images)),
+        images=tuple(
+            ImageRef(f"{where}: images[{i}]", data=png(10 * seed + i)) for i in range(num_images)
+        ),
         boxes=tuple(boxes),
         box_images=(0,) * len(boxes) if box_images is None else box_images,
         response=response_template(len(boxes), answer) if response is None else response,
@@ -60,7 +62,9 @@ def examples(num: int, unlabelled_every: int | None = 3) -> list[LvrExample]:
     """Rows of different lengths: one or two tokens a span, every third without an answer."""
     rows = []
     for seed in range(num):
-        no_answer = unlabelled_every is not None and seed % unlabelled_every == unlabelled_every - 1
+        no_answer = (
+            unlabelled_every is not None and seed % unlabelled_every == unlabelled_every - 1
+        )
         right = 0.3 if seed % 2 else 0.6  # one token, or two
         rows.append(
             example(
@@ -77,7 +81,10 @@ def latent_model(name: str = "qwen2_5_vl", case: Case | None = None, **config) -
     """A case of its own as SFT loads it; `end=True` gives it the end vector."""
     case = case or build_case(name)
     if config.pop("end", False):
-        config |= dict(latent_end_token="<|lvr_latent_end|>", latent_end_id=case.token_id("<|lvr_latent_end|>"))
+        config |= dict(
+            latent_end_token="<|lvr_latent_end|>",
+            latent_end_id=case.token_id("<|lvr_latent_end|>"),
+        )
     savable = config.pop("savable", False)
     config = case.mechanism(**config)
     if savable:
@@ -88,7 +95,9 @@ def latent_model(name: str = "qwen2_5_vl", case: Case | None = None, **config) -
     return LatentModel(case.model, case.tokenizer, case.processor, config, (case.eos_id,))
 
 
-def encoder(latent: LatentModel, has_end_vector: bool = False, max_length: int | None = None) -> LVREncoder:
+def encoder(
+    latent: LatentModel, has_end_vector: bool = False, max_length: int | None = None
+) -> LVREncoder:
     vision = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     return LVREncoder(
         tokenizer=latent.tokenizer,
@@ -102,7 +111,9 @@ def encoder(latent: LatentModel, has_end_vector: bool = False, max_length: int |
     )
 
 
-def batch_of(latent: LatentModel, rows: list[LvrExample], has_end_vector: bool = False) -> dict[str, torch.Tensor]:
+def batch_of(
+    latent: LatentModel, rows: list[LvrExample], has_end_vector: bool = False
+) -> dict[str, torch.Tensor]:
     encode = encoder(latent, has_end_vector)
     return collate_rows([encode(row) for row in rows])
 
@@ -142,7 +153,9 @@ def trainer(
 
 def train(tmp_path, rows=None, latent: LatentModel | None = None, **options) -> LVRTrainer:
     """`trainer`, run to its end."""
-    run = trainer(latent or latent_model(NAME, head="mlp"), rows or examples(8), tmp_path, **options)
+    run = trainer(
+        latent or latent_model(NAME, head="mlp"), rows or examples(8), tmp_path, **options
+    )
     run.train()
     run.release()
     return run

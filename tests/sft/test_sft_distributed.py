@@ -66,7 +66,9 @@ def launch(folder, name, num_processes, *overrides):
 
 @pytest.mark.slow
 def test_two_processes_are_one_that_accumulates(tmp_path):
-    model, _, processor = tiny.tiny_qwen2_5_vl(("read", "red", "blue", "green", "?"), latent_tokens=())
+    model, _, processor = tiny.tiny_qwen2_5_vl(
+        ("read", "red", "blue", "green", "?"), latent_tokens=()
+    )
     model.save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
     rows = [
@@ -83,7 +85,9 @@ def test_two_processes_are_one_that_accumulates(tmp_path):
     ]
     write_verl_parquet(tmp_path / "rows.parquet", rows)
     one, log_one = launch(tmp_path, "one", 1, "trainer.gradient_accumulation_steps=2")
-    two, log_two = launch(tmp_path, "two", 2, "trainer.gradient_accumulation_steps=1", "+trainer.ddp_backend=gloo")
+    two, log_two = launch(
+        tmp_path, "two", 2, "trainer.gradient_accumulation_steps=1", "+trainer.ddp_backend=gloo"
+    )
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
     assert len(log_one) == len(log_two) == 3

@@ -1,4 +1,5 @@
-"""Whole runs: `run_sft` and the config of `python -m grpo_latent.sft`. Resume to the bit, inputs only read, exit codes.
+"""Whole runs: `run_sft` and the config of `python -m grpo_latent.sft`. Resume to the bit, inputs
+only read, exit codes.
 
 Not covered: resuming on another number of processes.
 """
@@ -52,7 +53,10 @@ SMALL = {
 
 def digests(folder):
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +100,9 @@ def config_of(inputs, output_dir, name="sft", **overrides):
 
 
 def settings_of(inputs, output_dir, **overrides):
-    return SFTSettings.from_dict(OmegaConf.to_container(config_of(inputs, output_dir, **overrides), resolve=True))
+    return SFTSettings.from_dict(
+        OmegaConf.to_container(config_of(inputs, output_dir, **overrides), resolve=True)
+    )
 
 
 def run(inputs, output_dir, **overrides):
@@ -137,13 +143,21 @@ def test_three_steps_and_three_more_are_six(inputs, tmp_path, options):
         file.write('{"step": 4, "loss": 9.0}\n{"step": 5, "lo')
     result = run(inputs, halves, **options)
     assert result.steps == 6
-    assert same_tensors(load_file(whole / "model/model.safetensors"), load_file(halves / "model/model.safetensors"))
+    assert same_tensors(
+        load_file(whole / "model/model.safetensors"), load_file(halves / "model/model.safetensors")
+    )
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        ours, theirs = (torch.load(folder / "checkpoint-6" / name, weights_only=False) for folder in (whole, halves))
+        ours, theirs = (
+            torch.load(folder / "checkpoint-6" / name, weights_only=False)
+            for folder in (whole, halves)
+        )
         if name == "rng_state.pth":
             ours, theirs = ([str(value) for value in item.values()] for item in (ours, theirs))
         assert same_nested(ours, theirs), name
-    logs = [[json.loads(line) for line in (folder / "metrics.jsonl").open()] for folder in (whole, halves)]
+    logs = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+        for folder in (whole, halves)
+    ]
     assert [line["step"] for line in logs[1]] == [1, 2, 3, 4, 5, 6]
     for ours, theirs in zip(*logs, strict=True):
         ours.pop("seconds"), theirs.pop("seconds")
@@ -153,7 +167,9 @@ def test_three_steps_and_three_more_are_six(inputs, tmp_path, options):
 def test_a_seed_decides_everything(inputs, tmp_path):
     first, second, other = (
         load_file(
-            run(inputs, tmp_path / name, **{"trainer.seed": seed, "trainer.max_steps": 2}).model_path
+            run(
+                inputs, tmp_path / name, **{"trainer.seed": seed, "trainer.max_steps": 2}
+            ).model_path
             / "model.safetensors"
         )
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
@@ -167,21 +183,40 @@ def test_the_model_rolls_out_and_the_formats_agree(inputs, tmp_path):
     published = run(
         inputs,
         tmp_path / "json",
-        **{"trainer.max_steps": 2, "data.format": "lvr_json", "data.train_files": [str(inputs / "rows.json")]},
+        **{
+            "trainer.max_steps": 2,
+            "data.format": "lvr_json",
+            "data.train_files": [str(inputs / "rows.json")],
+        },
     )
-    weights = [load_file(result.model_path / "model.safetensors") for result in (parquet, published)]
+    weights = [
+        load_file(result.model_path / "model.safetensors") for result in (parquet, published)
+    ]
     assert same_tensors(*weights)
     loaded = load_latent_model(parquet.model_path)
-    assert loaded.mechanism.steps == 2 and loaded.mechanism.head == "mlp" and loaded.mechanism.latent_end_id is None
+    assert (
+        loaded.mechanism.steps == 2
+        and loaded.mechanism.head == "mlp"
+        and loaded.mechanism.latent_end_id is None
+    )
     item = next(read_verl_parquet(inputs / "rows.parquet"))
     prompt = encode_prompt(
-        loaded.tokenizer, loaded.processor, item.messages, [image.open() for image in item.images], "here"
+        loaded.tokenizer,
+        loaded.processor,
+        item.messages,
+        [image.open() for image in item.images],
+        "here",
     )
     engine = HFRolloutEngine(loaded.model, loaded.mechanism, loaded.eos_ids)
-    ((trajectory,),) = engine.generate([RolloutRequest(prompt.ids, [1], prompt.images)], sampling(8))
+    ((trajectory,),) = engine.generate(
+        [RolloutRequest(prompt.ids, [1], prompt.images)], sampling(8)
+    )
     assert torch.isfinite(trajectory.rollout_log_probs).all()
     summary = json.loads((tmp_path / "parquet/summary.json").read_text())
-    assert summary["steps"] == 2 and {"ce", "latent_loss", "latent_hit", "seconds", "model"} <= summary.keys()
+    assert (
+        summary["steps"] == 2
+        and {"ce", "latent_loss", "latent_hit", "seconds", "model"} <= summary.keys()
+    )
 
 
 def test_sft_goes_on_from_its_own_output(inputs, tmp_path):
@@ -201,11 +236,17 @@ def test_sft_goes_on_from_its_own_output(inputs, tmp_path):
     loaded = load_latent_model(second.model_path)
     assert loaded.mechanism.exit == "latent_end" and loaded.mechanism.latent_end_id is not None
     with pytest.raises(ConfigError, match="another head"):
-        run(inputs, tmp_path / "third", **{"model.path": str(first.model_path), "latent.head": "glu"})
+        run(
+            inputs,
+            tmp_path / "third",
+            **{"model.path": str(first.model_path), "latent.head": "glu"},
+        )
 
 
 def official_checkpoint(folder):
-    """The published layout, written by hand: lvr_* fields in config.json, lvr_head.* weights, no latent_config.json."""
+    """The published layout, written by hand: lvr_* fields in config.json, lvr_head.* weights, no
+    latent_config.json.
+    """
     case = build_case("qwen2_5_vl")
     case.model.lm_head.bias = None
     case.model.save_pretrained(folder)
@@ -222,10 +263,19 @@ def official_checkpoint(folder):
     }
     save_file(load_file(path) | head, path, metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    names = {"lvr_start_id": "<|lvr_start|>", "lvr_id": "<|lvr|>", "lvr_latent_end_id": "<|lvr_latent_end|>"}
+    names = {
+        "lvr_start_id": "<|lvr_start|>",
+        "lvr_id": "<|lvr|>",
+        "lvr_latent_end_id": "<|lvr_latent_end|>",
+    }
     names["lvr_end_id"] = "<|lvr_end|>"
     config |= {name: case.token_id(token) for name, token in names.items()}
-    config |= {"lvr_head": True, "lvr_head_type": "simple", "latent_end_token": False, "loss_lvr_fct": "mse"}
+    config |= {
+        "lvr_head": True,
+        "lvr_head_type": "simple",
+        "latent_end_token": False,
+        "loss_lvr_fct": "mse",
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return head
 
@@ -236,7 +286,11 @@ def test_sft_starts_from_the_official_layout_and_never_writes_to_it(inputs, tmp_
     result = run(
         inputs,
         tmp_path / "run",
-        **{"model.path": str(tmp_path / "official"), "trainer.learning_rate": 0.0, "trainer.max_steps": 1},
+        **{
+            "model.path": str(tmp_path / "official"),
+            "trainer.learning_rate": 0.0,
+            "trainer.max_steps": 1,
+        },
     )
     assert digests(tmp_path / "official") == before
     weights = load_file(result.model_path / "model.safetensors")
@@ -246,11 +300,18 @@ def test_sft_starts_from_the_official_layout_and_never_writes_to_it(inputs, tmp_
 
 
 # of recipes/lvr at paper scale
-HALF = {"model.dtype": "bfloat16", "trainer.bf16": True, "trainer.gradient_checkpointing": True, "latent.head": "none"}
+HALF = {
+    "model.dtype": "bfloat16",
+    "trainer.bf16": True,
+    "trainer.gradient_checkpointing": True,
+    "latent.head": "none",
+}
 
 
 @pytest.mark.parametrize(
-    ("options", "dtype"), [({}, torch.float32), (HALF, torch.bfloat16)], ids=["float32", "bfloat16"]
+    ("options", "dtype"),
+    [({}, torch.float32), (HALF, torch.bfloat16)],
+    ids=["float32", "bfloat16"],
 )
 def test_lora_writes_a_plain_folder(inputs, tmp_path, options, dtype):
     result = run(inputs, tmp_path / "run", **LORA | {"trainer.max_steps": 2} | options)
@@ -264,7 +325,12 @@ def test_a_run_with_other_settings_is_not_resumed(inputs, tmp_path):
     run(inputs, tmp_path, **{"trainer.max_steps": 3})
     with pytest.raises(ConfigError, match="other settings.*loss.latent_weight"):
         run(inputs, tmp_path, **{"loss.latent_weight": 0.7})
-    assert run(inputs, tmp_path, **{"loss.latent_weight": 0.7, "trainer.resume_from_checkpoint": None}).steps == 6
+    assert (
+        run(
+            inputs, tmp_path, **{"loss.latent_weight": 0.7, "trainer.resume_from_checkpoint": None}
+        ).steps
+        == 6
+    )
     with pytest.raises(ConfigError, match="not a complete checkpoint"):
         run(inputs, tmp_path, **{"trainer.resume_from_checkpoint": str(tmp_path / "checkpoint-9")})
 

@@ -1,4 +1,5 @@
-"""Every registered mechanism conforms, so does one of a user's own, and each kind of fault is caught by its check.
+"""Every registered mechanism conforms, so does one of a user's own, and each kind of fault is
+caught by its check.
 
 Not covered: engines other than `hf`, several ranks, bf16.
 """
@@ -27,7 +28,12 @@ VARIANTS = {
     "lvr latents_only": ("lvr", dict(steps=3, max_spans=2, head="glu", visibility="latents_only")),
     "lvr end vector": (
         "lvr",
-        dict(steps=4, exit="latent_end", latent_end_token="<|lvr_latent_end|>", latent_end_threshold=30.0),
+        dict(
+            steps=4,
+            exit="latent_end",
+            latent_end_token="<|lvr_latent_end|>",
+            latent_end_threshold=30.0,
+        ),
     ),
     "lvr end token": ("lvr", dict(steps=3, exit="end_token", start_is_action=False)),
     "coconut head": ("coconut", dict(steps=2, head="mlp")),
@@ -43,7 +49,9 @@ def test_registered_mechanisms_conform(name):
     outcomes = check_mechanism(name, **SETTINGS[name])
     ran = Counter(outcome.check for outcome in outcomes if outcome.skipped is None)
     assert {outcome.check for outcome in outcomes} == set(CHECKS)
-    assert set(CHECKS) - set(ran) <= {"gradients", "placeholders"}, "nothing else is skipped on both backbones"
+    assert set(CHECKS) - set(ran) <= {"gradients", "placeholders"}, (
+        "nothing else is skipped on both backbones"
+    )
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -52,7 +60,8 @@ def test_variants_conform(name):
     check_mechanism(cls, **settings)
 
 
-# ---- a mechanism of a user's own -------------------------------------------------------------------------------------
+# ---- a mechanism of a user's own
+# -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,11 @@ class Scaled(SpanMechanism):
     parameter_prefixes: ClassVar = ("my_scale",)
 
     def new_parameters(self, text_config, dtype, device):
-        return {"my_scale": torch.nn.Parameter(torch.full((text_config.hidden_size,), 0.5, dtype=dtype, device=device))}
+        return {
+            "my_scale": torch.nn.Parameter(
+                torch.full((text_config.hidden_size,), 0.5, dtype=dtype, device=device)
+            )
+        }
 
     def make(self, model, source):
         return model.my_scale * source.hidden_MH
@@ -75,7 +88,8 @@ def test_a_mechanism_of_ones_own_conforms(named):
     assert len(outcomes) == 2 * len(CHECKS) and not any(outcome.skipped for outcome in outcomes)
 
 
-# ---- faults ----------------------------------------------------------------------------------------------------------
+# ---- faults -------------------------------------------------------------------------------------
+# ---------------------
 
 
 @dataclass(frozen=True)
@@ -199,7 +213,9 @@ def test_a_fault_is_caught_by_its_check(cls):
 
 
 def test_an_error_of_the_mechanism_is_told_with_the_check():
-    with pytest.raises(ConformanceError, match="^check 'rollout_is_replay'.*got ZeroDivisionError: of its own"):
+    with pytest.raises(
+        ConformanceError, match="^check 'rollout_is_replay'.*got ZeroDivisionError: of its own"
+    ):
         check_mechanism(Broken, backbones=["qwen3"], steps=3)
 
 

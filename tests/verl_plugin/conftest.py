@@ -12,7 +12,8 @@ from grpo_latent.train import environment
 
 @pytest.fixture(scope="module", autouse=True)
 def unpatched_transformers():
-    """After each module, for the tests of other folders that run in this process. verl patches anew for every engine.
+    """After each module, for the tests of other folders that run in this process. verl patches
+    anew for every engine.
 
     Not of the session: that ends after the last test of all folders.
     """
@@ -34,7 +35,10 @@ def local_ray(tmp_path_factory):
     """One Ray for all runs of this process."""
     folder = tmp_path_factory.mktemp("ray")
     own = environment(tiny_run.make_config(folder, folder), folder)
-    env_vars = {name: own[name] for name in ("VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES", "OMP_NUM_THREADS")}
+    env_vars = {
+        name: own[name]
+        for name in ("VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES", "OMP_NUM_THREADS")
+    }
     ray.init(
         address="local",  # not one that happens to run on this machine
         num_cpus=16,

@@ -42,7 +42,9 @@ def make_checkpoint(folder, build=tiny.tiny_qwen2_5_vl, **changes) -> str:
     """A random tiny model whose policy opens spans often enough to be tested."""
     model, tokenizer, processor = build(words=WORDS)
     mechanism = make_mechanism(tokenizer, **changes)
-    torch.manual_seed(4)  # of head and end vector: with these the embedded rows open spans greedily, too
+    torch.manual_seed(
+        4
+    )  # of head and end vector: with these the embedded rows open spans greedily, too
     mechanism.attach(model)
     with torch.no_grad():
         head = model.get_output_embeddings().weight
@@ -64,12 +66,18 @@ def make_requests(loaded, num_prompts=3, group_size=2, seed=0) -> list[RolloutRe
         images = None
         if loaded.processor is not None:
             content = [{"type": "text", "text": text}, {"type": "image"}]
-        prompt = loaded.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        prompt = loaded.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False
+        )
         if loaded.processor is None:
             ids = loaded.tokenizer(prompt).input_ids
         else:
-            pixels = torch.randint(0, 255, (28, 28 + 14 * (row % 2), 3), generator=generator, dtype=torch.uint8)
-            inputs = loaded.processor(text=[prompt], images=[Image.fromarray(pixels.numpy())], return_tensors="pt")
+            pixels = torch.randint(
+                0, 255, (28, 28 + 14 * (row % 2), 3), generator=generator, dtype=torch.uint8
+            )
+            inputs = loaded.processor(
+                text=[prompt], images=[Image.fromarray(pixels.numpy())], return_tensors="pt"
+            )
             ids = inputs["input_ids"][0].tolist()
             images = backbone_of_processor(loaded.processor).image_inputs(inputs, loaded.processor)
         seeds = [trajectory_seed(seed, 0, row, i) for i in range(group_size)]
@@ -80,8 +88,8 @@ def make_requests(loaded, num_prompts=3, group_size=2, seed=0) -> list[RolloutRe
 def roll_out(folder, visibility="full", treatment=None, selection_temperature=None, **kwargs):
     """(loaded model, trajectories, images of each, replayed log-probs of each completion).
 
-    With a treatment that acts, the log-densities stand at the latents. The replay here is the package's own on the plain
-    Hugging Face model, run before verl patches its classes.
+    With a treatment that acts, the log-densities stand at the latents. The replay here is the
+    package's own on the plain Hugging Face model, run before verl patches its classes.
     """
     loaded = load_latent_model(folder, overrides={"visibility": visibility}, treatment=treatment)
     requests = make_requests(loaded, **kwargs)
@@ -100,14 +108,23 @@ def roll_out(folder, visibility="full", treatment=None, selection_temperature=No
         batch = collate(trajectories, images, adapter, visibility)
         log_probs_BT, hidden_BTH = replay(adapter, batch, TEMPERATURE)
         if engine.treatment.is_action:
-            log_probs_BT += latent_log_densities(adapter, batch, hidden_BTH, treatment, TEMPERATURE)
-    rows = [log_probs_BT[i, len(t.prompt_ids) :][: len(t.token_ids)] for i, t in enumerate(trajectories)]
-    positions = [row_positions(adapter, t, image) for t, image in zip(trajectories, images, strict=True)]
+            log_probs_BT += latent_log_densities(
+                adapter, batch, hidden_BTH, treatment, TEMPERATURE
+            )
+    rows = [
+        log_probs_BT[i, len(t.prompt_ids) :][: len(t.token_ids)]
+        for i, t in enumerate(trajectories)
+    ]
+    positions = [
+        row_positions(adapter, t, image) for t, image in zip(trajectories, images, strict=True)
+    ]
     return loaded, trajectories, images, rows, positions
 
 
 def row_positions(adapter, trajectory, images):
-    """int64 [L] or, for mRoPE, [4, L] with the text positions first, as verl's agent loop makes them."""
+    """int64 [L] or, for mRoPE, [4, L] with the text positions first, as verl's agent loop makes
+    them.
+    """
     ids = torch.cat([trajectory.prompt_ids, trajectory.token_ids])[None]
     positions = adapter.position_ids(ids, torch.ones_like(ids, dtype=torch.bool), images)
     if not adapter.has_mrope:
@@ -130,12 +147,25 @@ def make_batch(trajectories, images, positions, adapter, **meta):
             "position_ids": position_ids,
         }
         rows.append(row)
-        pixels = {} if image is None else {"pixel_values": image.pixel_values, "image_grid_thw": image.image_grid_thw}
+        pixels = (
+            {}
+            if image is None
+            else {"pixel_values": image.pixel_values, "image_grid_thw": image.image_grid_thw}
+        )
         mm_inputs.append(pixels)
-    fields = {name: torch.nested.as_nested_tensor([r[name] for r in rows], layout=torch.jagged) for name in rows[0]}
+    fields = {
+        name: torch.nested.as_nested_tensor([r[name] for r in rows], layout=torch.jagged)
+        for name in rows[0]
+    }
     if positions[0].ndim == 2:
         fields["position_ids"] = tu.nested_tensor_from_tensor_list(positions, ragged_idx=2)
-    meta = {"temperature": TEMPERATURE, "compute_loss": False, "calculate_entropy": False, "pad_token_id": 0, **meta}
+    meta = {
+        "temperature": TEMPERATURE,
+        "compute_loss": False,
+        "calculate_entropy": False,
+        "pad_token_id": 0,
+        **meta,
+    }
     batch = tu.get_tensordict(fields, meta)
     from tensordict.tensorclass import NonTensorStack
 
@@ -147,7 +177,9 @@ def make_batch(trajectories, images, positions, adapter, **meta):
 def start_process_group(rank=0, world_size=1, port=None):
     if dist.is_initialized():
         return
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1"
+    )
     os.environ["MASTER_PORT"] = str(port or free_port())
     dist.init_process_group("cpu:gloo", rank=rank, world_size=world_size)
 
@@ -195,8 +227,12 @@ def make_engine(
         "fsdp2",
         model_config=model_config,
         engine_config=engine_config,
-        optimizer_config=None if forward_only else FSDPOptimizerConfig(lr=lr, total_training_steps=10, clip_grad=1e6),
-        checkpoint_config=CheckpointConfig(save_contents=["model", "optimizer", "extra", "hf_model"]),
+        optimizer_config=None
+        if forward_only
+        else FSDPOptimizerConfig(lr=lr, total_training_steps=10, clip_grad=1e6),
+        checkpoint_config=CheckpointConfig(
+            save_contents=["model", "optimizer", "extra", "hf_model"]
+        ),
     )
     engine.configure(LatentOptions.from_mapping(options), freeze_vision)
     engine.initialize()
@@ -206,7 +242,11 @@ def make_engine(
 def infer(engine, batch, packed=False, micro=2):
     """Log-probs of each row, label-aligned over its completion."""
     tu.assign_non_tensor(
-        batch, use_remove_padding=packed, use_dynamic_bsz=False, micro_batch_size_per_gpu=micro, use_fused_kernels=False
+        batch,
+        use_remove_padding=packed,
+        use_dynamic_bsz=False,
+        micro_batch_size_per_gpu=micro,
+        use_fused_kernels=False,
     )
     with engine.eval_mode(disable_auto_offload=True):
         output = engine.infer_batch(batch)

@@ -1,5 +1,6 @@
-"""InternVL through verl: the latent engine's log-probs are those of the rollout, and GRPO steps train. verl has no code of
-its own for this family, so that Hugging Face's forward runs. Not covered: several ranks, the packed layout."""
+"""InternVL through verl: the latent engine's log-probs are those of the rollout, and GRPO steps
+train. verl has no code of its own for this family, so that Hugging Face's forward runs. Not
+covered: several ranks, the packed layout."""
 
 import dataclasses
 
@@ -23,7 +24,11 @@ def test_log_probs_are_those_of_rollout_and_replay(folder, visibility, gloo):
     loaded, trajectories, images, expected, positions = helpers.roll_out(folder, visibility)
     assert sum(len(t.latents) for t in trajectories) >= 3 and positions[0].ndim == 1
     engine = helpers.make_engine(folder, freeze_vision=True, visibility=visibility)
-    assert not any(p.requires_grad for n, p in engine.module.named_parameters() if "vision_tower" in n or "multi_" in n)
+    assert not any(
+        p.requires_grad
+        for n, p in engine.module.named_parameters()
+        if "vision_tower" in n or "multi_" in n
+    )
     adapter = ModelAdapter(loaded.model, loaded.mechanism)
     rows = helpers.infer(engine, helpers.make_batch(trajectories, images, positions, adapter))
     assert helpers.gap(rows, expected, trajectories) <= 1e-5
@@ -48,4 +53,6 @@ def test_grpo_steps_train(local_ray, tmp_path, monkeypatch):
     start = load_latent_model(inputs / "model")
     assert trained.config == start.config
     assert not torch.equal(*(m.model.get_output_embeddings().weight for m in (trained, start)))
-    assert torch.equal(*(m.model.model.multi_modal_projector.linear_1.weight for m in (trained, start)))
+    assert torch.equal(
+        *(m.model.model.multi_modal_projector.linear_1.weight for m in (trained, start))
+    )

@@ -1,4 +1,6 @@
-"""Tests of other folders find transformers as it is, whatever verl did to it before. The order of folders is not tested."""
+"""Tests of other folders find transformers as it is, whatever verl did to it before. The order of
+folders is not tested.
+"""
 
 from types import SimpleNamespace
 
@@ -10,7 +12,9 @@ from verl.models.transformers.monkey_patch import apply_monkey_patch
 
 def fake_model(model_type):
     text = SimpleNamespace(num_attention_heads=2, num_key_value_heads=2)
-    return SimpleNamespace(config=SimpleNamespace(model_type=model_type, text_config=text), __module__="builtins")
+    return SimpleNamespace(
+        config=SimpleNamespace(model_type=model_type, text_config=text), __module__="builtins"
+    )
 
 
 def test_what_verl_patches_is_taken_back():
@@ -19,7 +23,11 @@ def test_what_verl_patches_is_taken_back():
     vision_before = dict(vars(qwen3_vl.Qwen3VLVisionModel))
     with transformers_as_it_was():
         for model_type in ("qwen2_5_vl", "qwen3_vl"):
-            apply_monkey_patch(fake_model(model_type), use_remove_padding=model_type == "qwen2_5_vl")
-        assert all(vars(owner) != attributes for owner, attributes in zip(owners, before, strict=True))
+            apply_monkey_patch(
+                fake_model(model_type), use_remove_padding=model_type == "qwen2_5_vl"
+            )
+        assert all(
+            vars(owner) != attributes for owner, attributes in zip(owners, before, strict=True)
+        )
     assert [dict(vars(owner)) for owner in owners] == before
     assert dict(vars(qwen3_vl.Qwen3VLVisionModel)) == vision_before

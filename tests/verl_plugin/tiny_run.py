@@ -25,7 +25,8 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
 
 
 def write_inputs(folder: Path, **checkpoint) -> Path:
-    """Model, reward, and parquets of 10 and 3 rows: with 4 rows a step the epochs wrap after two steps.
+    """Model, reward, and parquets of 10 and 3 rows: with 4 rows a step the epochs wrap after two
+    steps.
 
     Args:
         checkpoint: as for `make_checkpoint`.
@@ -39,11 +40,18 @@ def write_inputs(folder: Path, **checkpoint) -> Path:
         rows = []
         for i in range(count):
             buffer = io.BytesIO()
-            Image.fromarray(rng.integers(0, 255, (28, 28 + 14 * (i % 2), 3), dtype=np.uint8)).save(buffer, "PNG")
+            Image.fromarray(rng.integers(0, 255, (28, 28 + 14 * (i % 2), 3), dtype=np.uint8)).save(
+                buffer, "PNG"
+            )
             rows.append(
                 {
                     "data_source": "tiny",
-                    "prompt": [{"role": "user", "content": "read red ? <image>" if i % 3 else "read <image>"}],
+                    "prompt": [
+                        {
+                            "role": "user",
+                            "content": "read red ? <image>" if i % 3 else "read <image>",
+                        }
+                    ],
                     "images": [{"bytes": buffer.getvalue(), "path": None}],
                     "ability": "test",
                     "reward_model": {"style": "rule", "ground_truth": str(i % 10)},
@@ -93,7 +101,9 @@ def train_here(config, monkeypatch, before_fit=None):
     from verl.trainer.ppo.v1 import get_trainer_cls
 
     verify("test")
-    monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(Path(config.latent.output_dir) / "metrics.jsonl"))
+    monkeypatch.setenv(
+        "VERL_FILE_LOGGER_PATH", str(Path(config.latent.output_dir) / "metrics.jsonl")
+    )
     runner = TaskRunnerV1.__ray_actor_class__()
     config.transfer_queue.enable = True
     tq.init(config.transfer_queue)
@@ -110,7 +120,9 @@ def train_here(config, monkeypatch, before_fit=None):
         for actor in ray.util.list_named_actors():
             ray.kill(ray.get_actor(actor))
         pool = getattr(getattr(runner, "trainer", None), "resource_pool_manager", None)
-        for group in (pg for p in (pool.resource_pool_dict.values() if pool else ()) for pg in p.pgs or ()):
+        for group in (
+            pg for p in (pool.resource_pool_dict.values() if pool else ()) for pg in p.pgs or ()
+        ):
             ray.util.remove_placement_group(group)
     return runner.trainer
 
@@ -122,11 +134,16 @@ def metrics_of(output: Path) -> dict[int, dict]:
     steps = [json.loads(line)["step"] for line in lines]
     assert len(set(steps)) == len(steps), f"a step is logged twice: {steps}"
     data = {json.loads(line)["step"]: json.loads(line)["data"] for line in lines}
-    return {step: {k: v for k, v in d.items() if not k.startswith(unstable)} for step, d in data.items()}
+    return {
+        step: {k: v for k, v in d.items() if not k.startswith(unstable)}
+        for step, d in data.items()
+    }
 
 
 def states_of(output: Path, step: int) -> dict:
-    """Everything in the checkpoint of `step`: model, optimizer, scheduler and generator states of all ranks."""
+    """Everything in the checkpoint of `step`: model, optimizer, scheduler and generator states of
+    all ranks.
+    """
     files = sorted((output / "checkpoints" / f"global_step_{step}" / "actor").glob("*.pt"))
     return {path.name: torch.load(path, weights_only=False) for path in files}
 
@@ -140,7 +157,11 @@ def differences(a, b, where="") -> list[str]:
     if isinstance(a, (list, tuple)):
         if len(a) != len(b):
             return [f"{where}: length"]
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{where}[{i}]")][:5]
+        return [
+            d
+            for i, (x, y) in enumerate(zip(a, b, strict=True))
+            for d in differences(x, y, f"{where}[{i}]")
+        ][:5]
     if isinstance(a, torch.Tensor):
         a, b = (t.to_local() if hasattr(t, "to_local") else t for t in (a, b))
         return [] if torch.equal(a, b) else [where]
@@ -154,7 +175,9 @@ def assert_equal_runs(first: Path, second: Path, steps, checkpoint: int) -> None
     assert differences(states_of(first, checkpoint), states_of(second, checkpoint)) == []
     first_metrics, second_metrics = metrics_of(first), metrics_of(second)
     for step in steps:
-        assert differences(first_metrics[step], second_metrics[step], f"metrics of step {step}") == []
+        assert (
+            differences(first_metrics[step], second_metrics[step], f"metrics of step {step}") == []
+        )
         names = [f"rollouts/step_{step}.{suffix}" for suffix in ("jsonl", "safetensors")]
         texts = [(output / names[0]).read_text() for output in (first, second)]
         assert texts[0] == texts[1] and texts[0]

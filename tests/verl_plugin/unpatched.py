@@ -9,10 +9,20 @@ PATCHED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 @contextmanager
 def transformers_as_it_was():
-    """Gives the classes of these families the attributes back that they had, and takes away what they did not have."""
-    modules = [importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in PATCHED]
-    classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
-    before = [(cls, dict(vars(cls))) for cls in classes if cls.__module__.startswith("transformers.models.")]
+    """Gives the classes of these families the attributes back that they had, and takes away what
+    they did not have.
+    """
+    modules = [
+        importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in PATCHED
+    ]
+    classes = [
+        value for module in modules for value in vars(module).values() if isinstance(value, type)
+    ]
+    before = [
+        (cls, dict(vars(cls)))
+        for cls in classes
+        if cls.__module__.startswith("transformers.models.")
+    ]
     try:
         yield
     finally:

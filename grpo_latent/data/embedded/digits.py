@@ -66,7 +66,13 @@ WORDS = (
 )
 
 # purpose -> (index in the seed sequence, whether it draws from the training digits)
-STREAMS = {"sft": (0, True), "rl": (1, True), "pretrain": (2, True), "dev": (3, False), "heldout": (4, False)}
+STREAMS = {
+    "sft": (0, True),
+    "rl": (1, True),
+    "pretrain": (2, True),
+    "dev": (3, False),
+    "heldout": (4, False),
+}
 FORMS = ("latent", "direct", "text_boxes")
 EVAL_SEED = 4242  # of dev and held-out rows, whatever the run's seed: runs stay comparable
 CHUNK = 256
@@ -162,7 +168,12 @@ def _digit_images() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         opacity[:, top, left, top : top + DIGIT_SIZE, left : left + DIGIT_SIZE] = glyphs
     # RandomState, because its streams are frozen over numpy versions: the split must never move
     order = np.random.RandomState(1234).permutation(len(glyphs))
-    return opacity, digits.target, np.sort(order[:NUM_TRAIN_DIGITS]), np.sort(order[NUM_TRAIN_DIGITS:])
+    return (
+        opacity,
+        digits.target,
+        np.sort(order[:NUM_TRAIN_DIGITS]),
+        np.sort(order[NUM_TRAIN_DIGITS:]),
+    )
 
 
 def stream_rng(stream: str, seed: int) -> np.random.Generator:
@@ -176,7 +187,9 @@ def digit_pool(stream: str) -> np.ndarray:
     return train if STREAMS[stream][1] else heldout
 
 
-def generate(num: int, *, stream: str, seed: int, kinds: Sequence[str] = ("read",)) -> list[DigitExample]:
+def generate(
+    num: int, *, stream: str, seed: int, kinds: Sequence[str] = ("read",)
+) -> list[DigitExample]:
     """Makes `num` examples, the same for the same arguments.
 
     Args:
@@ -186,16 +199,26 @@ def generate(num: int, *, stream: str, seed: int, kinds: Sequence[str] = ("read"
     Raises:
         ConfigError: unknown stream or kind.
     """
-    for name, value, allowed in (("stream", stream, STREAMS), *(("kinds", kind, KINDS) for kind in kinds)):
+    for name, value, allowed in (
+        ("stream", stream, STREAMS),
+        *(("kinds", kind, KINDS) for kind in kinds),
+    ):
         if value not in allowed:
-            raise ConfigError("unknown value", where=f"digits.{name}", got=value, expected=f"one of {tuple(allowed)}")
+            raise ConfigError(
+                "unknown value",
+                where=f"digits.{name}",
+                got=value,
+                expected=f"one of {tuple(allowed)}",
+            )
     rng = stream_rng(stream, seed)
     labels = _digit_images()[1]
     rows_N1 = np.arange(num)[:, None]
     cells_NK = rng.random((num, NUM_CELLS)).argsort(axis=1)[:, :NUM_OBJECTS]
     colors_NK = rng.random((num, len(COLORS))).argsort(axis=1)[:, :NUM_OBJECTS]
     images_NK = rng.choice(digit_pool(stream), (num, NUM_OBJECTS))
-    offsets_NK2 = rng.integers(0, 2 * JITTER + 1, (num, NUM_OBJECTS, 2)) + (CELL - DIGIT_SIZE) // 2 - JITTER
+    offsets_NK2 = (
+        rng.integers(0, 2 * JITTER + 1, (num, NUM_OBJECTS, 2)) + (CELL - DIGIT_SIZE) // 2 - JITTER
+    )
     kinds_N = rng.choice(np.array(kinds), num)
 
     digit_NC = np.zeros((num, NUM_CELLS), int)
@@ -212,15 +235,24 @@ def generate(num: int, *, stream: str, seed: int, kinds: Sequence[str] = ("read"
         found = []
         for k in range(NUM_OBJECTS):
             row, column = divmod(int(cells_NK[n, k]), GRID)
-            y0, x0 = (int(cell * CELL + offset) for cell, offset in zip((row, column), offsets_NK2[n, k], strict=True))
+            y0, x0 = (
+                int(cell * CELL + offset)
+                for cell, offset in zip((row, column), offsets_NK2[n, k], strict=True)
+            )
             box = (x0, y0, x0 + DIGIT_SIZE, y0 + DIGIT_SIZE)
-            found.append(DigitObject(COLOR_NAMES[colors_NK[n, k]], int(labels[images_NK[n, k]]), row, column, box))
+            found.append(
+                DigitObject(
+                    COLOR_NAMES[colors_NK[n, k]], int(labels[images_NK[n, k]]), row, column, box
+                )
+            )
         return tuple(found)
 
     return [DigitExample(images[n], str(kinds_N[n]), objects(n)) for n in range(num)]
 
 
-def generate_dense(num: int, rng: np.random.Generator, stream: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def generate_dense(
+    num: int, rng: np.random.Generator, stream: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Makes images in which each cell holds a digit with probability 0.6, for vision pretraining.
 
     Returns:
@@ -236,7 +268,9 @@ def generate_dense(num: int, rng: np.random.Generator, stream: str) -> tuple[np.
     return images, np.where(present_NC, _digit_images()[1][digit_NC], NO_DIGIT), color_NC
 
 
-def compose(digit_NC: np.ndarray, color_NC: np.ndarray, offset_NC2: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def compose(
+    digit_NC: np.ndarray, color_NC: np.ndarray, offset_NC2: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
     """Draws images uint8 [N, 56, 56, 3] of cells [N, 16].
 
     A cell is a digit image, a colour (`NO_COLOR`: empty) and a (top, left) offset.
@@ -284,7 +318,9 @@ def text_response(example: DigitExample, has_answer: bool) -> str:
         return f"{words[0]} {response_template(0, example.answer if has_answer else None)}"
     # two digits lead to one answer: labels say them too, as ILVR's do
     digits = [str(item.digit) for item in example.asked]
-    return " ".join([*words, *digits, response_template(0, example.answer)] if has_answer else words)
+    return " ".join(
+        [*words, *digits, response_template(0, example.answer)] if has_answer else words
+    )
 
 
 # rationale -> its steps
@@ -311,7 +347,9 @@ def to_rows(
             directly).
     """
     if form not in FORMS:
-        raise ConfigError("unknown value", where="digits.form", got=form, expected=f"one of {FORMS}")
+        raise ConfigError(
+            "unknown value", where="digits.form", got=form, expected=f"one of {FORMS}"
+        )
     has_answer = [True] * len(examples) if has_answer is None else has_answer
     return [
         verl_row(
@@ -336,20 +374,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m grpo_latent.data.embedded.digits", description="Writes the embedded task."
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder; gets train_sft, train_rl, dev, heldout .parquet"
+        "--out",
+        type=Path,
+        required=True,
+        help="folder; gets train_sft, train_rl, dev, heldout .parquet",
     )
     parser.add_argument("--seed", type=int, default=0, help="of train_sft and train_rl")
     parser.add_argument("--eval-seed", type=int, default=EVAL_SEED, help="of dev and heldout")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=["read"])
-    parser.add_argument("--sft", type=int, default=4096, help="rows of train_sft, all with boxes; 0 writes none")
-    parser.add_argument("--labels-per-answer", type=int, default=1, help="answers kept in train_sft; -1 keeps all")
+    parser.add_argument(
+        "--sft", type=int, default=4096, help="rows of train_sft, all with boxes; 0 writes none"
+    )
+    parser.add_argument(
+        "--labels-per-answer", type=int, default=1, help="answers kept in train_sft; -1 keeps all"
+    )
     parser.add_argument("--rl", type=int, default=1920)
     parser.add_argument("--dev", type=int, default=512, help="rows for choosing and for curves")
     parser.add_argument("--heldout", type=int, default=1024, help="rows for reporting")
     parser.add_argument(
-        "--form", choices=FORMS, default="latent", help="of responses; the others make controls in text"
+        "--form",
+        choices=FORMS,
+        default="latent",
+        help="of responses; the others make controls in text",
     )
-    parser.add_argument("--steps", choices=list(STEPS), default="full", help="rationales: with places, without, none")
+    parser.add_argument(
+        "--steps",
+        choices=list(STEPS),
+        default="full",
+        help="rationales: with places, without, none",
+    )
     options = parser.parse_args(arguments)
     sizes = {"sft": options.sft, "rl": options.rl, "dev": options.dev, "heldout": options.heldout}
     for stream, num in sizes.items():
@@ -358,10 +411,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         training = STREAMS[stream][1]
         seed = options.seed if training else options.eval_seed
         examples = generate(num, stream=stream, seed=seed, kinds=options.kinds)
-        per_answer = None if stream != "sft" or options.labels_per_answer < 0 else options.labels_per_answer
+        per_answer = (
+            None if stream != "sft" or options.labels_per_answer < 0 else options.labels_per_answer
+        )
         has_answer = scarce_labels(examples, per_answer)
         path = options.out / (f"train_{stream}.parquet" if training else f"{stream}.parquet")
-        write_verl_parquet(path, to_rows(examples, stream, has_answer, options.form, options.steps))
+        write_verl_parquet(
+            path, to_rows(examples, stream, has_answer, options.form, options.steps)
+        )
         print(f"{path}: {num} rows, {sum(has_answer)} with an answer")
 
 

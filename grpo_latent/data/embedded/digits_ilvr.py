@@ -46,14 +46,19 @@ def sequence_plan(example: DigitExample, helpers: Sequence[str], has_answer: boo
     return plan
 
 
-def write_ilvr_jsonl(path: str | Path, examples: Sequence[DigitExample], has_answer: Sequence[bool]) -> None:
+def write_ilvr_jsonl(
+    path: str | Path, examples: Sequence[DigitExample], has_answer: Sequence[bool]
+) -> None:
     """Writes records and, in a folder beside them, their images; the file only once it is whole."""
     path = Path(path)
     folder = path.parent / IMAGE_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as part, part.open("w") as file:
         for index, (example, keeps_answer) in enumerate(zip(examples, has_answer, strict=True)):
-            names = [f"{IMAGE_FOLDER}/{index:06d}{suffix}.png" for suffix in ("", *"abcdef"[: len(example.asked)])]
+            names = [
+                f"{IMAGE_FOLDER}/{index:06d}{suffix}.png"
+                for suffix in ("", *"abcdef"[: len(example.asked)])
+            ]
             for name, image in zip(names, [example.image, *example.helper_images], strict=True):
                 (path.parent / name).write_bytes(encode_png(image))
             record = {
@@ -61,7 +66,11 @@ def write_ilvr_jsonl(path: str | Path, examples: Sequence[DigitExample], has_ans
                 "image_input": names[:1],
                 "sequence_plan": sequence_plan(example, names[1:], keeps_answer),
             }
-            known = {"original_final_answer": example.answer} if keeps_answer else {"has_answer": False}
+            known = (
+                {"original_final_answer": example.answer}
+                if keeps_answer
+                else {"has_answer": False}
+            )
             file.write(json.dumps(record | known) + "\n")
 
 
@@ -71,11 +80,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m grpo_latent.data.embedded.digits_ilvr",
         description="Writes the embedded task's SFT rows for ILVR.",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder; gets train_sft.jsonl and images/")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder; gets train_sft.jsonl and images/"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=["max"])
     parser.add_argument("--sft", type=int, default=2048, help="rows, all with helper images")
-    parser.add_argument("--labels-per-answer", type=int, default=4, help="answers kept; -1 keeps all")
+    parser.add_argument(
+        "--labels-per-answer", type=int, default=4, help="answers kept; -1 keeps all"
+    )
     options = parser.parse_args(arguments)
     examples = generate(options.sft, stream="sft", seed=options.seed, kinds=options.kinds)
     per_answer = None if options.labels_per_answer < 0 else options.labels_per_answer

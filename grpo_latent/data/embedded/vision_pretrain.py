@@ -96,7 +96,9 @@ def pretrain_vision(
         probes = CellProbes(tiny.model.config.get_text_config().hidden_size)
     parameters = [*visual.parameters(), *probes.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, steps)
+    )
     images = DenseImages(tiny, steps, batch_size, seed)
     # with a generator of its own it leaves the global one as it was
     batches = DataLoader(images, batch_size=None, num_workers=1, generator=torch.Generator())
@@ -111,7 +113,9 @@ def pretrain_vision(
         on_step(step + 1, loss.item())
     seconds = time.perf_counter() - start
     optimizer.zero_grad()
-    return VisionReport(steps=steps, seed=seed, seconds=round(seconds, 1), **evaluate_probes(tiny, probes))
+    return VisionReport(
+        steps=steps, seed=seed, seconds=round(seconds, 1), **evaluate_probes(tiny, probes)
+    )
 
 
 class DenseImages(IterableDataset):
@@ -132,7 +136,9 @@ class DenseImages(IterableDataset):
             yield dict(inputs), torch.from_numpy(digit_NC), torch.from_numpy(color_NC)
 
 
-def probe_loss(probes: CellProbes, tokens_NH: Tensor, digit_NC: Tensor, color_NC: Tensor) -> Tensor:
+def probe_loss(
+    probes: CellProbes, tokens_NH: Tensor, digit_NC: Tensor, color_NC: Tensor
+) -> Tensor:
     """The loss of this module's docstring, scalar; labels int64, one per token."""
     digit_logits, color_logits = probes(tokens_NH)
     return (
@@ -144,7 +150,9 @@ def probe_loss(probes: CellProbes, tokens_NH: Tensor, digit_NC: Tensor, color_NC
 
 def encode(tiny: TinyModel, inputs: Mapping[str, Tensor]) -> Tensor:
     """Encodes processed 56 x 56 images to visual tokens [num * 16, H], row-major in each image."""
-    return tiny.model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
+    return tiny.model.model.visual(
+        inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]
+    ).pooler_output
 
 
 @torch.no_grad()
@@ -154,10 +162,16 @@ def evaluate_probes(tiny: TinyModel, probes: CellProbes) -> dict[str, float]:
     images, digit_NC, color_NC = digits.generate_dense(NUM_EVAL_IMAGES, rng, "dev")
     tokens_NH = encode(tiny, tiny.processor.image_processor(list(images), return_tensors="pt"))
     digit_logits, color_logits = probes(tokens_NH)
-    digit_labels, color_labels = torch.from_numpy(digit_NC).flatten(), torch.from_numpy(color_NC).flatten()
+    digit_labels, color_labels = (
+        torch.from_numpy(digit_NC).flatten(),
+        torch.from_numpy(color_NC).flatten(),
+    )
     occupied = digit_labels != digits.NO_DIGIT
     return {
-        "digit_accuracy": (digit_logits.argmax(-1) == digit_labels)[occupied].float().mean().item(),
+        "digit_accuracy": (digit_logits.argmax(-1) == digit_labels)[occupied]
+        .float()
+        .mean()
+        .item(),
         "color_accuracy": (color_logits.argmax(-1) == color_labels).float().mean().item(),
         "rms": tokens_NH.pow(2).mean().sqrt().item(),
     }
@@ -189,7 +203,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--threads", type=int, default=1, help="torch threads; more are slower where cores are shared")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="torch threads; more are slower where cores are shared",
+    )
     parser.add_argument("--log-every", type=int, default=50)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -199,7 +218,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"step {step}/{options.steps} loss {loss:.3f}", flush=True)
 
     report = write_experiment_model(
-        options.out, seed=options.seed, steps=options.steps, batch_size=options.batch_size, lr=options.lr, on_step=log
+        options.out,
+        seed=options.seed,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        on_step=log,
     )
     print(
         f"{options.out}: held-out digit probe {report.digit_accuracy:.3f}, colour probe {report.color_accuracy:.3f}, "

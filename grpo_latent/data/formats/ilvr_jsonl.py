@@ -28,7 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_latent.common.command import command
-from grpo_latent.data.examples import IMAGE_PLACEHOLDER, ImageRef, check_images, join_content, split_content
+from grpo_latent.data.examples import (
+    IMAGE_PLACEHOLDER,
+    ImageRef,
+    check_images,
+    join_content,
+    split_content,
+)
 from grpo_latent.data.rows import verl_row, write_verl_parquet
 from grpo_latent.errors import DataError
 
@@ -73,7 +79,8 @@ class InterleavedExample:
 def read_ilvr_jsonl(
     path: str | Path, image_folder: str | Path | None = None, reads_plan: bool = True
 ) -> Iterator[InterleavedExample]:
-    """Yields checked examples of a file, line by line; the file is never held in memory as a whole.
+    """Yields checked examples of a file, line by line; the file is never held in memory as a
+    whole.
 
     Args:
         image_folder: what image paths are relative to; by default the file's folder.
@@ -92,17 +99,25 @@ def read_ilvr_jsonl(
                 if not line.strip():
                     continue
                 num_records += 1
-                yield parse_ilvr_record(json.loads(line), f"{path} line {line_idx}", image_folder, reads_plan)
+                yield parse_ilvr_record(
+                    json.loads(line), f"{path} line {line_idx}", image_folder, reads_plan
+                )
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         where = f"{path} after {num_records} records"
         raise DataError(
-            "not a readable JSONL file", where=where, got=str(error), expected=expected, fix="Check path and syntax."
+            "not a readable JSONL file",
+            where=where,
+            got=str(error),
+            expected=expected,
+            fix="Check path and syntax.",
         ) from error
     if num_records == 0:
         raise DataError("no records", where=str(path), got="an empty file", expected=expected)
 
 
-def parse_ilvr_record(record: object, where: str, image_folder: Path, reads_plan: bool = True) -> InterleavedExample:
+def parse_ilvr_record(
+    record: object, where: str, image_folder: Path, reads_plan: bool = True
+) -> InterleavedExample:
     """Checks one published record and makes an example of it, see `read_ilvr_jsonl`.
 
     Raises:
@@ -116,19 +131,50 @@ def parse_ilvr_record(record: object, where: str, image_folder: Path, reads_plan
         raise problem("record", "not a record", record, "a JSON object", "One object a line.")
     has_answer = record.get("has_answer", True)
     if not isinstance(has_answer, bool):
-        raise problem("has_answer", "not a truth value", has_answer, "true, false or absent", "Leave it out if known.")
+        raise problem(
+            "has_answer",
+            "not a truth value",
+            has_answer,
+            "true, false or absent",
+            "Leave it out if known.",
+        )
     texts = {"original_final_answer": ""}
     if not has_answer and record.get("original_final_answer"):
         answer = record["original_final_answer"]
-        raise problem("original_final_answer", "an answer of a record without one", answer, "none", "Set has_answer.")
+        raise problem(
+            "original_final_answer",
+            "an answer of a record without one",
+            answer,
+            "none",
+            "Set has_answer.",
+        )
     for field in ("text_input", *(["original_final_answer"] if has_answer else [])):
         texts[field] = record.get(field)
         if not isinstance(texts[field], str) or not texts[field].strip():
-            raise problem(field, "not a text", texts[field], "a non-empty string", "Fill it in, or drop the row.")
+            raise problem(
+                field,
+                "not a text",
+                texts[field],
+                "a non-empty string",
+                "Fill it in, or drop the row.",
+            )
     paths = record.get("image_input")
-    if not isinstance(paths, list) or not paths or not all(isinstance(item, str) and item for item in paths):
-        raise problem("image_input", "no images", paths, "a list of image paths", "Name the question's image files.")
-    images = [ImageRef(f"{where}: image_input[{i}]", path=image_folder / item) for i, item in enumerate(paths)]
+    if (
+        not isinstance(paths, list)
+        or not paths
+        or not all(isinstance(item, str) and item for item in paths)
+    ):
+        raise problem(
+            "image_input",
+            "no images",
+            paths,
+            "a list of image paths",
+            "Name the question's image files.",
+        )
+    images = [
+        ImageRef(f"{where}: image_input[{i}]", path=image_folder / item)
+        for i, item in enumerate(paths)
+    ]
     question = texts["text_input"]
     if IMAGE_PLACEHOLDER not in question:
         question = IMAGE_PLACEHOLDER * len(images) + question
@@ -147,9 +193,17 @@ def parse_ilvr_record(record: object, where: str, image_folder: Path, reads_plan
     )
 
 
-def _segments(plan: object, has_answer: bool, image_folder: Path, problem, where: str) -> tuple[Segment, ...]:
+def _segments(
+    plan: object, has_answer: bool, image_folder: Path, problem, where: str
+) -> tuple[Segment, ...]:
     if not isinstance(plan, list) or not plan:
-        raise problem("sequence_plan", "no plan", plan, "a list of text and latent items", "Add the response.")
+        raise problem(
+            "sequence_plan",
+            "no plan",
+            plan,
+            "a list of text and latent items",
+            "Add the response.",
+        )
     segments = []
     for index, item in enumerate(plan):
         field = f"sequence_plan[{index}]"
@@ -160,7 +214,13 @@ def _segments(plan: object, has_answer: bool, image_folder: Path, problem, where
                 segments.append(Segment())
                 continue
             if not isinstance(content, str) or not content.strip():
-                raise problem(f"{field}.content", "not a text", content, "a non-empty string", "Drop empty items.")
+                raise problem(
+                    f"{field}.content",
+                    "not a text",
+                    content,
+                    "a non-empty string",
+                    "Drop empty items.",
+                )
             segments.append(Segment(text=content))
         elif kind == "latent":
             helper = item.get("helper_image")
@@ -176,13 +236,29 @@ def _segments(plan: object, has_answer: bool, image_folder: Path, problem, where
             image.check()
             segments.append(Segment(helper_image=image))
         else:
-            raise problem(field, "unknown item", item, 'type "text" or "latent"', "Use the published item types.")
+            raise problem(
+                field,
+                "unknown item",
+                item,
+                'type "text" or "latent"',
+                "Use the published item types.",
+            )
     if segments[-1].helper_image is not None:
         raise problem(
-            f"sequence_plan[{len(plan) - 1}]", "no text after the last span", "latent", "text", "Add the answer's text."
+            f"sequence_plan[{len(plan) - 1}]",
+            "no text after the last span",
+            "latent",
+            "text",
+            "Add the answer's text.",
         )
     if not has_answer and all(segment.helper_image is None for segment in segments):
-        raise problem("sequence_plan", "neither an answer nor a span", plan, "a latent item", "Drop the record.")
+        raise problem(
+            "sequence_plan",
+            "neither an answer nor a span",
+            plan,
+            "a latent item",
+            "Drop the record.",
+        )
     return tuple(segments)
 
 
@@ -218,12 +294,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m grpo_latent.data.formats.ilvr_jsonl", description="Writes rows for RL."
     )
     parser.add_argument("--in", dest="source", type=Path, required=True, help="ILVR JSONL")
-    parser.add_argument("--images", type=Path, help="what image paths are relative to (default: the JSONL's folder)")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        help="what image paths are relative to (default: the JSONL's folder)",
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--split", default="train")
     options = parser.parse_args(arguments)
     examples = read_ilvr_jsonl(options.source, options.images, reads_plan=False)
-    print(f"{options.out}: {write_verl_parquet(options.out, to_verl_rows(examples, options.split))} rows")
+    print(
+        f"{options.out}: {write_verl_parquet(options.out, to_verl_rows(examples, options.split))} rows"
+    )
 
 
 if __name__ == "__main__":

@@ -82,7 +82,11 @@ def _load_records(path: Path) -> list:
             records = json.loads(text)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(
-            "not a readable JSON file", where=str(path), got=str(error), expected=expected, fix="Check path and syntax."
+            "not a readable JSON file",
+            where=str(path),
+            got=str(error),
+            expected=expected,
+            fix="Check path and syntax.",
         ) from error
     if not isinstance(records, list) or not records:
         raise DataError(
@@ -95,7 +99,9 @@ def _load_records(path: Path) -> list:
     return records
 
 
-def parse_record(record: object, where: str, image_folder: Path, prepend_images: bool = False) -> LvrExample:
+def parse_record(
+    record: object, where: str, image_folder: Path, prepend_images: bool = False
+) -> LvrExample:
     """Checks one published record and makes an example of it.
 
     Raises:
@@ -111,8 +117,16 @@ def parse_record(record: object, where: str, image_folder: Path, prepend_images:
     image = record.get("image", [])
     paths = [image] if isinstance(image, str) else image
     if not isinstance(paths, list) or not all(isinstance(item, str) and item for item in paths):
-        raise problem("image", "not an image path", image, "a path, or a list of paths", "Name the image file(s).")
-    images = [ImageRef(f"{where}: image[{i}]", path=image_folder / item) for i, item in enumerate(paths)]
+        raise problem(
+            "image",
+            "not an image path",
+            image,
+            "a path, or a list of paths",
+            "Name the image file(s).",
+        )
+    images = [
+        ImageRef(f"{where}: image[{i}]", path=image_folder / item) for i, item in enumerate(paths)
+    ]
 
     *history, (_, response) = turns
     if any(LVR_PLACEHOLDER in value for _, value in history):
@@ -123,7 +137,10 @@ def parse_record(record: object, where: str, image_folder: Path, prepend_images:
             f"{LVR_PLACEHOLDER} in the last gpt turn only",
             "Split the conversation into several records.",
         )
-    texts = [re.sub(rf"\n?{re.escape(IMAGE_PLACEHOLDER)}\n?", IMAGE_PLACEHOLDER, value) for _, value in history]
+    texts = [
+        re.sub(rf"\n?{re.escape(IMAGE_PLACEHOLDER)}\n?", IMAGE_PLACEHOLDER, value)
+        for _, value in history
+    ]
     if prepend_images and not any(IMAGE_PLACEHOLDER in text for text in texts):
         texts[0] = IMAGE_PLACEHOLDER * len(images) + texts[0]
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -150,21 +167,45 @@ def _check_conversations(conversations: object, problem) -> list[tuple[str, str]
     """Returns (speaker, value) of each turn."""
     expected = 'turns {"from", "value"} that alternate human and gpt and end with gpt, after an optional system turn'
     if not isinstance(conversations, list) or not conversations:
-        raise problem("conversations", "no conversation", conversations, expected, "Add question and response.")
+        raise problem(
+            "conversations",
+            "no conversation",
+            conversations,
+            expected,
+            "Add question and response.",
+        )
     turns = []
     for index, turn in enumerate(conversations):
-        valid = isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)
+        valid = (
+            isinstance(turn, dict)
+            and isinstance(turn.get("from"), str)
+            and isinstance(turn.get("value"), str)
+        )
         if not valid or not turn["value"].strip():
-            raise problem(f"conversations[{index}]", "not a turn", turn, expected, "Give it a speaker and a text.")
+            raise problem(
+                f"conversations[{index}]",
+                "not a turn",
+                turn,
+                expected,
+                "Give it a speaker and a text.",
+            )
         turns.append((turn["from"], turn["value"]))
     speakers = [speaker for speaker, _ in turns]
     dialogue = speakers[1:] if speakers[0] == "system" else speakers
     if not dialogue or dialogue != ["human", "gpt"] * (len(dialogue) // 2):
-        raise problem("conversations", "turns out of order", speakers, expected, "Reorder or split the conversation.")
+        raise problem(
+            "conversations",
+            "turns out of order",
+            speakers,
+            expected,
+            "Reorder or split the conversation.",
+        )
     return turns
 
 
-def to_verl_row(example: LvrExample, index: int, split: str, data_source: str | None = None) -> dict:
+def to_verl_row(
+    example: LvrExample, index: int, split: str, data_source: str | None = None
+) -> dict:
     """Makes a row of verl's schema of an example, image files included byte for byte.
 
     Raises:
@@ -181,7 +222,10 @@ def to_verl_row(example: LvrExample, index: int, split: str, data_source: str | 
         bbox_images=example.box_images,
         response=example.response,
     )
-    prompt = [{"role": message["role"], "content": join_content(message["content"])} for message in example.messages]
+    prompt = [
+        {"role": message["role"], "content": join_content(message["content"])}
+        for message in example.messages
+    ]
     return row | {"prompt": prompt}
 
 
@@ -200,7 +244,10 @@ def write_lvr_json(path: str | Path, examples: Iterable[LvrExample]) -> int:
             name = f"{folder.name}/{index:06d}_{image_idx}.{suffix}"
             (path.parent / name).write_bytes(data)
             names.append(name)
-        turns = [(speakers[message["role"]], join_content(message["content"])) for message in example.messages]
+        turns = [
+            (speakers[message["role"]], join_content(message["content"]))
+            for message in example.messages
+        ]
         turns.append(("gpt", example.response))
         records.append(
             {
@@ -222,19 +269,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m grpo_latent.data.formats.lvr_json", description="Converts LVR JSON."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    to_parquet = commands.add_parser("to-parquet", help="published JSON -> verl parquet, for SFT or RL")
+    to_parquet = commands.add_parser(
+        "to-parquet", help="published JSON -> verl parquet, for SFT or RL"
+    )
     to_parquet.add_argument("--json", type=Path, required=True)
-    to_parquet.add_argument("--images", type=Path, help="what image paths are relative to (default: the JSON's folder)")
-    to_parquet.add_argument("--data-source", help="picks the reward (default: each record's `dataset`)")
+    to_parquet.add_argument(
+        "--images", type=Path, help="what image paths are relative to (default: the JSON's folder)"
+    )
+    to_parquet.add_argument(
+        "--data-source", help="picks the reward (default: each record's `dataset`)"
+    )
     to_parquet.add_argument("--split", default="train")
-    from_parquet = commands.add_parser("from-parquet", help="verl parquet with boxes -> published JSON, for SFT")
+    from_parquet = commands.add_parser(
+        "from-parquet", help="verl parquet with boxes -> published JSON, for SFT"
+    )
     from_parquet.add_argument("--parquet", type=Path, required=True)
     for parser_of in (to_parquet, from_parquet):
         parser_of.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     if options.command == "to-parquet":
         examples = read_lvr_json(options.json, options.images, prepend_images=True)
-        rows = (to_verl_row(item, index, options.split, options.data_source) for index, item in enumerate(examples))
+        rows = (
+            to_verl_row(item, index, options.split, options.data_source)
+            for index, item in enumerate(examples)
+        )
         num_rows = write_verl_parquet(options.out, rows)
     else:
         num_rows = write_lvr_json(options.out, read_verl_parquet(options.parquet))

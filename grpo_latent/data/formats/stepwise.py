@@ -96,9 +96,13 @@ def rationale_steps(rationale: str, max_steps: int = MAX_STEPS) -> tuple[str, ..
     >>> rationale_steps("Only one")
     ('Only one',)
     """
-    sentences = [part.strip() for part in rationale.strip().split(SENTENCE_END) if part.strip(" .")]
+    sentences = [
+        part.strip() for part in rationale.strip().split(SENTENCE_END) if part.strip(" .")
+    ]
     # the split took the full stop of all but the last sentence
-    sentences = [part if part.endswith(".") else f"{part}." for part in sentences[:-1]] + sentences[-1:]
+    sentences = [
+        part if part.endswith(".") else f"{part}." for part in sentences[:-1]
+    ] + sentences[-1:]
     num_steps = min(max_steps, len(sentences))
     steps, start = [], 0
     for step_idx in range(num_steps):
@@ -135,10 +139,16 @@ def read_coconut_json(path: str | Path) -> Iterator[StepwiseExample]:
         records = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(
-            "not a readable JSON file", where=str(path), got=str(error), expected=expected, fix="Check path and syntax."
+            "not a readable JSON file",
+            where=str(path),
+            got=str(error),
+            expected=expected,
+            fix="Check path and syntax.",
         ) from error
     if not isinstance(records, list) or not records:
-        raise DataError("no records", where=str(path), got=type(records).__name__, expected=expected)
+        raise DataError(
+            "no records", where=str(path), got=type(records).__name__, expected=expected
+        )
     for index, record in enumerate(records):
         yield parse_coconut_record(record, f"{path} row {index}")
 
@@ -159,7 +169,9 @@ def parse_stepwise_row(row: dict, where: str) -> StepwiseExample:
     extra_info = row.get("extra_info") or {}
     answer = row["reward_model"]["ground_truth"]
     if extra_info.get("has_answer") is False or not isinstance(answer, str) or not answer.strip():
-        raise _problem(where, "reward_model.ground_truth", "no answer", answer, "a non-empty string")
+        raise _problem(
+            where, "reward_model.ground_truth", "no answer", answer, "a non-empty string"
+        )
     steps = _steps(extra_info.get("steps"), "extra_info.steps", where)
     return _tagged(messages, images, steps, answer.strip(), row["data_source"], where)
 
@@ -177,18 +189,33 @@ def parse_coconut_record(record: object, where: str) -> StepwiseExample:
             raise _problem(where, name, f"no {name}", record.get(name), "a non-empty string")
     messages = [{"role": "user", "content": split_content(texts["question"])}]
     check_images(messages, [], f"{where}: question")
-    return _tagged(messages, [], _steps(record.get("steps"), "steps", where), texts["answer"], "coconut", where)
+    return _tagged(
+        messages,
+        [],
+        _steps(record.get("steps"), "steps", where),
+        texts["answer"],
+        "coconut",
+        where,
+    )
 
 
 def _steps(steps: object, field: str, where: str) -> tuple[str, ...]:
-    if not isinstance(steps, list) or not all(isinstance(step, str) and step.strip() for step in steps):
-        raise _problem(where, field, "no rationale in steps", steps, "a list of non-empty strings, or []")
+    if not isinstance(steps, list) or not all(
+        isinstance(step, str) and step.strip() for step in steps
+    ):
+        raise _problem(
+            where, field, "no rationale in steps", steps, "a list of non-empty strings, or []"
+        )
     return tuple(step.strip() for step in steps)
 
 
-def _tagged(messages, images, steps: tuple[str, ...], answer: str, data_source: str, where: str) -> StepwiseExample:
+def _tagged(
+    messages, images, steps: tuple[str, ...], answer: str, data_source: str, where: str
+) -> StepwiseExample:
     closing = f"{ANSWER_OPEN} {answer} {ANSWER_CLOSE}"
-    return StepwiseExample(tuple(messages), tuple(images), steps, answer, closing, data_source, where)
+    return StepwiseExample(
+        tuple(messages), tuple(images), steps, answer, closing, data_source, where
+    )
 
 
 def parse_m3cot_record(record: object, where: str) -> StepwiseExample:
@@ -200,7 +227,9 @@ def parse_m3cot_record(record: object, where: str) -> StepwiseExample:
     question = m3cot_question(record, where)
     rationale = _text(record, "rationale", where)
     if not rationale:
-        raise _problem(where, "rationale", "no rationale", record.get("rationale"), "a non-empty string")
+        raise _problem(
+            where, "rationale", "no rationale", record.get("rationale"), "a non-empty string"
+        )
     return _example(question, rationale, "m3cot", where)
 
 
@@ -212,7 +241,9 @@ def m3cot_question(record: object, where: str) -> ChoiceQuestion:
     letters = string.ascii_uppercase[: len(choices)]
     if not isinstance(answer, str) or answer.strip().upper() not in tuple(letters):
         raise _problem(where, "answer", "not the letter of a choice", answer, f"one of {letters}")
-    return _question(record, choices, _text(record, "context", where), answer.strip().upper(), where)
+    return _question(
+        record, choices, _text(record, "context", where), answer.strip().upper(), where
+    )
 
 
 def parse_scienceqa_record(record: object, where: str) -> StepwiseExample:
@@ -222,7 +253,9 @@ def parse_scienceqa_record(record: object, where: str) -> StepwiseExample:
         DataError: names row, field, what was got and expected, and a fix.
     """
     question = scienceqa_question(record, where)
-    rationale = " ".join(text for text in (_text(record, name, where) for name in ("lecture", "solution")) if text)
+    rationale = " ".join(
+        text for text in (_text(record, name, where) for name in ("lecture", "solution")) if text
+    )
     return _example(question, rationale, "scienceqa", where)
 
 
@@ -232,8 +265,16 @@ def scienceqa_question(record: object, where: str) -> ChoiceQuestion:
     choices = _choices(record, where)
     answer = record.get("answer")
     if type(answer) is not int or not 0 <= answer < len(choices):
-        raise _problem(where, "answer", "not the index of a choice", answer, f"an integer in [0, {len(choices)})")
-    return _question(record, choices, _text(record, "hint", where), string.ascii_uppercase[answer], where)
+        raise _problem(
+            where,
+            "answer",
+            "not the index of a choice",
+            answer,
+            f"an integer in [0, {len(choices)})",
+        )
+    return _question(
+        record, choices, _text(record, "hint", where), string.ascii_uppercase[answer], where
+    )
 
 
 def _read(path: str | Path, parse) -> Iterator[StepwiseExample]:
@@ -252,7 +293,9 @@ def _read(path: str | Path, parse) -> Iterator[StepwiseExample]:
             fix="Check the path.",
         ) from error
     if file.metadata.num_rows == 0:
-        raise DataError("no rows", where=str(path), got="an empty file", expected="at least one row")
+        raise DataError(
+            "no rows", where=str(path), got="an empty file", expected="at least one row"
+        )
     index = 0
     for batch in file.iter_batches(ROWS_PER_BATCH):
         for record in batch.to_pylist():
@@ -272,7 +315,9 @@ def _problem(where: str, field: str, what: str, got: object, expected: str) -> D
 
 def _check_record(record: object, where: str) -> dict:
     if not isinstance(record, dict):
-        raise _problem(where, "record", "not a record", record, "an object with the published fields")
+        raise _problem(
+            where, "record", "not a record", record, "an object with the published fields"
+        )
     return record
 
 
@@ -288,32 +333,53 @@ def _choices(record: dict, where: str) -> list[str]:
     choices = record.get("choices")
     valid = isinstance(choices, list) and 2 <= len(choices) <= len(string.ascii_uppercase)
     if not valid or not all(isinstance(choice, str) and choice.strip() for choice in choices):
-        raise _problem(where, "choices", "not a list of choices", choices, "2 to 26 non-empty strings")
+        raise _problem(
+            where, "choices", "not a list of choices", choices, "2 to 26 non-empty strings"
+        )
     return [choice.strip() for choice in choices]
 
 
-def _question(record: dict, choices: list[str], context: str, answer: str, where: str) -> ChoiceQuestion:
+def _question(
+    record: dict, choices: list[str], context: str, answer: str, where: str
+) -> ChoiceQuestion:
     question = _text(record, "question", where)
     if not question:
-        raise _problem(where, "question", "no question", record.get("question"), "a non-empty string")
+        raise _problem(
+            where, "question", "no question", record.get("question"), "a non-empty string"
+        )
     image = record.get("image")
     images = []
     if image is not None:
         data = image.get("bytes") if isinstance(image, dict) else None
         if not isinstance(data, bytes) or not data:
-            raise _problem(where, "image", "no image bytes", image, '{"bytes": <file content>, "path": ...} or null')
+            raise _problem(
+                where,
+                "image",
+                "no image bytes",
+                image,
+                '{"bytes": <file content>, "path": ...} or null',
+            )
         images = [ImageRef(f"{where}: image", data=data)]
-    options = "\n".join(f"({letter}) {choice}" for letter, choice in zip(string.ascii_uppercase, choices, strict=False))
+    options = "\n".join(
+        f"({letter}) {choice}"
+        for letter, choice in zip(string.ascii_uppercase, choices, strict=False)
+    )
     parts = [question, *([f"Context: {context}"] if context else []), f"Options:\n{options}"]
-    content = split_content(IMAGE_PLACEHOLDER * len(images)) + [{"type": "text", "text": "\n".join(parts)}]
+    content = split_content(IMAGE_PLACEHOLDER * len(images)) + [
+        {"type": "text", "text": "\n".join(parts)}
+    ]
     messages = ({"role": "user", "content": content},)
     check_images(messages, images, f"{where}: question")
     return ChoiceQuestion(messages, tuple(images), tuple(choices), answer)
 
 
-def _example(question: ChoiceQuestion, rationale: str, data_source: str, where: str) -> StepwiseExample:
+def _example(
+    question: ChoiceQuestion, rationale: str, data_source: str, where: str
+) -> StepwiseExample:
     steps, closing = rationale_steps(rationale), f"Therefore, the answer is {question.answer}"
-    return StepwiseExample(question.messages, question.images, steps, question.answer, closing, data_source, where)
+    return StepwiseExample(
+        question.messages, question.images, steps, question.answer, closing, data_source, where
+    )
 
 
 READERS = {
@@ -343,13 +409,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m grpo_latent.data.formats.stepwise", description="Writes rows for RL."
     )
-    parser.add_argument("--format", choices=[name for name in READERS if name != "parquet"], required=True)
-    parser.add_argument("--in", dest="source", type=Path, nargs="+", required=True, help="published files")
+    parser.add_argument(
+        "--format", choices=[name for name in READERS if name != "parquet"], required=True
+    )
+    parser.add_argument(
+        "--in", dest="source", type=Path, nargs="+", required=True, help="published files"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--split", default="train")
     options = parser.parse_args(arguments)
     examples = (example for path in options.source for example in READERS[options.format](path))
-    print(f"{options.out}: {write_verl_parquet(options.out, to_verl_rows(examples, options.split))} rows")
+    print(
+        f"{options.out}: {write_verl_parquet(options.out, to_verl_rows(examples, options.split))} rows"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The mechanism axis: what makes a vector the next input. One file a system, one protocol (`protocol.Mechanism`).
+"""The mechanism axis: what makes a vector the next input. One file a system, one protocol
+(`protocol.Mechanism`).
 
     name       latents stand in       fed at a latent step            ends                 source
     lvr        spans, by `start`      h (through a head, if any)      N steps              2509.24251
@@ -6,8 +7,8 @@
     ivt_lr     slots of the prompt    K image embeddings, then h      n slots              2510.12603
     coconut    slots of the prompt    h                               n slots              2412.06769
 
-A mechanism of your own is a subclass of `Mechanism`, `SpanMechanism` or `SlotMechanism` in any module that all processes can
-import; wherever a name stands, package.module:Class may stand.
+A mechanism of your own is a subclass of `Mechanism`, `SpanMechanism` or `SlotMechanism` in any
+module that all processes can import; wherever a name stands, package.module:Class may stand.
 """
 
 from grpo_latent.latent.mechanisms.coconut import Coconut

@@ -1,7 +1,8 @@
-"""What LVR, ILVR, IVT-LR and Coconut share: delimiter tokens, a number of steps, and h, through a head if there is one,
-as the next input.
+"""What LVR, ILVR, IVT-LR and Coconut share: delimiter tokens, a number of steps, and h, through a
+head if there is one, as the next input.
 
-The head's names are those of the published LVR checkpoints, which therefore load without a mapping.
+The head's names are those of the published LVR checkpoints, which therefore load without a
+mapping.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class MLPHead(nn.Module):
         super().__init__()
         hidden_size = text_config.hidden_size
         self.ln_q = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.mlp(self.ln_q(hidden))
@@ -57,7 +60,8 @@ class FedBack(Mechanism):
     """Base of the mechanisms that feed h back.
 
     Attributes:
-        start_token, latent_token, end_token: tokens of a span; `latent_token` is a placeholder, the only one that slots use.
+        start_token, latent_token, end_token: tokens of a span; `latent_token` is a placeholder,
+            the only one that slots use.
         start_id, latent_id, end_id: their ids.
         steps: latent steps of a span or their cap; slots of the prompt.
         head: module applied to h before it is fed back: none, mlp or glu.
@@ -81,12 +85,22 @@ class FedBack(Mechanism):
         check_count("steps", self.steps, self.min_steps)
         check_choice("head", self.head, HEADS)
         ids = {f"{role}_id": token_id for role, (_, token_id) in self.roles.items()}
-        are_ids = all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in ids.values())
+        are_ids = all(
+            isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            for value in ids.values()
+        )
         if not are_ids or len(set(ids.values())) != len(ids):
-            raise ConfigError("latent tokens need different ids", where="latent", got=ids, expected="distinct ids >= 0")
+            raise ConfigError(
+                "latent tokens need different ids",
+                where="latent",
+                got=ids,
+                expected="distinct ids >= 0",
+            )
 
     def placeholder_id(self, kind: PositionKind) -> int:
-        return {PositionKind.LATENT: self.latent_id, PositionKind.SELECTED: self.latent_id}.get(kind, 0)
+        return {PositionKind.LATENT: self.latent_id, PositionKind.SELECTED: self.latent_id}.get(
+            kind, 0
+        )
 
     def new_parameters(
         self, text_config, dtype: torch.dtype, device: torch.device
@@ -97,22 +111,32 @@ class FedBack(Mechanism):
 
     def make(self, model: nn.Module, source: HiddenSource) -> Tensor:
         """h itself, or the head's output."""
-        return source.hidden_MH if self.head == "none" else getattr(model, HEAD_ATTRIBUTE)(source.hidden_MH)
+        return (
+            source.hidden_MH
+            if self.head == "none"
+            else getattr(model, HEAD_ATTRIBUTE)(source.hidden_MH)
+        )
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raises `ConfigError` unless the setting has one of the allowed values."""
     if value not in allowed:
-        raise ConfigError("unknown value", where=f"latent.{name}", got=value, expected=f"one of {allowed}")
+        raise ConfigError(
+            "unknown value", where=f"latent.{name}", got=value, expected=f"one of {allowed}"
+        )
 
 
 def check_count(name: str, value: object, minimum: int) -> None:
     """Raises `ConfigError` unless the setting is an int of at least `minimum`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ConfigError("not a valid count", where=f"latent.{name}", got=value, expected=f"int >= {minimum}")
+        raise ConfigError(
+            "not a valid count", where=f"latent.{name}", got=value, expected=f"int >= {minimum}"
+        )
 
 
 def check_switch(name: str, value: object) -> None:
     """Raises `ConfigError` unless the setting is a bool."""
     if not isinstance(value, bool):
-        raise ConfigError("not a switch", where=f"latent.{name}", got=value, expected="true or false")
+        raise ConfigError(
+            "not a switch", where=f"latent.{name}", got=value, expected="true or false"
+        )

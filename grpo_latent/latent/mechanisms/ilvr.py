@@ -44,4 +44,6 @@ class ILVR(SpanMechanism):
             return cls(**values, steps=config_json["latent_size"])
         except ConfigError as error:
             where = f"{where}: latent_size"
-            raise CheckpointError(error.what, where=where, got=error.got, expected=error.expected) from error
+            raise CheckpointError(
+                error.what, where=where, got=error.got, expected=error.expected
+            ) from error

@@ -1,4 +1,6 @@
-"""LVR (2509.24251): spans of h, each as long as the checkpoint says, or until a learned end vector."""
+"""LVR (2509.24251): spans of h, each as long as the checkpoint says, or until a learned end
+vector.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +14,30 @@ from torch import Tensor, nn
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.mechanisms.fed_back import HEAD_ATTRIBUTE
 from grpo_latent.latent.mechanisms.protocol import Mechanism, Refusal
-from grpo_latent.latent.mechanisms.spans import END_TOKEN, LATENT_END, STEPS, SpanMechanism, SpanRows
+from grpo_latent.latent.mechanisms.spans import (
+    END_TOKEN,
+    LATENT_END,
+    STEPS,
+    SpanMechanism,
+    SpanRows,
+)
 
 END_VECTOR_ATTRIBUTE = "lvr_latent_end_emb"
 # fields of the official checkpoints' config.json
-_OFFICIAL_IDS = {"lvr_start_id": "start", "lvr_id": "latent", "lvr_end_id": "end", "lvr_latent_end_id": "latent_end"}
+_OFFICIAL_IDS = {
+    "lvr_start_id": "start",
+    "lvr_id": "latent",
+    "lvr_end_id": "end",
+    "lvr_latent_end_id": "latent_end",
+}
 _OFFICIAL_HEADS = {"simple": "mlp", "glu": "glu"}
 
 
 @dataclass(frozen=True)
 class LVR(SpanMechanism):
     """Attributes:
-    latent_end_token, latent_end_id: token that stands for the learned end vector of exit `latent_end`, None without one.
+    latent_end_token, latent_end_id: token that stands for the learned end vector of exit
+        `latent_end`, None without one.
     latent_end_threshold: mean squared distance within which a fed vector is the end vector.
     """
 
@@ -44,8 +58,17 @@ class LVR(SpanMechanism):
     def __post_init__(self):
         super().__post_init__()
         threshold = self.latent_end_threshold
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold > 0:
-            raise ConfigError("not a distance", where="latent.latent_end_threshold", got=threshold, expected="> 0")
+        if (
+            isinstance(threshold, bool)
+            or not isinstance(threshold, (int, float))
+            or not threshold > 0
+        ):
+            raise ConfigError(
+                "not a distance",
+                where="latent.latent_end_threshold",
+                got=threshold,
+                expected="> 0",
+            )
         if self.exit == LATENT_END and self.latent_end_id is None:
             raise ConfigError(
                 "exit by distance needs the learned end vector",
@@ -71,9 +94,15 @@ class LVR(SpanMechanism):
 
     def check_model(self, model: nn.Module) -> None:
         if self.exit == LATENT_END and not hasattr(model, END_VECTOR_ATTRIBUTE):
-            raise CheckpointError("exit latent_end without an end vector", where="model", expected=END_VECTOR_ATTRIBUTE)
+            raise CheckpointError(
+                "exit latent_end without an end vector",
+                where="model",
+                expected=END_VECTOR_ATTRIBUTE,
+            )
 
-    def begin(self, model: nn.Module, steps_N: Tensor, max_spans_N: Tensor | None = None) -> SpanRows:
+    def begin(
+        self, model: nn.Module, steps_N: Tensor, max_spans_N: Tensor | None = None
+    ) -> SpanRows:
         if self.exit != LATENT_END:
             return super().begin(model, steps_N, max_spans_N)
         return LVRRows(self, steps_N, max_spans_N, end_vector(model))
@@ -81,31 +110,52 @@ class LVR(SpanMechanism):
     def refusals(self, engine: str) -> list[Refusal]:
         if engine == "hf" or self.visibility == "full":
             return []
-        return [Refusal("visibility", self.visibility, "full", "vLLM's kernels take no custom attention mask")]
+        return [
+            Refusal(
+                "visibility",
+                self.visibility,
+                "full",
+                "vLLM's kernels take no custom attention mask",
+            )
+        ]
 
     @classmethod
     def official_layout(cls, config_json: dict, tokenizer, where: str) -> Mechanism | None:
         """Of the `lvr_*` fields in config.json; tokens by their ids."""
         if "lvr_start_id" not in config_json:
             return None
-        missing = [name for name in ("lvr_id", "lvr_end_id") if not isinstance(config_json.get(name), int)]
+        missing = [
+            name for name in ("lvr_id", "lvr_end_id") if not isinstance(config_json.get(name), int)
+        ]
         if missing:
-            raise CheckpointError("not an LVR checkpoint", where=where, got=f"no {missing}", expected="token ids")
+            raise CheckpointError(
+                "not an LVR checkpoint", where=where, got=f"no {missing}", expected="token ids"
+            )
         ids = {
-            role: config_json[name] for name, role in _OFFICIAL_IDS.items() if isinstance(config_json.get(name), int)
+            role: config_json[name]
+            for name, role in _OFFICIAL_IDS.items()
+            if isinstance(config_json.get(name), int)
         }
         head = "none"
         if config_json.get("lvr_head"):
             head_type = config_json.get("lvr_head_type", "simple")
             if head_type not in _OFFICIAL_HEADS:
                 raise CheckpointError(
-                    "unknown head type", where=f"{where}: lvr_head_type", got=head_type, expected="simple or glu"
+                    "unknown head type",
+                    where=f"{where}: lvr_head_type",
+                    got=head_type,
+                    expected="simple or glu",
                 )
             head = _OFFICIAL_HEADS[head_type]
         if not config_json.get("latent_end_token"):
             ids.pop("latent_end", None)
-        tokens = {f"{role}_token": tokenizer.convert_ids_to_tokens(token_id) for role, token_id in ids.items()}
-        return cls(**tokens, **{f"{role}_id": token_id for role, token_id in ids.items()}, head=head)
+        tokens = {
+            f"{role}_token": tokenizer.convert_ids_to_tokens(token_id)
+            for role, token_id in ids.items()
+        }
+        return cls(
+            **tokens, **{f"{role}_id": token_id for role, token_id in ids.items()}, head=head
+        )
 
 
 class LVRRows(SpanRows):
@@ -115,7 +165,9 @@ class LVRRows(SpanRows):
         end_vector_H: the learned end vector.
     """
 
-    def __init__(self, mechanism: LVR, steps_N: Tensor, max_spans_N: Tensor | None, end_vector_H: Tensor):
+    def __init__(
+        self, mechanism: LVR, steps_N: Tensor, max_spans_N: Tensor | None, end_vector_H: Tensor
+    ):
         super().__init__(mechanism, steps_N, max_spans_N)
         self.end_vector_H = end_vector_H
 

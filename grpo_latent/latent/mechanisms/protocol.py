@@ -1,13 +1,15 @@
-"""The protocol of the mechanism axis: what a latent *is* for one system. Twin of `latent.treatments.protocol`.
+"""The protocol of the mechanism axis: what a latent *is* for one system. Twin of
+`latent.treatments.protocol`.
 
     prompt     num_slots, top_k_image, positions             what stands before the first text token
     decoding   begin ─▶ RowStates: plan ▸ advance ▸ plan …   what stands at the next position of each row
     feed       h_{t-1} ──make──▶ recorded at t ──compose──▶ input vector at t
     training   sources: which h made which recorded vector; make and compose again, on the current model
 
-The engine, replay, SFT, ablations and checks ask these methods and never a mechanism's name. A mechanism is a frozen
-dataclass: *its fields are its settings*, which `latent_config.json` stores. What is fixed for a system is a class attribute
-(`positions`, of spans the delimiter's kind, …); a subclass that makes it a setting annotates it.
+The engine, replay, SFT, ablations and checks ask these methods and never a mechanism's name. A
+mechanism is a frozen dataclass: *its fields are its settings*, which `latent_config.json` stores.
+What is fixed for a system is a class attribute (`positions`, of spans the delimiter's kind, …); a
+subclass that makes it a setting annotates it.
 
 Legend: N rows of a batch, M of their positions, B x T sequences, H hidden, V vocabulary.
 """
@@ -52,7 +54,9 @@ class HiddenSource:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A setting that an engine cannot run: `where` it stands, what it is, what it would have to be, and why."""
+    """A setting that an engine cannot run: `where` it stands, what it is, what it would have to
+    be, and why.
+    """
 
     setting: str
     got: Any
@@ -63,8 +67,8 @@ class Refusal:
 class RowStates:
     """Where each of N rows stands. By itself: rows that hold sampled text and nothing else.
 
-    It decides and runs no model: `plan` says what each next position is, `advance` is told what was put there. Nothing here
-    waits for the device.
+    It decides and runs no model: `plan` says what each next position is, `advance` is told what
+    was put there. Nothing here waits for the device.
     """
 
     is_bounded = False  # whether `may_open_N` is ever False
@@ -76,8 +80,8 @@ class RowStates:
     def plan(self, logits_NV: Tensor | None) -> Tensor:
         """Kind of each row's next position, int64 [N].
 
-        TEXT (a token is to be sampled), MIXED (a token is to be sampled, and a vector recorded beside it), LATENT (a vector
-        is to be made), or FORCED (the mechanism's own token).
+        TEXT (a token is to be sampled), MIXED (a token is to be sampled, and a vector recorded
+        beside it), LATENT (a vector is to be made), or FORCED (the mechanism's own token).
 
         Args:
             logits_NV: of the last position; None unless the mechanism `reads_logits`.
@@ -85,12 +89,14 @@ class RowStates:
         return self._text_N
 
     def advance(self, kinds_N: Tensor, token_ids_N: Tensor, latents_NH: Tensor | None) -> Tensor:
-        """Takes note of what stands at the position that `plan` announced; returns its final kinds (TEXT may become START).
+        """Takes note of what stands at the position that `plan` announced; returns its final kinds
+        (TEXT may become START).
 
         Args:
             kinds_N: as planned, except that rows which have stopped hold TEXT.
             token_ids_N: sampled ids; meaningful at TEXT and MIXED only.
-            latents_NH: recorded vectors, meaningful at LATENT and MIXED; None unless the mechanism `reads_latents`.
+            latents_NH: recorded vectors, meaningful at LATENT and MIXED; None unless the mechanism
+                `reads_latents`.
         """
         return kinds_N
 
@@ -111,7 +117,9 @@ class RowStates:
 
     @property
     def is_after_span_N(self) -> Tensor:
-        """bool [N], asked after `advance`: the position just put stands after the first latents, and in no span."""
+        """bool [N], asked after `advance`: the position just put stands after the first latents,
+        and in no span.
+        """
         return torch.zeros_like(self._text_N, dtype=torch.bool)
 
     def keep_rows(self, rows_M: Tensor) -> None:
@@ -119,7 +127,9 @@ class RowStates:
         self._text_N = self._text_N[rows_M]
 
     def pack(self) -> tuple[Tensor, ...]:
-        """What `advance` changes, as `Mechanism.state_size` integer columns [N]: an engine may keep it for each position."""
+        """What `advance` changes, as `Mechanism.state_size` integer columns [N]: an engine may
+        keep it for each position.
+        """
         return ()
 
     def unpack(self, columns: tuple[Tensor, ...]) -> None:
@@ -128,24 +138,32 @@ class RowStates:
 
 @dataclass(frozen=True)
 class Mechanism:
-    """Base of all mechanisms; by itself a model without latents. The fields of a subclass are its settings.
+    """Base of all mechanisms; by itself a model without latents. The fields of a subclass are its
+    settings.
 
     Attributes:
-        name: in the registry; a class of a user's own has none and is stored as package.module:Class.
-        published_tokens: role -> token, in the order in which the system adds them. Each role has the fields `<role>_token`
-            and `<role>_id`, unless its token is None.
+        name: in the registry; a class of a user's own has none and is stored as
+            package.module:Class.
+        published_tokens: role -> token, in the order in which the system adds them. Each role has
+            the fields `<role>_token` and `<role>_id`, unless its token is None.
         parameter_prefixes: names (of `state_dict`) of all parameters that `attach` may make.
-        structural: settings that decide which parameters there are; those of a checkpoint cannot change.
-        structural: settings that decide which parameters there are; those of a checkpoint cannot change.
+        structural: settings that decide which parameters there are; those of a checkpoint cannot
+            change.
+        structural: settings that decide which parameters there are; those of a checkpoint cannot
+            change.
         steps: latent steps of a span (or their cap), slots of the prompt.
         max_spans: spans that a completion may open; None for no bound.
-        visibility: `full` (published by all) or `latents_only` (text sees question and latents only).
-        start_is_action: whether emitting the token that opens a span counts as an action of the policy.
-        has_slots: whether completions begin with `num_slots` latent steps, which run right after the prompt.
+        visibility: `full` (published by all) or `latents_only` (text sees question and latents
+            only).
+        start_is_action: whether emitting the token that opens a span counts as an action of the
+            policy.
+        has_slots: whether completions begin with `num_slots` latent steps, which run right after
+            the prompt.
         top_k_image: image embeddings inserted before each slot, chosen by attention; 0 for none.
-        positions: `text_style` (the model's own for the prompt, latents count on as text) or `1d` (0, 1, 2, … for
-            everything, images included).
-        reads_logits, reads_latents: whether `RowStates.plan` needs logits, and `advance` the recorded vectors.
+        positions: `text_style` (the model's own for the prompt, latents count on as text) or `1d`
+            (0, 1, 2, … for everything, images included).
+        reads_logits, reads_latents: whether `RowStates.plan` needs logits, and `advance` the
+            recorded vectors.
         state_size: number of columns of `RowStates.pack`.
     """
 
@@ -165,12 +183,16 @@ class Mechanism:
     reads_logits = False
     reads_latents = False
 
-    # ---- tokens ----------------------------------------------------------------------------------------------------
+    # ---- tokens ---------------------------------------------------------------------------------
+    # -------------------
 
     @property
     def roles(self) -> dict[str, tuple[str | None, int | None]]:
         """Role -> (token, id) of the roles that are in use."""
-        pairs = {role: (getattr(self, f"{role}_token"), getattr(self, f"{role}_id")) for role in self.published_tokens}
+        pairs = {
+            role: (getattr(self, f"{role}_token"), getattr(self, f"{role}_id"))
+            for role in self.published_tokens
+        }
         return {role: pair for role, pair in pairs.items() if pair != (None, None)}
 
     @property
@@ -189,15 +211,19 @@ class Mechanism:
         return frozenset()
 
     def placeholder_id(self, kind: PositionKind) -> int:
-        """The id that stands at positions of `kind` where nothing is sampled; 0 for kinds that the mechanism lacks."""
+        """The id that stands at positions of `kind` where nothing is sampled; 0 for kinds that the
+        mechanism lacks.
+        """
         return 0
 
-    # ---- parameters ------------------------------------------------------------------------------------------------
+    # ---- parameters -----------------------------------------------------------------------------
+    # -------------------
 
     def new_parameters(
         self, text_config, dtype: torch.dtype, device: torch.device
     ) -> dict[str, nn.Module | nn.Parameter]:
-        """What this mechanism adds to a model, freshly initialised, by attribute name; drawn from torch's global generator.
+        """What this mechanism adds to a model, freshly initialised, by attribute name; drawn from
+        torch's global generator.
 
         Args:
             text_config: of the decoder.
@@ -207,7 +233,8 @@ class Mechanism:
     def attach(self, model: nn.Module) -> None:
         """Adds `new_parameters` to a Hugging Face model, in its dtype and on its device.
 
-        They become submodules or parameters, so that optimizers, FSDP, `state_dict` and `save_pretrained` see them.
+        They become submodules or parameters, so that optimizers, FSDP, `state_dict` and
+        `save_pretrained` see them.
         """
         weight = model.get_input_embeddings().weight
         text_config = model.config.get_text_config()
@@ -222,7 +249,8 @@ class Mechanism:
     def check_model(self, model: nn.Module) -> None:
         """Raises `CheckpointError` where `model` lacks what these settings need."""
 
-    # ---- prompt ----------------------------------------------------------------------------------------------------
+    # ---- prompt ---------------------------------------------------------------------------------
+    # -------------------
 
     def num_slots(self, steps: int | None) -> int:
         """Latent steps that stand at the beginning of a completion.
@@ -232,29 +260,36 @@ class Mechanism:
         """
         return 0
 
-    # ---- decoding and feed -----------------------------------------------------------------------------------------
+    # ---- decoding and feed
+    # -----------------------------------------------------------------------------------------
 
-    def begin(self, model: nn.Module, steps_N: Tensor, max_spans_N: Tensor | None = None) -> RowStates:
+    def begin(
+        self, model: nn.Module, steps_N: Tensor, max_spans_N: Tensor | None = None
+    ) -> RowStates:
         """The state of N rows behind their prompts (and slots).
 
         Args:
             model: has what `attach` made; a container of these alone will do.
             steps_N: int64 [N], latent steps a span, or their cap.
-            max_spans_N: int64 [N], spans that each row may open (`UNBOUNDED` for no bound); None for the checkpoint's.
+            max_spans_N: int64 [N], spans that each row may open (`UNBOUNDED` for no bound); None
+                for the checkpoint's.
         """
         return RowStates(steps_N)
 
     def make(self, model: nn.Module, source: HiddenSource) -> Tensor:
-        """What is recorded, in the shape of `source.hidden_MH`: h, a head's output, a soft mixture, an embedding of its own.
+        """What is recorded, in the shape of `source.hidden_MH`: h, a head's output, a soft
+        mixture, an embedding of its own.
 
         Under training with gradient to `source` and to the parameters of `attach`.
         """
         return source.hidden_MH
 
     def compose(self, model: nn.Module, embeds_MH: Tensor, recorded_MH: Tensor) -> Tensor:
-        """The input vectors [M, H] where `recorded_MH` was recorded: the recorded vectors themselves.
+        """The input vectors [M, H] where `recorded_MH` was recorded: the recorded vectors
+        themselves.
 
-        A mechanism whose sampled tokens are MIXED overrides this, with gradient to whatever it mixes by.
+        A mechanism whose sampled tokens are MIXED overrides this, with gradient to whatever it
+        mixes by.
 
         Args:
             embeds_MH: token embeddings at the same positions.
@@ -263,13 +298,17 @@ class Mechanism:
 
     @property
     def composes(self) -> bool:
-        """Whether what is fed differs from what was recorded; such a mechanism's sampled tokens are MIXED."""
+        """Whether what is fed differs from what was recorded; such a mechanism's sampled tokens
+        are MIXED.
+        """
         return type(self).compose is not Mechanism.compose
 
     def sources(self, kinds_BT: Tensor, valid_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(rows, columns) of the hidden state that made each recorded vector (`made_mask`), row-major.
+        """(rows, columns) of the hidden state that made each recorded vector (`made_mask`),
+        row-major.
 
-        By default the last position before it that is neither padding nor SELECTED, which no hidden state makes.
+        By default the last position before it that is neither padding nor SELECTED, which no
+        hidden state makes.
 
         Args:
             kinds_BT: int64, `PositionKind`.
@@ -283,27 +322,36 @@ class Mechanism:
         is_made_BT = made_mask(kinds_BT) & valid_BT
         return is_made_BT.nonzero(as_tuple=True)[0], before_BT[is_made_BT]
 
-    # ---- ablations -------------------------------------------------------------------------------------------------
+    # ---- ablations ------------------------------------------------------------------------------
+    # -------------------
 
     def requests_without_latents(self) -> dict | None:
-        """Fields of a `RolloutRequest` whose completion has no latents; None where there is no such request."""
+        """Fields of a `RolloutRequest` whose completion has no latents; None where there is no
+        such request.
+        """
         return None
 
     def requests_with_markers_only(self) -> dict | None:
-        """Fields of a `RolloutRequest` with the delimiters of spans and nothing between them; None without delimiters."""
+        """Fields of a `RolloutRequest` with the delimiters of spans and nothing between them; None
+        without delimiters.
+        """
         return None
 
-    # ---- engines and checkpoints -----------------------------------------------------------------------------------
+    # ---- engines and checkpoints
+    # -----------------------------------------------------------------------------------
 
     def refusals(self, engine: str) -> list[Refusal]:
         """What `engine` (`hf` or `vllm`) cannot run of this mechanism; engine `hf` runs all."""
         if engine == "hf":
             return []
-        return [Refusal("mechanism", self.key(), "lvr", f"engine {engine} does not run this mechanism")]
+        return [
+            Refusal("mechanism", self.key(), "lvr", f"engine {engine} does not run this mechanism")
+        ]
 
     @classmethod
     def official_layout(cls, config_json: dict, tokenizer, where: str) -> Mechanism | None:
-        """The mechanism of a published checkpoint that has no latent_config.json; None where it is not one of this system.
+        """The mechanism of a published checkpoint that has no latent_config.json; None where it is
+        not one of this system.
 
         Args:
             config_json: its config.json.
@@ -327,7 +375,8 @@ class Mechanism:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {}
         for role, published in cls.published_tokens.items():
-            # a role that a system has only at times (LVR's end vector) is in use where `settings` name its token
+            # a role that a system has only at times (LVR's end vector) is in use where `settings`
+            # name its token
             default = published if fields[f"{role}_token"].default is dataclasses.MISSING else None
             token = settings.pop(f"{role}_token", default)
             if token is None:
@@ -366,7 +415,8 @@ class Mechanism:
         What is fixed for this mechanism may be "set" to the value that it has.
 
         Raises:
-            ConfigError: not a setting of this mechanism, or a value or combination that cannot run.
+            ConfigError: not a setting of this mechanism, or a value or combination that cannot
+                run.
         """
         known = {field.name for field in dataclasses.fields(self)}
         for name in sorted(set(changes) - known):
@@ -385,4 +435,13 @@ class Mechanism:
         return dataclasses.replace(self, **changes)
 
 
-_FIXABLE = ("steps", "max_spans", "visibility", "start_is_action", "top_k_image", "positions", "exit", "head")
+_FIXABLE = (
+    "steps",
+    "max_spans",
+    "visibility",
+    "start_is_action",
+    "top_k_image",
+    "positions",
+    "exit",
+    "head",
+)

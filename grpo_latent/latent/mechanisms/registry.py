@@ -37,5 +37,7 @@ def mechanism_class(name: Any, where: str = "latent.mechanism") -> type[Mechanis
             expected=f"one of {tuple(MECHANISMS)}, or package.module:Class",
         ) from error
     if not (isinstance(found, type) and issubclass(found, Mechanism)):
-        raise ConfigError("not a mechanism", where=where, got=name, expected="a Mechanism subclass")
+        raise ConfigError(
+            "not a mechanism", where=where, got=name, expected="a Mechanism subclass"
+        )
     return found

@@ -1,8 +1,10 @@
-"""Slots of the prompt (IVT-LR, 2510.12603; Coconut, 2412.06769): every completion begins with latent steps, then is text.
+"""Slots of the prompt (IVT-LR, 2510.12603; Coconut, 2412.06769): every completion begins with
+latent steps, then is text.
 
     [prompt] [K image embeddings, chosen by attention] slot  [K more] slot  …  text
 
-`models.slots` runs them; the latent tokens of the tokenizer are placeholders, and none is ever sampled.
+`models.slots` runs them; the latent tokens of the tokenizer are placeholders, and none is ever
+sampled.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ class SlotMechanism(FedBack):
     def num_slots(self, steps: int | None) -> int:
         return self.steps if steps is None else steps
 
-    def begin(self, model: nn.Module, steps_N: Tensor, max_spans_N: Tensor | None = None) -> SlotRows:
+    def begin(
+        self, model: nn.Module, steps_N: Tensor, max_spans_N: Tensor | None = None
+    ) -> SlotRows:
         return SlotRows(steps_N)
 
     def requests_without_latents(self) -> dict:

@@ -1,13 +1,15 @@
-"""Latent spans (LVR, 2509.24251 section 3; ILVR, 2512.05665): rows in different modes at the same step.
+"""Latent spans (LVR, 2509.24251 section 3; ILVR, 2512.05665): rows in different modes at the same
+step.
 
     token   … <start>  <latent>  <latent>  <end>    …
     kind      START    LATENT    LATENT    FORCED   TEXT
     input     e(start) h(start)  h         e(end)
 
-A row emits `start` as an ordinary token. From then on its inputs are h(start), then h of each latent step, until the exit
-says so; then `end` is appended (FORCED). Nothing is sampled inside a span, so neither EOS nor any other token can leave it
-early, and spans may repeat. Differs from the published code, which samples a discarded token at each latent step and leaves
-`end` to the sampler: that derives masks from garbage ids and runs into endless `end` tokens.
+A row emits `start` as an ordinary token. From then on its inputs are h(start), then h of each
+latent step, until the exit says so; then `end` is appended (FORCED). Nothing is sampled inside a
+span, so neither EOS nor any other token can leave it early, and spans may repeat. Differs from the
+published code, which samples a discarded token at each latent step and leaves `end` to the
+sampler: that derives masks from garbage ids and runs into endless `end` tokens.
 
 Legend: N rows, M some of them, H hidden, V vocabulary.
 """
@@ -33,10 +35,11 @@ class SpanMechanism(FedBack):
     """Spans that the model opens by emitting `start`.
 
     Attributes:
-        exit: how a span ends: `steps` (after exactly `steps`); `end_token` (where the arg-max token at a latent position is
-            the end, at `steps` at the latest); `latent_end` (the fed vector that is close to the learned end vector is the
-            last, at `steps` at the latest).
-        max_spans: spans that a completion may open, None for no bound; `start` cannot be sampled after the last one.
+        exit: how a span ends: `steps` (after exactly `steps`); `end_token` (where the arg-max
+            token at a latent position is the end, at `steps` at the latest); `latent_end` (the fed
+            vector that is close to the learned end vector is the last, at `steps` at the latest).
+        max_spans: spans that a completion may open, None for no bound; `start` cannot be sampled
+            after the last one.
         visibility, start_is_action: see `Mechanism`.
     """
 
@@ -56,7 +59,8 @@ class SpanMechanism(FedBack):
         if self.max_spans is not None:
             check_count("max_spans", self.max_spans, 0)
         if self.visibility == "latents_only" and self.exit != STEPS:
-            # the last latent of a span must be known when it is fed (it is a blind row), which only `steps` allows
+            # the last latent of a span must be known when it is fed (it is a blind row), which
+            # only `steps` allows
             raise ConfigError(
                 "visibility latents_only needs spans of known length",
                 where="latent.exit",
@@ -76,7 +80,9 @@ class SpanMechanism(FedBack):
     def reads_logits(self) -> bool:
         return self.exit == END_TOKEN
 
-    def begin(self, model: nn.Module, steps_N: Tensor, max_spans_N: Tensor | None = None) -> SpanRows:
+    def begin(
+        self, model: nn.Module, steps_N: Tensor, max_spans_N: Tensor | None = None
+    ) -> SpanRows:
         return SpanRows(self, steps_N, max_spans_N)
 
     def requests_without_latents(self) -> dict:
@@ -90,14 +96,20 @@ class SpanRows(RowStates):
     """Where each of N rows stands in its spans.
 
     Args:
-        steps_N: int64 [N], latent steps (exit `steps`) or their cap a span; with 0, `end` follows on `start`.
-        max_spans_N: int64 [N], spans that each row may open (`UNBOUNDED` for no bound); None for the mechanism's.
+        steps_N: int64 [N], latent steps (exit `steps`) or their cap a span; with 0, `end` follows
+            on `start`.
+        max_spans_N: int64 [N], spans that each row may open (`UNBOUNDED` for no bound); None for
+            the mechanism's.
     """
 
-    def __init__(self, mechanism: SpanMechanism, steps_N: Tensor, max_spans_N: Tensor | None = None):
+    def __init__(
+        self, mechanism: SpanMechanism, steps_N: Tensor, max_spans_N: Tensor | None = None
+    ):
         self.mechanism = mechanism
         self.steps_N = steps_N
-        self.max_spans_N: Tensor | int = UNBOUNDED if mechanism.max_spans is None else mechanism.max_spans
+        self.max_spans_N: Tensor | int = (
+            UNBOUNDED if mechanism.max_spans is None else mechanism.max_spans
+        )
         self.is_bounded = mechanism.max_spans is not None
         if max_spans_N is not None:
             self.max_spans_N = max_spans_N
@@ -110,7 +122,8 @@ class SpanRows(RowStates):
     def plan(self, logits_NV: Tensor | None) -> Tensor:
         leaves_N = self.end_is_due_N
         if self.mechanism.reads_logits:
-            # a span has at least one latent step: the rule reads the logits of latent positions only
+            # a span has at least one latent step: the rule reads the logits of latent positions
+            # only
             says_end_N = logits_NV.argmax(-1) == self.mechanism.end_id
             leaves_N = leaves_N | (self.in_span_N & (self.num_fed_N > 0) & says_end_N)
         kinds_N = torch.where(self.in_span_N, int(PositionKind.LATENT), int(PositionKind.TEXT))
@@ -122,7 +135,9 @@ class SpanRows(RowStates):
         opens_N = is_text_N & (token_ids_N == self.mechanism.start_id)
         closes_N = kinds_N == PositionKind.FORCED
         self.num_fed_N += is_latent_N
-        self.end_is_due_N = (is_latent_N & (self.num_fed_N >= self.steps_N)) | (opens_N & (self.steps_N == 0))
+        self.end_is_due_N = (is_latent_N & (self.num_fed_N >= self.steps_N)) | (
+            opens_N & (self.steps_N == 0)
+        )
         if latents_NH is not None:
             self.end_is_due_N |= is_latent_N & self._is_end(latents_NH)
         self.in_span_N = (self.in_span_N | opens_N) & ~closes_N

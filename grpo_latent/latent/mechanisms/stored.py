@@ -18,7 +18,8 @@ from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.mechanisms.protocol import LATENT_CONFIG_FILE, VERSION, Mechanism
 from grpo_latent.latent.mechanisms.registry import mechanism_class
 
-# keys of version 1 that are no setting of some mechanism, with the only value that it may have there: see `_fixed`
+# keys of version 1 that are no setting of some mechanism, with the only value that it may have
+# there: see `_fixed`
 _V1_OPTIONAL = {
     "exit": "steps",
     "head": "none",
@@ -49,7 +50,9 @@ def load_mechanism(folder: str | Path) -> Mechanism:
     try:
         values = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise CheckpointError("not valid JSON", where=str(path), got=str(error), expected="a JSON object") from error
+        raise CheckpointError(
+            "not valid JSON", where=str(path), got=str(error), expected="a JSON object"
+        ) from error
     return from_dict(values, where=str(path))
 
 
@@ -70,15 +73,27 @@ def from_dict(values: Any, where: str) -> Mechanism:
             expected=f"1 or {VERSION}",
             fix="Use the release of grpo_latent that wrote it, or write the file anew.",
         )
-    settings = {name: value for name, value in values.items() if name not in ("version", "mechanism")}
+    settings = {
+        name: value for name, value in values.items() if name not in ("version", "mechanism")
+    }
     try:
         # the first files of version 1 knew LVR only and did not say so
         cls = mechanism_class(values.get("mechanism", "lvr" if version == 1 else None))
         settings = _of_version_1(cls, settings) if version == 1 else settings
-        return build(cls, settings, where, note=f", the settings of mechanism {cls.key()}", error=CheckpointError)
+        return build(
+            cls,
+            settings,
+            where,
+            note=f", the settings of mechanism {cls.key()}",
+            error=CheckpointError,
+        )
     except ConfigError as error:
         raise CheckpointError(
-            error.what, where=f"{where}: {error.where}", got=error.got, expected=error.expected, fix=error.fix
+            error.what,
+            where=f"{where}: {error.where}",
+            got=error.got,
+            expected=error.expected,
+            fix=error.fix,
         ) from error
 
 
@@ -89,7 +104,10 @@ def _of_version_1(cls: type[Mechanism], settings: dict[str, Any]) -> dict[str, A
         ConfigError: one of these has a value that `cls` cannot have.
     """
     own = {field.name for field in dataclasses.fields(cls)}
-    fixed = _V1_OPTIONAL | {"positions": cls.positions, "trigger": "prompt_slots" if cls.has_slots else "emitted"}
+    fixed = _V1_OPTIONAL | {
+        "positions": cls.positions,
+        "trigger": "prompt_slots" if cls.has_slots else "emitted",
+    }
     kept = {}
     for name, value in settings.items():
         if name in own or name not in fixed:

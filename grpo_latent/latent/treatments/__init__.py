@@ -1,4 +1,5 @@
-"""The treatment axis: what RL makes of latent positions. One file a treatment, one protocol (`protocol.Treatment`).
+"""The treatment axis: what RL makes of latent positions. One file a treatment, one protocol
+(`protocol.Treatment`).
 
     name          fed in the rollout     training forward feeds    at latents the loss has             source
     mask          h                      what was recorded         nothing                             2509.24251
@@ -8,15 +9,18 @@
     gumbel_soft   top-k token mixture    what was recorded         a clipped ratio and a KL            2511.06411
     vmf           h, turned at random    what was recorded         a clipped ratio and a closed KL     von Mises-Fisher
 
-Any of them takes the latent anchor, a pull of the prediction at each latent position towards the reference's.
+Any of them takes the latent anchor, a pull of the prediction at each latent position towards the
+reference's.
 
 A treatment of your own is a subclass of `Treatment` in any module that the workers can import:
-`latent.treatment.name=package.module:Class`, its options as `+latent.treatment.options.<name>=<value>`.
+`latent.treatment.name=package.module:Class`, its options as
+`+latent.treatment.options.<name>=<value>`.
 
-HRPO's hybrid gate (2505.18454) is not on this axis. It has no latent positions: the input of every token is a gated mixture
-of its own embedding and the last soft mixture, with a trained gate, so a token is an ordinary action *and* its input vector
-is recorded. That changes what a TEXT position feeds, in rollout and in replay: a mechanism (trigger "always"), to which
-masking, gradients and this axis would then apply as they are.
+HRPO's hybrid gate (2505.18454) is not on this axis. It has no latent positions: the input of every
+token is a gated mixture of its own embedding and the last soft mixture, with a trained gate, so a
+token is an ordinary action *and* its input vector is recorded. That changes what a TEXT position
+feeds, in rollout and in replay: a mechanism (trigger "always"), to which masking, gradients and
+this axis would then apply as they are.
 """
 
 from __future__ import annotations
@@ -37,7 +41,15 @@ from grpo_latent.latent.treatments.recompute import Recompute
 from grpo_latent.latent.treatments.terms import LatentTerms
 from grpo_latent.latent.treatments.vmf import VonMisesFisher
 
-__all__ = ["GRADIENTS", "TREATMENTS", "LatentSource", "LatentTerms", "Mask", "Treatment", "parse_treatment"]
+__all__ = [
+    "GRADIENTS",
+    "TREATMENTS",
+    "LatentSource",
+    "LatentTerms",
+    "Mask",
+    "Treatment",
+    "parse_treatment",
+]
 
 TREATMENTS: dict[str, type[Treatment]] = {
     "mask": Mask,
@@ -51,23 +63,30 @@ OWN_OPTIONS = "options"
 
 
 def parse_treatment(values: Mapping[str, Any] | None) -> tuple[Treatment, LatentTerms]:
-    """The group `latent.treatment`: `name`, the options of each treatment under its name, and the fields of `LatentTerms`.
+    """The group `latent.treatment`: `name`, the options of each treatment under its name, and the
+    fields of `LatentTerms`.
 
     >>> parse_treatment({"name": "gaussian", "gaussian": {"sigma": 10.0, "sigma_rollout": 0}, "clip_high": 0.3})[0]
     Gaussian(sigma=10.0, sigma_rollout=0, per_dimension=False)
 
     Raises:
-        ConfigError: an unknown treatment, key or value; options of the treatments that are not chosen count, too.
+        ConfigError: an unknown treatment, key or value; options of the treatments that are not
+            chosen count, too.
     """
     values = _mapping(values, "latent.treatment")
     name = values.pop("name", "mask")
     groups = {
-        key: _mapping(values.pop(key), f"latent.treatment.{key}") for key in (*TREATMENTS, OWN_OPTIONS) if key in values
+        key: _mapping(values.pop(key), f"latent.treatment.{key}")
+        for key in (*TREATMENTS, OWN_OPTIONS)
+        if key in values
     }
     known = [field.name for field in dataclasses.fields(LatentTerms)]
     check_keys(values, ["name", *TREATMENTS, OWN_OPTIONS, *known], "latent.treatment")
     terms = build(LatentTerms, values, "latent.treatment")
-    built = {key: build(TREATMENTS[key], groups.get(key, {}), f"latent.treatment.{key}") for key in TREATMENTS}
+    built = {
+        key: build(TREATMENTS[key], groups.get(key, {}), f"latent.treatment.{key}")
+        for key in TREATMENTS
+    }
     if name in built:
         if groups.get(OWN_OPTIONS):
             raise ConfigError(
@@ -82,7 +101,9 @@ def parse_treatment(values: Mapping[str, Any] | None) -> tuple[Treatment, Latent
 
 def _mapping(values: Any, where: str) -> dict:
     if not isinstance(values or {}, Mapping):
-        raise ConfigError("not a group of settings", where=where, got=values, expected="keys and values")
+        raise ConfigError(
+            "not a group of settings", where=where, got=values, expected="keys and values"
+        )
     return dict(values or {})
 
 
@@ -98,5 +119,10 @@ def _import(name: Any) -> type[Treatment]:
             expected=f"one of {tuple(TREATMENTS)}, or package.module:Class",
         ) from error
     if not (isinstance(found, type) and issubclass(found, Treatment)):
-        raise ConfigError("not a treatment", where="latent.treatment.name", got=name, expected="a Treatment subclass")
+        raise ConfigError(
+            "not a treatment",
+            where="latent.treatment.name",
+            got=name,
+            expected="a Treatment subclass",
+        )
     return found

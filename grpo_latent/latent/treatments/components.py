@@ -1,5 +1,5 @@
-"""The loss at latents as a list of components: a name, a weight and one value for each position. The trainer adds them up
-without knowing what they are.
+"""The loss at latents as a list of components: a name, a weight and one value for each position.
+The trainer adds them up without knowing what they are.
 
     component    values                                     over      weight
     pg_loss      clipped ratio of the log-densities         acts      LatentTerms.weight
@@ -7,9 +7,11 @@ without knowing what they are.
     anchor       distance of predictions to the reference's latents   LatentTerms.anchor_weight
     ratio_mean, clipfrac, clipfrac_lower, log_density       acts      None: reported only
 
-These are what every treatment has by default; its `components` may leave some out, replace them or add its own.
+These are what every treatment has by default; its `components` may leave some out, replace them or
+add its own.
 
-Legend: A live positions that act and are no text, M live LATENT positions, S statistics a latent, H hidden.
+Legend: A live positions that act and are no text, M live LATENT positions, S statistics a latent,
+H hidden.
 """
 
 from __future__ import annotations
@@ -31,10 +33,13 @@ class Component:
     """One term of the loss; logged as `latent/<name>`, without the weight.
 
     Attributes:
-        weight: the loss gets weight · reduction(values), reduced as the text's loss is (`loss_agg_mode`), the counts being
-            those of the whole mini-batch over all ranks. 0 only reports that; None reports the plain mean over positions.
-        values: float, one for each position of `over`, row-major, with gradient if it has a weight.
-        over: `acts`, positions that act and are no text, or `latents`, LATENT ones; of trajectories that were not dropped.
+        weight: the loss gets weight · reduction(values), reduced as the text's loss is
+            (`loss_agg_mode`), the counts being those of the whole mini-batch over all ranks. 0
+            only reports that; None reports the plain mean over positions.
+        values: float, one for each position of `over`, row-major, with gradient if it has a
+            weight.
+        over: `acts`, positions that act and are no text, or `latents`, LATENT ones; of
+            trajectories that were not dropped.
     """
 
     name: str
@@ -65,7 +70,8 @@ class LatentView:
 
     Attributes:
         acts: None where only text acts.
-        statistics_MS: `Treatment.statistics` of the current model, with gradient; None where nothing asked for it.
+        statistics_MS: `Treatment.statistics` of the current model, with gradient; None where
+            nothing asked for it.
         ref_statistics_MS: of the reference; None without one.
     """
 
@@ -109,7 +115,10 @@ def clipped_ratio(acts: Acts, terms: LatentTerms) -> list[Component]:
     }
     return [
         Component("pg_loss", terms.weight, clipped.losses, "acts"),
-        *(Component(name, None, values.detach().float(), "acts") for name, values in logged.items()),
+        *(
+            Component(name, None, values.detach().float(), "acts")
+            for name, values in logged.items()
+        ),
     ]
 
 
@@ -118,15 +127,20 @@ def density_kl(acts: Acts, terms: LatentTerms) -> list[Component]:
     if acts.ref_log_probs_A is None:
         return []
     everywhere_A = torch.ones_like(acts.log_probs_A, dtype=torch.bool)
-    kl_A = kl_penalty(acts.log_probs_A, acts.ref_log_probs_A, everywhere_A, terms.kl_kind, terms.log_ratio_bound)
+    kl_A = kl_penalty(
+        acts.log_probs_A, acts.ref_log_probs_A, everywhere_A, terms.kl_kind, terms.log_ratio_bound
+    )
     return [Component("kl", terms.kl_coef, kl_A, "acts")]
 
 
-def anchor(view: LatentView, terms: LatentTerms, hidden_size: int | None = None) -> list[Component]:
+def anchor(
+    view: LatentView, terms: LatentTerms, hidden_size: int | None = None
+) -> list[Component]:
     """How far predictions are from the reference's; nothing at weight 0.
 
     Args:
-        hidden_size: H, where the statistics have more columns than the mean, which is the first H of them.
+        hidden_size: H, where the statistics have more columns than the mean, which is the first H
+            of them.
     """
     if not terms.anchor_weight:
         return []

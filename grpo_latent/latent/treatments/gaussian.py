@@ -3,9 +3,9 @@
     rollout   z = mu + sigma_rollout · eps,  eps ~ N(0, 1)
     density   log p(z) = -|z - mu|² / (2 sigma²)       dropped: H · (log sigma + log(2 pi) / 2), the same for every policy
 
-The sum over the H dimensions is the true density, and Monet's (2511.21395, "VLPO": sigma 10, no noise). `per_dimension`
-divides it by H: the density of a Gaussian with sigma · sqrt(H), whose ratios stay near 1 at any H. sigma -> inf gives
-masked GRPO.
+The sum over the H dimensions is the true density, and Monet's (2511.21395, "VLPO": sigma 10, no
+noise). `per_dimension` divides it by H: the density of a Gaussian with sigma · sqrt(H), whose
+ratios stay near 1 at any H. sigma -> inf gives masked GRPO.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from grpo_latent.latent.treatments.values import at_least_float, is_number
 class Gaussian(Treatment):
     """Attributes:
     sigma: of the density, in units of a latent's components; inf switches the latent term off.
-    sigma_rollout: of the noise; None takes `sigma`. 0 feeds the mean: the first update after a rollout then has no latent
-        gradient (z = mu), later ones pull mu back towards the z of rewarded trajectories. Another value than `sigma`
-        makes the ratio that of the density, not of the sampler.
+    sigma_rollout: of the noise; None takes `sigma`. 0 feeds the mean: the first update after a
+        rollout then has no latent gradient (z = mu), later ones pull mu back towards the z of
+        rewarded trajectories. Another value than `sigma` makes the ratio that of the density, not
+        of the sampler.
     per_dimension: divide the log-density by H.
     """
 
@@ -39,19 +40,30 @@ class Gaussian(Treatment):
     def __post_init__(self):
         where = "latent.treatment.gaussian"
         if not is_number(self.sigma) or not self.sigma > 0:
-            raise ConfigError("not a width", where=f"{where}.sigma", got=self.sigma, expected="> 0")
+            raise ConfigError(
+                "not a width", where=f"{where}.sigma", got=self.sigma, expected="> 0"
+            )
         noise = self.sigma_rollout
         if noise is not None and not (is_number(noise) and 0 <= noise < math.inf):
             raise ConfigError(
-                "not a width", where=f"{where}.sigma_rollout", got=noise, expected="finite, >= 0, or null"
+                "not a width",
+                where=f"{where}.sigma_rollout",
+                got=noise,
+                expected="finite, >= 0, or null",
             )
         if noise is None and self.sigma == math.inf:
             raise ConfigError(
-                "noise without bound", where=f"{where}.sigma_rollout", got="null with sigma inf", expected="finite"
+                "noise without bound",
+                where=f"{where}.sigma_rollout",
+                got="null with sigma inf",
+                expected="finite",
             )
         if not isinstance(self.per_dimension, bool):
             raise ConfigError(
-                "not a switch", where=f"{where}.per_dimension", got=self.per_dimension, expected="true or false"
+                "not a switch",
+                where=f"{where}.per_dimension",
+                got=self.per_dimension,
+                expected="true or false",
             )
 
     @property
@@ -75,7 +87,9 @@ class Gaussian(Treatment):
         noise_MH = self.noise * torch.special.ndtri(uniforms_MU).float()
         return (source.mean_MH.float() + noise_MH).to(source.mean_MH.dtype), None
 
-    def log_density(self, source: LatentSource, latents_MH: Tensor, aux_MA: Tensor | None = None) -> Tensor:
+    def log_density(
+        self, source: LatentSource, latents_MH: Tensor, aux_MA: Tensor | None = None
+    ) -> Tensor:
         """-|z - mu|² / (2 sigma²), over H if `per_dimension`; without the constants of sigma."""
         squared_MH = (at_least_float(latents_MH) - at_least_float(source.mean_MH)).square()
         distance_M = squared_MH.mean(-1) if self.per_dimension else squared_MH.sum(-1)

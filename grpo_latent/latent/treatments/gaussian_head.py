@@ -4,9 +4,10 @@
     rollout   z = mu + sigma(h) · eps,  eps ~ N(0, 1)               mu = h (through the head)
     density   log p(z) = -|z - mu|² / (2 sigma²) - H log sigma      dropped: H log(2 pi) / 2, the same for every policy
 
-w and b are parameters of the model: optimised by the latent loss, saved with the checkpoint, sent to rollouts. So the policy
-may explore where it pays, and be exact elsewhere; `gaussian` has one sigma, and H log sigma is a constant of it. The tanh
-keeps sigma within a factor `sigma_range` of the start: a width that runs to 0 makes any later ratio explode.
+w and b are parameters of the model: optimised by the latent loss, saved with the checkpoint, sent
+to rollouts. So the policy may explore where it pays, and be exact elsewhere; `gaussian` has one
+sigma, and H log sigma is a constant of it. The tanh keeps sigma within a factor `sigma_range` of
+the start: a width that runs to 0 makes any later ratio explode.
 
 Legend: M latents, H hidden, U uniforms a latent.
 """
@@ -25,7 +26,9 @@ from grpo_latent.latent.treatments.values import at_least_float, is_number
 
 
 class LogWidth(nn.Module):
-    """h -> w · norm(h) + b, one number a latent; what it gives before the tanh is near 0 at the start."""
+    """h -> w · norm(h) + b, one number a latent; what it gives before the tanh is near 0 at the
+    start.
+    """
 
     def __init__(self, text_config):
         super().__init__()
@@ -56,7 +59,12 @@ class GaussianHead(Treatment):
         for name, least in (("sigma", 0), ("sigma_range", 1)):
             value = getattr(self, name)
             if not is_number(value) or not least < value < math.inf:
-                raise ConfigError("not a width", where=f"{where}.{name}", got=value, expected=f"finite, > {least}")
+                raise ConfigError(
+                    "not a width",
+                    where=f"{where}.{name}",
+                    got=value,
+                    expected=f"finite, > {least}",
+                )
 
     def build(self, text_config) -> nn.Module:
         return LogWidth(text_config)
@@ -78,9 +86,13 @@ class GaussianHead(Treatment):
         noise_MH = self.log_sigma(source).exp() * torch.special.ndtri(uniforms_MU)
         return (at_least_float(source.mean_MH) + noise_MH).to(source.mean_MH.dtype), None
 
-    def log_density(self, source: LatentSource, latents_MH: Tensor, aux_MA: Tensor | None = None) -> Tensor:
+    def log_density(
+        self, source: LatentSource, latents_MH: Tensor, aux_MA: Tensor | None = None
+    ) -> Tensor:
         """Over H if `per_dimension`; without H log(2 pi) / 2."""
         log_sigma_M1 = self.log_sigma(source)
-        scaled_MH = (at_least_float(latents_MH) - at_least_float(source.mean_MH)) * (-log_sigma_M1).exp()
+        scaled_MH = (at_least_float(latents_MH) - at_least_float(source.mean_MH)) * (
+            -log_sigma_M1
+        ).exp()
         terms_MH = -0.5 * scaled_MH.square() - log_sigma_M1
         return terms_MH.mean(-1) if self.per_dimension else terms_MH.sum(-1)

@@ -1,13 +1,15 @@
-"""`gumbel_soft`: a latent is a mixture of the k most probable tokens' embeddings, drawn by Gumbel noise on their log-probs.
+"""`gumbel_soft`: a latent is a mixture of the k most probable tokens' embeddings, drawn by Gumbel
+noise on their log-probs.
 
     ids, p      the k most probable tokens and their probabilities, normalised over the k
     g           = log p + Gumbel(0, 1)                                recorded, with ids
     fed         sum_k softmax(g / tau)_k e(id_k)
     density     mean_k [-x_k - exp(-x_k)],  x = clamp(g - log p, -1.5, 3)    log p of the current policy, at recorded ids
 
-Source: SofT-GRPO (2511.06411): k = 5, tau = 0.1. With `joint` the mean is a sum and, unclamped, the exact log-density of g
-given the ids, no constant dropped; which k ids were the most probable counts as given. Dropped: the fed vector is replayed
-as recorded, so embeddings do not train through the mixture. Feeds no h, hence no head, and no exit that measures it.
+Source: SofT-GRPO (2511.06411): k = 5, tau = 0.1. With `joint` the mean is a sum and, unclamped,
+the exact log-density of g given the ids, no constant dropped; which k ids were the most probable
+counts as given. Dropped: the fed vector is replayed as recorded, so embeddings do not train
+through the mixture. Feeds no h, hence no head, and no exit that measures it.
 """
 
 from __future__ import annotations
@@ -45,14 +47,24 @@ class GumbelSoft(Treatment):
     def __post_init__(self):
         where = "latent.treatment.gumbel_soft"
         if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1:
-            raise ConfigError("not a count", where=f"{where}.top_k", got=self.top_k, expected="int >= 1")
+            raise ConfigError(
+                "not a count", where=f"{where}.top_k", got=self.top_k, expected="int >= 1"
+            )
         if not is_number(self.tau) or not 0 < self.tau < float("inf"):
-            raise ConfigError("not a temperature", where=f"{where}.tau", got=self.tau, expected="finite, > 0")
+            raise ConfigError(
+                "not a temperature", where=f"{where}.tau", got=self.tau, expected="finite, > 0"
+            )
         bounds = self.clamp
-        if bounds is not None and not (len(bounds) == 2 and all(map(is_number, bounds)) and bounds[0] < bounds[1]):
-            raise ConfigError("not bounds", where=f"{where}.clamp", got=bounds, expected="[low, high] or null")
+        if bounds is not None and not (
+            len(bounds) == 2 and all(map(is_number, bounds)) and bounds[0] < bounds[1]
+        ):
+            raise ConfigError(
+                "not bounds", where=f"{where}.clamp", got=bounds, expected="[low, high] or null"
+            )
         if not isinstance(self.joint, bool):
-            raise ConfigError("not a switch", where=f"{where}.joint", got=self.joint, expected="true or false")
+            raise ConfigError(
+                "not a switch", where=f"{where}.joint", got=self.joint, expected="true or false"
+            )
 
     def check(self, mechanism: Mechanism) -> None:
         super().check(mechanism)
@@ -77,7 +89,9 @@ class GumbelSoft(Treatment):
     def num_uniforms(self, hidden_size: int) -> int:
         return self.top_k
 
-    def draw(self, source: LatentSource, uniforms_MU: Tensor | None, embed) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, source: LatentSource, uniforms_MU: Tensor | None, embed
+    ) -> tuple[Tensor, Tensor]:
         logits_MV = source.logits().float()
         if self.top_k > logits_MV.shape[-1]:
             raise ConfigError(

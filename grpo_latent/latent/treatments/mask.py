@@ -1,4 +1,6 @@
-"""`mask`: latents are recorded inputs, not actions (the default; 2509.24251's masking with exact replay)."""
+"""`mask`: latents are recorded inputs, not actions (the default; 2509.24251's masking with exact
+replay).
+"""
 
 from __future__ import annotations
 

@@ -8,11 +8,12 @@
 
 z_t pairs with the source at t - 1; that shift is made by `models.shift`, not by a treatment.
 
-A treatment may have parameters of its own (`attach`). FSDP has them gathered within the model's forward only, so they are
-applied there, by `features`; draw, density and statistics take their results from the source.
+A treatment may have parameters of its own (`attach`). FSDP has them gathered within the model's
+forward only, so they are applied there, by `features`; draw, density and statistics take their
+results from the source.
 
-Legend: M latents of one call, H hidden, V vocabulary, U uniforms a latent, A numbers of aux a latent, F features a latent,
-S statistics a latent.
+Legend: M latents of one call, H hidden, V vocabulary, U uniforms a latent, A numbers of aux a
+latent, F features a latent, S statistics a latent.
 """
 
 from __future__ import annotations
@@ -24,11 +25,18 @@ from torch import Tensor, nn
 
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.mechanisms import Mechanism
-from grpo_latent.latent.treatments.components import Component, LatentView, anchor, clipped_ratio, density_kl
+from grpo_latent.latent.treatments.components import (
+    Component,
+    LatentView,
+    anchor,
+    clipped_ratio,
+    density_kl,
+)
 from grpo_latent.latent.treatments.terms import LatentTerms
 
 GRADIENTS = ("cut", "one_hop", "bptt")
-# all parameters of treatments stand below this attribute of the model, so that a folder's are known whoever wrote them
+# all parameters of treatments stand below this attribute of the model, so that a folder's are
+# known whoever wrote them
 PARAMETERS_ATTRIBUTE = "latent_treatment"
 
 
@@ -38,7 +46,8 @@ class LatentSource:
 
     Attributes:
         mean_MH: h through the head, if the model has one.
-        logits: makes the logits [M, V] of the same hidden states, divided by the sampling temperature (by 1 when greedy).
+        logits: makes the logits [M, V] of the same hidden states, divided by the sampling
+            temperature (by 1 when greedy).
         features_MF: `Treatment.features` of the same hidden states; None without parameters.
     """
 
@@ -49,15 +58,17 @@ class LatentSource:
 
 @dataclass(frozen=True)
 class Treatment:
-    """Base of all treatments; what it does by itself is `mask`. The fields of a subclass are its options.
+    """Base of all treatments; what it does by itself is `mask`. The fields of a subclass are its
+    options.
 
-    A subclass with parameters overrides `build` and `features`; one with a loss of its own `components`, and
-    `reads_statistics` and `reference_weights` if that compares with the reference.
+    A subclass with parameters overrides `build` and `features`; one with a loss of its own
+    `components`, and `reads_statistics` and `reference_weights` if that compares with the
+    reference.
 
     Attributes:
         is_action: whether the policy acts at latents; then `log_density` enters a loss of its own.
-        gradient: how the current model's latents enter the training forward: `cut`, `one_hop` or `bptt` (see
-            `models.recompute`). None: the recorded vectors do.
+        gradient: how the current model's latents enter the training forward: `cut`, `one_hop` or
+            `bptt` (see `models.recompute`). None: the recorded vectors do.
         reads_logits: whether `log_density` needs logits.
         aux_size: A.
     """
@@ -100,22 +111,31 @@ class Treatment:
     def draw(
         self, source: LatentSource, uniforms_MU: Tensor | None, embed: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        """Vectors [M, H] to feed, and what has to be recorded beside them, float32 [M, A] (None for nothing).
+        """Vectors [M, H] to feed, and what has to be recorded beside them, float32 [M, A] (None
+        for nothing).
 
         Args:
-            uniforms_MU: float64 in (0, 1), of the trajectory's seed and the position; None when greedy: then the mode.
+            uniforms_MU: float64 in (0, 1), of the trajectory's seed and the position; None when
+                greedy: then the mode.
             embed: token embeddings of ids of any shape.
         """
         return source.mean_MH, None
 
-    def log_density(self, source: LatentSource, latents_MH: Tensor, aux_MA: Tensor | None) -> Tensor:
-        """float32 [M], nats, with gradient to `source`. Says in its docstring which constants it drops."""
+    def log_density(
+        self, source: LatentSource, latents_MH: Tensor, aux_MA: Tensor | None
+    ) -> Tensor:
+        """float32 [M], nats, with gradient to `source`. Says in its docstring which constants it
+        drops.
+        """
         raise NotImplementedError(f"{type(self).__name__} is no action")
 
-    # ---- parameters -----------------------------------------------------------------------------------------------
+    # ---- parameters -----------------------------------------------------------------------------
+    # ------------------
 
     def build(self, text_config) -> nn.Module | None:
-        """A fresh module of this treatment's parameters, float32 on the CPU; None for none. Called with torch seeded."""
+        """A fresh module of this treatment's parameters, float32 on the CPU; None for none. Called
+        with torch seeded.
+        """
         return None
 
     @property
@@ -128,14 +148,18 @@ class Treatment:
         return (f"{PARAMETERS_ATTRIBUTE}.",) if self.has_parameters else ()
 
     def attach(self, model: nn.Module) -> None:
-        """Gives the model this treatment's parameters, freshly initialised, in its dtype and on its device.
+        """Gives the model this treatment's parameters, freshly initialised, in its dtype and on
+        its device.
 
-        To be called before FSDP wraps the model: then they are trained, saved, loaded and sent to rollouts as all others.
+        To be called before FSDP wraps the model: then they are trained, saved, loaded and sent to
+        rollouts as all others.
         """
         module = self.build(model.config.get_text_config())
         if module is not None:
             weight = model.get_input_embeddings().weight
-            setattr(model, PARAMETERS_ATTRIBUTE, module.to(device=weight.device, dtype=weight.dtype))
+            setattr(
+                model, PARAMETERS_ATTRIBUTE, module.to(device=weight.device, dtype=weight.dtype)
+            )
 
     def check_model(self, model: nn.Module) -> None:
         """Raises `CheckpointError` where the model lacks this treatment's parameters."""
@@ -149,13 +173,18 @@ class Treatment:
             )
 
     def features(self, model: nn.Module, hidden_MH: Tensor) -> Tensor | None:
-        """What this treatment's parameters make of hidden states, [M, F]; also with M = 0, as every rank has to gather."""
+        """What this treatment's parameters make of hidden states, [M, F]; also with M = 0, as
+        every rank has to gather.
+        """
         return None
 
-    # ---- loss -----------------------------------------------------------------------------------------------------
+    # ---- loss -----------------------------------------------------------------------------------
+    # ------------------
 
     def statistics(self, source: LatentSource) -> Tensor:
-        """[M, S], what `components` gets of each latent, with gradient from the current model and from the reference."""
+        """[M, S], what `components` gets of each latent, with gradient from the current model and
+        from the reference.
+        """
         return source.mean_MH
 
     def reads_statistics(self, terms: LatentTerms) -> bool:
@@ -163,12 +192,16 @@ class Treatment:
         return terms.anchor_weight > 0
 
     def reference_weights(self, terms: LatentTerms) -> dict[str, float]:
-        """Weights of what compares with the reference, by config key below `latent.treatment`; without a reference all
-        must be 0."""
+        """Weights of what compares with the reference, by config key below `latent.treatment`;
+        without a reference all must be 0."""
         return {"anchor_weight": terms.anchor_weight, "kl_coef": terms.kl_coef}
 
     def components(self, view: LatentView, terms: LatentTerms) -> list[Component]:
-        """The loss at latents, of one micro-batch. Every micro-batch gives the same names and weights, also one without
-        latents: ranks must agree on which parameters get a gradient."""
-        found = [] if view.acts is None else clipped_ratio(view.acts, terms) + density_kl(view.acts, terms)
+        """The loss at latents, of one micro-batch. Every micro-batch gives the same names and
+        weights, also one without latents: ranks must agree on which parameters get a gradient."""
+        found = (
+            []
+            if view.acts is None
+            else clipped_ratio(view.acts, terms) + density_kl(view.acts, terms)
+        )
         return found + anchor(view, terms)

@@ -1,9 +1,11 @@
-"""`recompute`: the update feeds the *current* policy's latents, so that text after a span trains what made the latent.
+"""`recompute`: the update feeds the *current* policy's latents, so that text after a span trains
+what made the latent.
 
-LVR's RL recomputes without a gradient (2509.24251 section 3.3: `cut`); Monet's depth is `one_hop`, Coconut's and ILVR's
-`bptt`. Old and reference log-probs are those of the recorded latents: the rollout's policy made them, and old, reference
-and new scores share their inputs as long as the weights are those of the rollout. One update costs one forward more for
-each latent of the longest row.
+LVR's RL recomputes without a gradient (2509.24251 section 3.3: `cut`); Monet's depth is `one_hop`,
+Coconut's and ILVR's `bptt`. Old and reference log-probs are those of the recorded latents: the
+rollout's policy made them, and old, reference and new scores share their inputs as long as the
+weights are those of the rollout. One update costs one forward more for each latent of the longest
+row.
 """
 
 from __future__ import annotations

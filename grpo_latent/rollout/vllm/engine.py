@@ -1,8 +1,9 @@
 """Engine `vllm`: the same protocol as engine `hf`, on stock vLLM in this process.
 
-Greedy trajectories are engine hf's; sampled ones draw the same uniform numbers, so they differ only where rounding moves a
-token across a boundary. In-process vLLM changes its process: `torch.set_num_threads` no longer acts, a gloo group exists,
-and the environment pins the model runner.
+Greedy trajectories are engine hf's; sampled ones draw the same uniform numbers, so they differ
+only where rounding moves a token across a boundary. In-process vLLM changes its process:
+`torch.set_num_threads` no longer acts, a gloo group exists, and the environment pins the model
+runner.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ class VllmRolloutEngine:
         banned_ids: tokens never sampled, besides those that engine hf bans.
         dtype: of weights, keys and values.
         max_model_len: longest prompt and completion together.
-        max_latents: latent steps that a completion may hold; None takes what `max_spans` allows, or 256.
-        vllm_options: further arguments of `vllm.LLM`, such as `gpu_memory_utilization` or `enforce_eager`.
+        max_latents: latent steps that a completion may hold; None takes what `max_spans` allows,
+            or 256.
+        vllm_options: further arguments of `vllm.LLM`, such as `gpu_memory_utilization` or
+            `enforce_eager`.
 
     Raises:
         PluginError: vLLM's version or symbols are not those that this engine was written against.
@@ -51,11 +54,16 @@ class VllmRolloutEngine:
         **vllm_options,
     ):
         self.front = FrontEnd(folder, overrides, max_model_len, max_latents, banned_ids)
-        self.skeleton, self.mechanism, self.adapter = self.front.skeleton, self.front.mechanism, self.front.adapter
+        self.skeleton, self.mechanism, self.adapter = (
+            self.front.skeleton,
+            self.front.mechanism,
+            self.front.adapter,
+        )
         check_options(vllm_options)
         pin_runner()
         torchvision_ops.install()
-        # read when vllm is imported: the engine must live in this process, where its RPCs can take tensors
+        # read when vllm is imported: the engine must live in this process, where its RPCs can take
+        # tensors
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         import vllm
 
@@ -65,9 +73,12 @@ class VllmRolloutEngine:
         from grpo_latent.rollout.vllm.model import register_latent_model
 
         register_latent_model(self.adapter.model.config.architectures[0])
-        # vLLM turns asynchronous scheduling off on CPU after this; the scheduler class must agree with the result
+        # vLLM turns asynchronous scheduling off on CPU after this; the scheduler class must agree
+        # with the result
         is_cpu = current_platform.is_cpu()
-        arguments = self.front.engine_arguments(is_cpu, is_async=vllm_options.pop("async_scheduling", not is_cpu))
+        arguments = self.front.engine_arguments(
+            is_cpu, is_async=vllm_options.pop("async_scheduling", not is_cpu)
+        )
         self._llm = vllm.LLM(
             model=str(folder),
             dtype=str(dtype).removeprefix("torch."),
@@ -78,7 +89,9 @@ class VllmRolloutEngine:
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counters since the start: the worker's `latent_stats`, and `num_cached_tokens`, prefix-cache hits."""
+        """Counters since the start: the worker's `latent_stats`, and `num_cached_tokens`,
+        prefix-cache hits.
+        """
         return self._rpc("latent_stats") | {"num_cached_tokens": self._num_cached_tokens}
 
     @property
@@ -88,7 +101,9 @@ class VllmRolloutEngine:
     def _rpc(self, method: str, **kwargs):
         return self._llm.collective_rpc(method, kwargs=kwargs)[0]
 
-    def generate(self, requests: list[RolloutRequest], sampling: SamplingParams) -> list[list[Trajectory]]:
+    def generate(
+        self, requests: list[RolloutRequest], sampling: SamplingParams
+    ) -> list[list[Trajectory]]:
         """One list of trajectories a request, in the order of its seeds."""
         for request in requests:
             self.front.check(request, sampling)
@@ -125,7 +140,8 @@ class VllmRolloutEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """Replaces every parameter; names as in the Hugging Face model's `state_dict`.
 
-        All weights are checked before the first one is loaded: vLLM cannot go back once it has begun.
+        All weights are checked before the first one is loaded: vLLM cannot go back once it has
+        begun.
 
         Raises:
             CheckpointError: an unknown name, a wrong shape, or a parameter that was not given.
@@ -135,29 +151,50 @@ class VllmRolloutEngine:
         missing, received = {id(tensor) for tensor in own.values()}, []
         for name, tensor in weights:
             if name not in own or own[name].shape != tensor.shape:
-                expected = tuple(own[name].shape) if name in own else "a name of the model's state_dict"
-                raise CheckpointError(
-                    "weight does not fit", where=name, got=f"shape {tuple(tensor.shape)}", expected=str(expected)
+                expected = (
+                    tuple(own[name].shape) if name in own else "a name of the model's state_dict"
                 )
-            missing.discard(id(own[name]))  # by identity: tied weights arrive under one of their names
+                raise CheckpointError(
+                    "weight does not fit",
+                    where=name,
+                    got=f"shape {tuple(tensor.shape)}",
+                    expected=str(expected),
+                )
+            missing.discard(
+                id(own[name])
+            )  # by identity: tied weights arrive under one of their names
             received.append((name, tensor))
         if missing:
             names = [name for name, tensor in own.items() if id(tensor) in missing]
-            raise CheckpointError("weights were not sent", where="load_weights", got=names[:5], expected="all weights")
+            raise CheckpointError(
+                "weights were not sent",
+                where="load_weights",
+                got=names[:5],
+                expected="all weights",
+            )
         self._rpc("latent_reload", weights=self._under_embedding_name(received))
         self._llm.llm_engine.reset_encoder_cache()
         if not self._llm.llm_engine.reset_prefix_cache():
-            raise RolloutError("the prefix cache is in use", where="load_weights", expected="no request in flight")
+            raise RolloutError(
+                "the prefix cache is in use", where="load_weights", expected="no request in flight"
+            )
         self.front.policy_version = policy_version
 
     def _under_embedding_name(self, weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
         """Tied weights under the name that vLLM loads: it skips `lm_head.weight` there."""
         own = dict(self.adapter.model.named_parameters())
-        tied = self.adapter.model.get_output_embeddings().weight is self.adapter.model.get_input_embeddings().weight
-        if not tied or any(name in own and name.endswith("embed_tokens.weight") for name, _ in weights):
+        tied = (
+            self.adapter.model.get_output_embeddings().weight
+            is self.adapter.model.get_input_embeddings().weight
+        )
+        if not tied or any(
+            name in own and name.endswith("embed_tokens.weight") for name, _ in weights
+        ):
             return weights
         embedding = next(name for name in own if name.endswith("embed_tokens.weight"))
-        return [(embedding if name == "lm_head.weight" else name, tensor) for name, tensor in weights]
+        return [
+            (embedding if name == "lm_head.weight" else name, tensor) for name, tensor in weights
+        ]
 
     def close(self) -> None:
         """Stops vLLM and frees its memory."""

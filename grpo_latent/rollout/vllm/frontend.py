@@ -39,12 +39,16 @@ class FrontEnd:
     ):
         self.skeleton = read_skeleton(folder, overrides)
         self.mechanism, self.adapter = self.skeleton.mechanism, self.skeleton.adapter
-        self.options = WorkerOptions(self.mechanism, tuple(self.skeleton.banned_ids(banned_ids)), max_latents)
+        self.options = WorkerOptions(
+            self.mechanism, tuple(self.skeleton.banned_ids(banned_ids)), max_latents
+        )
         self.max_model_len, self.max_latents = max_model_len, self.options.room(max_model_len)
         self.policy_version = 0
 
     def engine_arguments(self, is_cpu: bool, is_async: bool) -> dict:
-        """Arguments of vLLM's engine that latents need, by the names of `vllm.LLM` and, as JSON, of its command line."""
+        """Arguments of vLLM's engine that latents need, by the names of `vllm.LLM` and, as JSON,
+        of its command line.
+        """
         arguments = {
             "worker_cls": WORKER_CLASSES["cpu" if is_cpu else "cuda"],
             "scheduler_cls": SCHEDULER_CLASSES[is_async],
@@ -59,7 +63,11 @@ class FrontEnd:
         """Raises `RolloutError` for a request that this engine cannot run."""
         where = f"request of group {request.group_id!r}"
         self.adapter.check_prompt(request.prompt_ids, request.images, where)
-        ablated = request.latent_override is not None or request.blind_after_span or request.max_spans is not None
+        ablated = (
+            request.latent_override is not None
+            or request.blind_after_span
+            or request.max_spans is not None
+        )
         if ablated or request.steps == 0:
             raise RolloutError(
                 "engine vllm takes no latent_override and no other ablation",
@@ -69,7 +77,10 @@ class FrontEnd:
                 fix=f"Run causal ablations on {ENGINE_HF}.",
             )
         steps, max_spans = request.steps or self.mechanism.steps, self.mechanism.max_spans
-        if max_spans is not None and min(steps * max_spans, sampling.max_new_tokens) > self.max_latents:
+        if (
+            max_spans is not None
+            and min(steps * max_spans, sampling.max_new_tokens) > self.max_latents
+        ):
             raise self._no_room(where, f"{max_spans} span(s) of {steps} steps")
         length = request.prompt_ids.shape[0] + sampling.max_new_tokens
         if length > self.max_model_len:
@@ -81,8 +92,12 @@ class FrontEnd:
                 fix="Raise max_model_len, or lower max_new_tokens.",
             )
 
-    def submissions(self, request: RolloutRequest, keys: list[str], sampling: SamplingParams) -> list[tuple]:
-        """(key, prompt, sampling params) of each trajectory, as `add_request` takes them. Only the last output is sent."""
+    def submissions(
+        self, request: RolloutRequest, keys: list[str], sampling: SamplingParams
+    ) -> list[tuple]:
+        """(key, prompt, sampling params) of each trajectory, as `add_request` takes them. Only the
+        last output is sent.
+        """
         from vllm import SamplingParams as VllmSamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -99,8 +114,8 @@ class FrontEnd:
                 "top_p": sampling.top_p,
                 "steps": request.steps,
             }
-            # our sampler draws; vLLM's is told greedy so that it prepares nothing. Its own EOS handling is replaced by the
-            # list of all EOS ids: none of them can stand inside a span
+            # our sampler draws; vLLM's is told greedy so that it prepares nothing. Its own EOS
+            # handling is replaced by the list of all EOS ids: none of them can stand inside a span
             params = VllmSamplingParams(
                 temperature=0.0,
                 max_tokens=sampling.max_new_tokens,
@@ -113,7 +128,9 @@ class FrontEnd:
             submissions.append((key, prompt, params))
         return submissions
 
-    def trajectory(self, request: RolloutRequest, seed: int, completion, packed: dict[str, list]) -> Trajectory:
+    def trajectory(
+        self, request: RolloutRequest, seed: int, completion, packed: dict[str, list]
+    ) -> Trajectory:
         """Of vLLM's `CompletionOutput` and what `latent_pop` returned for the same key.
 
         Raises:
@@ -123,7 +140,9 @@ class FrontEnd:
         where = f"request of group {request.group_id!r}, seed {seed}"
         if completion.finish_reason not in ("stop", "length"):
             got = f"finish_reason {completion.finish_reason!r}"
-            raise RolloutError("vLLM did not finish a request", where=where, got=got, expected="stop or length")
+            raise RolloutError(
+                "vLLM did not finish a request", where=where, got=got, expected="stop or length"
+            )
         record: dict[str, Tensor] = {name: unpack(value) for name, value in packed.items()}
         token_ids = torch.tensor(list(completion.token_ids), dtype=torch.long)
         # asynchronous scheduling may have computed a position past the end
@@ -132,7 +151,8 @@ class FrontEnd:
         if record["latents"].shape[0] < num_latents:
             raise self._no_room(where, f"{num_latents} latent steps")
         if not torch.equal(
-            token_ids == self.mechanism.placeholder_id(PositionKind.LATENT), kinds == PositionKind.LATENT
+            token_ids == self.mechanism.placeholder_id(PositionKind.LATENT),
+            kinds == PositionKind.LATENT,
         ):
             raise LatentMismatchError(
                 "vLLM's tokens and the worker's record disagree",

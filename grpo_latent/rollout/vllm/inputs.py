@@ -1,4 +1,6 @@
-"""Rollout requests as vLLM's engine inputs: ids and pixels as they are, so that no second image processor is involved."""
+"""Rollout requests as vLLM's engine inputs: ids and pixels as they are, so that no second image
+processor is involved.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ def engine_input(request: RolloutRequest, adapter: ModelAdapter, policy_version:
     """What `LLMEngine.add_request` takes.
 
     Args:
-        policy_version: part of each image's hash, as vLLM keeps encoded images over a change of weights.
+        policy_version: part of each image's hash, as vLLM keeps encoded images over a change of
+            weights.
     """
     token_ids = request.prompt_ids.tolist()
     if request.images is None:
@@ -28,13 +31,17 @@ def engine_input(request: RolloutRequest, adapter: ModelAdapter, policy_version:
     num_tokens = adapter.num_image_tokens(images).tolist()
     sizes = images.image_grid_thw.prod(-1)
     items = MultiModalKwargsItems.from_hf_inputs(
-        BatchFeature({"pixel_values": images.pixel_values, "image_grid_thw": images.image_grid_thw}),
+        BatchFeature(
+            {"pixel_values": images.pixel_values, "image_grid_thw": images.image_grid_thw}
+        ),
         {
             "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", sizes),
             "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
         },
     )
-    ranges = placeholder_ranges(request.prompt_ids, adapter.image_token_id, num_tokens, request.group_id)
+    ranges = placeholder_ranges(
+        request.prompt_ids, adapter.image_token_id, num_tokens, request.group_id
+    )
     return mm_input(
         token_ids,
         items,
@@ -70,8 +77,12 @@ def placeholder_ranges(
 def image_hashes(images: ImageInputs, num_patches: list[int], policy_version: int) -> list[str]:
     """One hash an image, over pixels, grid and policy version."""
     hashes = []
-    for pixels, grid in zip(images.pixel_values.split(num_patches), images.image_grid_thw.tolist(), strict=True):
-        digest = hashlib.blake2b(f"{policy_version}/{grid}/{pixels.dtype}".encode(), digest_size=16)
+    for pixels, grid in zip(
+        images.pixel_values.split(num_patches), images.image_grid_thw.tolist(), strict=True
+    ):
+        digest = hashlib.blake2b(
+            f"{policy_version}/{grid}/{pixels.dtype}".encode(), digest_size=16
+        )
         digest.update(pixels.cpu().contiguous().float().numpy().tobytes())
         hashes.append(digest.hexdigest())
     return hashes

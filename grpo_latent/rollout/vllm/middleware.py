@@ -1,7 +1,8 @@
-"""What HTTP clients of a served latent model may ask: a middleware of vLLM's server (`--middleware`), plain ASGI.
+"""What HTTP clients of a served latent model may ask: a middleware of vLLM's server
+(`--middleware`), plain ASGI.
 
-vLLM's workers cannot refuse a request, and some would be answered wrongly: beam search sends a beam's placeholders back as a
-prompt, without the latents that stood there.
+vLLM's workers cannot refuse a request, and some would be answered wrongly: beam search sends a
+beam's placeholders back as a prompt, without the latents that stood there.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ STEPS_FIELD = "latent_steps"
 class LatentRequests:
     """Answers 400 to what latents do not go through; passes everything else on, byte for byte.
 
-    `"vllm_xargs": {"latent_steps": 4}` in a request is its number of latent steps a span; at `/inference/v1/generate`,
-    which takes vLLM's own sampling parameters, it is `"sampling_params": {"extra_args": {"latent_steps": 4}}`.
+    `"vllm_xargs": {"latent_steps": 4}` in a request is its number of latent steps a span; at
+    `/inference/v1/generate`, which takes vLLM's own sampling parameters, it is `"sampling_params":
+    {"extra_args": {"latent_steps": 4}}`.
     """
 
     def __init__(self, app):
@@ -29,7 +31,9 @@ class LatentRequests:
         messages = [await receive()]
         while messages[-1]["type"] == "http.request" and messages[-1].get("more_body"):
             messages.append(await receive())
-        problem = refusal(b"".join(message.get("body", b"") for message in messages), lambda: _room(scope["app"]))
+        problem = refusal(
+            b"".join(message.get("body", b"") for message in messages), lambda: _room(scope["app"])
+        )
         if problem is not None:
             await _send_400(send, problem)
             return
@@ -71,7 +75,11 @@ def refusal(body: bytes, room: Callable[[], int]) -> str | None:
     places = {"vllm_xargs": values.get("vllm_xargs")}
     if isinstance(params, dict):
         places["sampling_params.extra_args"] = params.get("extra_args")
-    problems = (_extra_refusal(extra, where, room) for where, extra in places.items() if isinstance(extra, dict))
+    problems = (
+        _extra_refusal(extra, where, room)
+        for where, extra in places.items()
+        if isinstance(extra, dict)
+    )
     return next(filter(None, problems), None)
 
 
@@ -84,14 +92,24 @@ def _extra_refusal(extra: dict, where: str, room: Callable[[], int]) -> str | No
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         return f"{where}.{STEPS_FIELD}: got {steps!r}, expected an integer >= 1"
     if steps > room():
-        return f"{where}.{STEPS_FIELD}: got {steps}, expected <= {room()}, the server's max_latents"
+        return (
+            f"{where}.{STEPS_FIELD}: got {steps}, expected <= {room()}, the server's max_latents"
+        )
     return None
 
 
 async def _send_400(send, message: str) -> None:
     """In the form of OpenAI's errors, which their client raises as `BadRequestError`."""
-    error = {"message": message, "type": "BadRequestError", "param": message.split(":")[0], "code": 400}
+    error = {
+        "message": message,
+        "type": "BadRequestError",
+        "param": message.split(":")[0],
+        "code": 400,
+    }
     body = json.dumps({"error": error}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+    ]
     await send({"type": "http.response.start", "status": 400, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -1,8 +1,8 @@
 """vLLM's own model class with the latent parameters kept beside it.
 
-A latent checkpoint holds a head and an end vector that vLLM's weight loader would refuse. They are taken out of the stream
-of weights here, at the first load and at every later one, and kept outside the module tree: vLLM repacks, moves to meta and
-counts every parameter that it finds there.
+A latent checkpoint holds a head and an end vector that vLLM's weight loader would refuse. They are
+taken out of the stream of weights here, at the first load and at every later one, and kept outside
+the module tree: vLLM repacks, moves to meta and counts every parameter that it finds there.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ from grpo_latent.rollout.vllm.skeleton import worker_options
 
 
 class LatentParameters:
-    """What the mechanism adds to a model, in the model's dtype: `modules` stands in for a model wherever it is asked."""
+    """What the mechanism adds to a model, in the model's dtype: `modules` stands in for a model
+    wherever it is asked.
+    """
 
-    def __init__(self, mechanism: Mechanism, text_config, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, mechanism: Mechanism, text_config, dtype: torch.dtype, device: torch.device
+    ):
         self.mechanism, self.modules = mechanism, nn.Module()
         for name, value in mechanism.new_parameters(text_config, dtype, device).items():
             setattr(self.modules, name, value)
@@ -46,13 +50,18 @@ class LatentParameters:
                 continue  # a checkpoint may hold an end vector or head that its config does not use
             if own[name].shape != tensor.shape:
                 raise CheckpointError(
-                    "weight does not fit", where=name, got=tuple(tensor.shape), expected=str(tuple(own[name].shape))
+                    "weight does not fit",
+                    where=name,
+                    got=tuple(tensor.shape),
+                    expected=str(tuple(own[name].shape)),
                 )
             own[name].copy_(tensor)
             self._never_loaded.discard(name)
 
     def check_loaded(self, where: str) -> None:
-        """Raises `CheckpointError` if the checkpoint lacked one of ours; a later load may come in parts."""
+        """Raises `CheckpointError` if the checkpoint lacked one of ours; a later load may come in
+        parts.
+        """
         if self._never_loaded:
             raise CheckpointError(
                 "weights of the latent head are missing",
@@ -63,10 +72,13 @@ class LatentParameters:
 
 
 def latent_class(base: type[nn.Module]) -> type[nn.Module]:
-    """`base` with `latent_parameters` and the hidden states of this step; keeps its name, which vLLM logs and hashes."""
+    """`base` with `latent_parameters` and the hidden states of this step; keeps its name, which
+    vLLM logs and hashes.
+    """
 
     class LatentModelClass(base):
-        # [N, H] after the final norm: what the last `compute_logits` was given, a row a request when a runner samples
+        # [N, H] after the final norm: what the last `compute_logits` was given, a row a request
+        # when a runner samples
         scored_hidden: Tensor | None = None
 
         def __init__(self, *, vllm_config, prefix: str = ""):
@@ -102,8 +114,9 @@ def latent_class(base: type[nn.Module]) -> type[nn.Module]:
 def register_latent_model(architecture: str) -> None:
     """Makes this process build `architecture` with latent parameters; idempotent.
 
-    Registering the class, not its name, also spares vLLM the subprocess in which it would inspect the model. In a worker
-    process of its own, as under `vllm serve`, vLLM asks for the class before it makes the worker and remembers the answer.
+    Registering the class, not its name, also spares vLLM the subprocess in which it would inspect
+    the model. In a worker process of its own, as under `vllm serve`, vLLM asks for the class
+    before it makes the worker and remembers the answer.
     """
     registered = ModelRegistry.models.get(architecture)
     if registered is None:

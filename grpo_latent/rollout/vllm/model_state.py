@@ -1,7 +1,8 @@
 """Hooks on vLLM's V2 model runner, through the state class that a model may bring with it.
 
-`LatentModelState` sees requests come, owns the input vectors and wraps the sampler. A request that is preempted leaves the
-state as a finished one does, so who has finished is read from the runner itself.
+`LatentModelState` sees requests come, owns the input vectors and wraps the sampler. A request that
+is preempted leaves the state as a finished one does, so who has finished is read from the runner
+itself.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class LatentModelState(DefaultModelState):
         if self._embeds is None:
             return inputs
         num_tokens = input_batch.num_tokens
-        self._embeds[:num_tokens].copy_(self.model.embed_input_ids(input_batch.input_ids[:num_tokens]))
+        self._embeds[:num_tokens].copy_(
+            self.model.embed_input_ids(input_batch.input_ids[:num_tokens])
+        )
         embeds = self._embeds[: input_batch.num_tokens_after_padding]
         self._begin(embeds, input_batch)
         return {**inputs, "input_ids": None, "inputs_embeds": embeds}
@@ -58,12 +61,21 @@ class LatentModelState(DefaultModelState):
     def _begin(self, embeds: Tensor, batch) -> None:
         if not self._is_real(batch):
             return
-        starts_N, counts_N = batch.num_computed_tokens_np.astype(np.int64), batch.num_scheduled_tokens.astype(np.int64)
-        self.latent_steps.begin(embeds, batch.req_ids, starts_N, counts_N, starts_N + counts_N >= batch.prefill_len_np)
+        starts_N, counts_N = (
+            batch.num_computed_tokens_np.astype(np.int64),
+            batch.num_scheduled_tokens.astype(np.int64),
+        )
+        self.latent_steps.begin(
+            embeds, batch.req_ids, starts_N, counts_N, starts_N + counts_N >= batch.prefill_len_np
+        )
 
     def _is_real(self, batch) -> bool:
-        """False for the dummy batches of profiling and graph capture, whose requests no one has added."""
-        return self.latent_steps is not None and batch.req_ids[0] in self.latent_steps.prompt_lengths
+        """False for the dummy batches of profiling and graph capture, whose requests no one has
+        added.
+        """
+        return (
+            self.latent_steps is not None and batch.req_ids[0] in self.latent_steps.prompt_lengths
+        )
 
     def custom_sampler(self, sampler):
         return LatentSampler(sampler, self), None
@@ -84,7 +96,12 @@ class LatentSampler:
         steps = self._state.latent_steps
         shown = steps.without_banned(logits) if steps.has_served_rows else logits
         output = self._stock(shown, input_batch, *args, **kwargs)
-        steps.choose(self._state.model.scored_hidden, logits, output.sampled_token_ids, output.logprobs_tensors)
+        steps.choose(
+            self._state.model.scored_hidden,
+            logits,
+            output.sampled_token_ids,
+            output.logprobs_tensors,
+        )
         return output
 
 

@@ -1,4 +1,6 @@
-"""Hooks on vLLM's V1 model runner: recorded vectors go in before the forward, the next position is chosen after it."""
+"""Hooks on vLLM's V1 model runner: recorded vectors go in before the forward, the next position is
+chosen after it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from grpo_latent.rollout.vllm.steps import LatentSteps
 class LatentRunner:
     """Mixin over V1's `GPUModelRunner` (or its CPU subclass).
 
-    `_update_states` knows who comes and goes, `_preprocess` owns the input vectors, `_sample` the next ids.
+    `_update_states` knows who comes and goes, `_preprocess` owns the input vectors, `_sample` the
+    next ids.
     """
 
     latent_steps: LatentSteps
@@ -32,7 +35,9 @@ class LatentRunner:
             outputs[1],
             request_ids,
             self.input_batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64),
-            np.array([scheduler_output.num_scheduled_tokens[request_id] for request_id in request_ids]),
+            np.array(
+                [scheduler_output.num_scheduled_tokens[request_id] for request_id in request_ids]
+            ),
             # vLLM discards what a row samples before its known tokens are all computed
             ~self.discard_request_mask.np[:num_reqs].astype(bool),
         )
@@ -40,12 +45,22 @@ class LatentRunner:
 
     def _sample(self, logits, spec_decode_metadata):
         steps = self.latent_steps
-        if steps.has_served_rows or self.input_batch.sampling_metadata.max_num_logprobs is not None:
+        if (
+            steps.has_served_rows
+            or self.input_batch.sampling_metadata.max_num_logprobs is not None
+        ):
             output = super()._sample(steps.without_banned(logits), spec_decode_metadata)
         else:
-            tokens_N1 = torch.zeros(self.input_batch.num_reqs, 1, dtype=torch.int32, device=logits.device)
+            tokens_N1 = torch.zeros(
+                self.input_batch.num_reqs, 1, dtype=torch.int32, device=logits.device
+            )
             output = SamplerOutput(sampled_token_ids=tokens_N1, logprobs_tensors=None)
-        steps.choose(self.get_model().scored_hidden, logits, output.sampled_token_ids, output.logprobs_tensors)
+        steps.choose(
+            self.get_model().scored_hidden,
+            logits,
+            output.sampled_token_ids,
+            output.logprobs_tensors,
+        )
         return output
 
 

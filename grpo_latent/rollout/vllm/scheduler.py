@@ -1,8 +1,9 @@
 """vLLM's schedulers, with no block that holds a latent position in the prefix cache.
 
-A block's hash covers token ids, and a latent position has a placeholder for one: two different latent histories would share
-their blocks. Caching therefore stops at a request's first latent position; the prompt before it stays shared, so that the
-trajectories of a group still prefill it once.
+A block's hash covers token ids, and a latent position has a placeholder for one: two different
+latent histories would share their blocks. Caching therefore stops at a request's first latent
+position; the prompt before it stays shared, so that the trajectories of a group still prefill it
+once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A checkpoint without its weights: what front end, scheduler and worker need to know of it.
 
-The Hugging Face model is built on the meta device, so names, shapes, vision ids and prompt checks are those of engine `hf`
-by construction, at no memory.
+The Hugging Face model is built on the meta device, so names, shapes, vision ids and prompt checks
+are those of engine `hf` by construction, at no memory.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from grpo_latent.trajectory import PositionKind
 CONFIG_KEY = "grpo_latent"
 # kinds of positions whose id the worker places
 PLACED = (PositionKind.LATENT, PositionKind.FORCED)
-# latents that a request has room for where neither `max_spans` nor the option `max_latents` bounds them
+# latents that a request has room for where neither `max_spans` nor the option `max_latents` bounds
+# them
 DEFAULT_MAX_LATENTS = 256
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """`adapter` wraps the model on the meta device; `eos_ids` are those of the generation config and the tokenizer."""
+    """`adapter` wraps the model on the meta device; `eos_ids` are those of the generation config
+    and the tokenizer.
+    """
 
     adapter: ModelAdapter
     tokenizer: PreTrainedTokenizerBase
@@ -44,8 +47,12 @@ class Skeleton:
         return self.adapter.model.get_output_embeddings().weight.shape[0]
 
     def banned_ids(self, extra: Iterable[int] = ()) -> list[int]:
-        """Tokens that are never drawn: `extra`, image placeholders, latent tokens that open nothing; EOS is never one."""
-        return sorted((set(extra) | self.mechanism.banned_ids | self.adapter.vision_ids) - set(self.eos_ids))
+        """Tokens that are never drawn: `extra`, image placeholders, latent tokens that open
+        nothing; EOS is never one.
+        """
+        return sorted(
+            (set(extra) | self.mechanism.banned_ids | self.adapter.vision_ids) - set(self.eos_ids)
+        )
 
 
 def read_skeleton(folder: str | Path, overrides: dict | None = None) -> Skeleton:
@@ -60,7 +67,9 @@ def read_skeleton(folder: str | Path, overrides: dict | None = None) -> Skeleton
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError("no such folder", where=str(folder), expected="a folder written by grpo_latent.sft")
+        raise CheckpointError(
+            "no such folder", where=str(folder), expected="a folder written by grpo_latent.sft"
+        )
     with reading("tokenizer", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     mechanism = read_mechanism(folder, tokenizer)
@@ -76,7 +85,9 @@ def read_skeleton(folder: str | Path, overrides: dict | None = None) -> Skeleton
         with reading("generation config", folder):
             model.generation_config = GenerationConfig.from_pretrained(folder)
     mechanism.attach(model)
-    skeleton = Skeleton(ModelAdapter(model, mechanism), tokenizer, mechanism, find_eos_ids(model, tokenizer))
+    skeleton = Skeleton(
+        ModelAdapter(model, mechanism), tokenizer, mechanism, find_eos_ids(model, tokenizer)
+    )
     forced = {mechanism.placeholder_id(kind) for kind in PLACED} & set(skeleton.eos_ids)
     if forced:
         raise ConfigError(
@@ -123,7 +134,8 @@ class WorkerOptions:
             )
 
     def room(self, max_model_len: int) -> int:
-        """Latents that a request has room for: the option, what `max_spans` allows, or `DEFAULT_MAX_LATENTS`.
+        """Latents that a request has room for: the option, what `max_spans` allows, or
+        `DEFAULT_MAX_LATENTS`.
 
         >>> lvr = LVR("s", "l", "e", 0, 1, 2, steps=8, max_spans=2)
         >>> WorkerOptions(lvr, ()).room(4096), WorkerOptions(lvr.replace(max_spans=None), ()).room(4096)
@@ -132,7 +144,9 @@ class WorkerOptions:
         if self.max_latents is not None:
             return min(self.max_latents, max_model_len)
         max_spans = self.mechanism.max_spans
-        bound = DEFAULT_MAX_LATENTS if max_spans is None else max(1, max_spans * self.mechanism.steps)
+        bound = (
+            DEFAULT_MAX_LATENTS if max_spans is None else max(1, max_spans * self.mechanism.steps)
+        )
         return min(bound, max_model_len)
 
     def to_json(self) -> dict:
@@ -144,15 +158,22 @@ class WorkerOptions:
 
 
 def worker_options(vllm_config) -> WorkerOptions:
-    """Options that the engine sent, or, where vLLM was started without it, read from the model's folder.
+    """Options that the engine sent, or, where vLLM was started without it, read from the model's
+    folder.
 
-    There `--additional-config '{"grpo_latent": {"overrides": {"steps": 4}, "max_latents": 512}}'` may change them. Unless it
-    says otherwise there is room for `DEFAULT_MAX_LATENTS` at least: clients may ask for more steps a span.
+    There `--additional-config '{"grpo_latent": {"overrides": {"steps": 4}, "max_latents": 512}}'`
+    may change them. Unless it says otherwise there is room for `DEFAULT_MAX_LATENTS` at least:
+    clients may ask for more steps a span.
     """
     values = (vllm_config.additional_config or {}).get(CONFIG_KEY) or {}
     unknown = sorted(set(values) - {"mechanism", "banned_ids", "max_latents", "overrides"})
     if unknown:
-        raise ConfigError("unknown option", where=f"additional_config.{CONFIG_KEY}", got=unknown, expected="overrides")
+        raise ConfigError(
+            "unknown option",
+            where=f"additional_config.{CONFIG_KEY}",
+            got=unknown,
+            expected="overrides",
+        )
     if "mechanism" in values:
         mechanism = from_dict(values["mechanism"], where=f"additional_config.{CONFIG_KEY}")
         return WorkerOptions(mechanism, tuple(values["banned_ids"]), values["max_latents"])

@@ -4,8 +4,8 @@
     begin           before the forward: recorded vectors go in, and the rows that choose a position are noted
     choose          after it: their next positions are decided and recorded
 
-All three read what the scheduler announced, on the CPU, and tensors on the device: nothing waits for a sampled id, so
-asynchronous scheduling keeps its overlap.
+All three read what the scheduler announced, on the CPU, and tensors on the device: nothing waits
+for a sampled id, so asynchronous scheduling keeps its overlap.
 
 Letters as in `table`: N requests of a step, M rows among them, V vocabulary, H hidden.
 """
@@ -27,7 +27,8 @@ class LatentSteps:
     """Follows the requests of a worker.
 
     Args:
-        modules: has what the mechanism's `attach` makes; asked for it at every step, as new weights may replace it.
+        modules: has what the mechanism's `attach` makes; asked for it at every step, as new
+            weights may replace it.
         embed: token embeddings of ids.
         num_slots: requests in flight that the table starts with.
         max_length: longest completion.
@@ -64,7 +65,9 @@ class LatentSteps:
         self.rows: StepRows | None = None
 
     def add(self, request_id: str, prompt_length: int, extra_args: dict | None) -> None:
-        """A request's first step, or, in the V2 runner, its first one after a preemption: it then has its slot still."""
+        """A request's first step, or, in the V2 runner, its first one after a preemption: it then
+        has its slot still.
+        """
         known = self.prompt_lengths.setdefault(request_id, prompt_length)
         if known != prompt_length:
             raise RolloutError(
@@ -93,19 +96,25 @@ class LatentSteps:
 
         Args:
             embeds: input vectors [rows of the step, H], requests one after the other.
-            starts_N: int64, each request's first position of this step in its sequence, prompt included.
+            starts_N: int64, each request's first position of this step in its sequence, prompt
+                included.
             counts_N: int64, its number of positions.
-            is_choosing_N: bool, False where known tokens are left after this step, so that nothing is sampled.
+            is_choosing_N: bool, False where known tokens are left after this step, so that nothing
+                is sampled.
         """
         table = self.table
         slots_N = np.array([table.slots[request_id] for request_id in request_ids])
-        positions_N = starts_N - np.array([self.prompt_lengths[request_id] for request_id in request_ids])
+        positions_N = starts_N - np.array(
+            [self.prompt_lengths[request_id] for request_id in request_ids]
+        )
         self._feed(embeds, slots_N, positions_N, counts_N)
         rows_M = np.nonzero(is_choosing_N)[0]
         self.rows = StepRows(rows_M, slots_N[rows_M], (positions_N + counts_N)[rows_M])
         table.note_chosen(self.rows)
 
-    def _feed(self, embeds: Tensor, slots_N: np.ndarray, positions_N: np.ndarray, counts_N: np.ndarray) -> None:
+    def _feed(
+        self, embeds: Tensor, slots_N: np.ndarray, positions_N: np.ndarray, counts_N: np.ndarray
+    ) -> None:
         """`positions_N` may be negative, inside prompts."""
         if counts_N.max() == 1 and positions_N.min() >= 0:  # a step that only decodes
             self.table.feed(embeds, np.arange(len(slots_N)), slots_N, positions_N)
@@ -115,7 +124,9 @@ class LatentSteps:
         positions = np.repeat(positions_N, counts_N) + offsets
         rows_M = np.nonzero(positions >= 0)[0]
         if rows_M.size:
-            self.table.feed(embeds, rows_M, np.repeat(slots_N, counts_N)[rows_M], positions[rows_M])
+            self.table.feed(
+                embeds, rows_M, np.repeat(slots_N, counts_N)[rows_M], positions[rows_M]
+            )
         self.num_replayed_rows += rows_M.size - int(((counts_N == 1) & (positions_N >= 0)).sum())
 
     @property
@@ -131,20 +142,24 @@ class LatentSteps:
             masked[rows_M] = masked[rows_M].masked_fill(self.table.banned(self.rows), -torch.inf)
         return masked
 
-    def choose(self, hidden_NH: Tensor, logits_NV: Tensor, tokens_N1: Tensor, log_probs=None) -> None:
+    def choose(
+        self, hidden_NH: Tensor, logits_NV: Tensor, tokens_N1: Tensor, log_probs=None
+    ) -> None:
         """Decides, records and writes the next id of every row that chooses one.
 
         Args:
             hidden_NH: last hidden states after the final norm, a row a request.
             logits_NV: their logits, nothing masked.
             tokens_N1: ids that vLLM's sampler drew; overwritten.
-            log_probs: vLLM's `LogprobsTensors` of them, or None; overwritten where its sampler did not draw, with 0 where
-                nothing is sampled.
+            log_probs: vLLM's `LogprobsTensors` of them, or None; overwritten where its sampler did
+                not draw, with 0 where nothing is sampled.
         """
         rows = self.rows
         if not rows.rows_N.size:
             return
-        picked = slice(None) if rows.rows_N.size == logits_NV.shape[0] else self._row_tensor(logits_NV)
+        picked = (
+            slice(None) if rows.rows_N.size == logits_NV.shape[0] else self._row_tensor(logits_NV)
+        )
         chosen_M, full_M, is_forced_M = self.table.choose(
             rows, hidden_NH[picked], logits_NV[picked], tokens_N1[picked, 0].long()
         )
@@ -152,7 +167,10 @@ class LatentSteps:
         if log_probs is None:
             return
         ours_M = is_forced_M | ~torch.from_numpy(self.table.is_served(rows)).to(logits_NV.device)
-        for target, values_M in ((log_probs.logprob_token_ids, chosen_M), (log_probs.logprobs, full_M)):
+        for target, values_M in (
+            (log_probs.logprob_token_ids, chosen_M),
+            (log_probs.logprobs, full_M),
+        ):
             target[picked, 0] = torch.where(ours_M, values_M.to(target.dtype), target[picked, 0])
 
     def _row_tensor(self, like: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
-"""What the worker remembers of each request: kinds, latents, log-probs and the mechanism's state at every position.
+"""What the worker remembers of each request: kinds, latents, log-probs and the mechanism's state
+at every position.
 
-All of it is addressed by (slot, completion position), so every step is a function of what the scheduler says it
-computes now. A request that was preempted, whose prompt is cut into chunks, or that loses a token in flight simply asks
-for a position again: nothing has to be rolled back, and no sampled id has to reach the CPU first.
+All of it is addressed by (slot, completion position), so every step is a function of what the
+scheduler says it computes now. A request that was preempted, whose prompt is cut into chunks, or
+that loses a token in flight simply asks for a position again: nothing has to be rolled back, and
+no sampled id has to reach the CPU first.
 
-Letters: S slots, L positions, C latents a slot, N rows of a step, H hidden, V vocabulary, D columns of state.
+Letters: S slots, L positions, C latents a slot, N rows of a step, H hidden, V vocabulary, D
+columns of state.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ from grpo_latent.rollout.sampling import sample, uniforms
 from grpo_latent.rollout.vllm.middleware import STEPS_FIELD
 from grpo_latent.trajectory import PositionKind
 
-# the last two columns of the state before each position: latents so far, and the kind of the position before it; the
-# mechanism's own stand in front
+# the last two columns of the state before each position: latents so far, and the kind of the
+# position before it; the mechanism's own stand in front
 _NUM_LATENTS, _KIND = -2, -1
 _MAX_STEPS = 2**31 - 1
 
@@ -41,8 +44,9 @@ class RowSampling:
 class LatentRequest:
     """What a request asks of the worker: `SamplingParams.extra_args["latent"]` in vLLM's terms.
 
-    `key` names the record that `pop` returns; None (a served request) keeps none, and vLLM's sampler draws its text. Such a
-    request may set `extra_args["latent_steps"]`, which `middleware` has checked for HTTP clients.
+    `key` names the record that `pop` returns; None (a served request) keeps none, and vLLM's
+    sampler draws its text. Such a request may set `extra_args["latent_steps"]`, which `middleware`
+    has checked for HTTP clients.
     """
 
     key: str | None = None
@@ -52,15 +56,22 @@ class LatentRequest:
 
     @staticmethod
     def from_extra_args(extra_args: dict | None) -> LatentRequest:
-        """Of a rollout only if all that a rollout sends is there: a worker must outlive what clients send."""
+        """Of a rollout only if all that a rollout sends is there: a worker must outlive what
+        clients send.
+        """
         extra_args = extra_args or {}
         values = extra_args.get("latent")
         names = ("temperature", "top_k", "top_p")
         if not isinstance(values, dict) or not {"key", "seed", *names} <= set(values):
             steps = extra_args.get(STEPS_FIELD)
-            return LatentRequest(steps=min(max(steps, 1), _MAX_STEPS) if isinstance(steps, int) else None)
+            return LatentRequest(
+                steps=min(max(steps, 1), _MAX_STEPS) if isinstance(steps, int) else None
+            )
         return LatentRequest(
-            values["key"], values.get("steps"), RowSampling(*(values[name] for name in names)), values["seed"]
+            values["key"],
+            values.get("steps"),
+            RowSampling(*(values[name] for name in names)),
+            values["seed"],
         )
 
 
@@ -68,7 +79,8 @@ class LatentRequest:
 class StepRows:
     """The rows whose next position is chosen in a step, known to the CPU before the forward ends.
 
-    `rows_N` are row numbers in the batch, `slots_N` slots, `positions_N` completion positions; int64.
+    `rows_N` are row numbers in the batch, `slots_N` slots, `positions_N` completion positions;
+    int64.
     """
 
     rows_N: np.ndarray
@@ -92,7 +104,9 @@ class _HostSlots:
 
     def doubled(self) -> _HostSlots:
         """With as many slots once more, all zero."""
-        return _HostSlots(*(np.concatenate([array, np.zeros_like(array)]) for array in vars(self).values()))
+        return _HostSlots(
+            *(np.concatenate([array, np.zeros_like(array)]) for array in vars(self).values())
+        )
 
 
 @dataclass
@@ -113,11 +127,15 @@ class _DeviceSlots:
 
     def doubled(self) -> _DeviceSlots:
         """With as many slots once more, all zero."""
-        return _DeviceSlots(*(torch.cat([tensor, torch.zeros_like(tensor)]) for tensor in vars(self).values()))
+        return _DeviceSlots(
+            *(torch.cat([tensor, torch.zeros_like(tensor)]) for tensor in vars(self).values())
+        )
 
 
 class LatentTable:
-    """Slots for the requests that have started and are not finished; grows when preempted requests hold them all."""
+    """Slots for the requests that have started and are not finished; grows when preempted requests
+    hold them all.
+    """
 
     def __init__(
         self,
@@ -138,10 +156,14 @@ class LatentTable:
         self.slots: dict[str, int] = {}
         self.keys: dict[str, str] = {}  # of the recorded requests, by request
         self.records: dict[str, dict[str, Tensor]] = {}
-        self.samplings: list[RowSampling | None] = [None]  # ways of drawing text met so far; None is vLLM's sampler
+        self.samplings: list[RowSampling | None] = [
+            None
+        ]  # ways of drawing text met so far; None is vLLM's sampler
         self._free = list(range(num_slots))[::-1]
         self.host = _HostSlots(
-            np.zeros(num_slots, np.int64), np.zeros(num_slots, np.int64), np.zeros((num_slots, max_length))
+            np.zeros(num_slots, np.int64),
+            np.zeros(num_slots, np.int64),
+            np.zeros((num_slots, max_length)),
         )
         options = {"device": self.device}
         state_size = mechanism.state_size + 2
@@ -156,7 +178,10 @@ class LatentTable:
         if request.key is not None:
             if request.key in self.keys.values():
                 raise RolloutError(
-                    "two requests share one key", where=request_id, got=request.key, expected="unique keys"
+                    "two requests share one key",
+                    where=request_id,
+                    got=request.key,
+                    expected="unique keys",
                 )
             self.keys[request_id] = request.key
         if not self._free:
@@ -164,9 +189,15 @@ class LatentTable:
         slot = self.slots[request_id] = self._free.pop()
         if request.sampling not in self.samplings:
             self.samplings.append(request.sampling)
-        self.host.sampling_S[slot], self.host.num_chosen_S[slot] = self.samplings.index(request.sampling), 0
+        self.host.sampling_S[slot], self.host.num_chosen_S[slot] = (
+            self.samplings.index(request.sampling),
+            0,
+        )
         if request.sampling is not None:
-            seed_1, positions_L = np.array([request.seed], np.uint64), np.arange(self.host.draws_SL.shape[1])
+            seed_1, positions_L = (
+                np.array([request.seed], np.uint64),
+                np.arange(self.host.draws_SL.shape[1]),
+            )
             self.host.draws_SL[slot] = uniforms(seed_1, positions_L).numpy()
         self.on_device.steps_S[slot] = request.steps or self.mechanism.steps
 
@@ -191,22 +222,32 @@ class LatentTable:
             "kinds": state_TD[1:, _KIND],
             "rollout_log_probs": log_probs_T2[:, 0],
             "sampling_log_probs": log_probs_T2[:, 1],
-            "latents": self.on_device.latents_SCH[slot, : min(int(num_latents), self.max_latents)].to("cpu", copy=True),
+            "latents": self.on_device.latents_SCH[
+                slot, : min(int(num_latents), self.max_latents)
+            ].to("cpu", copy=True),
             "num_latents": num_latents,
         }
 
     def pop(self, keys: list[str] | None) -> dict[str, dict[str, Tensor]]:
-        """Records of finished requests by key, all of them if `keys` is None; each is returned once.
+        """Records of finished requests by key, all of them if `keys` is None; each is returned
+        once.
 
-        A finished request whose end vLLM has not announced to the worker yet (it does so with its next step) counts.
+        A finished request whose end vLLM has not announced to the worker yet (it does so with its
+        next step) counts.
         """
         wanted = None if keys is None else set(keys)
         for request_id, key in list(self.keys.items()):
             if wanted is None or key in wanted:
                 self.finish(request_id)
-        return {key: self.records.pop(key) for key in list(self.records) if wanted is None or key in wanted}
+        return {
+            key: self.records.pop(key)
+            for key in list(self.records)
+            if wanted is None or key in wanted
+        }
 
-    def feed(self, embeds: Tensor, rows_M: np.ndarray, slots_M: np.ndarray, positions_M: np.ndarray) -> None:
+    def feed(
+        self, embeds: Tensor, rows_M: np.ndarray, slots_M: np.ndarray, positions_M: np.ndarray
+    ) -> None:
         """Overwrites the input vectors at latent positions, in place.
 
         Args:
@@ -214,11 +255,15 @@ class LatentTable:
             rows_M, slots_M, positions_M: int64, the step's inputs that are completion positions.
         """
         slots, positions = self._to_device(slots_M), self._to_device(positions_M)
-        is_range = rows_M[-1] - rows_M[0] + 1 == rows_M.size  # as in a step that only decodes: a view instead of a copy
+        is_range = (
+            rows_M[-1] - rows_M[0] + 1 == rows_M.size
+        )  # as in a step that only decodes: a view instead of a copy
         rows = slice(rows_M[0], rows_M[-1] + 1) if is_range else self._to_device(rows_M)
         after_MD = self.on_device.state_SLD[slots, positions + 1]
         is_latent_M1 = after_MD[:, _KIND, None] == int(PositionKind.LATENT)
-        latents_MH = self.on_device.latents_SCH[slots, (after_MD[:, _NUM_LATENTS] - 1).clamp(0, self.max_latents - 1)]
+        latents_MH = self.on_device.latents_SCH[
+            slots, (after_MD[:, _NUM_LATENTS] - 1).clamp(0, self.max_latents - 1)
+        ]
         embeds[rows] = torch.where(is_latent_M1, latents_MH.to(embeds.dtype), embeds[rows])
 
     def _to_device(self, values: np.ndarray) -> Tensor:
@@ -229,7 +274,9 @@ class LatentTable:
         return self.host.sampling_S[rows.slots_N] == 0
 
     def banned(self, rows: StepRows) -> Tensor:
-        """bool [N, V] or [1, V], tokens that no row may draw: where a span may not open, `start` is one of them."""
+        """bool [N, V] or [1, V], tokens that no row may draw: where a span may not open, `start`
+        is one of them.
+        """
         slots, _, state_ND = self._state_of(rows)
         return self._banned(rows, slots, self._begin(slots, state_ND), state_ND[:, _NUM_LATENTS])
 
@@ -244,13 +291,16 @@ class LatentTable:
         state.unpack(state_ND[:, :_NUM_LATENTS].unbind(-1))
         return state
 
-    def _banned(self, rows: StepRows, slots: Tensor, state: RowStates, num_latents_N: Tensor) -> Tensor:
+    def _banned(
+        self, rows: StepRows, slots: Tensor, state: RowStates, num_latents_N: Tensor
+    ) -> Tensor:
         is_served_N = self.is_served(rows)
         if not state.is_bounded and not is_served_N.any():
             return self.banned_V[None]
         room_N = state.may_open_N
         if is_served_N.any():
-            # a served request must not run out of room for its latents; a recorded one that does is reported by `pop`
+            # a served request must not run out of room for its latents; a recorded one that does
+            # is reported by `pop`
             has_room_N = num_latents_N + self.on_device.steps_S[slots] <= self.max_latents
             room_N = room_N & (has_room_N | ~self._to_device(is_served_N))
         banned_NV = self.banned_V.repeat(len(slots), 1)
@@ -268,22 +318,32 @@ class LatentTable:
             served_tokens_N: int64, what vLLM's sampler drew for rows without a key.
 
         Returns:
-            token ids int64 [N]; log-probs under the full distribution float32 [N] (0 where nothing is sampled or vLLM's
+            token ids int64 [N]; log-probs under the full distribution float32 [N] (0 where nothing
+                is sampled or vLLM's
             sampler drew); bool [N], True where the token is forced.
         """
         slots, positions, state_ND = self._state_of(rows)
         state, num_latents_N = self._begin(slots, state_ND), state_ND[:, _NUM_LATENTS]
         banned_NV = self._banned(rows, slots, state, num_latents_N)
         planned_N = state.plan(logits_NV if self.mechanism.reads_logits else None)
-        is_latent_N, is_text_N = planned_N == int(PositionKind.LATENT), planned_N == int(PositionKind.TEXT)
+        is_latent_N, is_text_N = (
+            planned_N == int(PositionKind.LATENT),
+            planned_N == int(PositionKind.TEXT),
+        )
         tokens_N, log_probs_N2 = self._draw(rows, logits_NV, banned_NV, served_tokens_N)
-        tokens_N = torch.where(is_latent_N, self.mechanism.placeholder_id(PositionKind.LATENT), tokens_N)
+        tokens_N = torch.where(
+            is_latent_N, self.mechanism.placeholder_id(PositionKind.LATENT), tokens_N
+        )
         is_forced_N = planned_N == int(PositionKind.FORCED)
-        tokens_N = torch.where(is_forced_N, self.mechanism.placeholder_id(PositionKind.FORCED), tokens_N)
+        tokens_N = torch.where(
+            is_forced_N, self.mechanism.placeholder_id(PositionKind.FORCED), tokens_N
+        )
         log_probs_N2 = log_probs_N2 * is_text_N[:, None]
         source = HiddenSource(hidden_NH, lambda: logits_NV, self.embed)
         latents_NH = self.mechanism.make(self.modules, source).to(self.on_device.latents_SCH.dtype)
-        kinds_N = state.advance(planned_N, tokens_N, latents_NH if self.mechanism.reads_latents else None)
+        kinds_N = state.advance(
+            planned_N, tokens_N, latents_NH if self.mechanism.reads_latents else None
+        )
 
         scratch = self.max_latents
         place_N = torch.where(is_latent_N, num_latents_N, scratch).clamp(max=scratch)
@@ -296,25 +356,34 @@ class LatentTable:
     def _draw(
         self, rows: StepRows, logits_NV: Tensor, banned_NV: Tensor, served_tokens_N: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Token ids [N] and full and drawn log-probs [N, 2]; rows draw together where their sampling is the same."""
+        """Token ids [N] and full and drawn log-probs [N, 2]; rows draw together where their
+        sampling is the same.
+        """
         draws_N = torch.from_numpy(self.host.draws_SL[rows.slots_N, rows.positions_N])
         ways_N = self.host.sampling_S[rows.slots_N]
         ways = set(ways_N.tolist()) - {0}
         if len(ways) == 1 and ways_N.all():
             tokens_N, *log_probs = self._draw_alike(ways.pop(), logits_NV, draws_N, banned_NV)
             return tokens_N, torch.stack(log_probs, -1)
-        tokens_N, log_probs_N2 = served_tokens_N.clone(), torch.zeros(len(ways_N), 2, device=self.device)
+        tokens_N, log_probs_N2 = (
+            served_tokens_N.clone(),
+            torch.zeros(len(ways_N), 2, device=self.device),
+        )
         for way in ways:
             members = np.nonzero(ways_N == way)[0]
             picked = self._to_device(members)
             banned_MV = banned_NV if banned_NV.shape[0] == 1 else banned_NV[picked]
-            tokens_M, *log_probs = self._draw_alike(way, logits_NV[picked], draws_N[members], banned_MV)
+            tokens_M, *log_probs = self._draw_alike(
+                way, logits_NV[picked], draws_N[members], banned_MV
+            )
             tokens_N[picked], log_probs_N2[picked] = tokens_M, torch.stack(log_probs, -1)
         return tokens_N, log_probs_N2
 
     def _draw_alike(self, way: int, logits_MV: Tensor, draws_M: Tensor, banned_MV: Tensor):
         sampling = self.samplings[way]
-        return sample(logits_MV, draws_M, sampling.temperature, sampling.top_k, sampling.top_p, banned_MV)
+        return sample(
+            logits_MV, draws_M, sampling.temperature, sampling.top_k, sampling.top_p, banned_MV
+        )
 
     def note_chosen(self, rows: StepRows) -> None:
         """Remembers how far each request has come."""

@@ -17,7 +17,11 @@ def pack(tensor: Tensor) -> list:
     """
     # `contiguous` would leave one element at the stride that it has, which no view as bytes takes
     flat = tensor.clone(memory_format=torch.contiguous_format).reshape(-1)
-    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), flat.view(torch.uint8).numpy().tobytes()]
+    return [
+        str(tensor.dtype).removeprefix("torch."),
+        list(tensor.shape),
+        flat.view(torch.uint8).numpy().tobytes(),
+    ]
 
 
 def unpack(packed: list) -> Tensor:

@@ -1,4 +1,6 @@
-"""`worker_cls` of vLLM on CUDA: the stock worker, its model runner with the latent hooks. On CPU: `cpu_worker`."""
+"""`worker_cls` of vLLM on CUDA: the stock worker, its model runner with the latent hooks. On CPU:
+`cpu_worker`.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ class LatentWorker:
         model_config = self.vllm_config.model_config
         register_latent_model(model_config.architecture)
         if not is_v2 and not model_config.is_multimodal_model:
-            # makes this runner feed vectors; here, not as an option of vLLM, so that a server does not begin to take tensors
-            # from its clients
+            # makes this runner feed vectors; here, not as an option of vLLM, so that a server does
+            # not begin to take tensors from its clients
             model_config.enable_prompt_embeds = True
         super().init_device()
         got = f"{type(self.model_runner).__module__}.{type(self.model_runner).__qualname__}"
@@ -73,13 +75,18 @@ class LatentWorker:
         install(runner, self.latent_steps)
 
     def latent_pop(self, keys: list[str] | None = None) -> dict[str, dict]:
-        """Records of finished requests by key, as bytes: tensors inside an RPC's answer do not survive multi-processing."""
+        """Records of finished requests by key, as bytes: tensors inside an RPC's answer do not
+        survive multi-processing.
+        """
         records = self.latent_steps.table.pop(keys)
-        return {key: {name: pack(tensor) for name, tensor in record.items()} for key, record in records.items()}
+        return {
+            key: {name: pack(tensor) for name, tensor in record.items()}
+            for key, record in records.items()
+        }
 
     def latent_stats(self) -> dict[str, int]:
-        """`num_replayed_rows`: completion positions fed again, after preemption or in chunks; `num_slots` in use;
-        `num_records` that no one has popped."""
+        """`num_replayed_rows`: completion positions fed again, after preemption or in chunks;
+        `num_slots` in use; `num_records` that no one has popped."""
         steps = self.latent_steps
         return {
             "num_replayed_rows": steps.num_replayed_rows,

@@ -7,12 +7,25 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from transformers import TrainerCallback
 
 from grpo_latent.common.files import write_text
 
-SHOWN = {"stage": "stage", "ce": "ce", "latent_loss": "latent", "latent_hit": "hit", "learning_rate": "lr"}
+SHOWN = {
+    "stage": "stage",
+    "ce": "ce",
+    "latent_loss": "latent",
+    "latent_hit": "hit",
+    "learning_rate": "lr",
+}
 
 
 class ProgressBar(TrainerCallback):
@@ -36,7 +49,9 @@ class ProgressBar(TrainerCallback):
         )
         self._progress = Progress(*columns, console=self.console)
         self._progress.start()
-        self._task = self._progress.add_task("sft", total=state.max_steps, completed=state.global_step, metrics="")
+        self._task = self._progress.add_task(
+            "sft", total=state.max_steps, completed=state.global_step, metrics=""
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._progress is not None:
@@ -50,7 +65,11 @@ class ProgressBar(TrainerCallback):
         if self._progress is not None:
             self._progress.update(self._task, metrics=text)
         else:
-            self.console.print(f"sft {state.global_step}/{state.max_steps}  {text}", highlight=False, soft_wrap=True)
+            self.console.print(
+                f"sft {state.global_step}/{state.max_steps}  {text}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def on_train_end(self, args, state, control, **kwargs):
         self.close()
@@ -81,7 +100,11 @@ class JsonlLog(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and "loss" in (logs or {}):
-            line = {"step": state.global_step, **logs, "seconds": round(time.perf_counter() - self._start, 3)}
+            line = {
+                "step": state.global_step,
+                **logs,
+                "seconds": round(time.perf_counter() - self._start, 3),
+            }
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 

@@ -30,7 +30,9 @@ class SFTDataset(torch.utils.data.Dataset):
 
     def __init__(self, examples: Sequence, encoder: Callable, cache_bytes: int = 0):
         if len(examples) == 0:
-            raise DataError("no examples", where="data.train_files", got="0 rows", expected="at least one")
+            raise DataError(
+                "no examples", where="data.train_files", got="0 rows", expected="at least one"
+            )
         self.examples, self.encoder = examples, encoder
         self._cache: dict[int, object] = {}
         self._bytes_left = cache_bytes
@@ -57,4 +59,6 @@ class SFTDataset(torch.utils.data.Dataset):
 
 def pixel_bytes(row: object) -> int:
     """Counts the bytes of all pixels of a row: of its prompt's images, and of helper images."""
-    return sum(value.pixel_values.nbytes for value in vars(row).values() if isinstance(value, ImageInputs))
+    return sum(
+        value.pixel_values.nbytes for value in vars(row).values() if isinstance(value, ImageInputs)
+    )

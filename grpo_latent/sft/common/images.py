@@ -27,7 +27,10 @@ def image_columns(images: ImageInputs | None, prefix: str = "") -> dict[str, Ten
     """Returns the two tensors of a batch that carry its images; none where there are no images."""
     if images is None:
         return {}
-    return {f"{prefix}pixel_values": images.pixel_values, f"{prefix}image_grid_thw": images.image_grid_thw}
+    return {
+        f"{prefix}pixel_values": images.pixel_values,
+        f"{prefix}image_grid_thw": images.image_grid_thw,
+    }
 
 
 def batch_images(batch: dict[str, Tensor], prefix: str = "") -> ImageInputs | None:

@@ -1,7 +1,8 @@
 """The latents of the checkpoint that SFT writes: the `latent` section of each method.
 
-Its keys are the settings of the method's mechanism, declared there and nowhere else, without the ids, which the tokenizer
-gives; its defaults are the published ones. Tokens that the tokenizer lacks are added.
+Its keys are the settings of the method's mechanism, declared there and nowhere else, without the
+ids, which the tokenizer gives; its defaults are the published ones. Tokens that the tokenizer
+lacks are added.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ class LatentSettings:
 
     @property
     def rules(self) -> dict[str, Any]:
-        """Settings that SFT may change on a checkpoint that has latents already: all but its tokens and its parameters."""
-        kept = {f"{role}_token" for role in self.mechanism.published_tokens} | set(self.mechanism.structural)
+        """Settings that SFT may change on a checkpoint that has latents already: all but its
+        tokens and its parameters.
+        """
+        kept = {f"{role}_token" for role in self.mechanism.published_tokens} | set(
+            self.mechanism.structural
+        )
         return {name: value for name, value in vars(self).items() if name not in kept}
 
     def make(self, ids: Mapping[str, int], **more) -> Mechanism:
@@ -39,7 +44,9 @@ class LatentSettings:
             ids: of `tokens`.
             more: further settings, such as the token of a role that is not always in use.
         """
-        optional = {field.name for field in dataclasses.fields(self.mechanism) if field.default is None}
+        optional = {
+            field.name for field in dataclasses.fields(self.mechanism) if field.default is None
+        }
         optional &= {f"{role}_token" for role in self.mechanism.published_tokens}
         settings = {name: value for name, value in vars(self).items() if name not in optional}
         return self.mechanism.from_tokens(ids, **settings | more)
@@ -55,7 +62,11 @@ def latent_settings(mechanism: type[Mechanism]) -> type[LatentSettings]:
     ids = {f"{role}_id" for role in mechanism.published_tokens}
     hints = typing.get_type_hints(mechanism)
     fields = [
-        (field.name, str if field.name in published else hints[field.name], published.get(field.name, field.default))
+        (
+            field.name,
+            str if field.name in published else hints[field.name],
+            published.get(field.name, field.default),
+        )
         for field in dataclasses.fields(mechanism)
         if field.name not in ids
     ]

@@ -20,23 +20,33 @@ from grpo_latent.sft.common.settings import ModelSettings
 
 
 def is_latent_checkpoint(folder: Path) -> bool:
-    """Whether the folder already has latents: one of ours, or an official checkpoint of LVR or ILVR."""
+    """Whether the folder already has latents: one of ours, or an official checkpoint of LVR or
+    ILVR.
+    """
     if (folder / LATENT_CONFIG_FILE).is_file():
         return True
     path = folder / "config.json"
     try:
-        return path.is_file() and not {"lvr_start_id", "latent_size"}.isdisjoint(json.loads(path.read_text()))
+        return path.is_file() and not {"lvr_start_id", "latent_size"}.isdisjoint(
+            json.loads(path.read_text())
+        )
     except json.JSONDecodeError as error:
-        raise CheckpointError("not valid JSON", where=str(path), got=str(error), expected="a JSON object") from error
+        raise CheckpointError(
+            "not valid JSON", where=str(path), got=str(error), expected="a JSON object"
+        ) from error
 
 
 def load_for_sft(
-    settings: ModelSettings, latent: LatentSettings, trains_end_vector: bool, needs_vision: bool = True
+    settings: ModelSettings,
+    latent: LatentSettings,
+    trains_end_vector: bool,
+    needs_vision: bool = True,
 ) -> LatentModel:
-    """The input checkpoint with latent tokens, head and end vector, in memory; the folder is only read.
+    """The input checkpoint with latent tokens, head and end vector, in memory; the folder is only
+    read.
 
-    A folder that already has latents keeps its tokens and head, and takes the other fields of `latent`. New embeddings
-    and modules draw from torch's global generator.
+    A folder that already has latents keeps its tokens and head, and takes the other fields of
+    `latent`. New embeddings and modules draw from torch's global generator.
 
     Args:
         needs_vision: whether a text-only model is refused.
@@ -68,7 +78,9 @@ def load_for_sft(
     return bundle
 
 
-def _load_plain(path: str, dtype, attention: str, latent: LatentSettings, trains_end_vector: bool) -> LatentModel:
+def _load_plain(
+    path: str, dtype, attention: str, latent: LatentSettings, trains_end_vector: bool
+) -> LatentModel:
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise CheckpointError(
             "no such folder",
@@ -103,7 +115,9 @@ def _load_plain(path: str, dtype, attention: str, latent: LatentSettings, trains
     return LatentModel(model, tokenizer, processor, mechanism, find_eos_ids(model, tokenizer))
 
 
-def _load_latent(folder: Path, dtype, attention: str, latent: LatentSettings, trains_end_vector: bool) -> LatentModel:
+def _load_latent(
+    folder: Path, dtype, attention: str, latent: LatentSettings, trains_end_vector: bool
+) -> LatentModel:
     bundle = load_latent_model(folder, dtype, attn_implementation=attention)
     mechanism, wanted = bundle.mechanism, latent.mechanism.key()
     if mechanism.key() != wanted:

@@ -14,17 +14,28 @@ from grpo_latent.models.adapter import ModelAdapter
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Low-rank adapters on the linear layers of the text decoder whose last name is in `target_modules`."""
+    """Low-rank adapters on the linear layers of the text decoder whose last name is in
+    `target_modules`.
+    """
 
     enabled: bool = False
     r: int = 64
     alpha: int = 128
     dropout: float = 0.05
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    target_modules: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
 
 
 def freeze_vision(model: nn.Module, tower: bool = True, merger: bool = True) -> None:
-    """Freezes the vision tower, its mergers, or both; the published stages 1 freeze both. Text-only models have neither.
+    """Freezes the vision tower, its mergers, or both; the published stages 1 freeze both.
+    Text-only models have neither.
 
     Chameleon's VQ model, which no gradient reaches, is always frozen.
     """
@@ -38,17 +49,24 @@ def freeze_vision(model: nn.Module, tower: bool = True, merger: bool = True) -> 
 
 def vision_is_frozen(model: nn.Module) -> bool:
     modules = ModelAdapter(model).backbone.vision_modules
-    return not any(parameter.requires_grad for module in modules for parameter in module.parameters())
+    return not any(
+        parameter.requires_grad for module in modules for parameter in module.parameters()
+    )
 
 
 def add_lora(
-    model: nn.Module, settings: LoraSettings, new_token_ids: Sequence[int], own_prefixes: tuple[str, ...] = ()
+    model: nn.Module,
+    settings: LoraSettings,
+    new_token_ids: Sequence[int],
+    own_prefixes: tuple[str, ...] = (),
 ) -> None:
-    """Puts adapters into the decoder in place; the base is frozen, except what the mechanism added and new tokens' rows.
+    """Puts adapters into the decoder in place; the base is frozen, except what the mechanism added
+    and new tokens' rows.
 
-    What trains is in float32 even over a base in half precision, which would round small updates away. In place, not as a
-    `PeftModel`: the model keeps its class, its names and its latent hooks. The embedding matrices stay trainable as a whole
-    and the gradient of old rows is set to 0, so the optimizer holds state for all of them.
+    What trains is in float32 even over a base in half precision, which would round small updates
+    away. In place, not as a `PeftModel`: the model keeps its class, its names and its latent
+    hooks. The embedding matrices stay trainable as a whole and the gradient of old rows is set to
+    0, so the optimizer holds state for all of them.
 
     Args:
         own_prefixes: names of the mechanism's own parameters begin so.
@@ -60,7 +78,9 @@ def add_lora(
     targets = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module) in in_decoder and name.split(".")[-1] in settings.target_modules
+        if isinstance(module, nn.Linear)
+        and id(module) in in_decoder
+        and name.split(".")[-1] in settings.target_modules
     ]
     unmatched = sorted(set(settings.target_modules) - {name.split(".")[-1] for name in targets})
     if unmatched or not targets:
@@ -73,7 +93,11 @@ def add_lora(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     config = LoraConfig(
-        r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets, bias="none"
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        bias="none",
     )
     inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
@@ -104,12 +128,16 @@ def has_lora(model: nn.Module) -> bool:
 
 
 def merge_lora(model: nn.Module) -> int:
-    """Adds the adapters to the weights and takes them out, in place; returns how many layers had one."""
+    """Adds the adapters to the weights and takes them out, in place; returns how many layers had
+    one.
+    """
     if not has_lora(model):
         return 0
     from peft.tuners.lora import LoraLayer
 
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    layers = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    ]
     dtype = layers[0][1].get_base_layer().weight.dtype
     for name, module in layers:
         module.merge(safe_merge=True)  # refuses NaN

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 SFT_KEYWORD = "sft_batch"
 
 
-def route_sft_batches(model: nn.Module, compute: Callable[..., dict[str, Tensor]]) -> Callable[[], None]:
+def route_sft_batches(
+    model: nn.Module, compute: Callable[..., dict[str, Tensor]]
+) -> Callable[[], None]:
     """Makes `model(sft_batch=...)` call `compute(...)`, and returns what undoes it.
 
     Other calls go to the model as before.

@@ -54,9 +54,13 @@ class RowEncoder:
             DataError: an image cannot be read, or does not belong to the prompt.
         """
         pictures = [image.open() for image in example.images]
-        return encode_prompt(self.tokenizer, self.processor, example.messages, pictures, example.where)
+        return encode_prompt(
+            self.tokenizer, self.processor, example.messages, pictures, example.where
+        )
 
-    def encode_text(self, text: str, where: str, expected: str = "plain text", fix: str = "") -> list[int]:
+    def encode_text(
+        self, text: str, where: str, expected: str = "plain text", fix: str = ""
+    ) -> list[int]:
         """Tokenises a text of the response.
 
         Raises:

@@ -24,7 +24,11 @@ class SeededBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self, has_answer: Sequence[bool], batch_size: int, seed: int = 0, labelled_per_batch: int | None = None
+        self,
+        has_answer: Sequence[bool],
+        batch_size: int,
+        seed: int = 0,
+        labelled_per_batch: int | None = None,
     ):
         rows = np.arange(len(has_answer))
         labelled = np.asarray(has_answer, dtype=bool)

@@ -28,7 +28,12 @@ def save_for_rl(
     folder = Path(folder)
     with replacing_folder(folder) as part:
         save_latent_model(
-            part, latent.model, latent.tokenizer, latent.processor, mechanism or latent.mechanism, state_dict
+            part,
+            latent.model,
+            latent.tokenizer,
+            latent.processor,
+            mechanism or latent.mechanism,
+            state_dict,
         )
     return folder
 
@@ -46,10 +51,20 @@ def load_all_weights(model: nn.Module, folder: str) -> None:
         if name not in own or own[name].shape != tensor.shape:
             expected = tuple(own[name].shape) if name in own else "a weight of the model"
             raise CheckpointError(
-                "weight does not fit", where=f"{folder}: {name}", got=tuple(tensor.shape), expected=str(expected)
+                "weight does not fit",
+                where=f"{folder}: {name}",
+                got=tuple(tensor.shape),
+                expected=str(expected),
             )
         own[name].copy_(tensor)
-        missing.discard(own[name].data_ptr())  # by address: tied weights are saved under one of their names
+        missing.discard(
+            own[name].data_ptr()
+        )  # by address: tied weights are saved under one of their names
     if missing:
         names = sorted(name for name, tensor in own.items() if tensor.data_ptr() in missing)
-        raise CheckpointError("weights are missing", where=folder, got=names[:5], expected="every weight of the model")
+        raise CheckpointError(
+            "weights are missing",
+            where=folder,
+            got=names[:5],
+            expected="every weight of the model",
+        )

@@ -22,7 +22,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedConfig,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from grpo_latent.errors import TrainingError
 from grpo_latent.models.adapter import ModelAdapter
@@ -46,7 +52,12 @@ class LatentSFTTrainer(Trainer):
             merger.
     """
 
-    summed: ClassVar[tuple[str, ...]] = ("ce", "labels", "latent", "latents")  # since the last logged step
+    summed: ClassVar[tuple[str, ...]] = (
+        "ce",
+        "labels",
+        "latent",
+        "latents",
+    )  # since the last logged step
 
     def __init__(
         self,
@@ -67,10 +78,17 @@ class LatentSFTTrainer(Trainer):
         self.adapter = ModelAdapter(latent.model, latent.mechanism)
         if self.adapter.backbone.caches_tower:
             VisionCache.install(latent.model, max_bytes=vision_cache_bytes)
-        args.remove_unused_columns = False  # it would drop our columns, which the model's own forward does not know
+        args.remove_unused_columns = (
+            False  # it would drop our columns, which the model's own forward does not know
+        )
         self._epoch = _TellEpoch()
         with _keeping_use_cache(latent.model.config):
-            super().__init__(model=latent.model, args=args, train_dataset=dataset, callbacks=[self._epoch, *callbacks])
+            super().__init__(
+                model=latent.model,
+                args=args,
+                train_dataset=dataset,
+                callbacks=[self._epoch, *callbacks],
+            )
         # our loss is divided by counts of the whole step: the Trainer must not divide again
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)  # the callbacks given here show the metrics
@@ -123,7 +141,10 @@ class LatentSFTTrainer(Trainer):
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
         sampler = SeededBatchSampler(
-            self.train_dataset.has_answer, args.per_device_train_batch_size, seed, self.labelled_per_batch
+            self.train_dataset.has_answer,
+            args.per_device_train_batch_size,
+            seed,
+            self.labelled_per_batch,
         )
         self._epoch.sampler = sampler
         loader = DataLoader(
@@ -139,14 +160,18 @@ class LatentSFTTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Reads the step's micro-batches, and counts labels and latents over all processes."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        counts = sum((self.count(batch) for batch in batches), torch.zeros(2, dtype=torch.long)).to(device)
+        counts = sum(
+            (self.count(batch) for batch in batches), torch.zeros(2, dtype=torch.long)
+        ).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
         return batches, counts
 
     # loss
 
-    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None
+    ):
         # hits are for the log alone, and cost a distance to each visual token
         count_hits = (self.state.global_step + 1) % max(int(self.state.logging_steps or 1), 1) == 0
         sums = model(**{SFT_KEYWORD: inputs, "count_hits": count_hits})
@@ -188,10 +213,16 @@ class LatentSFTTrainer(Trainer):
     # optimization
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        exempt = {name for name, parameter in model.named_parameters() if getattr(parameter, "no_weight_decay", False)}
+        exempt = {
+            name
+            for name, parameter in model.named_parameters()
+            if getattr(parameter, "no_weight_decay", False)
+        }
         return [name for name in super().get_decay_parameter_names(model) if name not in exempt]
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ):
         return super().create_scheduler(self.horizon_steps or num_training_steps, optimizer)
 
     # checkpoints
@@ -203,14 +234,18 @@ class LatentSFTTrainer(Trainer):
         """
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.latent.model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+        self.latent.model.save_pretrained(
+            folder, state_dict=state_dict, save_original_format=False
+        )
         if not has_lora(self.latent.model):
             if self.latent.processor is not None:
                 self.latent.processor.save_pretrained(folder)
             self.latent.tokenizer.save_pretrained(folder)
             self.latent.mechanism.save(folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:

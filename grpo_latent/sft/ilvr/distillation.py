@@ -33,9 +33,15 @@ def pool_candidates(tokens_MH: Tensor, max_candidates: int = MAX_CANDIDATES) -> 
     if num_tokens <= max_candidates:
         return tokens_MH
     # group g holds the tokens from floor(g * M / G) on
-    starts_G = torch.arange(1, max_candidates, device=tokens_MH.device) * num_tokens // max_candidates
-    group_M = torch.bucketize(torch.arange(num_tokens, device=tokens_MH.device), starts_G, right=True)
-    sums_GH = tokens_MH.new_zeros(max_candidates, tokens_MH.shape[1]).index_add_(0, group_M, tokens_MH)
+    starts_G = (
+        torch.arange(1, max_candidates, device=tokens_MH.device) * num_tokens // max_candidates
+    )
+    group_M = torch.bucketize(
+        torch.arange(num_tokens, device=tokens_MH.device), starts_G, right=True
+    )
+    sums_GH = tokens_MH.new_zeros(max_candidates, tokens_MH.shape[1]).index_add_(
+        0, group_M, tokens_MH
+    )
     return sums_GH / torch.bincount(group_M, minlength=max_candidates)[:, None].to(sums_GH.dtype)
 
 
@@ -57,7 +63,9 @@ def question_weights(queries_AQD: Tensor, keys_AMD: Tensor, scaling: float) -> T
     return scores_AQM.softmax(-1).mean((0, 1))
 
 
-def question_vector(text_hidden_QH: Tensor, image_hidden_MH: Tensor, weights_M: Tensor | None) -> Tensor:
+def question_vector(
+    text_hidden_QH: Tensor, image_hidden_MH: Tensor, weights_M: Tensor | None
+) -> Tensor:
     """Makes u [H] of the question: the mean of r_txt and r_img, or r_txt alone without an image.
 
     r_txt is the mean h of the question's text, r_img = Σ weight · h of the image.
@@ -82,7 +90,9 @@ def span_query(question_H: Tensor, text_hidden_TH: Tensor, selected_NH: Tensor) 
     return torch.stack(parts).mean(0)
 
 
-def select_candidates(query_H: Tensor, candidates_MH: Tensor, top_k: int = 8, top_p: float = 0.9) -> Tensor:
+def select_candidates(
+    query_H: Tensor, candidates_MH: Tensor, top_k: int = 8, top_p: float = 0.9
+) -> Tensor:
     """Picks the candidates nearest to the query, best first: int64 [K*], 1 <= K* <= `top_k`.
 
     softmax over the M cosines; a candidate stays if it is among the `top_k` most probable *and*
@@ -92,7 +102,9 @@ def select_candidates(query_H: Tensor, candidates_MH: Tensor, top_k: int = 8, to
         LatentMismatchError: there is no candidate.
     """
     if candidates_MH.shape[0] == 0:
-        raise LatentMismatchError("a helper image without visual tokens", got="0 candidates", expected="at least one")
+        raise LatentMismatchError(
+            "a helper image without visual tokens", got="0 candidates", expected="at least one"
+        )
     cosines_M = F.cosine_similarity(query_H.float()[None], candidates_MH.float(), dim=-1)
     probs_M, order_M = cosines_M.softmax(-1).sort(descending=True, stable=True)
     # the mass *before* a candidate decides, so that the best one always stays
@@ -101,7 +113,10 @@ def select_candidates(query_H: Tensor, candidates_MH: Tensor, top_k: int = 8, to
 
 
 def noisy_cosine_distances(
-    predicted_NH: Tensor, target_NH: Tensor, noise_std: float = 0.01, generator: torch.Generator | None = None
+    predicted_NH: Tensor,
+    target_NH: Tensor,
+    noise_std: float = 0.01,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Computes 1 - cosine(predicted, target + noise_std · N(0, 1)), float32 [N].
 

@@ -29,7 +29,9 @@ def stage1_loss_sums(
     Args:
         batch: of `with_targets`.
     """
-    sequences = _sequences(adapter, batch, batch["targets"].detach().to(adapter.dtype), mechanism.visibility)
+    sequences = _sequences(
+        adapter, batch, batch["targets"].detach().to(adapter.dtype), mechanism.visibility
+    )
     hidden_BTH = replay_hidden(adapter, sequences)
     predicted_NH = adapter.make(hidden_BTH[sequences.sources])
     return {
@@ -41,13 +43,16 @@ def stage1_loss_sums(
 def stage2_loss_sums(
     adapter: ModelAdapter, batch: dict[str, Tensor], mechanism: Mechanism, gradient: str = "bptt"
 ) -> dict[str, Tensor]:
-    """Sums CE over labels (`ce`) of a batch of `collate_rows`, all latents fed by the model itself.
+    """Sums CE over labels (`ce`) of a batch of `collate_rows`, all latents fed by the model
+    itself.
 
     Args:
         gradient: through the latents, see `models.recompute`; the published stage 2 is `bptt`.
     """
     num_latents = int(((batch["kinds"] == PositionKind.LATENT) & batch["valid"]).sum())
-    nothing_NH = torch.zeros(num_latents, adapter.hidden_size, device=adapter.device, dtype=adapter.dtype)
+    nothing_NH = torch.zeros(
+        num_latents, adapter.hidden_size, device=adapter.device, dtype=adapter.dtype
+    )
     sequences = _sequences(adapter, batch, nothing_NH, mechanism.visibility)
     # the forwards over one batch show the same images
     with encoding_once(adapter.backbone):
@@ -56,7 +61,15 @@ def stage2_loss_sums(
     return {"ce": labels_cross_entropy(adapter, hidden_BTH, batch["labels"])}
 
 
-def _sequences(adapter: ModelAdapter, batch: dict[str, Tensor], latents_NH: Tensor, visibility: str) -> LatentSequences:
+def _sequences(
+    adapter: ModelAdapter, batch: dict[str, Tensor], latents_NH: Tensor, visibility: str
+) -> LatentSequences:
     return LatentSequences.build(
-        adapter, batch["input_ids"], batch["kinds"], batch["valid"], latents_NH, visibility, batch_images(batch)
+        adapter,
+        batch["input_ids"],
+        batch["kinds"],
+        batch["valid"],
+        latents_NH,
+        visibility,
+        batch_images(batch),
     )

@@ -38,16 +38,26 @@ class MomentumTeacher:
 
     def __init__(self, student: nn.Module, decay: float = 0.999):
         if not 0 <= decay < 1:
-            raise ConfigError("not a decay", where="teacher.decay", got=decay, expected="in [0, 1)")
+            raise ConfigError(
+                "not a decay", where="teacher.decay", got=decay, expected="in [0, 1)"
+            )
         self.student, self.decay, self.num_updates = student, decay, 0
-        trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+        trained = {
+            name: parameter
+            for name, parameter in student.named_parameters()
+            if parameter.requires_grad
+        }
         if not trained:
             raise ConfigError(
-                "a teacher of a model that does not train", where="teacher", expected="a parameter to train"
+                "a teacher of a model that does not train",
+                where="teacher",
+                expected="a parameter to train",
             )
         shared = [parameter for parameter in student.parameters() if not parameter.requires_grad]
         # the average itself is of any module
-        for module in backbone_of(student).vision_modules if isinstance(student, PreTrainedModel) else ():
+        for module in (
+            backbone_of(student).vision_modules if isinstance(student, PreTrainedModel) else ()
+        ):
             if not any(parameter.requires_grad for parameter in module.parameters()):
                 shared.append(module)
         self.model = copy.deepcopy(student, {id(part): part for part in shared}).eval()
@@ -65,7 +75,10 @@ class MomentumTeacher:
     @property
     def _averages(self) -> dict[str, Tensor]:
         """Looked up anew at each use: moving a module replaces the tensors of its parameters."""
-        return {name: self._wide.get(name, parameter.data) for name, parameter in self._followed.items()}
+        return {
+            name: self._wide.get(name, parameter.data)
+            for name, parameter in self._followed.items()
+        }
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)
@@ -87,7 +100,10 @@ class MomentumTeacher:
         """Writes the average below a checkpoint folder."""
         folder = Path(checkpoint) / TEACHER_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: average.detach().cpu().contiguous().clone() for name, average in self._averages.items()}
+        tensors = {
+            name: average.detach().cpu().contiguous().clone()
+            for name, average in self._averages.items()
+        }
         write_tensors(folder / _FILE, tensors, {_NUM_UPDATES: str(self.num_updates)})
 
     @torch.no_grad()
@@ -111,7 +127,9 @@ class MomentumTeacher:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         own_shapes = {name: tuple(average.shape) for name, average in self._averages.items()}
         if shapes != own_shapes:
-            differing = sorted(name for name in {*shapes, *own_shapes} if shapes.get(name) != own_shapes.get(name))
+            differing = sorted(
+                name for name in {*shapes, *own_shapes} if shapes.get(name) != own_shapes.get(name)
+            )
             raise CheckpointError(
                 "the teacher is that of another model",
                 where=str(path),
@@ -152,6 +170,8 @@ class KeepsTeacher:
         super()._save(output_dir, state_dict)
         self.teacher.save(output_dir or self.args.output_dir)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.teacher.load(resume_from_checkpoint)

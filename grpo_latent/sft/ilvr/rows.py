@@ -6,9 +6,10 @@
     kind       TEXT  START    LATENT    LATENT    LATENT    FORCED  TEXT     TEXT
     label      look  <start>  -         -         -         <end>   it is 7  <eos>
 
-Every span has K latent positions. In stage 1 the teacher may choose fewer targets than K for a span: the positions left
-over are then fed the placeholder's own embedding, without a loss (`with_targets` makes them FORCED). A record without its
-answer has no EOS, and no label on a token that follows an unknown text.
+Every span has K latent positions. In stage 1 the teacher may choose fewer targets than K for a
+span: the positions left over are then fed the placeholder's own embedding, without a loss
+(`with_targets` makes them FORCED). A record without its answer has no EOS, and no label on a token
+that follows an unknown text.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class ILVRRow:
     """One tokenised example of T positions.
 
     Attributes:
-        input_ids, kinds, labels: int64 [T]; labels are label-aligned, `IGNORED` where nothing is scored.
+        input_ids, kinds, labels: int64 [T]; labels are label-aligned, `IGNORED` where nothing is
+            scored.
         images: of the question, or None.
         helper_images: one per span, in order, or None.
     """
@@ -61,7 +63,8 @@ class ILVREncoder(RowEncoder):
         """The example's positions.
 
         Raises:
-            DataError: unreadable image, a latent or vision token spelled out in a text, or a row too long.
+            DataError: unreadable image, a latent or vision token spelled out in a text, or a row
+                too long.
         """
         prompt = self.encode_prompt(example)
         ids, kinds, labels = self._response(example)
@@ -83,8 +86,16 @@ class ILVREncoder(RowEncoder):
                 after_unknown.append(len(ids))
                 continue
             if segment.text is None:
-                ids += [mechanism.start_id, *[mechanism.latent_id] * mechanism.steps, mechanism.end_id]
-                kinds += [PositionKind.START, *[PositionKind.LATENT] * mechanism.steps, PositionKind.FORCED]
+                ids += [
+                    mechanism.start_id,
+                    *[mechanism.latent_id] * mechanism.steps,
+                    mechanism.end_id,
+                ]
+                kinds += [
+                    PositionKind.START,
+                    *[PositionKind.LATENT] * mechanism.steps,
+                    PositionKind.FORCED,
+                ]
                 continue
             fix = 'Make it an item of type "latent", or take the token out.'
             text_ids = self.encode_text(segment.text, example.where, fix=fix)
@@ -100,7 +111,11 @@ class ILVREncoder(RowEncoder):
         return ids, kinds, labels
 
     def _helper_images(self, example: InterleavedExample) -> ImageInputs | None:
-        pictures = [segment.helper_image.open() for segment in example.segments if segment.helper_image is not None]
+        pictures = [
+            segment.helper_image.open()
+            for segment in example.segments
+            if segment.helper_image is not None
+        ]
         if not pictures:
             return None
         batch = self.processor.image_processor(images=pictures, return_tensors="pt")
@@ -108,17 +123,21 @@ class ILVREncoder(RowEncoder):
 
 
 def collate_rows(rows: Sequence[ILVRRow]) -> dict[str, Tensor]:
-    """Rows to one batch; prompts padded left and responses right, so that all responses begin in one column, which
-    self-fed latents need.
+    """Rows to one batch; prompts padded left and responses right, so that all responses begin in
+    one column, which self-fed latents need.
 
     Returns:
         input_ids, kinds, labels: int64 [B, T]; valid: bool [B, T].
         pixel_values, image_grid_thw: of the questions' images in order; absent if there are none.
-        helper_pixel_values, helper_image_grid_thw: of the spans' helper images in order; absent if there are none.
+        helper_pixel_values, helper_image_grid_thw: of the spans' helper images in order; absent if
+            there are none.
     """
     prompt_lengths = [int((row.kinds <= PositionKind.VISION).sum()) for row in rows]
     starts = [max(prompt_lengths) - length for length in prompt_lengths]
-    shape = (len(rows), max(start + row.input_ids.shape[0] for start, row in zip(starts, rows, strict=True)))
+    shape = (
+        len(rows),
+        max(start + row.input_ids.shape[0] for start, row in zip(starts, rows, strict=True)),
+    )
     fills = {"input_ids": 0, "kinds": int(PositionKind.PROMPT), "labels": IGNORED}
     batch = {name: torch.full(shape, fill, dtype=torch.long) for name, fill in fills.items()}
     batch["valid"] = torch.zeros(shape, dtype=torch.bool)
@@ -137,15 +156,20 @@ def helper_images(batch: dict[str, Tensor]) -> ImageInputs | None:
 
 
 def span_numbers(kinds_BT: Tensor) -> Tensor:
-    """int64 [B, T]: which span of the batch (row-major) a latent position belongs to, -1 elsewhere."""
+    """int64 [B, T]: which span of the batch (row-major) a latent position belongs to, -1
+    elsewhere.
+    """
     is_latent_BT = kinds_BT == PositionKind.LATENT
     opens_BT = is_latent_BT & ~torch.nn.functional.pad(is_latent_BT[:, :-1], (1, 0))
     numbers_BT = (opens_BT.flatten().cumsum(0) - 1).view_as(kinds_BT)
     return numbers_BT.masked_fill(~is_latent_BT, -1)
 
 
-def with_targets(batch: dict[str, Tensor], targets: Sequence[Tensor], hidden_size: int) -> dict[str, Tensor]:
-    """The batch with the teacher's choice: `targets` [N, H] in order of position, other latent positions FORCED.
+def with_targets(
+    batch: dict[str, Tensor], targets: Sequence[Tensor], hidden_size: int
+) -> dict[str, Tensor]:
+    """The batch with the teacher's choice: `targets` [N, H] in order of position, other latent
+    positions FORCED.
 
     Args:
         targets: [K*, H] of each span, in row-major order; none in a batch without spans.
@@ -157,8 +181,14 @@ def with_targets(batch: dict[str, Tensor], targets: Sequence[Tensor], hidden_siz
     numbers_BT = span_numbers(batch["kinds"])
     num_spans = int(numbers_BT.max()) + 1
     sizes_S = torch.bincount(numbers_BT[numbers_BT >= 0], minlength=num_spans)
-    counts_S = torch.tensor([len(rows) for rows in targets], device=sizes_S.device, dtype=torch.long)
-    if len(targets) != num_spans or bool((counts_S > sizes_S).any()) or bool((counts_S == 0).any()):
+    counts_S = torch.tensor(
+        [len(rows) for rows in targets], device=sizes_S.device, dtype=torch.long
+    )
+    if (
+        len(targets) != num_spans
+        or bool((counts_S > sizes_S).any())
+        or bool((counts_S == 0).any())
+    ):
         raise LatentMismatchError(
             "the teacher's targets do not fit the spans",
             where="with_targets",

@@ -34,7 +34,11 @@ from grpo_latent.trajectory import PositionKind
 
 @torch.no_grad()
 def teacher_targets(
-    teacher: ModelAdapter, batch: dict[str, Tensor], visibility: str, top_k: int = 8, top_p: float = 0.9
+    teacher: ModelAdapter,
+    batch: dict[str, Tensor],
+    visibility: str,
+    top_k: int = 8,
+    top_p: float = 0.9,
 ) -> list[Tensor]:
     """Chooses the targets [K*, H] of each span of a batch, in row-major order, best first.
 
@@ -65,7 +69,15 @@ def teacher_targets(
     targets: list[Tensor] = []
     for row in range(numbers_BT.shape[0]):
         targets += _targets_of_row(
-            teacher, batch, row, numbers_BT[row], hidden_BTH[row], recorder, candidates, top_k, top_p
+            teacher,
+            batch,
+            row,
+            numbers_BT[row],
+            hidden_BTH[row],
+            recorder,
+            candidates,
+            top_k,
+            top_p,
         )
     return targets
 
@@ -93,11 +105,17 @@ def _targets_of_row(
     """Chooses the targets of the spans of one row, in order."""
     kinds_T, valid_T = batch["kinds"][row], batch["valid"][row]
     is_question_T = (kinds_T == PositionKind.PROMPT) & valid_T
-    is_image_T = (batch["input_ids"][row] == teacher.image_token_id) & (kinds_T == PositionKind.VISION) & valid_T
+    is_image_T = (
+        (batch["input_ids"][row] == teacher.image_token_id)
+        & (kinds_T == PositionKind.VISION)
+        & valid_T
+    )
     weights_M = None
     if bool(is_image_T.any()):
         weights_M = question_weights(
-            recorder.queries_BATD[row][:, is_question_T], recorder.keys_BASD[row][:, is_image_T], recorder.scaling
+            recorder.queries_BATD[row][:, is_question_T],
+            recorder.keys_BASD[row][:, is_image_T],
+            recorder.scaling,
         )
     question_H = question_vector(hidden_TH[is_question_T], hidden_TH[is_image_T], weights_M)
     targets: list[Tensor] = []

@@ -32,7 +32,8 @@ from grpo_latent.sft.ilvr.teacher import teacher_targets
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """What stage 1 minimises: CE + latent_weight · (1 - cos) to the teacher's choice (2512.05665 section 3).
+    """What stage 1 minimises: CE + latent_weight · (1 - cos) to the teacher's choice (2512.05665
+    section 3).
 
     Attributes:
         decay: of the teacher.
@@ -58,7 +59,12 @@ class TeacherConfig:
         )
         for name, is_valid, expected in bounds:
             if not is_valid:
-                raise ConfigError("out of bounds", where=f"loss.{name}", got=getattr(self, name), expected=expected)
+                raise ConfigError(
+                    "out of bounds",
+                    where=f"loss.{name}",
+                    got=getattr(self, name),
+                    expected=expected,
+                )
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,12 @@ class SelfFedConfig:
 
     def __post_init__(self):
         if self.gradient not in GRADIENTS:
-            raise ConfigError("unknown value", where="loss.gradient", got=self.gradient, expected=f"one of {GRADIENTS}")
+            raise ConfigError(
+                "unknown value",
+                where="loss.gradient",
+                got=self.gradient,
+                expected=f"one of {GRADIENTS}",
+            )
 
 
 class ILVRTrainer(LatentSFTTrainer):
@@ -83,9 +94,12 @@ class ILVRTrainer(LatentSFTTrainer):
     def check(self, latent: LatentModel) -> None:
         what = "ILVR's spans are opened and closed by tokens"
         check_family(latent.mechanism, "spans", what)
-        # every span ends with a labelled end token, so that the cross-entropy trains the exit `end_token`
+        # every span ends with a labelled end token, so that the cross-entropy trains the exit
+        # `end_token`
         if latent.mechanism.reads_latents:
-            raise ConfigError(what, where="latent.exit", got=latent.mechanism.exit, expected="end_token or steps")
+            raise ConfigError(
+                what, where="latent.exit", got=latent.mechanism.exit, expected="end_token or steps"
+            )
 
     def collate_rows(self, rows: Sequence[ILVRRow]) -> dict[str, Tensor]:
         return collate_rows(rows)
@@ -125,18 +139,26 @@ class ILVRStage1Trainer(KeepsTeacher, ILVRTrainer):
         self.teacher_adapter = ModelAdapter(self.teacher.model, latent.mechanism)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """As the base's, with the teacher's targets: their number is part of the loss's denominator."""
-        return super().get_batch_samples(map(self._with_targets, epoch_iterator), num_batches, device)
+        """As the base's, with the teacher's targets: their number is part of the loss's
+        denominator.
+        """
+        return super().get_batch_samples(
+            map(self._with_targets, epoch_iterator), num_batches, device
+        )
 
     def _with_targets(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         config = self.loss_config
         visibility = self.latent.mechanism.visibility
         with self.accelerator.autocast():  # as the student's forward
-            targets = teacher_targets(self.teacher_adapter, batch, visibility, config.top_k, config.top_p)
+            targets = teacher_targets(
+                self.teacher_adapter, batch, visibility, config.top_k, config.top_p
+            )
         return with_targets(batch, targets, self.teacher_adapter.hidden_size)
 
     def loss_sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
-        return stage1_loss_sums(self.adapter, batch, self.latent.mechanism, self.loss_config.noise_std)
+        return stage1_loss_sums(
+            self.adapter, batch, self.latent.mechanism, self.loss_config.noise_std
+        )
 
     def term_weights(self) -> dict[str, float]:
         return {"latent": self.loss_config.latent_weight}
@@ -158,4 +180,6 @@ class ILVRStage2Trainer(ILVRTrainer):
         super().__init__(latent, args, dataset, loss_config or SelfFedConfig(), **kwargs)
 
     def loss_sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
-        return stage2_loss_sums(self.adapter, batch, self.latent.mechanism, self.loss_config.gradient)
+        return stage2_loss_sums(
+            self.adapter, batch, self.latent.mechanism, self.loss_config.gradient
+        )

@@ -23,7 +23,12 @@ from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.models.vision_cache import encoding_once
 from grpo_latent.sft.common.images import batch_images, visual_embeddings
 from grpo_latent.sft.common.losses import labels_cross_entropy
-from grpo_latent.sft.lvr.losses import LVRLossConfig, end_bce_sum, latent_distances, nearest_target_hits
+from grpo_latent.sft.lvr.losses import (
+    LVRLossConfig,
+    end_bce_sum,
+    latent_distances,
+    nearest_target_hits,
+)
 from grpo_latent.sft.lvr.rows import END_VECTOR
 from grpo_latent.trajectory import PositionKind
 
@@ -46,7 +51,9 @@ def teacher_forced(visual_MH: Tensor, roi_N: Tensor, vector_H: Tensor | None) ->
         )
     if vector_H is None:
         return visual_MH[roi_N]
-    return torch.where((roi_N == END_VECTOR)[:, None], vector_H.to(visual_MH.dtype), visual_MH[roi_N.clamp(min=0)])
+    return torch.where(
+        (roi_N == END_VECTOR)[:, None], vector_H.to(visual_MH.dtype), visual_MH[roi_N.clamp(min=0)]
+    )
 
 
 def loss_sums(
@@ -78,7 +85,13 @@ def loss_sums(
         if loss_config.inputs == "shuffled":
             inputs_NH = inputs_NH[torch.randperm(inputs_NH.shape[0]).to(inputs_NH.device)]
         sequences = LatentSequences.build(
-            adapter, batch["input_ids"], batch["kinds"], batch["valid"], inputs_NH, mechanism.visibility, images
+            adapter,
+            batch["input_ids"],
+            batch["kinds"],
+            batch["valid"],
+            inputs_NH,
+            mechanism.visibility,
+            images,
         )
         hidden_BTH = replay_hidden(adapter, sequences)
 
@@ -88,11 +101,17 @@ def loss_sums(
     predicted_NH = adapter.make(hidden_BTH[sequences.sources])
     # a target is a constant, except the end vector, which is learned from both sides
     targets_NH = teacher_forced(visual_MH.detach(), batch["roi"], vector_H)
-    sums["latent"] = latent_distances(predicted_NH, targets_NH, loss_config.latent_loss).sum() / target_variance
+    sums["latent"] = (
+        latent_distances(predicted_NH, targets_NH, loss_config.latent_loss).sum() / target_variance
+    )
     if loss_config.end == "mode_switch":
         is_last_N = batch["kinds"][row_N, column_N + 1] != PositionKind.LATENT
-        sums["end"] = end_bce_sum(adapter.logits(hidden_BTH[row_N, column_N]), is_last_N, mechanism.end_id)
+        sums["end"] = end_bce_sum(
+            adapter.logits(hidden_BTH[row_N, column_N]), is_last_N, mechanism.end_id
+        )
     if count_hits:
-        hits_N = nearest_target_hits(predicted_NH, batch["roi"], row_N, visual_MH, batch["num_visual_tokens"])
+        hits_N = nearest_target_hits(
+            predicted_NH, batch["roi"], row_N, visual_MH, batch["num_visual_tokens"]
+        )
         sums["hits"], sums["num_targets"] = hits_N.sum().float(), (batch["roi"] >= 0).sum().float()
     return sums

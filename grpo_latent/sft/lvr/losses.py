@@ -60,11 +60,16 @@ class LVRLossConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(
-                    "unknown value", where=f"loss.{name}", got=getattr(self, name), expected=f"one of {allowed}"
+                    "unknown value",
+                    where=f"loss.{name}",
+                    got=getattr(self, name),
+                    expected=f"one of {allowed}",
                 )
         for name in ("latent_weight", "end_weight"):
             if not getattr(self, name) >= 0:  # refuses NaN too
-                raise ConfigError("not a weight", where=f"loss.{name}", got=getattr(self, name), expected=">= 0")
+                raise ConfigError(
+                    "not a weight", where=f"loss.{name}", got=getattr(self, name), expected=">= 0"
+                )
         if self.latent_loss_norm == "variance" and self.latent_loss != "mse":
             raise ConfigError(
                 "the variance normalises squared distances only",
@@ -91,7 +96,9 @@ def latent_distances(predicted_NH: Tensor, target_NH: Tensor, kind: str) -> Tens
         return (predicted_NH - target_NH).abs().mean(-1)
     if kind == "cosine":
         return 1 - F.cosine_similarity(predicted_NH, target_NH, dim=-1)
-    raise ConfigError("unknown value", where="loss.latent_loss", got=kind, expected=f"one of {LATENT_LOSSES}")
+    raise ConfigError(
+        "unknown value", where="loss.latent_loss", got=kind, expected=f"one of {LATENT_LOSSES}"
+    )
 
 
 def end_bce_sum(logits_NV: Tensor, is_last_N: Tensor, end_id: int) -> Tensor:
@@ -126,7 +133,11 @@ def target_variance(targets_MH: Tensor) -> float:
 
 @torch.no_grad()
 def nearest_target_hits(
-    predicted_NH: Tensor, roi_N: Tensor, row_N: Tensor, visual_MH: Tensor, num_visual_tokens_B: Tensor
+    predicted_NH: Tensor,
+    roi_N: Tensor,
+    row_N: Tensor,
+    visual_MH: Tensor,
+    num_visual_tokens_B: Tensor,
 ) -> Tensor:
     """Says whether the visual token of the row that is nearest (Euclidean) is the target.
 
@@ -145,5 +156,7 @@ def nearest_target_hits(
         of_row_N = row_N == row
         start = stops_B[row] - int(num_visual_tokens_B[row])
         tokens = visual_MH[start : stops_B[row]].float()
-        nearest_N[of_row_N] = start + torch.cdist(predicted_NH[of_row_N].float(), tokens).argmin(-1)
+        nearest_N[of_row_N] = start + torch.cdist(predicted_NH[of_row_N].float(), tokens).argmin(
+            -1
+        )
     return (nearest_N == roi_N) & (roi_N >= 0)

@@ -102,7 +102,9 @@ class LVREncoder(RowEncoder):
             num_visual_tokens=num_visual_tokens,
         )
 
-    def _response(self, example: LvrExample, spans: list[list[int]]) -> tuple[list[int], list[int], list[int]]:
+    def _response(
+        self, example: LvrExample, spans: list[list[int]]
+    ) -> tuple[list[int], list[int], list[int]]:
         """Lays out the response: its ids and kinds, and the visual tokens of its latents."""
         pieces = example.response.split(LVR_PLACEHOLDER)
         if len(pieces) != len(spans) + 1:
@@ -116,8 +118,16 @@ class LVREncoder(RowEncoder):
         for piece_idx, piece in enumerate(pieces):
             if piece_idx > 0:
                 targets = spans[piece_idx - 1] + [END_VECTOR] * self.has_end_vector
-                ids += [self.mechanism.start_id, *[self.mechanism.latent_id] * len(targets), self.mechanism.end_id]
-                kinds += [PositionKind.START, *[PositionKind.LATENT] * len(targets), PositionKind.FORCED]
+                ids += [
+                    self.mechanism.start_id,
+                    *[self.mechanism.latent_id] * len(targets),
+                    self.mechanism.end_id,
+                ]
+                kinds += [
+                    PositionKind.START,
+                    *[PositionKind.LATENT] * len(targets),
+                    PositionKind.FORCED,
+                ]
                 roi += targets
             text_ids = self.encode_text(piece, example.where, *_SPELLED_OUT)
             ids += text_ids
@@ -140,16 +150,23 @@ def collate_rows(rows: Sequence[LVRRow]) -> dict[str, Tensor]:
         num_visual_tokens: int64 [B].
         pixel_values, image_grid_thw: of all rows in order; absent if no row has an image.
     """
-    valid = pad_sequence([torch.ones_like(row.input_ids, dtype=torch.bool) for row in rows], batch_first=True)
+    valid = pad_sequence(
+        [torch.ones_like(row.input_ids, dtype=torch.bool) for row in rows], batch_first=True
+    )
     counts_B = torch.tensor([row.num_visual_tokens for row in rows])
     offsets = (counts_B.cumsum(0) - counts_B).tolist()
     roi = [
-        torch.where(row.roi_N >= 0, row.roi_N + offset, row.roi_N) for row, offset in zip(rows, offsets, strict=True)
+        torch.where(row.roi_N >= 0, row.roi_N + offset, row.roi_N)
+        for row, offset in zip(rows, offsets, strict=True)
     ]
     batch = {
         "input_ids": pad_sequence([row.input_ids for row in rows], batch_first=True),
-        "kinds": pad_sequence([row.kinds for row in rows], batch_first=True, padding_value=int(PositionKind.PROMPT)),
-        "labels": pad_sequence([row.labels for row in rows], batch_first=True, padding_value=IGNORED),
+        "kinds": pad_sequence(
+            [row.kinds for row in rows], batch_first=True, padding_value=int(PositionKind.PROMPT)
+        ),
+        "labels": pad_sequence(
+            [row.labels for row in rows], batch_first=True, padding_value=IGNORED
+        ),
         "valid": valid,
         "roi": torch.cat(roi),
         "num_visual_tokens": counts_B,

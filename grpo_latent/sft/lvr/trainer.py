@@ -56,7 +56,12 @@ class LVRTrainer(LatentSFTTrainer):
 
     def loss_sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
         return loss_sums(
-            self.adapter, batch, self.latent.mechanism, self.loss_config, self.target_variance, count_hits=count_hits
+            self.adapter,
+            batch,
+            self.latent.mechanism,
+            self.loss_config,
+            self.target_variance,
+            count_hits=count_hits,
         )
 
     def term_weights(self) -> dict[str, float]:
@@ -84,13 +89,17 @@ class LVRTrainer(LatentSFTTrainer):
             )
         dataset = self.train_dataset
         targets = []
-        for index in np.linspace(0, len(dataset) - 1, min(VARIANCE_ROWS, len(dataset))).astype(int).tolist():
+        for index in (
+            np.linspace(0, len(dataset) - 1, min(VARIANCE_ROWS, len(dataset))).astype(int).tolist()
+        ):
             row = dataset[index]
             if row.images is not None:
                 with torch.no_grad():
                     visual_MH = visual_embeddings(self.adapter, row.images)
                 targets.append(visual_MH[row.roi_N[row.roi_N >= 0].to(visual_MH.device)])
-        return target_variance(torch.cat(targets) if targets else torch.zeros(0, self.adapter.hidden_size))
+        return target_variance(
+            torch.cat(targets) if targets else torch.zeros(0, self.adapter.hidden_size)
+        )
 
 
 def check_exit(exit_rule: str, end: str) -> None:

@@ -59,15 +59,25 @@ class CurriculumConfig:
 
     def __post_init__(self):
         if self.gradient not in ("cut", "bptt"):
-            raise ConfigError("unknown value", where="loss.gradient", got=self.gradient, expected="cut or bptt")
-        typed = {"slots_per_step": (int, self.slots_per_step), "answers_only": (bool, self.answers_only)}
+            raise ConfigError(
+                "unknown value", where="loss.gradient", got=self.gradient, expected="cut or bptt"
+            )
+        typed = {
+            "slots_per_step": (int, self.slots_per_step),
+            "answers_only": (bool, self.answers_only),
+        }
         for name, (kind, value) in typed.items():
             if type(value) is not kind or (kind is int and value < 1):
                 expected = "true or false" if kind is bool else "int >= 1"
                 raise ConfigError(
-                    "not a value of this option", where=f"loss.{name}", got=repr(value), expected=expected
+                    "not a value of this option",
+                    where=f"loss.{name}",
+                    got=repr(value),
+                    expected=expected,
                 )
-        lengths = (self.epochs_per_stage,) if self.steps_per_stage is None else self.steps_per_stage
+        lengths = (
+            (self.epochs_per_stage,) if self.steps_per_stage is None else self.steps_per_stage
+        )
         if not all(isinstance(length, int) and length >= 1 for length in lengths):
             raise ConfigError(
                 "stages without a length",
@@ -93,7 +103,10 @@ class CurriculumConfig:
                 got=f"{num_slots} slots, {self.slots_per_step} a step",
                 expected="a multiple",
             )
-        stages = tuple(Stage(step * self.slots_per_step, step) for step in range(num_slots // self.slots_per_step + 1))
+        stages = tuple(
+            Stage(step * self.slots_per_step, step)
+            for step in range(num_slots // self.slots_per_step + 1)
+        )
         return (*stages, Stage(num_slots, None)) if self.answers_only else stages
 
     def boundaries(self, num_stages: int, steps_per_epoch: int) -> tuple[int, ...]:
@@ -132,7 +145,9 @@ class Curriculum(TrainerCallback):
         save: called with a stage that has ended, None for never.
     """
 
-    def __init__(self, config: CurriculumConfig, num_stages: int, save: Callable[[int], None] | None = None):
+    def __init__(
+        self, config: CurriculumConfig, num_stages: int, save: Callable[[int], None] | None = None
+    ):
         self.config, self.num_stages, self.save = config, num_stages, save
         self.num_resets = 0
         self._boundaries: tuple[int, ...] = ()

@@ -2,11 +2,11 @@
 
     prompt ──prefill──▶ slots, one after the other ──▶ cache ──one forward over the response──▶ CE
 
-Slots run as in a rollout (`models.slots`): what is trained is what is rolled out. CE on the text only; through the slots'
-h the gradient is cut (IVT-LR, 2510.12603) or flows (Coconut, 2412.06769).
+Slots run as in a rollout (`models.slots`): what is trained is what is rolled out. CE on the text
+only; through the slots' h the gradient is cut (IVT-LR, 2510.12603) or flows (Coconut, 2412.06769).
 
-Legend: B rows, P prompt positions, S positions before the response (prompt, slots and what they insert), R response
-positions, H hidden.
+Legend: B rows, P prompt positions, S positions before the response (prompt, slots and what they
+insert), R response positions, H hidden.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from grpo_latent.sft.common.losses import cross_entropy_sum
 from grpo_latent.trajectory import PositionKind
 
 
-def loss_sums(adapter: ModelAdapter, batch: dict[str, Tensor], num_slots: int, cut: bool) -> dict[str, Tensor]:
+def loss_sums(
+    adapter: ModelAdapter, batch: dict[str, Tensor], num_slots: int, cut: bool
+) -> dict[str, Tensor]:
     """Sum of the cross-entropy (`ce`) of the responses after `num_slots` slots; float32 scalar.
 
     Args:
@@ -58,4 +60,6 @@ def loss_sums(adapter: ModelAdapter, batch: dict[str, Tensor], num_slots: int, c
             use_cache=True,
         ).last_hidden_state
     hidden_BRH = torch.cat([prefill.hidden_BH[:, None], hidden_BRH], 1)
-    return {"ce": cross_entropy_sum(adapter.logits(hidden_BRH[valid_BR]), response_ids_BR[valid_BR])}
+    return {
+        "ce": cross_entropy_sum(adapter.logits(hidden_BRH[valid_BR]), response_ids_BR[valid_BR])
+    }

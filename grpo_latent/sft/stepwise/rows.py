@@ -1,10 +1,12 @@
-"""Rows of SFT with prompt slots: the first `stage` steps of a rationale become slots, the rest stays text (IVT-LR, Coconut).
+"""Rows of SFT with prompt slots: the first `stage` steps of a rationale become slots, the rest
+stays text (IVT-LR, Coconut).
 
     stage 0    [question] step 1. step 2. step 3. Therefore, the answer is B <eos>
     stage 1    [question] slot                    step 2. step 3. Therefore, the answer is B <eos>
     stage 3    [question] slot slot slot          Therefore, the answer is B <eos>
 
-Coconut may also give a step several slots and end with a stage of answers alone (`sft.stepwise.curriculum`).
+Coconut may also give a step several slots and end with a stage of answers alone
+(`sft.stepwise.curriculum`).
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class StepwiseRow:
 
 @dataclass(frozen=True, kw_only=True)
 class StepwiseEncoder(RowEncoder):
-    """Tokenises examples for the stages of a curriculum up to `config.steps` slots; every response ends with EOS.
+    """Tokenises examples for the stages of a curriculum up to `config.steps` slots; every response
+    ends with EOS.
 
     Attributes:
         image_token_id: the image placeholder, None for a text-only model.
@@ -53,8 +56,8 @@ class StepwiseEncoder(RowEncoder):
         """The example's prompt, and what each stage writes out.
 
         Raises:
-            DataError: unreadable image, a latent or vision token spelled out in the text, an image with fewer tokens than
-                slots, or a row too long.
+            DataError: unreadable image, a latent or vision token spelled out in the text, an image
+                with fewer tokens than slots, or a row too long.
         """
         prompt = self.encode_prompt(example)
         self._check_image_tokens(prompt.ids, len(example.images), example.where)
@@ -66,7 +69,9 @@ class StepwiseEncoder(RowEncoder):
         return StepwiseRow(prompt.ids, responses, prompt.images)
 
     def _check_image_tokens(self, prompt_ids: Tensor, num_images: int, where: str) -> None:
-        """A slot may take fewer than `top_k_image`, what is left; a slot that can take none is a mistake of the data."""
+        """A slot may take fewer than `top_k_image`, what is left; a slot that can take none is a
+        mistake of the data.
+        """
         if not (self.mechanism.top_k_image and num_images):
             return
         num_tokens = int((prompt_ids == self.image_token_id).sum())
@@ -88,16 +93,27 @@ def collate_rows(rows: Sequence[StepwiseRow], stage: int) -> dict[str, Tensor]:
     """Rows at one stage: prompts padded left, responses right.
 
     Returns:
-        prompt_ids, prompt_valid: [B, P]; response_ids, response_valid: [B, R]; pixel_values, image_grid_thw of all rows
+        prompt_ids, prompt_valid: [B, P]; response_ids, response_valid: [B, R]; pixel_values,
+            image_grid_thw of all rows
         in order, absent if there are none.
     """
     batch = {}
-    columns_of = {"prompt": [row.prompt_ids for row in rows], "response": [row.response_ids[stage] for row in rows]}
+    columns_of = {
+        "prompt": [row.prompt_ids for row in rows],
+        "response": [row.response_ids[stage] for row in rows],
+    }
     for name, parts in columns_of.items():
         length = max(part.shape[0] for part in parts)
-        ids, valid = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.bool)
+        ids, valid = (
+            torch.zeros(len(rows), length, dtype=torch.long),
+            torch.zeros(len(rows), length, dtype=torch.bool),
+        )
         for row, part in enumerate(parts):
-            columns = slice(length - part.shape[0], length) if name == "prompt" else slice(0, part.shape[0])
+            columns = (
+                slice(length - part.shape[0], length)
+                if name == "prompt"
+                else slice(0, part.shape[0])
+            )
             ids[row, columns], valid[row, columns] = part, True
         batch |= {f"{name}_ids": ids, f"{name}_valid": valid}
     return batch | image_columns(ImageInputs.concat([row.images for row in rows]))

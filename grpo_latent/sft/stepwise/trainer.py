@@ -48,7 +48,9 @@ class StepwiseTrainer(LatentSFTTrainer):
                 expected="false, or neither of them",
             )
         self.stages = config.stages(latent.mechanism.steps)
-        self.curriculum = Curriculum(config, len(self.stages) - 1, self._save_stage if config.save_stages else None)
+        self.curriculum = Curriculum(
+            config, len(self.stages) - 1, self._save_stage if config.save_stages else None
+        )
         callbacks = [self.curriculum, *callbacks]
         super().__init__(latent, args, dataset, config, callbacks=callbacks, **kwargs)
         if dataset.encoder.curriculum.stages(latent.mechanism.steps) != self.stages:

@@ -1,8 +1,9 @@
 """Preflight of a Ray cluster, run on the cluster itself before a job that would fail an hour in.
 
-`recipes/*/submit.sh` submits `python -m grpo_latent.check_cluster` first, with the same working directory as the job. On
-each node it checks that the package imports, that its version is the driver's, that the verl plug-in registers, that the
-files of the job are there, and that the output folder can be written.
+`recipes/*/submit.sh` submits `python -m grpo_latent.check_cluster` first, with the same working
+directory as the job. On each node it checks that the package imports, that its version is the
+driver's, that the verl plug-in registers, that the files of the job are there, and that the output
+folder can be written.
 """
 
 from __future__ import annotations
@@ -30,18 +31,26 @@ class NodeReport:
     problems: list[str] = field(default_factory=list)
 
 
-def inspect_node(required_files: list[str], output_dir: str | None, driver_version: str) -> NodeReport:
+def inspect_node(
+    required_files: list[str], output_dir: str | None, driver_version: str
+) -> NodeReport:
     """Checks the node that this runs on."""
     problems = []
     if grpo_latent.__version__ != driver_version:
-        problems.append(f"grpo_latent is {grpo_latent.__version__}, the driver's is {driver_version}")
+        problems.append(
+            f"grpo_latent is {grpo_latent.__version__}, the driver's is {driver_version}"
+        )
     try:
         from grpo_latent.verl_plugin.boot.registration import verify
 
         verify("check_cluster")
     except Exception as error:  # any failure to import or register is the finding
         problems.append(f"verl plug-in: {type(error).__name__}: {error}")
-    problems += [f"no such file: {path} (cwd {os.getcwd()})" for path in required_files if not Path(path).exists()]
+    problems += [
+        f"no such file: {path} (cwd {os.getcwd()})"
+        for path in required_files
+        if not Path(path).exists()
+    ]
     if output_dir is not None:
         try:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -49,14 +58,19 @@ def inspect_node(required_files: list[str], output_dir: str | None, driver_versi
                 pass
         except OSError as error:
             problems.append(f"output folder {output_dir} is not writable: {error}")
-    return NodeReport(os.uname().nodename, sys.version.split()[0], grpo_latent.__version__, problems)
+    return NodeReport(
+        os.uname().nodename, sys.version.split()[0], grpo_latent.__version__, problems
+    )
 
 
-def check_cluster(required_files: list[str], output_dir: str | None = None, timeout_s: float = 300) -> list[NodeReport]:
+def check_cluster(
+    required_files: list[str], output_dir: str | None = None, timeout_s: float = 300
+) -> list[NodeReport]:
     """Runs `inspect_node` on every node that is alive.
 
     Args:
-        required_files: model folder, data files, reward files of the job, as the job will name them.
+        required_files: model folder, data files, reward files of the job, as the job will name
+            them.
         output_dir: of the job.
 
     Raises:
@@ -67,9 +81,9 @@ def check_cluster(required_files: list[str], output_dir: str | None = None, time
     task = ray.remote(num_cpus=0)(inspect_node)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     pending = [
-        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-            required_files, output_dir, grpo_latent.__version__
-        )
+        task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(required_files, output_dir, grpo_latent.__version__)
         for node in nodes
     ]
     try:

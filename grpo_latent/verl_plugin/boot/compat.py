@@ -1,8 +1,8 @@
-"""What is done to verl beyond its public registries: registries without a register(), verl on CPU, and work-arounds of every
-verl bug that was met.
+"""What is done to verl beyond its public registries: registries without a register(), verl on CPU,
+and work-arounds of every verl bug that was met.
 
-`seams.SEAMS` lists all that is used; nothing private of verl is touched elsewhere but by the subclasses that it names.
-`apply_patches` installs the work-arounds, once a process.
+`seams.SEAMS` lists all that is used; nothing private of verl is touched elsewhere but by the
+subclasses that it names. `apply_patches` installs the work-arounds, once a process.
 """
 
 from __future__ import annotations
@@ -29,11 +29,19 @@ def check_verl_version() -> None:
     version = importlib.metadata.version("verl")
     # prereleases: those of 0.9.2 count, those of 0.9.1 and 0.10 are outside of the range anyway
     if not SpecifierSet(SUPPORTED_VERL).contains(version, prereleases=True):
-        raise PluginError("unsupported verl", where="verl.__version__", got=version, expected=SUPPORTED_VERL, fix=FIX)
+        raise PluginError(
+            "unsupported verl",
+            where="verl.__version__",
+            got=version,
+            expected=SUPPORTED_VERL,
+            fix=FIX,
+        )
 
 
 def select_platform(device: str) -> None:
-    """Makes the driver's platform the configured one; composing the config imported verl before VERL_PLATFORM was set."""
+    """Makes the driver's platform the configured one; composing the config imported verl before
+    VERL_PLATFORM was set.
+    """
     from verl.plugin.platform import PlatformRegistry, get_platform, set_platform
 
     if get_platform().device_name != device:
@@ -46,7 +54,8 @@ def is_cpu() -> bool:
     return get_device_name() == "cpu"
 
 
-# ---- registries without a public register() -------------------------------------------------------------------------
+# ---- registries without a public register()
+# -------------------------------------------------------------------------
 
 
 def register_rollout_adapter(name: str, fqn: str) -> None:
@@ -69,7 +78,9 @@ def registered_names() -> dict[str, set[str]]:
     engines = EngineRegistry._engines.get("language_model", {})
     return {
         "platform": set(PlatformRegistry.registered_names()),
-        "engine": {key[1] for table in engines.values() for key in table if isinstance(key, tuple)},
+        "engine": {
+            key[1] for table in engines.values() for key in table if isinstance(key, tuple)
+        },
         "rollout adapter": {name for name, _ in _ROLLOUT_REGISTRY},
         "rollout replica": set(RolloutReplicaRegistry._registry),
         "agent loop": set(_agent_loop_registry),
@@ -79,11 +90,14 @@ def registered_names() -> dict[str, set[str]]:
     }
 
 
-# ---- CPU ------------------------------------------------------------------------------------------------------------
+# ---- CPU ----------------------------------------------------------------------------------------
+# --------------------
 
 
 def init_cpu_process_group() -> None:
-    """gloo before verl's own call, which would ask for 'cpu:gloo,cpu:gloo' and be refused by torch."""
+    """gloo before verl's own call, which would ask for 'cpu:gloo,cpu:gloo' and be refused by
+    torch.
+    """
     if torch.distributed.is_initialized() or not is_cpu():
         return
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -92,7 +106,9 @@ def init_cpu_process_group() -> None:
 
 @contextmanager
 def without_pinned_offload(engine_config):
-    """Builds a reference model on CPU: verl gives it CPUOffloadPolicy(pin_memory=True), which needs an accelerator."""
+    """Builds a reference model on CPU: verl gives it CPUOffloadPolicy(pin_memory=True), which
+    needs an accelerator.
+    """
     forward_only = engine_config.forward_only
     if forward_only and is_cpu():
         engine_config.forward_only = False
@@ -110,20 +126,24 @@ def cpu_pool_manager(manager):
         def create_resource_pool(self):
             for name, processes in self.resource_pool_spec.items():
                 self.resource_pool_dict[name] = RayResourcePool(
-                    process_on_nodes=processes, use_gpu=False, max_colocate_count=1, name_prefix=name
+                    process_on_nodes=processes,
+                    use_gpu=False,
+                    max_colocate_count=1,
+                    name_prefix=name,
                 )
 
     return CPUResourcePoolManager(manager.resource_pool_spec, manager.mapping)
 
 
-# ---- verl bugs ------------------------------------------------------------------------------------------------------
+# ---- verl bugs ----------------------------------------------------------------------------------
+# --------------------
 
 
 def fix_position_ids(position_ids: Tensor) -> Tensor:
     """mRoPE position ids as nested rows [4, L], ragged in L, whatever way they arrived.
 
-    verl 0.9.1 forces `_ragged_idx = 2` on what it is given. Rows of equal length arrive ragged in the 4 (torch picks the
-    first dimension), or dense, and then fail later with a size mismatch.
+    verl 0.9.1 forces `_ragged_idx = 2` on what it is given. Rows of equal length arrive ragged in
+    the 4 (torch picks the first dimension), or dense, and then fail later with a size mismatch.
     """
     from verl.utils import tensordict_utils as tu
 
@@ -156,23 +176,31 @@ def _patch_position_ids() -> None:
 
 
 def _patch_text_only_vision() -> None:
-    """A micro-batch without images: verl calls `.mean()` on what transformers >= 5 returns as an object."""
+    """A micro-batch without images: verl calls `.mean()` on what transformers >= 5 returns as an
+    object.
+    """
     from verl.models.transformers import qwen2_vl
     from verl.utils.transformers_compat import unpack_visual_output
 
     original = qwen2_vl._get_input_embeds
 
-    def _get_input_embeds(model, input_ids, attention_mask=None, pixel_values=None, pixel_values_videos=None, *args):
+    def _get_input_embeds(
+        model, input_ids, attention_mask=None, pixel_values=None, pixel_values_videos=None, *args
+    ):
         if pixel_values is not None or pixel_values_videos is not None:
-            return original(model, input_ids, attention_mask, pixel_values, pixel_values_videos, *args)
+            return original(
+                model, input_ids, attention_mask, pixel_values, pixel_values_videos, *args
+            )
         inputs_embeds = model.get_input_embeddings()(input_ids)
         vision = model.config.vision_config
         patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         side = 2 * vision.spatial_merge_size
-        pixels = torch.zeros((side * side, patch_dim), dtype=inputs_embeds.dtype, device=inputs_embeds.device)
+        pixels = torch.zeros(
+            (side * side, patch_dim), dtype=inputs_embeds.dtype, device=inputs_embeds.device
+        )
         grid = torch.tensor([[1, side, side]], device=inputs_embeds.device)
-        # verl runs the vision tower on nothing, so that its parameters take part in every backward and FSDP's
-        # collectives match across ranks
+        # verl runs the vision tower on nothing, so that its parameters take part in every backward
+        # and FSDP's collectives match across ranks
         image_embeds, _ = unpack_visual_output(model.visual(pixels, grid_thw=grid))
         return inputs_embeds + 0.0 * image_embeds.mean(), attention_mask
 
@@ -180,8 +208,8 @@ def _patch_text_only_vision() -> None:
 
 
 def _patch_processors() -> None:
-    """verl knows processors by a list of class names, and takes a model with any other for one without images, with no more
-    than a warning; here every family with a backbone has its own."""
+    """verl knows processors by a list of class names, and takes a model with any other for one
+    without images, with no more than a warning; here every family with a backbone has its own."""
     from transformers import AutoProcessor
     from verl import utils
     from verl.utils import tokenizer as package
@@ -194,15 +222,21 @@ def _patch_processors() -> None:
 
     def hf_processor(name_or_path, **kwargs):
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Failed to create processor: Unsupported processor type")
+            warnings.filterwarnings(
+                "ignore", message="Failed to create processor: Unsupported processor type"
+            )
             processor = original(name_or_path, **kwargs)
         if processor is not None:
             return processor
         try:
             _, backbone = read_backbone(name_or_path)
-        except ConfigError:  # a model beside ours, such as a judge, for which verl may do as it likes
+        except (
+            ConfigError
+        ):  # a model beside ours, such as a judge, for which verl may do as it likes
             return None
-        return AutoProcessor.from_pretrained(name_or_path, **kwargs) if backbone.has_vision else None
+        return (
+            AutoProcessor.from_pretrained(name_or_path, **kwargs) if backbone.has_vision else None
+        )
 
     for module in (utils, package, tokenizer, model):
         module.hf_processor = hf_processor

@@ -1,8 +1,9 @@
 """The `latent:` group of the training config, as each process reads it.
 
-It travels as `actor_rollout_ref.rollout.custom.latent`, verl's free-form field of the rollout config, because that is the
-part of the config that reaches workers, rollout servers and agent loops alike. `grpo_latent.train` copies the top-level
-`latent:` there; with stock `verl.trainer.main_ppo` it is set directly, or left out for the defaults.
+It travels as `actor_rollout_ref.rollout.custom.latent`, verl's free-form field of the rollout
+config, because that is the part of the config that reaches workers, rollout servers and agent
+loops alike. `grpo_latent.train` copies the top-level `latent:` there; with stock
+`verl.trainer.main_ppo` it is set directly, or left out for the defaults.
 """
 
 from __future__ import annotations
@@ -28,18 +29,23 @@ class LatentOptions:
     """Options of latent training.
 
     Attributes:
-        seed: of sampling; a trajectory's own seed is made of it, the step, the row and its index in the group.
-        visibility, steps, exit, max_spans, start_is_action: override the checkpoint's `latent_config.json`; None keeps it.
+        seed: of sampling; a trajectory's own seed is made of it, the step, the row and its index
+            in the group.
+        visibility, steps, exit, max_spans, start_is_action: override the checkpoint's
+            `latent_config.json`; None keeps it.
         settings: further settings of the checkpoint's mechanism that are overridden.
-        selection: how prompt slots take image positions in training rollouts: `top_k`, those of most attention, or
-            `plackett_luce`, drawn in proportion to attention^(1 / `selection_temperature`): then a choice acts.
-        replay_logp_gap_bound: largest |rollout - replayed log-prob| over actions, in nats, before the run stops; None
-            never stops it. bf16 needs a larger one than fp32.
+        selection: how prompt slots take image positions in training rollouts: `top_k`, those of
+            most attention, or `plackett_luce`, drawn in proportion to attention^(1 /
+            `selection_temperature`): then a choice acts.
+        replay_logp_gap_bound: largest |rollout - replayed log-prob| over actions, in nats, before
+            the run stops; None never stops it. bf16 needs a larger one than fp32.
         dump_every: dump rollouts each so many steps; 0 never.
         dump_dir: where; `rollouts` beside the checkpoints by default.
-        cpu_threads: torch threads of each process on CPU. More than one is slower as soon as processes share cores.
+        cpu_threads: torch threads of each process on CPU. More than one is slower as soon as
+            processes share cores.
         max_batch_rows: trajectories that engine `hf` decodes together.
-        max_latents: room for latent steps of a completion in engine `vllm`; None takes what `max_spans` allows, or 256.
+        max_latents: room for latent steps of a completion in engine `vllm`; None takes what
+            `max_spans` allows, or 256.
         share_images: encode an image that several rows of a micro-batch have only once.
         rollout_timeout_s: a rollout wave that is incomplete for so long fails the run.
         output_dir: of train.log; None where the driver does not collect logs.
@@ -83,16 +89,25 @@ class LatentOptions:
             if name == "max_latents" and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                raise ConfigError("not a valid count", where=f"latent.{name}", got=value, expected=f"int >= {minimum}")
+                raise ConfigError(
+                    "not a valid count",
+                    where=f"latent.{name}",
+                    got=value,
+                    expected=f"int >= {minimum}",
+                )
         if self.selection not in SELECTIONS:
             expected = f"one of {SELECTIONS}"
-            raise ConfigError("unknown value", where="latent.selection", got=self.selection, expected=expected)
+            raise ConfigError(
+                "unknown value", where="latent.selection", got=self.selection, expected=expected
+            )
         for name in ("replay_logp_gap_bound", "rollout_timeout_s", "selection_temperature"):
             value = getattr(self, name)
             if value is None and name == "replay_logp_gap_bound":
                 continue
             if value is None or not value > 0:
-                raise ConfigError("not a valid bound", where=f"latent.{name}", got=value, expected="> 0")
+                raise ConfigError(
+                    "not a valid bound", where=f"latent.{name}", got=value, expected="> 0"
+                )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any] | None) -> LatentOptions:
@@ -109,16 +124,23 @@ class LatentOptions:
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """Settings of the checkpoint's mechanism to replace; one that it lacks is refused by `Mechanism.replace`."""
+        """Settings of the checkpoint's mechanism to replace; one that it lacks is refused by
+        `Mechanism.replace`.
+        """
         changes = {name: getattr(self, name) for name in CHECKPOINT_FIELDS}
-        return {name: value for name, value in changes.items() if value is not None} | dict(self.settings)
+        return {name: value for name, value in changes.items() if value is not None} | dict(
+            self.settings
+        )
 
     @property
     def act_kinds(self) -> frozenset[int]:
-        """Kinds of positions that act and are not text: their log-densities stand in `log_probs`, where `response_mask` is
-        False, and they have a clipped ratio of their own."""
+        """Kinds of positions that act and are not text: their log-densities stand in `log_probs`,
+        where `response_mask` is False, and they have a clipped ratio of their own."""
         latents = {int(PositionKind.LATENT)} if self.treatment.is_action else set()
-        return frozenset(latents | ({int(PositionKind.SELECTED)} if self.draw_temperature is not None else set()))
+        return frozenset(
+            latents
+            | ({int(PositionKind.SELECTED)} if self.draw_temperature is not None else set())
+        )
 
     @property
     def draw_temperature(self) -> float | None:

@@ -1,7 +1,8 @@
 """verl's device layer for machines without an accelerator.
 
-verl resolves one platform a process, on first use, and falls back to `nvidia` when it finds none. Registered here, the
-CPU is found after the accelerators have been asked, so a GPU machine keeps its GPU platform.
+verl resolves one platform a process, on first use, and falls back to `nvidia` when it finds none.
+Registered here, the CPU is found after the accelerators have been asked, so a GPU machine keeps
+its GPU platform.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ _SEEDS = ("manual_seed", "manual_seed_all")
 
 
 class CPUDeviceModule(types.ModuleType):
-    """`torch.cpu`, plus the memory and seed calls that verl makes on every `torch.<device>` module."""
+    """`torch.cpu`, plus the memory and seed calls that verl makes on every `torch.<device>`
+    module.
+    """
 
     def __init__(self):
         super().__init__("torch_cpu_for_verl")
@@ -111,7 +114,9 @@ class PlatformCPU(PlatformBase):
         pass
 
     def ray_resource_name(self) -> str:
-        return "GPU"  # the name that verl's pools ask for; `ray_resource_options` requests none of it
+        return (
+            "GPU"  # the name that verl's pools ask for; `ray_resource_options` requests none of it
+        )
 
     def ray_resource_options(self, num_gpus: float) -> dict:
         return {}

@@ -1,7 +1,9 @@
-"""Puts this package into verl's registries, which live in each process anew, and checks that it is there.
+"""Puts this package into verl's registries, which live in each process anew, and checks that it is
+there.
 
-verl imports entry points itself and swallows their errors at DEBUG level. So `grpo_latent.train` names this package in
-VERL_USE_EXTERNAL_MODULES, whose errors verl does raise, and each of our classes calls `verify` before it works.
+verl imports entry points itself and swallows their errors at DEBUG level. So `grpo_latent.train`
+names this package in VERL_USE_EXTERNAL_MODULES, whose errors verl does raise, and each of our
+classes calls `verify` before it works.
 """
 
 from __future__ import annotations
@@ -58,11 +60,16 @@ def verify(process: str) -> None:
         process: what to call this process in the message.
 
     Raises:
-        PluginError: a registry of verl does not hold our entry, or verl settled on another device before we came.
+        PluginError: a registry of verl does not hold our entry, or verl settled on another device
+            before we came.
     """
     register_all()
     registered = compat.registered_names()
-    missing = {kind: sorted(absent) for kind, names in _EXPECTED.items() if (absent := names - registered[kind])}
+    missing = {
+        kind: sorted(absent)
+        for kind, names in _EXPECTED.items()
+        if (absent := names - registered[kind])
+    }
     if missing:
         raise PluginError(
             "the verl plug-in is not loaded",
@@ -74,7 +81,9 @@ def verify(process: str) -> None:
 
 
 def verify_device(process: str, device: str) -> None:
-    """Raises `PluginError` unless verl's platform in this process is the one that the config asks for."""
+    """Raises `PluginError` unless verl's platform in this process is the one that the config asks
+    for.
+    """
     from verl.utils.device import get_device_name
 
     if get_device_name() != device:

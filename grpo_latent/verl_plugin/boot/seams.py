@@ -1,8 +1,8 @@
 """What this package uses of verl beyond its public registries, as a table.
 
-`tests/verl_plugin/boot/test_compat_contract.py` compares it with the installed verl, so an upgrade names the symbol that
-changed instead of failing somewhere inside a Ray worker. What is done with the symbols: `compat`, and the subclasses of
-verl's classes in the rooms beside it.
+`tests/verl_plugin/boot/test_compat_contract.py` compares it with the installed verl, so an upgrade
+names the symbol that changed instead of failing somewhere inside a Ray worker. What is done with
+the symbols: `compat`, and the subclasses of verl's classes in the rooms beside it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ class Seam:
                 value = getattr(value, attribute)
         except (ImportError, AttributeError) as error:
             raise PluginError(
-                f"verl changed under {self.name}", where=self.symbol, got=str(error), expected=self.why, fix=FIX
+                f"verl changed under {self.name}",
+                where=self.symbol,
+                got=str(error),
+                expected=self.why,
+                fix=FIX,
             ) from error
         return value
 
@@ -53,7 +57,9 @@ class Seam:
         if self.parameters is None:
             return
         # Ray's tracing adds a parameter to the methods of actor classes
-        found = tuple(name for name in inspect.signature(value).parameters if name != "_ray_trace_ctx")
+        found = tuple(
+            name for name in inspect.signature(value).parameters if name != "_ray_trace_ctx"
+        )
         if found != self.parameters:
             raise PluginError(
                 f"verl changed under {self.name}",
@@ -82,11 +88,24 @@ SEAMS = (
         "the latent engine registers as vendor 'latent'",
         ("model_type", "backend", "device", "vendor"),
     ),
-    Seam("engine: build", f"{_ENGINE}._build_module", "head and hook are added before FSDP wraps", ("self",)),
     Seam(
-        "engine: wrap", f"{_ENGINE}._build_fsdp_module", "pinned-memory offload is avoided on CPU", ("self", "module")
+        "engine: build",
+        f"{_ENGINE}._build_module",
+        "head and hook are added before FSDP wraps",
+        ("self",),
     ),
-    Seam("engine: inputs", f"{_ENGINE}.prepare_model_inputs", "latents and masks enter here", ("self", "micro_batch")),
+    Seam(
+        "engine: wrap",
+        f"{_ENGINE}._build_fsdp_module",
+        "pinned-memory offload is avoided on CPU",
+        ("self", "module"),
+    ),
+    Seam(
+        "engine: inputs",
+        f"{_ENGINE}.prepare_model_inputs",
+        "latents and masks enter here",
+        ("self", "micro_batch"),
+    ),
     Seam(
         "engine: forward",
         f"{_ENGINE}.forward_step",
@@ -123,7 +142,11 @@ SEAMS = (
         "offloaded parameters are on the device while adapters are merged",
         ("self", "device", "model", "optimizer", "grad"),
     ),
-    Seam("LoRA merge", "verl.utils.fsdp_utils:merged_lora_context", "weights of a merged adapter are read inside it"),
+    Seam(
+        "LoRA merge",
+        "verl.utils.fsdp_utils:merged_lora_context",
+        "weights of a merged adapter are read inside it",
+    ),
     Seam(
         "training worker",
         f"{_WORKERS}:TrainingWorker.__init__",
@@ -136,8 +159,18 @@ SEAMS = (
         "subclassed; `actor_worker_cls` and `ref_worker_cls` name the training worker",
         ("self", "config", "role", "distillation_config", "kwargs"),
     ),
-    Seam("actor's loss", f"{_WORKERS}:TrainingWorker.set_loss_fn", "latent terms around verl's", ("self", "loss_fn")),
-    Seam("actor's models", f"{_WORKERS}:ActorRolloutRefWorker.init_model", "the loss is set after it", ("self",)),
+    Seam(
+        "actor's loss",
+        f"{_WORKERS}:TrainingWorker.set_loss_fn",
+        "latent terms around verl's",
+        ("self", "loss_fn"),
+    ),
+    Seam(
+        "actor's models",
+        f"{_WORKERS}:ActorRolloutRefWorker.init_model",
+        "the loss is set after it",
+        ("self",),
+    ),
     Seam(
         "process group",
         "verl.utils.distributed:initialize_global_process_group_ray",
@@ -145,7 +178,10 @@ SEAMS = (
         ("timeout_second", "backend"),
     ),
     Seam(
-        "resource pools", f"{_TRAINER}._init_resource_pool_mgr", "worker classes and CPU pools are set here", ("self",)
+        "resource pools",
+        f"{_TRAINER}._init_resource_pool_mgr",
+        "worker classes and CPU pools are set here",
+        ("self",),
     ),
     Seam(
         "pool manager",
@@ -153,7 +189,12 @@ SEAMS = (
         "hard-codes use_gpu=True; replaced on CPU",
         ("self",),
     ),
-    Seam("replay buffer", f"{_TRAINER}._build_replay_buffer", "swapped for one that polls fast and sorts", ("self",)),
+    Seam(
+        "replay buffer",
+        f"{_TRAINER}._build_replay_buffer",
+        "swapped for one that polls fast and sorts",
+        ("self",),
+    ),
     Seam(
         "batch order",
         "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer._materialize_batch",
@@ -167,7 +208,10 @@ SEAMS = (
         ("self",),
     ),
     Seam(
-        "saving", f"{_TRAINER}._save_checkpoint", "wrapped: the tracker file is written last and atomically", ("self",)
+        "saving",
+        f"{_TRAINER}._save_checkpoint",
+        "wrapped: the tracker file is written last and atomically",
+        ("self",),
     ),
     Seam("resuming", f"{_TRAINER}._load_checkpoint", "sets global_steps", ("self",)),
     Seam(
@@ -200,7 +244,14 @@ SEAMS = (
         "validation metrics",
         f"{_TRAINER}._val_metrics_update",
         "dropped rows are left out of them",
-        ("self", "data_sources", "sample_uids", "reward_extra_infos_dict", "sample_turns", "expected_acc_counts"),
+        (
+            "self",
+            "data_sources",
+            "sample_uids",
+            "reward_extra_infos_dict",
+            "sample_turns",
+            "expected_acc_counts",
+        ),
     ),
     Seam(
         "agent loop worker",
@@ -219,9 +270,14 @@ SEAMS = (
         "returns None for a processor that is not in its list",
         ("name_or_path", "kwargs"),
     ),
-    Seam("trainer registry", "verl.trainer.ppo.v1.trainer_base:TRAINER_REGISTRY", "checked at start"),
+    Seam(
+        "trainer registry", "verl.trainer.ppo.v1.trainer_base:TRAINER_REGISTRY", "checked at start"
+    ),
     Seam("agent registry", f"{_AGENT}:_agent_loop_registry", "checked at start"),
     Seam(
-        "task runner", "verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__.run", "started by us", ("self", "config")
+        "task runner",
+        "verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__.run",
+        "started by us",
+        ("self", "config"),
     ),
 )

@@ -1,4 +1,5 @@
-"""verl's reward manager `grpo_latent`: rewards see text without latents, and their failures are typed.
+"""verl's reward manager `grpo_latent`: rewards see text without latents, and their failures are
+typed.
 
 reward.reward_manager.name=grpo_latent
 reward.custom_reward_function.path=my_reward.py      one function of one's own: this override is enough
@@ -34,14 +35,22 @@ SETTINGS = ("functions", "timeout_s", "on_error", "error_score", "num_processes"
 class LatentRewardManager(RewardManagerBase):
     """Scores one trajectory at a time, for verl's `RewardLoopWorker`.
 
-    `compute_score`, the function that verl has already imported into this process, goes unused: a function that hangs can
-    only be killed in a process of its own, where it is loaded from the same file.
+    `compute_score`, the function that verl has already imported into this process, goes unused: a
+    function that hangs can only be killed in a process of its own, where it is loaded from the
+    same file.
 
     Raises:
         ConfigError: settings are not usable, or a function cannot be loaded.
     """
 
-    def __init__(self, config, tokenizer, compute_score, reward_router_address=None, reward_model_tokenizer=None):
+    def __init__(
+        self,
+        config,
+        tokenizer,
+        compute_score,
+        reward_router_address=None,
+        reward_model_tokenizer=None,
+    ):
         super().__init__(config, tokenizer, compute_score)
         settings = reward_settings(config)
         hand_judge(settings, reward_router_address, reward_model_tokenizer)
@@ -58,9 +67,10 @@ class LatentRewardManager(RewardManagerBase):
     async def run_single(self, data: DataProto) -> dict[str, Any]:
         """Reward of the last row of `data`, and what verl stores as `reward_extra_info`.
 
-        With `on_error=drop` a trajectory on which a function failed comes back with `reward_score` 0 and `dropped` 1.0. The
-        0 only stands in for a number that verl needs: the trainer must clear the `response_mask` of such a row, which also
-        takes it out of its group's baseline (`verl_plugin/worker/algo.py`).
+        With `on_error=drop` a trajectory on which a function failed comes back with `reward_score`
+        0 and `dropped` 1.0. The 0 only stands in for a number that verl needs: the trainer must
+        clear the `response_mask` of such a row, which also takes it out of its group's baseline
+        (`verl_plugin/worker/algo.py`).
 
         Raises:
             PluginError: the agent loop did not report the text and the latent summary.
@@ -72,7 +82,9 @@ class LatentRewardManager(RewardManagerBase):
 
 
 def reward_settings(config: DictConfig) -> dict[str, Any]:
-    """`latent.reward` as plain values, with the one custom function in place of the list if there is one."""
+    """`latent.reward` as plain values, with the one custom function in place of the list if there
+    is one.
+    """
     node = OmegaConf.select(config, "latent.reward")
     if node is None:
         node = OmegaConf.select(config, "actor_rollout_ref.rollout.custom.latent.reward")
@@ -88,13 +100,18 @@ def reward_settings(config: DictConfig) -> dict[str, Any]:
                 "reward.custom_reward_function replaces latent.reward.functions (%s)",
                 ", ".join(str(function.get("path")) for function in settings["functions"]),
             )
-        function = {"path": custom["path"], "name": custom.get("name"), "kwargs": custom.get("reward_kwargs")}
+        function = {
+            "path": custom["path"],
+            "name": custom.get("name"),
+            "kwargs": custom.get("reward_kwargs"),
+        }
         settings["functions"] = [function]
     return settings
 
 
 def hand_judge(settings: dict[str, Any], router_address: str | None, tokenizer: Any) -> None:
-    """Gives every function of `settings` the address and the tokenizer of verl's reward model, as verl itself does.
+    """Gives every function of `settings` the address and the tokenizer of verl's reward model, as
+    verl itself does.
 
     Args:
         settings: of `reward_settings`; changed in place.

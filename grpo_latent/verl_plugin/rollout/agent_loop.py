@@ -1,11 +1,12 @@
-"""Agent loop `latent_agent`: a prompt becomes one request for its whole group, the group becomes rows in TransferQueue.
+"""Agent loop `latent_agent`: a prompt becomes one request for its whole group, the group becomes
+rows in TransferQueue.
 
     prompt row ──tokens, pixels──▶ ticketed request ──▶ server (wave barrier) ──▶ G trajectories
        ──▶ G rows with kinds, latents, positions, masks ──▶ rewards ──▶ TransferQueue
 
-verl's own worker runs one coroutine a trajectory and lets failures pass as the status of a group. This one keeps the group
-together, so that its image is processed, its prompt prefilled and its rewards requested once, and keeps each exception
-for the trainer to raise.
+verl's own worker runs one coroutine a trajectory and lets failures pass as the status of a group.
+This one keeps the group together, so that its image is processed, its prompt prefilled and its
+rewards requested once, and keeps each exception for the trainer to raise.
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ import torch
 import transfer_queue as tq
 from pydantic import Field
 from tensordict import NonTensorStack, TensorDict
-from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput, register
+from verl.experimental.agent_loop.agent_loop import (
+    AgentLoopBase,
+    AgentLoopMetrics,
+    AgentLoopOutput,
+    register,
+)
 from verl.protocol import DataProto
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils.profiler import simple_timer
@@ -45,7 +51,8 @@ from grpo_latent.verl_plugin.rollout.server import GroupResult
 from grpo_latent.verl_plugin.rollout.waves import Ticket
 
 TICKET = "latent_ticket"
-# columns of the data row that verl, the dumps or the metrics read after the rollout; each costs time for every trajectory
+# columns of the data row that verl, the dumps or the metrics read after the rollout; each costs
+# time for every trajectory
 STORED = ("uid", "data_source", "reward_model", "extra_info")
 
 
@@ -54,15 +61,16 @@ class LatentAgentLoopOutput(AgentLoopOutput):
 
     Attributes:
         recorded: the trajectory's own columns, as `Trajectory.columns` makes them.
-        position_ids: int64 [L], prompt and completion, or [4, L] for mRoPE, text positions first as verl has them.
+        position_ids: int64 [L], prompt and completion, or [4, L] for mRoPE, text positions first
+            as verl has them.
     """
 
     recorded: Any = Field(default=None, exclude=True)
     position_ids: Any = None
 
     def as_dict(self) -> dict[str, Any]:
-        """As verl's, with the recorded columns, `position_ids` and what verl's workers want twice, and without the timings,
-        which nobody reads."""
+        """As verl's, with the recorded columns, `position_ids` and what verl's workers want twice,
+        and without the timings, which nobody reads."""
         fields = super().as_dict()
         del fields["metrics"]
         fields["loss_mask"] = fields["response_mask"]
@@ -74,8 +82,18 @@ class LatentAgentLoopOutput(AgentLoopOutput):
 class LatentAgentLoop(AgentLoopBase):
     """Prompt to group."""
 
-    def __init__(self, trainer_config, server_manager, tokenizer, processor, dataset_cls, data_config, mechanism):
-        # not verl's __init__: its token builder for multi-turn chats insists on tokens such as a newline
+    def __init__(
+        self,
+        trainer_config,
+        server_manager,
+        tokenizer,
+        processor,
+        dataset_cls,
+        data_config,
+        mechanism,
+    ):
+        # not verl's __init__: its token builder for multi-turn chats insists on tokens such as a
+        # newline
         self.config = trainer_config.config
         self.rollout_config = self.config.actor_rollout_ref.rollout
         self.server_manager: LatentRolloutClient = server_manager
@@ -95,14 +113,24 @@ class LatentAgentLoop(AgentLoopBase):
     async def run_group(
         self, sampling: SamplingParams, ticket: Ticket, seeds: list[int], row: dict[str, Any]
     ) -> tuple[list[LatentAgentLoopOutput], dict[str, torch.Tensor]]:
-        """The group of one prompt row, and the pixels that all of it shares (empty without images)."""
+        """The group of one prompt row, and the pixels that all of it shares (empty without
+        images).
+        """
         metrics: dict[str, float] = {}
         messages = list(row["raw_prompt"])
         media = await self.process_multi_modal_info(messages)
         if media.get("videos") or media.get("audios"):
-            raise DataError("videos and audio are not supported", where=where(row), expected="images and text")
+            raise DataError(
+                "videos and audio are not supported", where=where(row), expected="images and text"
+            )
         prompt = await self.loop.run_in_executor(
-            None, render_prompt, self.tokenizer, self.processor, messages, media.get("images") or [], where(row)
+            None,
+            render_prompt,
+            self.tokenizer,
+            self.processor,
+            messages,
+            media.get("images") or [],
+            where(row),
         )
         if len(prompt.ids) > self.rollout_config.prompt_length:
             raise DataError(
@@ -113,14 +141,22 @@ class LatentAgentLoop(AgentLoopBase):
                 fix="Raise data.max_prompt_length, set data.filter_overlong_prompts=True, or lower size.longest_edge of the "
                 "checkpoint's image processor, which data.max_image_tokens of SFT sets.",
             )
-        request = RolloutRequest(prompt_ids=prompt.ids, seeds=seeds, images=prompt.images, group_id=str(row["uid"]))
+        request = RolloutRequest(
+            prompt_ids=prompt.ids, seeds=seeds, images=prompt.images, group_id=str(row["uid"])
+        )
         pixels = {} if prompt.images is None else dict(vars(prompt.images))
         with simple_timer("generate_sequences", metrics):
             group = await self.server_manager.generate_group(ticket, request, sampling)
-        return [self._output(trajectory, group, metrics) for trajectory in group.trajectories], pixels
+        return [
+            self._output(trajectory, group, metrics) for trajectory in group.trajectories
+        ], pixels
 
-    def _output(self, trajectory: Trajectory, group: GroupResult, metrics: dict) -> LatentAgentLoopOutput:
-        view = reward_view(trajectory, partial(self.tokenizer.decode, skip_special_tokens=False), group.eos_ids)
+    def _output(
+        self, trajectory: Trajectory, group: GroupResult, metrics: dict
+    ) -> LatentAgentLoopOutput:
+        view = reward_view(
+            trajectory, partial(self.tokenizer.decode, skip_special_tokens=False), group.eos_ids
+        )
         acted = trajectory.response_mask(self.mechanism.start_is_action)
         return LatentAgentLoopOutput(
             prompt_ids=trajectory.prompt_ids.tolist(),
@@ -145,7 +181,9 @@ class LatentAgentLoop(AgentLoopBase):
 
 
 def render_prompt(tokenizer, processor, messages: list[dict], images: list, where: str) -> Prompt:
-    """The prompt as SFT and evaluation make it; contents as verl's data set leaves them, text or lists of parts."""
+    """The prompt as SFT and evaluation make it; contents as verl's data set leaves them, text or
+    lists of parts.
+    """
     parts = [{**message, "content": parts_of(message["content"])} for message in messages]
     return encode_prompt(tokenizer, processor, parts, images, where)
 
@@ -181,7 +219,9 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
         """What prompts of this worker failed with, the cause first."""
         return self._failures
 
-    async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
+    async def _run_prompt(
+        self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False
+    ) -> None:
         uid, partition_id = prompt["uid"], "val" if trajectory["validate"] else "train"
         ticket: Ticket = prompt.pop(TICKET)
         await tq.async_kv_put(key=uid, partition_id=partition_id, tag={"status": "running"})
@@ -197,13 +237,16 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
             await self.llm_client.fail_wave(ticket.wave_id, portable(error))
         await tq.async_kv_put(key=uid, partition_id=partition_id, tag={"status": status})
 
-    async def _run_group(self, prompt: dict, sampling_params: dict, trajectory: dict, ticket: Ticket):
+    async def _run_group(
+        self, prompt: dict, sampling_params: dict, trajectory: dict, ticket: Ticket
+    ):
         validate = trajectory["validate"]
         n = self.rollout_config.val_kwargs.n if validate else self.rollout_config.n
         if self._agent_loop is None:
             self._agent_loop = self._make_agent_loop()
         row_id = row_index(prompt)
-        # validation draws its own numbers, so that it can be switched on and off without changing the training
+        # validation draws its own numbers, so that it can be switched on and off without changing
+        # the training
         step = f"val{trajectory['step']}" if validate else trajectory["step"]
         seeds = [trajectory_seed(self.options.seed, step, row_id, i) for i in range(n)]
         sampling = SamplingParams(
@@ -244,10 +287,17 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
     async def _store(self, outputs, pixels: dict, prompt: dict, partition_id: str) -> None:
         row = {name: prompt[name] for name in STORED if name in prompt}
         if self.reward_loop_worker_handles is None:  # read by a colocated reward model only
-            row["raw_prompt"] = [{**m, "content": parts_of(m["content"])} for m in prompt["raw_prompt"]]
+            row["raw_prompt"] = [
+                {**m, "content": parts_of(m["content"])} for m in prompt["raw_prompt"]
+            ]
         fields, tags, keys = [], [], []
         for session_id, output in enumerate(outputs):
-            field = {**output.as_dict(), **row, "session_id": session_id, "multi_modal_inputs": pixels}
+            field = {
+                **output.as_dict(),
+                **row,
+                "session_id": session_id,
+                "multi_modal_inputs": pixels,
+            }
             fields.append(field)
             keys.append(f"{prompt['uid']}_{session_id}_0")
             tags.append(
@@ -262,7 +312,10 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
                 }
             )
         await tq.async_kv_batch_put(
-            keys=keys, fields=list_of_dict_to_tensordict(fields), tags=tags, partition_id=partition_id
+            keys=keys,
+            fields=list_of_dict_to_tensordict(fields),
+            tags=tags,
+            partition_id=partition_id,
         )
 
 
@@ -288,7 +341,9 @@ def reward_input(outputs: list[LatentAgentLoopOutput], prompt: dict) -> DataProt
     pad = torch.nn.utils.rnn.pad_sequence
     prompts = torch.tensor([output.prompt_ids for output in outputs])
     responses = [torch.tensor(output.response_ids) for output in outputs]
-    masks = [torch.ones(prompts.shape[1] + len(response), dtype=torch.long) for response in responses]
+    masks = [
+        torch.ones(prompts.shape[1] + len(response), dtype=torch.long) for response in responses
+    ]
     padded = pad(responses, batch_first=True)
     columns = {name: value for name, value in prompt.items() if name != "dummy_tensor"}
     per_output = {
@@ -309,7 +364,10 @@ def reward_input(outputs: list[LatentAgentLoopOutput], prompt: dict) -> DataProt
             },
             batch_size=len(outputs),
         ),
-        non_tensor_batch={**non_tensors, **{name: object_array(values) for name, values in per_output.items()}},
+        non_tensor_batch={
+            **non_tensors,
+            **{name: object_array(values) for name, values in per_output.items()},
+        },
     )
 
 
@@ -329,7 +387,9 @@ def portable(error: Exception) -> Exception:
         pickle.loads(pickle.dumps(error))
         return error
     except Exception:
-        return RolloutError("a rollout failed", where="agent loop", got=f"{type(error).__name__}: {error}")
+        return RolloutError(
+            "a rollout failed", where="agent loop", got=f"{type(error).__name__}: {error}"
+        )
 
 
 class LatentAgentLoopManager(AgentLoopManagerTQ):
@@ -348,8 +408,13 @@ class LatentAgentLoopManager(AgentLoopManagerTQ):
         num_rows, num_replicas = len(prompts), max(1, len(self.llm_client.servers))
         for uid in prompts["uid"]:
             self.order_of_uid[str(uid)] = next(self._dispatched)
-        rows_of = [tuple(range(replica, num_rows, num_replicas)) for replica in range(num_replicas)]
-        tickets = [Ticket(wave_id, row, rows_of[row % num_replicas], row % num_replicas) for row in range(num_rows)]
+        rows_of = [
+            tuple(range(replica, num_rows, num_replicas)) for replica in range(num_replicas)
+        ]
+        tickets = [
+            Ticket(wave_id, row, rows_of[row % num_replicas], row % num_replicas)
+            for row in range(num_rows)
+        ]
         prompts[TICKET] = NonTensorStack(*tickets)
         super().generate_sequences(prompts)
 
@@ -365,10 +430,15 @@ class LatentAgentLoopManager(AgentLoopManagerTQ):
     def raise_failure(self, partition_id: str, num_failed: int) -> None:
         """Raises what the first failed prompt failed with."""
         failures = [
-            error for errors in ray.get([w.failures.remote() for w in self.agent_loop_workers]) for error in errors
+            error
+            for errors in ray.get([w.failures.remote() for w in self.agent_loop_workers])
+            for error in errors
         ]
         # when one prompt fails, the others of its wave get the same error: the first is the cause
         cause = failures[0] if failures else None
         raise cause or RolloutError(
-            "rollouts failed", where=f"partition {partition_id}", got=f"{num_failed} groups", expected="none"
+            "rollouts failed",
+            where=f"partition {partition_id}",
+            got=f"{num_failed} groups",
+            expected="none",
         )

@@ -1,7 +1,8 @@
-"""Rollout backend `hf_latent`: verl's replica, weight adapter and client around `LatentRolloutServer`.
+"""Rollout backend `hf_latent`: verl's replica, weight adapter and client around
+`LatentRolloutServer`.
 
-The client serves backend `vllm_latent` too, whose replica and server are in `vllm_server`; importing that imports vllm, so
-both are registered here by name.
+The client serves backend `vllm_latent` too, whose replica and server are in `vllm_server`;
+importing that imports vllm, so both are registered here by name.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class LatentReplica(RolloutReplica):
                 expected="1",
             )
         name = server_name(self.replica_rank)
-        server = await launch_server(name, self.workers[0], self.config, self.model_config, self.replica_rank)
+        server = await launch_server(
+            name, self.workers[0], self.config, self.model_config, self.replica_rank
+        )
         self.servers, self._server_handle, self._server_address = [server], server, name
 
 
@@ -57,9 +60,12 @@ async def launch_server(
     node_id, visible = await worker.__ray_call__.remote(whereabouts)
     env_vars = {"CUDA_VISIBLE_DEVICES": visible} if visible is not None else {}
     if visible is not None:
-        # the server shares the worker's device and must not have Ray hide it from an actor with num_gpus=0
+        # the server shares the worker's device and must not have Ray hide it from an actor with
+        # num_gpus=0
         env_vars |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-    attention = (model_config.get("override_config", None) or {}).get("attn_implementation", "sdpa")
+    attention = (model_config.get("override_config", None) or {}).get(
+        "attn_implementation", "sdpa"
+    )
     server = (
         ray.remote(LatentRolloutServer)
         .options(
@@ -107,15 +113,19 @@ class LatentServerAdapter(BaseRollout):
         await send_weights(server, weights, self.config, int(global_steps or 0))
 
 
-async def send_weights(server: ray.actor.ActorHandle, weights: Generator, rollout_config, policy_version: int) -> None:
-    """Sends every weight in buckets through the object store to a server with engine hf. Reading `weights` is a collective
-    over all ranks."""
+async def send_weights(
+    server: ray.actor.ActorHandle, weights: Generator, rollout_config, policy_version: int
+) -> None:
+    """Sends every weight in buckets through the object store to a server with engine hf. Reading
+    `weights` is a collective over all ranks."""
     dtype = parse_dtype(rollout_config.dtype)
     limit = rollout_config.checkpoint_engine.update_weights_bucket_megabytes << 20
     refs, bucket, num_bytes = [], [], 0
     for name, tensor in weights:
         # a copy: on CPU the generator hands out the live parameters
-        tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        tensor = tensor.detach().to(
+            "cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True
+        )
         bucket.append((name, tensor))
         num_bytes += tensor.numel() * tensor.element_size()
         if num_bytes >= limit:
@@ -127,13 +137,17 @@ async def send_weights(server: ray.actor.ActorHandle, weights: Generator, rollou
 
 
 class LatentRolloutClient(LLMServerClient):
-    """What agent loops hold: requests go to the replica that their ticket names, not to the least busy one."""
+    """What agent loops hold: requests go to the replica that their ticket names, not to the least
+    busy one.
+    """
 
     def __init__(self, config, load_balancer_handle=None, servers: list | None = None, **kwargs):
         super().__init__(config, load_balancer_handle, **kwargs)
         self.servers = list(servers or [])
 
-    async def generate_group(self, ticket: Ticket, request: RolloutRequest, sampling: SamplingParams) -> GroupResult:
+    async def generate_group(
+        self, ticket: Ticket, request: RolloutRequest, sampling: SamplingParams
+    ) -> GroupResult:
         return await self.servers[ticket.replica].generate_group.remote(ticket, request, sampling)
 
     async def fail_wave(self, wave_id: str, error: BaseException) -> None:
@@ -158,5 +172,7 @@ def _vllm_replica() -> type[RolloutReplica]:
     return LatentVllmReplica
 
 
-compat.register_rollout_adapter(VLLM_ROLLOUT_NAME, "grpo_latent.verl_plugin.rollout.vllm_compat.ServerAdapter")
+compat.register_rollout_adapter(
+    VLLM_ROLLOUT_NAME, "grpo_latent.verl_plugin.rollout.vllm_compat.ServerAdapter"
+)
 RolloutReplicaRegistry.register(VLLM_ROLLOUT_NAME, _vllm_replica)

@@ -40,13 +40,20 @@ class GroupResult:
 
 
 def group_result(
-    adapter: ModelAdapter, request: RolloutRequest, group: list[Trajectory], eos_ids: tuple[int, ...]
+    adapter: ModelAdapter,
+    request: RolloutRequest,
+    group: list[Trajectory],
+    eos_ids: tuple[int, ...],
 ) -> GroupResult:
-    """Adds kinds and positions of the prompt, which no weight enters: a model on the meta device will do."""
+    """Adds kinds and positions of the prompt, which no weight enters: a model on the meta device
+    will do.
+    """
     ids = request.prompt_ids[None]
     positions = adapter.position_ids(ids, torch.ones_like(ids, dtype=torch.bool), request.images)
     positions = positions[:, 0] if positions.ndim == 3 else positions[0]
-    return GroupResult(group, adapter.prompt_kinds(request.prompt_ids), positions.contiguous(), eos_ids)
+    return GroupResult(
+        group, adapter.prompt_kinds(request.prompt_ids), positions.contiguous(), eos_ids
+    )
 
 
 def whereabouts(worker) -> tuple[str, str | None]:
@@ -57,15 +64,24 @@ def whereabouts(worker) -> tuple[str, str | None]:
 
 
 class LatentRolloutServer:
-    """Serves one replica. All methods are coroutines, so that control calls pass while the engine runs.
+    """Serves one replica. All methods are coroutines, so that control calls pass while the engine
+    runs.
 
     Args:
-        folder: local checkpoint, for architecture and tokenizer; the weights are replaced before the first wave.
+        folder: local checkpoint, for architecture and tokenizer; the weights are replaced before
+            the first wave.
         rollout_config: verl's, as a plain dict.
         device: "cpu", or "cuda" with the worker's device made visible.
     """
 
-    def __init__(self, folder: str, rollout_config: dict, replica_rank: int, device: str, attn_implementation: str):
+    def __init__(
+        self,
+        folder: str,
+        rollout_config: dict,
+        replica_rank: int,
+        device: str,
+        attn_implementation: str,
+    ):
         name = f"rollout server {replica_rank}"
         verify(name)
         self.options = LatentOptions.from_rollout(rollout_config)
@@ -89,14 +105,18 @@ class LatentRolloutServer:
             selection_temperature=self.options.draw_temperature,
         )
         self.usage = ServerUsage(loaded, self.options.max_batch_rows, self.options.treatment)
-        self.waves = Waves(self._generate, self.options.rollout_timeout_s, name, initializer=self._set_threads)
+        self.waves = Waves(
+            self._generate, self.options.rollout_timeout_s, name, initializer=self._set_threads
+        )
 
     def _set_threads(self) -> None:
         # OpenMP keeps the number of threads by thread: the executor's thread has to set its own
         if not torch.cuda.is_available():
             torch.set_num_threads(self.options.cpu_threads)
 
-    def _generate(self, payloads: list[tuple[RolloutRequest, SamplingParams]]) -> list[GroupResult]:
+    def _generate(
+        self, payloads: list[tuple[RolloutRequest, SamplingParams]]
+    ) -> list[GroupResult]:
         """One engine call for each run of equal sampling parameters (a wave has one)."""
         groups = []
         for sampling, run in itertools.groupby(payloads, key=lambda payload: payload[1]):
@@ -106,7 +126,9 @@ class LatentRolloutServer:
             for (request, _), group in zip(payloads, groups, strict=True)
         ]
 
-    async def generate_group(self, ticket: Ticket, request: RolloutRequest, sampling: SamplingParams) -> GroupResult:
+    async def generate_group(
+        self, ticket: Ticket, request: RolloutRequest, sampling: SamplingParams
+    ) -> GroupResult:
         return await self.waves.join(ticket, (request, sampling))
 
     async def fail_wave(self, wave_id: str, error: BaseException) -> None:
@@ -122,7 +144,9 @@ class LatentRolloutServer:
 
     def _load_weights(self, bucket_refs: list, policy_version: int) -> None:
         self.engine.model.to(self.device)
-        self.engine.load_weights((weight for ref in bucket_refs for weight in ray.get(ref)), policy_version)
+        self.engine.load_weights(
+            (weight for ref in bucket_refs for weight in ray.get(ref)), policy_version
+        )
 
     async def measure_usage(self, request: UsageRequest, is_start: bool) -> Usage:
         """Whether the latents of the current weights are used, after any wave that is running."""
@@ -138,7 +162,11 @@ class LatentRolloutServer:
             torch.cuda.empty_cache()
 
     async def nothing(self, *args, **kwargs) -> None:
-        """Control calls of verl that have no meaning here: no cache outlives a wave, no wave can be aborted."""
+        """Control calls of verl that have no meaning here: no cache outlives a wave, no wave can
+        be aborted.
+        """
 
-    abort_all_requests = resume_generation = clear_kv_cache = release_kv_cache = resume_kv_cache = nothing
+    abort_all_requests = resume_generation = clear_kv_cache = release_kv_cache = (
+        resume_kv_cache
+    ) = nothing
     start_profile = stop_profile = nothing

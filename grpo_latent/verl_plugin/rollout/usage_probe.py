@@ -1,4 +1,6 @@
-"""The rollout server's end of measuring the use of latents: a probe over the model that the server holds."""
+"""The rollout server's end of measuring the use of latents: a probe over the model that the server
+holds.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ class UsageRequest:
 class ServerUsage:
     """The server's end: makes the probe when it is first asked."""
 
-    def __init__(self, loaded: LatentModel, max_batch_rows: int, treatment: Treatment | None = None):
+    def __init__(
+        self, loaded: LatentModel, max_batch_rows: int, treatment: Treatment | None = None
+    ):
         self.loaded, self.max_batch_rows, self.treatment = loaded, max_batch_rows, treatment
         self._probe: UsageProbe | None = None
 

@@ -32,21 +32,33 @@ VLLM_SEAMS = (
             "disaggregation_kv_transfer_config",
         ),
     ),
-    Seam("vLLM server: lengths", f"{_SERVER}._validate_configs", "max_model_len is set before it", ("self",)),
+    Seam(
+        "vLLM server: lengths",
+        f"{_SERVER}._validate_configs",
+        "max_model_len is set before it",
+        ("self",),
+    ),
     Seam(
         "vLLM server: arguments",
         f"{_SERVER}._preprocess_engine_kwargs",
         "worker, scheduler and latent options join vLLM's arguments",
         ("self", "engine_kwargs"),
     ),
-    Seam("vLLM server: extension", f"{_SERVER}._get_worker_extension_cls", "names ours", ("self",)),
+    Seam(
+        "vLLM server: extension", f"{_SERVER}._get_worker_extension_cls", "names ours", ("self",)
+    ),
     Seam(
         "vLLM server: start",
         f"{_SERVER}.launch_server",
         "called by the CPU replica, without arguments",
         ("self", "master_address", "master_port", "dp_rpc_port"),
     ),
-    Seam("vLLM server: address", f"{_SERVER}.get_server_address", "called by the CPU replica", ("self",)),
+    Seam(
+        "vLLM server: address",
+        f"{_SERVER}.get_server_address",
+        "called by the CPU replica",
+        ("self",),
+    ),
     Seam(
         "vLLM server: version",
         f"{_SERVER}.set_global_steps",
@@ -71,7 +83,12 @@ VLLM_SEAMS = (
         "replaced on CPU: packed weights are reloaded as a whole",
         ("self", "peft_config", "base_sync_done", "use_shm"),
     ),
-    Seam("vLLM worker: address", f"{_WORKER}._get_zmq_handle", "where the adapter sends from", ("self",)),
+    Seam(
+        "vLLM worker: address",
+        f"{_WORKER}._get_zmq_handle",
+        "where the adapter sends from",
+        ("self",),
+    ),
     Seam(
         "vLLM worker: masks",
         f"{_WORKER}.monkey_patch_model",

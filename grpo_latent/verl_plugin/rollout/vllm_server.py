@@ -4,12 +4,14 @@
                                       ▲    records by latent_pop                                  ▲
     training worker ──────────────────┼──────── verl's ServerAdapter: CUDA IPC, on CPU shared memory ──┘
 
-The same code serves GPU and CPU; verl's server runs vLLM's asynchronous engine, whose core is a process of its own. What
-differs on CPU: the launch (there is no accelerator to ask a worker for), the executor (one worker, inside the engine's
-process: vLLM's multi-process executor would reserve one of the cores), the reload of packed weights, and no sleep.
+The same code serves GPU and CPU; verl's server runs vLLM's asynchronous engine, whose core is a
+process of its own. What differs on CPU: the launch (there is no accelerator to ask a worker for),
+the executor (one worker, inside the engine's process: vLLM's multi-process executor would reserve
+one of the cores), the reload of packed weights, and no sleep.
 
-A wave is admitted as a whole before vLLM schedules any of it, so that continuous batching, preemption and chunked prefill
-depend on the wave and not on timing, and a resumed run repeats an uninterrupted one.
+A wave is admitted as a whole before vLLM schedules any of it, so that continuous batching,
+preemption and chunked prefill depend on the wave and not on timing, and a resumed run repeats an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -37,12 +39,15 @@ import vllm
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
 EXTENSION = "grpo_latent.verl_plugin.rollout.vllm_worker.LatentWorkerExtension"
-# vLLM lets the worker stay in the engine's process ("uni") on CPU only where it believes that it runs in one process
+# vLLM lets the worker stay in the engine's process ("uni") on CPU only where it believes that it
+# runs in one process
 CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 class LatentVllmServer(vLLMHttpServer):
-    """verl's server of one replica; groups come in by `generate_group` instead of single requests by `generate`."""
+    """verl's server of one replica; groups come in by `generate_group` instead of single requests
+    by `generate`.
+    """
 
     def __init__(self, config, model_config, *args, **kwargs):
         name = f"vLLM server {kwargs['replica_rank']}"
@@ -61,10 +66,13 @@ class LatentVllmServer(vLLMHttpServer):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._keys = itertools.count()
 
-    # ---- verl's hooks -----------------------------------------------------------------------------------------------
+    # ---- verl's hooks ---------------------------------------------------------------------------
+    # --------------------
 
     def _validate_configs(self) -> None:
-        if self.config.max_model_len is None:  # the latent table has room for as many positions in each slot
+        if (
+            self.config.max_model_len is None
+        ):  # the latent table has room for as many positions in each slot
             self.config.max_model_len = self.config.prompt_length + self.config.response_length
         super()._validate_configs()
 
@@ -80,7 +88,8 @@ class LatentVllmServer(vLLMHttpServer):
     def _get_worker_extension_cls(self) -> str:
         return EXTENSION
 
-    # ---- groups -----------------------------------------------------------------------------------------------------
+    # ---- groups ---------------------------------------------------------------------------------
+    # --------------------
 
     async def generate(self, *args, **kwargs):
         raise RolloutError(
@@ -90,18 +99,24 @@ class LatentVllmServer(vLLMHttpServer):
             expected="latent_agent",
         )
 
-    async def generate_group(self, ticket: Ticket, request: RolloutRequest, sampling: SamplingParams) -> GroupResult:
+    async def generate_group(
+        self, ticket: Ticket, request: RolloutRequest, sampling: SamplingParams
+    ) -> GroupResult:
         self._loop = asyncio.get_running_loop()
         return await self.waves.join(ticket, (request, sampling))
 
     async def fail_wave(self, wave_id: str, error: BaseException) -> None:
         self.waves.fail(wave_id, error)
 
-    def _run_wave(self, payloads: list[tuple[RolloutRequest, SamplingParams]]) -> list[GroupResult]:
+    def _run_wave(
+        self, payloads: list[tuple[RolloutRequest, SamplingParams]]
+    ) -> list[GroupResult]:
         """In the thread of the waves; vLLM's client belongs to the event loop."""
         return asyncio.run_coroutine_threadsafe(self._generate(payloads), self._loop).result()
 
-    async def _generate(self, payloads: list[tuple[RolloutRequest, SamplingParams]]) -> list[GroupResult]:
+    async def _generate(
+        self, payloads: list[tuple[RolloutRequest, SamplingParams]]
+    ) -> list[GroupResult]:
         front = self.front
         front.policy_version = int(self.global_steps or 0)
         keys_of_group = [[str(next(self._keys)) for _ in request.seeds] for request, _ in payloads]
@@ -120,16 +135,23 @@ class LatentVllmServer(vLLMHttpServer):
         results = []
         for (request, _), keys in zip(payloads, keys_of_group, strict=True):
             pairs = zip(request.seeds, keys, strict=True)
-            group = [front.trajectory(request, seed, completions[key], packed[key]) for seed, key in pairs]
+            group = [
+                front.trajectory(request, seed, completions[key], packed[key])
+                for seed, key in pairs
+            ]
             results.append(group_result(front.adapter, request, group, front.skeleton.eos_ids))
         return results
 
     async def _complete(self, submissions: list[tuple[str, Any, Any]]) -> dict[str, Any]:
         """vLLM's completions by key."""
-        # the scheduler stands still until all requests are there, so that what it batches does not depend on timing
+        # the scheduler stands still until all requests are there, so that what it batches does not
+        # depend on timing
         await self.engine.pause_generation(mode="keep", clear_cache=False)
         try:
-            queues = {key: await self.engine.add_request(key, prompt, params) for key, prompt, params in submissions}
+            queues = {
+                key: await self.engine.add_request(key, prompt, params)
+                for key, prompt, params in submissions
+            }
         finally:
             await self.engine.resume_generation()
         return {key: (await queue.get()).outputs[0] for key, queue in queues.items()}
@@ -173,4 +195,8 @@ class LatentVllmReplica(vLLMReplica):
         )
         await server.launch_server.remote()
         address, port = await server.get_server_address.remote()
-        self.servers, self._server_handle, self._server_address = [server], server, f"{address}:{port}"
+        self.servers, self._server_handle, self._server_address = (
+            [server],
+            server,
+            f"{address}:{port}",
+        )

@@ -1,6 +1,8 @@
-"""verl's extension of vLLM's worker, for latent rollouts: what comes in between training worker and vLLM's weights.
+"""verl's extension of vLLM's worker, for latent rollouts: what comes in between training worker
+and vLLM's weights.
 
-vLLM makes it a base of the latent worker class (`rollout/vllm/worker.py`), whose methods it therefore finds on `self`.
+vLLM makes it a base of the latent worker class (`rollout/vllm/worker.py`), whose methods it
+therefore finds on `self`.
 """
 
 from __future__ import annotations
@@ -16,11 +18,15 @@ from grpo_latent.verl_plugin.rollout.vllm_compat import (
 
 
 class LatentWorkerExtension(vLLMColocateWorkerExtension):
-    """On an accelerator verl's; on CPU weights arrive over shared memory and are reloaded as a whole."""
+    """On an accelerator verl's; on CPU weights arrive over shared memory and are reloaded as a
+    whole.
+    """
 
-    def monkey_patch_model(self, vocab_size: int, banned_token_ids: list[int] | None = None) -> None:
-        """Without verl's masks on the logits: the latent sampler bans ids itself, and reports log-probs of the full
-        distribution, which are what a replay can recompute."""
+    def monkey_patch_model(
+        self, vocab_size: int, banned_token_ids: list[int] | None = None
+    ) -> None:
+        """Without verl's masks on the logits: the latent sampler bans ids itself, and reports
+        log-probs of the full distribution, which are what a replay can recompute."""
         for model in self._iter_all_models():
             patch_vllm_moe_model_weight_loader(model)
 
@@ -31,11 +37,14 @@ class LatentWorkerExtension(vLLMColocateWorkerExtension):
         if self.device.type != "cpu":
             super().update_weights_from_ipc(peft_config, base_sync_done, use_shm)
             return
-        # vLLM's CPU linears are packed after loading and keep no parameter to load into: only a reload of all works
+        # vLLM's CPU linears are packed after loading and keep no parameter to load into: only a
+        # reload of all works
         weights: list[tuple[str, Tensor]] = []
 
         def keep(bucket: list[tuple[str, Tensor]], is_last: bool) -> None:
-            weights.extend((name, tensor.clone()) for name, tensor in bucket)  # the buffer is used again
+            weights.extend(
+                (name, tensor.clone()) for name, tensor in bucket
+            )  # the buffer is used again
 
         receiver = BucketedWeightReceiver(self._get_zmq_handle(), torch.device("cpu"), use_shm)
         receiver.receive_weights(on_bucket_received=keep)

@@ -2,9 +2,10 @@
 
     requests of one wave, in any order ──▶ complete? ──▶ sorted by row ──▶ engine ──▶ one result a request
 
-A *wave* is what the trainer dispatches at once: the prompts of one training step or one validation batch. Every request
-carries the rows that its wave will bring to this server; the engine runs when the last of them is here. Rounding then
-depends on the wave alone, and a resumed run repeats an uninterrupted one to the bit.
+A *wave* is what the trainer dispatches at once: the prompts of one training step or one validation
+batch. Every request carries the rows that its wave will bring to this server; the engine runs when
+the last of them is here. Rounding then depends on the wave alone, and a resumed run repeats an
+uninterrupted one to the bit.
 """
 
 from __future__ import annotations
@@ -48,12 +49,14 @@ class Waves:
     """The open waves of one server. All methods belong to one event loop.
 
     Args:
-        run: gets the payloads of a complete wave in the order of their rows, returns one result each. Runs in a thread of
-            its own, one wave at a time.
+        run: gets the payloads of a complete wave in the order of their rows, returns one result
+            each. Runs in a thread of its own, one wave at a time.
         timeout_s: how long an incomplete wave may stay so.
     """
 
-    def __init__(self, run: Callable[[list[Any]], list[Any]], timeout_s: float, where: str, initializer=None):
+    def __init__(
+        self, run: Callable[[list[Any]], list[Any]], timeout_s: float, where: str, initializer=None
+    ):
         self._run, self._timeout_s, self._where = run, timeout_s, where
         self._waves: dict[str, _Wave] = {}
         self._failed: dict[str, BaseException] = {}
@@ -63,7 +66,8 @@ class Waves:
         """The result of this request, once its wave has run.
 
         Raises:
-            RolloutError: the wave stayed incomplete, a row came twice or is not of the wave; or what `fail` was given.
+            RolloutError: the wave stayed incomplete, a row came twice or is not of the wave; or
+                what `fail` was given.
         """
         if ticket.wave_id in self._failed:
             raise self._failed[ticket.wave_id]
@@ -84,7 +88,9 @@ class Waves:
         try:
             return await asyncio.wait_for(asyncio.shield(future), self._timeout_s)
         except TimeoutError:
-            if ticket.wave_id not in self._waves:  # complete: the engine is running, however long it takes
+            if (
+                ticket.wave_id not in self._waves
+            ):  # complete: the engine is running, however long it takes
                 return await future
             missing = sorted(set(wave.rows) - set(wave.payloads))
             raise RolloutError(
@@ -96,7 +102,9 @@ class Waves:
             ) from None
 
     def fail(self, wave_id: str, error: BaseException) -> None:
-        """Ends a wave that cannot become complete: whoever waits, or comes later, gets `error` at once."""
+        """Ends a wave that cannot become complete: whoever waits, or comes later, gets `error` at
+        once.
+        """
         self._failed[wave_id] = error
         wave = self._waves.pop(wave_id, None)
         for future in wave.futures.values() if wave is not None else ():

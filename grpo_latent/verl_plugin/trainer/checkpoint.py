@@ -18,10 +18,24 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from grpo_latent.common.files import write_text
-from grpo_latent.common.step_folders import STEP_PREFIX, TRACKER_FILE, read_tracker, step_folders, step_of
+from grpo_latent.common.step_folders import (
+    STEP_PREFIX,
+    TRACKER_FILE,
+    read_tracker,
+    step_folders,
+    step_of,
+)
 from grpo_latent.errors import CheckpointError, ConfigError
 
-__all__ = ["STEP_PREFIX", "TRACKER_FILE", "make_room", "prune", "read_tracker", "resume_folder", "write_tracker"]
+__all__ = [
+    "STEP_PREFIX",
+    "TRACKER_FILE",
+    "make_room",
+    "prune",
+    "read_tracker",
+    "resume_folder",
+    "write_tracker",
+]
 
 
 def write_tracker(root: str | Path, step: int) -> None:
@@ -30,10 +44,11 @@ def write_tracker(root: str | Path, step: int) -> None:
 
 
 def make_room(root: str | Path, step: int, resumed_from: int) -> None:
-    """Removes what an earlier run left of `global_step_<step>`: half of a save, or a branch that is trained anew.
+    """Removes what an earlier run left of `global_step_<step>`: half of a save, or a branch that
+    is trained anew.
 
-    If the tracker names that very folder, it is first pointed back to the checkpoint that this run resumed from, so that
-    at no time it names an incomplete one.
+    If the tracker names that very folder, it is first pointed back to the checkpoint that this run
+    resumed from, so that at no time it names an incomplete one.
     """
     root = Path(root)
     folder = root / f"{STEP_PREFIX}{step}"
@@ -54,7 +69,9 @@ def prune(root: str | Path, keep: int | None) -> None:
         return
     latest = read_tracker(root)
     folders = step_folders(root)
-    for step in [step for step in folders if latest is None or step < latest][: max(0, len(folders) - keep)]:
+    for step in [step for step in folders if latest is None or step < latest][
+        : max(0, len(folders) - keep)
+    ]:
         shutil.rmtree(folders[step])
 
 
@@ -66,7 +83,8 @@ def resume_folder(trainer: DictConfig) -> Path | None:
 
     Raises:
         CheckpointError: the tracker is broken.
-        ConfigError: `resume_from_path` is no folder `global_step_<n>`, of which verl would take the step.
+        ConfigError: `resume_from_path` is no folder `global_step_<n>`, of which verl would take
+            the step.
     """
     if trainer.resume_mode == "auto":
         step = read_tracker(trainer.default_local_dir)
@@ -86,10 +104,14 @@ def resume_folder(trainer: DictConfig) -> Path | None:
 
 
 def check_world_size(folder: Path, world_size: int) -> None:
-    """Raises `CheckpointError` if `folder` is no checkpoint, or one of another number of ranks, whose shards do not fit."""
+    """Raises `CheckpointError` if `folder` is no checkpoint, or one of another number of ranks,
+    whose shards do not fit.
+    """
     path = folder / "actor" / "fsdp_config.json"
     if not path.is_file():
-        raise CheckpointError("not a checkpoint", where=str(folder), got="no actor/fsdp_config.json", expected="one")
+        raise CheckpointError(
+            "not a checkpoint", where=str(folder), got="no actor/fsdp_config.json", expected="one"
+        )
     saved = json.loads(path.read_text())["world_size"]
     if saved != world_size:
         raise CheckpointError(

@@ -1,4 +1,6 @@
-"""What verl would only find out an hour in, or never: combinations of options that latent training refuses at once."""
+"""What verl would only find out an hour in, or never: combinations of options that latent training
+refuses at once.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,12 @@ from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.eval.usage import UsageSettings
 from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.rollout.vllm.skeleton import check_mechanism
-from grpo_latent.verl_plugin.boot.layout import check_layout, check_model, check_padding, check_trains_treatment
+from grpo_latent.verl_plugin.boot.layout import (
+    check_layout,
+    check_model,
+    check_padding,
+    check_trains_treatment,
+)
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import (
     AGENT_LOOP_NAME,
@@ -40,7 +47,9 @@ def check_config(config: DictConfig) -> LatentOptions:
     _check_parts(config)
     _check_groups(config)
     _check_batches(config)
-    check_layout(config.actor_rollout_ref.model, options.visibility, options.draw_temperature is not None)
+    check_layout(
+        config.actor_rollout_ref.model, options.visibility, options.draw_temperature is not None
+    )
     _check_treatment(config, options)
     check_board(config)
     build(UsageSettings, options.usage, "latent.usage")
@@ -51,7 +60,8 @@ def check_config(config: DictConfig) -> LatentOptions:
 
 
 def check_latents(config: DictConfig, latent: Mechanism) -> None:
-    """What the rollout backend and the actor's layout ask of a checkpoint's latents, overrides applied.
+    """What the rollout backend and the actor's layout ask of a checkpoint's latents, overrides
+    applied.
 
     Raises:
         ConfigError: one of the two cannot run them.
@@ -70,7 +80,9 @@ def check_folder(config: DictConfig, options: LatentOptions) -> None:
     """
     folder = config.actor_rollout_ref.model.path
     hf_config = _read(folder, "config.json", AutoConfig.from_pretrained)
-    latent = options.mechanism(folder, _read(folder, "the tokenizer", AutoTokenizer.from_pretrained))
+    latent = options.mechanism(
+        folder, _read(folder, "the tokenizer", AutoTokenizer.from_pretrained)
+    )
     options.treatment.check(latent)
     check_model(hf_config)
     check_latents(config, latent)
@@ -79,7 +91,9 @@ def check_folder(config: DictConfig, options: LatentOptions) -> None:
 def _read(folder: str, what: str, read: Callable[[str], Any]) -> Any:
     try:
         return read(folder)
-    except Exception as error:  # OSError, ValueError, KeyError, and a bare Exception of the tokenizers library
+    except (
+        Exception
+    ) as error:  # OSError, ValueError, KeyError, and a bare Exception of the tokenizers library
         raise CheckpointError(
             f"{what} cannot be read",
             where=folder,
@@ -89,10 +103,14 @@ def _read(folder: str, what: str, read: Callable[[str], Any]) -> Any:
         ) from error
 
 
-def _require(config: DictConfig, key: str, allowed: tuple, what: str, fix: str | None = None) -> Any:
+def _require(
+    config: DictConfig, key: str, allowed: tuple, what: str, fix: str | None = None
+) -> Any:
     value = OmegaConf.select(config, key)
     if value not in allowed:
-        raise ConfigError(what, where=key, got=value, expected=" or ".join(map(str, allowed)), fix=fix)
+        raise ConfigError(
+            what, where=key, got=value, expected=" or ".join(map(str, allowed)), fix=fix
+        )
     return value
 
 
@@ -104,14 +122,46 @@ def _check_parts(config: DictConfig) -> None:
     _require(config, "actor_rollout_ref.actor.strategy", ("fsdp2",), "the latent engine is FSDP2")
     if config.actor_rollout_ref.ref.strategy != config.actor_rollout_ref.actor.strategy:
         raise ConfigError(
-            "actor and reference differ", where="actor_rollout_ref.ref.strategy", expected="the actor's strategy"
+            "actor and reference differ",
+            where="actor_rollout_ref.ref.strategy",
+            expected="the actor's strategy",
         )
-    _require(config, f"{rollout}.name", (ROLLOUT_NAME, VLLM_ROLLOUT_NAME), "not a rollout backend for latents")
-    _require(config, f"{rollout}.agent.default_agent_loop", (AGENT_LOOP_NAME,), "not an agent loop for latents")
-    _require(config, f"{rollout}.agent.agent_loop_manager_class", (MANAGER,), "not a manager for latents")
-    _require(config, f"{rollout}.tensor_model_parallel_size", (1,), "a rollout engine runs on one device")
-    _require(config, f"{rollout}.calculate_log_probs", (True,), "the replay gap needs the rollout's log-probs")
-    _require(config, "reward.reward_manager.name", (REWARD_MANAGER,), "rewards must not see latent spans")
+    _require(
+        config,
+        f"{rollout}.name",
+        (ROLLOUT_NAME, VLLM_ROLLOUT_NAME),
+        "not a rollout backend for latents",
+    )
+    _require(
+        config,
+        f"{rollout}.agent.default_agent_loop",
+        (AGENT_LOOP_NAME,),
+        "not an agent loop for latents",
+    )
+    _require(
+        config,
+        f"{rollout}.agent.agent_loop_manager_class",
+        (MANAGER,),
+        "not a manager for latents",
+    )
+    _require(
+        config,
+        f"{rollout}.tensor_model_parallel_size",
+        (1,),
+        "a rollout engine runs on one device",
+    )
+    _require(
+        config,
+        f"{rollout}.calculate_log_probs",
+        (True,),
+        "the replay gap needs the rollout's log-probs",
+    )
+    _require(
+        config,
+        "reward.reward_manager.name",
+        (REWARD_MANAGER,),
+        "rewards must not see latent spans",
+    )
     dropping = reward_settings(config).get("on_error") == "drop"
     if dropping and not str(config.algorithm.adv_estimator).startswith(ALGORITHM_NAME):
         raise ConfigError(
@@ -129,7 +179,8 @@ def _check_parts(config: DictConfig) -> None:
         "actor_rollout_ref.rollout.multi_turn.enable": "a trajectory is one completion",
         "actor_rollout_ref.rollout.ignore_eos": "a completion ends at EOS",
         "reward.reward_model.enable_resource_pool": "not tried with latents",
-        # one without a pool of its own is colocated: verl sends it tokens, and neither text nor ground truth
+        # one without a pool of its own is colocated: verl sends it tokens, and neither text nor
+        # ground truth
         "reward.reward_model.enable": "it would read placeholders of latents; a reward function can ask a judge",
         "distillation.enabled": "a teacher would score the placeholders of latents",
         "data.apply_chat_template_kwargs": "prompts are made as SFT makes them",
@@ -138,8 +189,17 @@ def _check_parts(config: DictConfig) -> None:
     for key, reason in unsupported.items():
         if OmegaConf.select(config, key, default=None):
             got = OmegaConf.select(config, key)
-            raise ConfigError("not supported with latents", where=key, got=got, expected=f"unset ({reason})")
-    if int(OmegaConf.select(config, "actor_rollout_ref.actor.ulysses_sequence_parallel_size", default=1)) > 1:
+            raise ConfigError(
+                "not supported with latents", where=key, got=got, expected=f"unset ({reason})"
+            )
+    if (
+        int(
+            OmegaConf.select(
+                config, "actor_rollout_ref.actor.ulysses_sequence_parallel_size", default=1
+            )
+        )
+        > 1
+    ):
         raise ConfigError(
             "not supported with latents",
             where="actor_rollout_ref.actor.ulysses_sequence_parallel_size",
@@ -147,7 +207,9 @@ def _check_parts(config: DictConfig) -> None:
             expected="1",
         )
     lora_rank = OmegaConf.select(config, "actor_rollout_ref.model.lora_rank", default=0)
-    if lora_rank > 0 and not OmegaConf.select(config, "actor_rollout_ref.model.lora.merge", default=False):
+    if lora_rank > 0 and not OmegaConf.select(
+        config, "actor_rollout_ref.model.lora.merge", default=False
+    ):
         raise ConfigError(
             "rollout engines take merged weights only",
             where="actor_rollout_ref.model.lora.merge",
@@ -213,18 +275,27 @@ def _check_batches(config: DictConfig) -> None:
         if actor.use_kl_loss or config.algorithm.use_kl_in_reward:
             ref_key = "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu"
             ref_micro = OmegaConf.select(config, ref_key)
-            checks.append(("rows of a batch a rank", prompts * group_size // world_size, ref_key, ref_micro))
+            checks.append(
+                ("rows of a batch a rank", prompts * group_size // world_size, ref_key, ref_micro)
+            )
     for what, number, divisor_key, divisor in checks:
         if divisor is None:
-            raise ConfigError("not set", where=divisor_key, expected=f"a divisor of {what}={number}")
+            raise ConfigError(
+                "not set", where=divisor_key, expected=f"a divisor of {what}={number}"
+            )
         if number % divisor:
             raise ConfigError(
-                f"does not divide {what}", where=divisor_key, got=divisor, expected=f"a divisor of {number}"
+                f"does not divide {what}",
+                where=divisor_key,
+                got=divisor,
+                expected=f"a divisor of {number}",
             )
 
 
 def _check_vllm(config: DictConfig, options: LatentOptions) -> None:
-    """What engine vllm cannot do, as far as it shows without the checkpoint; `check_latents` has the rest."""
+    """What engine vllm cannot do, as far as it shows without the checkpoint; `check_latents` has
+    the rest.
+    """
     treatment, rollout = options.treatment, config.actor_rollout_ref.rollout
     refused = (
         ("latent.visibility", options.visibility == "latents_only", options.visibility, "full"),
@@ -246,7 +317,9 @@ def _check_vllm(config: DictConfig, options: LatentOptions) -> None:
     for where, is_refused, got, expected in refused:
         if is_refused:
             fix = f"Use engine hf (actor_rollout_ref.rollout.name={ROLLOUT_NAME}), or set {where}."
-            raise ConfigError("engine vllm does not run this", where=where, got=got, expected=expected, fix=fix)
+            raise ConfigError(
+                "engine vllm does not run this", where=where, got=got, expected=expected, fix=fix
+            )
     if config.trainer.device == "cpu" and rollout.free_cache_engine:
         raise ConfigError(
             "vLLM's CPU worker does not sleep",
@@ -278,7 +351,9 @@ def _check_treatment(config: DictConfig, options: LatentOptions) -> None:
             expected="0, a treatment that acts (such as gaussian), or latent.selection=plackett_luce",
             fix="latent.treatment.anchor_weight holds the predictions of any treatment to the reference's.",
         )
-    if options.act_kinds and not str(config.algorithm.adv_estimator).startswith((ALGORITHM_NAME, "grpo", "rloo")):
+    if options.act_kinds and not str(config.algorithm.adv_estimator).startswith(
+        (ALGORITHM_NAME, "grpo", "rloo")
+    ):
         raise ConfigError(
             "a latent takes its trajectory's advantage",
             where="algorithm.adv_estimator",

@@ -1,4 +1,6 @@
-"""The driver's console: a progress bar and one short line a step; everything else goes to a log file."""
+"""The driver's console: a progress bar and one short line a step; everything else goes to a log
+file.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from grpo_latent.verl_plugin.trainer.reports import Report, short_line
 
 
 @contextmanager
 def output_to_file(path: Path):
-    """Sends this process's stdout and stderr, and with them what Ray prints of all workers, to `path` (appending).
+    """Sends this process's stdout and stderr, and with them what Ray prints of all workers, to
+    `path` (appending).
 
     Yields:
         a rich console on the stdout that was there before.

@@ -1,10 +1,12 @@
 """verl's data set with this package's checks, and without torchvision where there are only images.
 
-Chosen by `data.custom_cls.path=pkg://grpo_latent.verl_plugin.trainer.dataset data.custom_cls.name=LatentDataset`.
+Chosen by `data.custom_cls.path=pkg://grpo_latent.verl_plugin.trainer.dataset
+data.custom_cls.name=LatentDataset`.
 
-Two differences to `RLHFDataset`. Each row is checked before verl sees it, since verl's length filter drops rows that raise
-and only prints. And images reach the processor as they are: verl goes through qwen_vl_utils, which needs torchvision and
-resizes first; the processor resizes anyway, by the same rule, and SFT has no such first step.
+Two differences to `RLHFDataset`. Each row is checked before verl sees it, since verl's length
+filter drops rows that raise and only prints. And images reach the processor as they are: verl goes
+through qwen_vl_utils, which needs torchvision and resizes first; the processor resizes anyway, by
+the same rule, and SFT has no such first step.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ class LatentDataset(RLHFDataset):
 
     @classmethod
     async def process_multi_modal_info(cls, messages, image_patch_size, config):
-        """(images, videos, audios) of messages; images as RGB, in order, None where there are none."""
+        """(images, videos, audios) of messages; images as RGB, in order, None where there are
+        none.
+        """
         if _only_images(messages):
             return cls._process_multi_modal_info(messages, image_patch_size, config)
         return await super().process_multi_modal_info(messages, image_patch_size, config)
@@ -74,20 +78,30 @@ class LatentDataset(RLHFDataset):
 
 
 def _parts(messages) -> list[dict]:
-    return [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+    return [
+        part
+        for message in messages
+        if isinstance(message["content"], list)
+        for part in message["content"]
+    ]
 
 
 def _only_images(messages) -> bool:
-    """Whether there is nothing that needs qwen_vl_utils: no video, audio or URL, no size limits of single images."""
+    """Whether there is nothing that needs qwen_vl_utils: no video, audio or URL, no size limits of
+    single images.
+    """
     return all(
-        part.get("type") == "text" or (part.get("type") == "image" and set(part) <= _IMAGE_KEYS and _is_local(part))
+        part.get("type") == "text"
+        or (part.get("type") == "image" and set(part) <= _IMAGE_KEYS and _is_local(part))
         for part in _parts(messages)
     )
 
 
 def _is_local(part: dict) -> bool:
     image = part.get("image")
-    return isinstance(image, Image.Image) or (isinstance(image, str) and not image.startswith(("http", "data:")))
+    return isinstance(image, Image.Image) or (
+        isinstance(image, str) and not image.startswith(("http", "data:"))
+    )
 
 
 def _load(image: Image.Image | str) -> Image.Image:

@@ -1,6 +1,8 @@
-"""Trajectories that a reward failed on under `reward.on_error=drop`: they act nowhere and count nowhere.
+"""Trajectories that a reward failed on under `reward.on_error=drop`: they act nowhere and count
+nowhere.
 
-verl knows no such thing: its loss, its baselines and its validation would take their reward of 0 for one.
+verl knows no such thing: its loss, its baselines and its validation would take their reward of 0
+for one.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from grpo_latent.verl_plugin.trainer.step_rows import StepRows
 
 
 def mask_dropped(batch: KVBatchMeta) -> None:
-    """Takes the actions of dropped trajectories away: no loss, and no part in their group's baseline."""
+    """Takes the actions of dropped trajectories away: no loss, and no part in their group's
+    baseline.
+    """
     rows = StepRows(batch, ("extra_fields", "response_mask", "rm_scores"))
     dropped = [is_dropped(extra) for extra in rows.objects("extra_fields")]
     if not any(dropped):
@@ -26,7 +30,9 @@ def mask_dropped(batch: KVBatchMeta) -> None:
     empty = [torch.zeros_like(mask) for mask, drop in zip(masks, dropped, strict=True) if drop]
     nested = torch.nested.as_nested_tensor(empty, layout=torch.jagged)
     update = {"response_mask": nested, "loss_mask": nested.clone(), "rm_scores": nested.float()}
-    tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=TensorDict(update, batch_size=len(keys)))
+    tq.kv_batch_put(
+        keys=keys, partition_id=batch.partition_id, fields=TensorDict(update, batch_size=len(keys))
+    )
 
 
 def is_dropped(extra_fields: dict) -> bool:
@@ -36,7 +42,9 @@ def is_dropped(extra_fields: dict) -> bool:
 
 @dataclass(frozen=True)
 class ValidationRows:
-    """What verl makes validation metrics of. `columns`: data sources, uids, reward infos by name, turns."""
+    """What verl makes validation metrics of. `columns`: data sources, uids, reward infos by name,
+    turns.
+    """
 
     columns: tuple[list, list, dict[str, list], list]
     expected_acc_counts: dict[tuple[str, str], int] | None
@@ -50,11 +58,13 @@ def without_dropped(
     turns: list,
     expected_acc_counts: dict[tuple[str, str], int] | None,
 ) -> ValidationRows:
-    """Validation without the trajectories that a reward failed on under `on_error=drop`: verl would count them as 0.
+    """Validation without the trajectories that a reward failed on under `on_error=drop`: verl
+    would count them as 0.
 
     Args:
         reward_infos: columns of `reward_extra_info`, one value a trajectory.
-        expected_acc_counts: trajectories by (data source, uid), which verl fills up with accuracies of 0.
+        expected_acc_counts: trajectories by (data source, uid), which verl fills up with
+            accuracies of 0.
     """
     dropped = [float(value or 0) == 1.0 for value in reward_infos.get("dropped", [0] * len(uids))]
     if not any(dropped):
@@ -67,4 +77,6 @@ def without_dropped(
             counts[key] -= 1
     columns = [[column[i] for i in kept] for column in (data_sources, uids, turns)]
     infos = {name: [values[i] for i in kept] for name, values in reward_infos.items()}
-    return ValidationRows((columns[0], columns[1], infos, columns[2]), counts, sum(dropped) / len(dropped))
+    return ValidationRows(
+        (columns[0], columns[1], infos, columns[2]), counts, sum(dropped) / len(dropped)
+    )

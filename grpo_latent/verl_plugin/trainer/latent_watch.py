@@ -1,4 +1,6 @@
-"""`latent/usage_gap/*` during training, by the rollout server's engine, and the alarm when latents vanish or go unused."""
+"""`latent/usage_gap/*` during training, by the rollout server's engine, and the alarm when latents
+vanish or go unused.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,9 @@ STATE_FILE = "latent_watch.json"  # in a checkpoint
 
 
 def as_metrics(usage: Usage) -> dict[str, float]:
-    """`latent/drift_*`, `latent/alignment_*`, and under `latent/usage_` what else is of the fixed set: `gap/<ablation>`,
-    `own_accuracy`, norms, effective rank; the batch that trained has such names without `usage_`."""
+    """`latent/drift_*`, `latent/alignment_*`, and under `latent/usage_` what else is of the fixed
+    set: `gap/<ablation>`, `own_accuracy`, norms, effective rank; the batch that trained has such
+    names without `usage_`."""
     own = ("drift_", "alignment_")
     return {
         f"latent/{name}" if name.startswith(own) else f"latent/usage_{name}": value
@@ -39,7 +42,8 @@ class AlarmSettings:
 
     Attributes:
         min_frac_rollouts: below this share of trajectories with latents they have vanished.
-        patience: training steps in a row below it, or measurements in a row with the verdict "not used".
+        patience: training steps in a row below it, or measurements in a row with the verdict "not
+            used".
         stop: end the training then, with a checkpoint.
     """
 
@@ -50,31 +54,51 @@ class AlarmSettings:
     def __post_init__(self):
         if not 0 <= self.min_frac_rollouts <= 1:
             got = self.min_frac_rollouts
-            raise ConfigError("not a share", where="latent.alarm.min_frac_rollouts", got=got, expected="in [0, 1]")
+            raise ConfigError(
+                "not a share",
+                where="latent.alarm.min_frac_rollouts",
+                got=got,
+                expected="in [0, 1]",
+            )
         if not isinstance(self.patience, int) or self.patience < 1:
-            raise ConfigError("not a count", where="latent.alarm.patience", got=self.patience, expected="int >= 1")
+            raise ConfigError(
+                "not a count",
+                where="latent.alarm.patience",
+                got=self.patience,
+                expected="int >= 1",
+            )
 
 
 class LatentWatch:
-    """The trainer's end: asks a server to measure, and sounds the alarm. Each kind sounds once until it gets better."""
+    """The trainer's end: asks a server to measure, and sounds the alarm. Each kind sounds once
+    until it gets better.
+    """
 
     def __init__(self, config, options):
         self.settings = build(UsageSettings, options.usage, "latent.usage")
         self.alarm = build(AlarmSettings, options.alarm, "latent.alarm")
-        self.config, self.folder = config, Path(options.output_dir or config.trainer.default_local_dir)
+        self.config, self.folder = (
+            config,
+            Path(options.output_dir or config.trainer.default_local_dir),
+        )
         self._request: UsageRequest | None = None
         self._bad = {"vanished": 0, "unused": 0}
         self._saved: Path | None = None  # of the step that is not yet counted
 
     def measure(
-        self, holding: AbstractContextManager, rows: Iterable[dict], is_start: bool, router_address: str | None = None
+        self,
+        holding: AbstractContextManager,
+        rows: Iterable[dict],
+        is_start: bool,
+        router_address: str | None = None,
     ) -> tuple[dict[str, float], str | None]:
         """Metrics of the weights that a server holds, and the alarm line if there is one.
 
         Args:
             holding: gives the server; not entered where nothing is to be measured.
             rows: of the validation data, the first of which are the fixed set.
-            router_address: of verl's reward model, which judges in the reward functions; None without one.
+            router_address: of verl's reward model, which judges in the reward functions; None
+                without one.
         """
         if not self.settings.num_prompts:
             return {}, None
@@ -89,7 +113,10 @@ class LatentWatch:
         reward = reward_settings(self.config)
         if router_address is not None:
             hand_judge(reward, router_address, judge_tokenizer(self.config))
-        fixed = [(row, f"data.val_files row {i}") for i, row in enumerate(islice(rows, self.settings.num_prompts))]
+        fixed = [
+            (row, f"data.val_files row {i}")
+            for i, row in enumerate(islice(rows, self.settings.num_prompts))
+        ]
         return UsageRequest(
             self.settings,
             ray.put(fixed),
@@ -112,13 +139,16 @@ class LatentWatch:
     def save(self, checkpoint: Path) -> None:
         """Writes the counters into a checkpoint.
 
-        verl saves a step before it validates and logs it, so they are written now, and anew in `after_step`.
+        verl saves a step before it validates and logs it, so they are written now, and anew in
+        `after_step`.
         """
         self._write(checkpoint, is_counted=False)
         self._saved = checkpoint
 
     def _write(self, checkpoint: Path, is_counted: bool) -> None:
-        write_json(checkpoint / STATE_FILE, {"bad_in_a_row": self._bad, "is_step_counted": is_counted})
+        write_json(
+            checkpoint / STATE_FILE, {"bad_in_a_row": self._bad, "is_step_counted": is_counted}
+        )
 
     def load(self, checkpoint: Path) -> list[str]:
         """Reads the counters of a checkpoint; what the user should know of them.
@@ -132,7 +162,9 @@ class LatentWatch:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             bad, is_counted = values["bad_in_a_row"], values["is_step_counted"]
-            if set(bad) != set(self._bad) or not all(type(n) is int and n >= 0 for n in bad.values()):
+            if set(bad) != set(self._bad) or not all(
+                type(n) is int and n >= 0 for n in bad.values()
+            ):
                 raise ValueError(f"counters {bad}")
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(
@@ -143,7 +175,9 @@ class LatentWatch:
                 fix="Delete the file: the alarm then counts from zero.",
             ) from error
         self._bad = dict(bad)
-        notes = [] if is_counted else [f"{path}: the run ended before it had counted its last step"]
+        notes = (
+            [] if is_counted else [f"{path}: the run ended before it had counted its last step"]
+        )
         if self.should_stop:
             notes.append(
                 "the alarm still sounds, so training stops after a step; latent.alarm.stop=false lets it go on"

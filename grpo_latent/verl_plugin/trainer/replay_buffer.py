@@ -16,10 +16,12 @@ HEALTH_TIMEOUT_S = 120.0
 
 
 class LatentReplayBuffer(ReplayBuffer):
-    """Waits for all groups of a wave and returns them by order of dispatch, then by index in the group.
+    """Waits for all groups of a wave and returns them by order of dispatch, then by index in the
+    group.
 
-    verl returns groups as they arrive, so that micro-batches, and with them rounding, differ from run to run. It also
-    lets failed groups pass (`failure` counts as terminal), and polls every two seconds.
+    verl returns groups as they arrive, so that micro-batches, and with them rounding, differ from
+    run to run. It also lets failed groups pass (`failure` counts as terminal), and polls every two
+    seconds.
     """
 
     @classmethod
@@ -52,7 +54,9 @@ class LatentReplayBuffer(ReplayBuffer):
             self._next_health_check = time.monotonic() + HEALTH_CHECK_S
         return super()._wait_for_next_poll(partition_id, last_debug_time)
 
-    def _materialize_batch(self, partition_id, selected_prompt_uids, partition_snapshot) -> KVBatchMeta:
+    def _materialize_batch(
+        self, partition_id, selected_prompt_uids, partition_snapshot
+    ) -> KVBatchMeta:
         tq.kv_clear(partition_id=partition_id, keys=selected_prompt_uids)
         order = {uid: self.manager.order_of_uid[uid] for uid in selected_prompt_uids}
 
@@ -60,6 +64,10 @@ class LatentReplayBuffer(ReplayBuffer):
             uid, session_id, _ = key.rsplit("_", 2)
             return order[uid], int(session_id)
 
-        keys = sorted((key for key in partition_snapshot if key.rsplit("_", 2)[0] in order), key=position)
+        keys = sorted(
+            (key for key in partition_snapshot if key.rsplit("_", 2)[0] in order), key=position
+        )
         self.manager.forget(set(order))
-        return KVBatchMeta(partition_id=partition_id, keys=keys, tags=[partition_snapshot[key] for key in keys])
+        return KVBatchMeta(
+            partition_id=partition_id, keys=keys, tags=[partition_snapshot[key] for key in keys]
+        )

@@ -36,7 +36,9 @@ def check_replay(rows: StepRows, options: LatentOptions, step: int) -> dict[str,
     Raises:
         ReplayGapError: a gap is above its bound, or not finite.
     """
-    rollout, old, mask = (rows.tensors(name) for name in ("rollout_log_probs", "old_log_probs", "response_mask"))
+    rollout, old, mask = (
+        rows.tensors(name) for name in ("rollout_log_probs", "old_log_probs", "response_mask")
+    )
     gap = replay_gap(rollout, old, mask)
     metrics = {"latent/replay_logp_gap_max": gap.maximum, "latent/replay_logp_gap_mean": gap.mean}
     if options.treatment.feeds_mean:
@@ -59,8 +61,16 @@ class ReplayGap:
     row: int
     position: int
 
-    def check(self, bound: float | None, step: int, describe: str, key: str = "latent.replay_logp_gap_bound") -> None:
-        """Raises `ReplayGapError` above `bound` and, whether or not there is one, where a log-prob is not finite."""
+    def check(
+        self,
+        bound: float | None,
+        step: int,
+        describe: str,
+        key: str = "latent.replay_logp_gap_bound",
+    ) -> None:
+        """Raises `ReplayGapError` above `bound` and, whether or not there is one, where a log-prob
+        is not finite.
+        """
         where = f"step {step}, {describe}, completion position {self.position}"
         if not math.isfinite(self.maximum):
             raise ReplayGapError(
@@ -81,10 +91,16 @@ class ReplayGap:
         )
 
 
-def replay_gap(rollout_rows: Iterable[Tensor], old_rows: Iterable[Tensor], mask_rows: Iterable[Tensor]) -> ReplayGap:
-    """The gap over all rows; each row is one completion [T], `mask` nonzero at actions. No action at all: a gap of 0."""
+def replay_gap(
+    rollout_rows: Iterable[Tensor], old_rows: Iterable[Tensor], mask_rows: Iterable[Tensor]
+) -> ReplayGap:
+    """The gap over all rows; each row is one completion [T], `mask` nonzero at actions. No action
+    at all: a gap of 0.
+    """
     total, count, worst = 0.0, 0, ReplayGap(0.0, 0.0, 0, 0)
-    for row, (rollout, old, mask) in enumerate(zip(rollout_rows, old_rows, mask_rows, strict=True)):
+    for row, (rollout, old, mask) in enumerate(
+        zip(rollout_rows, old_rows, mask_rows, strict=True)
+    ):
         gaps = (rollout.double() - old.double()).abs().masked_fill(mask == 0, 0.0)
         # a NaN is the worst gap of all; comparisons with it are False
         gaps = gaps.nan_to_num(nan=torch.inf, posinf=torch.inf)
@@ -95,17 +111,22 @@ def replay_gap(rollout_rows: Iterable[Tensor], old_rows: Iterable[Tensor], mask_
 
 
 def state_error_metrics(error_rows: Iterable[Tensor]) -> dict[str, float]:
-    """How far the old policy's replay makes latents other than they were recorded, the worst of the batch.
+    """How far the old policy's replay makes latents other than they were recorded, the worst of
+    the batch.
 
     Args:
         error_rows: float [m, 2] a trajectory, `treated_forward.state_errors` of its latents.
     """
-    errors_M2 = torch.cat([torch.zeros(1, 2), *(row.cpu() for row in error_rows)]).nan_to_num(nan=torch.inf)
+    errors_M2 = torch.cat([torch.zeros(1, 2), *(row.cpu() for row in error_rows)]).nan_to_num(
+        nan=torch.inf
+    )
     absolute, relative = errors_M2.amax(0).tolist()
     return {"latent/replay_state_err": absolute, "latent/replay_state_err_rel": relative}
 
 
-def act_masks(kinds_rows: Iterable[Tensor], mask_rows: Iterable[Tensor], kinds: frozenset[int]) -> list[Tensor]:
+def act_masks(
+    kinds_rows: Iterable[Tensor], mask_rows: Iterable[Tensor], kinds: frozenset[int]
+) -> list[Tensor]:
     """bool [T] of each completion, True at positions of `kinds`.
 
     Args:

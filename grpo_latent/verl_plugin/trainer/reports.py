@@ -1,4 +1,6 @@
-"""Step reports from the trainer, which runs in some Ray worker, to the driver, which owns the console."""
+"""Step reports from the trainer, which runs in some Ray worker, to the driver, which owns the
+console.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ def start_board():
     """A Ray actor on the driver's node that keeps reports until they are read."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # defined in here, and fed with tuples, so that its process imports neither this package nor verl
+    # defined in here, and fed with tuples, so that its process imports neither this package nor
+    # verl
     class ProgressBoard:
         def __init__(self):
             self.reports = []
@@ -37,8 +40,14 @@ def start_board():
             reports, self.reports = self.reports, []
             return reports
 
-    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=True)
-    return ray.remote(ProgressBoard).options(name=BOARD_NAME, num_cpus=0, scheduling_strategy=here).remote()
+    here = NodeAffinitySchedulingStrategy(
+        node_id=ray.get_runtime_context().get_node_id(), soft=True
+    )
+    return (
+        ray.remote(ProgressBoard)
+        .options(name=BOARD_NAME, num_cpus=0, scheduling_strategy=here)
+        .remote()
+    )
 
 
 class Reporter:
@@ -57,7 +66,9 @@ class Reporter:
     def alarm(self, text: str | None, step: int, total_steps: int) -> None:
         """A line that must be seen; None is silence."""
         if text is not None:
-            print(f"ALARM at step {step}: {text}", flush=True)  # for the log, and for runs without a board
+            print(
+                f"ALARM at step {step}: {text}", flush=True
+            )  # for the log, and for runs without a board
         if text is not None and self._board is not None:
             self._board.put.remote(("alarm", step, total_steps, {}, text))
 
@@ -73,8 +84,14 @@ SHORT_NAMES = {
 
 
 def held_out(metrics: dict[str, float]) -> float | None:
-    """verl's main validation metric, averaged over the data sources; its best-of-n and spread are left out."""
-    values = [value for name, value in metrics.items() if name.startswith("val-core/") and "/mean@" in name]
+    """verl's main validation metric, averaged over the data sources; its best-of-n and spread are
+    left out.
+    """
+    values = [
+        value
+        for name, value in metrics.items()
+        if name.startswith("val-core/") and "/mean@" in name
+    ]
     return sum(values) / len(values) if values else None
 
 

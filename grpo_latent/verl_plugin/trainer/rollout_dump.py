@@ -1,4 +1,6 @@
-"""What a training step's trajectories leave on disk: gathered from TransferQueue, written by `eval.dumps`."""
+"""What a training step's trajectories leave on disk: gathered from TransferQueue, written by
+`eval.dumps`.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,22 @@ def dump_step(batch: KVBatchMeta, step: int, folder: str | Path) -> tuple[list[d
     columns = {name: rows.tensors(name) for name in recorded.columns(Wire.DUMP) if name in rows}
     scores = rows.tensors("rm_scores")
     records, tensors = [], {}
-    order = sorted(range(len(batch)), key=lambda i: (str(infos[i]["index"]).zfill(12), sessions[i]))
+    order = sorted(
+        range(len(batch)), key=lambda i: (str(infos[i]["index"]).zfill(12), sessions[i])
+    )
     for i in order:
-        record = {"step": step, "id": f"{infos[i]['index']}/{sessions[i]}", "ground_truth": truths[i]}
+        record = {
+            "step": step,
+            "id": f"{infos[i]['index']}/{sessions[i]}",
+            "ground_truth": truths[i],
+        }
         record["text"] = extra_fields[i]["solution_str"]
         record["stop_reason"] = extra_fields[i]["stop_reason"]
         record["reward"] = float(scores[i].sum())
         record["reward_terms"] = jsonable(extra_fields[i].get("reward_extra_info", {}))
-        line, matrices = split_columns(record["id"], {name: values[i] for name, values in columns.items()})
+        line, matrices = split_columns(
+            record["id"], {name: values[i] for name, values in columns.items()}
+        )
         records.append(record | line)
         tensors |= matrices
     write_step(folder, step, records, tensors)
@@ -44,4 +54,7 @@ def dump_step(batch: KVBatchMeta, step: int, folder: str | Path) -> tuple[list[d
 
 def jsonable(values: dict) -> dict:
     """Numbers as they are, everything else as text."""
-    return {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k, v in values.items()}
+    return {
+        k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v)
+        for k, v in values.items()
+    }

@@ -1,4 +1,6 @@
-"""Metrics of one training step's trajectories: latents, rewards, and verl's scores without dropped trajectories."""
+"""Metrics of one training step's trajectories: latents, rewards, and verl's scores without dropped
+trajectories.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +23,39 @@ GEOMETRY_GROUPS = 64
 
 def step_metrics(batch: KVBatchMeta) -> dict[str, float]:
     """All of them, of a batch as training has left it."""
-    rows, latents = StepRows(batch, ("extra_fields", "rm_scores")), recorded.field("latents").column
+    rows, latents = (
+        StepRows(batch, ("extra_fields", "rm_scores")),
+        recorded.field("latents").column,
+    )
     extra_fields = rows.objects("extra_fields")
     rewards_N = torch.stack([scores.sum() for scores in rows.tensors("rm_scores")])
     metrics = score_metrics(extra_fields, rewards_N) | latent_metrics(extra_fields)
-    metrics |= latent_geometry(batch.keys, lambda keys: StepRows(batch, [latents], keys).tensors(latents))
+    metrics |= latent_geometry(
+        batch.keys, lambda keys: StepRows(batch, [latents], keys).tensors(latents)
+    )
     return metrics | reward_metrics(extra_fields, rewards_N, rows.group_ids)
 
 
 def score_metrics(extra_fields: list[dict], rewards_N: Tensor) -> dict[str, float]:
-    """verl's `critic/{score,rewards}/*` without dropped trajectories, whose reward of 0 is none; {} if none was dropped."""
+    """verl's `critic/{score,rewards}/*` without dropped trajectories, whose reward of 0 is none;
+    {} if none was dropped.
+    """
     kept_N = torch.tensor([not is_dropped(fields) for fields in extra_fields])
     if bool(kept_N.all()):
         return {}
     kept_M = rewards_N[kept_N].double()
     values = dict.fromkeys(("mean", "max", "min"), float("nan"))
     if kept_M.numel():
-        values = {"mean": float(kept_M.mean()), "max": float(kept_M.max()), "min": float(kept_M.min())}
-    return {f"critic/{kind}/{name}": value for kind in ("score", "rewards") for name, value in values.items()}
+        values = {
+            "mean": float(kept_M.mean()),
+            "max": float(kept_M.max()),
+            "min": float(kept_M.min()),
+        }
+    return {
+        f"critic/{kind}/{name}": value
+        for kind in ("score", "rewards")
+        for name, value in values.items()
+    }
 
 
 def latent_metrics(extra_fields: list[dict]) -> dict[str, float]:
@@ -47,7 +64,9 @@ def latent_metrics(extra_fields: list[dict]) -> dict[str, float]:
     spans = torch.tensor([float(s["num_spans"]) for s in summaries])
     steps = torch.tensor([float(s["num_steps"]) for s in summaries])
     forced = sum(s["num_forced_ends"] for s in summaries)
-    norms = torch.cat([torch.as_tensor(fields["latent_norms"], dtype=torch.float64) for fields in extra_fields])
+    norms = torch.cat(
+        [torch.as_tensor(fields["latent_norms"], dtype=torch.float64) for fields in extra_fields]
+    )
     return {
         "latent/frac_rollouts": float((spans > 0).double().mean()),
         "latent/spans_mean": float(spans.mean()),
@@ -55,12 +74,16 @@ def latent_metrics(extra_fields: list[dict]) -> dict[str, float]:
         "latent/steps_max": float(steps.max()),
         "latent/forced_end_frac": forced / max(float(spans.sum()), 1.0),
         "latent/norm_mean": float(norms.mean()) if norms.numel() else 0.0,
-        "latent/stopped_at_length_frac": sum(f["stop_reason"] == "length" for f in extra_fields) / len(extra_fields),
+        "latent/stopped_at_length_frac": sum(f["stop_reason"] == "length" for f in extra_fields)
+        / len(extra_fields),
     }
 
 
-def latent_geometry(keys: list[str], fetch: Callable[[list[str]], list[Tensor]]) -> dict[str, float]:
-    """Signs of collapse over the first groups of a batch: cosines between latents, and their effective rank.
+def latent_geometry(
+    keys: list[str], fetch: Callable[[list[str]], list[Tensor]]
+) -> dict[str, float]:
+    """Signs of collapse over the first groups of a batch: cosines between latents, and their
+    effective rank.
 
     Args:
         keys: of the batch's trajectories, `<group>_<session>_<output>`.
@@ -75,8 +98,12 @@ def latent_geometry(keys: list[str], fetch: Callable[[list[str]], list[Tensor]])
     return {f"latent/{name}": value for name, value in found.items() if name != "norm_mean"}
 
 
-def reward_metrics(extra_fields: list[dict], rewards_N: Tensor, group_ids: list[str]) -> dict[str, float]:
-    """`rewards/<name>/{mean,std}` of each numeric reward term, and the fraction of groups without any signal."""
+def reward_metrics(
+    extra_fields: list[dict], rewards_N: Tensor, group_ids: list[str]
+) -> dict[str, float]:
+    """`rewards/<name>/{mean,std}` of each numeric reward term, and the fraction of groups without
+    any signal.
+    """
     terms: dict[str, list[float]] = {}
     kept = [not is_dropped(fields) for fields in extra_fields]
     for fields, keep in zip(extra_fields, kept, strict=True):
@@ -93,7 +120,11 @@ def reward_metrics(extra_fields: list[dict], rewards_N: Tensor, group_ids: list[
     for reward, group_id, keep in zip(rewards_N.tolist(), group_ids, kept, strict=True):
         if keep:
             groups.setdefault(group_id, set()).add(reward)
-    metrics["frac_reward_zero_std"] = sum(len(v) == 1 for v in groups.values()) / max(len(groups), 1)
+    metrics["frac_reward_zero_std"] = sum(len(v) == 1 for v in groups.values()) / max(
+        len(groups), 1
+    )
     metrics["rewards/dropped_frac"] = 1 - sum(kept) / len(kept)
     kinds = [fields.get("reward_extra_info", {}).get("reward_error") for fields in extra_fields]
-    return metrics | {f"rewards/errors/{kind}": float(kinds.count(kind)) for kind in RewardError.KINDS}
+    return metrics | {
+        f"rewards/errors/{kind}": float(kinds.count(kind)) for kind in RewardError.KINDS
+    }

@@ -1,4 +1,6 @@
-"""The trajectories of one training step, as TransferQueue has them: fetched by column, once each where they are needed."""
+"""The trajectories of one training step, as TransferQueue has them: fetched by column, once each
+where they are needed.
+"""
 
 from __future__ import annotations
 
@@ -53,8 +55,8 @@ def group_of(key: str) -> str:
 def for_workers(batch: KVBatchMeta) -> KVBatchMeta:
     """The batch, to be sent to workers with the columns that they read.
 
-    The rest, texts and rewards' details, stays in TransferQueue: fetching every column, which is what verl does, took most
-    of an update of a small model.
+    The rest, texts and rewards' details, stays in TransferQueue: fetching every column, which is
+    what verl does, took most of an update of a small model.
     """
     batch.fields = recorded.columns(Wire.WORKER)
     return batch

@@ -1,6 +1,8 @@
-"""Trainer mode `latent_sync`: verl's synchronous PPO trainer, made deterministic, resumable and loud for latents.
+"""Trainer mode `latent_sync`: verl's synchronous PPO trainer, made deterministic, resumable and
+loud for latents.
 
-One training step, in verl's order (`PPOTrainer._step_once`); what this class adds stands to the right:
+One training step, in verl's order (`PPOTrainer._step_once`); what this class adds stands to the
+right:
 
     dispatch prompts        ticketed, so that rollout batches do not depend on timing
     wait for groups         sorted; a failed rollout raises here
@@ -47,10 +49,14 @@ class LatentPPOTrainer(PPOTrainerSync):
     def __init__(self, config):
         verify("trainer")
         verify_device("trainer", config.trainer.device)
-        for note in take_new_names(config):  # of whoever starts verl's own command with a config of his
+        for note in take_new_names(
+            config
+        ):  # of whoever starts verl's own command with a config of his
             print(f"warning: {note}")
         self.options = check_config(config)
-        checkpoint.resume_folder(config.trainer)  # what cannot be resumed is refused before workers start
+        checkpoint.resume_folder(
+            config.trainer
+        )  # what cannot be resumed is refused before workers start
         with open_dict(config):
             config.trainer.v1.trainer_mode = "sync"  # the base class branches on this literal
         super().__init__(config)
@@ -60,7 +66,8 @@ class LatentPPOTrainer(PPOTrainerSync):
         self.usage_server: UsageServer | None = None
         self.resumed_from = 0
 
-    # ---- parts ----------------------------------------------------------------------------------------------------
+    # ---- parts ----------------------------------------------------------------------------------
+    # ------------------
 
     def _build_replay_buffer(self) -> LatentReplayBuffer:
         return LatentReplayBuffer.adopt(super()._build_replay_buffer())
@@ -79,9 +86,12 @@ class LatentPPOTrainer(PPOTrainerSync):
     def get_llm_client(self):
         from grpo_latent.verl_plugin.rollout.replica import LatentRolloutClient
 
-        return self.llm_server_manager.get_client(LatentRolloutClient, servers=self.llm_server_manager.server_handles)
+        return self.llm_server_manager.get_client(
+            LatentRolloutClient, servers=self.llm_server_manager.server_handles
+        )
 
-    # ---- the loop -------------------------------------------------------------------------------------------------
+    # ---- the loop -------------------------------------------------------------------------------
+    # ------------------
 
     def fit(self, agent_loop_manager) -> None:
         self.replay_buffer.manager = agent_loop_manager
@@ -111,11 +121,15 @@ class LatentPPOTrainer(PPOTrainerSync):
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._update_actor(for_workers(batch), metrics)
-        for name in [name for name in metrics if name.startswith("actor/latent/")]:  # verl puts `actor/` before all
+        for name in [
+            name for name in metrics if name.startswith("actor/latent/")
+        ]:  # verl puts `actor/` before all
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
         return batch
 
-    def _compute_metrics(self, batch: KVBatchMeta, metrics, timing_raw, global_steps, epoch) -> None:
+    def _compute_metrics(
+        self, batch: KVBatchMeta, metrics, timing_raw, global_steps, epoch
+    ) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)
         metrics.update(step_metrics(batch))
         gradients.rename(metrics)
@@ -130,7 +144,9 @@ class LatentPPOTrainer(PPOTrainerSync):
     def _stop_early(self) -> None:
         """Ends training after this step, with a checkpoint of it."""
         trainer, is_last = self.config.trainer, self.global_steps >= self.total_training_steps
-        is_saved = trainer.save_freq > 0 and (is_last or self.global_steps % trainer.save_freq == 0)
+        is_saved = trainer.save_freq > 0 and (
+            is_last or self.global_steps % trainer.save_freq == 0
+        )
         if not is_saved:
             self._save_checkpoint()
         self.total_training_steps = self.global_steps  # the base class loops up to it
@@ -148,12 +164,20 @@ class LatentPPOTrainer(PPOTrainerSync):
     def _validate(self) -> dict[str, float]:
         metrics = super()._validate()
         metrics |= self._measure_usage()
-        self.reporter.report("validation", self.global_steps, self.total_training_steps, scalars(metrics))
+        self.reporter.report(
+            "validation", self.global_steps, self.total_training_steps, scalars(metrics)
+        )
         return metrics
 
-    def _val_metrics_update(self, data_sources, sample_uids, reward_infos, sample_turns, expected_acc_counts=None):
-        kept = without_dropped(data_sources, sample_uids, reward_infos, sample_turns, expected_acc_counts)
-        metrics = super()._val_metrics_update(*kept.columns, expected_acc_counts=kept.expected_acc_counts)
+    def _val_metrics_update(
+        self, data_sources, sample_uids, reward_infos, sample_turns, expected_acc_counts=None
+    ):
+        kept = without_dropped(
+            data_sources, sample_uids, reward_infos, sample_turns, expected_acc_counts
+        )
+        metrics = super()._val_metrics_update(
+            *kept.columns, expected_acc_counts=kept.expected_acc_counts
+        )
         return metrics | {"val-aux/dropped_frac": kept.dropped_frac}
 
     def _dump(self, batch: KVBatchMeta, step: int) -> None:
@@ -162,7 +186,8 @@ class LatentPPOTrainer(PPOTrainerSync):
         if self.board is not None:
             self.board.log_rollouts(step, records, summaries)
 
-    # ---- checkpoints ----------------------------------------------------------------------------------------------
+    # ---- checkpoints ----------------------------------------------------------------------------
+    # ------------------
 
     def _save_checkpoint(self) -> None:
         """verl's layout; the tracker names a checkpoint only once all of it is on disk."""
@@ -171,14 +196,19 @@ class LatentPPOTrainer(PPOTrainerSync):
         checkpoint.make_room(root, self.global_steps, self.resumed_from)
         folder = root / f"{checkpoint.STEP_PREFIX}{self.global_steps}"
         remote = trainer.default_hdfs_dir and f"{trainer.default_hdfs_dir}/{folder.name}/actor"
-        self.actor_rollout_wg.save_checkpoint(str(folder / "actor"), remote, self.global_steps, max_ckpt_to_keep=None)
+        self.actor_rollout_wg.save_checkpoint(
+            str(folder / "actor"), remote, self.global_steps, max_ckpt_to_keep=None
+        )
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(self.train_dataloader.state_dict(), folder / "data.pt")
         self.watch.save(folder)
         checkpoint.write_tracker(root, self.global_steps)
         checkpoint.prune(root, trainer.get("max_actor_ckpt_to_keep", None))
         self.checkpoint_callback.on_save(
-            trainer=self, global_step=self.global_steps, checkpoint_dir=str(folder), async_save=False
+            trainer=self,
+            global_step=self.global_steps,
+            checkpoint_dir=str(folder),
+            async_save=False,
         )
 
     def _load_checkpoint(self) -> None:

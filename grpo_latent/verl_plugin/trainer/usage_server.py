@@ -1,7 +1,8 @@
 """Who measures the use of latents: a server with engine hf, which alone can feed other vectors.
 
-With rollout backend `hf_latent` that is the rollout server itself. With `vllm_latent` it is a server of its own beside the
-first training worker, which gets the weights for each measurement and frees the device after it.
+With rollout backend `hf_latent` that is the rollout server itself. With `vllm_latent` it is a
+server of its own beside the first training worker, which gets the weights for each measurement and
+frees the device after it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ class UsageServer:
     """
 
     def __init__(self, config, workers, rollout_servers: list):
-        self._rollout, self._model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
+        self._rollout, self._model = (
+            config.actor_rollout_ref.rollout,
+            config.actor_rollout_ref.model,
+        )
         self._workers, self._rollout_servers = workers, rollout_servers
         self._own = None
 
@@ -42,7 +46,9 @@ class UsageServer:
             yield self._rollout_servers[0]
             return
         if self._own is None:
-            self._own = asyncio.run(launch_server(NAME, self._workers.workers[0], self._rollout, self._model))
+            self._own = asyncio.run(
+                launch_server(NAME, self._workers.workers[0], self._rollout, self._model)
+            )
         try:
             ray.get(self._workers.send_weights_to(self._own, policy_version))  # wakes it
             yield self._own

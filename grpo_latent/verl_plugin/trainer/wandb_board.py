@@ -19,13 +19,25 @@ from grpo_latent.verl_plugin.boot.options import LatentOptions
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("step", "id", "text", "ground_truth", "reward", "advantage", "num_spans", "num_steps", "stop_reason")
+COLUMNS = (
+    "step",
+    "id",
+    "text",
+    "ground_truth",
+    "reward",
+    "advantage",
+    "num_spans",
+    "num_steps",
+    "stop_reason",
+)
 NUM_ROWS = 256  # of a step; all are in the dump
 PAGE_TIMEOUT_S = 3600
 
 
 class Board:
-    """Logs into the wandb run that verl has begun in this process. What fails here is a warning: training goes on."""
+    """Logs into the wandb run that verl has begun in this process. What fails here is a warning:
+    training goes on.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -42,7 +54,13 @@ class Board:
 
             rows = []
             for record, summary in zip(records[:NUM_ROWS], summaries, strict=False):
-                acted = [a for a, m in zip(record.get("advantages", []), record["response_mask"], strict=False) if m]
+                acted = [
+                    a
+                    for a, m in zip(
+                        record.get("advantages", []), record["response_mask"], strict=False
+                    )
+                    if m
+                ]
                 found = record | summary | {"advantage": acted[0] if acted else None}
                 rows.append([found.get(name) for name in COLUMNS])
             table = wandb.Table(columns=list(COLUMNS), data=rows, allow_mixed_types=True)
@@ -51,7 +69,9 @@ class Board:
 
     def log_page(self, step: int) -> None:
         """`latent/inspector` and its tables, over the run's dumps."""
-        with _warning_only(f"the page is not in wandb; python -m grpo_latent.inspect {self.folder} draws it"):
+        with _warning_only(
+            f"the page is not in wandb; python -m grpo_latent.inspect {self.folder} draws it"
+        ):
             import wandb
 
             from grpo_latent.inspect.wandb_log import log_page
@@ -62,8 +82,8 @@ class Board:
 def draw_apart(folder: Path, timeout_s: float = PAGE_TIMEOUT_S) -> tuple[str, dict[str, dict]]:
     """The page of a run and its tables, drawn by a process of its own.
 
-    It loads a checkpoint. The devices are the workers' still, so it sees none; and where memory is short, it is that process
-    which the system kills.
+    It loads a checkpoint. The devices are the workers' still, so it sees none; and where memory is
+    short, it is that process which the system kills.
 
     Raises:
         TrainingError: it failed, or took longer than `timeout_s`.
@@ -73,20 +93,34 @@ def draw_apart(folder: Path, timeout_s: float = PAGE_TIMEOUT_S) -> tuple[str, di
     with tempfile.TemporaryDirectory() as out:
         # Ray puts the job's folder on the path of this process only
         path = os.pathsep.join(part for part in sys.path if part)
-        command = [sys.executable, "-m", "grpo_latent.inspect.wandb_log", str(folder.resolve()), out]
+        command = [
+            sys.executable,
+            "-m",
+            "grpo_latent.inspect.wandb_log",
+            str(folder.resolve()),
+            out,
+        ]
         # an empty list of devices hides them
         env = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
         try:
-            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s)
+            done = subprocess.run(
+                command, env=env, capture_output=True, text=True, timeout=timeout_s
+            )
         except subprocess.TimeoutExpired as error:
             raise TrainingError(
-                "drawing the page took too long", where=str(folder), expected=f"{timeout_s:.0f} s at most"
+                "drawing the page took too long",
+                where=str(folder),
+                expected=f"{timeout_s:.0f} s at most",
             ) from error
         if done.returncode:
             lines = done.stderr.strip().splitlines()
             got = f"exit code {done.returncode}: {lines[-1] if lines else ''}"
-            raise TrainingError("the page could not be drawn", where=str(folder), got=got, expected="exit code 0")
-        return (Path(out) / PAGE_FILE).read_text(encoding="utf-8"), json.loads((Path(out) / TABLES_FILE).read_text())
+            raise TrainingError(
+                "the page could not be drawn", where=str(folder), got=got, expected="exit code 0"
+            )
+        return (Path(out) / PAGE_FILE).read_text(encoding="utf-8"), json.loads(
+            (Path(out) / TABLES_FILE).read_text()
+        )
 
 
 @contextmanager
@@ -104,7 +138,9 @@ def logs_to_wandb(config: DictConfig) -> bool:
 
 
 def check_board(config: DictConfig) -> None:
-    """Raises `ConfigError` where wandb is among the loggers and what draws its page is not installed."""
+    """Raises `ConfigError` where wandb is among the loggers and what draws its page is not
+    installed.
+    """
     if logs_to_wandb(config):
         from grpo_latent.inspect.page import plotly_bundle
 

@@ -6,10 +6,10 @@
     algorithm.adv_eps=1e-4                                      eps of the std, LVR's 1e-4 where it is not set
     actor_rollout_ref.actor.policy_loss.loss_mode=grpo_latent   verl's `vanilla` made safe at masked positions
 
-verl's `gspo` and `cispo` are used as they are: a test shows that they give masked positions neither loss nor gradient.
-They multiply by the mask instead of selecting with it, so they do need finite log-probs at latent positions, which the
-replay gives. The KL penalty to the reference and the entropy bonus are verl's (`workers/utils/losses.py`), over the same
-mask.
+verl's `gspo` and `cispo` are used as they are: a test shows that they give masked positions
+neither loss nor gradient. They multiply by the mask instead of selecting with it, so they do need
+finite log-probs at latent positions, which the replay gives. The KL penalty to the reference and
+the entropy bonus are verl's (`workers/utils/losses.py`), over the same mask.
 """
 
 from __future__ import annotations
@@ -39,12 +39,16 @@ AGGREGATION_OF_MODE = {
 
 @register_adv_est(NAME)
 def grpo_latent_advantage(
-    token_level_rewards: Tensor, response_mask: Tensor, index: np.ndarray, config: Any = None, **_: Any
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: np.ndarray,
+    config: Any = None,
+    **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """`grpo`, or `dr_grpo` if `algorithm.norm_adv_by_std_in_grpo` is False, for verl's trainer.
 
-    Rows without any action (verl's padding rows, dropped trajectories, whose mask the trainer has cleared) are left out
-    of their group and get 0.
+    Rows without any action (verl's padding rows, dropped trajectories, whose mask the trainer has
+    cleared) are left out of their group and get 0.
 
     Args:
         token_level_rewards: float [B, T]; the reward of a trajectory is its sum.
@@ -56,12 +60,18 @@ def grpo_latent_advantage(
         advantages and returns, both float [B, T], 0 where the policy did not act.
     """
     normalise = _get(config, "norm_adv_by_std_in_grpo", True)
-    return _broadcast(token_level_rewards, response_mask, index, "grpo" if normalise else "dr_grpo", config)
+    return _broadcast(
+        token_level_rewards, response_mask, index, "grpo" if normalise else "dr_grpo", config
+    )
 
 
 @register_adv_est(RLOO_NAME)
 def grpo_latent_rloo_advantage(
-    token_level_rewards: Tensor, response_mask: Tensor, index: np.ndarray, config: Any = None, **_: Any
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: np.ndarray,
+    config: Any = None,
+    **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Leave-one-out; arguments and results as those of `grpo_latent_advantage`."""
     return _broadcast(token_level_rewards, response_mask, index, "rloo", config)
@@ -79,8 +89,9 @@ def grpo_latent_policy_loss(
 ) -> tuple[Tensor, dict[str, Any]]:
     """`policy_loss` in verl's signature; equal to verl's `vanilla` on ordinary input.
 
-    Differs where `vanilla` goes wrong: a NaN or -inf at a masked position, a micro-batch without any action, and
-    `seq-mean-token-sum-norm` without `loss_scale_factor` (verl then divides by the padded width of the micro-batch).
+    Differs where `vanilla` goes wrong: a NaN or -inf at a masked position, a micro-batch without
+    any action, and `seq-mean-token-sum-norm` without `loss_scale_factor` (verl then divides by the
+    padded width of the micro-batch).
 
     Args: as `verl.trainer.ppo.core_algos.compute_policy_loss_vanilla`, all tensors [B, T].
 
@@ -89,7 +100,9 @@ def grpo_latent_policy_loss(
     """
     if config is None:
         raise ConfigError(
-            "the policy loss needs the actor's config", where="policy_loss", expected="verl's ActorConfig"
+            "the policy loss needs the actor's config",
+            where="policy_loss",
+            expected="verl's ActorConfig",
         )
     info = config.global_batch_info
     result = policy_loss(
@@ -109,11 +122,14 @@ def grpo_latent_policy_loss(
         "actor/ppo_kl": result.approx_kl.item(),
         "actor/pg_clipfrac_lower": result.clipfrac_lower.item(),
     }
-    # FSDP averages the gradients of its ranks; each rank's share of the global sum is scaled up for that
+    # FSDP averages the gradients of its ranks; each rank's share of the global sum is scaled up
+    # for that
     return result.loss * info.get("dp_size", 1), metrics
 
 
-def _broadcast(token_level_rewards, response_mask, index, estimator, config) -> tuple[Tensor, Tensor]:
+def _broadcast(
+    token_level_rewards, response_mask, index, estimator, config
+) -> tuple[Tensor, Tensor]:
     eps = _get(config, "adv_eps", DEFAULT_EPS)
     mask_BT = response_mask.bool()
     with torch.no_grad():
@@ -124,7 +140,9 @@ def _broadcast(token_level_rewards, response_mask, index, estimator, config) -> 
 
 
 def denominators(response_mask: Tensor, mode: str, info: dict) -> Denominators:
-    """verl's global counts where the engine gives them, else those of this micro-batch (as verl does at one rank)."""
+    """verl's global counts where the engine gives them, else those of this micro-batch (as verl
+    does at one rank).
+    """
     if mode not in AGGREGATION_OF_MODE:
         raise ConfigError(
             "unknown loss aggregation",
@@ -143,9 +161,16 @@ def denominators(response_mask: Tensor, mode: str, info: dict) -> Denominators:
             expected="batch_num_tokens and global_batch_size",
             fix="Train through verl's engine workers, which count them over all ranks.",
         )
-    max_len = {"seq-mean-token-sum": 1, "seq-mean-token-sum-norm": info.get("loss_scale_factor")}.get(mode)
+    max_len = {
+        "seq-mean-token-sum": 1,
+        "seq-mean-token-sum-norm": info.get("loss_scale_factor"),
+    }.get(mode)
     return Denominators(
-        num_tokens=1 if mode == "token-sum" else local.num_tokens if num_tokens is None else num_tokens,
+        num_tokens=1
+        if mode == "token-sum"
+        else local.num_tokens
+        if num_tokens is None
+        else num_tokens,
         num_trajectories=local.num_trajectories if num_trajectories is None else num_trajectories,
         max_len=max_len,
     )

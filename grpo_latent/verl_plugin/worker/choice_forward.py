@@ -1,4 +1,5 @@
-"""The engine's part of chosen image positions: replayed by index and, if they were drawn, scored under the model that runs.
+"""The engine's part of chosen image positions: replayed by index and, if they were drawn, scored
+under the model that runs.
 
 feed      SELECTED positions armed to read what stands at the chosen image positions
 prepare   where each slot's attention is read, recording armed
@@ -47,11 +48,20 @@ class ChoiceForward:
         if not bool((kinds_BT == PositionKind.SELECTED).any()):  # no row has an image
             return
         ids_BT = pad_sequence(list(batch.ids.unbind()), batch_first=True)
-        is_image_BT, valid_BT = self._is_image(ids_BT, kinds_BT), torch.ones_like(kinds_BT, dtype=torch.bool)
-        rows_M, columns_M, images_M = chosen_columns(kinds_BT, valid_BT, is_image_BT, batch.selected_idx_S)
+        is_image_BT, valid_BT = (
+            self._is_image(ids_BT, kinds_BT),
+            torch.ones_like(kinds_BT, dtype=torch.bool),
+        )
+        rows_M, columns_M, images_M = chosen_columns(
+            kinds_BT, valid_BT, is_image_BT, batch.selected_idx_S
+        )
         if batch.is_packed:  # one row, the sequences one after the other
             starts_M = batch.ids.offsets()[rows_M]
-            rows_M, columns_M, images_M = torch.zeros_like(rows_M), columns_M + starts_M, images_M + starts_M
+            rows_M, columns_M, images_M = (
+                torch.zeros_like(rows_M),
+                columns_M + starts_M,
+                images_M + starts_M,
+            )
         self.selection.arm(rows_M, columns_M, images_M)
 
     def _is_image(self, ids_BT: Tensor, kinds_BT: Tensor) -> Tensor:
@@ -64,7 +74,9 @@ class ChoiceForward:
             return
         is_image_BT = self._is_image(sequences.input_ids_BT, kinds_BT)
         self._choices = slot_choices(kinds_BT, valid_BT, is_image_BT, batch.selected_idx_S)
-        recording = recording_rows(self.text_config, self._choices.sources_BN, self._choices.allowed_BNT(valid_BT))
+        recording = recording_rows(
+            self.text_config, self._choices.sources_BN, self._choices.allowed_BNT(valid_BT)
+        )
         self._recorder = self._recording.enter_context(recording)
 
     def extend(self, model_output: dict, batch: MicroBatch) -> None:

@@ -1,13 +1,15 @@
-"""verl's FSDP2 engine with latents: recorded vectors enter through the embedding hook, padded or packed.
+"""verl's FSDP2 engine with latents: recorded vectors enter through the embedding hook, padded or
+packed.
 
     MicroBatch (ragged rows)                  model forward of verl
       ids      [B, (L)]  ─┐
       kinds    [B, (L)]   ├─ prepare_model_inputs ─▶ ids, mask or bias, injector armed ─▶ log-probs
       latents  [B, (n), H]┘
 
-Kinds and vectors are what the rollout recorded; nothing here derives a latent from a token id. Chosen image embeddings are
-replayed by index: their vectors are the forward's own. The placeholder ids at
-latent positions are even overwritten, so that an image placeholder or EOS among them has no effect.
+Kinds and vectors are what the rollout recorded; nothing here derives a latent from a token id.
+Chosen image embeddings are replayed by index: their vectors are the forward's own. The placeholder
+ids at latent positions are even overwritten, so that an image placeholder or EOS among them has no
+effect.
 """
 
 from __future__ import annotations
@@ -35,7 +37,12 @@ from grpo_latent.models.treated import attach_treatment, initialisation_notes
 from grpo_latent.models.vision_cache import VisionCache
 from grpo_latent.trajectory import PositionKind
 from grpo_latent.verl_plugin.boot import compat
-from grpo_latent.verl_plugin.boot.layout import check_layout, check_model, check_padding, check_trains_treatment
+from grpo_latent.verl_plugin.boot.layout import (
+    check_layout,
+    check_model,
+    check_padding,
+    check_trains_treatment,
+)
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import NAME
 from grpo_latent.verl_plugin.worker.choice_forward import ChoiceForward
@@ -46,7 +53,9 @@ from grpo_latent.verl_plugin.worker.micro_batch import MicroBatch
 from grpo_latent.verl_plugin.worker.treated_forward import TreatedForward
 
 
-@EngineRegistry.register(model_type="language_model", backend=["fsdp2"], device=["cpu", "cuda"], vendor=NAME)
+@EngineRegistry.register(
+    model_type="language_model", backend=["fsdp2"], device=["cpu", "cuda"], vendor=NAME
+)
 class LatentFSDPEngine(FSDPEngineWithLMHead):
     """Replays recorded latents; otherwise verl's engine."""
 
@@ -57,18 +66,23 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         """To be called before `initialize`."""
         self.options, self.freeze_vision = options, freeze_vision
 
-    # ---- building -------------------------------------------------------------------------------------------------
+    # ---- building -------------------------------------------------------------------------------
+    # ------------------
 
     def _build_module(self):
         folder = self.model_config.local_path
         self.mechanism: Mechanism = self.options.mechanism(folder, self.model_config.tokenizer)
         check_model(self.model_config.hf_config)
-        check_layout(self.model_config, self.mechanism.visibility, self.options.draw_temperature is not None)
+        check_layout(
+            self.model_config, self.mechanism.visibility, self.options.draw_temperature is not None
+        )
         check_trains_treatment(self.model_config, self.options.treatment)
         check_packed(self.model_config)
         module = super()._build_module()
         self.mechanism.attach(module)
-        if not module.get_input_embeddings().weight.is_meta:  # the other ranks receive rank 0's weights from FSDP2
+        if (
+            not module.get_input_embeddings().weight.is_meta
+        ):  # the other ranks receive rank 0's weights from FSDP2
             load_latent_parameters(module, self.mechanism, folder)
         attach_treatment(module, self.options.treatment, folder, self.options.seed)
         if self.rank == 0:  # the driver cannot look into a remote folder
@@ -78,27 +92,37 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         if self.freeze_vision:
             for vision_module in self.backbone.vision_modules:
                 vision_module.requires_grad_(False)
-        # within a forward only: features kept across forwards would make ranks call the tower's collectives unequally often
+        # within a forward only: features kept across forwards would make ranks call the tower's
+        # collectives unequally often
         caches = self.backbone.caches_tower and self.options.share_images
         self.vision_cache = VisionCache.install(module) if caches else None
         self.injector = LatentInjector.install(module, self.mechanism)
-        self.input_gradients = InputGradients(module)  # after the injector: it watches what the model is fed
+        self.input_gradients = InputGradients(
+            module
+        )  # after the injector: it watches what the model is fed
         self.options.treatment.check(self.mechanism)
-        self.treated = TreatedForward(self, module, self.injector, self.options.treatment, self.options.terms)
-        self.choices = ChoiceForward(module, self.mechanism.top_k_image, self.options.draw_temperature)
+        self.treated = TreatedForward(
+            self, module, self.injector, self.options.treatment, self.options.terms
+        )
+        self.choices = ChoiceForward(
+            module, self.mechanism.top_k_image, self.options.draw_temperature
+        )
         return module
 
     def _build_fsdp_module(self, module):
         with compat.without_pinned_offload(self.engine_config):
             return super()._build_fsdp_module(module)
 
-    # ---- forward --------------------------------------------------------------------------------------------------
+    # ---- forward --------------------------------------------------------------------------------
+    # ------------------
 
     def forward_backward_batch(self, data: TensorDict, loss_function, forward_only=False):
         if isinstance(loss_function, LatentLoss) and not forward_only:
             counts = loss_function.count(data).to(get_device_id())
             torch.distributed.all_reduce(counts, group=self.get_data_parallel_group())
-            tu.assign_non_tensor(data, **dict(zip((NUM_ACTS, NUM_LATENTS), counts.tolist(), strict=True)))
+            tu.assign_non_tensor(
+                data, **dict(zip((NUM_ACTS, NUM_LATENTS), counts.tolist(), strict=True))
+            )
         return super().forward_backward_batch(data, loss_function, forward_only)
 
     def forward_step(self, micro_batch: TensorDict, loss_function, forward_only):
@@ -123,13 +147,17 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         self._keep_image_arguments(model_inputs)
         check_padding(self.mechanism.visibility, batch.is_packed)
         sequences = engine_sequences(model_inputs, batch, self.mechanism.visibility)
-        if sequences.visibility != "full":  # otherwise verl's own mask stays, and with it its fastest kernel
+        if (
+            sequences.visibility != "full"
+        ):  # otherwise verl's own mask stays, and with it its fastest kernel
             model_inputs["attention_mask"] = sequences.attention_bias(self._autocast_dtype)
         self.choices.feed(batch)
         sequences = self.treated.prepare(model_inputs, sequences, batch, self.trains)
         self.choices.prepare(sequences, batch)
         self.injector.arm(sequences.recorded_mask_BT, sequences.latents_NH)
-        self.input_gradients.watch(sequences.kinds_BT)  # of verl's forward, not of those that recomputed the latents
+        self.input_gradients.watch(
+            sequences.kinds_BT
+        )  # of verl's forward, not of those that recomputed the latents
         self.sequences = sequences
         return model_inputs, output_args
 
@@ -137,12 +165,19 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         """Drops what is of the rollout's images, but no argument of this family's forward.
 
         Raises:
-            ConfigError: a micro-batch without images, where some ranks would then wait for others' vision shards.
+            ConfigError: a micro-batch without images, where some ranks would then wait for others'
+                vision shards.
         """
-        for name in {field.name for field in fields(ImageInputs)} - set(self.backbone.image_arguments):
+        for name in {field.name for field in fields(ImageInputs)} - set(
+            self.backbone.image_arguments
+        ):
             model_inputs.pop(name, None)
         needs_images = self.backbone.has_vision and not self.backbone.runs_tower_without_images
-        if needs_images and "pixel_values" not in model_inputs and torch.distributed.get_world_size() > 1:
+        if (
+            needs_images
+            and "pixel_values" not in model_inputs
+            and torch.distributed.get_world_size() > 1
+        ):
             raise ConfigError(
                 "a micro-batch without images",
                 where=f"latent engine, {type(self.backbone).__name__} on several ranks",
@@ -151,19 +186,26 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
                 fix="Take rows without images out of data.train_files, or train on one rank.",
             )
 
-    def prepare_model_outputs(self, output, output_args, micro_batch: TensorDict, logits_processor_func):
-        model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+    def prepare_model_outputs(
+        self, output, output_args, micro_batch: TensorDict, logits_processor_func
+    ):
+        model_output = super().prepare_model_outputs(
+            output, output_args, micro_batch, logits_processor_func
+        )
         self.treated.extend(model_output, output_args, self.batch, self.sequences, self.trains)
         self.choices.extend(model_output, self.batch)
         return model_output
 
-    # ---- weights and checkpoints ----------------------------------------------------------------------------------
+    # ---- weights and checkpoints
+    # ----------------------------------------------------------------------------------
 
     def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
-        """All weights in full precision under the module's own names, head and end vector with them.
+        """All weights in full precision under the module's own names, head and end vector with
+        them.
 
-        verl's own version renames to checkpoint names and sends merged LoRA weights as bf16, which would put the rollout's
-        policy beside the trained one. A collective: every rank must iterate the generator to its end.
+        verl's own version renames to checkpoint names and sends merged LoRA weights as bf16, which
+        would put the rollout's policy beside the trained one. A collective: every rank must
+        iterate the generator to its end.
         """
         model = getattr(self.module, "_fsdp_wrapped_module", self.module)
         if not hasattr(model, "peft_config"):
@@ -180,7 +222,8 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
     def _merged_weights(self):
         from verl.utils.fsdp_utils import merged_lora_context, normalize_peft_param_name
 
-        # merging is arithmetic on the module itself, and copies to the host may still be under way where it was offloaded
+        # merging is arithmetic on the module itself, and copies to the host may still be under way
+        # where it was offloaded
         if self.is_param_offload_enabled:
             self.to(get_device_name(), model=True, optimizer=False, grad=False)
         try:
@@ -190,7 +233,9 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
             if self.is_param_offload_enabled:
                 self.to("cpu", model=True, optimizer=False, grad=False)
 
-    def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None, **kwargs):
+    def save_checkpoint(
+        self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None, **kwargs
+    ):
         super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
         if self.rank == 0:
             complete_hf_folder(f"{local_path}/huggingface", self.model_config, self.mechanism)
@@ -201,16 +246,25 @@ def full_tensors(state: dict):
     """(name, full tensor) of each weight; gathers shards, so every rank must iterate."""
     device = get_device_id()
     for name, tensor in state.items():
-        yield name, tensor.to(device).full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        yield (
+            name,
+            tensor.to(device).full_tensor() if isinstance(tensor, DTensor) else tensor.detach(),
+        )
 
 
 def engine_sequences(model_inputs: dict, batch: MicroBatch, visibility: str) -> LatentSequences:
-    """The rows as verl laid them out, padded on the right or packed, latents as recorded; verl feeds the pixels."""
+    """The rows as verl laid them out, padded on the right or packed, latents as recorded; verl
+    feeds the pixels.
+    """
     input_ids_BT, mask_BT = model_inputs["input_ids"], model_inputs["attention_mask"]
     return LatentSequences(
         input_ids_BT,
-        kinds_BT=pad_rows([batch.kinds_L] if batch.is_packed else batch.kinds_rows, input_ids_BT.shape),
-        valid_BT=torch.ones_like(input_ids_BT, dtype=torch.bool) if batch.is_packed else mask_BT.bool(),
+        kinds_BT=pad_rows(
+            [batch.kinds_L] if batch.is_packed else batch.kinds_rows, input_ids_BT.shape
+        ),
+        valid_BT=torch.ones_like(input_ids_BT, dtype=torch.bool)
+        if batch.is_packed
+        else mask_BT.bool(),
         latents_NH=batch.latents_NH,
         position_ids=model_inputs["position_ids"],
         visibility=visibility,
@@ -227,7 +281,9 @@ def pad_rows(rows: list[Tensor], shape: torch.Size) -> Tensor:
 
 
 def check_packed(model_config) -> None:
-    """Raises `ConfigError` at a packed layout without the kernel that it needs, which only a worker can tell."""
+    """Raises `ConfigError` at a packed layout without the kernel that it needs, which only a
+    worker can tell.
+    """
     if not model_config.use_remove_padding or not find_backbone(model_config.hf_config).has_vision:
         return
     from transformers.utils import is_flash_attn_2_available

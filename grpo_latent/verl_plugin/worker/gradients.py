@@ -1,4 +1,6 @@
-"""How much gradient reaches the latents, beside the text: norms of d loss / d input vector, position by position."""
+"""How much gradient reaches the latents, beside the text: norms of d loss / d input vector,
+position by position.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ LATENT, TEXT = "latent_grad_norm", "text_grad_norm"
 
 
 class InputGradients:
-    """Watches what the embedding module returns, recorded latents included, of the forwards between `watch` and `close`.
+    """Watches what the embedding module returns, recorded latents included, of the forwards
+    between `watch` and `close`.
 
     Chosen image embeddings, which no hidden state makes, are left out.
     """
@@ -25,7 +28,9 @@ class InputGradients:
         self._kinds_BT = kinds_BT
 
     def close(self, report: dict | None = None) -> None:
-        """No more forwards. The next backward fills `report` with the mean norms over latent and over text inputs."""
+        """No more forwards. The next backward fills `report` with the mean norms over latent and
+        over text inputs.
+        """
         self._kinds_BT = None
         self._report = report
         if report is not None:
@@ -49,7 +54,9 @@ class InputGradients:
 
 
 def rename(metrics: dict) -> None:
-    """verl logs what an engine reports under `actor/`; these belong under `latent/`, with their ratio."""
+    """verl logs what an engine reports under `actor/`; these belong under `latent/`, with their
+    ratio.
+    """
     latent, text = metrics.pop(f"actor/{LATENT}", None), metrics.pop(f"actor/{TEXT}", None)
     if latent is None or text is None:
         return

@@ -1,11 +1,12 @@
-"""The actor's loss with components at latent positions, around verl's own: set by `set_loss_fn`, where verl lets a loss see
-data.
+"""The actor's loss with components at latent positions, around verl's own: set by `set_loss_fn`,
+where verl lets a loss see data.
 
     text        response_mask            verl's ppo_loss, untouched; a mask that is True at a latent is refused
     latents     what the treatment says  its `components`, each a weight and one value a position
 
-Log-densities arrive in `log_probs`, `old_log_probs` and `ref_log_prob`, at positions where response_mask is False, so the
-two parts cannot touch. Each component is reduced as the text's loss is (`loss_agg_mode`), over the whole mini-batch.
+Log-densities arrive in `log_probs`, `old_log_probs` and `ref_log_prob`, at positions where
+response_mask is False, so the two parts cannot touch. Each component is reduced as the text's loss
+is (`loss_agg_mode`), over the whole mini-batch.
 
 Legend: B trajectories, T positions of completions, A acts, M latents, S statistics.
 """
@@ -69,7 +70,9 @@ class LatentLoss:
         return loss + added * scale, metrics
 
     def count(self, data: TensorDict) -> Tensor:
-        """int64 [2], of the live rows and in the order of `COUNTS`; a component is a mean over all ranks' sums."""
+        """int64 [2], of the live rows and in the order of `COUNTS`; a component is a mean over all
+        ranks' sums.
+        """
         masks = self._masks(MicroBatch(data))
         return torch.stack([masks[over].sum() for over in COUNTS])
 
@@ -77,7 +80,9 @@ class LatentLoss:
         """bool [B, T] of the positions of each `Component.over`."""
         is_live_B1 = batch.is_live_B[:, None]
         kinds = {"acts": self.act_kinds, "latents": frozenset({int(PositionKind.LATENT)})}
-        return {over: is_kind(batch.response_kinds_BT, kinds[over]) & is_live_B1 for over in COUNTS}
+        return {
+            over: is_kind(batch.response_kinds_BT, kinds[over]) & is_live_B1 for over in COUNTS
+        }
 
     def _view(self, model_output: dict, batch: MicroBatch, masks: dict[str, Tensor]) -> LatentView:
         acts = None
@@ -91,16 +96,25 @@ class LatentLoss:
             )
         if MEANS not in model_output:
             return LatentView(acts)
-        # statistics have a row for every LATENT position; those of dropped trajectories are left out
+        # statistics have a row for every LATENT position; those of dropped trajectories are left
+        # out
         is_latent_BT = batch.response_kinds_BT == PositionKind.LATENT
         is_live_M, ref_MS = masks["latents"][is_latent_BT], batch.ref_latent_means_MH
-        return LatentView(acts, model_output[MEANS].values()[is_live_M], None if ref_MS is None else ref_MS[is_live_M])
+        return LatentView(
+            acts,
+            model_output[MEANS].values()[is_live_M],
+            None if ref_MS is None else ref_MS[is_live_M],
+        )
 
     def _reduced(self, component: Component, mask_BT: Tensor, data: TensorDict) -> Tensor:
-        values_BT = component.values.new_zeros(mask_BT.shape).masked_scatter(mask_BT, component.values)
+        values_BT = component.values.new_zeros(mask_BT.shape).masked_scatter(
+            mask_BT, component.values
+        )
         num_positions = data[COUNTS[component.over]]
         if component.weight is None:
-            return aggregate(values_BT.detach(), mask_BT, "token_mean", Denominators(max(num_positions, 1), 1))
+            return aggregate(
+                values_BT.detach(), mask_BT, "token_mean", Denominators(max(num_positions, 1), 1)
+            )
         info = {
             "dp_size": data["dp_size"],
             "batch_num_tokens": num_positions,
@@ -112,13 +126,17 @@ class LatentLoss:
 
 
 def check_components(components: list[Component], masks: dict[str, Tensor]) -> None:
-    """Raises `LatentMismatchError` at what a treatment of one's own gets wrong: an unknown `over`, a name twice, a number of
-    values that is not that of the positions."""
+    """Raises `LatentMismatchError` at what a treatment of one's own gets wrong: an unknown `over`,
+    a name twice, a number of values that is not that of the positions."""
     names = [component.name for component in components]
     for component in components:
         known = component.over in masks
         expected = (int(masks[component.over].sum()),) if known else None
-        if not known or tuple(component.values.shape) != expected or names.count(component.name) > 1:
+        if (
+            not known
+            or tuple(component.values.shape) != expected
+            or names.count(component.name) > 1
+        ):
             raise LatentMismatchError(
                 "not a component of the loss",
                 where=f"Treatment.components, component {component.name!r}",

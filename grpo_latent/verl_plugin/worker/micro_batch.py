@@ -1,11 +1,14 @@
-"""verl's micro-batch with names and types: what was recorded of its rows, checked once, and what the loss reads of them.
+"""verl's micro-batch with names and types: what was recorded of its rows, checked once, and what
+the loss reads of them.
 
     TensorDict, ragged rows ──MicroBatch.of──▶ engine, TreatedForward, ChoiceForward, LatentLoss
 
-Nothing else in the worker says the name of a column: `grpo_latent.recorded` has ours, verl's are read here.
+Nothing else in the worker says the name of a column: `grpo_latent.recorded` has ours, verl's are
+read here.
 
-Legend: B rows, L prompt and completion of all rows end to end, T completion columns, N latent positions, S SELECTED and
-M LATENT positions, all in order of row and position; H hidden size, A what a treatment records beside a vector.
+Legend: B rows, L prompt and completion of all rows end to end, T completion columns, N latent
+positions, S SELECTED and M LATENT positions, all in order of row and position; H hidden size, A
+what a treatment records beside a vector.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ class MicroBatch:
     """Ragged rows of verl's, read by field.
 
     Attributes:
-        data: verl's; the loss gets its mini-batch as one, too. Read lazily: a field is unpacked when it is asked for.
+        data: verl's; the loss gets its mini-batch as one, too. Read lazily: a field is unpacked
+            when it is asked for.
     """
 
     data: TensorDict
@@ -56,7 +60,9 @@ class MicroBatch:
                 )
         lengths = data["input_ids"].offsets().diff().tolist()
         num_vectors = [row.shape[0] for row in data[names[1]].unbind()]
-        for row, (kinds, length, found) in enumerate(zip(batch.kinds_rows, lengths, num_vectors, strict=True)):
+        for row, (kinds, length, found) in enumerate(
+            zip(batch.kinds_rows, lengths, num_vectors, strict=True)
+        ):
             num_latents = int(recorded_mask(kinds).sum())
             if kinds.shape[0] != length or found != num_latents:
                 raise LatentMismatchError(
@@ -69,13 +75,16 @@ class MicroBatch:
         return batch
 
     def recorded(self, name: str) -> Tensor | None:
-        """The field `name` of all rows end to end, as trajectories have it; None where the batch has no such column."""
+        """The field `name` of all rows end to end, as trajectories have it; None where the batch
+        has no such column.
+        """
         field = recorded.field(name)
         if field.column not in self.data.keys():
             return None
         return from_column(field, torch.cat(self.data[field.column].unbind()), self.kinds_L)
 
-    # ---- what was recorded ----------------------------------------------------------------------------------------
+    # ---- what was recorded
+    # ----------------------------------------------------------------------------------------
 
     @cached_property
     def kinds_rows(self) -> list[Tensor]:
@@ -113,10 +122,14 @@ class MicroBatch:
         """float [M, A], what the treatment recorded beside each LATENT vector.
 
         Raises:
-            LatentMismatchError: there are not as many rows as LATENT positions, or not `width` numbers in each.
+            LatentMismatchError: there are not as many rows as LATENT positions, or not `width`
+                numbers in each.
         """
         aux_MA = self.recorded("latent_aux")
-        shape, expected = (0, 0) if aux_MA is None else tuple(aux_MA.shape), (sum(self.num_own), width)
+        shape, expected = (
+            (0, 0) if aux_MA is None else tuple(aux_MA.shape),
+            (sum(self.num_own), width),
+        )
         if shape != expected:
             raise LatentMismatchError(
                 "recorded aux does not fit the latents",
@@ -142,15 +155,22 @@ class MicroBatch:
         """Whether the model gets all rows end to end, as one."""
         return tu.get_non_tensor_data(self.data, "use_remove_padding", True)
 
-    # ---- what is written back -------------------------------------------------------------------------------------
+    # ---- what is written back
+    # -------------------------------------------------------------------------------------
 
     def cover_latents(self, placeholder_id: int) -> None:
-        """Overwrites the ids at latent positions, so that an image placeholder or EOS among them has no effect."""
+        """Overwrites the ids at latent positions, so that an image placeholder or EOS among them
+        has no effect.
+        """
         values = self.ids.values().masked_fill(latent_mask(self.kinds_L), placeholder_id)
-        self.data["input_ids"] = torch.nested.nested_tensor_from_jagged(values, offsets=self.ids.offsets())
+        self.data["input_ids"] = torch.nested.nested_tensor_from_jagged(
+            values, offsets=self.ids.offsets()
+        )
 
     def expand_positions(self) -> None:
-        """Gives text-only rows of a vision model its four position components, where they come with one."""
+        """Gives text-only rows of a vision model its four position components, where they come
+        with one.
+        """
         position_ids = self.data["position_ids"]
         if position_ids.dim() == 2:
             rows = [text_row(row) for row in position_ids.unbind()]
@@ -162,19 +182,27 @@ class MicroBatch:
         return torch.nested.nested_tensor_from_jagged(values_MA, offsets)
 
     def with_scores(self, log_probs: Tensor, kind: int, values: Tensor) -> Tensor:
-        """Ragged `log_probs` as verl's forward gives them, with `values` where they score the positions of `kind`."""
+        """Ragged `log_probs` as verl's forward gives them, with `values` where they score the
+        positions of `kind`.
+        """
         columns = score_columns(self.kinds_L == kind)
         values_L = log_probs.values().index_copy(0, columns, values.to(log_probs.dtype))
         return torch.nested.nested_tensor_from_jagged(values_L, log_probs.offsets())
 
-    # ---- what a loss reads: completions, padded right --------------------------------------------------------------
+    # ---- what a loss reads: completions, padded right
+    # --------------------------------------------------------------
 
     @cached_property
     def response_kinds_BT(self) -> Tensor:
         """int64 [B, T], padded with PROMPT."""
         lengths = self.data["responses"].offsets().diff().tolist()
-        rows = [kinds[len(kinds) - length :] for kinds, length in zip(self.kinds_rows, lengths, strict=True)]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=int(PositionKind.PROMPT))
+        rows = [
+            kinds[len(kinds) - length :]
+            for kinds, length in zip(self.kinds_rows, lengths, strict=True)
+        ]
+        return torch.nn.utils.rnn.pad_sequence(
+            rows, batch_first=True, padding_value=int(PositionKind.PROMPT)
+        )
 
     @cached_property
     def response_mask_BT(self) -> Tensor:
@@ -183,13 +211,15 @@ class MicroBatch:
 
     @cached_property
     def is_live_B(self) -> Tensor:
-        """bool [B]: rows that act at all; a dropped trajectory acts at its latents no more than in its text."""
+        """bool [B]: rows that act at all; a dropped trajectory acts at its latents no more than in
+        its text.
+        """
         return self.response_mask_BT.any(-1)
 
     @cached_property
     def advantages_B(self) -> Tensor:
-        """float [B]: the advantage at each trajectory's first action (0 without any); a group baseline gives all of its
-        actions the same."""
+        """float [B]: the advantage at each trajectory's first action (0 without any); a group
+        baseline gives all of its actions the same."""
         first_B1 = self.response_mask_BT.int().argmax(-1, keepdim=True)
         return padded(self.data["advantages"]).gather(1, first_B1)[:, 0] * self.is_live_B
 
@@ -206,13 +236,14 @@ class MicroBatch:
 
     @property
     def ref_latent_means_MH(self) -> Tensor | None:
-        """float [M, H], the reference's predictions of the latents (or what `Treatment.statistics` has in their place); None
-        without."""
+        """float [M, H], the reference's predictions of the latents (or what `Treatment.statistics`
+        has in their place); None without."""
         column = recorded.field("ref_latent_means").column
         return torch.cat(self.data[column].unbind()) if column in self.data.keys() else None
 
 
 def padded(rows: Tensor) -> Tensor:
     """[B, T] of ragged rows [B, (T)], zeros on the right; T is the longest row's."""
-    # to_padded_tensor pads to the sum of lengths where a nested tensor does not know its longest row
+    # to_padded_tensor pads to the sum of lengths where a nested tensor does not know its longest
+    # row
     return torch.nn.utils.rnn.pad_sequence(list(rows.unbind()), batch_first=True)

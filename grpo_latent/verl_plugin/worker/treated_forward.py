@@ -1,4 +1,5 @@
-"""What a treatment of latents adds to the engine's forward; `LatentFSDPEngine` calls it before and after verl's.
+"""What a treatment of latents adds to the engine's forward; `LatentFSDPEngine` calls it before and
+after verl's.
 
     prepare   recorded latents ──(recompute: one pass a latent, through the FSDP root)──▶ latents to inject
               tap armed
@@ -6,8 +7,8 @@
     extend    log_probs[t] at latents = their log-density;  statistics, for the loss's components;
               in the old policy's pass, how far its means are from what was recorded
 
-A treatment's own parameters are applied within the forward, by the tap. Nothing here runs in an update with treatment `mask`
-and no anchor.
+A treatment's own parameters are applied within the forward, by the tap. Nothing here runs in an
+update with treatment `mask` and no anchor.
 """
 
 from __future__ import annotations
@@ -37,14 +38,18 @@ class TreatedForward:
 
     Args:
         module: before any FSDP wrapping.
-        engine: read for `module` (wrapped), autocast dtype and data-parallel group when a forward runs.
+        engine: read for `module` (wrapped), autocast dtype and data-parallel group when a forward
+            runs.
     """
 
-    def __init__(self, engine, module, injector: LatentInjector, treatment: Treatment, terms: LatentTerms):
+    def __init__(
+        self, engine, module, injector: LatentInjector, treatment: Treatment, terms: LatentTerms
+    ):
         self.engine, self.injector, self.treatment = engine, injector, treatment
         self.gives_statistics = treatment.reads_statistics(terms)
         self.taps = treatment.is_action or self.gives_statistics
-        # the reference's means are not what was recorded; neither is a latent that was drawn around its mean
+        # the reference's means are not what was recorded; neither is a latent that was drawn
+        # around its mean
         self.measures = treatment.feeds_mean and not engine.engine_config.forward_only
         needs_tap = self.taps or self.measures or treatment.gradient is not None
         self.tap = SourceTap.install(module, engine.mechanism) if needs_tap else None
@@ -52,25 +57,44 @@ class TreatedForward:
     def prepare(
         self, model_inputs: dict, sequences: LatentSequences, batch: MicroBatch, trains: bool
     ) -> LatentSequences:
-        """The sequences with the latents to inject into the forward that follows, whose inputs are `model_inputs`."""
+        """The sequences with the latents to inject into the forward that follows, whose inputs are
+        `model_inputs`.
+        """
         if trains and self.treatment.gradient is not None:
-            num_passes, make = self._over_ranks(max(batch.num_own)), partial(self._make, model_inputs)
-            sequences = sequences.with_latents(latents_by_passes(sequences, num_passes, self.treatment.gradient, make))
+            num_passes, make = (
+                self._over_ranks(max(batch.num_own)),
+                partial(self._make, model_inputs),
+            )
+            sequences = sequences.with_latents(
+                latents_by_passes(sequences, num_passes, self.treatment.gradient, make)
+            )
         if self.taps or (self.measures and not trains):
             features = self.treatment.features if self.taps else None
-            self.tap.arm(*sequences.sources, wants_logits=self.treatment.reads_logits, features=features)
+            self.tap.arm(
+                *sequences.sources, wants_logits=self.treatment.reads_logits, features=features
+            )
         return sequences
 
     def _over_ranks(self, count: int) -> int:
-        """The largest of all ranks: each must run the same number of forwards, or their collectives do not meet."""
+        """The largest of all ranks: each must run the same number of forwards, or their
+        collectives do not meet.
+        """
         counts = torch.tensor(count, device=get_device_name())
         group = self.engine.get_data_parallel_group()
         torch.distributed.all_reduce(counts, op=torch.distributed.ReduceOp.MAX, group=group)
         return int(counts)
 
-    def _make(self, model_inputs: dict, part: LatentSequences, rows_M: Tensor, columns_M: Tensor) -> Tensor:
-        """One pass of `latents_by_passes`: verl's inputs, cut to the columns of `part`, through the FSDP root."""
-        inputs = model_inputs if part.is_packed else _first_columns(model_inputs, part.kinds_BT.shape[1])
+    def _make(
+        self, model_inputs: dict, part: LatentSequences, rows_M: Tensor, columns_M: Tensor
+    ) -> Tensor:
+        """One pass of `latents_by_passes`: verl's inputs, cut to the columns of `part`, through
+        the FSDP root.
+        """
+        inputs = (
+            model_inputs
+            if part.is_packed
+            else _first_columns(model_inputs, part.kinds_BT.shape[1])
+        )
         self.injector.arm(part.recorded_mask_BT, part.latents_NH)
         self.tap.arm(rows_M, columns_M, is_sources_only=True)
         with self._autocast():
@@ -79,30 +103,50 @@ class TreatedForward:
 
     def _autocast(self):
         dtype = self.engine._autocast_dtype
-        return nullcontext() if dtype == torch.float32 else torch.autocast(device_type=get_device_name(), dtype=dtype)
+        return (
+            nullcontext()
+            if dtype == torch.float32
+            else torch.autocast(device_type=get_device_name(), dtype=dtype)
+        )
 
     def extend(
-        self, model_output: dict, output_args: dict, batch: MicroBatch, sequences: LatentSequences, trains: bool
+        self,
+        model_output: dict,
+        output_args: dict,
+        batch: MicroBatch,
+        sequences: LatentSequences,
+        trains: bool,
     ) -> None:
-        """Writes log-densities into `log_probs`, where verl has that of a placeholder id, and adds the statistics."""
+        """Writes log-densities into `log_probs`, where verl has that of a placeholder id, and adds
+        the statistics.
+        """
         measures = self.measures and not trains
         if not self.taps and not measures:
             return
         taken = self.tap.take()
-        recorded_MH = batch.latents_NH[sequences.is_made_N]  # `sequences` may hold the current policy's own
+        recorded_MH = batch.latents_NH[
+            sequences.is_made_N
+        ]  # `sequences` may hold the current policy's own
         if measures:
             model_output[STATE_ERRORS] = batch.by_row(state_errors(taken.means_MH, recorded_MH))
         if not self.taps:
             return
         temperature_M1 = _temperatures(output_args, *sequences.sources)[:, None]
-        source = LatentSource(taken.means_MH, lambda: taken.logits_MV.float() / temperature_M1, taken.features_MF)
+        source = LatentSource(
+            taken.means_MH, lambda: taken.logits_MV.float() / temperature_M1, taken.features_MF
+        )
         if self.treatment.is_action:
-            aux_MA = batch.latent_aux_MA(self.treatment.aux_size) if self.treatment.aux_size else None
+            aux_MA = (
+                batch.latent_aux_MA(self.treatment.aux_size) if self.treatment.aux_size else None
+            )
             density_M = self.treatment.log_density(source, recorded_MH, aux_MA)
             log_probs = model_output["log_probs"]
-            model_output["log_probs"] = batch.with_scores(log_probs, PositionKind.LATENT, density_M)
+            model_output["log_probs"] = batch.with_scores(
+                log_probs, PositionKind.LATENT, density_M
+            )
         if self.gives_statistics:
-            # the reference scores after the old policy: under this name its own are what the update finds
+            # the reference scores after the old policy: under this name its own are what the
+            # update finds
             statistics_MS = self.treatment.statistics(source).float()
             model_output[MEANS if trains else REF_MEANS] = batch.by_row(statistics_MS)
 
@@ -114,7 +158,9 @@ class TreatedForward:
 def state_errors(means_MH: Tensor, recorded_MH: Tensor) -> Tensor:
     """float32 [M, 2]: max |mean - recorded| of each latent, and |mean - recorded| / |recorded|."""
     difference_MH, recorded_MH = (means_MH.float() - recorded_MH.float()), recorded_MH.float()
-    relative_M = difference_MH.norm(dim=-1) / recorded_MH.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    relative_M = difference_MH.norm(dim=-1) / recorded_MH.norm(dim=-1).clamp(
+        min=torch.finfo(torch.float32).tiny
+    )
     return torch.stack([difference_MH.abs().amax(-1), relative_M], dim=-1)
 
 
@@ -127,7 +173,9 @@ def _first_columns(model_inputs: dict, length: int) -> dict:
 
 
 def _temperatures(output_args: dict, rows_M: Tensor, columns_M: Tensor) -> Tensor:
-    """The sampling temperature at each source: verl keeps one a row (padded) or one a position (packed)."""
+    """The sampling temperature at each source: verl keeps one a row (padded) or one a position
+    (packed).
+    """
     if "temperature" in output_args:
         return output_args["temperature"][rows_M]
     return output_args["temperature_rmpad"][columns_M]

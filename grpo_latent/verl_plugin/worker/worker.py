@@ -26,7 +26,9 @@ def prepare_process(options: LatentOptions) -> None:
 
 
 def seed_process(seed: int, rank: int) -> None:
-    """Checkpoints hold the generators' states: with a fixed start, a resumed run ends with those of an uninterrupted one."""
+    """Checkpoints hold the generators' states: with a fixed start, a resumed run ends with those
+    of an uninterrupted one.
+    """
     random.seed(f"{seed}/{rank}")
     np.random.seed((seed * 1000 + rank) % 2**32)
     torch.manual_seed(seed * 1000 + rank)
@@ -51,16 +53,23 @@ class LatentActorRolloutRefWorker(ActorRolloutRefWorker):
         options = LatentOptions.from_rollout(config.rollout)
         prepare_process(options)
         seed_process(options.seed, int(os.environ.get("RANK", 0)))
-        # verl 0.9.1 has `freeze_vision_tower` in its config and reads it nowhere; the merger is frozen with the tower
+        # verl 0.9.1 has `freeze_vision_tower` in its config and reads it nowhere; the merger is
+        # frozen with the tower
         freeze_vision = bool(config.actor.get("freeze_vision_tower", False))
-        self.actor_worker_cls = partial(LatentTrainingWorker, options=options, freeze_vision=freeze_vision)
-        self.ref_worker_cls = partial(LatentTrainingWorker, options=options, freeze_vision=freeze_vision)
+        self.actor_worker_cls = partial(
+            LatentTrainingWorker, options=options, freeze_vision=freeze_vision
+        )
+        self.ref_worker_cls = partial(
+            LatentTrainingWorker, options=options, freeze_vision=freeze_vision
+        )
         super().__init__(config, role, distillation_config, **kwargs)
         self.options = options
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     async def send_weights_to(self, server, policy_version: int):
-        """Sends the actor's weights to a server with engine hf; every rank takes part in gathering them."""
+        """Sends the actor's weights to a server with engine hf; every rank takes part in gathering
+        them.
+        """
         from grpo_latent.verl_plugin.rollout.replica import send_weights
 
         weights, _ = self.actor.engine.get_per_tensor_param()

@@ -1,4 +1,6 @@
-"""The embedded task: determinism, label scarcity, disjoint splits, boxes, and parquet files as verl reads them."""
+"""The embedded task: determinism, label scarcity, disjoint splits, boxes, and parquet files as
+verl reads them.
+"""
 
 import io
 
@@ -21,7 +23,9 @@ def examples():
 def test_same_arguments_same_examples_other_seed_or_stream_others():
     def images(**changes):
         arguments = {"num": 20, "stream": "sft", "seed": 0} | changes
-        return np.stack([example.image for example in digits.generate(arguments.pop("num"), **arguments)])
+        return np.stack(
+            [example.image for example in digits.generate(arguments.pop("num"), **arguments)]
+        )
 
     assert np.array_equal(images(), images())
     assert not np.array_equal(images(), images(seed=1))
@@ -29,11 +33,15 @@ def test_same_arguments_same_examples_other_seed_or_stream_others():
 
 
 def test_the_heldout_stream_is_pinned():
-    """Data must not move under a published result; if this fails on purpose, say so in the results."""
+    """Data must not move under a published result; if this fails on purpose, say so in the
+    results.
+    """
     example = digits.generate(3, stream="heldout", seed=digits.EVAL_SEED)[2]
     assert (example.question, example.answer) == ("read orange ?", "0")
     assert example.boxes == [pytest.approx((0.5, 30 / 56, 40 / 56, 0.75))]
-    assert abs(int(example.image.astype(int).sum()) - 620037) < 20  # another CPU may round a pixel otherwise
+    assert (
+        abs(int(example.image.astype(int).sum()) - 620037) < 20
+    )  # another CPU may round a pixel otherwise
 
 
 def test_questions_answers_and_steps_agree(examples):
@@ -43,7 +51,11 @@ def test_questions_answers_and_steps_agree(examples):
         values = [item.digit for item in example.asked]
         by_hand = {"read": values[0], "sum": sum(values), "max": max(values)}[example.kind]
         assert example.answer == str(by_hand)
-        assert example.question.split() == [example.kind, *(item.color for item in example.asked), "?"]
+        assert example.question.split() == [
+            example.kind,
+            *(item.color for item in example.asked),
+            "?",
+        ]
         assert [step.split()[-1] for step in example.steps] == [str(value) for value in values]
         assert len({item.color for item in example.objects}) == len(example.objects) == 6
         assert len({(item.row, item.column) for item in example.objects}) == 6
@@ -51,23 +63,37 @@ def test_questions_answers_and_steps_agree(examples):
 
 def test_a_box_is_the_visual_token_of_its_cell(examples):
     for item in (item for example in examples for item in example.objects):
-        assert box_to_visual_tokens(item.box_normalised, (1, 8, 8), 2) == [item.row * 4 + item.column]
+        assert box_to_visual_tokens(item.box_normalised, (1, 8, 8), 2) == [
+            item.row * 4 + item.column
+        ]
 
 
 def test_pixels_show_the_object_in_its_box():
-    """Mean colour in a cell leans to the object's, and its helper image is the cell; cells without objects are grey."""
+    """Mean colour in a cell leans to the object's, and its helper image is the cell; cells without
+    objects are grey.
+    """
     for example in digits.generate(50, stream="sft", seed=1):
         (asked,) = example.asked
         x0, y0, x1, y1 = asked.box
-        cell = example.image[asked.row * 14 : asked.row * 14 + 14, asked.column * 14 : asked.column * 14 + 14]
+        cell = example.image[
+            asked.row * 14 : asked.row * 14 + 14, asked.column * 14 : asked.column * 14 + 14
+        ]
         assert np.array_equal(example.helper_images[0], cell)
-        assert np.array_equal(cell[y0 % 14 : y0 % 14 + 12, x0 % 14 : x0 % 14 + 12], example.image[y0:y1, x0:x1])
+        assert np.array_equal(
+            cell[y0 % 14 : y0 % 14 + 12, x0 % 14 : x0 % 14 + 12], example.image[y0:y1, x0:x1]
+        )
         excess = {}
         for row, column in np.ndindex(4, 4):
-            cell = example.image[row * 14 : row * 14 + 14, column * 14 : column * 14 + 14].reshape(-1, 3).mean(0)
+            cell = (
+                example.image[row * 14 : row * 14 + 14, column * 14 : column * 14 + 14]
+                .reshape(-1, 3)
+                .mean(0)
+            )
             excess[row, column] = np.abs(cell - 61).max()
         occupied = {(item.row, item.column) for item in example.objects}
-        assert min(excess[cell] for cell in occupied) > max(excess[cell] for cell in set(excess) - occupied)
+        assert min(excess[cell] for cell in occupied) > max(
+            excess[cell] for cell in set(excess) - occupied
+        )
         target = np.array(digits.COLORS[asked.color]) - 60
         seen = example.helper_images[0].reshape(-1, 3).mean(0) - 60
         assert target @ seen / np.linalg.norm(target) / np.linalg.norm(seen) > 0.9
@@ -86,7 +112,12 @@ def test_dense_labels_name_the_cells():
     empty = digit_NC == digits.NO_DIGIT
     assert images.shape == (64, 56, 56, 3) and np.array_equal(empty, color_NC == digits.NO_COLOR)
     assert 0.3 < empty.mean() < 0.5 and set(digit_NC[~empty]) == set(range(10))
-    cells = images.reshape(64, 4, 14, 4, 14, 3).transpose(0, 1, 3, 2, 4, 5).reshape(64, 16, -1, 3).mean(2)
+    cells = (
+        images.reshape(64, 4, 14, 4, 14, 3)
+        .transpose(0, 1, 3, 2, 4, 5)
+        .reshape(64, 16, -1, 3)
+        .mean(2)
+    )
     assert np.abs(cells[empty] - 61).max() < 8
     reds = cells[color_NC == digits.COLOR_NAMES.index("red")]
     assert (reds[:, 0] > reds[:, 1] + 5).all()
@@ -94,7 +125,11 @@ def test_dense_labels_name_the_cells():
 
 def test_answers_are_scarce_per_kind_and_answer(examples):
     keep = digits.scarce_labels(examples, per_answer=2)
-    kept = [(example.kind, example.answer) for example, kept in zip(examples, keep, strict=True) if kept]
+    kept = [
+        (example.kind, example.answer)
+        for example, kept in zip(examples, keep, strict=True)
+        if kept
+    ]
     assert max(kept.count(label) for label in kept) == 2
     assert {label for label in kept} == {(example.kind, example.answer) for example in examples}
     assert all(digits.scarce_labels(examples, per_answer=None))
@@ -102,7 +137,10 @@ def test_answers_are_scarce_per_kind_and_answer(examples):
 
 
 def test_rationales_with_places_without_or_none(examples):
-    rows = {name: digits.to_rows(examples[:1], "sft", steps=name)[0]["extra_info"]["steps"] for name in digits.STEPS}
+    rows = {
+        name: digits.to_rows(examples[:1], "sft", steps=name)[0]["extra_info"]["steps"]
+        for name in digits.STEPS
+    }
     assert rows["none"] == [] and rows["full"] == examples[0].steps
     assert rows["short"] == [f"{item.color} is {item.digit}" for item in examples[0].asked]
 
@@ -110,10 +148,14 @@ def test_rationales_with_places_without_or_none(examples):
 def test_every_word_is_in_the_vocabulary(examples):
     tokenizer = word_tokenizer(digits.WORDS)
     texts = [" ".join([example.question, *example.steps, example.answer]) for example in examples]
-    assert tokenizer.unk_token_id not in {token for ids in tokenizer(texts).input_ids for token in ids}
+    assert tokenizer.unk_token_id not in {
+        token for ids in tokenizer(texts).input_ids for token in ids
+    }
 
 
-@pytest.mark.parametrize("arguments", [{"stream": "test"}, {"stream": "sft", "kinds": ("read", "guess")}])
+@pytest.mark.parametrize(
+    "arguments", [{"stream": "test"}, {"stream": "sft", "kinds": ("read", "guess")}]
+)
 def test_unknown_names_are_typed_errors(arguments):
     with pytest.raises(ConfigError, match="one of"):
         digits.generate(1, seed=0, **arguments)
@@ -130,7 +172,9 @@ def test_files_of_the_command(tmp_path):
         "heldout": 6,
     }
     labelled = [row for row in tables["train_sft"] if row["extra_info"]["has_answer"]]
-    assert sorted(row["reward_model"]["ground_truth"] for row in labelled) == [str(digit) for digit in range(10)]
+    assert sorted(row["reward_model"]["ground_truth"] for row in labelled) == [
+        str(digit) for digit in range(10)
+    ]
     for row in tables["train_sft"]:
         has_answer = row["extra_info"]["has_answer"]
         truth = row["reward_model"]["ground_truth"]
@@ -145,14 +189,22 @@ def test_files_of_the_command(tmp_path):
         decoded = np.asarray(Image.open(io.BytesIO(row["images"][0]["bytes"])))
         assert np.array_equal(decoded, example.image)
         assert row["prompt"] == [{"role": "user", "content": f"{example.question}<image>"}]
-        assert row["data_source"] == "digits" and row["reward_model"]["ground_truth"] == example.answer
-        assert row["extra_info"]["index"] == index and row["extra_info"]["bboxes"] == [list(example.boxes[0])]
+        assert (
+            row["data_source"] == "digits"
+            and row["reward_model"]["ground_truth"] == example.answer
+        )
+        assert row["extra_info"]["index"] == index and row["extra_info"]["bboxes"] == [
+            list(example.boxes[0])
+        ]
 
 
 def test_prompt_of_a_row_through_the_processor():
     _, tokenizer, processor = tiny_qwen2_5_vl(digits.WORDS)
     row = digits.to_rows(digits.generate(1, stream="rl", seed=0), "rl")[0]
-    content = [{"type": "text", "text": row["prompt"][0]["content"].removesuffix("<image>")}, {"type": "image"}]
+    content = [
+        {"type": "text", "text": row["prompt"][0]["content"].removesuffix("<image>")},
+        {"type": "image"},
+    ]
     text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
     image = Image.open(io.BytesIO(row["images"][0]["bytes"]))
     ids = processor(text=[text], images=[image], return_tensors="pt")["input_ids"][0]

@@ -21,11 +21,17 @@ def test_written_records_are_read_back_with_their_pixels(tmp_path):
         if not example.has_answer:
             texts[2] = texts[5] = None
         assert [segment.text for segment in example.segments] == texts
-        assert [segment.is_unknown for segment in example.segments].count(True) == (0 if example.has_answer else 2)
+        assert [segment.is_unknown for segment in example.segments].count(True) == (
+            0 if example.has_answer else 2
+        )
         content = example.messages[0]["content"]
         assert [content[0]["text"], content[1]["type"]] == [source.question, "image"]
         pixels = [np.asarray(image.open()) for image in example.images]
-        pixels += [np.asarray(segment.helper_image.open()) for segment in example.segments if segment.helper_image]
+        pixels += [
+            np.asarray(segment.helper_image.open())
+            for segment in example.segments
+            if segment.helper_image
+        ]
         for found, expected in zip(pixels, [source.image, *source.helper_images], strict=True):
             assert np.array_equal(found, expected)
 

@@ -35,22 +35,32 @@ def test_the_tower_learns_to_read_digits():
     untrained = evaluate_probes(tiny, CellProbes(128))
     assert untrained["digit_accuracy"] < 0.2
     losses = []
-    report = pretrain_vision(tiny, steps=60, on_step=lambda step, loss: losses.append((step, loss)))
+    report = pretrain_vision(
+        tiny, steps=60, on_step=lambda step, loss: losses.append((step, loss))
+    )
     assert report.digit_accuracy > 0.65 and report.color_accuracy > 0.99
     assert report.rms > 2 * untrained["rms"], "the tokens are on their way to unit scale"
-    assert [step for step, _ in losses] == list(range(1, 61)) and losses[-1][1] < 0.25 * losses[0][1]
+    assert [step for step, _ in losses] == list(range(1, 61)) and losses[-1][1] < 0.25 * losses[0][
+        1
+    ]
 
 
 def test_loss_by_hand():
-    """Uniform logits cost ln 11 + ln 9; the scale term is the only one that sees the tokens' scale."""
+    """Uniform logits cost ln 11 + ln 9; the scale term is the only one that sees the tokens'
+    scale.
+    """
     probes = CellProbes(4).requires_grad_(False)
     labels = torch.zeros(1, 2, dtype=torch.long)
     tokens = torch.tensor([[1.0, -1, 1, 1], [1, 1, 1, -1]])
     unscaled = probe_loss(probes, tokens, labels, labels)
-    torch.testing.assert_close(probe_loss(probes, 2 * tokens, labels, labels) - unscaled, torch.tensor(0.01 * 9))
+    torch.testing.assert_close(
+        probe_loss(probes, 2 * tokens, labels, labels) - unscaled, torch.tensor(0.01 * 9)
+    )
     for parameter in probes.parameters():
         parameter.zero_()
-    torch.testing.assert_close(probe_loss(probes, tokens, labels, labels), torch.tensor(math.log(11) + math.log(9)))
+    torch.testing.assert_close(
+        probe_loss(probes, tokens, labels, labels), torch.tensor(math.log(11) + math.log(9))
+    )
 
 
 def test_only_the_tower_moves_and_runs_repeat():
@@ -58,7 +68,9 @@ def test_only_the_tower_moves_and_runs_repeat():
         tiny = model()
         before = weights(tiny)
         report = pretrain_vision(tiny, steps=3, batch_size=8, seed=seed)
-        assert report.seed == seed and all(parameter.grad is None for parameter in tiny.model.parameters())
+        assert report.seed == seed and all(
+            parameter.grad is None for parameter in tiny.model.parameters()
+        )
         return before, weights(tiny)
 
     torch.manual_seed(11)
@@ -74,14 +86,20 @@ def test_only_the_tower_moves_and_runs_repeat():
 
 
 def test_visual_tokens_are_the_models_and_row_major():
-    """Changing one cell's pixels changes only attention-mixed values elsewhere: without attention, only that token."""
+    """Changing one cell's pixels changes only attention-mixed values elsewhere: without attention,
+    only that token.
+    """
     tiny = model()
     images = digits.generate_dense(2, digits.stream_rng("pretrain", 0), "pretrain")[0]
     inputs = tiny.processor(
-        text=["<|image_pad|>"] * 2, images=[Image.fromarray(image) for image in images], return_tensors="pt"
+        text=["<|image_pad|>"] * 2,
+        images=[Image.fromarray(image) for image in images],
+        return_tensors="pt",
     )
     with torch.no_grad():
-        features = tiny.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+        features = tiny.model.get_image_features(
+            inputs["pixel_values"], inputs["image_grid_thw"]
+        ).pooler_output
         tokens = encode(tiny, tiny.processor.image_processor(list(images), return_tensors="pt"))
         torch.testing.assert_close(tokens, torch.cat(list(features)), rtol=0, atol=0)
         for block in tiny.model.model.visual.blocks:
@@ -89,7 +107,10 @@ def test_visual_tokens_are_the_models_and_row_major():
         plain = encode(tiny, tiny.processor.image_processor(list(images), return_tensors="pt"))
         changed = images.copy()
         changed[1, 14:28, 42:56] = 0
-        differs = (encode(tiny, tiny.processor.image_processor(list(changed), return_tensors="pt")) != plain).any(-1)
+        differs = (
+            encode(tiny, tiny.processor.image_processor(list(changed), return_tensors="pt"))
+            != plain
+        ).any(-1)
     assert differs.nonzero().flatten().tolist() == [16 + 1 * 4 + 3]
 
 
@@ -99,11 +120,33 @@ def test_learning_rate_warms_up_and_decays():
 
 
 def test_the_written_folder_loads(tmp_path, capsys):
-    main(["--out", str(tmp_path), "--steps", "2", "--batch-size", "4", "--seed", "5", "--log-every", "1"])
+    main(
+        [
+            "--out",
+            str(tmp_path),
+            "--steps",
+            "2",
+            "--batch-size",
+            "4",
+            "--seed",
+            "5",
+            "--log-every",
+            "1",
+        ]
+    )
     assert "step 2/2 loss" in capsys.readouterr().out
     report = json.loads((tmp_path / "vision_pretrain.json").read_text())
-    assert report["seed"] == 5 and set(report) >= {"digit_accuracy", "color_accuracy", "rms", "seconds", "steps"}
-    loaded, processor = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    assert report["seed"] == 5 and set(report) >= {
+        "digit_accuracy",
+        "color_accuracy",
+        "rms",
+        "seconds",
+        "steps",
+    }
+    loaded, processor = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path),
+        AutoProcessor.from_pretrained(tmp_path),
+    )
     expected = model(seed=5, sizes=EXPERIMENT_SIZES)
     pretrain_vision(expected, steps=2, batch_size=4, seed=5)
     for name, value in expected.model.state_dict().items():

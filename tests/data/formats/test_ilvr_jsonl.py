@@ -34,9 +34,14 @@ def folder(tmp_path):
 
 def test_reads_published_records(folder):
     path = folder / "train.jsonl"
-    path.write_text("\n".join([json.dumps(RECORD), "", json.dumps(RECORD | {"text_input": "<image>Q"})]) + "\n")
+    path.write_text(
+        "\n".join([json.dumps(RECORD), "", json.dumps(RECORD | {"text_input": "<image>Q"})]) + "\n"
+    )
     first, second = read_ilvr_jsonl(path)
-    assert first.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "Which digit is red?"}]
+    assert first.messages[0]["content"] == [
+        {"type": "image"},
+        {"type": "text", "text": "Which digit is red?"},
+    ]
     assert second.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "Q"}]
     assert [segment.text for segment in first.segments] == [
         "Look at it.",
@@ -45,7 +50,10 @@ def test_reads_published_records(folder):
         None,
         "The answer is 7.",
     ]
-    assert [s.helper_image.path.name for s in first.segments if s.helper_image] == ["h1.png", "h2.png"]
+    assert [s.helper_image.path.name for s in first.segments if s.helper_image] == [
+        "h1.png",
+        "h2.png",
+    ]
     assert first.segments[1].helper_image.open().size == (14, 14)
     assert first.answer == "7" and "line 1" in first.where and "line 3" in second.where
 
@@ -59,13 +67,25 @@ def plan(*items):
 
 
 def unlabelled(*items, **changes):
-    return without("original_final_answer") | {"has_answer": False, "sequence_plan": list(items)} | changes
+    return (
+        without("original_final_answer")
+        | {"has_answer": False, "sequence_plan": list(items)}
+        | changes
+    )
 
 
 def test_a_record_may_leave_its_answer_open(folder):
-    example = parse_ilvr_record(unlabelled(TEXT, LATENT, UNKNOWN, LATENT, UNKNOWN), "row 3", folder)
+    example = parse_ilvr_record(
+        unlabelled(TEXT, LATENT, UNKNOWN, LATENT, UNKNOWN), "row 3", folder
+    )
     assert (example.has_answer, example.answer) == (False, "")
-    assert [segment.is_unknown for segment in example.segments] == [False, False, True, False, True]
+    assert [segment.is_unknown for segment in example.segments] == [
+        False,
+        False,
+        True,
+        False,
+        True,
+    ]
     assert parse_ilvr_record(RECORD, "row 3", folder).has_answer
 
 
@@ -75,29 +95,53 @@ BROKEN = {
     "a list": ([1], "record: not a record"),
     "no question": (without("text_input"), "text_input: not a text"),
     "no answer": (RECORD | {"original_final_answer": ""}, "original_final_answer: not a text"),
-    "answer no text": (RECORD | {"original_final_answer": 7}, "original_final_answer: not a text; got 7"),
+    "answer no text": (
+        RECORD | {"original_final_answer": 7},
+        "original_final_answer: not a text; got 7",
+    ),
     "image as a string": (RECORD | {"image_input": "q.png"}, "image_input: no images"),
     "no image": (RECORD | {"image_input": []}, "image_input: no images"),
-    "missing image file": (RECORD | {"image_input": ["gone.png"]}, r"image_input\[0\]: no such image file"),
-    "two placeholders": (RECORD | {"text_input": "<image><image>Q"}, "text_input: placeholders do not match"),
+    "missing image file": (
+        RECORD | {"image_input": ["gone.png"]},
+        r"image_input\[0\]: no such image file",
+    ),
+    "two placeholders": (
+        RECORD | {"text_input": "<image><image>Q"},
+        "text_input: placeholders do not match",
+    ),
     "no plan": (without("sequence_plan"), "sequence_plan: no plan"),
     "empty plan": (plan(), "sequence_plan: no plan"),
     "unknown type": (plan({"type": "video"}), r"sequence_plan\[0\]: unknown item"),
     "item no object": (plan("text"), r"sequence_plan\[0\]: unknown item"),
-    "empty text": (plan({"type": "text", "content": " "}), r"sequence_plan\[0\].content: not a text"),
-    "no helper": (plan(TEXT, {"type": "latent"}, TEXT), r"sequence_plan\[1\].helper_image: a latent span without"),
+    "empty text": (
+        plan({"type": "text", "content": " "}),
+        r"sequence_plan\[0\].content: not a text",
+    ),
+    "no helper": (
+        plan(TEXT, {"type": "latent"}, TEXT),
+        r"sequence_plan\[1\].helper_image: a latent span without",
+    ),
     "missing helper file": (
         plan(TEXT, {"type": "latent", "helper_image": "gone.png"}, TEXT),
         r"sequence_plan\[1\].helper_image: no such image file",
     ),
-    "unknown text of a known answer": (plan(TEXT, LATENT, UNKNOWN), r"sequence_plan\[2\].content: not a text"),
-    "unknown text left out": (unlabelled(LATENT, {"type": "text"}), r"sequence_plan\[1\].content: not a text"),
+    "unknown text of a known answer": (
+        plan(TEXT, LATENT, UNKNOWN),
+        r"sequence_plan\[2\].content: not a text",
+    ),
+    "unknown text left out": (
+        unlabelled(LATENT, {"type": "text"}),
+        r"sequence_plan\[1\].content: not a text",
+    ),
     "has_answer no truth value": (RECORD | {"has_answer": "no"}, "has_answer: not a truth value"),
     "an answer without one": (
         unlabelled(LATENT, UNKNOWN, original_final_answer="7"),
         "original_final_answer: an answer of a record without one",
     ),
-    "neither answer nor span": (unlabelled(TEXT, UNKNOWN), "sequence_plan: neither an answer nor a span"),
+    "neither answer nor span": (
+        unlabelled(TEXT, UNKNOWN),
+        "sequence_plan: neither an answer nor a span",
+    ),
     "ends with a span": (plan(TEXT, LATENT), r"sequence_plan\[1\]: no text after the last span"),
 }
 
@@ -110,7 +154,8 @@ def test_malformed_records_name_row_and_field(folder, name):
 
 
 @pytest.mark.parametrize(
-    "content, message", [("", "no records"), ("{", "not a readable JSONL file"), (None, "not a read")]
+    "content, message",
+    [("", "no records"), ("{", "not a readable JSONL file"), (None, "not a read")],
 )
 def test_unreadable_files(tmp_path, content, message):
     path = tmp_path / "train.jsonl"
@@ -125,7 +170,9 @@ def test_rows_for_rl_need_no_plan(folder, capsys):
     path.write_text(json.dumps(without("sequence_plan")) + "\n" + json.dumps(RECORD) + "\n")
     main(["--in", str(path), "--out", str(out), "--split", "val"])
     rows = list(iter_verl_rows(out))
-    assert "2 rows" in capsys.readouterr().out and [row["extra_info"]["index"] for row, _ in rows] == [0, 1]
+    assert "2 rows" in capsys.readouterr().out and [
+        row["extra_info"]["index"] for row, _ in rows
+    ] == [0, 1]
     for (row, where), example in zip(rows, read_ilvr_jsonl(path, reads_plan=False), strict=True):
         messages, images = check_prompt(row, where)
         assert messages == list(example.messages), "the prompt of SFT"
@@ -136,7 +183,10 @@ def test_rows_for_rl_need_no_plan(folder, capsys):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"has_answer": False, "original_final_answer": None}, "line 1: has_answer: nothing to reward"),
+        (
+            {"has_answer": False, "original_final_answer": None},
+            "line 1: has_answer: nothing to reward",
+        ),
         ({"image_input": ["train.jsonl"]}, r"line 1: image_input\[0\]: not a readable image"),
     ],
 )

@@ -68,21 +68,33 @@ def write(path, *records):
 
 
 def test_m3cot(tmp_path):
-    first, second = read_m3cot(write(tmp_path / "a.parquet", M3COT, M3COT | {"image": None, "context": None}))
+    first, second = read_m3cot(
+        write(tmp_path / "a.parquet", M3COT, M3COT | {"image": None, "context": None})
+    )
     text = "What falls?\nContext: There is no air.\nOptions:\n(A) A feather\n(B) A stone\n(C) Both"
     assert first.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": text}]
-    assert first.steps == ("There is no air. So nothing slows them.", "Both fall. They fall alike.", "Hence both")
-    assert first.answer == "C" and first.images[0].open().size == (4, 4) and "row 0" in first.where
-    assert second.images == () and "Context" not in second.messages[0]["content"][0]["text"] and "row 1" in second.where
-    assert remaining_text(first, 0).startswith("There is no air. So") and remaining_text(first, 0).endswith(
-        "the answer is C"
+    assert first.steps == (
+        "There is no air. So nothing slows them.",
+        "Both fall. They fall alike.",
+        "Hence both",
     )
+    assert first.answer == "C" and first.images[0].open().size == (4, 4) and "row 0" in first.where
+    assert (
+        second.images == ()
+        and "Context" not in second.messages[0]["content"][0]["text"]
+        and "row 1" in second.where
+    )
+    assert remaining_text(first, 0).startswith("There is no air. So") and remaining_text(
+        first, 0
+    ).endswith("the answer is C")
     assert remaining_text(first, 3) == "Therefore, the answer is C" == remaining_text(first, 9)
 
 
 def test_scienceqa(tmp_path):
     plain = {"solution": "", "lecture": ""}
-    first, second = read_scienceqa(write(tmp_path / "a.parquet", SCIENCEQA, SCIENCEQA | plain | {"image": IMAGE}))
+    first, second = read_scienceqa(
+        write(tmp_path / "a.parquet", SCIENCEQA, SCIENCEQA | plain | {"image": IMAGE})
+    )
     assert first.steps == ("Air slows things.", "A stone is heavy.") and first.answer == "B"
     assert second.steps == () and len(second.images) == 1
     assert remaining_text(second, 0) == "Therefore, the answer is B"
@@ -95,19 +107,26 @@ def test_coconut_json_in_sft_and_rl(tmp_path):
     path, out = tmp_path / "gsm.json", tmp_path / "rl.parquet"
     path.write_text(json.dumps([COCONUT, COCONUT | {"steps": []}]))
     first, second = read_coconut_json(path)
-    assert first.messages == ({"role": "user", "content": [{"type": "text", "text": "2 + 3, times 2?"}]},)
-    assert first.steps == ("<<2+3=5>>", "<<5*2=10>>") and second.steps == () and "row 1" in second.where
+    assert first.messages == (
+        {"role": "user", "content": [{"type": "text", "text": "2 + 3, times 2?"}]},
+    )
+    assert (
+        first.steps == ("<<2+3=5>>", "<<5*2=10>>")
+        and second.steps == ()
+        and "row 1" in second.where
+    )
     assert remaining_text(first, 1) == "<<5*2=10>> <answer> 10 </answer>"
     main(["--format", "coconut_json", "--in", str(path), "--out", str(out)])
     row, _ = next(iter_verl_rows(out))
-    assert row["prompt"] == [{"role": "user", "content": "2 + 3, times 2?"}] and row["extra_info"]["steps"] == list(
-        first.steps
-    )
+    assert row["prompt"] == [{"role": "user", "content": "2 + 3, times 2?"}] and row["extra_info"][
+        "steps"
+    ] == list(first.steps)
     assert row["reward_model"]["ground_truth"] == "10" and row["images"] == []
 
 
 @pytest.mark.parametrize(
-    "content, message", [("[", "not a readable JSON file"), ("{}", "no records"), ("[]", "no records")]
+    "content, message",
+    [("[", "not a readable JSON file"), ("{}", "no records"), ("[]", "no records")],
 )
 def test_unreadable_coconut_json(tmp_path, content, message):
     (tmp_path / "gsm.json").write_text(content)
@@ -163,7 +182,10 @@ BROKEN_COCONUT = {
 @pytest.mark.parametrize(
     "parse, good, field, change, message",
     [(parse_m3cot_record, M3COT, field, *case) for field, case in BROKEN_M3COT.items()]
-    + [(parse_scienceqa_record, SCIENCEQA, field, *case) for field, case in BROKEN_SCIENCEQA.items()]
+    + [
+        (parse_scienceqa_record, SCIENCEQA, field, *case)
+        for field, case in BROKEN_SCIENCEQA.items()
+    ]
     + [(parse_coconut_record, COCONUT, field, *case) for field, case in BROKEN_COCONUT.items()],
 )
 def test_malformed_records_name_row_and_field(parse, good, field, change, message):

@@ -27,13 +27,21 @@ PROMPTS = ["read <image> red ?", "blue 3 7 ?"]
 
 def ask(llm, folder):
     images = [[Image.open(folder / "picture.png")], []]
-    return llm.generate(PROMPTS, images, SamplingParams(max_new_tokens=24, temperature=0.7), num_trajectories=3, seed=5)
+    return llm.generate(
+        PROMPTS,
+        images,
+        SamplingParams(max_new_tokens=24, temperature=0.7),
+        num_trajectories=3,
+        seed=5,
+    )
 
 
 def test_groups_texts_and_seeds(folder):
     llm = LatentLLM(folder)
     groups = ask(llm, folder)
-    assert [len(group) for group in groups] == [3, 3] and len({t.seed for group in groups for t in group}) == 6
+    assert [len(group) for group in groups] == [3, 3] and len(
+        {t.seed for group in groups for t in group}
+    ) == 6
     assert "<|lvr" not in "".join(llm.text(t) for group in groups for t in group)
     assert compare(ask(llm, folder), groups).different == []
 
@@ -43,7 +51,9 @@ def test_both_engines_answer_alike(folder):
     llm = LatentLLM(folder, engine="vllm", max_model_len=128, enforce_eager=True)
     try:
         result = compare(ask(llm, folder), ask(LatentLLM(folder), folder))
-        assert len(result.different) <= 1 and result.log_prob_gap < 1e-4  # a draw may fall on a boundary
+        assert (
+            len(result.different) <= 1 and result.log_prob_gap < 1e-4
+        )  # a draw may fall on a boundary
     finally:
         llm.engine.close()
 
@@ -68,7 +78,9 @@ def test_a_transparent_image_is_read_as_training_reads_it(tmp_path):
 
 def test_command_line(folder, capsys):
     argv = [str(folder), "--prompt", "<image> read ?", "--image", str(folder / "picture.png")]
-    assert generate.main([*argv, "--max-new-tokens", "12", "--num", "2", "--temperature", "1"]) == 0
+    assert (
+        generate.main([*argv, "--max-new-tokens", "12", "--num", "2", "--temperature", "1"]) == 0
+    )
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(records) == 2 and all(0 < record["num_tokens"] <= 12 for record in records)
     assert records[0].keys() == {"text", "latent_steps", "stop_reason", "num_tokens"}

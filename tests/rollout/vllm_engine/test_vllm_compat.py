@@ -12,7 +12,12 @@ from vllm_cases import build_vllm_case
 
 from grpo_latent.errors import CheckpointError, ConfigError, PluginError
 from grpo_latent.rollout.vllm import compat, contract
-from grpo_latent.rollout.vllm.compat import RUNNER_VARIABLE, check_version, installed_vllm, pin_runner
+from grpo_latent.rollout.vllm.compat import (
+    RUNNER_VARIABLE,
+    check_version,
+    installed_vllm,
+    pin_runner,
+)
 from grpo_latent.rollout.vllm.contract import Symbol, check_symbol
 from grpo_latent.rollout.vllm.skeleton import WorkerOptions, read_skeleton, worker_options
 
@@ -50,7 +55,8 @@ def test_the_platform_is_read_from_the_distribution(installed, expected, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("version", "platform", "pinned"), [("0.27.1", "cpu", "0"), ("0.27.1", "cuda", "1"), ("0.24.0", "cuda", "0")]
+    ("version", "platform", "pinned"),
+    [("0.27.1", "cpu", "0"), ("0.27.1", "cuda", "1"), ("0.24.0", "cuda", "0")],
 )
 def test_the_runner_is_pinned(version, platform, pinned, monkeypatch):
     monkeypatch.setattr(compat, "installed_vllm", lambda: (version, platform))
@@ -61,7 +67,10 @@ def test_the_runner_is_pinned(version, platform, pinned, monkeypatch):
     monkeypatch.setenv(RUNNER_VARIABLE, "1")  # the user's choice stands
     assert pin_runner() is True
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="V2 model runner needs Triton.*" + ("Install" if pinned == "1" else "Unset")):
+    with pytest.raises(
+        ConfigError,
+        match="V2 model runner needs Triton.*" + ("Install" if pinned == "1" else "Unset"),
+    ):
         pin_runner()
     monkeypatch.setenv(RUNNER_VARIABLE, "yes")
     with pytest.raises(ConfigError, match="got yes; expected 0 or 1"):
@@ -73,9 +82,15 @@ def test_the_runner_is_pinned(version, platform, pinned, monkeypatch):
     [
         (Symbol("made.up", "Runner._sample"), "made.up.Runner._sample.*no _sample"),
         (Symbol("made.gone", "x"), "made.gone.x.*no module made.gone"),
-        (Symbol("made.up", "Runner.step", ("logits", "speed")), r"made.up.Runner.step.*no parameter \['speed'\]"),
+        (
+            Symbol("made.up", "Runner.step", ("logits", "speed")),
+            r"made.up.Runner.step.*no parameter \['speed'\]",
+        ),
         (Symbol("made.up", "State", ("hidden", "num")), r"made.up.State.*no parameter \['num'\]"),
-        (Symbol("made.up", "Runner.step", (), ("forward(", "embed")), r"Runner.step.*no longer mentions \['embed'\]"),
+        (
+            Symbol("made.up", "Runner.step", (), ("forward(", "embed")),
+            r"Runner.step.*no longer mentions \['embed'\]",
+        ),
         (Symbol("made.up", "_CACHE", ("x",)), "made.up._CACHE"),
     ],
 )
@@ -88,7 +103,9 @@ def test_a_changed_symbol_is_named(symbol, message, tmp_path):
     )
     for present in (Symbol("made.up", "State", ("hidden",)), Symbol("made.up", "_CACHE")):
         check_symbol(present, tmp_path)
-    check_symbol(Symbol("made.up", "Runner.step", ("logits", "mask"), ("forward(logits)",)), tmp_path)
+    check_symbol(
+        Symbol("made.up", "Runner.step", ("logits", "mask"), ("forward(logits)",)), tmp_path
+    )
     with pytest.raises(PluginError, match=message):
         check_symbol(symbol, tmp_path)
 
@@ -108,7 +125,9 @@ def test_other_releases_have_what_we_rely_on(capsys):
     if not folders:
         pytest.skip("VLLM_SOURCES names no unpacked vLLM: run `make vllm-contract`")
     assert contract.main(folders.split(os.pathsep)) == 0
-    assert capsys.readouterr().out.count("symbols are as expected") == len(folders.split(os.pathsep))
+    assert capsys.readouterr().out.count("symbols are as expected") == len(
+        folders.split(os.pathsep)
+    )
 
 
 @pytest.fixture
@@ -157,15 +176,20 @@ def test_worker_options_survive_json_and_are_read_from_the_folder_otherwise(fold
     Config.additional_config = {"grpo_latent": {"overrides": {"steps": 9}, "max_latents": 32}}
     served = worker_options(Config)
     assert (
-        served.mechanism.steps == 9 and served.max_latents == 32 and served.banned_ids == tuple(skeleton.banned_ids())
+        served.mechanism.steps == 9
+        and served.max_latents == 32
+        and served.banned_ids == tuple(skeleton.banned_ids())
     )
     Config.additional_config = {"grpo_latent": {"overrides": {"steps": 9, "max_spans": 2}}}
-    # a client may ask for more steps than the checkpoint's: room for them although max_spans * steps is 18
+    # a client may ask for more steps than the checkpoint's: room for them although max_spans *
+    # steps is 18
     assert worker_options(Config).room(4096) == 256 and worker_options(Config).room(100) == 100
     Config.additional_config = {"grpo_latent": {"overrides": {"steps": 200, "max_spans": 2}}}
     assert worker_options(Config).room(4096) == 400
     Config.additional_config = {"grpo_latent": {"overrides": {"steps": 9}, "max_latents": 8}}
-    with pytest.raises(ConfigError, match="no room for one latent span.*got 8; expected >= latent.steps = 9"):
+    with pytest.raises(
+        ConfigError, match="no room for one latent span.*got 8; expected >= latent.steps = 9"
+    ):
         worker_options(Config)
     Config.additional_config = {"grpo_latent": {"step": 9}}
     with pytest.raises(ConfigError, match=r"unknown option.*\['step'\]"):
@@ -173,7 +197,9 @@ def test_worker_options_survive_json_and_are_read_from_the_folder_otherwise(fold
 
 
 def test_only_the_cpu_worker_imports_vllms_cpu_modules():
-    """Importing them replaces torch.cuda.Stream, events and pinned memory by nothing, on a GPU too."""
+    """Importing them replaces torch.cuda.Stream, events and pinned memory by nothing, on a GPU
+    too.
+    """
     package = Path(compat.__file__).parent
     texts = {path.name: path.read_text() for path in package.glob("*.py")}
     assert [
@@ -209,7 +235,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_features_that_latents_do_not_go_through_are_refused(name):
-    with pytest.raises(ConfigError, match=f"vllm.{name}: .*got {re.escape(str(REFUSED[name]))}; expected"):
+    with pytest.raises(
+        ConfigError, match=f"vllm.{name}: .*got {re.escape(str(REFUSED[name]))}; expected"
+    ):
         compat.check_options({"enforce_eager": True, name: REFUSED[name]})
     compat.check_options({"enforce_eager": True, "tensor_parallel_size": 1, "enable_lora": False})
 
@@ -222,7 +250,9 @@ def vllm_config(**changes):
     for values in (parallel, whole, scheduler):
         values |= {name: changes[name] for name in set(values) & set(changes)}
     namespace = types.SimpleNamespace
-    return namespace(parallel_config=namespace(**parallel), scheduler_config=namespace(**scheduler), **whole)
+    return namespace(
+        parallel_config=namespace(**parallel), scheduler_config=namespace(**scheduler), **whole
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Engine vllm against engine hf on one checkpoint, float32, greedy; and sampled trajectories against replay.
+"""Engine vllm against engine hf on one checkpoint, float32, greedy; and sampled trajectories
+against replay.
 
 Not covered: a GPU, bfloat16, CUDA graphs. vLLM's V2 runner has its own file.
 """
@@ -14,7 +15,9 @@ BOUND = 1e-4
 def check_parity(case, engine, num_requests=64, num_trajectories=1, **sampling_options):
     requests = case.requests(num_requests, num_trajectories)
     params = sampling(**sampling_options)
-    result = compare(engine.generate(requests, params), case.hf_engine().generate(requests, params))
+    result = compare(
+        engine.generate(requests, params), case.hf_engine().generate(requests, params)
+    )
     assert result.different == []
     assert result.latent_gap <= BOUND and result.log_prob_gap <= BOUND, result
     return result
@@ -34,7 +37,11 @@ def vl_engine(vl):
 
 def test_64_mixed_requests_with_images(vl, vl_engine):
     result = check_parity(vl, vl_engine)
-    assert result.num_spans > 64 and result.num_latents > 128 and result.stop_reasons == {"eos", "length"}
+    assert (
+        result.num_spans > 64
+        and result.num_latents > 128
+        and result.stop_reasons == {"eos", "length"}
+    )
     assert vl_engine.stats["num_slots"] == 0  # nothing is left of finished requests
 
 
@@ -57,15 +64,23 @@ def test_sampled_groups_equal_their_replay(vl, vl_engine):
 
 
 # few blocks and small steps: requests are preempted, prompts cut into chunks
-TIGHT = {"num_gpu_blocks_override": 12, "block_size": 32, "max_num_batched_tokens": 48, "max_num_seqs": 24}
+TIGHT = {
+    "num_gpu_blocks_override": 12,
+    "block_size": 32,
+    "max_num_batched_tokens": 48,
+    "max_num_seqs": 24,
+}
 
 
 def check_under_pressure(case, engine):
     """64 groups of two, greedy, against engine hf; then sampled ones against their replay."""
     try:
         assert check_parity(case, engine, num_trajectories=2).num_latents > 96
-        # preempted requests fed recorded positions again, and the second of a group found its prompt cached
-        assert engine.stats["num_replayed_rows"] > 50 and engine.stats["num_cached_tokens"] > 0, engine.stats
+        # preempted requests fed recorded positions again, and the second of a group found its
+        # prompt cached
+        assert engine.stats["num_replayed_rows"] > 50 and engine.stats["num_cached_tokens"] > 0, (
+            engine.stats
+        )
         requests = case.requests(16, num_trajectories=2, first=64)
         groups = engine.generate(requests, sampling(temperature=0.8, top_k=5))
         log_prob_gap, latent_gap = replay_gap(case.case, requests, groups, temperature=0.8)
@@ -106,7 +121,11 @@ def test_exits_heads_and_max_spans(changes, tmp_path):
         requests = case.requests(32)
         trajectories = [group[0] for group in engine.generate(requests, sampling())]
         caps = [request.steps or case.mechanism.steps for request in requests]
-        lengths = [(span.length, cap) for t, cap in zip(trajectories, caps, strict=True) for span in t.spans]
+        lengths = [
+            (span.length, cap)
+            for t, cap in zip(trajectories, caps, strict=True)
+            for span in t.spans
+        ]
         if changes["exit"] != "steps":
             assert any(length < cap for length, cap in lengths)  # the rule ended some spans
         assert max(len(t.spans) for t in trajectories) <= (case.mechanism.max_spans or 128)
@@ -116,7 +135,9 @@ def test_exits_heads_and_max_spans(changes, tmp_path):
 
 
 def test_asynchronous_scheduling_with_all_of_that(vl, monkeypatch):
-    """vLLM switches it off on CPU; here it is switched on again, so that the worker computes a step ahead."""
+    """vLLM switches it off on CPU; here it is switched on again, so that the worker computes a
+    step ahead.
+    """
     from vllm.platforms.cpu import CpuPlatform
 
     check = CpuPlatform.check_and_update_config.__func__

@@ -1,4 +1,6 @@
-"""The worker's table without vLLM: positions asked for again, slots reused, rows of different sampling in one step."""
+"""The worker's table without vLLM: positions asked for again, slots reused, rows of different
+sampling in one step.
+"""
 
 import numpy as np
 import pytest
@@ -12,7 +14,10 @@ from grpo_latent.trajectory import PositionKind
 
 START, LATENT, END, WORD = 0, 1, 2, 3
 HIDDEN, VOCAB = 4, 6
-T, S, L, F = (int(kind) for kind in (PositionKind.TEXT, PositionKind.START, PositionKind.LATENT, PositionKind.FORCED))
+T, S, L, F = (
+    int(kind)
+    for kind in (PositionKind.TEXT, PositionKind.START, PositionKind.LATENT, PositionKind.FORCED)
+)
 
 
 def table(num_slots=2, max_latents=8, **changes):
@@ -20,7 +25,15 @@ def table(num_slots=2, max_latents=8, **changes):
     banned = torch.zeros(VOCAB, dtype=torch.bool)
     banned[[LATENT, END]] = True
     return LatentTable(
-        mechanism, nn.Module(), nn.Embedding(VOCAB, HIDDEN), banned, num_slots, 16, max_latents, HIDDEN, torch.float32
+        mechanism,
+        nn.Module(),
+        nn.Embedding(VOCAB, HIDDEN),
+        banned,
+        num_slots,
+        16,
+        max_latents,
+        HIDDEN,
+        torch.float32,
     )
 
 
@@ -42,13 +55,18 @@ def step(table, ids, positions, best, hidden=None, served=None):
 
 
 def test_a_span_then_the_same_positions_again_after_preemption():
-    """Recomputing position 2 onwards gives the state of then, not the one that positions 3 and 4 left behind."""
+    """Recomputing position 2 onwards gives the state of then, not the one that positions 3 and 4
+    left behind.
+    """
     t = table()
     t.add("a", greedy("a"))
     best = [WORD, START, 4, 4, 4, 5]
     first = [step(t, ["a"], [p], [best[p]])[0][0] for p in range(6)]
     assert first == [WORD, START, LATENT, LATENT, END, 5]
-    again = [step(t, ["a"], [p], [best[p]], torch.full((1, HIDDEN), 100.0 + p))[0][0] for p in range(2, 5)]
+    again = [
+        step(t, ["a"], [p], [best[p]], torch.full((1, HIDDEN), 100.0 + p))[0][0]
+        for p in range(2, 5)
+    ]
     assert again == [LATENT, LATENT, END]
     record = t.pop(["a"])["a"]
     assert record["kinds"].tolist() == [T, S, L, L, F]
@@ -81,12 +99,19 @@ def test_slots_are_reused_and_grow():
 def test_rows_of_different_sampling_in_one_step():
     t = table(num_slots=4)
     t.add("greedy", greedy("greedy"))
-    t.add("sampled", LatentRequest("sampled", None, RowSampling(temperature=0.5, top_k=1, top_p=1.0), seed=7))
+    t.add(
+        "sampled",
+        LatentRequest("sampled", None, RowSampling(temperature=0.5, top_k=1, top_p=1.0), seed=7),
+    )
     t.add("served", LatentRequest())
-    tokens, full, forced = step(t, ["greedy", "sampled", "served"], [0, 0, 0], [WORD, 4, 5], served=[0, 0, START])
+    tokens, full, forced = step(
+        t, ["greedy", "sampled", "served"], [0, 0, 0], [WORD, 4, 5], served=[0, 0, START]
+    )
     assert tokens == [WORD, 4, START] and forced == [False] * 3
     assert (
-        full[1] == pytest.approx(float(torch.tensor([10.0] + [0.0] * 5).log_softmax(0)[0]), abs=1e-6) and full[2] == 0
+        full[1]
+        == pytest.approx(float(torch.tensor([10.0] + [0.0] * 5).log_softmax(0)[0]), abs=1e-6)
+        and full[2] == 0
     )
     assert step(t, ["greedy", "served"], [1, 1], [4, 5])[0] == [4, LATENT]
     assert t.pop(None).keys() == {"greedy", "sampled"}
@@ -119,12 +144,24 @@ def test_two_requests_with_one_key_are_refused():
     [
         (None, LatentRequest()),
         ({"latent_steps": 4}, LatentRequest(steps=4)),
-        ({"latent_steps": "4", "latent": "x"}, LatentRequest()),  # a worker must outlive what a client sends
+        (
+            {"latent_steps": "4", "latent": "x"},
+            LatentRequest(),
+        ),  # a worker must outlive what a client sends
         ({"latent_steps": 10**30}, LatentRequest(steps=2**31 - 1)),
         ({"latent": {}}, LatentRequest()),
         ({"latent": {"key": "a", "seed": 1}, "latent_steps": 4}, LatentRequest(steps=4)),
         (
-            {"latent": {"key": "a", "steps": 2, "seed": 1, "temperature": 0.5, "top_k": -1, "top_p": 1.0}},
+            {
+                "latent": {
+                    "key": "a",
+                    "steps": 2,
+                    "seed": 1,
+                    "temperature": 0.5,
+                    "top_k": -1,
+                    "top_p": 1.0,
+                }
+            },
             LatentRequest("a", 2, RowSampling(0.5, -1, 1.0), 1),
         ),
     ],

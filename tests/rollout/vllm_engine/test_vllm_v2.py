@@ -21,7 +21,12 @@ pytestmark = [
         reason="the V2 runner needs Triton, which requirements/vllm-cpu.txt leaves out (1 GB): run `make vllm-v2`",
     ),
 ]
-TIGHT = {"num_gpu_blocks_override": 12, "block_size": 32, "max_num_batched_tokens": 48, "max_num_seqs": 16}
+TIGHT = {
+    "num_gpu_blocks_override": 12,
+    "block_size": 32,
+    "max_num_batched_tokens": 48,
+    "max_num_seqs": 16,
+}
 
 
 def run(name, folder, **options):
@@ -43,14 +48,25 @@ def run(name, folder, **options):
 
 def test_images_chunks_preemption_and_asynchronous_scheduling(tmp_path):
     options = {"num_requests": 32, "num_trajectories": 2, "max_new_tokens": 40}
-    answer = run("qwen2_5_vl", tmp_path, engine=TIGHT | {"async_scheduling": True}, **options, **{"async": True})
+    answer = run(
+        "qwen2_5_vl",
+        tmp_path,
+        engine=TIGHT | {"async_scheduling": True},
+        **options,
+        **{"async": True},
+    )
     assert answer["is_async"] and answer["num_latents"] > 96
-    # preempted requests fed recorded positions again, and the second of a group found its prompt cached
-    assert answer["stats"]["num_replayed_rows"] > 50 and answer["stats"]["num_cached_tokens"] > 0, answer
+    # preempted requests fed recorded positions again, and the second of a group found its prompt
+    # cached
+    assert (
+        answer["stats"]["num_replayed_rows"] > 50 and answer["stats"]["num_cached_tokens"] > 0
+    ), answer
     assert answer["stats"]["num_slots"] == answer["stats"]["num_records"] == 0
 
 
 def test_a_text_model_and_sampling(tmp_path):
     sampling = {"temperature": 0.8, "top_k": 5, "top_p": 0.9}
-    answer = run("qwen2", tmp_path, engine={}, num_requests=16, max_new_tokens=24, sampling=sampling)
+    answer = run(
+        "qwen2", tmp_path, engine={}, num_requests=16, max_new_tokens=24, sampling=sampling
+    )
     assert not answer["is_async"] and answer["num_spans"] > 16

@@ -16,7 +16,10 @@ pytestmark = pytest.mark.vllm
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
     """Two checkpoints of one shape, images, a head."""
-    return [build_vllm_case("qwen2_5_vl", tmp_path_factory.mktemp("vl"), head="mlp", seed=seed) for seed in (1, 3)]
+    return [
+        build_vllm_case("qwen2_5_vl", tmp_path_factory.mktemp("vl"), head="mlp", seed=seed)
+        for seed in (1, 3)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,9 @@ def test_new_weights_replace_everything_that_the_old_ones_computed(cases, engine
         engine.generate(requests, sampling())
         hf = case.hf_engine()
         hf.policy_version = version
-        images = engine._llm.llm_engine.engine_core.engine_core.scheduler.encoder_cache_manager.cached
+        images = (
+            engine._llm.llm_engine.engine_core.engine_core.scheduler.encoder_cache_manager.cached
+        )
         assert images
         engine.load_weights(case.case.model.state_dict().items(), policy_version=version)
         assert not images
@@ -45,8 +50,14 @@ def test_new_weights_replace_everything_that_the_old_ones_computed(cases, engine
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.pop("lvr_head.ln_q.weight"), r"weights were not sent; got \['lvr_head.ln_q.weight'\]"),
-        (lambda w: w.update(surprise=torch.zeros(1)), "surprise: weight does not fit.*a name of the model"),
+        (
+            lambda w: w.pop("lvr_head.ln_q.weight"),
+            r"weights were not sent; got \['lvr_head.ln_q.weight'\]",
+        ),
+        (
+            lambda w: w.update(surprise=torch.zeros(1)),
+            "surprise: weight does not fit.*a name of the model",
+        ),
         (lambda w: w.update({"lm_head.weight": torch.zeros(3)}), r"lm_head.weight.*\(3,\)"),
     ],
 )
@@ -91,7 +102,9 @@ def test_a_failed_batch_leaves_the_engine_usable(cases, engine, monkeypatch):
 
 
 def continuation(case, engine):
-    """A prompt whose ids are another request's prompt *and completion*, latent placeholders included."""
+    """A prompt whose ids are another request's prompt *and completion*, latent placeholders
+    included.
+    """
     for idx in range(1, 64, 2):  # text-only
         request = case.requests(1, first=idx)[0]
         if len(request.prompt_ids) <= 32:
@@ -113,7 +126,9 @@ def test_blocks_with_latents_are_never_shared(tmp_path, monkeypatch):
         request, first_latent = continuation(case, engine)
         start = engine.stats["num_cached_tokens"]
         ours = engine.generate([request], sampling(max_new_tokens=8))
-        assert 0 < engine.stats["num_cached_tokens"] - start <= first_latent  # the prompt itself is still shared
+        assert (
+            0 < engine.stats["num_cached_tokens"] - start <= first_latent
+        )  # the prompt itself is still shared
         result = compare(ours, case.hf_engine().generate([request], sampling(max_new_tokens=8)))
         assert result.different == [] and result.log_prob_gap <= 1e-4
     finally:
@@ -121,7 +136,9 @@ def test_blocks_with_latents_are_never_shared(tmp_path, monkeypatch):
 
 
 def test_without_our_scheduler_they_would_be(tmp_path, monkeypatch):
-    """The control of the test above: vLLM's own scheduler gives the wrong answer, which is why it is refused."""
+    """The control of the test above: vLLM's own scheduler gives the wrong answer, which is why it
+    is refused.
+    """
     from grpo_latent.rollout.vllm import compat, worker
 
     case = build_vllm_case("qwen2", tmp_path)

@@ -1,9 +1,11 @@
-"""Engine vllm on vLLM's V2 model runner, on a CPU: its kernels run in Triton's interpreter. A program, started by the tests.
+"""Engine vllm on vLLM's V2 model runner, on a CPU: its kernels run in Triton's interpreter. A
+program, started by the tests.
 
     python v2_on_cpu.py CASE FOLDER < options.json      prints the comparison with engine hf, and the engine's counters
 
-Triton's interpreter must be chosen before Triton is imported, and vLLM decides at its import whether there is one:
-hence a process of its own. What it changes of vLLM is what a CPU lacks, nothing of the runner.
+Triton's interpreter must be chosen before Triton is imported, and vLLM decides at its import
+whether there is one: hence a process of its own. What it changes of vLLM is what a CPU lacks,
+nothing of the runner.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from pathlib import Path
 
 
 def pretend_triton_runs_here() -> None:
-    """vLLM asks for a Triton backend `cpu`, and for the version of a distribution that the CPU wheel does not have."""
+    """vLLM asks for a Triton backend `cpu`, and for the version of a distribution that the CPU
+    wheel does not have.
+    """
     import triton.backends
 
     from grpo_latent.rollout.vllm.compat import name_the_cpu_build
@@ -51,7 +55,10 @@ def main(name: str, folder: str) -> None:
     config = engine._llm.llm_engine.vllm_config
     requests = case.requests(given["num_requests"], given.get("num_trajectories", 1))
     params = sampling(given["max_new_tokens"], **given.get("sampling", {}))
-    ours, reference = engine.generate(requests, params), case.hf_engine().generate(requests, params)
+    ours, reference = (
+        engine.generate(requests, params),
+        case.hf_engine().generate(requests, params),
+    )
     result = vars(compare(ours, reference)) | {
         "is_v2": config.use_v2_model_runner,
         "is_async": config.scheduler_config.async_scheduling,

@@ -1,7 +1,7 @@
 """Latent checkpoints that vLLM's CPU kernels take, and mixed requests for them.
 
-vLLM has no output bias and wants heads of 32: `latent_cases` with other sizes, and rows of the output matrix scaled instead
-of a bias, so that spans are frequent and ends rare.
+vLLM has no output bias and wants heads of 32: `latent_cases` with other sizes, and rows of the
+output matrix scaled instead of a bias, so that spans are frequent and ends rare.
 """
 
 from __future__ import annotations
@@ -37,19 +37,32 @@ class VllmCase:
 
     @property
     def banned_ids(self) -> set[int]:
-        return set(range(len(self.case.tokenizer))) - {self.case.token_id(token) for token in DRAWN}
+        return set(range(len(self.case.tokenizer))) - {
+            self.case.token_id(token) for token in DRAWN
+        }
 
     def hf_engine(self) -> HFRolloutEngine:
-        return HFRolloutEngine(self.case.model, self.mechanism, [self.case.eos_id], self.banned_ids)
+        return HFRolloutEngine(
+            self.case.model, self.mechanism, [self.case.eos_id], self.banned_ids
+        )
 
     def vllm_engine(self, **options):
         from grpo_latent.rollout.vllm.engine import VllmRolloutEngine
 
-        defaults = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": 64, "enforce_eager": True, "max_latents": 128}
+        defaults = {
+            "max_model_len": MAX_MODEL_LEN,
+            "max_num_seqs": 64,
+            "enforce_eager": True,
+            "max_latents": 128,
+        }
         return VllmRolloutEngine(self.folder, banned_ids=self.banned_ids, **(defaults | options))
 
-    def requests(self, num_requests: int, num_trajectories: int = 1, first: int = 0) -> list[RolloutRequest]:
-        """Prompts of 4 to 65 positions, every other one (VL models) with one or two images, steps None, 1, 2 or 5."""
+    def requests(
+        self, num_requests: int, num_trajectories: int = 1, first: int = 0
+    ) -> list[RolloutRequest]:
+        """Prompts of 4 to 65 positions, every other one (VL models) with one or two images, steps
+        None, 1, 2 or 5.
+        """
         requests = []
         for idx in range(first, first + num_requests):
             rng = np.random.default_rng(idx)
@@ -72,18 +85,24 @@ _RECIPES = {
 }
 
 
-def build_vllm_case(name: str, folder: Path, head: str = "none", seed: int | None = None, **changes) -> VllmCase:
+def build_vllm_case(
+    name: str, folder: Path, head: str = "none", seed: int | None = None, **changes
+) -> VllmCase:
     """A checkpoint in `folder`; another `seed` gives other weights of the same shapes."""
     own_seed, start_scale = _RECIPES[name]
     seed = own_seed if seed is None else seed
-    model, tokenizer, processor = getattr(tiny, f"tiny_{name}")(WORDS, tiny.TinySizes(hidden=64), seed)
+    model, tokenizer, processor = getattr(tiny, f"tiny_{name}")(
+        WORDS, tiny.TinySizes(hidden=64), seed
+    )
     case = Case(name, model, tokenizer, processor, ModelAdapter(model))
     mechanism = case.mechanism(head=head, **changes)
     scales = {"lm_head": 8.0, "embed_tokens": 40.0}
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
-                scale = next((scale for part, scale in scales.items() if part in parameter_name), 6.0)
+                scale = next(
+                    (scale for part, scale in scales.items() if part in parameter_name), 6.0
+                )
                 parameter.mul_(scale)
         model.lm_head.weight[tokenizer.get_vocab()["<|lvr_start|>"]] *= start_scale
         model.lm_head.weight[tokenizer.eos_token_id] *= 1.1
@@ -98,7 +117,9 @@ def build_vllm_case(name: str, folder: Path, head: str = "none", seed: int | Non
 
 @dataclass(frozen=True)
 class Comparison:
-    """Largest gaps between two engines' trajectories; `different` names those whose tokens or kinds differ."""
+    """Largest gaps between two engines' trajectories; `different` names those whose tokens or
+    kinds differ.
+    """
 
     different: list[str]
     latent_gap: float
@@ -114,13 +135,17 @@ def compare(ours: list[list[Trajectory]], reference: list[list[Trajectory]]) -> 
     for a, b in zip(flat, [t for group in reference for t in group], strict=True):
         assert (a.group_id, a.seed, a.policy_version) == (b.group_id, b.seed, b.policy_version)
         same = torch.equal(a.token_ids, b.token_ids) and torch.equal(a.kinds, b.kinds)
-        if not (same and a.stop_reason == b.stop_reason and torch.equal(a.prompt_ids, b.prompt_ids)):
+        if not (
+            same and a.stop_reason == b.stop_reason and torch.equal(a.prompt_ids, b.prompt_ids)
+        ):
             different.append(f"{a.group_id}: {a.token_ids.tolist()} {b.token_ids.tolist()}")
             continue
         if len(a.latents):
             latent_gap = max(latent_gap, float((a.latents - b.latents).abs().max()))
         for name in ("rollout_log_probs", "sampling_log_probs"):
-            log_prob_gap = max(log_prob_gap, float((getattr(a, name) - getattr(b, name)).abs().max()))
+            log_prob_gap = max(
+                log_prob_gap, float((getattr(a, name) - getattr(b, name)).abs().max())
+            )
     return Comparison(
         different,
         latent_gap,
@@ -134,7 +159,9 @@ def compare(ours: list[list[Trajectory]], reference: list[list[Trajectory]]) -> 
 def replay_gap(
     case: Case, requests: list[RolloutRequest], groups: list[list[Trajectory]], temperature: float
 ) -> tuple[float, float]:
-    """Largest gaps of log-probs and latents between trajectories and one forward over each of them, text and starts."""
+    """Largest gaps of log-probs and latents between trajectories and one forward over each of
+    them, text and starts.
+    """
     log_prob_gap = latent_gap = 0.0
     for request, group in zip(requests, groups, strict=True):
         for trajectory in group:

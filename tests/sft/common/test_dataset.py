@@ -1,4 +1,6 @@
-"""What SFT holds in memory: no image that is not being encoded, pixels of one step's rows and of `cache_bytes`."""
+"""What SFT holds in memory: no image that is not being encoded, pixels of one step's rows and of
+`cache_bytes`.
+"""
 
 import weakref
 
@@ -49,15 +51,21 @@ def counting_rows(dataset):
 
 @pytest.mark.parametrize("num_kept", [0, 3])
 def test_training_holds_one_image_and_the_rows_of_a_batch(tmp_path, images, num_kept):
-    run = trainer(latent_model("qwen2_5_vl"), ROWS, tmp_path, per_device_train_batch_size=2, max_steps=8)
+    run = trainer(
+        latent_model("qwen2_5_vl"), ROWS, tmp_path, per_device_train_batch_size=2, max_steps=8
+    )
     run.train_dataset._bytes_left = num_kept * pixel_bytes(run.train_dataset[0])
     rows = counting_rows(run.train_dataset)
     run.train()
     run.release()
     epochs = 8 * 2 // len(ROWS)
     assert images.most == 1, "an image lives while its row is encoded"
-    assert rows.made == num_kept + epochs * (len(ROWS) - num_kept), "each epoch encodes what is not kept"
-    assert num_kept <= rows.most <= num_kept + 2, "beside the kept ones, the rows of the batch that is put together"
+    assert rows.made == num_kept + epochs * (len(ROWS) - num_kept), (
+        "each epoch encodes what is not kept"
+    )
+    assert num_kept <= rows.most <= num_kept + 2, (
+        "beside the kept ones, the rows of the batch that is put together"
+    )
 
 
 def ilvr_dataset(folder, cache_bytes=0):

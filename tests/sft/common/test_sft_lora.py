@@ -39,8 +39,12 @@ def test_lora_trains_adapters_head_end_vector_and_new_rows_only(tmp_path):
     embeddings = {"model.language_model.embed_tokens.weight", "lm_head.weight"}
     allowed = {name for name in before if "lora_" in name or name.startswith("lvr_")} | embeddings
     assert moved <= allowed and embeddings <= moved and "lvr_latent_end_emb" in moved
-    assert any("q_proj.lora_B" in name for name in moved) and any("lvr_head" in name for name in moved)
-    assert not any("visual" in name and "lora_" in name for name in before), "no adapter in the vision tower"
+    assert any("q_proj.lora_B" in name for name in moved) and any(
+        "lvr_head" in name for name in moved
+    )
+    assert not any("visual" in name and "lora_" in name for name in before), (
+        "no adapter in the vision tower"
+    )
     for name in embeddings:
         rows = (before[name] != after[name]).any(-1).nonzero()[:, 0].tolist()
         assert set(rows) <= set(new_ids), "neither gradient nor weight decay moves an old row"
@@ -49,13 +53,21 @@ def test_lora_trains_adapters_head_end_vector_and_new_rows_only(tmp_path):
 def test_merged_lora_is_the_same_function_under_plain_names(tmp_path):
     latent, _ = lora_model()
     names = set(latent_model(NAME, head="glu", end=True).model.state_dict())
-    train(tmp_path, latent=latent, loss=LVRLossConfig(end="latent_end"), optim="adamw_torch", learning_rate=1e-2)
+    train(
+        tmp_path,
+        latent=latent,
+        loss=LVRLossConfig(end="latent_end"),
+        optim="adamw_torch",
+        learning_rate=1e-2,
+    )
     batch = batch_of(latent, ROWS, has_end_vector=True)
     adapter = ModelAdapter(latent.model, latent.mechanism)
     sums, num_merged = [], []
     with torch.no_grad():
         for _ in range(2):
-            sums.append(loss_sums(adapter, batch, latent.mechanism, LVRLossConfig(end="latent_end")))
+            sums.append(
+                loss_sums(adapter, batch, latent.mechanism, LVRLossConfig(end="latent_end"))
+            )
             num_merged.append(merge_lora(latent.model))
     assert num_merged == [14, 0] and set(latent.model.state_dict()) == names
     for name in ("ce", "latent"):

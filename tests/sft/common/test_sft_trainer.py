@@ -1,7 +1,8 @@
-"""The common trainer around LVR's loss: denominators, accumulation, bfloat16, checkpoints, loud failures.
+"""The common trainer around LVR's loss: denominators, accumulation, bfloat16, checkpoints, loud
+failures.
 
-Accumulation and checkpointing compare with plain autograd on one batch. Not covered here: several processes (see
-test_sft_distributed.py), FSDP, DeepSpeed.
+Accumulation and checkpointing compare with plain autograd on one batch. Not covered here: several
+processes (see test_sft_distributed.py), FSDP, DeepSpeed.
 """
 
 import copy
@@ -28,7 +29,10 @@ def reference_step(latent, rows, loss, learning_rate):
     freeze_vision(latent.model)
     batch = batch_of(latent, rows)
     sums = loss_sums(ModelAdapter(latent.model, latent.mechanism), batch, latent.mechanism, loss)
-    total = sums["ce"] / (batch["labels"] != -100).sum() + loss.latent_weight * sums["latent"] / batch["roi"].numel()
+    total = (
+        sums["ce"] / (batch["labels"] != -100).sum()
+        + loss.latent_weight * sums["latent"] / batch["roi"].numel()
+    )
     total.backward()
     with torch.no_grad():
         for parameter in latent.model.parameters():
@@ -51,13 +55,17 @@ def test_a_step_is_the_same_however_its_rows_are_accumulated(tmp_path, size, acc
     )
     assert run.state.log_history[0]["loss"] == pytest.approx(total, rel=1e-5)
     for name, tensor in run.latent.model.state_dict().items():
-        torch.testing.assert_close(tensor, expected.model.state_dict()[name], rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            tensor, expected.model.state_dict()[name], rtol=1e-5, atol=1e-6, msg=name
+        )
 
 
 def test_rows_differ_in_labels_and_latents():
     """Without this, a mean of micro-batch means would pass the test above."""
     batch = batch_of(latent_model(NAME), ROWS)
-    assert len(set((batch["labels"] != -100).sum(-1).tolist())) > 1 and batch["roi"].numel() > len(ROWS)
+    assert len(set((batch["labels"] != -100).sum(-1).tolist())) > 1 and batch["roi"].numel() > len(
+        ROWS
+    )
 
 
 def test_logged_metrics_are_means_over_the_logged_steps(tmp_path):
@@ -65,7 +73,11 @@ def test_logged_metrics_are_means_over_the_logged_steps(tmp_path):
     batch = batch_of(latent, ROWS)
     with torch.no_grad():
         sums = loss_sums(
-            ModelAdapter(latent.model, latent.mechanism), batch, latent.mechanism, LVRLossConfig(), count_hits=True
+            ModelAdapter(latent.model, latent.mechanism),
+            batch,
+            latent.mechanism,
+            LVRLossConfig(),
+            count_hits=True,
         )
     # learning rate 0: both steps see the same model
     run = train(
@@ -77,8 +89,12 @@ def test_logged_metrics_are_means_over_the_logged_steps(tmp_path):
         logging_steps=2,
     )
     logged = run.state.log_history[0]
-    assert logged["ce"] == pytest.approx(float(sums["ce"] / (batch["labels"] != -100).sum()), rel=1e-5)
-    assert logged["latent_loss"] == pytest.approx(float(sums["latent"] / batch["roi"].numel()), rel=1e-5)
+    assert logged["ce"] == pytest.approx(
+        float(sums["ce"] / (batch["labels"] != -100).sum()), rel=1e-5
+    )
+    assert logged["latent_loss"] == pytest.approx(
+        float(sums["latent"] / batch["roi"].numel()), rel=1e-5
+    )
     assert logged["latent_hit"] == pytest.approx(float(sums["hits"] / sums["num_targets"]))
 
 
@@ -144,7 +160,9 @@ def test_a_checkpoint_holds_every_weight_and_loads_as_a_latent_model(tmp_path, n
     folder = tmp_path / "checkpoint-2"
     own = state(latent.model)
     other = latent_model(name, head="mlp", savable=True, case=build_case(name, seed=7))
-    assert any(not torch.equal(own[key], tensor) for key, tensor in other.model.state_dict().items())
+    assert any(
+        not torch.equal(own[key], tensor) for key, tensor in other.model.state_dict().items()
+    )
     load_all_weights(other.model, str(folder))
     assert all(torch.equal(own[key], tensor) for key, tensor in other.model.state_dict().items())
     loaded = load_latent_model(folder)

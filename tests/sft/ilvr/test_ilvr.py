@@ -53,7 +53,10 @@ def examples(folder):
 
 @pytest.fixture
 def rows(tmp_path_factory):
-    return [encoder(case("qwen2_5_vl"))(example) for example in examples(tmp_path_factory.getbasetemp())]
+    return [
+        encoder(case("qwen2_5_vl"))(example)
+        for example in examples(tmp_path_factory.getbasetemp())
+    ]
 
 
 def test_positions_of_a_row(rows):
@@ -65,8 +68,13 @@ def test_positions_of_a_row(rows):
     kinds = {"<|lvr_start|>": K.START, "<|lvr|>": K.LATENT, "<|lvr_end|>": K.FORCED}
     assert row.kinds[completion].tolist() == [kinds.get(word, K.TEXT) for word in words]
     expected = [IGNORED if word == "<|lvr|>" else c.token_id(word) for word in words]
-    assert row.labels[completion].tolist() == expected and (row.labels[~completion] == IGNORED).all()
-    assert row.helper_images.image_grid_thw.tolist() == [[1, 4, 4], [1, 6, 6]] and rows[2].helper_images is None
+    assert (
+        row.labels[completion].tolist() == expected and (row.labels[~completion] == IGNORED).all()
+    )
+    assert (
+        row.helper_images.image_grid_thw.tolist() == [[1, 4, 4], [1, 6, 6]]
+        and rows[2].helper_images is None
+    )
 
 
 def test_what_follows_an_unknown_text_is_not_scored(tmp_path):
@@ -80,7 +88,11 @@ def test_what_follows_an_unknown_text_is_not_scored(tmp_path):
         {"type": "latent", "helper_image": "h3.png"},
         {"type": "text", "content": None},
     ]
-    content = record() | {"sequence_plan": plan, "original_final_answer": None, "has_answer": False}
+    content = record() | {
+        "sequence_plan": plan,
+        "original_final_answer": None,
+        "has_answer": False,
+    }
     row = encoder(c)(parse_ilvr_record(content, "row 1", tmp_path))
     completion = row.kinds > K.VISION
     span = ["<|lvr_start|>"] + ["<|lvr|>"] * STEPS + ["<|lvr_end|>"]
@@ -90,27 +102,38 @@ def test_what_follows_an_unknown_text_is_not_scored(tmp_path):
     assert row.labels[completion].tolist() == expected
     assert (
         row.helper_images is not None
-        and encoder(c, reads_helpers=False)(parse_ilvr_record(content, "row 1", tmp_path)).helper_images is None
+        and encoder(c, reads_helpers=False)(
+            parse_ilvr_record(content, "row 1", tmp_path)
+        ).helper_images
+        is None
     )
 
 
 def test_a_policy_that_writes_what_stage_1_taught_is_rewarded(tmp_path):
-    """The published record of the reader's docstring, read as SFT reads it and scored as the paper-scale RL scores."""
+    """The published record of the reader's docstring, read as SFT reads it and scored as the
+    paper-scale RL scores.
+    """
     doc = ilvr_jsonl.__doc__
     published = json.loads(doc[doc.index('{"text_input"') : doc.index("Each helper")])
     c = case("qwen2_5_vl")
     write_images(tmp_path)
     example = parse_ilvr_record(published, "row 0", tmp_path)
-    words = " ".join(["Q", *(segment.text for segment in example.segments if segment.text)]).split()
+    words = " ".join(
+        ["Q", *(segment.text for segment in example.segments if segment.text)]
+    ).split()
     tokenizer = word_tokenizer(words)
     row = dataclasses.replace(encoder(c), tokenizer=tokenizer)(example)
     ids, kinds = row.input_ids[row.kinds > K.VISION], row.kinds[row.kinds > K.VISION]
     zeros = torch.zeros(len(ids))
     trajectory = Trajectory(row.input_ids, ids, kinds, torch.zeros(STEPS, 32), zeros, zeros, "eos")
-    view = reward_view(trajectory, functools.partial(tokenizer.decode, skip_special_tokens=False), {c.eos_id})
+    view = reward_view(
+        trajectory, functools.partial(tokenizer.decode, skip_special_tokens=False), {c.eos_id}
+    )
     config = OmegaConf.load(Path(__file__).parents[3] / "recipes/ilvr/ilvr_grpo.yaml")
     (spec,) = specs_from_config(OmegaConf.to_container(config.latent.reward.functions))
-    score = functools.partial(load_function(spec), "ilvr", view.solution_str, extra_info={"latent": view.latent})
+    score = functools.partial(
+        load_function(spec), "ilvr", view.solution_str, extra_info={"latent": view.latent}
+    )
     assert view.latent["num_spans"] == 1 and view.solution_str.endswith("The answer is B.")
     assert score(example.answer, **spec.kwargs) == 1.0 and score("A", **spec.kwargs) == 0.0
 
@@ -129,7 +152,9 @@ def test_batch_aligns_completions(rows):
 
 @torch.no_grad()
 def plain_hidden(c, row):
-    """Last hidden states [T, H] of an ordinary Hugging Face forward, latents as placeholder tokens."""
+    """Last hidden states [T, H] of an ordinary Hugging Face forward, latents as placeholder
+    tokens.
+    """
     output = c.model(
         input_ids=row.input_ids[None],
         mm_token_type_ids=(row.input_ids == c.adapter.image_token_id).int()[None],
@@ -161,7 +186,9 @@ def test_targets_of_a_batch_equal_those_of_single_rows_in_one_forward(rows):
 
 @torch.no_grad()
 def test_targets_against_a_slow_reading(rows):
-    """Both spans of row 0, by loops over heads and positions. The recorded queries and keys have their own test."""
+    """Both spans of row 0, by loops over heads and positions. The recorded queries and keys have
+    their own test.
+    """
     c, row = case("qwen2_5_vl"), rows[0]
     batch = collate_rows([row])
     hidden_TH = plain_hidden(c, row)
@@ -181,7 +208,10 @@ def test_targets_against_a_slow_reading(rows):
     weights = torch.zeros(int(is_image.sum()))
     for head in range(queries.shape[0]):
         for position in is_question.nonzero()[:, 0].tolist():
-            scores = [float(queries[head, position] @ keys[0, m]) / 4 for m in is_image.nonzero()[:, 0].tolist()]
+            scores = [
+                float(queries[head, position] @ keys[0, m]) / 4
+                for m in is_image.nonzero()[:, 0].tolist()
+            ]
             weights += torch.tensor(scores).softmax(0)
     weights /= queries.shape[0] * int(is_question.sum())
     u = (hidden_TH[is_question].mean(0) + (weights[:, None] * hidden_TH[is_image]).sum(0)) / 2
@@ -190,7 +220,9 @@ def test_targets_against_a_slow_reading(rows):
     first = targets_by_hand(first_query, vision[0])
     text = hidden_TH[start + 2 + STEPS + 2 : start + 2 + STEPS + 4].mean(0)
     second = targets_by_hand((u + text + first.mean(0)) / 3, vision[1])
-    for found, expected in zip(teacher_targets(c.adapter, batch, "full"), (first, second), strict=True):
+    for found, expected in zip(
+        teacher_targets(c.adapter, batch, "full"), (first, second), strict=True
+    ):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
@@ -210,11 +242,17 @@ def test_targets_become_latents_and_the_rest_placeholders(rows):
         and placed["targets"][:, 0].tolist() == [0] * 2 + [1] * 3 + [2] + [3] * 3
     )
     dropped_BT = (batch["kinds"] == K.LATENT) & ~is_latent_BT
-    assert (placed["kinds"][dropped_BT] == K.FORCED).all() and (placed["labels"][dropped_BT] == IGNORED).all()
+    assert (placed["kinds"][dropped_BT] == K.FORCED).all() and (
+        placed["labels"][dropped_BT] == IGNORED
+    ).all()
     assert (placed["input_ids"][dropped_BT] == c.token_id("<|lvr|>")).all()
     first_span = (batch["kinds"][0] == K.LATENT).nonzero()[:STEPS, 0]
     assert placed["kinds"][0, first_span].tolist() == [K.LATENT, K.LATENT, K.FORCED]
-    for wrong in (targets[:3], [torch.zeros(4, 32), *targets[1:]], [torch.zeros(0, 32), *targets[1:]]):
+    for wrong in (
+        targets[:3],
+        [torch.zeros(4, 32), *targets[1:]],
+        [torch.zeros(0, 32), *targets[1:]],
+    ):
         with pytest.raises(LatentMismatchError, match="do not fit the spans"):
             with_targets(batch, wrong, 32)
     with pytest.raises(LatentMismatchError, match="helper images do not match the spans"):
@@ -225,7 +263,9 @@ def test_stage_1_sums_equal_plain_forwards_row_by_row(rows):
     c = case("qwen2_5_vl")
     batch = collate_rows(rows)
     targets = teacher_targets(c.adapter, batch, "full")
-    sums = stage1_loss_sums(c.adapter, with_targets(batch, targets, 32), c.mechanism(), noise_std=0.0)
+    sums = stage1_loss_sums(
+        c.adapter, with_targets(batch, targets, 32), c.mechanism(), noise_std=0.0
+    )
     ce = distance = 0.0
     remaining = list(targets)
     for row in rows:
@@ -250,10 +290,12 @@ def test_stage_1_sums_equal_plain_forwards_row_by_row(rows):
             )
         ce += float(F.cross_entropy(output.logits[0, :-1], row.labels[1:], reduction="sum"))
         hidden_TH = output.hidden_states[-1][0]
-        distance += sum(1 - float(F.cosine_similarity(hidden_TH[t], target, dim=0)) for t, target in pairs)
-    assert sums["ce"].item() == pytest.approx(ce, rel=1e-4) and sums["latent"].item() == pytest.approx(
-        distance, abs=1e-3
-    )
+        distance += sum(
+            1 - float(F.cosine_similarity(hidden_TH[t], target, dim=0)) for t, target in pairs
+        )
+    assert sums["ce"].item() == pytest.approx(ce, rel=1e-4) and sums[
+        "latent"
+    ].item() == pytest.approx(distance, abs=1e-3)
 
 
 def test_stage_2_feeds_its_own_latents_and_reaches_them_with_the_gradient(rows):
@@ -263,9 +305,14 @@ def test_stage_2_feeds_its_own_latents_and_reaches_them_with_the_gradient(rows):
         batch = collate_rows(rows)
         sums = stage2_loss_sums(c.adapter, batch, c.mechanism(), gradient)
         sums["ce"].backward()
-        values[gradient] = (sums["ce"].item(), c.adapter.decoder.layers[0].mlp.up_proj.weight.grad.clone())
+        values[gradient] = (
+            sums["ce"].item(),
+            c.adapter.decoder.layers[0].mlp.up_proj.weight.grad.clone(),
+        )
     assert values["cut"][0] == pytest.approx(values["bptt"][0], rel=1e-5)
-    assert float((values["cut"][1] - values["bptt"][1]).norm()) > 1e-3 * float(values["bptt"][1].norm())
+    assert float((values["cut"][1] - values["bptt"][1]).norm()) > 1e-3 * float(
+        values["bptt"][1].norm()
+    )
 
 
 def test_reserved_tokens_and_long_rows_are_errors(tmp_path):

@@ -1,4 +1,5 @@
-"""ILVR's stages as whole runs of `python -m grpo_latent.sft`: the teacher resumes to the bit, stage 2 goes on from stage 1.
+"""ILVR's stages as whole runs of `python -m grpo_latent.sft`: the teacher resumes to the bit,
+stage 2 goes on from stage 1.
 
 Not covered: several processes.
 """
@@ -50,7 +51,9 @@ STAGE1 = {"loss.decay": 0.5}
 def inputs(tmp_path_factory):
     """A base model without latent tokens, and published records with their images."""
     folder = tmp_path_factory.mktemp("inputs")
-    model, _, processor = tiny.tiny_qwen2_5_vl(("read", "red", "blue", "look", "?"), latent_tokens=())
+    model, _, processor = tiny.tiny_qwen2_5_vl(
+        ("read", "red", "blue", "look", "?"), latent_tokens=()
+    )
     model.save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")
     write_images(folder)
@@ -85,29 +88,45 @@ def test_stage_1_resumes_student_and_teacher_and_stage_2_goes_on_from_it(inputs,
     for name in ("model/model.safetensors", "checkpoint-4/teacher/ema.safetensors"):
         assert same_tensors(load_file(whole / name), load_file(halves / name)), name
     teacher, student = (
-        load_file(whole / "checkpoint-4" / name) for name in ("teacher/ema.safetensors", "model.safetensors")
+        load_file(whole / "checkpoint-4" / name)
+        for name in ("teacher/ema.safetensors", "model.safetensors")
     )
     name = "model.language_model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(teacher[name], student[name])
-    logs = [[json.loads(line) for line in (folder / "metrics.jsonl").open()] for folder in (whole, halves)]
+    logs = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+        for folder in (whole, halves)
+    ]
     for ours, theirs in zip(*logs, strict=True):
         ours.pop("seconds"), theirs.pop("seconds")
         assert ours == theirs
     assert logs[0][-1]["step"] == 4 and logs[0][-1]["latent_loss"] > 0
 
-    second = run(inputs, tmp_path / "stage2", "ilvr_stage2", **{"model.path": str(result.model_path)})
-    loaded = load_latent_model(second.model_path)
-    assert (loaded.mechanism.key(), loaded.mechanism.exit, loaded.mechanism.steps) == ("ilvr", "end_token", 2)
-    assert [loaded.mechanism.start_token, loaded.mechanism.latent_token, loaded.mechanism.end_token] == list(
-        ILVR.published_tokens.values()
+    second = run(
+        inputs, tmp_path / "stage2", "ilvr_stage2", **{"model.path": str(result.model_path)}
     )
+    loaded = load_latent_model(second.model_path)
+    assert (loaded.mechanism.key(), loaded.mechanism.exit, loaded.mechanism.steps) == (
+        "ilvr",
+        "end_token",
+        2,
+    )
+    assert [
+        loaded.mechanism.start_token,
+        loaded.mechanism.latent_token,
+        loaded.mechanism.end_token,
+    ] == list(ILVR.published_tokens.values())
     first, after = (load_file(r.model_path / "model.safetensors") for r in (result, second))
-    assert first.keys() == after.keys() and not torch.equal(first["lm_head.weight"], after["lm_head.weight"])
+    assert first.keys() == after.keys() and not torch.equal(
+        first["lm_head.weight"], after["lm_head.weight"]
+    )
     example = next(read_ilvr_jsonl(inputs / "rows.jsonl"))
     images = [image.open() for image in example.images]
     prompt = encode_prompt(loaded.tokenizer, loaded.processor, example.messages, images, "here")
     engine = HFRolloutEngine(loaded.model, loaded.mechanism, loaded.eos_ids)
-    ((trajectory,),) = engine.generate([RolloutRequest(prompt.ids, [1], prompt.images)], sampling(8))
+    ((trajectory,),) = engine.generate(
+        [RolloutRequest(prompt.ids, [1], prompt.images)], sampling(8)
+    )
     assert torch.isfinite(trajectory.rollout_log_probs).all()
     with pytest.raises(ConfigError, match="latents of another mechanism; got ilvr; expected lvr"):
         run(inputs, tmp_path / "lvr", "lvr", **{"model.path": str(second.model_path)})
@@ -117,18 +136,32 @@ def test_both_stages_train_float32_adapters_over_a_bfloat16_base(inputs, tmp_pat
     """As at paper scale, teacher included; the folder is all bfloat16 again."""
     merged = []
     monkeypatch.setattr(
-        "grpo_latent.sft.run.merge_lora", lambda model: merged.append(adapters(model)) or merge_lora(model)
+        "grpo_latent.sft.run.merge_lora",
+        lambda model: merged.append(adapters(model)) or merge_lora(model),
     )
-    paper = {"model.dtype": "bfloat16", "model.lora.enabled": True, "model.lora.r": 2, "trainer.bf16": True}
+    paper = {
+        "model.dtype": "bfloat16",
+        "model.lora.enabled": True,
+        "model.lora.r": 2,
+        "trainer.bf16": True,
+    }
     steps = {"trainer.max_steps": 3, "trainer.learning_rate": 1e-5, "trainer.save_strategy": "no"}
     path = inputs / "base"
     for method in ("ilvr_stage1", "ilvr_stage2"):
-        path = run(inputs, tmp_path / method, method, **paper, **steps, **{"model.path": str(path)}).model_path
-        assert {tensor.dtype for tensor in load_file(path / "model.safetensors").values()} == {torch.bfloat16}
+        path = run(
+            inputs, tmp_path / method, method, **paper, **steps, **{"model.path": str(path)}
+        ).model_path
+        assert {tensor.dtype for tensor in load_file(path / "model.safetensors").values()} == {
+            torch.bfloat16
+        }
     for name, weight in merged[0].items():
         assert weight.dtype == torch.float32, name
-        assert "lora_A" in name or not torch.equal(weight, weight.bfloat16().float()), f"{name} moves in finer steps"
-    with pytest.raises(ConfigError, match="trainer.bf16: adapters train in float32 over a bfloat16 base"):
+        assert "lora_A" in name or not torch.equal(weight, weight.bfloat16().float()), (
+            f"{name} moves in finer steps"
+        )
+    with pytest.raises(
+        ConfigError, match="trainer.bf16: adapters train in float32 over a bfloat16 base"
+    ):
         run(inputs, tmp_path / "no", "ilvr_stage1", **paper | {"trainer.bf16": False})
 
 
@@ -150,7 +183,9 @@ def adapters(model):
         ("ilvr_stage1", {"data.max_length": 5}, DataError, "row too long"),
     ],
 )  # fmt: skip
-def test_what_does_not_belong_to_the_method_is_an_error(inputs, tmp_path, method, overrides, error, message):
+def test_what_does_not_belong_to_the_method_is_an_error(
+    inputs, tmp_path, method, overrides, error, message
+):
     with pytest.raises(error, match=message):
         run(inputs, tmp_path, method, **overrides)
 

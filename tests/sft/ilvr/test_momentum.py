@@ -1,4 +1,6 @@
-"""Invariants 11 and 12 of the teacher: it moves as computed by hand, in the Hugging Face Trainer, and over a resume."""
+"""Invariants 11 and 12 of the teacher: it moves as computed by hand, in the Hugging Face Trainer,
+and over a resume.
+"""
 
 import pytest
 import torch
@@ -8,7 +10,12 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from grpo_latent.errors import CheckpointError, ConfigError
-from grpo_latent.sft.ilvr.momentum import TEACHER_FOLDER, KeepsTeacher, MomentumCallback, MomentumTeacher
+from grpo_latent.sft.ilvr.momentum import (
+    TEACHER_FOLDER,
+    KeepsTeacher,
+    MomentumCallback,
+    MomentumTeacher,
+)
 
 DECAY = 0.8
 
@@ -27,7 +34,9 @@ class TeacherTrainer(KeepsTeacher, Trainer):
 
     def __init__(self, teacher, args):
         self.teacher, self.students = teacher, []
-        super().__init__(teacher.student, args, train_dataset=Rows(), callbacks=[MomentumCallback(teacher)])
+        super().__init__(
+            teacher.student, args, train_dataset=Rows(), callbacks=[MomentumCallback(teacher)]
+        )
 
     def training_step(self, *args, **kwargs):
         self.students.append(weights(self.teacher.student))
@@ -69,7 +78,9 @@ def test_teacher_equals_the_average_by_hand_after_three_steps_and_after_a_resume
         for step in (1, 2, 3):
             expected += DECAY ** (3 - step) * (1 - DECAY) * students[step][name].double()
         torch.testing.assert_close(teacher[name].double(), expected, rtol=0, atol=1e-6)
-        moved += not torch.equal(teacher[name], start) and not torch.equal(teacher[name], students[3][name])
+        moved += not torch.equal(teacher[name], start) and not torch.equal(
+            teacher[name], students[3][name]
+        )
     assert moved > 10
     resumed = train(tmp_path / "b", 3, resume=str(tmp_path / "a" / "checkpoint-2"))
     assert resumed.teacher.num_updates == 3 and len(resumed.students) == 1
@@ -137,7 +148,9 @@ def test_a_frozen_vision_tower_is_shared_with_the_student_and_one_that_trains_is
 
 
 def test_the_average_follows_a_teacher_that_was_moved():
-    """Moving replaces the tensors of parameters: an average captured before would be another one than the teacher's."""
+    """Moving replaces the tensors of parameters: an average captured before would be another one
+    than the teacher's.
+    """
     student = build_case("qwen2").model
     teacher = MomentumTeacher(student, DECAY)
     student.to(torch.float64)

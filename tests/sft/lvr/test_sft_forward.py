@@ -1,7 +1,7 @@
 """Targets align with h at t - 1; teacher-forced inputs are what a rollout feeds.
 
-The reference forward below is written with Hugging Face alone: inputs_embeds put together by hand, one row at a time.
-Not covered: videos; FSDP.
+The reference forward below is written with Hugging Face alone: inputs_embeds put together by hand,
+one row at a time. Not covered: videos; FSDP.
 """
 
 import pytest
@@ -27,15 +27,21 @@ from grpo_latent.trajectory import PositionKind as K
 
 ROWS = [
     example(
-        0, boxes=((0.0, 0.0, 0.6, 0.4), (0.7, 0.6, 1.0, 1.0)), response="red <lvr> blue <lvr> <answer> 7 </answer>"
+        0,
+        boxes=((0.0, 0.0, 0.6, 0.4), (0.7, 0.6, 1.0, 1.0)),
+        response="red <lvr> blue <lvr> <answer> 7 </answer>",
     ),
     example(1, answer=None),
-    example(2, num_images=2, boxes=((0.0, 0.0, 1.0, 1.0),), box_images=(1,), question="read blue red ?"),
+    example(
+        2, num_images=2, boxes=((0.0, 0.0, 1.0, 1.0),), box_images=(1,), question="read blue red ?"
+    ),
 ]
 
 
 def fed_back(model, hidden):
-    """What is fed of a hidden state, without the mechanism: the head's output if the model has one."""
+    """What is fed of a hidden state, without the mechanism: the head's output if the model has
+    one.
+    """
     head = getattr(model, "lvr_head", None)
     return hidden if head is None else head(hidden)
 
@@ -62,7 +68,11 @@ def reference_row(latent, row, loss, shift=1):
     positions, _ = base.get_rope_index(
         ids[None], mm_token_type_ids=is_image.int(), image_grid_thw=row.images.image_grid_thw
     )
-    extra = {} if deepstack is None else dict(visual_pos_masks=is_image, deepstack_visual_embeds=deepstack)
+    extra = (
+        {}
+        if deepstack is None
+        else dict(visual_pos_masks=is_image, deepstack_visual_embeds=deepstack)
+    )
     hidden = base.language_model(
         inputs_embeds=torch.stack(inputs)[None], position_ids=positions, use_cache=False, **extra
     ).last_hidden_state[0]
@@ -99,8 +109,16 @@ def test_sums_are_those_of_a_forward_written_by_hand(name, loss, head):
     latent = latent_model(name, head=head, end=has_end)
     rows = [encoder(latent, has_end)(item) for item in ROWS]
     with torch.no_grad():
-        sums = loss_sums(ModelAdapter(latent.model, latent.mechanism), collate_rows(rows), latent.mechanism, loss)
-        expected = [sum(parts) for parts in zip(*(reference_row(latent, row, loss) for row in rows), strict=True)]
+        sums = loss_sums(
+            ModelAdapter(latent.model, latent.mechanism),
+            collate_rows(rows),
+            latent.mechanism,
+            loss,
+        )
+        expected = [
+            sum(parts)
+            for parts in zip(*(reference_row(latent, row, loss) for row in rows), strict=True)
+        ]
         shifted = sum(reference_row(latent, row, loss, shift=0)[1] for row in rows)
     torch.testing.assert_close(sums["ce"], expected[0], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(sums["latent"], expected[1], rtol=1e-5, atol=1e-4)
@@ -114,7 +132,9 @@ def test_sums_are_those_of_a_forward_written_by_hand(name, loss, head):
 @pytest.mark.parametrize("name", VL_NAMES)
 @pytest.mark.parametrize("visibility", ["full", "latents_only"])
 def test_training_on_what_a_rollout_did_scores_what_the_rollout_reported(name, visibility):
-    """Teacher-forced = inference: the same vectors fed give the same log-probs and the same next vectors."""
+    """Teacher-forced = inference: the same vectors fed give the same log-probs and the same next
+    vectors.
+    """
     latent = latent_model(name, head="mlp", visibility=visibility, steps=2)
     row = encoder(latent)(ROWS[0])
     length = int((row.labels != IGNORED).nonzero()[0, 0])
@@ -123,10 +143,16 @@ def test_training_on_what_a_rollout_did_scores_what_the_rollout_reported(name, v
         visual = visual_embeddings(adapter, row.images)
     # every span of the rollout is fed visual tokens 4, 1, 4, 1, …
     fed = torch.tensor([4, 1] * 12)
-    banned = set(range(len(latent.tokenizer))) - {latent.mechanism.start_id, latent.tokenizer.eos_token_id}
+    banned = set(range(len(latent.tokenizer))) - {
+        latent.mechanism.start_id,
+        latent.tokenizer.eos_token_id,
+    }
     engine = HFRolloutEngine(latent.model, latent.mechanism, latent.eos_ids, banned)
     request = RolloutRequest(
-        row.input_ids[:length], [1, 2, 3, 4], row.images, latent_override=LatentOverride(visual[fed])
+        row.input_ids[:length],
+        [1, 2, 3, 4],
+        row.images,
+        latent_override=LatentOverride(visual[fed]),
     )
     (group,) = engine.generate([request], sampling(12))
     seen_spans = 0
@@ -144,7 +170,9 @@ def test_training_on_what_a_rollout_did_scores_what_the_rollout_reported(name, v
         )
         with torch.no_grad():
             sums = loss_sums(adapter, collate_rows([as_row]), latent.mechanism, LVRLossConfig())
-        torch.testing.assert_close(sums["ce"], -trajectory.rollout_log_probs.sum(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            sums["ce"], -trajectory.rollout_log_probs.sum(), rtol=1e-4, atol=1e-4
+        )
     assert seen_spans >= 2
 
 
@@ -154,7 +182,9 @@ def test_the_prediction_is_what_a_rollout_would_feed(visibility):
     row = encoder(latent)(example())
     length = int((row.labels != IGNORED).nonzero()[0, 0])
     banned = set(range(len(latent.tokenizer))) - {latent.mechanism.start_id}
-    engine = HFRolloutEngine(latent.model, latent.mechanism, latent.eos_ids, banned | set(latent.eos_ids))
+    engine = HFRolloutEngine(
+        latent.model, latent.mechanism, latent.eos_ids, banned | set(latent.eos_ids)
+    )
     request = RolloutRequest(row.input_ids[:length], [1], row.images)
     ((trajectory,),) = engine.generate([request], sampling(2))
     assert trajectory.kinds.tolist() == [K.START, K.LATENT]
@@ -173,7 +203,10 @@ def test_each_term_reads_its_own_positions_only(monkeypatch, term):
     hidden = torch.randn(*batch["input_ids"].shape, 32, requires_grad=True)
     monkeypatch.setattr(forward_module, "replay_hidden", lambda *args: hidden)
     sums = loss_sums(
-        ModelAdapter(latent.model, latent.mechanism), batch, latent.mechanism, LVRLossConfig(end="mode_switch")
+        ModelAdapter(latent.model, latent.mechanism),
+        batch,
+        latent.mechanism,
+        LVRLossConfig(end="mode_switch"),
     )
     sums[term].backward()
     read = hidden.grad.abs().sum(-1) > 0
@@ -181,11 +214,15 @@ def test_each_term_reads_its_own_positions_only(monkeypatch, term):
         "ce": batch["labels"] != IGNORED,
         "latent": batch["kinds"] == K.LATENT,
     }
-    expected = batch["kinds"] == K.LATENT if term == "end" else F.pad(following[term][:, 1:], (0, 1))
+    expected = (
+        batch["kinds"] == K.LATENT if term == "end" else F.pad(following[term][:, 1:], (0, 1))
+    )
     assert torch.equal(read, expected)
     completion = batch["kinds"].ge(K.TEXT) & batch["valid"]
     labelled = completion & (batch["kinds"] != K.LATENT)
-    assert torch.equal(batch["labels"] != IGNORED, labelled), "start and end are scored, latents are not"
+    assert torch.equal(batch["labels"] != IGNORED, labelled), (
+        "start and end are scored, latents are not"
+    )
 
 
 def test_ids_at_latent_positions_change_nothing():
@@ -194,9 +231,15 @@ def test_ids_at_latent_positions_change_nothing():
     batch = batch_of(latent, ROWS)
     with torch.no_grad():
         before = loss_sums(adapter, batch, latent.mechanism, LVRLossConfig())
-        for placeholder in (latent.tokenizer.eos_token_id, latent.mechanism.start_id, latent.mechanism.end_id):
+        for placeholder in (
+            latent.tokenizer.eos_token_id,
+            latent.mechanism.start_id,
+            latent.mechanism.end_id,
+        ):
             ids = batch["input_ids"].masked_fill(batch["kinds"] == K.LATENT, placeholder)
-            after = loss_sums(adapter, batch | {"input_ids": ids}, latent.mechanism, LVRLossConfig())
+            after = loss_sums(
+                adapter, batch | {"input_ids": ids}, latent.mechanism, LVRLossConfig()
+            )
             assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -224,10 +267,15 @@ def test_frozen_parts_get_no_gradient(tower, merger, trained, frozen):
     freeze_vision(latent.model, tower, merger)
     batch = batch_of(latent, ROWS, has_end_vector=True)
     sums = loss_sums(
-        ModelAdapter(latent.model, latent.mechanism), batch, latent.mechanism, LVRLossConfig(end="latent_end")
+        ModelAdapter(latent.model, latent.mechanism),
+        batch,
+        latent.mechanism,
+        LVRLossConfig(end="latent_end"),
     )
     (sums["ce"] + sums["latent"]).backward()
-    moved = {name for name, parameter in latent.model.named_parameters() if parameter.grad is not None}
+    moved = {
+        name for name, parameter in latent.model.named_parameters() if parameter.grad is not None
+    }
     for part in trained:
         assert any(f"visual.{part}" in name for name in moved), part
     for part in frozen:
@@ -242,10 +290,17 @@ def test_targets_are_constants_and_the_end_vector_is_not():
     with torch.no_grad():  # the prediction no longer depends on anything but the head's bias
         model.lvr_head.mlp[2].weight.zero_()
     batch = batch_of(latent, ROWS, has_end_vector=True)
-    loss_sums(ModelAdapter(model, latent.mechanism), batch, latent.mechanism, LVRLossConfig(end="latent_end"))[
-        "latent"
-    ].backward()
-    gradients = [parameter.grad for parameter in model.model.visual.parameters() if parameter.grad is not None]
+    loss_sums(
+        ModelAdapter(model, latent.mechanism),
+        batch,
+        latent.mechanism,
+        LVRLossConfig(end="latent_end"),
+    )["latent"].backward()
+    gradients = [
+        parameter.grad
+        for parameter in model.model.visual.parameters()
+        if parameter.grad is not None
+    ]
     assert all(float(gradient.abs().max()) == 0 for gradient in gradients)
     # 2 (v - b) / H for each of the four spans
     expected = 4 * 2 * (end_vector(model) - model.lvr_head.mlp[2].bias) / 32
@@ -274,23 +329,35 @@ def test_a_latent_without_a_target_is_refused(roi, vector):
 
 
 def test_swapping_the_image_under_the_same_latents_moves_no_text_when_latents_are_the_only_channel():
-    """The leak test of SFT's own forward: with one latent a span, CE after `start` cannot see the image."""
+    """The leak test of SFT's own forward: with one latent a span, CE after `start` cannot see the
+    image.
+    """
     latent = latent_model("qwen2_5_vl", visibility="latents_only", steps=1)
     adapter = ModelAdapter(latent.model, latent.mechanism)
     encode = encoder(latent)
     row, other = encode(example(0)), encode(example(5))
     assert torch.equal(row.input_ids, other.input_ids)
     labels = row.labels.clone()
-    labels[labels == latent.mechanism.start_id] = IGNORED  # the first response token is predicted by a sighted row
+    labels[labels == latent.mechanism.start_id] = (
+        IGNORED  # the first response token is predicted by a sighted row
+    )
     with torch.no_grad():
         visual = visual_embeddings(adapter, row.images)
         ces = {}
         for name, images in (("own", row.images), ("other", other.images)):
-            batch = collate_rows([LVRRow(row.input_ids, row.kinds, labels, row.roi_N, images, row.num_visual_tokens)])
+            batch = collate_rows(
+                [
+                    LVRRow(
+                        row.input_ids, row.kinds, labels, row.roi_N, images, row.num_visual_tokens
+                    )
+                ]
+            )
             for channel in ("latents_only", "full"):
                 config = latent.mechanism.replace(visibility=channel)
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(forward_module, "teacher_forced", lambda _, roi, vector: visual[roi])
+                    patch.setattr(
+                        forward_module, "teacher_forced", lambda _, roi, vector: visual[roi]
+                    )
                     ces[name, channel] = loss_sums(adapter, batch, config, LVRLossConfig())["ce"]
     assert torch.equal(ces["own", "latents_only"], ces["other", "latents_only"])
     assert abs(float(ces["own", "full"] - ces["other", "full"])) > 1e-3
@@ -305,5 +372,7 @@ def test_images_of_a_row_are_counted_in_order():
     adapter = ModelAdapter(latent.model, latent.mechanism)
     with torch.no_grad():
         visual = visual_embeddings(adapter, row.images)
-        second = visual_embeddings(adapter, ImageInputs(row.images.pixel_values[48:], row.images.image_grid_thw[1:]))
+        second = visual_embeddings(
+            adapter, ImageInputs(row.images.pixel_values[48:], row.images.image_grid_thw[1:])
+        )
     torch.testing.assert_close(visual[row.roi_N[0]], second[0], rtol=1e-5, atol=1e-5)

@@ -45,19 +45,25 @@ def test_end_bce_reads_the_probability_of_end():
     logits = torch.tensor([[math.log(2.0), 0.0, 0.0], [0.0, math.log(2.0), 0.0]])
     expected = -math.log(1 - 0.5) - math.log(0.25)
     assert end_bce_sum(logits, torch.tensor([False, True]), 0).item() == pytest.approx(expected)
-    shifted = logits + torch.tensor([[7.0], [-3.0]])  # a softmax does not see it, a raw logit would
+    shifted = logits + torch.tensor(
+        [[7.0], [-3.0]]
+    )  # a softmax does not see it, a raw logit would
     assert end_bce_sum(shifted, torch.tensor([False, True]), 0).item() == pytest.approx(expected)
 
 
 def test_variance_is_over_vectors_then_averaged_over_features():
-    assert target_variance(torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 1.0]])) == pytest.approx((4.0 + 0.0) / 2)
+    assert target_variance(torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 1.0]])) == pytest.approx(
+        (4.0 + 0.0) / 2
+    )
     with pytest.raises(ConfigError, match="too few"):
         target_variance(torch.zeros(1, 2))
 
 
 def test_hits_compare_with_the_rows_own_visual_tokens():
     visual = torch.tensor([[0.0], [10.0], [1.0], [11.0]])  # rows of two tokens each
-    predicted = torch.tensor([[9.0], [9.0], [10.1], [0.9]])  # the third is nearer to a token of the other row
+    predicted = torch.tensor(
+        [[9.0], [9.0], [10.1], [0.9]]
+    )  # the third is nearer to a token of the other row
     roi, rows = torch.tensor([1, 0, 3, -1]), torch.tensor([0, 0, 1, 1])
     hits = nearest_target_hits(predicted, roi, rows, visual, torch.tensor([2, 2]))
     assert hits.tolist() == [True, False, True, False]

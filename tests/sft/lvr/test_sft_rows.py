@@ -1,4 +1,6 @@
-"""Examples to rows, rows to batches, and which rows make a batch: against layouts written out by hand."""
+"""Examples to rows, rows to batches, and which rows make a batch: against layouts written out by
+hand.
+"""
 
 import dataclasses
 
@@ -37,7 +39,9 @@ def test_layout_of_one_span(latent):
     prompt = ["<|im_start|>", "read", "red", "?", *IMAGE, "<|im_end|>"]
     completion = [*SPAN, "<answer>", "7", "</answer>", "<|im_end|>"]
     assert words(latent, row.input_ids) == prompt + completion
-    kinds = [K.PROMPT] * 4 + [K.VISION] * 8 + [K.PROMPT, K.START, K.LATENT, K.FORCED] + [K.TEXT] * 4
+    kinds = (
+        [K.PROMPT] * 4 + [K.VISION] * 8 + [K.PROMPT, K.START, K.LATENT, K.FORCED] + [K.TEXT] * 4
+    )
     assert row.kinds.tolist() == kinds
     assert row.labels.tolist() == [
         IGNORED if kind in (K.PROMPT, K.VISION, K.LATENT) else token
@@ -49,13 +53,26 @@ def test_layout_of_one_span(latent):
 def test_layout_of_spans_between_text_over_two_images(latent):
     boxes = ((0.0, 0.0, 0.3, 0.4), (0.4, 0.1, 1.0, 0.9))
     item = example(
-        boxes=boxes, box_images=(1, 0), num_images=2, response="<lvr> red <lvr>\n<answer> 7 </answer>", answer="7"
+        boxes=boxes,
+        box_images=(1, 0),
+        num_images=2,
+        response="<lvr> red <lvr>\n<answer> 7 </answer>",
+        answer="7",
     )
     row = encoder(latent)(item)
     start = row.kinds.tolist().index(K.START)
     four = ["<|lvr_start|>", *["<|lvr|>"] * 4, "<|lvr_end|>"]
-    assert words(latent, row.input_ids[start:]) == [*SPAN, "red", *four, "<answer>", "7", "</answer>", "<|im_end|>"]
-    # the first box lies in the second image (tokens 6..11), the second covers the two right columns of the first one
+    assert words(latent, row.input_ids[start:]) == [
+        *SPAN,
+        "red",
+        *four,
+        "<answer>",
+        "7",
+        "</answer>",
+        "<|im_end|>",
+    ]
+    # the first box lies in the second image (tokens 6..11), the second covers the two right
+    # columns of the first one
     assert row.roi_N.tolist() == [6, 1, 2, 4, 5] and row.num_visual_tokens == 12
 
 
@@ -63,7 +80,11 @@ def test_row_without_an_answer_stops_before_it_and_never_sees_it(latent):
     item = example(answer=None)
     row = encoder(latent)(item)
     assert words(latent, row.input_ids[-4:]) == [*SPAN, "<answer>"]
-    assert words(latent, row.labels[row.labels != IGNORED]) == ["<|lvr_start|>", "<|lvr_end|>", "<answer>"]
+    assert words(latent, row.labels[row.labels != IGNORED]) == [
+        "<|lvr_start|>",
+        "<|lvr_end|>",
+        "<answer>",
+    ]
     told = encoder(latent)(dataclasses.replace(item, answer="7"))
     assert torch.equal(told.input_ids, row.input_ids) and torch.equal(told.labels, row.labels)
 
@@ -110,10 +131,16 @@ def test_too_long_rows_are_refused(latent):
 
 
 def test_batch_pads_right_and_counts_visual_tokens_over_rows(latent):
-    rows = [encoder(latent)(item) for item in (example(0), example(1, answer=None, boxes=((0.0, 0.0, 0.6, 0.4),)))]
+    rows = [
+        encoder(latent)(item)
+        for item in (example(0), example(1, answer=None, boxes=((0.0, 0.0, 0.6, 0.4),)))
+    ]
     batch = collate_rows(rows)
     lengths = [len(row.input_ids) for row in rows]
-    assert batch["valid"].sum(-1).tolist() == lengths and batch["input_ids"].shape == (2, max(lengths))
+    assert batch["valid"].sum(-1).tolist() == lengths and batch["input_ids"].shape == (
+        2,
+        max(lengths),
+    )
     for row, item in enumerate(rows):
         for name in ("input_ids", "kinds", "labels"):
             assert torch.equal(batch[name][row, : lengths[row]], getattr(item, name))

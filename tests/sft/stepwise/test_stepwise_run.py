@@ -1,4 +1,6 @@
-"""IVT-LR and Coconut as whole runs of `python -m grpo_latent.sft`, from published records and from verl rows."""
+"""IVT-LR and Coconut as whole runs of `python -m grpo_latent.sft`, from published records and from
+verl rows.
+"""
 
 from pathlib import Path
 
@@ -19,7 +21,21 @@ from grpo_latent.sft.run import run_sft
 from grpo_latent.sft.settings import SFTSettings
 
 CONFIG_DIR = Path(grpo_latent.config.__file__).parent
-WORDS = ("read", "red", "blue", "?", "Options:", "(A)", "(B)", "Therefore,", "the", "answer", "is", "A", "B")
+WORDS = (
+    "read",
+    "red",
+    "blue",
+    "?",
+    "Options:",
+    "(A)",
+    "(B)",
+    "Therefore,",
+    "the",
+    "answer",
+    "is",
+    "A",
+    "B",
+)
 SMALL = {
     "data.min_image_tokens": None,
     "data.max_image_tokens": None,
@@ -56,7 +72,15 @@ def inputs(tmp_path_factory):
     ]
     pq.write_table(pa.Table.from_pylist(records), folder / "m3cot.parquet")
     rows = [
-        verl_row(data_source="t", prompt="read red ?", images=(), answer="3", index=i, split="train", steps=["red 1"])
+        verl_row(
+            data_source="t",
+            prompt="read red ?",
+            images=(),
+            answer="3",
+            index=i,
+            split="train",
+            steps=["red 1"],
+        )
         for i in range(4)
     ]
     write_verl_parquet(folder / "rows.parquet", rows)
@@ -64,7 +88,11 @@ def inputs(tmp_path_factory):
 
 
 def run(output_dir, method, model, file, **overrides):
-    paths = {"model.path": str(model), "data.train_files": str(file), "trainer.output_dir": str(output_dir)}
+    paths = {
+        "model.path": str(model),
+        "data.train_files": str(file),
+        "trainer.output_dir": str(output_dir),
+    }
     with initialize_config_dir(str(CONFIG_DIR), version_base=None):
         config = compose("sft", overrides=[f"method={method}"])
     OmegaConf.set_struct(config, False)
@@ -74,8 +102,15 @@ def run(output_dir, method, model, file, **overrides):
 
 
 def test_published_records_through_the_curriculum_with_lora(inputs, tmp_path):
-    changes = {"latent.top_k_image": 2, "model.lora.enabled": True, "model.lora.r": 2, "loss.save_stages": False}
-    result = run(tmp_path / "out", "ivt_lr", inputs / "vision", inputs / "m3cot.parquet", **changes)
+    changes = {
+        "latent.top_k_image": 2,
+        "model.lora.enabled": True,
+        "model.lora.r": 2,
+        "loss.save_stages": False,
+    }
+    result = run(
+        tmp_path / "out", "ivt_lr", inputs / "vision", inputs / "m3cot.parquet", **changes
+    )
     mechanism = load_latent_model(result.model_path).mechanism
     assert (mechanism.key(), mechanism.has_slots, mechanism.positions) == ("ivt_lr", True, "1d")
     assert (mechanism.steps, mechanism.top_k_image, mechanism.latent_token) == (2, 2, "<|latent|>")
@@ -92,7 +127,9 @@ def test_published_records_through_the_curriculum_with_lora(inputs, tmp_path):
 def test_coconut_on_a_text_model(inputs, tmp_path):
     result = run(tmp_path / "out", "coconut", inputs / "text", inputs / "rows.parquet")
     assert result.steps == 3 and load_latent_model(result.model_path).mechanism.key() == "coconut"
-    assert [load_latent_model(tmp_path / "out" / f"stage_{stage}").mechanism.steps for stage in (0, 1)] == [0, 1]
+    assert [
+        load_latent_model(tmp_path / "out" / f"stage_{stage}").mechanism.steps for stage in (0, 1)
+    ] == [0, 1]
     with pytest.raises(CheckpointError, match="needs a vision tower"):
         run(tmp_path / "other", "ivt_lr", inputs / "text", inputs / "rows.parquet")
 
@@ -101,7 +138,10 @@ def test_rows_for_rl_keep_prompt_answer_and_steps(inputs, tmp_path):
     path = tmp_path / "rl.parquet"
     main(["--format", "m3cot", "--in", str(inputs / "m3cot.parquet"), "--out", str(path)])
     first, second, *_ = read_stepwise_rows(path)
-    assert first.steps == ("red is 1.", "blue is 2.", "red ?") and [first.answer, second.answer] == ["A", "B"]
+    assert first.steps == ("red is 1.", "blue is 2.", "red ?") and [
+        first.answer,
+        second.answer,
+    ] == ["A", "B"]
     assert first.closing == "<answer> A </answer>" and first.images[0].data == png(0)
     assert [part.get("text") for part in first.messages[0]["content"]] == [
         None,
@@ -120,7 +160,16 @@ def test_rows_for_rl_keep_prompt_answer_and_steps(inputs, tmp_path):
 )
 def test_verl_rows_that_cannot_be_used_are_errors(tmp_path, changes, message):
     values = (
-        dict(data_source="t", prompt="read", images=(), answer="3", index=0, split="train", steps=["red"]) | changes
+        dict(
+            data_source="t",
+            prompt="read",
+            images=(),
+            answer="3",
+            index=0,
+            split="train",
+            steps=["red"],
+        )
+        | changes
     )
     write_verl_parquet(tmp_path / "rows.parquet", [verl_row(**values)])
     with pytest.raises(DataError, match=f"rows.parquet row 0: {message}"):

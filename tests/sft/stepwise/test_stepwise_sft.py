@@ -1,4 +1,6 @@
-"""SFT with prompt slots: its loss is the replay's log-prob of the same completion; its gradient the chosen one."""
+"""SFT with prompt slots: its loss is the replay's log-prob of the same completion; its gradient
+the chosen one.
+"""
 
 import dataclasses
 
@@ -29,14 +31,20 @@ def rollouts(c, mechanism):
     images = [c.images(2, seed=2), c.images(1, seed=1), None] if c.processor else [None] * 3
     requests = [
         c.request(text, image, range(4 * i, 4 * i + 4))
-        for i, (text, image) in enumerate(zip(("read ? ?", "read red ?", "blue"), images, strict=True))
+        for i, (text, image) in enumerate(
+            zip(("read ? ?", "read red ?", "blue"), images, strict=True)
+        )
     ]
     groups = c.engine(mechanism).generate(requests, sampling(20))
-    pairs = [(t, request.images) for request, group in zip(requests, groups, strict=True) for t in group]
+    pairs = [
+        (t, request.images) for request, group in zip(requests, groups, strict=True) for t in group
+    ]
     return [t for t, _ in pairs], [image for _, image in pairs]
 
 
-@pytest.mark.parametrize("name, gradient", [("qwen2_vl", "cut"), ("qwen3", "cut"), ("qwen3", "bptt")])
+@pytest.mark.parametrize(
+    "name, gradient", [("qwen2_vl", "cut"), ("qwen3", "cut"), ("qwen3", "bptt")]
+)
 def test_loss_and_gradient_equal_those_of_replayed_rollouts(name, gradient):
     c, mechanism, adapter = slot_case(name)
     trajectories, images = rollouts(c, mechanism)
@@ -53,7 +61,9 @@ def test_loss_and_gradient_equal_those_of_replayed_rollouts(name, gradient):
     log_probs_BT, _ = replay(adapter, batch.with_latents(latents_NH))
     (-log_probs_BT.sum()).backward()
     assert sums["ce"].item() == pytest.approx(-log_probs_BT.sum().item(), rel=1e-4)
-    torch.testing.assert_close(found, weight.grad, rtol=1e-3, atol=1e-3 * float(weight.grad.abs().max()))
+    torch.testing.assert_close(
+        found, weight.grad, rtol=1e-3, atol=1e-3 * float(weight.grad.abs().max())
+    )
 
 
 def test_gradient_checkpointing_in_training_keeps_the_cache():
@@ -61,7 +71,11 @@ def test_gradient_checkpointing_in_training_keeps_the_cache():
     losses = []
     for checkpointing in (False, True):
         c, mechanism, adapter = slot_case("qwen3")
-        rows = [StepwiseRow(c.request("read red ?").prompt_ids, (torch.tensor([12, 13, c.eos_id]),), None)]
+        rows = [
+            StepwiseRow(
+                c.request("read red ?").prompt_ids, (torch.tensor([12, 13, c.eos_id]),), None
+            )
+        ]
         c.model.train()
         if checkpointing:
             c.model.gradient_checkpointing_enable()
@@ -76,7 +90,9 @@ def test_stages_write_what_is_not_replaced():
     image = ImageRef("row 1: image", data=png(0))
     steps = ("red 3", "blue 7")
     messages = ({"role": "user", "content": content},)
-    example = StepwiseExample(messages, (image,), steps, "3", "<answer> 3 </answer>", "test", "row 1")
+    example = StepwiseExample(
+        messages, (image,), steps, "3", "<answer> 3 </answer>", "test", "row 1"
+    )
     encode = StepwiseEncoder(
         tokenizer=c.tokenizer,
         processor=c.processor,
@@ -92,10 +108,14 @@ def test_stages_write_what_is_not_replaced():
     assert texts == [f"red 3 blue 7 {tail}", f"blue 7 {tail}", tail]
     for stage, length in enumerate((8, 6, 4)):
         batch = collate_rows([row, row], stage)
-        assert batch["response_valid"].sum(-1).tolist() == [length] * 2 and batch["image_grid_thw"].shape == (2, 3)
+        assert batch["response_valid"].sum(-1).tolist() == [length] * 2 and batch[
+            "image_grid_thw"
+        ].shape == (2, 3)
     with pytest.raises(DataError, match="row 1: a reserved token"):
         encode(dataclasses.replace(example, steps=("red <|lvr|>",)))
-    with pytest.raises(DataError, match="row 1: more slots than image tokens; got 7 slots, 6 image tokens"):
+    with pytest.raises(
+        DataError, match="row 1: more slots than image tokens; got 7 slots, 6 image tokens"
+    ):
         dataclasses.replace(encode, mechanism=mechanism.replace(steps=7))(example)
     with pytest.raises(DataError, match="row 1: row too long; got 31 positions"):
         dataclasses.replace(encode, max_length=30)(example)

@@ -1,4 +1,6 @@
-"""What a cluster is asked before a job, and what a job leaves alone on a cluster that runs. No Ray is started here."""
+"""What a cluster is asked before a job, and what a job leaves alone on a cluster that runs. No Ray
+is started here.
+"""
 
 import pytest
 import ray
@@ -49,15 +51,21 @@ class FakeTask:
 
 
 def test_the_problem_of_one_node_stops_the_job(monkeypatch):
-    nodes = [{"Alive": True, "NodeID": name * 56} for name in "ac"] + [{"Alive": False, "NodeID": "d" * 56}]
-    monkeypatch.setattr(cluster, "NodeAffinitySchedulingStrategy", lambda node, soft: _Strategy(node[0]))
+    nodes = [{"Alive": True, "NodeID": name * 56} for name in "ac"] + [
+        {"Alive": False, "NodeID": "d" * 56}
+    ]
+    monkeypatch.setattr(
+        cluster, "NodeAffinitySchedulingStrategy", lambda node, soft: _Strategy(node[0])
+    )
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: True)
     monkeypatch.setattr(cluster.ray, "remote", lambda **options: lambda function: FakeTask())
     monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
     monkeypatch.setattr(cluster.ray, "get", lambda pending, timeout: pending)
     assert [report.node for report in cluster.check_cluster(["train.parquet"])] == ["a", "c"]
     nodes.append({"Alive": True, "NodeID": "b" * 56})
-    with pytest.raises(PreflightError, match="got b: no such file: train.parquet; expected .* on every node"):
+    with pytest.raises(
+        PreflightError, match="got b: no such file: train.parquet; expected .* on every node"
+    ):
         cluster.check_cluster(["train.parquet"])
 
 
@@ -93,4 +101,7 @@ def test_variables_of_the_submitted_job_are_not_set_again(tmp_path, monkeypatch)
     arguments = ray_arguments(make_config(tmp_path, tmp_path))
     assert set(arguments) == {"runtime_env", "log_to_driver"}
     env_vars = arguments["runtime_env"]["env_vars"]
-    assert "OMP_NUM_THREADS" not in env_vars and env_vars["VERL_USE_EXTERNAL_MODULES"] == "grpo_latent.verl_plugin"
+    assert (
+        "OMP_NUM_THREADS" not in env_vars
+        and env_vars["VERL_USE_EXTERNAL_MODULES"] == "grpo_latent.verl_plugin"
+    )

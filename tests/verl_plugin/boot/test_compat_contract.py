@@ -1,4 +1,6 @@
-"""What this package uses of verl is still there, by name. A failure here says which verl symbol changed."""
+"""What this package uses of verl is still there, by name. A failure here says which verl symbol
+changed.
+"""
 
 import json
 
@@ -17,9 +19,13 @@ def test_seam(seam):
 
 def test_a_changed_seam_names_the_symbol():
     gone = Seam("some use", "verl.trainer.main_ppo:no_such_function", "it runs the training")
-    with pytest.raises(PluginError, match="main_ppo:no_such_function: verl changed under some use"):
+    with pytest.raises(
+        PluginError, match="main_ppo:no_such_function: verl changed under some use"
+    ):
         gone.check()
-    changed = Seam("some use", "verl.trainer.main_ppo:run_ppo", "it runs the training", ("config",))
+    changed = Seam(
+        "some use", "verl.trainer.main_ppo:run_ppo", "it runs the training", ("config",)
+    )
     with pytest.raises(PluginError, match="parameters .*task_runner_class"):
         changed.check()
 
@@ -35,9 +41,15 @@ def test_trainer_mode_is_compared_with_the_literal_that_we_set():
 
 @pytest.mark.parametrize("lengths", [(5, 5, 5), (5, 7, 6), (4, 4), (5,)])
 def test_position_ids_come_out_as_rows(lengths):
-    """[4, L] rows in every form in which they arrive: dense, ragged in the wrong dimension, ragged index lost."""
+    """[4, L] rows in every form in which they arrive: dense, ragged in the wrong dimension, ragged
+    index lost.
+    """
     rows = [torch.arange(4 * n).reshape(4, n) for n in lengths]
-    forms = [torch.nested.as_nested_tensor(rows, layout=torch.jagged)] if len(set(lengths)) == 1 else []
+    forms = (
+        [torch.nested.as_nested_tensor(rows, layout=torch.jagged)]
+        if len(set(lengths)) == 1
+        else []
+    )
     if len(set(lengths)) == 1:
         forms.append(torch.stack(rows))
     from verl.utils import tensordict_utils as tu
@@ -54,7 +66,8 @@ def test_position_ids_come_out_as_rows(lengths):
 def test_metrics_are_rewound_to_the_resumed_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(
-        "".join(json.dumps({"step": s, "data": {"x": s}}) + "\n" for s in (0, 1, 2, 3)) + '{"step": 1, "data": {}'
+        "".join(json.dumps({"step": s, "data": {"x": s}}) + "\n" for s in (0, 1, 2, 3))
+        + '{"step": 1, "data": {}'
     )
     metrics_file.rewind_metrics(path, 2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]

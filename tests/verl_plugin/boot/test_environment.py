@@ -23,7 +23,13 @@ from grpo_latent.verl_plugin.trainer.config_check import MANAGER, check_config, 
 @pytest.fixture
 def clean(monkeypatch):
     """Without what this process may have inherited."""
-    for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "VERL_PLATFORM", "WANDB_API_KEY", "WANDB_MODE"):
+    for name in (
+        "RAY_ADDRESS",
+        "RAY_JOB_CONFIG_JSON_ENV_VAR",
+        "VERL_PLATFORM",
+        "WANDB_API_KEY",
+        "WANDB_MODE",
+    ):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -33,18 +39,33 @@ def test_every_path_of_the_config_is_local_and_absolute_or_remote(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     config = make_config(tmp_path, tmp_path)
     config.latent.output_dir, config.latent.dump_dir = "out", "s3://bucket/rollouts"
-    config.data.train_files, config.data.val_files = ["~/a.parquet", "hdfs://b.parquet"], "gs://c.parquet"
+    config.data.train_files, config.data.val_files = (
+        ["~/a.parquet", "hdfs://b.parquet"],
+        "gs://c.parquet",
+    )
     config.actor_rollout_ref.model.path = "~/model"
     config.reward.custom_reward_function.path = "reward.py"
     config.latent.reward.functions = [{"path": "~/r.py"}, {"path": "pkg://reward.digits"}]
     config.trainer.default_local_dir, config.trainer.resume_from_path = "/abs", "~/global_step_3"
     resolve_paths(config)
-    assert config.latent.output_dir == str(tmp_path / "out") and config.latent.dump_dir == "s3://bucket/rollouts"
+    assert (
+        config.latent.output_dir == str(tmp_path / "out")
+        and config.latent.dump_dir == "s3://bucket/rollouts"
+    )
     assert config.data.train_files == ["/home/user/a.parquet", "hdfs://b.parquet"]
-    assert config.data.val_files == "gs://c.parquet" and config.actor_rollout_ref.model.path == "/home/user/model"
+    assert (
+        config.data.val_files == "gs://c.parquet"
+        and config.actor_rollout_ref.model.path == "/home/user/model"
+    )
     assert config.reward.custom_reward_function.path == str(tmp_path / "reward.py")
-    assert [f.path for f in config.latent.reward.functions] == ["/home/user/r.py", "pkg://reward.digits"]
-    assert config.trainer.default_local_dir == "/abs" and config.trainer.resume_from_path == "/home/user/global_step_3"
+    assert [f.path for f in config.latent.reward.functions] == [
+        "/home/user/r.py",
+        "pkg://reward.digits",
+    ]
+    assert (
+        config.trainer.default_local_dir == "/abs"
+        and config.trainer.resume_from_path == "/home/user/global_step_3"
+    )
     assert config.data.custom_cls.path.startswith("pkg://")
     before = OmegaConf.to_container(config)
     resolve_paths(config)
@@ -84,7 +105,13 @@ def test_a_damaged_folder_is_an_error_of_the_checkpoint(tmp_path, change, messag
 
 def test_no_secret_enters_rays_runtime_environment(tmp_path, clean):
     """Dashboards and logs show it."""
-    for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD", "HUGGING_FACE_HUB_TOKEN"):
+    for name in (
+        "WANDB_API_KEY",
+        "HF_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "MY_PASSWORD",
+        "HUGGING_FACE_HUB_TOKEN",
+    ):
         clean.setenv(name, "sesame")
     clean.setenv("WANDB_MODE", "offline")
     config = make_config(tmp_path, tmp_path)
@@ -109,18 +136,28 @@ def test_a_key_that_a_cluster_does_not_get_is_told(tmp_path, clean):
     clean.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     (note,) = check(config)
     assert "wandb login" in note and "sesame" not in note
-    clean.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"env_vars": {"WANDB_API_KEY": "sesame"}}}')
+    clean.setenv(
+        "RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"env_vars": {"WANDB_API_KEY": "sesame"}}}'
+    )
     assert check(config) == []
 
 
 @pytest.mark.parametrize(
     ("device", "given", "expected"),
-    [("cpu", None, "cpu"), ("cpu", "cpu", "cpu"), ("cuda", None, "nvidia"), ("cuda", "amd", "amd")],
+    [
+        ("cpu", None, "cpu"),
+        ("cpu", "cpu", "cpu"),
+        ("cuda", None, "nvidia"),
+        ("cuda", "amd", "amd"),
+    ],
 )
 def test_the_users_platform_stays(tmp_path, clean, device, given, expected):
     if given:
         clean.setenv("VERL_PLATFORM", given)
-    assert environment(make_config(tmp_path, tmp_path, f"device={device}"), tmp_path)["VERL_PLATFORM"] == expected
+    assert (
+        environment(make_config(tmp_path, tmp_path, f"device={device}"), tmp_path)["VERL_PLATFORM"]
+        == expected
+    )
 
 
 @pytest.mark.parametrize(("device", "given"), [("cpu", "nvidia"), ("cuda", "cpu")])

@@ -1,7 +1,8 @@
-"""Every bug that is worked around is still in the installed verl. A failure here is good news: the work-around can go.
+"""Every bug that is worked around is still in the installed verl. A failure here is good news: the
+work-around can go.
 
-Stock modules are loaded anew beside the ones that this process may have patched already. Not covered: what verl's vLLM
-backend is patched for, which only shows where vLLM runs.
+Stock modules are loaded anew beside the ones that this process may have patched already. Not
+covered: what verl's vLLM backend is patched for, which only shows where vLLM runs.
 """
 
 import importlib
@@ -46,7 +47,9 @@ def rows_survive(fix) -> bool:
             lengths = data["position_ids"].offsets().diff().tolist()
         except Exception:  # however it breaks
             return False
-        if lengths != [5, 5, 5] or not all(torch.equal(a, b) for a, b in zip(found, rows, strict=True)):
+        if lengths != [5, 5, 5] or not all(
+            torch.equal(a, b) for a, b in zip(found, rows, strict=True)
+        ):
             return False
     return True
 
@@ -79,7 +82,9 @@ def other_processors_load(module, folder) -> bool:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loaded = module.hf_processor(str(folder))
-    assert loaded is not None or any("Unsupported processor type" in str(item.message) for item in caught)
+    assert loaded is not None or any(
+        "Unsupported processor type" in str(item.message) for item in caught
+    )
     return loaded is not None
 
 
@@ -107,12 +112,17 @@ def test_every_patch_has_a_test_here():
 @pytest.mark.parametrize("name", CHECKS)
 def test_stock_verl_has_the_bug_and_the_patch_mends_it(name, tmp_path, monkeypatch):
     module_name, behaves = CHECKS[name]
-    assert not behaves(stock(module_name), tmp_path, monkeypatch), GONE.format(f"compat._PATCHES[{name!r}]")
+    assert not behaves(stock(module_name), tmp_path, monkeypatch), GONE.format(
+        f"compat._PATCHES[{name!r}]"
+    )
     compat.apply_patches()
-    assert behaves(importlib.import_module(module_name), tmp_path, monkeypatch), "the patch does not mend it"
+    assert behaves(importlib.import_module(module_name), tmp_path, monkeypatch), (
+        "the patch does not mend it"
+    )
 
 
-# ---- verl on CPU --------------------------------------------------------------------------------------------------------
+# ---- verl on CPU --------------------------------------------------------------------------------
+# ------------------------
 
 
 def test_verl_names_a_backend_that_torch_refuses(monkeypatch):
@@ -121,7 +131,9 @@ def test_verl_names_a_backend_that_torch_refuses(monkeypatch):
     monkeypatch.setattr(module, "get_device_name", lambda: "cpu")
     monkeypatch.setattr(module, "get_nccl_backend", lambda: "gloo")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **options: asked.append(options["backend"]))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda **options: asked.append(options["backend"])
+    )
     module.initialize_global_process_group_ray()
     gone = GONE.format("compat.init_cpu_process_group")
     assert asked == ["cpu:gloo,cpu:gloo"], gone
@@ -169,12 +181,16 @@ def test_verl_has_no_register_for_rollout_adapters():
 
 
 def test_verls_workers_do_not_freeze_the_vision_tower():
-    """The engine does, for `actor.freeze_vision_tower`, which verl has in its config and reads nowhere."""
+    """The engine does, for `actor.freeze_vision_tower`, which verl has in its config and reads
+    nowhere.
+    """
     from verl.workers.config import actor
     from verl.workers.engine.fsdp import transformer_impl
 
     assert "freeze_vision_tower" in inspect.getsource(actor)
-    assert "freeze_vision_tower" not in inspect.getsource(transformer_impl), GONE.format("worker.freeze_vision")
+    assert "freeze_vision_tower" not in inspect.getsource(transformer_impl), GONE.format(
+        "worker.freeze_vision"
+    )
 
 
 def test_verl_casts_merged_adapters_to_bfloat16():
@@ -188,10 +204,14 @@ def test_verl_writes_its_tracker_in_place():
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
     source = inspect.getsource(PPOTrainer._save_checkpoint)
-    assert 'open(local_latest_checkpointed_iteration, "w")' in source, GONE.format("trainer.checkpoint.write_tracker")
+    assert 'open(local_latest_checkpointed_iteration, "w")' in source, GONE.format(
+        "trainer.checkpoint.write_tracker"
+    )
 
 
 def test_verls_checkpoints_know_nothing_of_latents():
     from verl.utils.checkpoint import fsdp_checkpoint_manager
 
-    assert "latent" not in inspect.getsource(fsdp_checkpoint_manager), GONE.format("LatentEngine.save_checkpoint")
+    assert "latent" not in inspect.getsource(fsdp_checkpoint_manager), GONE.format(
+        "LatentEngine.save_checkpoint"
+    )

@@ -16,7 +16,11 @@ from grpo_latent.verl_plugin.boot import compat, registration
 def run(code, **env):
     clean = {name: value for name, value in os.environ.items() if not name.startswith("VERL_")}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], env={**clean, **env}, capture_output=True, text=True, timeout=300
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**clean, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -56,20 +60,28 @@ def test_a_missing_registry_entry_is_named(kind, name, monkeypatch):
     names = compat.registered_names()
     names[kind] -= {name}
     monkeypatch.setattr(compat, "registered_names", lambda: names)
-    message = re.escape(f"server 3: the verl plug-in is not loaded; got no {{'{kind}': ['{name}']}}; expected")
+    message = re.escape(
+        f"server 3: the verl plug-in is not loaded; got no {{'{kind}': ['{name}']}}; expected"
+    )
     with pytest.raises(PluginError, match=message):
         registration.verify("server 3")
 
 
 def test_another_device_is_named():
-    with pytest.raises(PluginError, match="trainer: verl settled on another device; got c.*VERL_PLATFORM"):
+    with pytest.raises(
+        PluginError, match="trainer: verl settled on another device; got c.*VERL_PLATFORM"
+    ):
         registration.verify_device("trainer", "tpu")
 
 
-@pytest.mark.parametrize("version", ["0.10.0", "0.9.0", "0.9.1.dev0", "0.10.0.dev0", "0.8.9", "0.90.0"])
+@pytest.mark.parametrize(
+    "version", ["0.10.0", "0.9.0", "0.9.1.dev0", "0.10.0.dev0", "0.8.9", "0.90.0"]
+)
 def test_another_verl_is_refused(version, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-    with pytest.raises(PluginError, match=f"unsupported verl; got {version}; expected >=0.9.1,<0.10"):
+    with pytest.raises(
+        PluginError, match=f"unsupported verl; got {version}; expected >=0.9.1,<0.10"
+    ):
         compat.check_verl_version()
 
 

@@ -1,4 +1,6 @@
-"""The reward manager as verl builds and calls it: from config, one row at a time, in an event loop."""
+"""The reward manager as verl builds and calls it: from config, one row at a time, in an event
+loop.
+"""
 
 import asyncio
 import logging
@@ -14,7 +16,13 @@ from verl.trainer.ppo.reward import load_reward_manager
 from grpo_latent.errors import ConfigError, PluginError, RewardError
 from grpo_latent.verl_plugin.rewards import manager as reward_manager  # noqa: F401, registers
 
-LATENT = {"num_spans": 1, "num_steps": 2, "num_forced_ends": 1, "span_offsets": [0], "stop_reason": "eos"}
+LATENT = {
+    "num_spans": 1,
+    "num_steps": 2,
+    "num_forced_ends": 1,
+    "span_offsets": [0],
+    "stop_reason": "eos",
+}
 
 
 def config(custom=None, **reward):
@@ -30,7 +38,9 @@ def config(custom=None, **reward):
 
 
 def row(text="<answer> 7 </answer>", truth="7", extra_fields=None, **more):
-    """A row as verl's agent loop worker packs it; `responses` are garbage, which no reward may depend on."""
+    """A row as verl's agent loop worker packs it; `responses` are garbage, which no reward may
+    depend on.
+    """
     reported = {"solution_str": text, "latent": LATENT} if extra_fields is None else extra_fields
     values = {
         "data_source": "digits",
@@ -46,13 +56,18 @@ def row(text="<answer> 7 </answer>", truth="7", extra_fields=None, **more):
     for key, value in values.items():
         arrays[key] = np.empty(1, dtype=object)
         arrays[key][0] = value
-    batch = TensorDict({"responses": torch.randint(0, 99, (1, 4)), "attention_mask": torch.ones(1, 4)}, batch_size=1)
+    batch = TensorDict(
+        {"responses": torch.randint(0, 99, (1, 4)), "attention_mask": torch.ones(1, 4)},
+        batch_size=1,
+    )
     return DataProto(batch=batch, non_tensor_batch=arrays)
 
 
 def load(settings):
     asyncio.set_event_loop(asyncio.new_event_loop())
-    return load_reward_manager(settings, tokenizer=None, reward_router_address=None, reward_model_tokenizer=None)
+    return load_reward_manager(
+        settings, tokenizer=None, reward_router_address=None, reward_model_tokenizer=None
+    )
 
 
 def run(manager, data):
@@ -62,7 +77,12 @@ def run(manager, data):
 @pytest.fixture
 def two_functions():
     manager = load(
-        config(functions=[{"path": "pkg://reward.accuracy"}, {"path": "pkg://reward.format", "weight": 0.5}])
+        config(
+            functions=[
+                {"path": "pkg://reward.accuracy"},
+                {"path": "pkg://reward.format", "weight": 0.5},
+            ]
+        )
     )
     yield manager
     manager.runner.close()
@@ -80,7 +100,9 @@ def test_weighted_functions_reach_verls_extra_info(two_functions):
         "reward_error": "",
     }
     assert run(two_functions, row("<answer> 8 </answer>"))["reward_score"] == 0.5
-    keys = [list(run(two_functions, row(t))["reward_extra_info"]) for t in ("", "<answer> 7 </answer>")]
+    keys = [
+        list(run(two_functions, row(t))["reward_extra_info"]) for t in ("", "<answer> 7 </answer>")
+    ]
     assert keys[0] == keys[1], "verl reads the keys of the first row for all"
 
 
@@ -115,15 +137,21 @@ def test_the_custom_function_is_one_override(tmp_path, caplog):
 @pytest.mark.parametrize("policy", ["raise", "drop", "score"])
 def test_policies(policy, tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("def compute_score(data_source, solution_str, ground_truth, extra_info=None): return None\n")
-    manager = load(config({"path": str(path), "name": "compute_score"}, on_error=policy, error_score=-1.0))
+    path.write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None): return None\n"
+    )
+    manager = load(
+        config({"path": str(path), "name": "compute_score"}, on_error=policy, error_score=-1.0)
+    )
     if policy == "raise":
         with pytest.raises(RewardError, match=r"group u17, trajectory 3 .*row 5.*NoneType"):
             run(manager, row())
     else:
         result = run(manager, row())
         info = result["reward_extra_info"]
-        assert (result["reward_score"], info["dropped"]) == ((0.0, 1.0) if policy == "drop" else (-1.0, 0.0))
+        assert (result["reward_score"], info["dropped"]) == (
+            (0.0, 1.0) if policy == "drop" else (-1.0, 0.0)
+        )
         assert info["reward_error"] == "type" and info["mine"] is None
     manager.runner.close()
 
@@ -151,7 +179,10 @@ def test_an_agent_loop_that_reports_no_view_is_an_error(two_functions, extra_fie
     [
         ({}, "no reward function"),
         ({"functions": [{"path": "absent.py"}]}, "no such reward file"),
-        ({"functions": [{"path": "pkg://reward.digits", "kwargs": {"a": 1}, "wieght": 2}]}, "unknown key"),
+        (
+            {"functions": [{"path": "pkg://reward.digits", "kwargs": {"a": 1}, "wieght": 2}]},
+            "unknown key",
+        ),
         ({"function": []}, r"latent\.reward.*\['function'\]"),
         ({"functions": [{"path": "pkg://reward.digits"}], "on_error": "skip"}, "on_error"),
         ({"functions": [{"path": "pkg://reward.digits"}], "timeout_s": -1}, "timeout_s"),
@@ -167,12 +198,20 @@ def test_settings_may_travel_with_the_rollout_config():
     settings = OmegaConf.create(
         {
             "actor_rollout_ref": {
-                "rollout": {"custom": {"latent": {"reward": {"functions": [{"path": "${file}"}], "timeout_s": None}}}}
+                "rollout": {
+                    "custom": {
+                        "latent": {
+                            "reward": {"functions": [{"path": "${file}"}], "timeout_s": None}
+                        }
+                    }
+                }
             },
             "file": "pkg://reward.digits",
         }
     )
-    assert reward_manager.reward_settings(settings) == {"functions": [{"path": "pkg://reward.digits"}]}
+    assert reward_manager.reward_settings(settings) == {
+        "functions": [{"path": "pkg://reward.digits"}]
+    }
 
 
 JUDGE = """

@@ -1,4 +1,6 @@
-"""Prompt to group and back, in one process: the real server object and engine, without Ray or TransferQueue."""
+"""Prompt to group and back, in one process: the real server object and engine, without Ray or
+TransferQueue.
+"""
 
 import asyncio
 import copy
@@ -50,7 +52,9 @@ def parts(request, tmp_path_factory):
 
 
 def make_loop(loaded, server):
-    config = OmegaConf.create({"actor_rollout_ref": {"rollout": ROLLOUT}, "data": {"image_patch_size": 7}})
+    config = OmegaConf.create(
+        {"actor_rollout_ref": {"rollout": ROLLOUT}, "data": {"image_patch_size": 7}}
+    )
     return LatentAgentLoop(
         trainer_config=SimpleNamespace(config=config),
         server_manager=LocalClient(server),
@@ -67,7 +71,14 @@ def prompt_row(index, loaded, text="read red ?", size=(28, 42)):
     if loaded.processor is not None:
         buffer = io.BytesIO()
         Image.new("RGB", size, (index * 40, 10, 99)).save(buffer, "PNG")
-        content.append({"type": "image", "bytes": buffer.getvalue(), "path": None, "image": Image.open(buffer)})
+        content.append(
+            {
+                "type": "image",
+                "bytes": buffer.getvalue(),
+                "path": None,
+                "image": Image.open(buffer),
+            }
+        )
     return {
         "uid": f"uid{index}",
         "index": index,
@@ -82,7 +93,10 @@ def run_groups(loaded, server, rows, seeds=(11, 12, 13), order=None):
     async def scenario():
         loop = make_loop(loaded, server)
         tickets = [Ticket("w", i, tuple(range(len(rows))), 0) for i in range(len(rows))]
-        tasks = {i: loop.run_group(SAMPLING, tickets[i], list(seeds), rows[i]) for i in order or range(len(rows))}
+        tasks = {
+            i: loop.run_group(SAMPLING, tickets[i], list(seeds), rows[i])
+            for i in order or range(len(rows))
+        }
         results = dict(zip(tasks, await asyncio.gather(*tasks.values()), strict=True))
         return [results[i] for i in range(len(rows))]
 
@@ -92,24 +106,36 @@ def run_groups(loaded, server, rows, seeds=(11, 12, 13), order=None):
 def test_a_group_carries_what_replays_it(parts):
     loaded, server = parts
     adapter = ModelAdapter(loaded.model, loaded.mechanism)
-    (outputs, pixels), *_ = run_groups(loaded, server, [prompt_row(0, loaded), prompt_row(1, loaded, "read ?")])
+    (outputs, pixels), *_ = run_groups(
+        loaded, server, [prompt_row(0, loaded), prompt_row(1, loaded, "read ?")]
+    )
     assert len(outputs) == 3 and bool(pixels) == (loaded.processor is not None)
     for output in outputs:
         fields = output.as_dict()
         ids = torch.cat([fields["prompts"], fields["responses"]])
         kinds = fields["position_kinds"]
         assert kinds.shape == ids.shape and torch.equal(fields["input_ids"], ids)
-        assert fields["latent_embeds"].shape == (int((kinds == PositionKind.LATENT).sum()), adapter.hidden_size)
-        assert torch.equal(kinds[: len(fields["prompts"])], adapter.prompt_kinds(fields["prompts"]))
+        assert fields["latent_embeds"].shape == (
+            int((kinds == PositionKind.LATENT).sum()),
+            adapter.hidden_size,
+        )
+        assert torch.equal(
+            kinds[: len(fields["prompts"])], adapter.prompt_kinds(fields["prompts"])
+        )
         completion = kinds[len(fields["prompts"]) :]
         acted = (completion == PositionKind.TEXT) | (completion == PositionKind.START)
         assert torch.equal(fields["response_mask"].bool(), acted)
-        assert (fields["rollout_log_probs"][~acted] == 0).all() and (fields["rollout_log_probs"][acted] < 0).all()
+        assert (fields["rollout_log_probs"][~acted] == 0).all() and (
+            fields["rollout_log_probs"][acted] < 0
+        ).all()
         images = SimpleNamespace(**pixels) if pixels else None
-        expected = adapter.position_ids(ids[None], torch.ones_like(ids, dtype=torch.bool)[None], images)
+        expected = adapter.position_ids(
+            ids[None], torch.ones_like(ids, dtype=torch.bool)[None], images
+        )
         positions = fields["position_ids"]
         assert torch.equal(
-            positions[1:] if adapter.has_mrope else positions, expected[:, 0] if adapter.has_mrope else expected[0]
+            positions[1:] if adapter.has_mrope else positions,
+            expected[:, 0] if adapter.has_mrope else expected[0],
         )
         text = output.extra_fields["solution_str"]
         assert not any(token in text for token in ("<|lvr_start|>", "<|lvr|>", "<|lvr_end|>"))
@@ -139,7 +165,9 @@ def test_what_the_message_advises_shortens_a_prompt(parts):
     if loaded.processor is None:
         pytest.skip("no images")
     rows = [prompt_row(0, loaded, size=(140, 140))]  # 100 tokens
-    with pytest.raises(DataError, match="lower size.longest_edge of the checkpoint's image processor"):
+    with pytest.raises(
+        DataError, match="lower size.longest_edge of the checkpoint's image processor"
+    ):
         run_groups(loaded, server, rows)
     smaller = dataclasses.replace(loaded, processor=copy.deepcopy(loaded.processor))
     set_image_tokens(smaller.processor, None, 16)
@@ -162,9 +190,15 @@ def test_reward_workers_get_the_group_row_by_row(parts):
         one = data[i : i + 1][0]
         length = int(one.batch["attention_mask"][-one.batch["responses"].shape[-1] :].sum())
         assert one.batch["responses"][:length].tolist() == output.response_ids
-        assert one.non_tensor_batch["tool_extra_fields"]["solution_str"] == output.extra_fields["solution_str"]
+        assert (
+            one.non_tensor_batch["tool_extra_fields"]["solution_str"]
+            == output.extra_fields["solution_str"]
+        )
         assert one.non_tensor_batch["reward_model"]["ground_truth"] == "7"
-        assert one.non_tensor_batch["session_id"] == i and one.non_tensor_batch["data_source"] == "test"
+        assert (
+            one.non_tensor_batch["session_id"] == i
+            and one.non_tensor_batch["data_source"] == "test"
+        )
 
 
 def test_single_requests_are_refused(parts):
@@ -190,5 +224,7 @@ def test_failures_keep_their_type():
         def __reduce__(self):
             raise TypeError("not portable")
 
-    assert isinstance(module.portable(Local("boom")), RolloutError) and "boom" in str(module.portable(Local("boom")))
+    assert isinstance(module.portable(Local("boom")), RolloutError) and "boom" in str(
+        module.portable(Local("boom"))
+    )
     assert isinstance(module.portable(LatentMismatchError("x")), LatentMismatchError)

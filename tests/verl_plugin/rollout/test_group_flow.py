@@ -1,4 +1,6 @@
-"""From dispatch to batch without Ray: tickets, failures that end the wave at once, and the order of a batch."""
+"""From dispatch to batch without Ray: tickets, failures that end the wave at once, and the order
+of a batch.
+"""
 
 import asyncio
 import time
@@ -15,7 +17,11 @@ from grpo_latent.errors import DataError, PluginError, RewardError
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.rollout import agent_loop
-from grpo_latent.verl_plugin.rollout.agent_loop import TICKET, LatentAgentLoopManager, LatentAgentLoopWorker
+from grpo_latent.verl_plugin.rollout.agent_loop import (
+    TICKET,
+    LatentAgentLoopManager,
+    LatentAgentLoopWorker,
+)
 from grpo_latent.verl_plugin.rollout.server import LatentRolloutServer
 from grpo_latent.verl_plugin.rollout.waves import Ticket
 from grpo_latent.verl_plugin.trainer import replay_buffer
@@ -46,7 +52,9 @@ def make_worker(loaded, server, score=lambda index: 1.0):
     """A worker whose rewards come from `score`."""
     worker = LatentAgentLoopWorker.__new__(LatentAgentLoopWorker)
     worker.options, worker.llm_client, worker._failures = LatentOptions(), LocalClient(server), []
-    worker.rollout_config = SimpleNamespace(n=2, response_length=12, val_kwargs=SimpleNamespace(n=1))
+    worker.rollout_config = SimpleNamespace(
+        n=2, response_length=12, val_kwargs=SimpleNamespace(n=1)
+    )
     worker._agent_loop = make_loop(loaded, server)
 
     async def fake_score(outputs, prompt):
@@ -60,7 +68,9 @@ def make_worker(loaded, server, score=lambda index: 1.0):
 def run_wave(parts, monkeypatch, rows, **kwargs):
     queue = FakeQueue()
     monkeypatch.setattr(agent_loop, "tq", queue)
-    monkeypatch.setattr(LocalClient, "fail_wave", lambda self, *a: self.servers[0].fail_wave(*a), raising=False)
+    monkeypatch.setattr(
+        LocalClient, "fail_wave", lambda self, *a: self.servers[0].fail_wave(*a), raising=False
+    )
 
     async def scenario():
         worker = make_worker(*parts, **kwargs)
@@ -73,7 +83,9 @@ def run_wave(parts, monkeypatch, rows, **kwargs):
         for prompt in prompts:
             prompt[TICKET] = Ticket(wave_id, prompt[TICKET].row, indices, 0)
         sampling = {"temperature": 1.0, "top_k": -1, "top_p": 1.0}
-        await asyncio.gather(*(worker._run_prompt(p, sampling, {"validate": False, "step": 1}) for p in prompts))
+        await asyncio.gather(
+            *(worker._run_prompt(p, sampling, {"validate": False, "step": 1}) for p in prompts)
+        )
         return worker
 
     return asyncio.run(scenario()), queue
@@ -81,17 +93,29 @@ def run_wave(parts, monkeypatch, rows, **kwargs):
 
 def test_a_wave_ends_in_finished_groups(parts, monkeypatch):
     worker, queue = run_wave(parts, monkeypatch, [prompt_row(i, parts[0]) for i in range(3)])
-    assert worker.failures() == [] and set(map(tuple, queue.tags.values())) == {("running", "finished")}
+    assert worker.failures() == [] and set(map(tuple, queue.tags.values())) == {
+        ("running", "finished")
+    }
     assert sorted(queue.rows) == [f"uid{i}_{session}_0" for i in range(3) for session in range(2)]
-    assert all(tag["status"] == "success" and tag["seq_len"] > tag["prompt_len"] for tag in queue.rows.values())
+    assert all(
+        tag["status"] == "success" and tag["seq_len"] > tag["prompt_len"]
+        for tag in queue.rows.values()
+    )
 
 
 def test_a_bad_prompt_ends_the_whole_wave_at_once(parts, monkeypatch):
     """The others wait at the barrier for the bad one: it has to tell the server."""
-    rows = [prompt_row(0, parts[0]), prompt_row(1, parts[0], "read " * 80), prompt_row(2, parts[0])]
+    rows = [
+        prompt_row(0, parts[0]),
+        prompt_row(1, parts[0], "read " * 80),
+        prompt_row(2, parts[0]),
+    ]
     worker, queue = run_wave(parts, monkeypatch, rows)
     assert [tags[-1] for tags in queue.tags.values()] == ["failure"] * 3 and queue.rows == {}
-    assert all(isinstance(error, DataError) and "row 1 of test" in str(error) for error in worker.failures())
+    assert all(
+        isinstance(error, DataError) and "row 1 of test" in str(error)
+        for error in worker.failures()
+    )
 
 
 def test_a_failing_reward_fails_its_group(parts, monkeypatch):
@@ -100,17 +124,25 @@ def test_a_failing_reward_fails_its_group(parts, monkeypatch):
             raise RewardError("reward returned nan", kind="nan")
         return 1.0
 
-    worker, queue = run_wave(parts, monkeypatch, [prompt_row(i, parts[0]) for i in range(2)], score=score)
+    worker, queue = run_wave(
+        parts, monkeypatch, [prompt_row(i, parts[0]) for i in range(2)], score=score
+    )
     assert [queue.tags[uid][-1] for uid in ("uid0", "uid1")] == ["finished", "failure"]
     assert [type(error) for error in worker.failures()] == [RewardError]
 
 
 def make_manager(num_servers, monkeypatch):
     dispatched = []
-    monkeypatch.setattr(AgentLoopManagerTQ, "generate_sequences", lambda self, prompts: dispatched.append(prompts))
+    monkeypatch.setattr(
+        AgentLoopManagerTQ, "generate_sequences", lambda self, prompts: dispatched.append(prompts)
+    )
     manager = LatentAgentLoopManager.__new__(LatentAgentLoopManager)
     manager.llm_client = SimpleNamespace(servers=list(range(num_servers)))
-    manager._waves, manager._dispatched, manager.order_of_uid = iter(range(99)), iter(range(99)), {}
+    manager._waves, manager._dispatched, manager.order_of_uid = (
+        iter(range(99)),
+        iter(range(99)),
+        {},
+    )
     return manager, dispatched
 
 
@@ -122,8 +154,14 @@ def test_tickets_spread_whole_groups_over_the_replicas(monkeypatch):
     manager, dispatched = make_manager(2, monkeypatch)
     manager.generate_sequences(prompts_of(["e", "d", "c"]))
     manager.generate_sequences(prompts_of(["b", "a"]))
-    tickets = [[t.data if hasattr(t, "data") else t for t in batch[TICKET]] for batch in dispatched]
-    assert [(t.row, t.rows, t.replica) for t in tickets[0]] == [(0, (0, 2), 0), (1, (1,), 1), (2, (0, 2), 0)]
+    tickets = [
+        [t.data if hasattr(t, "data") else t for t in batch[TICKET]] for batch in dispatched
+    ]
+    assert [(t.row, t.rows, t.replica) for t in tickets[0]] == [
+        (0, (0, 2), 0),
+        (1, (1,), 1),
+        (2, (0, 2), 0),
+    ]
     assert len({t.wave_id for batch in tickets for t in batch}) == 2
     assert manager.order_of_uid == {"e": 0, "d": 1, "c": 2, "b": 3, "a": 4}
 
@@ -135,8 +173,12 @@ def test_batches_follow_dispatch_and_session_not_arrival(monkeypatch):
     buffer = LatentReplayBuffer.adopt(ReplayBuffer.__new__(ReplayBuffer))
     buffer.manager = manager
     arrival = ["x_1_0", "z_10_0", "y_0_0", "other_0_0", "z_2_0", "x_0_0"]
-    batch = buffer._materialize_batch("train", ["x", "y", "z"], {key: {"key": key} for key in arrival})
-    assert batch.keys == ["z_2_0", "z_10_0", "y_0_0", "x_0_0", "x_1_0"] and manager.order_of_uid == {}
+    batch = buffer._materialize_batch(
+        "train", ["x", "y", "z"], {key: {"key": key} for key in arrival}
+    )
+    assert (
+        batch.keys == ["z_2_0", "z_10_0", "y_0_0", "x_0_0", "x_1_0"] and manager.order_of_uid == {}
+    )
     assert [tag["key"] for tag in batch.tags] == batch.keys
 
 

@@ -1,4 +1,6 @@
-"""The barrier in front of the engine: order, completeness, failures. Engines here are plain functions."""
+"""The barrier in front of the engine: order, completeness, failures. Engines here are plain
+functions.
+"""
 
 import asyncio
 import random
@@ -13,7 +15,9 @@ def tickets(num_rows, wave_id="wave-0"):
 
 
 async def gather(waves, joins):
-    return await asyncio.gather(*(waves.join(ticket, payload) for ticket, payload in joins), return_exceptions=True)
+    return await asyncio.gather(
+        *(waves.join(ticket, payload) for ticket, payload in joins), return_exceptions=True
+    )
 
 
 def test_the_engine_sees_the_rows_in_order_whatever_the_arrival():
@@ -39,7 +43,9 @@ def test_waves_that_interleave_stay_apart():
     seen = []
 
     async def scenario():
-        waves = Waves(lambda payloads: seen.append(payloads) or payloads, timeout_s=5, where="server 0")
+        waves = Waves(
+            lambda payloads: seen.append(payloads) or payloads, timeout_s=5, where="server 0"
+        )
         joins = [(t, f"{t.wave_id}/{t.row}") for name in ("a", "b") for t in tickets(3, name)]
         random.Random(0).shuffle(joins)
         await gather(waves, joins)
@@ -51,11 +57,15 @@ def test_waves_that_interleave_stay_apart():
 def test_an_incomplete_wave_says_what_is_missing():
     async def scenario():
         waves = Waves(lambda payloads: payloads, timeout_s=0.05, where="server 1")
-        return await gather(waves, [(ticket, 0) for ticket in tickets(5) if ticket.row not in (1, 4)])
+        return await gather(
+            waves, [(ticket, 0) for ticket in tickets(5) if ticket.row not in (1, 4)]
+        )
 
     errors = asyncio.run(scenario())
     assert len(errors) == 3 and all(isinstance(error, RolloutError) for error in errors)
-    assert "server 1, wave wave-0" in str(errors[0]) and "2 of 5 rows missing after 0.05 s: [1, 4]" in str(errors[0])
+    assert "server 1, wave wave-0" in str(
+        errors[0]
+    ) and "2 of 5 rows missing after 0.05 s: [1, 4]" in str(errors[0])
 
 
 def test_a_slow_engine_is_no_incomplete_wave():
@@ -77,7 +87,9 @@ def test_an_engine_error_reaches_every_request():
     async def scenario():
         return await gather(Waves(engine, 5, "server 0"), [(ticket, 0) for ticket in tickets(3)])
 
-    assert [repr(error) for error in asyncio.run(scenario())] == ["ZeroDivisionError('engine')"] * 3
+    assert [repr(error) for error in asyncio.run(scenario())] == [
+        "ZeroDivisionError('engine')"
+    ] * 3
 
 
 def test_a_failed_wave_ends_at_once_for_waiting_and_for_late_requests():
@@ -97,6 +109,10 @@ def test_a_row_that_comes_twice_or_belongs_elsewhere_is_refused():
         waves = Waves(lambda payloads: payloads, timeout_s=0.1, where="server 0")
         return await gather(waves, [(tickets(2)[0], 0), (second, 0)])
 
-    for second in (tickets(2)[0], Ticket("wave-0", 7, (0, 1), 0), Ticket("wave-0", 1, (0, 1, 2), 0)):
+    for second in (
+        tickets(2)[0],
+        Ticket("wave-0", 7, (0, 1), 0),
+        Ticket("wave-0", 1, (0, 1, 2), 0),
+    ):
         _, error = asyncio.run(scenario(second))
         assert isinstance(error, RolloutError) and "does not fit its wave" in str(error)

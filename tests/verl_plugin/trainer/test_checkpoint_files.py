@@ -48,7 +48,9 @@ def test_tracker_is_replaced_whole(tmp_path, monkeypatch):
     assert checkpoint.read_tracker(tmp_path) == 3
 
 
-@pytest.mark.parametrize("content, match", [("", "not a step"), ("six", "not a step"), ("9", "checkpoint is gone")])
+@pytest.mark.parametrize(
+    "content, match", [("", "not a step"), ("six", "not a step"), ("9", "checkpoint is gone")]
+)
 def test_a_broken_tracker_is_named(tmp_path, content, match):
     make(tmp_path, 3)
     (tmp_path / checkpoint.TRACKER_FILE).write_text(content)
@@ -59,7 +61,10 @@ def test_a_broken_tracker_is_named(tmp_path, content, match):
 def test_pruning_keeps_the_newest_and_the_one_in_use(tmp_path):
     make(tmp_path, 2, 4, 6, 8, tracker=6)
     checkpoint.prune(tmp_path, 2)
-    assert sorted(p.name for p in tmp_path.glob("global_step_*")) == ["global_step_6", "global_step_8"]
+    assert sorted(p.name for p in tmp_path.glob("global_step_*")) == [
+        "global_step_6",
+        "global_step_8",
+    ]
     checkpoint.prune(tmp_path, None)
     checkpoint.prune(tmp_path, 1)
     assert (tmp_path / "global_step_6").is_dir()
@@ -79,12 +84,17 @@ def test_a_folder_that_was_kept_under_another_name_is_neither_pruned_nor_counted
 
 
 def trainer_config(tmp_path, **values):
-    return OmegaConf.create({"resume_mode": "resume_path", "default_local_dir": str(tmp_path), **values})
+    return OmegaConf.create(
+        {"resume_mode": "resume_path", "default_local_dir": str(tmp_path), **values}
+    )
 
 
 def test_a_run_resumes_from_the_trackers_step_or_from_the_folder_that_it_is_given(tmp_path):
     make(tmp_path, 3, 6, tracker=3)
-    assert checkpoint.resume_folder(trainer_config(tmp_path, resume_mode="auto")) == tmp_path / "global_step_3"
+    assert (
+        checkpoint.resume_folder(trainer_config(tmp_path, resume_mode="auto"))
+        == tmp_path / "global_step_3"
+    )
     assert checkpoint.resume_folder(trainer_config(tmp_path, resume_mode="disable")) is None
     given = trainer_config(tmp_path, resume_from_path=f"{tmp_path}/global_step_6/")
     assert str(checkpoint.resume_folder(given)) == f"{tmp_path}/global_step_6"
@@ -96,6 +106,10 @@ def test_resuming_from_what_is_no_steps_folder_is_refused(tmp_path, name):
     make(tmp_path, 6)
     (tmp_path / "global_step_6_best").mkdir()
     (tmp_path / "global_step_6" / "actor").mkdir(exist_ok=True)
-    path = None if name is None else str(tmp_path / ("global_step_6/actor" if name == "actor" else name))
+    path = (
+        None
+        if name is None
+        else str(tmp_path / ("global_step_6/actor" if name == "actor" else name))
+    )
     with pytest.raises(ConfigError, match="trainer.resume_from_path"):
         checkpoint.resume_folder(trainer_config(tmp_path, resume_from_path=path))

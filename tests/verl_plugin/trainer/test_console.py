@@ -24,12 +24,18 @@ print("back")
 def test_console_and_log_are_apart(tmp_path):
     log = tmp_path / "new" / "train.log"
     for _ in range(2):
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", CODE, str(log)], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", CODE, str(log)], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-        steps = ["step 0/2  held-out 0.500"] + [f"step {s}/2  reward 0.250  held-out 0.500" for s in (1, 2)]
+        steps = ["step 0/2  held-out 0.500"] + [
+            f"step {s}/2  reward 0.250  held-out 0.500" for s in (1, 2)
+        ]
         assert lines == [*steps, "back"]
-    assert sorted(log.read_text().split("\n")) == sorted(["", *["from C", "from a child", "from print"] * 2])
+    assert sorted(log.read_text().split("\n")) == sorted(
+        ["", *["from C", "from a child", "from print"] * 2]
+    )
 
 
 def test_the_line_of_a_step():
@@ -44,4 +50,6 @@ def test_the_line_of_a_step():
         "timing_s/step": 3.21,
     }
     line = short_line(Report("step", 7, 60, metrics))
-    assert line == ("step 7/60  reward 0.750  held-out 0.750  kl 0.0123  entropy 1.500  latent 2.0  gap 2.0e-06  3.2 s")
+    assert line == (
+        "step 7/60  reward 0.750  held-out 0.750  kl 0.0123  entropy 1.500  latent 2.0  gap 2.0e-06  3.2 s"
+    )

@@ -22,9 +22,13 @@ def test_the_replay_gap_counts_actions_only():
 
 
 def test_a_nan_is_the_worst_gap():
-    gap = gate.replay_gap([torch.tensor([-1.0, NAN])], [torch.tensor([-1.0, -1.0])], [torch.ones(2)])
+    gap = gate.replay_gap(
+        [torch.tensor([-1.0, NAN])], [torch.tensor([-1.0, -1.0])], [torch.ones(2)]
+    )
     assert gap.maximum == math.inf and gap.position == 1
-    with pytest.raises(ReplayGapError, match="step 4, trajectory x, completion position 1: .* got inf nats"):
+    with pytest.raises(
+        ReplayGapError, match="step 4, trajectory x, completion position 1: .* got inf nats"
+    ):
         gap.check(1e9, 4, "trajectory x")
 
 
@@ -52,15 +56,20 @@ def test_acts_at_latents_are_found_behind_the_prompt():
 @pytest.mark.parametrize("side", ["rollout_log_probs", "old_log_probs"])
 @pytest.mark.parametrize("bound", [None, 1e9])
 def test_a_log_prob_that_is_not_finite_never_passes(bad, side, bound):
-    columns = {name: [torch.tensor([-1.0, -2.0])] for name in ("rollout_log_probs", "old_log_probs")}
+    columns = {
+        name: [torch.tensor([-1.0, -2.0])] for name in ("rollout_log_probs", "old_log_probs")
+    }
     columns[side] = [torch.tensor([-1.0, bad])]
     rows = StepRows.__new__(StepRows)
     rows.keys, rows.tensors = ["a_0_0"], (columns | {"response_mask": [torch.ones(2)]}).get
     options = SimpleNamespace(
-        act_kinds=frozenset(), treatment=SimpleNamespace(feeds_mean=False), replay_logp_gap_bound=bound
+        act_kinds=frozenset(),
+        treatment=SimpleNamespace(feeds_mean=False),
+        replay_logp_gap_bound=bound,
     )
     with pytest.raises(
-        ReplayGapError, match="step 7, trajectory a_0_0, completion position 1: a log-prob.* not finite"
+        ReplayGapError,
+        match="step 7, trajectory a_0_0, completion position 1: a log-prob.* not finite",
     ):
         gate.check_replay(rows, options, 7)
     columns[side] = [torch.tensor([-1.0, -1.5])]

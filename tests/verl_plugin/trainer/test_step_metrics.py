@@ -8,7 +8,9 @@ import torch
 from grpo_latent.verl_plugin.trainer import step_metrics as rows
 
 
-def fields(num_spans=0, num_steps=0, num_forced_ends=0, stop_reason="eos", norms=(), **reward_extra_info):
+def fields(
+    num_spans=0, num_steps=0, num_forced_ends=0, stop_reason="eos", norms=(), **reward_extra_info
+):
     latent = {"num_spans": num_spans, "num_steps": num_steps, "num_forced_ends": num_forced_ends}
     latent_norms = torch.tensor(norms).numpy()
     info = {"latent": latent, "latent_norms": latent_norms, "stop_reason": stop_reason}
@@ -16,7 +18,12 @@ def fields(num_spans=0, num_steps=0, num_forced_ends=0, stop_reason="eos", norms
 
 
 def test_latent_metrics():
-    batch = [fields(2, 6, 1, "length", norms=(1.0, 3.0)), fields(1, 3, 1, norms=(5.0,)), fields(), fields()]
+    batch = [
+        fields(2, 6, 1, "length", norms=(1.0, 3.0)),
+        fields(1, 3, 1, norms=(5.0,)),
+        fields(),
+        fields(),
+    ]
     metrics = rows.latent_metrics(batch)
     assert metrics == {
         "latent/frac_rollouts": 0.5,
@@ -43,7 +50,9 @@ def test_reward_metrics_leave_dropped_rows_out():
     assert metrics["frac_reward_zero_std"] == 0.5  # group b has one kept trajectory
     assert metrics["rewards/dropped_frac"] == 0.25 and metrics["rewards/errors/timeout"] == 1.0
     assert metrics["rewards/errors/nan"] == 0.0  # a counter that is always there can be watched
-    assert not any(name.startswith(("rewards/score", "rewards/dropped/", "rewards/note")) for name in metrics)
+    assert not any(
+        name.startswith(("rewards/score", "rewards/dropped/", "rewards/note")) for name in metrics
+    )
 
 
 def test_scores_leave_dropped_rows_out():

@@ -72,26 +72,39 @@ def test_a_killed_save_and_resume_at_world_size_2(local_ray, inputs, tmp_path, m
         trainer.actor_rollout_wg.save_checkpoint = saving
 
     reward = tmp_path / "reward.py"
-    reward.write_text(tiny_run.REWARD.replace("    words", '    1 / (extra_info["index"] % 100)\n    words', 1))
+    reward.write_text(
+        tiny_run.REWARD.replace("    words", '    1 / (extra_info["index"] % 100)\n    words', 1)
+    )
     drops = [f"reward.custom_reward_function.path={reward}", "latent.reward.on_error=drop"]
     tiny_run.train_here(
-        tiny_run.make_config(inputs, first, TWO_RANKS, *drops), monkeypatch, snapshot_inside_the_last_save
+        tiny_run.make_config(inputs, first, TWO_RANKS, *drops),
+        monkeypatch,
+        snapshot_inside_the_last_save,
     )
     metrics = tiny_run.metrics_of(first)
     assert metrics[1]["actor/kl_loss"] == 0.0 and metrics[6]["actor/kl_loss"] > 0.0
     assert all(metrics[step]["latent/replay_logp_gap_max"] < 1e-4 for step in range(1, 7))
     check_dropped_rows(first, metrics)
     for step in (0, 3, 6):
-        assert {"latent/usage_gap/shuffle", "latent/usage_gap/zero", "latent/drift_cosine"} <= set(metrics[step])
+        assert {"latent/usage_gap/shuffle", "latent/usage_gap/zero", "latent/drift_cosine"} <= set(
+            metrics[step]
+        )
     assert metrics[0]["latent/drift_relative"] == 0.0 < metrics[6]["latent/drift_relative"]
     assert metrics[1]["latent/grad_norm_latent"] > 0 and metrics[1]["latent/grad_norm_text"] > 0
     assert "latent/effective_rank" in metrics[1] and metrics[1]["latent/alarm_vanished"] == 0.0
-    assert checkpoint.read_tracker(first / "checkpoints") == 6 and checkpoint.read_tracker(second / "checkpoints") == 3
+    assert (
+        checkpoint.read_tracker(first / "checkpoints") == 6
+        and checkpoint.read_tracker(second / "checkpoints") == 3
+    )
     watched = second / "checkpoints" / "global_step_3" / STATE_FILE
-    assert json.loads(watched.read_text())["is_step_counted"], "step 3 was validated and logged before the kill"
+    assert json.loads(watched.read_text())["is_step_counted"], (
+        "step 3 was validated and logged before the kill"
+    )
     assert 6 not in tiny_run.metrics_of(second) and 5 in tiny_run.metrics_of(second)
 
-    trainer = tiny_run.train_here(tiny_run.make_config(inputs, second, TWO_RANKS, *drops), monkeypatch)
+    trainer = tiny_run.train_here(
+        tiny_run.make_config(inputs, second, TWO_RANKS, *drops), monkeypatch
+    )
     assert trainer.resumed_from == 3 and checkpoint.read_tracker(second / "checkpoints") == 6
     assert not (second / "checkpoints" / "global_step_6" / "stale").exists()
     tiny_run.assert_equal_runs(first, second, range(1, 7), checkpoint=6)
@@ -102,9 +115,9 @@ def test_a_killed_save_and_resume_at_world_size_2(local_ray, inputs, tmp_path, m
 
 
 def test_prompt_slots_train(local_ray, tmp_path, monkeypatch):
-    """IVT-LR with drawn image positions and a vision tower that trains: choices, embeddings and h are recorded,
-    replayed and dumped; the text's mask leaves them out, and the choices have a ratio of their own. An alarm at step 2 of 4
-    ends the run there, with a checkpoint."""
+    """IVT-LR with drawn image positions and a vision tower that trains: choices, embeddings and h
+    are recorded, replayed and dumped; the text's mask leaves them out, and the choices have a
+    ratio of their own. An alarm at step 2 of 4 ends the run there, with a checkpoint."""
     inputs = tiny_run.write_inputs(tmp_path, build=tiny.tiny_qwen2_vl, **SLOTS)
     drawn = ("latent.selection=plackett_luce", "actor_rollout_ref.actor.freeze_vision_tower=false")
     output, sizes = tmp_path / "out", ("trainer.total_training_steps=4", "trainer.test_freq=-1")
@@ -114,15 +127,26 @@ def test_prompt_slots_train(local_ray, tmp_path, monkeypatch):
         sounds = trainer.watch._sounds
         trainer.watch._sounds = lambda kind: sounds(kind) or trainer.global_steps == 2
 
-    config = tiny_run.make_config(inputs, output, "trainer.val_before_train=false", *drawn, *sizes, *alarm)
+    config = tiny_run.make_config(
+        inputs, output, "trainer.val_before_train=false", *drawn, *sizes, *alarm
+    )
     tiny_run.train_here(config, monkeypatch, sound_at_step_2)
     metrics = tiny_run.metrics_of(output)
-    assert max(metrics) == 2 and metrics[2]["latent/alarm_unused"] == 1.0 and metrics[1]["latent/alarm_unused"] == 0.0
+    assert (
+        max(metrics) == 2
+        and metrics[2]["latent/alarm_unused"] == 1.0
+        and metrics[1]["latent/alarm_unused"] == 0.0
+    )
     assert checkpoint.read_tracker(output / "checkpoints") == 2
-    assert (output / "usage_start.safetensors").is_file(), "without a first validation drift still has its start"
+    assert (output / "usage_start.safetensors").is_file(), (
+        "without a first validation drift still has its start"
+    )
     for name in ("logp", "density"):
         assert all(metrics[step][f"latent/replay_{name}_gap_max"] < 1e-4 for step in (1, 2)), name
-    assert metrics[1]["latent/ratio_mean"] == pytest.approx(1, abs=1e-4) and metrics[1]["latent/log_density"] < -0.5
+    assert (
+        metrics[1]["latent/ratio_mean"] == pytest.approx(1, abs=1e-4)
+        and metrics[1]["latent/log_density"] < -0.5
+    )
     assert metrics[1]["actor/kl_loss"] == 0.0 and metrics[2]["actor/kl_loss"] > 0.0
     dumped = read_dump(output / "rollouts")
     assert not dumped.problems and len(dumped.trajectories) == 2 * 16
@@ -147,7 +171,11 @@ def check_dropped_rows(output: Path, metrics: dict[int, dict]) -> None:
         dropped = [row for row in rows if row["id"].startswith("0/")]
         kept = [row["reward"] for row in rows if row not in dropped]
         for row in dropped:
-            assert not any(row["response_mask"]) and not any(row["advantages"]) and row["reward"] == 0.0
+            assert (
+                not any(row["response_mask"])
+                and not any(row["advantages"])
+                and row["reward"] == 0.0
+            )
         assert metrics[step]["critic/score/mean"] == pytest.approx(sum(kept) / len(kept))
         assert metrics[step]["rewards/errors/exception"] == len(dropped)
         num_dropped += len(dropped)
@@ -162,10 +190,23 @@ def check_dropped_rows(output: Path, metrics: dict[int, dict]) -> None:
     ids=["gaussian", "gumbel_soft"],
 )
 def test_latents_that_act(local_ray, inputs, tmp_path, monkeypatch, treatment):
-    """With a KL and an anchor, two steps: what the rollout drew, perturbed logits included, is what the engine scores."""
-    changes = [f"latent.treatment.name={treatment.split('.')[2]}", treatment, "latent.treatment.kl_coef=0.1"]
-    changes += ["latent.treatment.anchor_weight=0.1", "trainer.total_training_steps=2", "trainer.save_freq=-1"]
-    tiny_run.train_here(tiny_run.make_config(inputs, tmp_path, *changes, "trainer.val_before_train=false"), monkeypatch)
+    """With a KL and an anchor, two steps: what the rollout drew, perturbed logits included, is
+    what the engine scores.
+    """
+    changes = [
+        f"latent.treatment.name={treatment.split('.')[2]}",
+        treatment,
+        "latent.treatment.kl_coef=0.1",
+    ]
+    changes += [
+        "latent.treatment.anchor_weight=0.1",
+        "trainer.total_training_steps=2",
+        "trainer.save_freq=-1",
+    ]
+    tiny_run.train_here(
+        tiny_run.make_config(inputs, tmp_path, *changes, "trainer.val_before_train=false"),
+        monkeypatch,
+    )
     metrics = tiny_run.metrics_of(tmp_path)
     for step in (1, 2):  # one update a rollout: every ratio is 1
         assert metrics[step]["latent/replay_density_gap_max"] < 1e-4
@@ -174,12 +215,19 @@ def test_latents_that_act(local_ray, inputs, tmp_path, monkeypatch, treatment):
     assert metrics[1]["latent/kl"] == 0 and metrics[1]["latent/anchor"] < 1e-8
     assert metrics[2]["latent/kl"] > 0 and metrics[2]["latent/anchor"] > 1e-6
     lines = (tmp_path / "rollouts" / "step_1.jsonl").read_text().splitlines()
-    row = next(row for row in map(json.loads, lines) if K.LATENT in row["kinds"][len(row["prompt_ids"]) :])
+    row = next(
+        row for row in map(json.loads, lines) if K.LATENT in row["kinds"][len(row["prompt_ids"]) :]
+    )
     kinds = row["kinds"][len(row["prompt_ids"]) :]
     first = kinds.index(K.LATENT)
     assert row["rollout_log_probs"][first] < -1 and not row["response_mask"][first]
-    (width,) = {item.trajectory.latent_aux.shape[1] for item in read_dump(tmp_path / "rollouts").trajectories}
-    assert width == (4 + 4 if "gumbel" in treatment else 0), "what the treatment recorded is dumped"
+    (width,) = {
+        item.trajectory.latent_aux.shape[1]
+        for item in read_dump(tmp_path / "rollouts").trajectories
+    }
+    assert width == (4 + 4 if "gumbel" in treatment else 0), (
+        "what the treatment recorded is dumped"
+    )
 
 
 FAILING_REWARD = """
@@ -190,12 +238,16 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
 
 
 def test_failures_stop_the_run_with_their_own_error(local_ray, inputs, tmp_path, monkeypatch):
-    """First a policy that is not the one that acted, then, in the same workers, a reward that is no number."""
+    """First a policy that is not the one that acted, then, in the same workers, a reward that is
+    no number.
+    """
     import transfer_queue as tq
 
     from grpo_latent.verl_plugin.trainer.replay_buffer import LatentReplayBuffer
 
-    config = tiny_run.make_config(inputs, tmp_path, "trainer.val_before_train=false", "trainer.save_freq=1")
+    config = tiny_run.make_config(
+        inputs, tmp_path, "trainer.val_before_train=false", "trainer.save_freq=1"
+    )
     reward, flag = tmp_path / "bad.py", tmp_path / "flag"
     reward.write_text(FAILING_REWARD.format(flag=str(flag)))
     config.reward.custom_reward_function.path = str(reward)
@@ -213,7 +265,9 @@ def test_failures_stop_the_run_with_their_own_error(local_ray, inputs, tmp_path,
         fit = trainer.fit
 
         def fit_until_rewards_fail(manager):
-            bound = "step 1, trajectory .* 0.001 nats; expected <= latent.replay_logp_gap_bound=0.0001"
+            bound = (
+                "step 1, trajectory .* 0.001 nats; expected <= latent.replay_logp_gap_bound=0.0001"
+            )
             with monkeypatch.context() as patch, pytest.raises(ReplayGapError, match=bound):
                 patch.setattr(LatentReplayBuffer, "_materialize_batch", corrupt)
                 fit(manager)
@@ -229,7 +283,9 @@ def test_failures_stop_the_run_with_their_own_error(local_ray, inputs, tmp_path,
 
 
 def clean_environment() -> dict[str, str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("VERL_", "RAY_"))}
+    clean = {
+        name: value for name, value in os.environ.items() if not name.startswith(("VERL_", "RAY_"))
+    }
     return {**clean, "OMP_NUM_THREADS": "1"}
 
 
@@ -240,12 +296,18 @@ def run_command(command, cwd, **env):
     return done.stdout
 
 
-def wait_for_jobs(script: str, dashboard: str, folder: Path, auth: dict, timeout_s: float = 180) -> None:
-    """A head answers some seconds before its agent takes jobs ("No available agent to submit job")."""
+def wait_for_jobs(
+    script: str, dashboard: str, folder: Path, auth: dict, timeout_s: float = 180
+) -> None:
+    """A head answers some seconds before its agent takes jobs ("No available agent to submit
+    job").
+    """
     deadline = time.monotonic() + timeout_s
     command = [script, "job", "submit", "--address", dashboard, "--", "true"]
     while True:
-        done = subprocess.run(command, cwd=folder, env={**os.environ, **auth}, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=folder, env={**os.environ, **auth}, capture_output=True, text=True
+        )
         if done.returncode == 0:
             return
         assert time.monotonic() < deadline, done.stdout + done.stderr
@@ -266,8 +328,20 @@ class RayHead:
         port, dashboard, agent = free_port(), free_port(), free_port()
         self.address, self.dashboard = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
         self.process = subprocess.Popen(
-            [self.script, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4"]
-            + [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--disable-usage-stats"]
+            [
+                self.script,
+                "start",
+                "--head",
+                "--block",
+                "--node-ip-address=127.0.0.1",
+                f"--port={port}",
+                "--num-cpus=4",
+            ]
+            + [
+                f"--dashboard-port={dashboard}",
+                "--dashboard-host=127.0.0.1",
+                "--disable-usage-stats",
+            ]
             + [f"--dashboard-agent-listen-port={agent}"],
             cwd=folder,
             env={**clean_environment(), **self.auth},
@@ -306,22 +380,41 @@ def test_jobs_stock_trainer_and_own_ray_continue_each_other(ray_head, inputs, tm
     masked = "latent.visibility=latents_only"
     logger = "trainer.logger=[file,wandb]"
     arguments = tiny_run.overrides(inputs, job, masked, "trainer.total_training_steps=3", logger)
-    submit = [script, "job", "submit", "--address", dashboard, "--", sys.executable, "-m", "grpo_latent.train"]
+    submit = [
+        script,
+        "job",
+        "submit",
+        "--address",
+        dashboard,
+        "--",
+        sys.executable,
+        "-m",
+        "grpo_latent.train",
+    ]
     denied = subprocess.run(
         [*submit, *arguments],
         env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "beef" * 16},
         capture_output=True,
         text=True,
     )
-    assert denied.returncode != 0 and "uth" in denied.stdout + denied.stderr  # 401/403, whatever ray calls it
+    assert (
+        denied.returncode != 0 and "uth" in denied.stdout + denied.stderr
+    )  # 401/403, whatever ray calls it
     runtime_env = json.dumps({"env_vars": {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}})
     submit[submit.index("--") : submit.index("--")] = ["--runtime-env-json", runtime_env]
     out = run_command([*submit, *arguments], tmp_path / "cwd", **auth)
     assert "succeeded" in out and out.count("step 3/3") == 1 and "TaskRunner" not in out
     (board,) = (job / "wandb").glob("offline-run-*")
-    logged = [path.relative_to(board / "files" / "media").parts[:3] for path in board.rglob("media/**/*.*")]
+    logged = [
+        path.relative_to(board / "files" / "media").parts[:3]
+        for path in board.rglob("media/**/*.*")
+    ]
     for kind, name in (("table", "rollouts"), ("table", "groups"), ("html", "inspector")):
-        assert any(parts[0] == kind and name in str(parts) for parts in logged), (kind, name, logged)
+        assert any(parts[0] == kind and name in str(parts) for parts in logged), (
+            kind,
+            name,
+            logged,
+        )
     assert checkpoint.read_tracker(job / "checkpoints") == 3
     assert (job / "train.log").stat().st_size > 1000
 
@@ -334,14 +427,27 @@ def test_jobs_stock_trainer_and_own_ray_continue_each_other(ray_head, inputs, tm
         "VERL_FILE_LOGGER_PATH": str(job / "metrics.jsonl"),
     }
     with open_dict(config):
-        config.ray_kwargs.ray_init = {"address": ray_head.address, "runtime_env": {"env_vars": dict(env)}}
+        config.ray_kwargs.ray_init = {
+            "address": ray_head.address,
+            "runtime_env": {"env_vars": dict(env)},
+        }
     OmegaConf.save(config, tmp_path / "cwd" / "stock.yaml")
-    stock = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", ".", "--config-name", "stock"]
+    stock = [
+        sys.executable,
+        "-m",
+        "verl.trainer.main_ppo",
+        "--config-dir",
+        ".",
+        "--config-name",
+        "stock",
+    ]
     run_command(stock, tmp_path / "cwd", **env, **auth)
     ray_head.stop()
 
     own_args = tiny_run.overrides(inputs, own, masked)
     out = run_command([sys.executable, "-m", "grpo_latent.train", *own_args], tmp_path / "cwd")
-    assert [line.split()[1] for line in out.splitlines() if line.startswith("step")] == [f"{s}/6" for s in range(7)]
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("step")] == [
+        f"{s}/6" for s in range(7)
+    ]
     tiny_run.assert_equal_runs(own, job, range(1, 7), checkpoint=6)
     shutil.rmtree(own)

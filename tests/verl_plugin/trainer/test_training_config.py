@@ -19,7 +19,10 @@ from grpo_latent.trajectory import PositionKind
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.trainer.config_check import check_config, check_latents
 
-BASE = ("actor_rollout_ref.model.path=/model", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8")
+BASE = (
+    "actor_rollout_ref.model.path=/model",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
+)
 
 
 def composed(*overrides):
@@ -33,7 +36,9 @@ def composed(*overrides):
 def test_defaults_are_usable(device):
     options = check_config(composed(f"device={device}"))
     assert options.seed == 0 and options.visibility is None
-    assert LatentOptions(replay_logp_gap_bound=None).replay_logp_gap_bound is None, "never stops the run"
+    assert LatentOptions(replay_logp_gap_bound=None).replay_logp_gap_bound is None, (
+        "never stops the run"
+    )
 
 
 @pytest.mark.parametrize("pinned", ["cpu", "cuda"])
@@ -59,24 +64,42 @@ def test_wandbs_page_is_not_missed_after_training_only(monkeypatch):
 
 def test_options_reach_every_process():
     """Workers only get `actor_rollout_ref`: `latent:` must be in there, with the user's overrides."""
-    config = composed("latent.seed=5", "latent.visibility=latents_only", "latent.reward.timeout_s=3")
+    config = composed(
+        "latent.seed=5", "latent.visibility=latents_only", "latent.reward.timeout_s=3"
+    )
     options = LatentOptions.from_rollout(config.actor_rollout_ref.rollout)
-    assert (options.seed, options.visibility, options.reward["timeout_s"]) == (5, "latents_only", 3)
+    assert (options.seed, options.visibility, options.reward["timeout_s"]) == (
+        5,
+        "latents_only",
+        3,
+    )
     assert config.data.seed == 5 and config.actor_rollout_ref.actor.data_loader_seed == 5
 
 
 def test_treatments_reach_every_process():
-    config = composed("latent.treatment.name=gumbel_soft", "latent.treatment.gumbel_soft.clamp=[-1,2]")
+    config = composed(
+        "latent.treatment.name=gumbel_soft", "latent.treatment.gumbel_soft.clamp=[-1,2]"
+    )
     options = LatentOptions.from_rollout(config.actor_rollout_ref.rollout)
-    assert options.treatment == GumbelSoft(clamp=(-1, 2)) and options.act_kinds == {PositionKind.LATENT}
+    assert options.treatment == GumbelSoft(clamp=(-1, 2)) and options.act_kinds == {
+        PositionKind.LATENT
+    }
     assert options.density_gap_bound == options.replay_logp_gap_bound == 1e-3
     masked = check_config(composed())
-    assert masked.treatment == Mask() and masked.act_kinds == frozenset() and masked.terms == LatentTerms()
+    assert (
+        masked.treatment == Mask()
+        and masked.act_kinds == frozenset()
+        and masked.terms == LatentTerms()
+    )
 
 
 def test_without_the_group_the_options_are_the_defaults():
     """Stock `verl.trainer.main_ppo` has no `latent:`."""
-    assert LatentOptions.from_rollout({}) == LatentOptions() == LatentOptions.from_rollout({"custom": None})
+    assert (
+        LatentOptions.from_rollout({})
+        == LatentOptions()
+        == LatentOptions.from_rollout({"custom": None})
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,15 +110,30 @@ def test_without_the_group_the_options_are_the_defaults():
         ("actor_rollout_ref.rollout.name=vllm", "rollout.name"),
         ("actor_rollout_ref.rollout.tensor_model_parallel_size=2", "tensor_model_parallel_size"),
         ("actor_rollout_ref.rollout.calculate_log_probs=false", "calculate_log_probs"),
-        ("actor_rollout_ref.rollout.agent.default_agent_loop=single_turn_agent", "default_agent_loop"),
-        ("actor_rollout_ref.rollout.agent.agent_loop_manager_class=null", "agent_loop_manager_class"),
+        (
+            "actor_rollout_ref.rollout.agent.default_agent_loop=single_turn_agent",
+            "default_agent_loop",
+        ),
+        (
+            "actor_rollout_ref.rollout.agent.agent_loop_manager_class=null",
+            "agent_loop_manager_class",
+        ),
         ("actor_rollout_ref.actor.strategy=fsdp", "actor.strategy"),
         ("actor_rollout_ref.ref.strategy=fsdp", "ref.strategy"),
         ("trainer.v1.trainer_mode=colocate_async", "trainer_mode"),
-        ("data.train_batch_size=30 actor_rollout_ref.actor.ppo_mini_batch_size=32", "ppo_mini_batch_size"),
+        (
+            "data.train_batch_size=30 actor_rollout_ref.actor.ppo_mini_batch_size=32",
+            "ppo_mini_batch_size",
+        ),
         ("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=7", "ppo_micro_batch_size_per_gpu"),
-        ("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=null", "ppo_micro_batch_size_per_gpu"),
-        ("actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=9", "log_prob_micro_batch_size_per_gpu"),
+        (
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=null",
+            "ppo_micro_batch_size_per_gpu",
+        ),
+        (
+            "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=9",
+            "log_prob_micro_batch_size_per_gpu",
+        ),
         ("data.gen_batch_size=5", "gen_batch_size"),
         ("trainer.n_gpus_per_node=3", "number of ranks"),
         ("algorithm.filter_groups.enable=true", "filter_groups"),
@@ -105,7 +143,10 @@ def test_without_the_group_the_options_are_the_defaults():
         ("actor_rollout_ref.rollout.ignore_eos=true", "ignore_eos"),
         ("reward.reward_manager.name=naive", "reward_manager"),
         ("reward.reward_model.enable=true", "reward_model.enable"),
-        ("reward.reward_model.enable=true reward.reward_model.enable_resource_pool=true", "enable_resource_pool"),
+        (
+            "reward.reward_model.enable=true reward.reward_model.enable_resource_pool=true",
+            "enable_resource_pool",
+        ),
         ("latent.reward.on_error=drop algorithm.adv_estimator=grpo", "adv_estimator"),
         (
             "actor_rollout_ref.actor.use_kl_loss=true actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=3",
@@ -116,12 +157,18 @@ def test_without_the_group_the_options_are_the_defaults():
             "latent.selection=plackett_luce actor_rollout_ref.model.enable_gradient_checkpointing=true",
             "model.enable_gradient_checkpointing: .*a checkpointed layer computes again",
         ),
-        ("latent.selection=plackett_luce actor_rollout_ref.model.use_remove_padding=true", "model.use_remove_padding"),
+        (
+            "latent.selection=plackett_luce actor_rollout_ref.model.use_remove_padding=true",
+            "model.use_remove_padding",
+        ),
         ("distillation.enabled=true", "distillation.enabled"),
         ("actor_rollout_ref.model.lora_rank=8", "lora.merge"),
         ("actor_rollout_ref.actor.ulysses_sequence_parallel_size=2", "ulysses"),
         ("+data.apply_chat_template_kwargs.enable_thinking=true", "apply_chat_template_kwargs"),
-        ("latent.visibility=latents_only actor_rollout_ref.model.use_remove_padding=true", "use_remove_padding"),
+        (
+            "latent.visibility=latents_only actor_rollout_ref.model.use_remove_padding=true",
+            "use_remove_padding",
+        ),
         ("latent.cpu_threads=0", "latent.cpu_threads"),
         ("latent.dump_every=-1", "latent.dump_every"),
         ("latent.replay_logp_gap_bound=0", "replay_logp_gap_bound"),
@@ -139,15 +186,24 @@ def test_without_the_group_the_options_are_the_defaults():
         ("latent.treatment.name=gaussian latent.treatment.gaussian.sigma=0", "gaussian.sigma"),
         ("+latent.treatment.gaussian.width=1", "treatment.gaussian: unknown key"),
         ("latent.treatment.anchor_weight=1", "anchor_weight: there is no reference"),
-        ("latent.treatment.name=gaussian latent.treatment.kl_coef=1", "kl_coef: there is no reference"),
-        ("latent.treatment.kl_coef=1 actor_rollout_ref.actor.use_kl_loss=true", "latents without a density"),
+        (
+            "latent.treatment.name=gaussian latent.treatment.kl_coef=1",
+            "kl_coef: there is no reference",
+        ),
+        (
+            "latent.treatment.kl_coef=1 actor_rollout_ref.actor.use_kl_loss=true",
+            "latents without a density",
+        ),
         ("latent.treatment.name=vmf latent.treatment.kl_coef=1", "kl_coef: there is no reference"),
         (
             "latent.treatment.name=gaussian_head actor_rollout_ref.model.lora_rank=4 "
             "actor_rollout_ref.model.lora.merge=true",
             "LoRA would freeze the treatment",
         ),
-        ("latent.treatment.name=gaussian algorithm.adv_estimator=gae", "takes its trajectory's advantage"),
+        (
+            "latent.treatment.name=gaussian algorithm.adv_estimator=gae",
+            "takes its trajectory's advantage",
+        ),
     ],
 )
 def test_unusable_configs_are_refused(override, where):
@@ -156,7 +212,9 @@ def test_unusable_configs_are_refused(override, where):
 
 
 def test_dropping_is_refused_where_stock_verl_has_the_options_too():
-    """Stock `verl.trainer.main_ppo`: no top-level `latent`, the group lies in the rollout's config."""
+    """Stock `verl.trainer.main_ppo`: no top-level `latent`, the group lies in the rollout's
+    config.
+    """
     config = composed("latent.reward.on_error=drop", "algorithm.adv_estimator=rloo")
     with open_dict(config):
         del config["latent"]
@@ -180,7 +238,9 @@ def test_engine_vllm_is_chosen_by_its_name(device):
     check_latents(composed(f"device={device}"), checkpoint.replace(visibility="latents_only"))
 
 
-@pytest.mark.parametrize("mechanism, changes", [("ivt_lr", dict(top_k_image=2)), ("coconut", {}), ("ilvr", {})])
+@pytest.mark.parametrize(
+    "mechanism, changes", [("ivt_lr", dict(top_k_image=2)), ("coconut", {}), ("ilvr", {})]
+)
 def test_mechanisms_that_vllm_cannot_run_point_to_engine_hf(mechanism, changes):
     with pytest.raises(ConfigError, match="latent.mechanism.*rollout.name=hf_latent"):
         check_latents(composed(*VLLM), MECHANISMS[mechanism]("s", "l", "e", 0, 1, 2, **changes))
@@ -211,13 +271,19 @@ def test_vllm_does_not_sleep_on_cpu():
 @pytest.mark.parametrize(
     ("build", "override", "message"),
     [
-        (tiny.tiny_chameleon, "latent.steps=2", "model.path: its images are token ids .* got a Chameleon model"),
+        (
+            tiny.tiny_chameleon,
+            "latent.steps=2",
+            "model.path: its images are token ids .* got a Chameleon model",
+        ),
         (tiny.tiny_qwen2_vl, "latent.treatment.name=gaussian", "slots are shared by the group"),
         (tiny.tiny_qwen2_vl, "actor_rollout_ref.actor.freeze_vision_tower=false", None),
     ],
     ids=["chameleon", "density of shared slots", "fine"],
 )
-def test_what_the_checkpoint_rules_out_is_refused_before_any_worker(build, override, message, tmp_path):
+def test_what_the_checkpoint_rules_out_is_refused_before_any_worker(
+    build, override, message, tmp_path
+):
     """IVT-LR checkpoints: `train.check` reads no weights and starts no Ray."""
     make_checkpoint(tmp_path / "model", build, **SLOTS)
     for name in ("train", "val"):

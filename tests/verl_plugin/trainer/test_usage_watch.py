@@ -1,4 +1,6 @@
-"""Alarm lines of the trainer's watch, with a server that answers what it is told; gradient norms against autograd."""
+"""Alarm lines of the trainer's watch, with a server that answers what it is told; gradient norms
+against autograd.
+"""
 
 import asyncio
 import io
@@ -54,13 +56,17 @@ def make_watch(monkeypatch, **alarm):
         SimpleNamespace(default_local_dir="x"),
         SimpleNamespace(max_response_length=8),
     )
-    options = SimpleNamespace(usage={"num_prompts": 4, "ablations": ["shuffle"]}, alarm=alarm, output_dir="out")
+    options = SimpleNamespace(
+        usage={"num_prompts": 4, "ablations": ["shuffle"]}, alarm=alarm, output_dir="out"
+    )
     return LatentWatch(SimpleNamespace(data=data, trainer=trainer), options)
 
 
 def test_unused_latents_sound_once_after_patience_and_again_after_they_got_better(monkeypatch):
     watch = make_watch(monkeypatch, patience=2, stop=True)
-    server = Server(["used", "not used", "not used", "not used", "undecided at this n", "not used", "not used"])
+    server = Server(
+        ["used", "not used", "not used", "not used", "undecided at this n", "not used", "not used"]
+    )
     rows = [{"row": i} for i in range(9)]
     lines = [watch.measure(nullcontext(server), rows, is_start=i == 0)[1] for i in range(7)]
     assert [line is not None for line in lines] == [False, False, True, False, False, False, True]
@@ -76,11 +82,17 @@ def test_vanishing_latents_sound_and_are_logged(monkeypatch):
         lines.append(watch.after_step(metrics))
         logged.append(metrics["latent/alarm_vanished"])
     assert [line is not None for line in lines] == [False, False, False, True, False, False]
-    assert "10.0% of the trajectories" in lines[3] and logged == [0, 0, 0, 1, 1, 0] and not watch.should_stop
+    assert (
+        "10.0% of the trajectories" in lines[3]
+        and logged == [0, 0, 0, 1, 1, 0]
+        and not watch.should_stop
+    )
 
 
 def watch_run(monkeypatch, shares, verdicts, folder=None, saved_after=None, is_resumed=False):
-    """Alarm lines and stops of steps in verl's order: save, validate, count. Returns them with the watch."""
+    """Alarm lines and stops of steps in verl's order: save, validate, count. Returns them with the
+    watch.
+    """
     watch = make_watch(monkeypatch, min_frac_rollouts=0.2, patience=3, stop=True)
     notes = watch.load(folder) if is_resumed else []
     server, seen = Server(verdicts), []
@@ -88,14 +100,19 @@ def watch_run(monkeypatch, shares, verdicts, folder=None, saved_after=None, is_r
         if step == saved_after:
             folder.mkdir()
             watch.save(folder)
-        lines = [watch.measure(nullcontext(server), [{}], False)[1], watch.after_step({"latent/frac_rollouts": share})]
+        lines = [
+            watch.measure(nullcontext(server), [{}], False)[1],
+            watch.after_step({"latent/frac_rollouts": share}),
+        ]
         seen.append((lines, watch.should_stop))
     return seen, notes, watch
 
 
 @pytest.mark.parametrize("step", range(5))
 def test_a_resumed_run_alarms_as_an_uninterrupted_one(monkeypatch, tmp_path, step):
-    """Bad steps on both sides of the checkpoint count together; the step's own too, which is counted after the save."""
+    """Bad steps on both sides of the checkpoint count together; the step's own too, which is
+    counted after the save.
+    """
     shares = (0.9, 0.1, 0.1, 0.1, 0.9, 0.1)
     verdicts = ("used", "used", "not used", "not used", "not used", "not used")
     whole, _, _ = watch_run(monkeypatch, shares, verdicts, tmp_path / "saved", saved_after=step)
@@ -144,7 +161,9 @@ def test_nothing_is_measured_without_prompts(monkeypatch):
 
 
 def test_names_in_the_log():
-    names = as_metrics(Usage({"gap/zero@text": 0.5, "own_accuracy": 1.0, "drift_cosine": 0.9, "norm_mean": 2.0}))
+    names = as_metrics(
+        Usage({"gap/zero@text": 0.5, "own_accuracy": 1.0, "drift_cosine": 0.9, "norm_mean": 2.0})
+    )
     expected = {"latent/usage_gap/zero@text": 0.5, "latent/usage_own_accuracy": 1.0}
     assert names == expected | {"latent/drift_cosine": 0.9, "latent/usage_norm_mean": 2.0}
 
@@ -177,12 +196,14 @@ class Model(nn.Module):
 
 
 def test_gradient_norms_of_inputs_against_autograd():
-    """Latents in the place of embeddings; norms by an explicit gradient with respect to the whole input. A chosen image
-    embedding is no latent."""
+    """Latents in the place of embeddings; norms by an explicit gradient with respect to the whole
+    input. A chosen image embedding is no latent."""
     torch.manual_seed(0)
     model, ids = Model(), torch.tensor([[1, 2, 3, 4], [5, 6, 0, 1]])
     injector, watched = LatentInjector.install(model), InputGradients(model)
-    kinds = torch.tensor([[K.PROMPT, K.LATENT, K.TEXT, K.TEXT], [K.PROMPT, K.START, K.SELECTED, K.FORCED]])
+    kinds = torch.tensor(
+        [[K.PROMPT, K.LATENT, K.TEXT, K.TEXT], [K.PROMPT, K.START, K.SELECTED, K.FORCED]]
+    )
     latents, report = torch.randn(2, 4), {}
     is_latent = (kinds == K.LATENT) | (kinds == K.SELECTED)
     watched.watch(kinds)
@@ -191,14 +212,23 @@ def test_gradient_norms_of_inputs_against_autograd():
     watched.close(report)
     assert report == {gradients.LATENT: 0.0, gradients.TEXT: 0.0}
     loss.backward()
-    inputs = model.embedding(ids).detach().masked_scatter(is_latent[..., None], latents).requires_grad_()
+    inputs = (
+        model.embedding(ids)
+        .detach()
+        .masked_scatter(is_latent[..., None], latents)
+        .requires_grad_()
+    )
     model.mix(inputs).tanh().cumsum(1).square().sum().backward()
     norms = inputs.grad.norm(dim=-1)
     assert report[gradients.LATENT] == pytest.approx(float(norms[0, 1]), rel=1e-5)
-    assert report[gradients.TEXT] == pytest.approx(float((norms[0, 2] + norms[0, 3] + norms[1, 1]) / 3), rel=1e-5)
+    assert report[gradients.TEXT] == pytest.approx(
+        float((norms[0, 2] + norms[0, 3] + norms[1, 1]) / 3), rel=1e-5
+    )
     metrics = {f"actor/{name}": value for name, value in report.items()}
     gradients.rename(metrics)
-    assert metrics["latent/grad_norm_ratio"] == pytest.approx(report[gradients.LATENT] / report[gradients.TEXT])
+    assert metrics["latent/grad_norm_ratio"] == pytest.approx(
+        report[gradients.LATENT] / report[gradients.TEXT]
+    )
     model(ids)  # not watched: nothing to report, nothing to fail
 
 
@@ -209,10 +239,12 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
 
 
 def test_a_server_measures_its_current_weights(tmp_path, monkeypatch):
-    """The server itself, without Ray: numbers of a probe of ours on the same rows, before and after new weights
-    are loaded, and drift is from the first measurement."""
+    """The server itself, without Ray: numbers of a probe of ours on the same rows, before and
+    after new weights are loaded, and drift is from the first measurement."""
     folder = helpers.make_checkpoint(tmp_path / "model")
-    server = LatentRolloutServer(folder, {"dtype": "float32", "custom": {"latent": {}}}, 0, "cpu", "sdpa")
+    server = LatentRolloutServer(
+        folder, {"dtype": "float32", "custom": {"latent": {}}}, 0, "cpu", "sdpa"
+    )
     (tmp_path / "reward.py").write_text(REWARD)
     rows = [row | {"extra_info": {"index": i}} for i, row in enumerate(tiny_rows(6))]
     monkeypatch.setattr(usage.ray, "get", lambda value: value)
@@ -224,7 +256,9 @@ def test_a_server_measures_its_current_weights(tmp_path, monkeypatch):
         str(tmp_path / "start.safetensors"),
     )
     first = asyncio.run(server.measure_usage(request, True))
-    assert first.metrics["drift_relative"] == 0.0 and {"gap/shuffle", "gap/zero"} <= set(first.metrics)
+    assert first.metrics["drift_relative"] == 0.0 and {"gap/shuffle", "gap/zero"} <= set(
+        first.metrics
+    )
     weights = {name: tensor.clone() for name, tensor in server.engine.model.state_dict().items()}
     weights["model.language_model.norm.weight"] *= 1.5
     monkeypatch.setattr("grpo_latent.verl_plugin.rollout.server.ray.get", lambda bucket: bucket)
@@ -237,7 +271,9 @@ def test_a_server_measures_its_current_weights(tmp_path, monkeypatch):
     prompts = [encode_row(row, "", moved, str(i)) for i, row in enumerate(rows)]
     with RewardRunner(specs_from_config(request.reward["functions"])) as runner:
         scorer = RewardScorer(runner, moved)
-        ours = UsageProbe(moved, prompts, scorer, request.settings, 12, Path(request.reference)).measure()
+        ours = UsageProbe(
+            moved, prompts, scorer, request.settings, 12, Path(request.reference)
+        ).measure()
     assert ours.metrics == pytest.approx(second.metrics, rel=1e-5)
 
 
@@ -253,13 +289,18 @@ def test_the_probes_rewards_reach_the_judge_as_trainings_do(tmp_path, monkeypatc
     folder = helpers.make_checkpoint(tmp_path / "model")
     (tmp_path / "judge.py").write_text(JUDGE)
     custom = {"path": str(tmp_path / "judge.py"), "name": "compute_score"}
-    reward = {"custom_reward_function": custom, "reward_model": {"enable": True, "model_path": folder}}
+    reward = {
+        "custom_reward_function": custom,
+        "reward_model": {"enable": True, "model_path": folder},
+    }
     data, trainer = {"max_response_length": 8}, {"default_local_dir": str(tmp_path)}
     config = OmegaConf.create({"reward": reward, "data": data, "trainer": trainer})
     monkeypatch.setattr(usage.ray, "get", lambda value: value)
     monkeypatch.setattr(usage.ray, "put", lambda value: value)
     options = SimpleNamespace(usage={"num_prompts": 2}, alarm={}, output_dir=tmp_path)
-    server = LatentRolloutServer(folder, {"dtype": "float32", "custom": {"latent": {}}}, 0, "cpu", "sdpa")
+    server = LatentRolloutServer(
+        folder, {"dtype": "float32", "custom": {"latent": {}}}, 0, "cpu", "sdpa"
+    )
     measure = SimpleNamespace(remote=lambda *args: asyncio.run(server.measure_usage(*args)))
     holding = nullcontext(SimpleNamespace(measure_usage=measure))
     rows = [row | {"extra_info": {"index": i}} for i, row in enumerate(tiny_rows(2))]
@@ -280,7 +321,9 @@ class OwnServer:
             raise ray.exceptions.RayActorError()
 
 
-@pytest.mark.parametrize("fails_at", ["never", "weights", "measuring", "measuring, and the server dies"])
+@pytest.mark.parametrize(
+    "fails_at", ["never", "weights", "measuring", "measuring, and the server dies"]
+)
 def test_a_server_of_its_own_sleeps_again_whatever_happens(monkeypatch, fails_at):
     log = []
 
@@ -294,7 +337,9 @@ def test_a_server_of_its_own_sleeps_again_whatever_happens(monkeypatch, fails_at
     config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout, model=None))
     held = usage_server.UsageServer(config, SimpleNamespace(send_weights_to=send_weights_to), [])
     held._own = OwnServer(log, dies=fails_at.endswith("dies"))
-    expected = nullcontext() if fails_at == "never" else pytest.raises(RuntimeError, match=fails_at[:7])
+    expected = (
+        nullcontext() if fails_at == "never" else pytest.raises(RuntimeError, match=fails_at[:7])
+    )
     with expected, held.holding(3):
         log.append("measure")
         if fails_at.startswith("measuring"):
@@ -308,9 +353,19 @@ def tiny_rows(num):
     rows = []
     for i in range(num):
         buffer = io.BytesIO()
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (28, 28, 3), dtype=np.uint8)).save(buffer, "PNG")
+        Image.fromarray(
+            np.random.default_rng(i).integers(0, 255, (28, 28, 3), dtype=np.uint8)
+        ).save(buffer, "PNG")
         prompt = [{"role": "user", "content": "read red ? <image>" if i % 2 else "read <image>"}]
         truth = {"style": "rule", "ground_truth": "1"}
         images = [{"bytes": buffer.getvalue(), "path": None}]
-        rows.append({"data_source": "tiny", "prompt": prompt, "images": images, "ability": "x", "reward_model": truth})
+        rows.append(
+            {
+                "data_source": "tiny",
+                "prompt": prompt,
+                "images": images,
+                "ability": "x",
+                "reward_model": truth,
+            }
+        )
     return rows

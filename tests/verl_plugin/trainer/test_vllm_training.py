@@ -1,7 +1,9 @@
-"""Rollout backend `vllm_latent` under the real trainer: real Ray, verl and vLLM, the tiniest model. Slow.
+"""Rollout backend `vllm_latent` under the real trainer: real Ray, verl and vLLM, the tiniest
+model. Slow.
 
-Covers, on CPU: the launch of verl's server, groups and waves, images, the transfer of weights over shared memory and their
-reload, records of latents that replay, rollout correction, exact resume. Not covered: CUDA IPC, sleep, tensor parallelism.
+Covers, on CPU: the launch of verl's server, groups and waves, images, the transfer of weights over
+shared memory and their reload, records of latents that replay, rollout correction, exact resume.
+Not covered: CUDA IPC, sleep, tensor parallelism.
 """
 
 import shutil
@@ -42,16 +44,22 @@ def test_three_steps_and_the_third_again(inputs, local_ray, tmp_path, monkeypatc
     for step in (1, 2, 3):
         of_step = metrics[step]
         assert of_step["latent/replay_logp_gap_max"] <= 1e-4 and of_step["latent/steps_mean"] > 0.2
-        assert 0 < of_step["latent/replay_state_err"] <= 1e-4 and of_step["latent/replay_state_err_rel"] <= 1e-4
+        assert (
+            0 < of_step["latent/replay_state_err"] <= 1e-4
+            and of_step["latent/replay_state_err_rel"] <= 1e-4
+        )
         assert of_step["rollout_corr/rollout_is_mean"] == pytest.approx(1, abs=1e-4)
-    assert {"latent/usage_gap/shuffle", "latent/drift_cosine"} <= set(metrics[3])  # by engine hf, with step 3's weights
+    assert {"latent/usage_gap/shuffle", "latent/drift_cosine"} <= set(
+        metrics[3]
+    )  # by engine hf, with step 3's weights
     assert metrics[1]["actor/kl_loss"] < 1e-8 and metrics[3]["actor/kl_loss"] > 1e-6
     assert metrics[3]["latent/drift_relative"] > 0
 
     dumped = read_dump(first / "rollouts")
     assert not dumped.problems and len(dumped.trajectories) == 3 * 16
     assert any((item.trajectory.kinds == K.LATENT).any() for item in dumped.trajectories)
-    # step 3 sampled from weights that two updates had moved: those of the start, the reference, are elsewhere
+    # step 3 sampled from weights that two updates had moved: those of the start, the reference,
+    # are elsewhere
     moved = [
         (item.log_probs["ref"] - item.log_probs["rollout"])[item.response_mask].abs().max()
         for item in dumped.trajectories
@@ -64,5 +72,10 @@ def test_three_steps_and_the_third_again(inputs, local_ray, tmp_path, monkeypatc
     for path in (second / "rollouts").glob("step_3.*"):
         path.unlink()
     checkpoint.write_tracker(second / "checkpoints", 2)
-    assert tiny_run.train_here(tiny_run.make_config(inputs, second, *OPTIONS), monkeypatch).resumed_from == 2
+    assert (
+        tiny_run.train_here(
+            tiny_run.make_config(inputs, second, *OPTIONS), monkeypatch
+        ).resumed_from
+        == 2
+    )
     tiny_run.assert_equal_runs(first, second, [3], checkpoint=3)

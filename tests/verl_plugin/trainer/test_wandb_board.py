@@ -1,4 +1,6 @@
-"""What is drawn for wandb at the end of a run never costs the run: another process, no device, a warning at most."""
+"""What is drawn for wandb at the end of a run never costs the run: another process, no device, a
+warning at most.
+"""
 
 import json
 import sys
@@ -16,7 +18,9 @@ def run_folder(tmp_path):
     folder = tmp_path / "grpo"
     folder.mkdir()
     (folder / "config.yaml").write_text("trainer:\n  device: cuda\n")
-    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "data": {"critic/score/mean": 0.5}}) + "\n")
+    (folder / "metrics.jsonl").write_text(
+        json.dumps({"step": 1, "data": {"critic/score/mean": 0.5}}) + "\n"
+    )
     return folder
 
 
@@ -30,7 +34,10 @@ def test_the_page_is_drawn_by_a_process_that_sees_no_device(run_folder, monkeypa
     monkeypatch.setattr(wandb_board.subprocess, "run", watched)
     html, tables = draw_apart(run_folder)
     assert calls == [""] and "<title>" in html and "grpo" in html
-    assert tables["latent/groups"]["rows"] == [] and "disagreement" in tables["latent/groups"]["columns"]
+    assert (
+        tables["latent/groups"]["rows"] == []
+        and "disagreement" in tables["latent/groups"]["columns"]
+    )
 
 
 def stand_in_python(tmp_path, monkeypatch, script):
@@ -48,7 +55,9 @@ def stand_in_python(tmp_path, monkeypatch, script):
         ("exec sleep 60", "took too long"),
     ],
 )
-def test_a_page_that_cannot_be_drawn_is_a_warning(run_folder, tmp_path, monkeypatch, caplog, script, problem):
+def test_a_page_that_cannot_be_drawn_is_a_warning(
+    run_folder, tmp_path, monkeypatch, caplog, script, problem
+):
     stand_in_python(tmp_path, monkeypatch, script)
     with pytest.raises(TrainingError, match=problem):
         draw_apart(run_folder, timeout_s=2)

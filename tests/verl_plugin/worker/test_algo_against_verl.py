@@ -1,4 +1,6 @@
-"""Our registered functions against verl's own, on the input where verl's are right, and where they are not."""
+"""Our registered functions against verl's own, on the input where verl's are right, and where they
+are not.
+"""
 
 import numpy as np
 import pytest
@@ -19,14 +21,29 @@ from grpo_latent.algo.losses import kl_penalty
 from grpo_latent.errors import ConfigError, RewardError
 from grpo_latent.verl_plugin.worker import algo  # noqa: F401, registers
 
-MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+MODES = [
+    "token-mean",
+    "token-sum",
+    "seq-mean-token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum-norm",
+]
 GLOBAL = {"dp_size": 2, "batch_num_tokens": 61, "global_batch_size": 12, "loss_scale_factor": 32}
-LOCAL = {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None, "loss_scale_factor": 32}
+LOCAL = {
+    "dp_size": 1,
+    "batch_num_tokens": None,
+    "global_batch_size": None,
+    "loss_scale_factor": 32,
+}
 
 
 def actor_config(info, **changes):
     config = FSDPActorConfig(
-        strategy="fsdp2", rollout_n=4, ppo_micro_batch_size_per_gpu=1, clip_ratio_high=0.28, **changes
+        strategy="fsdp2",
+        rollout_n=4,
+        ppo_micro_batch_size_per_gpu=1,
+        clip_ratio_high=0.28,
+        **changes,
     )
     config.global_batch_info.update(info)
     return config
@@ -47,11 +64,19 @@ def random_batch(seed=0):
 @pytest.mark.parametrize("with_weights", [False, True])
 def test_policy_loss_equals_vanilla(mode, info, with_weights):
     old_log_prob, log_prob, advantages, mask = random_batch()
-    weights = torch.rand(6, 9, generator=torch.Generator().manual_seed(7)) if with_weights else None
+    weights = (
+        torch.rand(6, 9, generator=torch.Generator().manual_seed(7)) if with_weights else None
+    )
     results = []
     for function in (compute_policy_loss_vanilla, get_policy_loss_fn("grpo_latent")):
         loss, metrics = function(
-            old_log_prob, log_prob, advantages, mask, mode, actor_config(info, clip_ratio_c=1.5), weights
+            old_log_prob,
+            log_prob,
+            advantages,
+            mask,
+            mode,
+            actor_config(info, clip_ratio_c=1.5),
+            weights,
         )
         (gradient,) = torch.autograd.grad(loss, log_prob)
         results.append((loss, gradient, metrics))
@@ -73,8 +98,12 @@ def test_vanilla_lets_a_masked_nan_through_and_ours_does_not():
         old_log_prob, dirty, advantages, mask, "seq-mean-token-mean", config
     )
     assert loss.item() == clean_loss.item() and all(np.isfinite(list(metrics.values())))
-    verl_loss, _ = compute_policy_loss_vanilla(old_log_prob, dirty, advantages, mask, "seq-mean-token-mean", config)
-    assert torch.isnan(verl_loss), "verl now selects with the mask: our own policy loss may no longer be needed"
+    verl_loss, _ = compute_policy_loss_vanilla(
+        old_log_prob, dirty, advantages, mask, "seq-mean-token-mean", config
+    )
+    assert torch.isnan(verl_loss), (
+        "verl now selects with the mask: our own policy loss may no longer be needed"
+    )
 
 
 @pytest.mark.parametrize("name", ["gspo", "cispo"])
@@ -86,7 +115,13 @@ def test_verls_gspo_and_cispo_honour_the_latent_mask(name, mode):
     for garbage in (0.0, -40.0, 3.0):
         x = torch.where(mask, log_prob.detach(), garbage).requires_grad_()
         loss, _ = get_policy_loss_fn(name)(
-            torch.where(mask, old_log_prob, -garbage), x, advantages, mask, mode, actor_config(GLOBAL), None
+            torch.where(mask, old_log_prob, -garbage),
+            x,
+            advantages,
+            mask,
+            mode,
+            actor_config(GLOBAL),
+            None,
         )
         loss.backward()
         assert torch.count_nonzero(x.grad[~mask]) == 0 and torch.count_nonzero(x.grad[mask]) > 0
@@ -99,7 +134,9 @@ def test_verls_gspo_and_cispo_honour_the_latent_mask(name, mode):
 def test_kl_equals_verls_while_the_policy_is_near_its_reference(kind):
     old_log_prob, log_prob, _, mask = random_batch()
     ours = kl_penalty(log_prob, old_log_prob, mask, kind)
-    torch.testing.assert_close(ours[mask], verl_kl_penalty(log_prob, old_log_prob, kind)[mask], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        ours[mask], verl_kl_penalty(log_prob, old_log_prob, kind)[mask], rtol=1e-6, atol=1e-6
+    )
 
 
 def advantage_inputs():
@@ -178,6 +215,13 @@ def test_malformed_loss_configs():
             actor_config({**GLOBAL, "loss_scale_factor": None}),
         )
     with pytest.raises(ConfigError, match="common denominator"):
-        loss(old_log_prob, log_prob, advantages, mask, "token-mean", actor_config({**GLOBAL, "batch_num_tokens": None}))
+        loss(
+            old_log_prob,
+            log_prob,
+            advantages,
+            mask,
+            "token-mean",
+            actor_config({**GLOBAL, "batch_num_tokens": None}),
+        )
     with pytest.raises(ConfigError, match="actor's config"):
         loss(old_log_prob, log_prob, advantages, mask)

@@ -1,4 +1,6 @@
-"""What the engine asks of a backbone: which arguments images become, and rows of text on several ranks."""
+"""What the engine asks of a backbone: which arguments images become, and rows of text on several
+ranks.
+"""
 
 from types import SimpleNamespace
 
@@ -29,7 +31,9 @@ def test_only_the_familys_arguments_reach_its_forward(monkeypatch):
 
 
 def test_rows_of_text_on_several_ranks_are_refused(monkeypatch):
-    """Some ranks would call the collectives of the tower's shards, and wait for the others for ever."""
+    """Some ranks would call the collectives of the tower's shards, and wait for the others for
+    ever.
+    """
     with pytest.raises(ConfigError, match="Tiles on several ranks: a micro-batch without images"):
         keep(monkeypatch, {"input_ids": 1}, 2)
     assert keep(monkeypatch, {"input_ids": 1}, 1) == {"input_ids": 1}

@@ -1,6 +1,8 @@
-"""Chosen image positions through verl's engine: replay by index; drawn choices' log-probs, their gradient, the loss on them.
+"""Chosen image positions through verl's engine: replay by index; drawn choices' log-probs, their
+gradient, the loss on them.
 
-Does not cover: several ranks; of the packed layout, more than the places (vision models need flash-attn there).
+Does not cover: several ranks; of the packed layout, more than the places (vision models need
+flash-attn there).
 """
 
 import dataclasses
@@ -31,16 +33,25 @@ DRAWN = dict(selection="plackett_luce", selection_temperature=0.5)
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """(case as in test_treated_engine.py, gradient of the sum of the choices' log-probs), before verl patches anything."""
-    folder = helpers.make_checkpoint(tmp_path_factory.mktemp("model"), tiny.tiny_qwen2_vl, **helpers.SLOTS)
-    loaded, trajectories, images, rows, positions = helpers.roll_out(folder, selection_temperature=0.5, group_size=4)
+    """(case as in test_treated_engine.py, gradient of the sum of the choices' log-probs), before
+    verl patches anything.
+    """
+    folder = helpers.make_checkpoint(
+        tmp_path_factory.mktemp("model"), tiny.tiny_qwen2_vl, **helpers.SLOTS
+    )
+    loaded, trajectories, images, rows, positions = helpers.roll_out(
+        folder, selection_temperature=0.5, group_size=4
+    )
     adapter = ModelAdapter(loaded.model, loaded.mechanism)
     _, log_probs_M = scored(adapter, collate(trajectories, images, adapter, "full"), 0.5)
     log_probs_M.sum().backward()
-    own = {name: p.grad.clone() for name, p in loaded.model.named_parameters() if p.grad is not None}
+    own = {
+        name: p.grad.clone() for name, p in loaded.model.named_parameters() if p.grad is not None
+    }
     parts = log_probs_M.detach().split([int((t.kinds == K.SELECTED).sum()) for t in trajectories])
     rows = [
-        row.masked_scatter(t.kinds == K.SELECTED, part) for row, t, part in zip(rows, trajectories, parts, strict=True)
+        row.masked_scatter(t.kinds == K.SELECTED, part)
+        for row, t, part in zip(rows, trajectories, parts, strict=True)
     ]
     return (folder, loaded, trajectories, images, rows, positions), own
 
@@ -50,16 +61,23 @@ def recorded(tmp_path_factory):
     [(False, [[0, 1, 1], [3, 4, 5], [1, 3, 1]]), (True, [[0, 0, 0], [3, 8, 9], [1, 7, 5]])],
 )
 def test_chosen_places(packed, expected):
-    """(row, position, image position) of each SELECTED position, by hand; packed, the second sequence begins at 4."""
+    """(row, position, image position) of each SELECTED position, by hand; packed, the second
+    sequence begins at 4.
+    """
     module, _, _ = tiny.tiny_qwen2_vl(words=helpers.WORDS)
     image, chosen = module.config.image_token_id, K.SELECTED
     rows = {
         "input_ids": [[image, image, 1, 0], [1, image, image, image, 0, 0]],
-        "position_kinds": [[K.VISION, K.VISION, K.PROMPT, chosen], [K.PROMPT, *3 * [K.VISION], chosen, chosen]],
+        "position_kinds": [
+            [K.VISION, K.VISION, K.PROMPT, chosen],
+            [K.PROMPT, *3 * [K.VISION], chosen, chosen],
+        ],
         "selected_idx": [[*3 * [NOT_SELECTED], 1], [*4 * [NOT_SELECTED], 2, 0]],
     }
     nested = {
-        name: torch.nested.nested_tensor([torch.tensor(row) for row in values], layout=torch.jagged)
+        name: torch.nested.nested_tensor(
+            [torch.tensor(row) for row in values], layout=torch.jagged
+        )
         for name, values in rows.items()
     }
     choices = ChoiceForward(module, top_k_image=2, temperature=None)
@@ -70,9 +88,13 @@ def test_chosen_places(packed, expected):
 
 def test_rollout_replay_and_engine_give_one_number(recorded, gloo):
     (folder, loaded, trajectories, images, expected, positions), _ = recorded
-    assert len({tuple(t.selected_idx.tolist()) for t in trajectories[:4]}) > 1, "a group must differ in its choices"
+    assert len({tuple(t.selected_idx.tolist()) for t in trajectories[:4]}) > 1, (
+        "a group must differ in its choices"
+    )
     engine = helpers.make_engine(folder, freeze_vision=True, **DRAWN)
-    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism))
+    batch = helpers.make_batch(
+        trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism)
+    )
     for row, plain, t in zip(helpers.infer(engine, batch), expected, trajectories, strict=True):
         acted = t.response_mask() | (t.kinds == K.SELECTED)
         assert (row - plain)[acted].abs().max() <= 1e-5
@@ -82,7 +104,10 @@ def test_rollout_replay_and_engine_give_one_number(recorded, gloo):
 
 def choice_sum(model_output, data, dp_group=None):
     log_probs_BT = no_padding_2_padding(model_output["log_probs"], data)
-    kinds = [row[len(row) - n :] for row, n in zip(data["position_kinds"].unbind(), lengths(data), strict=True)]
+    kinds = [
+        row[len(row) - n :]
+        for row, n in zip(data["position_kinds"].unbind(), lengths(data), strict=True)
+    ]
     kinds_BT = torch.nn.utils.rnn.pad_sequence(kinds, batch_first=True)
     return log_probs_BT[kinds_BT == K.SELECTED].sum(), {}
 
@@ -99,7 +124,9 @@ def test_the_gradient_is_the_replays(recorded, gloo):
     assert any("q_proj" in name for name in moved) and not any("lm_head" in name for name in moved)
     for name in moved:
         scale = float(own[name].abs().max())
-        torch.testing.assert_close(found[name], own[name], rtol=1e-3, atol=1e-4 * scale + 1e-6, msg=name)
+        torch.testing.assert_close(
+            found[name], own[name], rtol=1e-3, atol=1e-4 * scale + 1e-6, msg=name
+        )
 
 
 def test_choices_have_a_clipped_ratio_of_their_own(recorded, gloo):
@@ -114,23 +141,37 @@ def test_choices_have_a_clipped_ratio_of_their_own(recorded, gloo):
     scores = [(1.0 - 0.4 * i) * t.response_mask().float() for i, t in enumerate(trajectories)]
     batch["advantages"] = torch.nested.as_nested_tensor(scores, layout=torch.jagged)
     found, output = gradients(engine, batch, loss)
-    metrics = {name: sum(value.values) for name, value in output["metrics"].items() if name.startswith("latent/")}
-    assert metrics["latent/ratio_mean"] == pytest.approx(1, abs=1e-4) and metrics["latent/clipfrac"] == 0
+    metrics = {
+        name: sum(value.values)
+        for name, value in output["metrics"].items()
+        if name.startswith("latent/")
+    }
+    assert (
+        metrics["latent/ratio_mean"] == pytest.approx(1, abs=1e-4)
+        and metrics["latent/clipfrac"] == 0
+    )
     taken = torch.cat([t.rollout_log_probs[t.kinds == K.SELECTED] for t in trajectories])
     assert metrics["latent/log_density"] == pytest.approx(float(taken.mean()), abs=1e-4)
     assert max(float(grad.abs().max()) for name, grad in found.items() if "q_proj" in name) > 1e-6
 
 
 def reference_gradient(loaded, trajectories, images):
-    """Of the sum of action log-probs by a plain forward that is fed the chosen image embeddings, which carry theirs."""
+    """Of the sum of action log-probs by a plain forward that is fed the chosen image embeddings,
+    which carry theirs.
+    """
     adapter = ModelAdapter(loaded.model, loaded.mechanism)
     batch = collate(trajectories, images, adapter, "full")
-    chosen = [adapter.encode_images(image)[t.selected_idx] for t, image in zip(trajectories, images, strict=True)]
+    chosen = [
+        adapter.encode_images(image)[t.selected_idx]
+        for t, image in zip(trajectories, images, strict=True)
+    ]
     is_selected_N = (batch.kinds_BT == K.SELECTED)[batch.recorded_mask_BT]
     latents_NH = batch.latents_NH.index_put((is_selected_N.nonzero()[:, 0],), torch.cat(chosen))
     loaded.model.zero_grad()
     replay(adapter, batch.with_latents(latents_NH), helpers.TEMPERATURE)[0].sum().backward()
-    return {name: p.grad.clone() for name, p in loaded.model.named_parameters() if p.grad is not None}
+    return {
+        name: p.grad.clone() for name, p in loaded.model.named_parameters() if p.grad is not None
+    }
 
 
 def test_chosen_embeddings_are_replayed_by_index_into_a_vision_tower_that_trains(recorded, gloo):
@@ -140,16 +181,22 @@ def test_chosen_embeddings_are_replayed_by_index_into_a_vision_tower_that_trains
     spoiled = []
     for t in trajectories:
         is_selected_N = t.kinds[t.latent_mask] == K.SELECTED
-        spoiled.append(dataclasses.replace(t, latents=t.latents.masked_fill(is_selected_N[:, None], 9.0)))
+        spoiled.append(
+            dataclasses.replace(t, latents=t.latents.masked_fill(is_selected_N[:, None], 9.0))
+        )
     case = (folder, loaded, spoiled, images, expected, positions)
     engine, seen = helpers.make_engine(folder), []
     found, _ = gradients(engine, batch_of(case, False), partial(text_sum, seen=seen))
-    replayed = torch.cat([row[t.response_mask()] for row, t in zip(expected, trajectories, strict=True)])
+    replayed = torch.cat(
+        [row[t.response_mask()] for row, t in zip(expected, trajectories, strict=True)]
+    )
     assert (torch.cat(seen) - replayed).abs().max() <= 1e-5
     assert any(".visual." in name and float(grad.abs().max()) > 0 for name, grad in found.items())
     for name, grad in found.items():
         scale = float(reference[name].abs().max())
-        torch.testing.assert_close(grad, reference[name], rtol=1e-3, atol=1e-4 * scale + 1e-6, msg=name)
+        torch.testing.assert_close(
+            grad, reference[name], rtol=1e-3, atol=1e-4 * scale + 1e-6, msg=name
+        )
 
 
 def test_what_cannot_be_scored_is_refused(recorded, gloo, tmp_path):
@@ -159,8 +206,12 @@ def test_what_cannot_be_scored_is_refused(recorded, gloo, tmp_path):
     del batch["selected_idx"]
     with pytest.raises(LatentMismatchError, match="batch without the chosen image positions"):
         helpers.infer(engine, batch)
-    text = helpers.make_checkpoint(tmp_path / "text", tiny.tiny_qwen3, **helpers.SLOTS | dict(top_k_image=0))
-    with pytest.raises(ConfigError, match="latent.selection: there are no image positions to draw"):
+    text = helpers.make_checkpoint(
+        tmp_path / "text", tiny.tiny_qwen3, **helpers.SLOTS | dict(top_k_image=0)
+    )
+    with pytest.raises(
+        ConfigError, match="latent.selection: there are no image positions to draw"
+    ):
         helpers.make_engine(text, **DRAWN)
     for values in (dict(selection="best"), dict(selection_temperature=0.0)):
         with pytest.raises(ConfigError, match="latent.selection"):

@@ -32,7 +32,9 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """Trajectories and their replays for each case, all made before verl patches transformers' classes."""
+    """Trajectories and their replays for each case, all made before verl patches transformers'
+    classes.
+    """
     cases = {}
     for name, (build, _, visibility, changes) in CASES.items():
         folder = helpers.make_checkpoint(tmp_path_factory.mktemp("model"), build, **changes)
@@ -44,9 +46,13 @@ def recorded(tmp_path_factory):
 def test_log_probs_equal_a_plain_replay(name, recorded, gloo):
     _, packed, visibility, _ = CASES[name]
     folder, loaded, trajectories, images, expected, positions = recorded[name]
-    assert sum(len(t.latents) for t in trajectories) >= 3 and len({len(p.T) for p in positions}) > 1
+    assert (
+        sum(len(t.latents) for t in trajectories) >= 3 and len({len(p.T) for p in positions}) > 1
+    )
     engine = helpers.make_engine(folder, packed, freeze_vision=True, visibility=visibility)
-    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism))
+    batch = helpers.make_batch(
+        trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism)
+    )
     assert helpers.gap(helpers.infer(engine, batch, packed), expected, trajectories) <= 1e-5
 
 
@@ -57,7 +63,9 @@ def test_without_the_latents_the_log_probs_differ(name, recorded, gloo):
     folder, loaded, trajectories, images, expected, positions = recorded[name]
     engine = helpers.make_engine(folder, packed, freeze_vision=True, visibility=visibility)
     zeroed = [replace_latents(t, torch.zeros_like(t.latents)) for t in trajectories]
-    batch = helpers.make_batch(zeroed, images, positions, ModelAdapter(loaded.model, loaded.mechanism))
+    batch = helpers.make_batch(
+        zeroed, images, positions, ModelAdapter(loaded.model, loaded.mechanism)
+    )
     assert helpers.gap(helpers.infer(engine, batch, packed), expected, trajectories) > 1e-2
 
 
@@ -65,27 +73,38 @@ def test_slots_with_another_numbering_differ(recorded, gloo):
     folder, loaded, trajectories, images, expected, positions = recorded["qwen2-vl slots"]
     assert all(torch.equal(p[0], p[1]) for p in positions), "1-D"
     text_style = [
-        helpers.row_positions(ModelAdapter(loaded.model), t, i) for t, i in zip(trajectories, images, strict=True)
+        helpers.row_positions(ModelAdapter(loaded.model), t, i)
+        for t, i in zip(trajectories, images, strict=True)
     ]
-    batch = helpers.make_batch(trajectories, images, text_style, ModelAdapter(loaded.model, loaded.mechanism))
+    batch = helpers.make_batch(
+        trajectories, images, text_style, ModelAdapter(loaded.model, loaded.mechanism)
+    )
     engine = helpers.make_engine(folder, freeze_vision=True)
     assert helpers.gap(helpers.infer(engine, batch), expected, trajectories) > 1e-3
 
 
 def test_visibility_reaches_the_decoder(recorded, gloo):
-    """Swapping the images under the recorded latents moves nothing after a span (one latent a span), exactly."""
+    """Swapping the images under the recorded latents moves nothing after a span (one latent a
+    span), exactly.
+    """
     folder, loaded, _, _, _, _ = recorded["qwen2.5-vl latents_only"]
-    _, trajectories, images, _, positions = helpers.roll_out(folder, "latents_only", num_prompts=1, group_size=6)
+    _, trajectories, images, _, positions = helpers.roll_out(
+        folder, "latents_only", num_prompts=1, group_size=6
+    )
     trajectories = [t for t in trajectories if len(t.latents)]
     images, positions = images[: len(trajectories)], positions[: len(trajectories)]
     assert trajectories
     single = [first_latent_only(t) for t in trajectories]
-    positions = [p[:, : len(t.prompt_ids) + len(t.token_ids)] for p, t in zip(positions, single, strict=True)]
+    positions = [
+        p[:, : len(t.prompt_ids) + len(t.token_ids)]
+        for p, t in zip(positions, single, strict=True)
+    ]
     engine = helpers.make_engine(folder, visibility="latents_only")
     adapter = ModelAdapter(loaded.model, loaded.mechanism)
     swapped = [type(i)(torch.randn_like(i.pixel_values), i.image_grid_thw) for i in images]
     own, other = (
-        helpers.infer(engine, helpers.make_batch(single, i, positions, adapter), micro=1) for i in (images, swapped)
+        helpers.infer(engine, helpers.make_batch(single, i, positions, adapter), micro=1)
+        for i in (images, swapped)
     )
     for trajectory, a, b in zip(single, own, other, strict=True):
         after = int((trajectory.kinds == PositionKind.FORCED).nonzero()[0]) + 1
@@ -95,7 +114,9 @@ def test_visibility_reaches_the_decoder(recorded, gloo):
 
 
 def test_placeholder_ids_change_nothing(recorded, gloo):
-    """Image placeholders, EOS and the start token at latent positions leave every log-prob as it was."""
+    """Image placeholders, EOS and the start token at latent positions leave every log-prob as it
+    was.
+    """
     folder, loaded, trajectories, images, _, positions = recorded["qwen2.5-vl padded"]
     engine, adapter = helpers.make_engine(folder), ModelAdapter(loaded.model, loaded.mechanism)
     before = helpers.infer(engine, helpers.make_batch(trajectories, images, positions, adapter))
@@ -114,13 +135,17 @@ def test_equal_lengths_and_text_only_rows(recorded, gloo):
     batch["position_ids"] = torch.nested.as_nested_tensor(
         list(rows), layout=torch.jagged
     )  # as it comes out of TransferQueue
-    assert helpers.gap(helpers.infer(engine, batch), expected[:1] * 2, trajectories[:1] * 2) <= 1e-5
+    assert (
+        helpers.gap(helpers.infer(engine, batch), expected[:1] * 2, trajectories[:1] * 2) <= 1e-5
+    )
 
     _, text_only, _, _, _ = helpers.roll_out(folder, num_prompts=1)
     prompt = loaded.tokenizer("<|im_start|>read red ?<|im_end|>", return_tensors="pt").input_ids[0]
     text_only = [replace_prompt(t, prompt) for t in text_only]
     positions = [torch.arange(len(prompt) + len(t.token_ids)) for t in text_only]
-    log_probs = helpers.infer(engine, helpers.make_batch(text_only, [None] * 2, positions, adapter))
+    log_probs = helpers.infer(
+        engine, helpers.make_batch(text_only, [None] * 2, positions, adapter)
+    )
     assert all(torch.isfinite(row).all() for row in log_probs)
 
 
@@ -148,20 +173,28 @@ def test_layouts_that_cannot_work_are_refused(recorded, gloo):
 def test_reference_engine_builds_on_cpu(recorded, gloo):
     folder, loaded, trajectories, images, expected, positions = recorded["qwen2.5-vl padded"]
     engine = helpers.make_engine(folder, forward_only=True)
-    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism))
+    batch = helpers.make_batch(
+        trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism)
+    )
     assert helpers.gap(helpers.infer(engine, batch), expected, trajectories) <= 1e-5
 
 
 def test_bf16_is_close(recorded, gloo):
     folder, loaded, trajectories, images, expected, positions = recorded["qwen2.5-vl latents_only"]
     engine = helpers.make_engine(folder, visibility="latents_only", dtype="bf16")
-    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism))
+    batch = helpers.make_batch(
+        trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism)
+    )
     assert 0 < helpers.gap(helpers.infer(engine, batch), expected, trajectories) < 0.5
 
 
 def gradients(engine, batch, micro):
     tu.assign_non_tensor(
-        batch, use_remove_padding=False, use_dynamic_bsz=False, micro_batch_size_per_gpu=micro, use_fused_kernels=False
+        batch,
+        use_remove_padding=False,
+        use_dynamic_bsz=False,
+        micro_batch_size_per_gpu=micro,
+        use_fused_kernels=False,
     )
 
     def loss(model_output, data, dp_group=None):
@@ -169,7 +202,11 @@ def gradients(engine, batch, micro):
 
     with engine.train_mode(disable_auto_offload=True):
         engine.forward_backward_batch(batch, loss)
-        return {n: p.grad.full_tensor().clone() for n, p in engine.module.named_parameters() if p.grad is not None}
+        return {
+            n: p.grad.full_tensor().clone()
+            for n, p in engine.module.named_parameters()
+            if p.grad is not None
+        }
 
 
 def test_sharing_images_changes_no_gradient(recorded, gloo):
@@ -177,7 +214,9 @@ def test_sharing_images_changes_no_gradient(recorded, gloo):
     folder, loaded, *_ = recorded["qwen2.5-vl padded"]
     _, trajectories, images, _, positions = helpers.roll_out(folder, num_prompts=2, group_size=2)
     adapter = ModelAdapter(loaded.model, loaded.mechanism)
-    shared, separate = (helpers.make_engine(folder, micro=4, share_images=on) for on in (True, False))
+    shared, separate = (
+        helpers.make_engine(folder, micro=4, share_images=on) for on in (True, False)
+    )
     batches = [helpers.make_batch(trajectories, images, positions, adapter) for _ in range(2)]
     first, second = gradients(shared, batches[0], 4), gradients(separate, batches[1], 4)
     assert (shared.vision_cache.num_encoded, shared.vision_cache.num_requested) == (2, 4)
@@ -191,7 +230,11 @@ def test_freezing_reaches_tower_and_merger(recorded, gloo):
     folder, loaded, trajectories, images, _, positions = recorded["qwen2.5-vl padded"]
     engine = helpers.make_engine(folder, freeze_vision=True)
     grads = gradients(
-        engine, helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism)), 2
+        engine,
+        helpers.make_batch(
+            trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism)
+        ),
+        2,
     )
     assert grads and not any("visual" in name for name in grads)
     names = {name for name, _ in engine.module.named_parameters() if "visual" in name}
@@ -204,7 +247,9 @@ def test_the_head_is_loaded_sent_and_saved(head, tmp_path, gloo):
     folder = helpers.make_checkpoint(tmp_path / "in", head=head)
     loaded, trajectories, images, expected, positions = helpers.roll_out(folder)
     engine = helpers.make_engine(folder)
-    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism))
+    batch = helpers.make_batch(
+        trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism)
+    )
     assert helpers.gap(helpers.infer(engine, batch), expected, trajectories) <= 1e-5
     own = loaded.model.state_dict()
     sent = dict(engine.get_per_tensor_param()[0])
@@ -213,16 +258,23 @@ def test_the_head_is_loaded_sent_and_saved(head, tmp_path, gloo):
 
     engine.save_checkpoint(str(tmp_path / "out"), global_step=1)
     again = load_latent_model(tmp_path / "out" / "huggingface")
-    assert again.mechanism == loaded.mechanism and again.processor is not None and again.eos_ids == loaded.eos_ids
+    assert (
+        again.mechanism == loaded.mechanism
+        and again.processor is not None
+        and again.eos_ids == loaded.eos_ids
+    )
     assert all(torch.equal(tensor, own[name]) for name, tensor in again.model.state_dict().items())
     inputs = [
-        p(text=["<|image_pad|>"], images=[Image.new("RGB", (28, 28))]) for p in (again.processor, loaded.processor)
+        p(text=["<|image_pad|>"], images=[Image.new("RGB", (28, 28))])
+        for p in (again.processor, loaded.processor)
     ]
     assert torch.equal(*(torch.as_tensor(i["pixel_values"]) for i in inputs))
 
 
 def test_merged_adapters_are_sent_from_the_device_and_taken_out_again(tmp_path, gloo, monkeypatch):
-    """W + scaling * B A under the names of the plain model; offloaded parameters are on the device for as long."""
+    """W + scaling * B A under the names of the plain model; offloaded parameters are on the device
+    for as long.
+    """
     folder = helpers.make_checkpoint(tmp_path / "in", tiny.tiny_qwen3)
     engine = helpers.make_engine(folder, lora_rank=4)
     with torch.no_grad():
@@ -230,12 +282,16 @@ def test_merged_adapters_are_sent_from_the_device_and_taken_out_again(tmp_path, 
             if "lora_B" in name:  # 0 at first, which would merge to nothing
                 parameter.copy_(torch.randn_like(parameter))
     before = own_weights(engine)
-    plain = {name: f"base_model.model.{name}" for name in load_latent_model(folder).model.state_dict()}
+    plain = {
+        name: f"base_model.model.{name}" for name in load_latent_model(folder).model.state_dict()
+    }
     moves = []
     monkeypatch.setattr(engine, "_is_offload_param", True)
     monkeypatch.setattr("grpo_latent.verl_plugin.worker.engine.get_device_name", lambda: "device")
     monkeypatch.setattr(
-        engine, "to", lambda device, **parts: moves.append((device, *(k for k, v in parts.items() if v)))
+        engine,
+        "to",
+        lambda device, **parts: moves.append((device, *(k for k, v in parts.items() if v))),
     )
     sent = {}
     for name, tensor in engine.get_per_tensor_param()[0]:
@@ -271,7 +327,9 @@ def replace_latents(trajectory, latents):
 def replace_placeholders(trajectory, token_id):
     from dataclasses import replace
 
-    return replace(trajectory, token_ids=torch.where(trajectory.latent_mask, token_id, trajectory.token_ids))
+    return replace(
+        trajectory, token_ids=torch.where(trajectory.latent_mask, token_id, trajectory.token_ids)
+    )
 
 
 def replace_prompt(trajectory, prompt_ids):
@@ -289,6 +347,7 @@ def first_latent_only(trajectory):
     keep = ~((kinds == PositionKind.LATENT) & follows_latent)
     is_kept_latent = keep[kinds == PositionKind.LATENT]
     fields = {
-        n: getattr(trajectory, n)[keep] for n in ("token_ids", "kinds", "rollout_log_probs", "sampling_log_probs")
+        n: getattr(trajectory, n)[keep]
+        for n in ("token_ids", "kinds", "rollout_log_probs", "sampling_log_probs")
     }
     return replace(trajectory, latents=trajectory.latents[is_kept_latent], **fields)

@@ -1,4 +1,6 @@
-"""The terms at latents, written out one position at a time. (Through the engine: test_treated_engine.py.)"""
+"""The terms at latents, written out one position at a time. (Through the engine:
+test_treated_engine.py.)
+"""
 
 import dataclasses
 import math
@@ -21,7 +23,9 @@ COMPLETIONS = [
 ]
 ADVANTAGES = [1.5, -0.5, 9.0]
 DUAL_CLIP = 2.5
-TERMS = LatentTerms(weight=0.7, clip_low=0.1, clip_high=0.3, clip_ratio_c=DUAL_CLIP, kl_coef=0.4, anchor_weight=0.2)
+TERMS = LatentTerms(
+    weight=0.7, clip_low=0.1, clip_high=0.3, clip_ratio_c=DUAL_CLIP, kl_coef=0.4, anchor_weight=0.2
+)
 H = 4
 
 
@@ -39,7 +43,8 @@ def make_case(dp_size=1):
     new, old, ref = ([0.4 * draw(n) for n in lengths] for _ in range(3))
     new[1][2] = old[1][2] + 2.0  # a ratio of 7.4 at a negative advantage: beyond the dual clip
     means, ref_means = ([draw(count, H) for count in counts] for _ in range(2))
-    # verl's log_probs score the position after theirs; whatever stands in the prompt or at the end is never read
+    # verl's log_probs score the position after theirs; whatever stands in the prompt or at the end
+    # is never read
     shifted = [torch.cat([torch.tensor([math.nan]), row, torch.tensor([math.nan])]) for row in new]
     fields = {
         "prompts": nested([torch.zeros(2, dtype=torch.long)] * 3),
@@ -52,8 +57,13 @@ def make_case(dp_size=1):
         "ref_latent_means": nested(ref_means),
     }
     counts_of_batch = {NUM_ACTS: 3, NUM_LATENTS: 3}
-    data = tu.get_tensordict(fields, {"dp_size": dp_size, "global_batch_size": 3, **counts_of_batch})
-    output = {"log_probs": nested([row.requires_grad_() for row in shifted]), "latent_means": nested(means)}
+    data = tu.get_tensordict(
+        fields, {"dp_size": dp_size, "global_batch_size": 3, **counts_of_batch}
+    )
+    output = {
+        "log_probs": nested([row.requires_grad_() for row in shifted]),
+        "latent_means": nested(means),
+    }
     return data, output, (new, old, ref, means, ref_means)
 
 
@@ -68,7 +78,9 @@ def expected_terms(new, old, ref, means, ref_means):
             d = float(ref[row][t] - new[row][t])
             kl += math.exp(d) - d - 1
             reference = ref_means[row][latent]
-            anchor += float(((means[row][latent] - reference) ** 2).mean() / reference.var(correction=0))
+            anchor += float(
+                ((means[row][latent] - reference) ** 2).mean() / reference.var(correction=0)
+            )
             ratios += rho
     return policy / 3, kl / 3, anchor / 3, ratios / 3
 
@@ -77,16 +89,25 @@ def expected_terms(new, old, ref, means, ref_means):
 def test_by_hand(dp_size):
     """With two ranks the same rows are half of the batch: FSDP's average makes up for the factor."""
     data, output, values = make_case(dp_size)
-    loss = LatentLoss(lambda **_: (torch.tensor(5.0), {"text": 1}), TERMS, frozenset({int(K.LATENT)}), "token-mean")
+    loss = LatentLoss(
+        lambda **_: (torch.tensor(5.0), {"text": 1}),
+        TERMS,
+        frozenset({int(K.LATENT)}),
+        "token-mean",
+    )
     assert loss.count(data).tolist() == [3, 3]
     total, metrics = loss(output, data)
     policy, kl, anchor, ratio = expected_terms(*values)
-    assert float(total) == pytest.approx(5.0 + dp_size * (0.7 * policy + 0.4 * kl + 0.2 * anchor), rel=1e-5)
-    logged = {name: metric.aggregate() / dp_size for name, metric in metrics.items() if name != "text"}
-    assert metrics["text"] == 1 and logged["latent/pg_loss"] == pytest.approx(policy, rel=1e-5)
-    assert logged["latent/kl"] == pytest.approx(kl, rel=1e-5) and logged["latent/anchor"] == pytest.approx(
-        anchor, rel=1e-5
+    assert float(total) == pytest.approx(
+        5.0 + dp_size * (0.7 * policy + 0.4 * kl + 0.2 * anchor), rel=1e-5
     )
+    logged = {
+        name: metric.aggregate() / dp_size for name, metric in metrics.items() if name != "text"
+    }
+    assert metrics["text"] == 1 and logged["latent/pg_loss"] == pytest.approx(policy, rel=1e-5)
+    assert logged["latent/kl"] == pytest.approx(kl, rel=1e-5) and logged[
+        "latent/anchor"
+    ] == pytest.approx(anchor, rel=1e-5)
     assert logged["latent/ratio_mean"] == pytest.approx(ratio, rel=1e-5)
     assert logged["latent/clipfrac_lower"] == pytest.approx(1 / 3)
 
@@ -95,25 +116,39 @@ def test_nothing_but_live_latents_gets_a_gradient():
     """Text, delimiters, padding and dropped rows, whose log-probs are even NaN here and there."""
     data, output, _ = make_case()
     leaf = output["log_probs"].values().detach().clone().requires_grad_()
-    output["log_probs"] = torch.nested.nested_tensor_from_jagged(leaf, output["log_probs"].offsets())
-    loss = LatentLoss(lambda **_: (torch.tensor(0.0), {}), TERMS, frozenset({int(K.LATENT)}), "token-mean")
+    output["log_probs"] = torch.nested.nested_tensor_from_jagged(
+        leaf, output["log_probs"].offsets()
+    )
+    loss = LatentLoss(
+        lambda **_: (torch.tensor(0.0), {}), TERMS, frozenset({int(K.LATENT)}), "token-mean"
+    )
     loss(output, data)[0].backward()
     kinds = torch.cat([torch.tensor(PROMPT + kinds) for kinds in COMPLETIONS])
-    live = (kinds == K.LATENT) & (torch.arange(len(kinds)) < sum(len(PROMPT) + len(k) for k in COMPLETIONS[:2]))
+    live = (kinds == K.LATENT) & (
+        torch.arange(len(kinds)) < sum(len(PROMPT) + len(k) for k in COMPLETIONS[:2])
+    )
     assert torch.equal(leaf.grad.roll(1) != 0, live)
 
 
-@pytest.mark.parametrize("act_kinds", [frozenset(), frozenset({int(K.LATENT)})], ids=["mask", "acting"])
+@pytest.mark.parametrize(
+    "act_kinds", [frozenset(), frozenset({int(K.LATENT)})], ids=["mask", "acting"]
+)
 def test_a_latent_that_is_marked_as_an_action_is_refused(act_kinds):
-    """Its log-prob would be a placeholder's, or a density under the text's clip; also in a row whose text is right."""
+    """Its log-prob would be a placeholder's, or a density under the text's clip; also in a row
+    whose text is right.
+    """
     data, output, _ = make_case()
     mask = data["response_mask"].values().clone()
     assert COMPLETIONS[0][2] == K.LATENT
     mask[2] = 1.0
-    data["response_mask"] = torch.nested.nested_tensor_from_jagged(mask, data["response_mask"].offsets())
+    data["response_mask"] = torch.nested.nested_tensor_from_jagged(
+        mask, data["response_mask"].offsets()
+    )
     terms = TERMS if act_kinds else LatentTerms()
     loss = LatentLoss(lambda **_: (torch.tensor(0.0), {}), terms, act_kinds, "token-mean")
-    with pytest.raises(LatentMismatchError, match="trajectory 0, position 2: a latent position is marked"):
+    with pytest.raises(
+        LatentMismatchError, match="trajectory 0, position 2: a latent position is marked"
+    ):
         loss(output, data)
 
 
@@ -132,11 +167,17 @@ class Own(Treatment):
         values = norms_M[:-1] if self.change == "too few" else norms_M
         over = "spans" if self.change == "nowhere" else "latents"
         twice = [Component("norm", None, norms_M)] if self.change == "twice" else []
-        return [Component("norm", self.penalty, values, over), Component("norm_max", None, norms_M / 2), *twice]
+        return [
+            Component("norm", self.penalty, values, over),
+            Component("norm_max", None, norms_M / 2),
+            *twice,
+        ]
 
 
 def own_loss(treatment, mode="token-mean"):
-    return LatentLoss(lambda **_: (torch.tensor(5.0), {}), LatentTerms(), frozenset(), mode, treatment=treatment)
+    return LatentLoss(
+        lambda **_: (torch.tensor(5.0), {}), LatentTerms(), frozenset(), mode, treatment=treatment
+    )
 
 
 def test_a_component_of_a_users_own():
@@ -151,7 +192,9 @@ def test_a_component_of_a_users_own():
     by_trajectory = sum(sum(row) / len(row) for row in norms) / 3
     total, metrics = own_loss(Own(penalty=2.0), "seq-mean-token-mean")(output, data)
     assert float(total) == pytest.approx(5.0 + 2.0 * by_trajectory, rel=1e-6)
-    assert metrics["latent/norm_max"].aggregate() == pytest.approx(mean / 2, rel=1e-6), "a metric is a plain mean"
+    assert metrics["latent/norm_max"].aggregate() == pytest.approx(mean / 2, rel=1e-6), (
+        "a metric is a plain mean"
+    )
 
 
 @pytest.mark.parametrize("change", ["too few", "nowhere", "twice"])

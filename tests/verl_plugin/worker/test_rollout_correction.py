@@ -1,7 +1,9 @@
-"""verl's rollout correction (TIS, MIS, rejection) on trajectories with latents: it weighs text actions, and only those.
+"""verl's rollout correction (TIS, MIS, rejection) on trajectories with latents: it weighs text
+actions, and only those.
 
-A latent that acts keeps its own ratio, uncorrected: its density is recorded by engine hf, whose gap to the replay is
-rounding; engine vllm, whose gap is not, records none and refuses such treatments.
+A latent that acts keeps its own ratio, uncorrected: its density is recorded by engine hf, whose
+gap to the replay is rounding; engine vllm, whose gap is not, records none and refuses such
+treatments.
 """
 
 import math
@@ -29,7 +31,9 @@ ROLLOUT = torch.tensor([[-1.2, 0.0, 0.0, -3.5], [-1.0, 0.0, 0.0, -0.6]])
 
 
 def corrected(**options):
-    batch = DataProto.from_dict({"old_log_probs": OLD, "rollout_log_probs": ROLLOUT, "response_mask": MASK})
+    batch = DataProto.from_dict(
+        {"old_log_probs": OLD, "rollout_log_probs": ROLLOUT, "response_mask": MASK}
+    )
     batch, metrics = compute_rollout_correction_and_add_to_batch(batch, OFF | options)
     return batch.batch, metrics
 
@@ -42,7 +46,10 @@ def corrected(**options):
             {"rollout_is": "token", "rollout_is_threshold": "0.5_2"},
             [[math.exp(0.2), 0.0], [1.0, math.exp(0.1)]],
         ),  # masked
-        ({"rollout_is": "sequence", "rollout_is_threshold": 9.0}, [[math.exp(1.7)] * 2, [math.exp(0.1)] * 2]),
+        (
+            {"rollout_is": "sequence", "rollout_is_threshold": 9.0},
+            [[math.exp(1.7)] * 2, [math.exp(0.1)] * 2],
+        ),
     ],
     ids=["TIS", "MIS", "TIS of sequences"],
 )
@@ -66,7 +73,10 @@ def test_weights_are_those_of_the_text_alone(options, expected):
 
 def test_a_rejected_trajectory_does_not_act_at_its_latents_either():
     batch, _ = corrected(rollout_rs="seq_max_k2", rollout_rs_threshold=0.5)
-    assert batch["response_mask"].tolist() == [[0, 0, 0, 0], [1, 0, 0, 1]]  # 1.5 ** 2 / 2 in the first one's last token
+    assert batch["response_mask"].tolist() == [
+        [0, 0, 0, 0],
+        [1, 0, 0, 1],
+    ]  # 1.5 ** 2 / 2 in the first one's last token
     data = {"response_mask": nested(list(batch["response_mask"].float()))}
     assert MicroBatch(data).is_live_B.tolist() == [False, True]
 
@@ -76,7 +86,11 @@ def test_latents_that_act_keep_their_ratio():
     for weighs in (False, True):
         data, output, _ = make_case()
         if weighs:
-            data["rollout_is_weights"] = nested([torch.full((len(kinds),), 0.3) for kinds in COMPLETIONS])
-        loss = LatentLoss(lambda **_: (torch.tensor(0.0), {}), TERMS, frozenset({int(K.LATENT)}), "token-mean")
+            data["rollout_is_weights"] = nested(
+                [torch.full((len(kinds),), 0.3) for kinds in COMPLETIONS]
+            )
+        loss = LatentLoss(
+            lambda **_: (torch.tensor(0.0), {}), TERMS, frozenset({int(K.LATENT)}), "token-mean"
+        )
         values.append(float(loss(output, data)[0].detach()))
     assert values[0] == values[1] != 0

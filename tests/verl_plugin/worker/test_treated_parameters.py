@@ -1,5 +1,6 @@
-"""A treatment with parameters of its own, through verl's engine in one process: where they start, what reaches them, where
-they go. (Two ranks: test_two_ranks.py. The density itself: tests/latent/test_gaussian_head.py.)"""
+"""A treatment with parameters of its own, through verl's engine in one process: where they start,
+what reaches them, where they go. (Two ranks: test_two_ranks.py. The density itself:
+tests/latent/test_gaussian_head.py.)"""
 
 import shutil
 from dataclasses import dataclass
@@ -61,7 +62,9 @@ class Probe(Treatment):
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """Rollouts, replays and gradients of plain Hugging Face models, made before verl patches transformers' classes."""
+    """Rollouts, replays and gradients of plain Hugging Face models, made before verl patches
+    transformers' classes.
+    """
     cases = {}
     for name, (build, _, changes) in CASES.items():
         folder = helpers.make_checkpoint(tmp_path_factory.mktemp("model"), build, **changes)
@@ -75,18 +78,26 @@ def density_gradients(loaded, trajectories, images) -> dict[str, torch.Tensor]:
     adapter = ModelAdapter(loaded.model, loaded.mechanism)
     batch = collate(trajectories, images, adapter, "full", "both")
     _, hidden_BTH = replay(adapter, batch, helpers.TEMPERATURE)
-    latent_log_densities(adapter, batch, hidden_BTH, TREATMENT, helpers.TEMPERATURE).sum().backward()
+    latent_log_densities(
+        adapter, batch, hidden_BTH, TREATMENT, helpers.TEMPERATURE
+    ).sum().backward()
     return {n: p.grad.clone() for n, p in loaded.model.named_parameters() if p.grad is not None}
 
 
 def batch_of(case, packed):
     _, loaded, trajectories, images, expected, positions, _ = case
-    batch = helpers.make_batch(trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism))
+    batch = helpers.make_batch(
+        trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism)
+    )
     settings = dict(use_dynamic_bsz=False, micro_batch_size_per_gpu=2, use_fused_kernels=False)
-    tu.assign_non_tensor(batch, use_remove_padding=packed, global_batch_size=len(trajectories), **settings)
+    tu.assign_non_tensor(
+        batch, use_remove_padding=packed, global_batch_size=len(trajectories), **settings
+    )
     nested = partial(torch.nested.as_nested_tensor, layout=torch.jagged)
     batch["old_log_probs"] = nested(list(expected))
-    batch["advantages"] = nested([(1.0 - 0.4 * i) * t.response_mask().float() for i, t in enumerate(trajectories)])
+    batch["advantages"] = nested(
+        [(1.0 - 0.4 * i) * t.response_mask().float() for i, t in enumerate(trajectories)]
+    )
     return batch
 
 
@@ -94,7 +105,11 @@ def train(engine, batch, loss, steps=False):
     with engine.train_mode(disable_auto_offload=True):
         engine.optimizer_zero_grad()
         engine.forward_backward_batch(batch, loss)
-        grads = {n: p.grad.full_tensor().clone() for n, p in engine.module.named_parameters() if p.grad is not None}
+        grads = {
+            n: p.grad.full_tensor().clone()
+            for n, p in engine.module.named_parameters()
+            if p.grad is not None
+        }
         if steps:
             engine.optimizer_step()
     return grads
@@ -119,14 +134,25 @@ def test_rollout_and_engine_have_one_density_and_its_gradients(name, recorded, g
         acted = trajectory.response_mask() | trajectory.latent_mask
         assert (row - plain)[acted].abs().max() <= 1e-4
         assert (row - trajectory.rollout_log_probs)[acted].abs().max() <= 1e-4
-    other = helpers.make_engine(folder, packed, treatment=HEAD, seed=1)  # negative control: a head of another start
+    other = helpers.make_engine(
+        folder, packed, treatment=HEAD, seed=1
+    )  # negative control: a head of another start
     rows = helpers.infer(other, batch_of(recorded[name], packed), packed)
     pairs = zip(rows, trajectories, strict=True)
-    assert max((row - t.rollout_log_probs)[t.latent_mask].abs().max() for row, t in pairs if len(t.latents)) > 1e-2
+    assert (
+        max(
+            (row - t.rollout_log_probs)[t.latent_mask].abs().max()
+            for row, t in pairs
+            if len(t.latents)
+        )
+        > 1e-2
+    )
     grads = train(engine, batch_of(recorded[name], packed), density_sum)
     assert NAMES <= grads.keys() and min(grads[name].abs().max() for name in NAMES) > 1e-1
     for parameter, reference in references.items():
-        torch.testing.assert_close(grads[parameter], reference, rtol=1e-3, atol=1e-3 * float(reference.abs().max()))
+        torch.testing.assert_close(
+            grads[parameter], reference, rtol=1e-3, atol=1e-3 * float(reference.abs().max())
+        )
 
 
 def test_they_are_trained_sent_saved_and_loaded(recorded, gloo, tmp_path):
@@ -138,18 +164,24 @@ def test_they_are_trained_sent_saved_and_loaded(recorded, gloo, tmp_path):
     grads = train(engine, batch_of(recorded["padded"], False), loss, steps=True)
     assert min(grads[name].abs().max() for name in NAMES) > 1e-4
     sent = {name: tensor.clone() for name, tensor in engine.get_per_tensor_param()[0]}
-    assert NAMES <= sent.keys() and all((sent[name] - before[name]).abs().max() > 1e-4 for name in NAMES)
+    assert NAMES <= sent.keys() and all(
+        (sent[name] - before[name]).abs().max() > 1e-4 for name in NAMES
+    )
 
     rollout = load_latent_model(folder, treatment=TREATMENT)
     hf = HFRolloutEngine(rollout.model, rollout.mechanism, rollout.eos_ids, treatment=TREATMENT)
     hf.load_weights(sent.items(), policy_version=1)
-    torch.testing.assert_close(rollout.model.latent_treatment.linear.weight, sent["latent_treatment.linear.weight"])
+    torch.testing.assert_close(
+        rollout.model.latent_treatment.linear.weight, sent["latent_treatment.linear.weight"]
+    )
 
     engine.save_checkpoint(f"{tmp_path}/step", global_step=1)
     again = helpers.make_engine(folder, treatment=HEAD, seed=7)
     again.load_checkpoint(f"{tmp_path}/step")
     resumed = dict(again.get_per_tensor_param()[0])
-    exported = load_latent_model(f"{tmp_path}/step/huggingface", treatment=TREATMENT, seed=7).model.state_dict()
+    exported = load_latent_model(
+        f"{tmp_path}/step/huggingface", treatment=TREATMENT, seed=7
+    ).model.state_dict()
     for name in NAMES:
         assert torch.equal(resumed[name], sent[name]) and torch.equal(exported[name], sent[name])
     assert initialisation_notes(TREATMENT, f"{tmp_path}/step/huggingface", 7) == []
@@ -158,7 +190,9 @@ def test_they_are_trained_sent_saved_and_loaded(recorded, gloo, tmp_path):
 
 
 def test_a_users_own_by_its_import_path(recorded, gloo):
-    """Loss and gradient of its parameters are those of the hidden states that the plain model makes."""
+    """Loss and gradient of its parameters are those of the hidden states that the plain model
+    makes.
+    """
     values = {"name": f"{__name__}:Probe", "options": {"target": 2.0, "weight": 0.25}}
     folder, loaded, trajectories, images, *_ = recorded["padded"]
     treatment, terms = parse_treatment(values)
@@ -177,27 +211,35 @@ def test_a_users_own_by_its_import_path(recorded, gloo):
     hidden_MH = hidden_BTH[rows, columns][is_live_M]
     errors_M = hidden_MH @ weight_1H[0] + bias_1 - 2.0
     expected_H = 0.25 * 2 * (errors_M[:, None] * hidden_MH).mean(0)
-    torch.testing.assert_close(grads["latent_treatment.weight"][0], expected_H, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        grads["latent_treatment.weight"][0], expected_H, rtol=1e-3, atol=1e-4
+    )
     assert expected_H.abs().max() > 1e-2 and len(hidden_MH) >= 3
 
 
 def test_a_checkpoint_without_them_starts_them_from_the_seed_and_says_so(recorded):
     folder = recorded["padded"][0]
     weights = [
-        load_latent_model(folder, treatment=TREATMENT, seed=seed).model.latent_treatment.linear.weight.detach()
+        load_latent_model(
+            folder, treatment=TREATMENT, seed=seed
+        ).model.latent_treatment.linear.weight.detach()
         for seed in (3, 3, 4)
     ]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     model, state = load_latent_model(folder).model, torch.get_rng_state()
     attach_treatment(model, TREATMENT, folder, 3)
-    assert torch.equal(torch.get_rng_state(), state), "a run's own randomness does not depend on the treatment"
+    assert torch.equal(torch.get_rng_state(), state), (
+        "a run's own randomness does not depend on the treatment"
+    )
     assert torch.equal(model.latent_treatment.linear.weight, weights[0])
     (note,) = initialisation_notes(TREATMENT, folder, 3)
     assert "start fresh, from seed 3" in note and initialisation_notes(Mask(), folder, 3) == []
 
 
 def test_the_engine_says_so_too(recorded, gloo):
-    with pytest.warns(UserWarning, match="GaussianHead.*no parameters of it; they start fresh, from seed 0"):
+    with pytest.warns(
+        UserWarning, match="GaussianHead.*no parameters of it; they start fresh, from seed 0"
+    ):
         helpers.make_engine(recorded["packed"][0], True, treatment=HEAD)
 
 
@@ -210,6 +252,10 @@ def test_what_is_refused(recorded, gloo, tmp_path):
         helpers.make_engine(folder, True, lora_rank=4, treatment=HEAD)
     shutil.copytree(folder, tmp_path / "partial")
     path = tmp_path / "partial" / "model.safetensors"
-    save_file(load_file(path) | {"latent_treatment.linear.bias": torch.zeros(1)}, path, metadata={"format": "pt"})
+    save_file(
+        load_file(path) | {"latent_treatment.linear.bias": torch.zeros(1)},
+        path,
+        metadata={"format": "pt"},
+    )
     with pytest.raises(CheckpointError, match="treatment is another.*linear.bias"):
         load_latent_model(tmp_path / "partial", treatment=TREATMENT)

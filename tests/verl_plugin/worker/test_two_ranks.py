@@ -1,4 +1,5 @@
-"""World size 2 over gloo computes what world size 1 computes: loss, gradients, updated weights, saved and loaded state.
+"""World size 2 over gloo computes what world size 1 computes: loss, gradients, updated weights,
+saved and loaded state.
 
 Ray's part in several ranks is covered by test_training.py.
 """
@@ -25,7 +26,12 @@ NUM_ROWS = 8
 TREATMENTS = {
     "one_hop": {"name": "recompute", "recompute": {"gradient": "one_hop"}},
     "bptt": {"name": "recompute", "recompute": {"gradient": "bptt"}},
-    "gaussian": {"name": "gaussian", "gaussian": {"sigma": 0.5}, "kl_coef": 0.2, "anchor_weight": 0.5},
+    "gaussian": {
+        "name": "gaussian",
+        "gaussian": {"sigma": 0.5},
+        "kl_coef": 0.2,
+        "anchor_weight": 0.5,
+    },
     "gaussian_head": {"name": "gaussian_head", "gaussian_head": {"sigma": 0.5}, "kl_coef": 0.2},
 }
 WITHOUT_LATENTS = (1, 3)  # with two ranks, the whole first micro-batch of the second
@@ -37,7 +43,9 @@ def rank_batch(folder, rank, world_size, treatment=None, without_latents=()):
     rolled = helpers.roll_out(folder, treatment=treatment, num_prompts=4, group_size=2)
     loaded, trajectories, images, expected, positions = rolled
     for i in without_latents:
-        trajectories[i], expected[i], positions[i] = text_of(trajectories[i], expected[i], positions[i])
+        trajectories[i], expected[i], positions[i] = text_of(
+            trajectories[i], expected[i], positions[i]
+        )
     rows = list(range(rank, NUM_ROWS, world_size))
     pick = lambda values: [values[i] for i in rows]  # noqa: E731
     batch = helpers.make_batch(
@@ -65,10 +73,15 @@ def text_of(trajectory, log_probs, positions):
     """The text of a completion, without its spans."""
     is_text = trajectory.kinds == PositionKind.TEXT
     fields = {
-        n: getattr(trajectory, n)[is_text] for n in ("token_ids", "kinds", "rollout_log_probs", "sampling_log_probs")
+        n: getattr(trajectory, n)[is_text]
+        for n in ("token_ids", "kinds", "rollout_log_probs", "sampling_log_probs")
     }
     changed = replace(trajectory, latents=trajectory.latents[:0], **fields)
-    return changed, log_probs[is_text], positions[:, : len(trajectory.prompt_ids) + int(is_text.sum())]
+    return (
+        changed,
+        log_probs[is_text],
+        positions[:, : len(trajectory.prompt_ids) + int(is_text.sum())],
+    )
 
 
 def actor_loss():
@@ -101,7 +114,11 @@ def train_one_step(rank, world_size, port, folder, out):
     with engine.train_mode(disable_auto_offload=True):
         engine.optimizer_zero_grad()
         output = engine.forward_backward_batch(batch, actor_loss())
-        grads = {n: p.grad.full_tensor().clone() for n, p in engine.module.named_parameters() if p.grad is not None}
+        grads = {
+            n: p.grad.full_tensor().clone()
+            for n, p in engine.module.named_parameters()
+            if p.grad is not None
+        }
         engine.optimizer_step()
     loss = torch.tensor(sum(output["loss"]))
     torch.distributed.all_reduce(loss)
@@ -112,7 +129,9 @@ def train_one_step(rank, world_size, port, folder, out):
     reloaded = {name: tensor.clone() for name, tensor in again.get_per_tensor_param()[0]}
     assert all(torch.equal(weights[name], reloaded[name]) for name in weights)
     if rank == 0:
-        torch.save({"loss": loss / world_size, "grads": grads, "weights": weights}, f"{out}/result.pt")
+        torch.save(
+            {"loss": loss / world_size, "grads": grads, "weights": weights}, f"{out}/result.pt"
+        )
     torch.distributed.destroy_process_group()
 
 
@@ -121,18 +140,29 @@ def treated_gradients(rank, world_size, port, folder, out):
     sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))
     torch.set_num_threads(1)
     helpers.start_process_group(rank, world_size, port)
-    batches = {n: rank_batch(folder, rank, world_size, values, WITHOUT_LATENTS) for n, values in TREATMENTS.items()}
+    batches = {
+        n: rank_batch(folder, rank, world_size, values, WITHOUT_LATENTS)
+        for n, values in TREATMENTS.items()
+    }
     results = {}
     for name, values in TREATMENTS.items():
         treatment, terms = parse_treatment(values)
         engine, loss = helpers.make_engine(folder, micro=2, treatment=values), actor_loss()
         if treatment.is_action:
-            loss = LatentLoss(loss, terms, frozenset({int(PositionKind.LATENT)}), "token-mean", treatment=treatment)
+            loss = LatentLoss(
+                loss,
+                terms,
+                frozenset({int(PositionKind.LATENT)}),
+                "token-mean",
+                treatment=treatment,
+            )
         with engine.train_mode(disable_auto_offload=True):
             engine.optimizer_zero_grad()
             engine.forward_backward_batch(batches[name], loss)
             named = engine.module.named_parameters()
-            results[name] = {n: p.grad.full_tensor().clone() for n, p in named if p.grad is not None}
+            results[name] = {
+                n: p.grad.full_tensor().clone() for n, p in named if p.grad is not None
+            }
     if rank == 0:
         torch.save(results, f"{out}/treated{world_size}.pt")
     torch.distributed.destroy_process_group()
@@ -140,16 +170,27 @@ def treated_gradients(rank, world_size, port, folder, out):
 
 @pytest.mark.slow
 def test_treatments_on_two_ranks_are_those_on_one(tmp_path):
-    """Recomputed latents run the same forwards on every rank, one without any latent included; none waits for the other."""
+    """Recomputed latents run the same forwards on every rank, one without any latent included;
+    none waits for the other.
+    """
     folder = helpers.make_checkpoint(tmp_path / "model", head="mlp", max_spans=3)
     for world_size in (1, 2):
-        mp.spawn(treated_gradients, (world_size, helpers.free_port(), folder, str(tmp_path)), nprocs=world_size)
+        mp.spawn(
+            treated_gradients,
+            (world_size, helpers.free_port(), folder, str(tmp_path)),
+            nprocs=world_size,
+        )
     one, two = (torch.load(tmp_path / f"treated{world_size}.pt") for world_size in (1, 2))
     for name in TREATMENTS:
         assert one[name].keys() == two[name].keys() and len(one[name]) > 20
         for parameter, grad in one[name].items():
-            torch.testing.assert_close(two[name][parameter], grad, rtol=1e-3, atol=2e-5, msg=f"{name} {parameter}")
-        assert any("lvr_head" in parameter and grad.abs().max() > 1e-4 for parameter, grad in one[name].items())
+            torch.testing.assert_close(
+                two[name][parameter], grad, rtol=1e-3, atol=2e-5, msg=f"{name} {parameter}"
+            )
+        assert any(
+            "lvr_head" in parameter and grad.abs().max() > 1e-4
+            for parameter, grad in one[name].items()
+        )
     assert one["gaussian_head"]["latent_treatment.linear.weight"].abs().max() > 1e-4
     assert any((one["bptt"][n] - one["one_hop"][n]).abs().max() > 1e-3 for n in one["bptt"])
 
@@ -175,6 +216,8 @@ def test_two_ranks_train_as_one(tmp_path):
     assert max(grad.abs().max() for grad in one["grads"].values()) > 1e-2  # the tolerance is one
     moved = load_latent_model(folder).model.state_dict()
     assert any(not torch.equal(moved[name], tensor) for name, tensor in two["weights"].items())
-    saved = load_latent_model(tmp_path / "world2" / "checkpoint" / "huggingface").model.state_dict()
+    saved = load_latent_model(
+        tmp_path / "world2" / "checkpoint" / "huggingface"
+    ).model.state_dict()
     assert all(torch.equal(saved[name], tensor) for name, tensor in two["weights"].items())
     assert any(name.startswith("lvr_head.") for name in saved)
