@@ -16,6 +16,7 @@ from grpo_latent.errors import ConfigError
 from grpo_latent.eval.ablations import BLIND, ORACLE, SHUFFLE, check_decides, parse_name
 from grpo_latent.eval.decode import GREEDY, Decoding
 from grpo_latent.eval.geometry import geometry
+from grpo_latent.eval.benchmarks import find_benchmark
 from grpo_latent.eval.graders import pair_accuracy
 from grpo_latent.eval.journal import Part
 from grpo_latent.eval.prompts import EvalPrompt
@@ -236,7 +237,7 @@ def _by_item(
     whole = [float(min(values) == 1.0) for values in groups.values()]
     if len(groups) < len(items):
         report["row_accuracy"] = accuracy(means_P)
-    if items[0].benchmark == "mmvp":
+    if find_benchmark(items[0].benchmark).group_size == 2:
         report["pair_accuracy"] = pair_accuracy(
             [float(value or 0) for value in means_P], [i.group_id for i in items]
         )

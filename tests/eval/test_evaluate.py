@@ -28,7 +28,8 @@ from grpo_latent.trajectory import PositionKind, Trajectory
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     right = float(solution_str.strip() == str(ground_truth))
-    return {"score": 0.5 * right, "accuracy": right, "num_spans": float(extra_info["latent"]["num_spans"])}
+    num_spans = float(extra_info["latent"]["num_spans"])
+    return {"score": 0.5 * right, "accuracy": right, "num_spans": num_spans}
 """
 TEXTS = (
     "read red ?",

@@ -1,0 +1,101 @@
+"""What the readers of multiple-choice benchmarks share: the prompt, the check of a row, images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo_latent.data.examples import ImageRef
+from grpo_latent.errors import DataError
+from grpo_latent.eval.benchmarks.protocol import BenchmarkItem
+from grpo_latent.eval.graders import LETTERS
+
+INSTRUCTION = "Answer with the option's letter from the given choices directly."
+
+
+def choice_item(
+    benchmark: str,
+    item_id: str,
+    *,
+    prompt: str,
+    images: Sequence[ImageRef],
+    options: Sequence[object],
+    answer: object,
+    where: str,
+    category: object = None,
+    group_id: str | None = None,
+) -> BenchmarkItem:
+    """Checks and makes an item whose images stand before its text.
+
+    Args:
+        answer: the right letter, perhaps small or in parentheses.
+        group_id: None where each row is a question of its own.
+
+    Raises:
+        DataError: fewer than two options, or an answer that names none.
+    """
+    texts = tuple(str(option) for option in options or ())
+    letter = str(answer).strip().strip("()").upper()
+    if len(texts) < 2:
+        raise malformed(f"{where}: choices", list(texts), "two options or more")
+    letters = LETTERS[: len(texts)]
+    if len(letter) != 1 or letter not in letters:
+        raise malformed(f"{where}: answer", answer, f"one of {', '.join(letters)}")
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+    return BenchmarkItem(
+        benchmark,
+        item_id,
+        group_id or item_id,
+        str(category or ""),
+        ({"role": "user", "content": content},),
+        tuple(images),
+        texts,
+        letter,
+    )
+
+
+def options_prompt(question: object, options: Sequence[object]) -> str:
+    """The question, its lettered options and `INSTRUCTION`, a line each."""
+    # None, of a parquet's null, is left to `choice_item`, which names it
+    lines = [f"({LETTERS[i]}) {option}" for i, option in enumerate(options or ())]
+    return "\n".join([str(question).strip(), *lines, INSTRUCTION])
+
+
+def malformed(where: str, got: object, expected: str) -> DataError:
+    """The error of a row whose value at `where` is not as published."""
+    return DataError(
+        "malformed row", where=where, got=got, expected=expected, fix="Download the file again."
+    )
+
+
+def integer(value: object, where: str) -> int:
+    """The number that a column holds as text; raises `DataError` where it holds none."""
+    try:
+        return int(str(value))
+    except ValueError as error:
+        raise malformed(where, value, "an integer") from error
+
+
+def image_file(folder: Path, places: tuple[str, ...], name: str, where: str) -> ImageRef:
+    """The image `name` in the first of `places` below `folder` that has it.
+
+    Raises:
+        DataError: none has.
+    """
+    for place in places:
+        if (folder / place / name).is_file():
+            return ImageRef(f"{where}: image", path=folder / place / name)
+    raise DataError(
+        "no such image file",
+        where=where,
+        got=name,
+        expected=f"below {folder} in {' or '.join(map(repr, places))}",
+        fix="Keep the benchmark's folder as it was downloaded.",
+    )
+
+
+def stored_image(image: object, where: str) -> ImageRef:
+    """An image that a parquet file holds; raises `DataError` where there are no bytes."""
+    if not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes):
+        raise malformed(where, type(image).__name__, '{"bytes": <file content>, "path": ...}')
+    return ImageRef(where, data=image["bytes"])

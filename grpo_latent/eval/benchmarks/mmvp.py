@@ -1,0 +1,49 @@
+"""MMVP (2401.06209): pairs of images that CLIP takes for one, scored as a whole."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from grpo_latent.eval.benchmarks.choices import (
+    choice_item,
+    image_file,
+    integer,
+    malformed,
+    options_prompt,
+)
+from grpo_latent.eval.benchmarks.protocol import HUB, Benchmark, BenchmarkItem
+from grpo_latent.eval.benchmarks.registry import register
+
+_OPTIONS = re.compile(r"\(([a-z])\)\s*(.*?)\s*(?=\([a-z]\)|\Z)", re.DOTALL)
+
+
+def parse(row: dict, where: str, file: Path) -> BenchmarkItem:
+    """One question of a pair; raises `DataError`."""
+    index = integer(row["Index"], f"{where}: Index")
+    lettered = _OPTIONS.findall(row["Options"] or "")
+    options = [text for _, text in lettered]
+    if [letter for letter, _ in lettered] != ["a", "b"] or not all(options):
+        raise malformed(f"{where}: Options", row["Options"], '"(a) <text> (b) <text>"')
+    return choice_item(
+        "mmvp",
+        str(index),
+        group_id=f"pair {(index + 1) // 2}",  # rows 1 and 2 ask one question about two images, …
+        prompt=options_prompt(row["Question"], options),
+        images=[image_file(file.parent, ("MMVP Images", "images", "."), f"{index}.jpg", where)],
+        options=options,
+        answer=row["Correct Answer"],
+        where=where,
+    )
+
+
+MMVP = register(
+    Benchmark(
+        "mmvp",
+        f"{HUB} MMVP/MMVP`",
+        files=("Questions.csv",),
+        columns=("Index", "Question", "Options", "Correct Answer"),
+        parse=parse,
+        group_size=2,
+    )
+)

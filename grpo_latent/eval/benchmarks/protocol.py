@@ -1,0 +1,90 @@
+"""What a benchmark is, and what a question of one is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo_latent.data.examples import ImageRef
+from grpo_latent.errors import ConfigError
+from grpo_latent.eval.graders import Grade, grade
+
+HUB = "`hf download --repo-type dataset"  # how a published benchmark is got; never by us
+
+
+@dataclass(frozen=True)
+class BenchmarkItem:
+    """One question. A benchmark that grades in another way subclasses it.
+
+    Attributes:
+        benchmark: the `name` of its `Benchmark`.
+        item_id: unique in its benchmark.
+        group_id: what is scored together (an MMVP pair, an HRBench question over its cycled
+            options), else `item_id`.
+        category: subset or category of the publication, "" where there is none.
+        messages: contents are lists of {"type": "text", "text"} and {"type": "image"} in order.
+        images: in the order of the images in `messages`.
+        options: texts in the order of their letters; empty where the answer is a number.
+        answer: the right letter, or the number.
+    """
+
+    benchmark: str
+    item_id: str
+    group_id: str
+    category: str
+    messages: tuple[dict, ...]
+    images: tuple[ImageRef, ...]
+    options: tuple[str, ...]
+    answer: str
+
+    def grade(self, completion: str) -> Grade:
+        """Grades a completion strictly; raises `DataError` where the answer fits no option."""
+        return grade(completion, self.options, self.answer)
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing an option; 0 for numbers."""
+        return 1 / len(self.options) if self.options else 0.0
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How one benchmark is read: row by row by `parse`, or a file at once by `read`.
+
+    Attributes:
+        name: what `data.benchmark.name` says, and `BenchmarkItem.benchmark`.
+        source: the command that gets its files, for messages.
+        files: globs below its folder, the first that finds something counts.
+        columns: which each row must have.
+        parse: (row, where, file) -> item, of a row of a .parquet, .jsonl, .csv or .tsv file; what
+            it raises at a value of another type is reported as a malformed row.
+        read: file -> items, for files whose reader checks them itself.
+        group_size: rows of each group, where its score is not defined for fewer; None where groups
+            may differ. Groups of two are reported as pairs.
+
+    Raises:
+        ConfigError: not just one of `parse` and `read`.
+    """
+
+    name: str
+    source: str
+    files: tuple[str, ...]
+    columns: tuple[str, ...]
+    parse: Callable[[dict, str, Path], BenchmarkItem] | None = None
+    read: Callable[[Path], Iterator[BenchmarkItem]] | None = None
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("parse", "read") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ConfigError(
+                "a benchmark has one reader",
+                where=f"benchmark {self.name}",
+                got=given,
+                expected="parse or read",
+            )
+
+    @property
+    def schema(self) -> str:
+        return f"{' or '.join(self.files)} with columns {', '.join(self.columns)}"

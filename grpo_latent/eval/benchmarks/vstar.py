@@ -1,0 +1,41 @@
+"""V* Bench (2312.14135): small objects in large photographs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from grpo_latent.eval.benchmarks.choices import choice_item, image_file, malformed
+from grpo_latent.eval.benchmarks.protocol import HUB, Benchmark, BenchmarkItem
+from grpo_latent.eval.benchmarks.registry import register
+from grpo_latent.eval.graders import LETTERS
+
+_OPTION = re.compile(r"^\(([A-Z])\)\s*(.*?)\s*$", re.MULTILINE)
+
+
+def parse(row: dict, where: str, file: Path) -> BenchmarkItem:
+    """One question, its options taken from its text; raises `DataError`."""
+    options = _OPTION.findall(row["text"])
+    if [letter for letter, _ in options] != list(LETTERS[: len(options)]) or len(options) < 2:
+        raise malformed(f"{where}: text", row["text"], 'lines "(A) <option>", in order')
+    return choice_item(
+        "vstar",
+        f"{row['category']}/{row['question_id']}",
+        category=row["category"],
+        prompt=row["text"],  # it ends in options and instruction already
+        images=[image_file(file.parent, (".",), row["image"], where)],
+        options=[text for _, text in options],
+        answer=row["label"],
+        where=where,
+    )
+
+
+VSTAR = register(
+    Benchmark(
+        "vstar",
+        f"{HUB} craigwu/vstar_bench`",
+        files=("test_questions.jsonl",),
+        columns=("image", "text", "category", "label", "question_id"),
+        parse=parse,
+    )
+)
