@@ -31,6 +31,7 @@ class LatentInjector:
         self._mask_BT: Tensor | None = None
         self._latents_NH: Tensor | None = None
         self._num_uses = 0
+        self._is_paused = False
         self._compose: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @classmethod
@@ -90,6 +91,14 @@ class LatentInjector:
             )
         self._mask_BT, self._latents_NH, self._num_uses = mask_BT, latents_NH, 0
 
+    def embed(self, module: nn.Module, token_ids: Tensor) -> Tensor:
+        """Token embeddings of any ids by the hooked module itself, also while latents are armed for its next forward."""
+        self._is_paused = True
+        try:
+            return module(token_ids)
+        finally:
+            self._is_paused = False
+
     def check_used(self) -> None:
         if self._num_uses == 0:
             raise LatentMismatchError(
@@ -103,7 +112,7 @@ class LatentInjector:
         self._mask_BT = self._latents_NH = None
 
     def _hook(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        if self._mask_BT is None:
+        if self._mask_BT is None or self._is_paused:
             return None
         if (
             self._mask_BT.shape != output.shape[:-1]

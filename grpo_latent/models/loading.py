@@ -201,16 +201,26 @@ def read_mechanism(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> Me
     """The mechanism of `latent_config.json`, or of a published checkpoint whose layout a mechanism
     knows.
     """
+    found = find_mechanism(folder, tokenizer)
+    return (
+        load_mechanism(folder) if found is None else found
+    )  # raises: a plain model has no latents
+
+
+def find_mechanism(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> Mechanism | None:
+    """As `read_mechanism`; None of a plain model."""
     folder = Path(folder)
     config_path = folder / "config.json"
-    if (folder / LATENT_CONFIG_FILE).is_file() or not config_path.is_file():
+    if (folder / LATENT_CONFIG_FILE).is_file():
         return load_mechanism(folder)
+    if not config_path.is_file():
+        return None
     fields = json.loads(config_path.read_text())
     for mechanism_class in MECHANISMS.values():
         found = mechanism_class.official_layout(fields, tokenizer, where=str(config_path))
         if found is not None:
             return found
-    return load_mechanism(folder)  # raises: a plain model has no latents
+    return None
 
 
 def check_tokens(mechanism: Mechanism, tokenizer: PreTrainedTokenizerBase, where: str) -> None:

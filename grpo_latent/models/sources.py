@@ -14,10 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from grpo_latent.backbones.registry import backbone_of
 from grpo_latent.errors import LatentMismatchError
 from grpo_latent.latent.mechanisms import HiddenSource, Mechanism
 from grpo_latent.latent.treatments import LatentSource, Treatment
 from grpo_latent.models.adapter import ModelAdapter
+from grpo_latent.models.injection import LatentInjector
 from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.trajectory import PositionKind
 
@@ -153,14 +155,20 @@ class SourceTap:
         hidden_BTH = args[0]
         rows_M, columns_M = self._where
         hidden_MH = hidden_BTH[rows_M, columns_M]
-        # the module's own forward: a call would come back to this hook
-        source = HiddenSource(
-            hidden_MH, lambda: module.forward(hidden_MH), self._model.get_input_embeddings()
-        )
+        source = HiddenSource(hidden_MH, lambda: self._logits(module, hidden_MH), self._embed)
         self._means_MH = self.mechanism.make(self._model, source)
         if self._make_features is not None:
             self._features_MF = self._make_features(self._model, hidden_MH)
         return (hidden_BTH[:, -1:],) if self._is_sources_only else None
+
+    def _logits(self, module: nn.Module, hidden_MH: Tensor) -> Tensor:
+        # the module's own forward: a call would come back to the hook that asks for this
+        return backbone_of(self._model).mask_unpredicted(module.forward(hidden_MH))
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        # a call: FSDP gathers the weight for it; but the latents of this forward belong to its own ids
+        embedding = self._model.get_input_embeddings()
+        return LatentInjector.install(self._model).embed(embedding, token_ids)
 
     def _after_forward(self, module: nn.Module, args: tuple, output):
         if self._where is None:

@@ -172,17 +172,8 @@ def build_case(cls: type[Mechanism], backbone: str, settings: dict) -> Case:
             got=backbone,
             expected=f"some of {tuple(BACKBONES)}",
         )
-    named = [
-        value
-        for name, value in settings.items()
-        if name.endswith("_token") and isinstance(value, str)
-    ]
     known = tiny.word_tokenizer(WORDS, ()).get_vocab()
-    tokens = [
-        token
-        for token in dict.fromkeys([*cls.published_tokens.values(), *named])
-        if token not in known
-    ]
+    tokens = [token for token in cls.tokens_of(settings).values() if token not in known]
     model, tokenizer, processor = BACKBONES[backbone](WORDS, latent_tokens=tokens)
     mechanism = cls.from_tokens(tokenizer.get_vocab(), **settings)
     sharpen(model, mechanism.opening_ids, tokenizer.eos_token_id)

@@ -18,6 +18,7 @@ CHECKS = {
     "declares": decoding.check_declares,
     "rollout_is_replay": decoding.check_rollout_is_replay,
     "recorded_is_made": decoding.check_recorded_is_made,
+    "recompute": decoding.check_recompute,
     "ragged": decoding.check_ragged,
     "placeholders": decoding.check_placeholders,
     "batch": decoding.check_batch,

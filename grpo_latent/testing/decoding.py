@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from grpo_latent.latent.mechanisms import UNBOUNDED, RowStates
+from grpo_latent.models.recompute import latents_by_passes, recompute_latents
 from grpo_latent.models.replay import replay_hidden
+from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.testing.cases import Case, Recorded
 from grpo_latent.testing.compare import (
     first_positions,
@@ -100,6 +102,32 @@ def check_recorded_is_made(case: Case) -> str | None:
         got=f"{gap:.3g} of its size",
         expected="<= 1e-4",
     )
+    return None
+
+
+@torch.no_grad()
+def check_recompute(case: Case) -> str | None:
+    """While weights stay, a chain of the current model's own vectors gives what was recorded, in both ways to run it."""
+    sequences = case.collate(padding_side="both")
+    most = int(sequences.recorded_mask_BT.sum(-1).max())
+
+    def make(part: LatentSequences, rows_M: Tensor, columns_M: Tensor) -> Tensor:
+        return case.adapter.make(replay_hidden(case.adapter, part)[rows_M, columns_M])
+
+    spoiled = sequences.with_latents(
+        torch.where(sequences.is_made_N[:, None], 0.0, sequences.latents_NH)
+    )
+    ways = {
+        "over a cache": recompute_latents(case.adapter, spoiled),
+        "by passes": latents_by_passes(spoiled, most, "cut", make),
+    }
+    for way, found_NH in ways.items():
+        gap = relative(found_NH, sequences.latents_NH)
+        require(
+            gap <= 1e-3,
+            f"a chain {way} does not give what was recorded",
+            got=f"{gap:.3g} of its size",
+        )
     return None
 
 

@@ -9,9 +9,11 @@ import torch
 from latent_cases import case, sampling
 
 from grpo_latent.errors import ConfigError, LatentMismatchError
+from grpo_latent.latent.mechanisms import LVR, SpanMechanism
 from grpo_latent.latent.treatments.gaussian import Gaussian
 from grpo_latent.latent.treatments.gumbel_soft import GumbelSoft
 from grpo_latent.latent.treatments.vmf import VonMisesFisher
+from grpo_latent.models.injection import LatentInjector
 from grpo_latent.models.replay import replay
 from grpo_latent.models.sequences import collate
 from grpo_latent.models.shift import latent_sources
@@ -76,6 +78,36 @@ def test_rollout_equals_replay(treatment, name, exit, max_spans):
         assert (recorded_BT - replayed_BT).abs().max() <= 1e-4
         is_latent_BT = batch.kinds_BT == K.LATENT
         assert treatment == TREATMENTS["vlpo"] or bool((recorded_BT[is_latent_BT] < -1e-2).all())
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture(SpanMechanism):
+    """Feeds the mean embedding of the next token's distribution."""
+
+    published_tokens = {role: LVR.published_tokens[role] for role in ("start", "latent", "end")}
+
+    def make(self, model, source):
+        return source.mix(source.logits().softmax(-1))
+
+
+@torch.no_grad()
+def test_a_tap_looks_up_other_tokens_within_a_forward_that_has_latents():
+    """The vocabulary's embeddings, while recorded vectors are armed for the sequence's own."""
+    c = case("qwen3")
+    mechanism = Mixture.from_tokens(c.tokenizer.get_vocab(), steps=2)
+    engine = c.engine(mechanism)
+    group = engine.generate([c.request(seeds=range(4))], sampling(12))[0]
+    batch = collate(group, [None] * 4, engine.adapter, "full")
+    tap = SourceTap.install(c.model, mechanism)
+    tap.arm(*batch.sources)
+    with LatentInjector.install(c.model, mechanism).inject(
+        batch.recorded_mask_BT, batch.latents_NH
+    ):
+        c.model(
+            batch.fed_ids_BT, attention_mask=batch.valid_BT.long(), position_ids=batch.position_ids
+        )
+    assert len(batch.latents_NH) >= 4
+    torch.testing.assert_close(tap.take().means_MH, batch.latents_NH, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

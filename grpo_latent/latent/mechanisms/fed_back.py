@@ -78,7 +78,6 @@ class FedBack(Mechanism):
 
     parameter_prefixes: ClassVar[tuple[str, ...]] = (f"{HEAD_ATTRIBUTE}.",)
     structural: ClassVar[tuple[str, ...]] = ("head",)
-    structural: ClassVar[tuple[str, ...]] = ("head",)
     min_steps: ClassVar[int] = 1
 
     def __post_init__(self):

@@ -51,6 +51,14 @@ class HiddenSource:
     logits: Callable[[], Tensor]
     embed: Callable[[Tensor], Tensor]
 
+    def mix(self, weights_MV: Tensor) -> Tensor:
+        """Sum of the embeddings of all V tokens with these weights, [M, H].
+
+        The embedding module is asked for its rows, not for its weight, which FSDP may hold in shards.
+        """
+        embeds_VH = self.embed(torch.arange(weights_MV.shape[-1], device=weights_MV.device))
+        return weights_MV.to(embeds_VH.dtype) @ embeds_VH
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -147,8 +155,6 @@ class Mechanism:
         published_tokens: role -> token, in the order in which the system adds them. Each role has
             the fields `<role>_token` and `<role>_id`, unless its token is None.
         parameter_prefixes: names (of `state_dict`) of all parameters that `attach` may make.
-        structural: settings that decide which parameters there are; those of a checkpoint cannot
-            change.
         structural: settings that decide which parameters there are; those of a checkpoint cannot
             change.
         steps: latent steps of a span (or their cap), slots of the prompt.
@@ -363,6 +369,17 @@ class Mechanism:
         return None
 
     @classmethod
+    def tokens_of(cls, settings: Mapping[str, Any]) -> dict[str, str]:
+        """Role -> token of the roles that a mechanism with these settings uses, in the order in which they are added."""
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        tokens = {}
+        for role, published in cls.published_tokens.items():
+            # a role that a system has only at times (LVR's end vector) is in use where `settings` name its token
+            default = published if defaults[f"{role}_token"] is dataclasses.MISSING else None
+            tokens[role] = settings.get(f"{role}_token", default)
+        return {role: token for role, token in tokens.items() if token is not None}
+
+    @classmethod
     def from_tokens(cls, ids: Mapping[str, int], **settings) -> Mechanism:
         """The mechanism as published, but for `settings`.
 
@@ -374,13 +391,8 @@ class Mechanism:
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {}
-        for role, published in cls.published_tokens.items():
-            # a role that a system has only at times (LVR's end vector) is in use where `settings`
-            # name its token
-            default = published if fields[f"{role}_token"].default is dataclasses.MISSING else None
-            token = settings.pop(f"{role}_token", default)
-            if token is None:
-                continue
+        for role, token in cls.tokens_of(settings).items():
+            settings.pop(f"{role}_token", None)
             if token not in ids:
                 raise ConfigError(
                     "latent token without an id",

@@ -6,14 +6,13 @@ import dataclasses
 import json
 from pathlib import Path
 
-from transformers import AutoProcessor, AutoTokenizer
-
-from grpo_latent.backbones.registry import known_model_types, read_backbone
+from grpo_latent.backbones.registry import known_model_types
 from grpo_latent.common.dtypes import parse_dtype
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.mechanisms import LATENT_CONFIG_FILE
 from grpo_latent.latent.mechanisms.lvr import END_VECTOR_ATTRIBUTE
-from grpo_latent.models.loading import LatentModel, find_eos_ids, load_latent_model, reading
+from grpo_latent.models.loading import LatentModel, find_eos_ids, load_latent_model
+from grpo_latent.models.plain import load_plain
 from grpo_latent.models.tokens import add_latent_tokens
 from grpo_latent.sft.common.latents import LatentSettings
 from grpo_latent.sft.common.settings import ModelSettings
@@ -81,29 +80,7 @@ def load_for_sft(
 def _load_plain(
     path: str, dtype, attention: str, latent: LatentSettings, trains_end_vector: bool
 ) -> LatentModel:
-    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        raise CheckpointError(
-            "no such folder",
-            where="model.path",
-            got=path,
-            expected="a Hugging Face folder, or owner/name of a model on the hub",
-        )
-    with reading("config.json", path):
-        _, backbone = read_backbone(path)
-    with reading("tokenizer and processor", path):
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        processor = AutoProcessor.from_pretrained(path) if backbone.has_vision else None
-    with reading("weights", path):
-        model, info = backbone.auto_class.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, output_loading_info=True
-        )
-    if info["missing_keys"] or info["unexpected_keys"]:
-        raise CheckpointError(
-            "weights do not match the architecture",
-            where=path,
-            got=f"missing {sorted(info['missing_keys'])[:5]}, unknown {sorted(info['unexpected_keys'])[:5]}",
-            expected=f"the weights of {type(model).__name__}",
-        )
+    model, tokenizer, processor = load_plain(path, dtype, attention)
     ids = add_latent_tokens(model, tokenizer, latent.tokens)
     if processor is not None:
         processor.tokenizer = tokenizer

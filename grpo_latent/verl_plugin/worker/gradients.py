@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from grpo_latent.trajectory import PositionKind
+from grpo_latent.trajectory import PositionKind, made_mask
 
 LATENT, TEXT = "latent_grad_norm", "text_grad_norm"
 
@@ -15,7 +15,8 @@ class InputGradients:
     """Watches what the embedding module returns, recorded latents included, of the forwards
     between `watch` and `close`.
 
-    Chosen image embeddings, which no hidden state makes, are left out.
+    A token whose input is composed with a recorded vector counts as a latent. Chosen image embeddings, which no hidden
+    state makes, are left out.
     """
 
     def __init__(self, module: nn.Module):
@@ -39,9 +40,11 @@ class InputGradients:
     def _on_forward(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if self._kinds_BT is None or not output.requires_grad:
             return
+        if output.shape[:-1] != self._kinds_BT.shape:
+            return  # somebody looks up other tokens within the forward, such as a mixture of all
         kinds_BT = self._kinds_BT.to(output.device)
         is_text_BT = (kinds_BT == PositionKind.TEXT) | (kinds_BT == PositionKind.START)
-        is_latent_BT = kinds_BT == PositionKind.LATENT
+        is_latent_BT = made_mask(kinds_BT)
         output.register_hook(lambda gradient: self._take(gradient, is_latent_BT, is_text_BT))
 
     def _take(self, gradient: Tensor, is_latent_BT: Tensor, is_text_BT: Tensor) -> None:

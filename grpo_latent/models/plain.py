@@ -1,0 +1,123 @@
+"""A Hugging Face model without latents, and how it gets them without any SFT.
+
+    plain folder ──load_plain──▶ model, tokenizer, processor ──add_latents──▶ a folder that RL can start from
+
+Systems that learn their latents in RL alone (HRPO's gate), and baselines of an untrained mechanism, begin so.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from grpo_latent.backbones.registry import read_backbone
+from grpo_latent.errors import CheckpointError, ConfigError
+from grpo_latent.latent.mechanisms import Mechanism, mechanism_class
+from grpo_latent.models.loading import find_mechanism, reading, save_latent_model
+from grpo_latent.models.tokens import add_latent_tokens
+
+
+class PlainModel(NamedTuple):
+    """`processor` is None for text-only models."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    processor: ProcessorMixin | None
+
+
+def load_plain(
+    path: str, dtype: torch.dtype | str = "auto", attn_implementation: str = "sdpa"
+) -> PlainModel:
+    """Model, tokenizer and processor of a folder, or of a model on the hub.
+
+    Args:
+        dtype: "auto" takes the one that the weights have.
+
+    Raises:
+        CheckpointError: no such folder, or one that is damaged or of another architecture than it says.
+        ConfigError: a family that no backbone serves.
+    """
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        raise CheckpointError(
+            "no such folder",
+            where="model.path",
+            got=path,
+            expected="a Hugging Face folder, or owner/name of a model on the hub",
+        )
+    with reading("config.json", path):
+        _, backbone = read_backbone(path)
+    with reading("tokenizer and processor", path):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path) if backbone.has_vision else None
+    with reading("weights", path):
+        model, info = backbone.auto_class.from_pretrained(
+            path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+        )
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise CheckpointError(
+            "weights do not match the architecture",
+            where=path,
+            got=f"missing {sorted(info['missing_keys'])[:5]}, unknown {sorted(info['unexpected_keys'])[:5]}",
+            expected=f"the weights of {type(model).__name__}",
+        )
+    return PlainModel(model, tokenizer, processor)
+
+
+def add_latents(
+    path: str,
+    output: str | Path,
+    mechanism: str | type[Mechanism],
+    settings: dict | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | str = "auto",
+) -> Mechanism:
+    """Writes a plain model as a latent checkpoint: its tokens added, the mechanism's parameters fresh, all else as it was.
+
+    Args:
+        path: folder or model on the hub; only read.
+        output: a folder that is not there yet, or empty.
+        mechanism: name, package.module:Class, or class.
+        settings: of the mechanism, as `Mechanism.from_tokens` takes them; published ones by default.
+        seed: of the new embeddings and parameters.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+        ConfigError: it has latents already, `output` is taken, or the settings cannot run.
+    """
+    output, settings = Path(output), dict(settings or {})
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(
+            "the output exists",
+            where="output",
+            got=str(output),
+            expected="a new or an empty folder",
+        )
+    cls = mechanism_class(mechanism) if isinstance(mechanism, str) else mechanism
+    plain = load_plain(path, dtype)
+    found = find_mechanism(path, plain.tokenizer) if Path(path).is_dir() else None
+    if found is not None:
+        raise ConfigError(
+            "the model has latents already",
+            where=path,
+            got=found.key(),
+            expected="a plain Hugging Face model",
+            fix="Train that folder as it is, or start from the model before its SFT.",
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ids = add_latent_tokens(plain.model, plain.tokenizer, cls.tokens_of(settings).values())
+        made = cls.from_tokens(ids, **settings)
+        made.attach(plain.model)
+    if plain.processor is not None:
+        plain.processor.tokenizer = plain.tokenizer
+    save_latent_model(output, plain.model, plain.tokenizer, plain.processor, made)
+    return made
