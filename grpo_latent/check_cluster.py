@@ -1,5 +1,8 @@
-"""Can a job with these paths run on this cluster? `python -m grpo_latent.check_cluster --require
-FILE … --output-dir DIR`
+"""`python -m grpo_latent.check_cluster`: can a job with these paths run on this cluster?
+
+Usage: `--require FILE … --output-dir DIR`, on the cluster itself.
+
+Usage: `--require FILE … --output-dir DIR`, on the cluster itself.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""`python -m grpo_latent.train`: latent GRPO on verl's trainer, from two CPU cores to a Ray
-cluster.
+"""`python -m grpo_latent.train`: latent GRPO on verl's trainer, on two CPU cores or a cluster.
 
 config (hydra: verl's keys plus `latent:`) ──check──▶ Ray (own, or the running cluster) ──▶ verl's TaskRunner
                                                           │ reports
@@ -29,8 +28,9 @@ PLUGIN = "grpo_latent.verl_plugin"
 
 
 class VerlConfigs(SearchPathPlugin):
-    """Lets every config find verl's: hydra takes `hydra.searchpath` from a primary config only,
-    and recipes are primary.
+    """Lets every config find verl's.
+
+    Hydra takes `hydra.searchpath` from a primary config only, and recipes are primary.
     """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
@@ -193,9 +193,7 @@ def check(config: DictConfig) -> list[str]:
 
 
 def _notes_on_wandb(config: DictConfig) -> list[str]:
-    """That a key of this process does not reach the workers of a cluster, where wandb will ask for
-    it.
-    """
+    """Says where a key of this process does not reach a cluster's workers, which need it."""
     logger = config.trainer.logger
     logs = "wandb" in ([logger] if isinstance(logger, str) else logger)
     has_key = "WANDB_API_KEY" in os.environ and "WANDB_API_KEY" not in submitted_variables()
@@ -232,8 +230,10 @@ def _check_files(config: DictConfig) -> None:
 
 
 def check_checkpoint(config: DictConfig):
-    """Loads the checkpoint once in this process and rolls out a few prompts: a `PreflightReport`,
-    None if switched off.
+    """Loads the checkpoint once in this process and rolls out a few prompts.
+
+    Returns:
+        a `PreflightReport`, None if switched off.
 
     Raises:
         CheckpointError, PreflightError: RL cannot start from it.
@@ -285,8 +285,9 @@ def is_attached() -> bool:
 
 
 def submitted_variables() -> dict[str, str]:
-    """Environment that the submitted job was given, which reaches its workers anyway; empty
-    outside of one.
+    """Environment that the submitted job was given; empty outside of one.
+
+    It reaches the job's workers anyway.
     """
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get(
         "runtime_env", {}
@@ -295,8 +296,9 @@ def submitted_variables() -> dict[str, str]:
 
 
 def stay_on_loopback() -> None:
-    """Keeps a Ray of our own off the network. To be called before anything imports ray, which
-    reads it on import.
+    """Keeps a Ray of our own off the network.
+
+    To be called before anything imports ray, which reads the variable on import.
 
     Ray replaces 127.0.0.1 by the machine's address, except where it believes that it cannot form
     clusters.

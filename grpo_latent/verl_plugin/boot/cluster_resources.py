@@ -9,9 +9,11 @@ from grpo_latent.errors import ConfigError
 
 
 def cpus_needed(config: DictConfig) -> int:
-    """Ray CPUs that the actors of a run ask for: verl's task runner, TransferQueue's controller
-    and storage units, and, on CPU, one a worker. Helpers that hold none still need one to be
-    placed."""
+    """Ray CPUs that the actors of a run ask for.
+
+    That is verl's task runner, TransferQueue's controller and storage units, and, on CPU, one a
+    worker. Helpers that hold none still need one to be placed.
+    """
     storage = config.transfer_queue.backend.SimpleStorage.num_data_storage_units
     workers = config.trainer.n_gpus_per_node * config.trainer.nnodes
     placing = 1
@@ -19,9 +21,7 @@ def cpus_needed(config: DictConfig) -> int:
 
 
 def check_cpus(config: DictConfig) -> None:
-    """Raises `ConfigError` if the cluster cannot hold the run's actors: Ray would leave them
-    pending, silently.
-    """
+    """Raises `ConfigError` if the cluster cannot hold the actors: Ray would wait in silence."""
     needed, available = cpus_needed(config), ray.cluster_resources().get("CPU", 0)
     if available < needed:
         raise ConfigError(

@@ -1,5 +1,7 @@
-"""What is done to verl beyond its public registries: registries without a register(), verl on CPU,
-and work-arounds of every verl bug that was met.
+"""What is done to verl beyond its public registries.
+
+That is registries without a register(), verl on CPU, and work-arounds of every verl bug that was
+met.
 
 `seams.SEAMS` lists all that is used; nothing private of verl is touched elsewhere but by the
 subclasses that it names. `apply_patches` installs the work-arounds, once a process.
@@ -39,8 +41,9 @@ def check_verl_version() -> None:
 
 
 def select_platform(device: str) -> None:
-    """Makes the driver's platform the configured one; composing the config imported verl before
-    VERL_PLATFORM was set.
+    """Makes the driver's platform the configured one.
+
+    Composing the config has imported verl before VERL_PLATFORM was set.
     """
     from verl.plugin.platform import PlatformRegistry, get_platform, set_platform
 
@@ -54,8 +57,7 @@ def is_cpu() -> bool:
     return get_device_name() == "cpu"
 
 
-# ---- registries without a public register()
-# -------------------------------------------------------------------------
+# ---- registries without a public register() -----------------------------------------------------
 
 
 def register_rollout_adapter(name: str, fqn: str) -> None:
@@ -91,13 +93,10 @@ def registered_names() -> dict[str, set[str]]:
 
 
 # ---- CPU ----------------------------------------------------------------------------------------
-# --------------------
 
 
 def init_cpu_process_group() -> None:
-    """gloo before verl's own call, which would ask for 'cpu:gloo,cpu:gloo' and be refused by
-    torch.
-    """
+    """Starts gloo before verl, whose 'cpu:gloo,cpu:gloo' torch would refuse."""
     if torch.distributed.is_initialized() or not is_cpu():
         return
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -106,8 +105,9 @@ def init_cpu_process_group() -> None:
 
 @contextmanager
 def without_pinned_offload(engine_config):
-    """Builds a reference model on CPU: verl gives it CPUOffloadPolicy(pin_memory=True), which
-    needs an accelerator.
+    """Builds a reference model on CPU without pinned memory, which needs an accelerator.
+
+    verl gives every reference CPUOffloadPolicy(pin_memory=True) where `forward_only` is set.
     """
     forward_only = engine_config.forward_only
     if forward_only and is_cpu():
@@ -136,7 +136,6 @@ def cpu_pool_manager(manager):
 
 
 # ---- verl bugs ----------------------------------------------------------------------------------
-# --------------------
 
 
 def fix_position_ids(position_ids: Tensor) -> Tensor:
@@ -176,8 +175,9 @@ def _patch_position_ids() -> None:
 
 
 def _patch_text_only_vision() -> None:
-    """A micro-batch without images: verl calls `.mean()` on what transformers >= 5 returns as an
-    object.
+    """Lets a micro-batch without images through the towers of Qwen2-VL and Qwen2.5-VL.
+
+    verl calls `.mean()` on what transformers >= 5 returns as an object.
     """
     from verl.models.transformers import qwen2_vl
     from verl.utils.transformers_compat import unpack_visual_output
@@ -208,8 +208,11 @@ def _patch_text_only_vision() -> None:
 
 
 def _patch_processors() -> None:
-    """verl knows processors by a list of class names, and takes a model with any other for one
-    without images, with no more than a warning; here every family with a backbone has its own."""
+    """Loads the processor of every family with a backbone.
+
+    verl knows processors by a list of class names, and takes a model with any other for one
+    without images, with no more than a warning.
+    """
     from transformers import AutoProcessor
     from verl import utils
     from verl.utils import tokenizer as package

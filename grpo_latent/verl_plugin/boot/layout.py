@@ -1,6 +1,4 @@
-"""Which models and layouts of verl's can carry latents: asked by the driver before a run, and by
-each worker.
-"""
+"""Which models and layouts of verl's can carry latents: asked by the driver and by each worker."""
 
 from __future__ import annotations
 
@@ -46,8 +44,9 @@ def check_layout(model, visibility: str | None, draws_images: bool) -> None:
 
 
 def check_trains_treatment(model, treatment: Treatment) -> None:
-    """Raises `ConfigError` where a treatment's own parameters would not be trained; arguments as
-    `check_layout`.
+    """Raises `ConfigError` where a treatment's own parameters would not be trained.
+
+    Arguments as those of `check_layout`.
     """
     if treatment.has_parameters and model.lora_rank > 0:
         raise ConfigError(
@@ -60,9 +59,7 @@ def check_trains_treatment(model, treatment: Treatment) -> None:
 
 
 def check_padding(visibility: str | None, use_remove_padding: bool) -> None:
-    """Raises `ConfigError` where the packed layout cannot carry the attention mask of
-    `visibility`.
-    """
+    """Raises `ConfigError` where the packed layout cannot carry the mask of `visibility`."""
     if visibility == "latents_only" and use_remove_padding:
         raise ConfigError(
             "visibility latents_only needs the padded layout",

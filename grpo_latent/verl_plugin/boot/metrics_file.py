@@ -10,8 +10,7 @@ from grpo_latent.common.files import write_bytes
 
 
 def rewind_metrics(path: Path, step: int) -> None:
-    """Drops the lines of steps after `step` from a jsonl of metrics (all of them where training
-    starts at 0).
+    """Drops the lines of steps after `step` from a jsonl of metrics; at step 0, all lines.
 
     A run that died after its last checkpoint has logged steps that the resumed run takes again.
     """

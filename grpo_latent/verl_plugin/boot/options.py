@@ -124,8 +124,9 @@ class LatentOptions:
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """Settings of the checkpoint's mechanism to replace; one that it lacks is refused by
-        `Mechanism.replace`.
+        """Settings of the checkpoint's mechanism to replace.
+
+        `Mechanism.replace` refuses one that it lacks.
         """
         changes = {name: getattr(self, name) for name in CHECKPOINT_FIELDS}
         return {name: value for name, value in changes.items() if value is not None} | dict(
@@ -134,8 +135,11 @@ class LatentOptions:
 
     @property
     def act_kinds(self) -> frozenset[int]:
-        """Kinds of positions that act and are not text: their log-densities stand in `log_probs`,
-        where `response_mask` is False, and they have a clipped ratio of their own."""
+        """Kinds of positions that act and are not text.
+
+        Their log-densities stand in `log_probs`, where `response_mask` is False, and they have a
+        clipped ratio of their own.
+        """
         latents = {int(PositionKind.LATENT)} if self.treatment.is_action else set()
         return frozenset(
             latents

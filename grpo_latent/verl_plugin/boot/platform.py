@@ -21,9 +21,7 @@ _SEEDS = ("manual_seed", "manual_seed_all")
 
 
 class CPUDeviceModule(types.ModuleType):
-    """`torch.cpu`, plus the memory and seed calls that verl makes on every `torch.<device>`
-    module.
-    """
+    """`torch.cpu`, plus memory and seed calls that verl makes on each `torch.<device>` module."""
 
     def __init__(self):
         super().__init__("torch_cpu_for_verl")

@@ -1,5 +1,4 @@
-"""Puts this package into verl's registries, which live in each process anew, and checks that it is
-there.
+"""Puts this package into verl's registries, process by process, and checks that it is there.
 
 verl imports entry points itself and swallows their errors at DEBUG level. So `grpo_latent.train`
 names this package in VERL_USE_EXTERNAL_MODULES, whose errors verl does raise, and each of our
@@ -81,9 +80,7 @@ def verify(process: str) -> None:
 
 
 def verify_device(process: str, device: str) -> None:
-    """Raises `PluginError` unless verl's platform in this process is the one that the config asks
-    for.
-    """
+    """Raises `PluginError` unless verl's platform in this process is the config's."""
     from verl.utils.device import get_device_name
 
     if get_device_name() != device:

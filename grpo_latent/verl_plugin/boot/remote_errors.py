@@ -1,6 +1,4 @@
-"""Errors of Ray's workers as the driver raises them: the typed cause itself, not Ray's wrapping of
-it.
-"""
+"""Errors of Ray's workers as the driver raises them: the typed cause, not Ray's wrapping of it."""
 
 from __future__ import annotations
 

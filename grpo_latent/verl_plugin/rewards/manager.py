@@ -1,5 +1,4 @@
-"""verl's reward manager `grpo_latent`: rewards see text without latents, and their failures are
-typed.
+"""verl's reward manager `grpo_latent`: rewards see text without latents, failures are typed.
 
 reward.reward_manager.name=grpo_latent
 reward.custom_reward_function.path=my_reward.py      one function of one's own: this override is enough
@@ -82,9 +81,7 @@ class LatentRewardManager(RewardManagerBase):
 
 
 def reward_settings(config: DictConfig) -> dict[str, Any]:
-    """`latent.reward` as plain values, with the one custom function in place of the list if there
-    is one.
-    """
+    """`latent.reward` as plain values; a custom function replaces the list of functions."""
     node = OmegaConf.select(config, "latent.reward")
     if node is None:
         node = OmegaConf.select(config, "actor_rollout_ref.rollout.custom.latent.reward")
@@ -110,8 +107,9 @@ def reward_settings(config: DictConfig) -> dict[str, Any]:
 
 
 def hand_judge(settings: dict[str, Any], router_address: str | None, tokenizer: Any) -> None:
-    """Gives every function of `settings` the address and the tokenizer of verl's reward model, as
-    verl itself does.
+    """Gives every function of `settings` the address and tokenizer of verl's reward model.
+
+    verl itself does so with its one function.
 
     Args:
         settings: of `reward_settings`; changed in place.

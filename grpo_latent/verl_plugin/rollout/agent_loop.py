@@ -1,5 +1,4 @@
-"""Agent loop `latent_agent`: a prompt becomes one request for its whole group, the group becomes
-rows in TransferQueue.
+"""Agent loop `latent_agent`: one request for a prompt's group, one row a trajectory.
 
     prompt row ──tokens, pixels──▶ ticketed request ──▶ server (wave barrier) ──▶ G trajectories
        ──▶ G rows with kinds, latents, positions, masks ──▶ rewards ──▶ TransferQueue
@@ -69,8 +68,10 @@ class LatentAgentLoopOutput(AgentLoopOutput):
     position_ids: Any = None
 
     def as_dict(self) -> dict[str, Any]:
-        """As verl's, with the recorded columns, `position_ids` and what verl's workers want twice,
-        and without the timings, which nobody reads."""
+        """As verl's, with recorded columns and positions, without the timings, which nobody reads.
+
+        verl's workers read some columns by a second name, which is added.
+        """
         fields = super().as_dict()
         del fields["metrics"]
         fields["loss_mask"] = fields["response_mask"]
@@ -113,9 +114,7 @@ class LatentAgentLoop(AgentLoopBase):
     async def run_group(
         self, sampling: SamplingParams, ticket: Ticket, seeds: list[int], row: dict[str, Any]
     ) -> tuple[list[LatentAgentLoopOutput], dict[str, torch.Tensor]]:
-        """The group of one prompt row, and the pixels that all of it shares (empty without
-        images).
-        """
+        """The group of a prompt row, and the pixels that it shares, empty without images."""
         metrics: dict[str, float] = {}
         messages = list(row["raw_prompt"])
         media = await self.process_multi_modal_info(messages)
@@ -181,8 +180,9 @@ class LatentAgentLoop(AgentLoopBase):
 
 
 def render_prompt(tokenizer, processor, messages: list[dict], images: list, where: str) -> Prompt:
-    """The prompt as SFT and evaluation make it; contents as verl's data set leaves them, text or
-    lists of parts.
+    """The prompt as SFT and evaluation make it.
+
+    Contents are as verl's data set leaves them, text or lists of parts.
     """
     parts = [{**message, "content": parts_of(message["content"])} for message in messages]
     return encode_prompt(tokenizer, processor, parts, images, where)

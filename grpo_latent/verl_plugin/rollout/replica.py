@@ -1,5 +1,4 @@
-"""Rollout backend `hf_latent`: verl's replica, weight adapter and client around
-`LatentRolloutServer`.
+"""Rollout backend `hf_latent`: replica, weight adapter and client around `LatentRolloutServer`.
 
 The client serves backend `vllm_latent` too, whose replica and server are in `vllm_server`;
 importing that imports vllm, so both are registered here by name.
@@ -116,8 +115,10 @@ class LatentServerAdapter(BaseRollout):
 async def send_weights(
     server: ray.actor.ActorHandle, weights: Generator, rollout_config, policy_version: int
 ) -> None:
-    """Sends every weight in buckets through the object store to a server with engine hf. Reading
-    `weights` is a collective over all ranks."""
+    """Sends every weight in buckets through the object store to a server with engine hf.
+
+    Reading `weights` is a collective over all ranks.
+    """
     dtype = parse_dtype(rollout_config.dtype)
     limit = rollout_config.checkpoint_engine.update_weights_bucket_megabytes << 20
     refs, bucket, num_bytes = [], [], 0
@@ -137,8 +138,9 @@ async def send_weights(
 
 
 class LatentRolloutClient(LLMServerClient):
-    """What agent loops hold: requests go to the replica that their ticket names, not to the least
-    busy one.
+    """What agent loops hold; a request goes to the replica that its ticket names.
+
+    verl's client takes the least busy one, so what a server batches would depend on timing.
     """
 
     def __init__(self, config, load_balancer_handle=None, servers: list | None = None, **kwargs):

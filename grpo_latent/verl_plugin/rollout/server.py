@@ -45,8 +45,9 @@ def group_result(
     group: list[Trajectory],
     eos_ids: tuple[int, ...],
 ) -> GroupResult:
-    """Adds kinds and positions of the prompt, which no weight enters: a model on the meta device
-    will do.
+    """Adds kinds and positions of the prompt.
+
+    No weight enters them: a model on the meta device will do.
     """
     ids = request.prompt_ids[None]
     positions = adapter.position_ids(ids, torch.ones_like(ids, dtype=torch.bool), request.images)
@@ -64,8 +65,9 @@ def whereabouts(worker) -> tuple[str, str | None]:
 
 
 class LatentRolloutServer:
-    """Serves one replica. All methods are coroutines, so that control calls pass while the engine
-    runs.
+    """Serves one replica.
+
+    All methods are coroutines, so that control calls pass while the engine runs.
 
     Args:
         folder: local checkpoint, for architecture and tokenizer; the weights are replaced before
@@ -162,8 +164,9 @@ class LatentRolloutServer:
             torch.cuda.empty_cache()
 
     async def nothing(self, *args, **kwargs) -> None:
-        """Control calls of verl that have no meaning here: no cache outlives a wave, no wave can
-        be aborted.
+        """Answers control calls of verl that have no meaning here.
+
+        No cache outlives a wave, and no wave can be aborted.
         """
 
     abort_all_requests = resume_generation = clear_kv_cache = release_kv_cache = (

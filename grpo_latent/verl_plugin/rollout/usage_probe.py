@@ -1,6 +1,4 @@
-"""The rollout server's end of measuring the use of latents: a probe over the model that the server
-holds.
-"""
+"""The rollout server's end of measuring usage: a probe over the model that the server holds."""
 
 from __future__ import annotations
 

@@ -45,9 +45,7 @@ CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 class LatentVllmServer(vLLMHttpServer):
-    """verl's server of one replica; groups come in by `generate_group` instead of single requests
-    by `generate`.
-    """
+    """verl's server of one replica; whole groups come in, by `generate_group`, no requests."""
 
     def __init__(self, config, model_config, *args, **kwargs):
         name = f"vLLM server {kwargs['replica_rank']}"
@@ -67,7 +65,6 @@ class LatentVllmServer(vLLMHttpServer):
         self._keys = itertools.count()
 
     # ---- verl's hooks ---------------------------------------------------------------------------
-    # --------------------
 
     def _validate_configs(self) -> None:
         if (
@@ -89,7 +86,6 @@ class LatentVllmServer(vLLMHttpServer):
         return EXTENSION
 
     # ---- groups ---------------------------------------------------------------------------------
-    # --------------------
 
     async def generate(self, *args, **kwargs):
         raise RolloutError(

@@ -1,5 +1,4 @@
-"""verl's extension of vLLM's worker, for latent rollouts: what comes in between training worker
-and vLLM's weights.
+"""verl's extension of vLLM's worker: how weights get from the training worker into vLLM.
 
 vLLM makes it a base of the latent worker class (`rollout/vllm/worker.py`), whose methods it
 therefore finds on `self`.
@@ -18,15 +17,16 @@ from grpo_latent.verl_plugin.rollout.vllm_compat import (
 
 
 class LatentWorkerExtension(vLLMColocateWorkerExtension):
-    """On an accelerator verl's; on CPU weights arrive over shared memory and are reloaded as a
-    whole.
-    """
+    """verl's on an accelerator; on CPU weights come by shared memory and are reloaded whole."""
 
     def monkey_patch_model(
         self, vocab_size: int, banned_token_ids: list[int] | None = None
     ) -> None:
-        """Without verl's masks on the logits: the latent sampler bans ids itself, and reports
-        log-probs of the full distribution, which are what a replay can recompute."""
+        """Leaves out verl's masks on the logits.
+
+        The latent sampler bans ids itself, and reports log-probs of the full distribution, which
+        are what a replay can recompute.
+        """
         for model in self._iter_all_models():
             patch_vllm_moe_model_weight_loader(model)
 

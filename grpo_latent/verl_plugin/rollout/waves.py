@@ -102,8 +102,9 @@ class Waves:
             ) from None
 
     def fail(self, wave_id: str, error: BaseException) -> None:
-        """Ends a wave that cannot become complete: whoever waits, or comes later, gets `error` at
-        once.
+        """Ends a wave that cannot become complete.
+
+        Whoever waits, or comes later, gets `error` at once.
         """
         self._failed[wave_id] = error
         wave = self._waves.pop(wave_id, None)

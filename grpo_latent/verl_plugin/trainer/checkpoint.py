@@ -44,8 +44,9 @@ def write_tracker(root: str | Path, step: int) -> None:
 
 
 def make_room(root: str | Path, step: int, resumed_from: int) -> None:
-    """Removes what an earlier run left of `global_step_<step>`: half of a save, or a branch that
-    is trained anew.
+    """Removes what an earlier run left of `global_step_<step>`.
+
+    That is half of a save, or a branch that is trained anew.
 
     If the tracker names that very folder, it is first pointed back to the checkpoint that this run
     resumed from, so that at no time it names an incomplete one.
@@ -104,8 +105,9 @@ def resume_folder(trainer: DictConfig) -> Path | None:
 
 
 def check_world_size(folder: Path, world_size: int) -> None:
-    """Raises `CheckpointError` if `folder` is no checkpoint, or one of another number of ranks,
-    whose shards do not fit.
+    """Raises `CheckpointError` at no checkpoint, or one of another number of ranks.
+
+    Shards fit the number of ranks that they were saved at.
     """
     path = folder / "actor" / "fsdp_config.json"
     if not path.is_file():

@@ -1,5 +1,6 @@
-"""What verl would only find out an hour in, or never: combinations of options that latent training
-refuses at once.
+"""Combinations of options that latent training refuses at once.
+
+verl would only find them out an hour in, or never.
 """
 
 from __future__ import annotations
@@ -60,8 +61,7 @@ def check_config(config: DictConfig) -> LatentOptions:
 
 
 def check_latents(config: DictConfig, latent: Mechanism) -> None:
-    """What the rollout backend and the actor's layout ask of a checkpoint's latents, overrides
-    applied.
+    """Checks what rollout backend and layout ask of a checkpoint's latents, overrides applied.
 
     Raises:
         ConfigError: one of the two cannot run them.
@@ -293,8 +293,9 @@ def _check_batches(config: DictConfig) -> None:
 
 
 def _check_vllm(config: DictConfig, options: LatentOptions) -> None:
-    """What engine vllm cannot do, as far as it shows without the checkpoint; `check_latents` has
-    the rest.
+    """Refuses what engine vllm cannot do, as far as it shows without the checkpoint.
+
+    `check_latents` has the rest.
     """
     treatment, rollout = options.treatment, config.actor_rollout_ref.rollout
     refused = (

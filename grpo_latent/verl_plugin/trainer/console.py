@@ -1,6 +1,4 @@
-"""The driver's console: a progress bar and one short line a step; everything else goes to a log
-file.
-"""
+"""The driver's console: a bar and one short line a step; all else goes to a log file."""
 
 from __future__ import annotations
 
@@ -24,8 +22,9 @@ from grpo_latent.verl_plugin.trainer.reports import Report, short_line
 
 @contextmanager
 def output_to_file(path: Path):
-    """Sends this process's stdout and stderr, and with them what Ray prints of all workers, to
-    `path` (appending).
+    """Sends this process's stdout and stderr, and with them all workers', to `path` (appending).
+
+    Ray prints what workers print on the driver's stdout.
 
     Yields:
         a rich console on the stdout that was there before.

@@ -57,9 +57,7 @@ class LatentDataset(RLHFDataset):
 
     @classmethod
     async def process_multi_modal_info(cls, messages, image_patch_size, config):
-        """(images, videos, audios) of messages; images as RGB, in order, None where there are
-        none.
-        """
+        """(images, videos, audios) of messages; images as RGB, in order, None without any."""
         if _only_images(messages):
             return cls._process_multi_modal_info(messages, image_patch_size, config)
         return await super().process_multi_modal_info(messages, image_patch_size, config)
@@ -87,9 +85,7 @@ def _parts(messages) -> list[dict]:
 
 
 def _only_images(messages) -> bool:
-    """Whether there is nothing that needs qwen_vl_utils: no video, audio or URL, no size limits of
-    single images.
-    """
+    """Whether nothing needs qwen_vl_utils: no video, audio, URL, or size limit of one image."""
     return all(
         part.get("type") == "text"
         or (part.get("type") == "image" and set(part) <= _IMAGE_KEYS and _is_local(part))

@@ -1,5 +1,4 @@
-"""Trajectories that a reward failed on under `reward.on_error=drop`: they act nowhere and count
-nowhere.
+"""Trajectories that a reward failed on under `latent.reward.on_error=drop`: they count nowhere.
 
 verl knows no such thing: its loss, its baselines and its validation would take their reward of 0
 for one.
@@ -18,9 +17,7 @@ from grpo_latent.verl_plugin.trainer.step_rows import StepRows
 
 
 def mask_dropped(batch: KVBatchMeta) -> None:
-    """Takes the actions of dropped trajectories away: no loss, and no part in their group's
-    baseline.
-    """
+    """Takes dropped trajectories' actions away: no loss, no part in their group's baseline."""
     rows = StepRows(batch, ("extra_fields", "response_mask", "rm_scores"))
     dropped = [is_dropped(extra) for extra in rows.objects("extra_fields")]
     if not any(dropped):
@@ -42,8 +39,12 @@ def is_dropped(extra_fields: dict) -> bool:
 
 @dataclass(frozen=True)
 class ValidationRows:
-    """What verl makes validation metrics of. `columns`: data sources, uids, reward infos by name,
-    turns.
+    """What verl makes validation metrics of.
+
+    Attributes:
+        columns: data sources, uids, reward infos by name, turns.
+        expected_acc_counts: trajectories by (data source, uid) that are left.
+        dropped_frac: share of the trajectories that were taken out.
     """
 
     columns: tuple[list, list, dict[str, list], list]
@@ -58,8 +59,7 @@ def without_dropped(
     turns: list,
     expected_acc_counts: dict[tuple[str, str], int] | None,
 ) -> ValidationRows:
-    """Validation without the trajectories that a reward failed on under `on_error=drop`: verl
-    would count them as 0.
+    """Validation without dropped trajectories, whose 0 verl would count as a reward.
 
     Args:
         reward_infos: columns of `reward_extra_info`, one value a trajectory.

@@ -1,6 +1,4 @@
-"""`latent/usage_gap/*` during training, by the rollout server's engine, and the alarm when latents
-vanish or go unused.
-"""
+"""Usage measured during training, and the alarm when latents vanish or go unused."""
 
 from __future__ import annotations
 
@@ -26,9 +24,12 @@ STATE_FILE = "latent_watch.json"  # in a checkpoint
 
 
 def as_metrics(usage: Usage) -> dict[str, float]:
-    """`latent/drift_*`, `latent/alignment_*`, and under `latent/usage_` what else is of the fixed
+    """The measurement under the names of the log.
+
+    `latent/drift_*`, `latent/alignment_*`, and under `latent/usage_` what else is of the fixed
     set: `gap/<ablation>`, `own_accuracy`, norms, effective rank; the batch that trained has such
-    names without `usage_`."""
+    names without `usage_`.
+    """
     own = ("drift_", "alignment_")
     return {
         f"latent/{name}" if name.startswith(own) else f"latent/usage_{name}": value
@@ -70,8 +71,9 @@ class AlarmSettings:
 
 
 class LatentWatch:
-    """The trainer's end: asks a server to measure, and sounds the alarm. Each kind sounds once
-    until it gets better.
+    """The trainer's end: asks a server to measure, and sounds the alarm.
+
+    Each kind sounds once until it gets better.
     """
 
     def __init__(self, config, options):
@@ -131,19 +133,23 @@ class LatentWatch:
         text = f"latents vanish: {share:.1%} of the trajectories have any"
         line = self._count("vanished", share < self.alarm.min_frac_rollouts, text)
         metrics |= {f"latent/alarm_{kind}": float(self._sounds(kind)) for kind in self._bad}
-        if self._saved is not None:
-            self._write(self._saved, is_counted=True)
-            self._saved = None
+        self.complete_save()
         return line
 
     def save(self, checkpoint: Path) -> None:
         """Writes the counters into a checkpoint.
 
-        verl saves a step before it validates and logs it, so they are written now, and anew in
-        `after_step`.
+        verl saves a step before it validates and logs it, so they are written now, and anew by
+        `complete_save`.
         """
         self._write(checkpoint, is_counted=False)
         self._saved = checkpoint
+
+    def complete_save(self) -> None:
+        """Writes the counters of the last save anew, its step counted; nothing without one."""
+        if self._saved is not None:
+            self._write(self._saved, is_counted=True)
+            self._saved = None
 
     def _write(self, checkpoint: Path, is_counted: bool) -> None:
         write_json(

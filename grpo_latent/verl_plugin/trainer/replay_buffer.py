@@ -16,8 +16,7 @@ HEALTH_TIMEOUT_S = 120.0
 
 
 class LatentReplayBuffer(ReplayBuffer):
-    """Waits for all groups of a wave and returns them by order of dispatch, then by index in the
-    group.
+    """Waits for all groups of a wave; returns them as dispatched, then by index in the group.
 
     verl returns groups as they arrive, so that micro-batches, and with them rounding, differ from
     run to run. It also lets failed groups pass (`failure` counts as terminal), and polls every two

@@ -68,9 +68,7 @@ class ReplayGap:
         describe: str,
         key: str = "latent.replay_logp_gap_bound",
     ) -> None:
-        """Raises `ReplayGapError` above `bound` and, whether or not there is one, where a log-prob
-        is not finite.
-        """
+        """Raises `ReplayGapError` above `bound`, and always where a log-prob is not finite."""
         where = f"step {step}, {describe}, completion position {self.position}"
         if not math.isfinite(self.maximum):
             raise ReplayGapError(
@@ -94,9 +92,7 @@ class ReplayGap:
 def replay_gap(
     rollout_rows: Iterable[Tensor], old_rows: Iterable[Tensor], mask_rows: Iterable[Tensor]
 ) -> ReplayGap:
-    """The gap over all rows; each row is one completion [T], `mask` nonzero at actions. No action
-    at all: a gap of 0.
-    """
+    """The gap over all rows, each a completion [T], `mask` nonzero at actions; 0 without any."""
     total, count, worst = 0.0, 0, ReplayGap(0.0, 0.0, 0, 0)
     for row, (rollout, old, mask) in enumerate(
         zip(rollout_rows, old_rows, mask_rows, strict=True)
@@ -111,8 +107,7 @@ def replay_gap(
 
 
 def state_error_metrics(error_rows: Iterable[Tensor]) -> dict[str, float]:
-    """How far the old policy's replay makes latents other than they were recorded, the worst of
-    the batch.
+    """How far the old policy's replay makes latents other than recorded, the worst of the batch.
 
     Args:
         error_rows: float [m, 2] a trajectory, `treated_forward.state_errors` of its latents.

@@ -1,6 +1,4 @@
-"""Step reports from the trainer, which runs in some Ray worker, to the driver, which owns the
-console.
-"""
+"""Step reports from the trainer, in some Ray worker, to the driver, which owns the console."""
 
 from __future__ import annotations
 
@@ -84,9 +82,7 @@ SHORT_NAMES = {
 
 
 def held_out(metrics: dict[str, float]) -> float | None:
-    """verl's main validation metric, averaged over the data sources; its best-of-n and spread are
-    left out.
-    """
+    """verl's main validation metric as a mean over data sources, without best-of-n and spread."""
     values = [
         value
         for name, value in metrics.items()

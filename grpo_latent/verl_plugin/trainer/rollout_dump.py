@@ -1,6 +1,4 @@
-"""What a training step's trajectories leave on disk: gathered from TransferQueue, written by
-`eval.dumps`.
-"""
+"""What a step's trajectories leave on disk: read from TransferQueue, written by `eval.dumps`."""
 
 from __future__ import annotations
 

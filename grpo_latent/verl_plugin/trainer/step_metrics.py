@@ -1,6 +1,4 @@
-"""Metrics of one training step's trajectories: latents, rewards, and verl's scores without dropped
-trajectories.
-"""
+"""Metrics of a step's trajectories: latents, rewards, verl's scores without dropped ones."""
 
 from __future__ import annotations
 
@@ -37,9 +35,7 @@ def step_metrics(batch: KVBatchMeta) -> dict[str, float]:
 
 
 def score_metrics(extra_fields: list[dict], rewards_N: Tensor) -> dict[str, float]:
-    """verl's `critic/{score,rewards}/*` without dropped trajectories, whose reward of 0 is none;
-    {} if none was dropped.
-    """
+    """verl's `critic/{score,rewards}/*` without dropped trajectories; {} if none was dropped."""
     kept_N = torch.tensor([not is_dropped(fields) for fields in extra_fields])
     if bool(kept_N.all()):
         return {}
@@ -82,8 +78,7 @@ def latent_metrics(extra_fields: list[dict]) -> dict[str, float]:
 def latent_geometry(
     keys: list[str], fetch: Callable[[list[str]], list[Tensor]]
 ) -> dict[str, float]:
-    """Signs of collapse over the first groups of a batch: cosines between latents, and their
-    effective rank.
+    """Signs of collapse over the batch's first groups: cosines between latents, effective rank.
 
     Args:
         keys: of the batch's trajectories, `<group>_<session>_<output>`.
@@ -101,9 +96,7 @@ def latent_geometry(
 def reward_metrics(
     extra_fields: list[dict], rewards_N: Tensor, group_ids: list[str]
 ) -> dict[str, float]:
-    """`rewards/<name>/{mean,std}` of each numeric reward term, and the fraction of groups without
-    any signal.
-    """
+    """`rewards/<name>/{mean,std}` of numeric reward terms; the share of groups without signal."""
     terms: dict[str, list[float]] = {}
     kept = [not is_dropped(fields) for fields in extra_fields]
     for fields, keep in zip(extra_fields, kept, strict=True):

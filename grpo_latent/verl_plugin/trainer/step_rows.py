@@ -1,6 +1,4 @@
-"""The trajectories of one training step, as TransferQueue has them: fetched by column, once each
-where they are needed.
-"""
+"""The trajectories of one training step in TransferQueue, fetched by column where needed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Trainer mode `latent_sync`: verl's synchronous PPO trainer, made deterministic, resumable and
-loud for latents.
+"""Trainer mode `latent_sync`: verl's synchronous trainer, repeatable, resumable, loud for latents.
 
 One training step, in verl's order (`PPOTrainer._step_once`); what this class adds stands to the
 right:
@@ -65,9 +64,9 @@ class LatentPPOTrainer(PPOTrainerSync):
         self.board = make_board(config)
         self.usage_server: UsageServer | None = None
         self.resumed_from = 0
+        self._unannounced: Path | None = None  # the checkpoint whose step is not yet logged
 
     # ---- parts ----------------------------------------------------------------------------------
-    # ------------------
 
     def _build_replay_buffer(self) -> LatentReplayBuffer:
         return LatentReplayBuffer.adopt(super()._build_replay_buffer())
@@ -91,7 +90,6 @@ class LatentPPOTrainer(PPOTrainerSync):
         )
 
     # ---- the loop -------------------------------------------------------------------------------
-    # ------------------
 
     def fit(self, agent_loop_manager) -> None:
         self.replay_buffer.manager = agent_loop_manager
@@ -136,6 +134,7 @@ class LatentPPOTrainer(PPOTrainerSync):
         if self.options.dump_every and global_steps % self.options.dump_every == 0:
             self._dump(batch, global_steps)
         line = self.watch.after_step(metrics)
+        self._announce_save()
         self.reporter.report("step", global_steps, self.total_training_steps, scalars(metrics))
         self.reporter.alarm(line, global_steps, self.total_training_steps)
         if self.watch.should_stop:
@@ -149,6 +148,8 @@ class LatentPPOTrainer(PPOTrainerSync):
         )
         if not is_saved:
             self._save_checkpoint()
+            self.watch.complete_save()  # this step is counted already
+            self._announce_save()
         self.total_training_steps = self.global_steps  # the base class loops up to it
 
     def _measure_usage(self) -> dict[str, float]:
@@ -187,7 +188,6 @@ class LatentPPOTrainer(PPOTrainerSync):
             self.board.log_rollouts(step, records, summaries)
 
     # ---- checkpoints ----------------------------------------------------------------------------
-    # ------------------
 
     def _save_checkpoint(self) -> None:
         """verl's layout; the tracker names a checkpoint only once all of it is on disk."""
@@ -204,12 +204,22 @@ class LatentPPOTrainer(PPOTrainerSync):
         self.watch.save(folder)
         checkpoint.write_tracker(root, self.global_steps)
         checkpoint.prune(root, trainer.get("max_actor_ckpt_to_keep", None))
-        self.checkpoint_callback.on_save(
-            trainer=self,
-            global_step=self.global_steps,
-            checkpoint_dir=str(folder),
-            async_save=False,
-        )
+        self._unannounced = folder
+
+    def _announce_save(self) -> None:
+        """Calls verl's `on_save` for the step's checkpoint, if it has one.
+
+        Only here is the folder final: a callback that copies it right after the save, as verl
+        calls it, would keep counters of the alarm without this step.
+        """
+        folder, self._unannounced = self._unannounced, None
+        if folder is not None:
+            self.checkpoint_callback.on_save(
+                trainer=self,
+                global_step=self.global_steps,
+                checkpoint_dir=str(folder),
+                async_save=False,
+            )
 
     def _load_checkpoint(self) -> None:
         trainer = self.config.trainer

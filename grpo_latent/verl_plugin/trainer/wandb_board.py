@@ -35,8 +35,9 @@ PAGE_TIMEOUT_S = 3600
 
 
 class Board:
-    """Logs into the wandb run that verl has begun in this process. What fails here is a warning:
-    training goes on.
+    """Logs into the wandb run that verl has begun in this process.
+
+    What fails here is a warning: training goes on.
     """
 
     def __init__(self, folder: Path):
@@ -138,9 +139,7 @@ def logs_to_wandb(config: DictConfig) -> bool:
 
 
 def check_board(config: DictConfig) -> None:
-    """Raises `ConfigError` where wandb is among the loggers and what draws its page is not
-    installed.
-    """
+    """Raises `ConfigError` where wandb is a logger and what draws its page is not installed."""
     if logs_to_wandb(config):
         from grpo_latent.inspect.page import plotly_bundle
 

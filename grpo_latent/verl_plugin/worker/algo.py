@@ -140,8 +140,9 @@ def _broadcast(
 
 
 def denominators(response_mask: Tensor, mode: str, info: dict) -> Denominators:
-    """verl's global counts where the engine gives them, else those of this micro-batch (as verl
-    does at one rank).
+    """verl's global counts where the engine gives them, else those of this micro-batch.
+
+    verl does the latter at one rank, too.
     """
     if mode not in AGGREGATION_OF_MODE:
         raise ConfigError(

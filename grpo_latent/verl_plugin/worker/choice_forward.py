@@ -1,5 +1,4 @@
-"""The engine's part of chosen image positions: replayed by index and, if they were drawn, scored
-under the model that runs.
+"""The engine's part of chosen image positions: replayed by index and, if drawn, scored.
 
 feed      SELECTED positions armed to read what stands at the chosen image positions
 prepare   where each slot's attention is read, recording armed

@@ -1,5 +1,4 @@
-"""verl's FSDP2 engine with latents: recorded vectors enter through the embedding hook, padded or
-packed.
+"""verl's FSDP2 engine with latents, which enter by the embedding hook, padded or packed.
 
     MicroBatch (ragged rows)                  model forward of verl
       ids      [B, (L)]  ─┐
@@ -67,7 +66,6 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         self.options, self.freeze_vision = options, freeze_vision
 
     # ---- building -------------------------------------------------------------------------------
-    # ------------------
 
     def _build_module(self):
         folder = self.model_config.local_path
@@ -114,7 +112,6 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
             return super()._build_fsdp_module(module)
 
     # ---- forward --------------------------------------------------------------------------------
-    # ------------------
 
     def forward_backward_batch(self, data: TensorDict, loss_function, forward_only=False):
         if isinstance(loss_function, LatentLoss) and not forward_only:
@@ -196,12 +193,10 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         self.choices.extend(model_output, self.batch)
         return model_output
 
-    # ---- weights and checkpoints
-    # ----------------------------------------------------------------------------------
+    # ---- weights and checkpoints ----------------------------------------------------------------
 
     def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
-        """All weights in full precision under the module's own names, head and end vector with
-        them.
+        """All weights in full precision under the module's own names, head and end vector too.
 
         verl's own version renames to checkpoint names and sends merged LoRA weights as bf16, which
         would put the rollout's policy beside the trained one. A collective: every rank must
@@ -253,8 +248,9 @@ def full_tensors(state: dict):
 
 
 def engine_sequences(model_inputs: dict, batch: MicroBatch, visibility: str) -> LatentSequences:
-    """The rows as verl laid them out, padded on the right or packed, latents as recorded; verl
-    feeds the pixels.
+    """The rows as verl laid them out, padded right or packed, latents as recorded.
+
+    They have no images: verl feeds the pixels.
     """
     input_ids_BT, mask_BT = model_inputs["input_ids"], model_inputs["attention_mask"]
     return LatentSequences(
@@ -281,9 +277,7 @@ def pad_rows(rows: list[Tensor], shape: torch.Size) -> Tensor:
 
 
 def check_packed(model_config) -> None:
-    """Raises `ConfigError` at a packed layout without the kernel that it needs, which only a
-    worker can tell.
-    """
+    """Raises `ConfigError` at a packed layout without its kernel, which only a worker can tell."""
     if not model_config.use_remove_padding or not find_backbone(model_config.hf_config).has_vision:
         return
     from transformers.utils import is_flash_attn_2_available

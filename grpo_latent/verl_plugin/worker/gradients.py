@@ -1,6 +1,4 @@
-"""How much gradient reaches the latents, beside the text: norms of d loss / d input vector,
-position by position.
-"""
+"""How much gradient reaches latents and text: norms of d loss / d input vector by position."""
 
 from __future__ import annotations
 
@@ -12,8 +10,9 @@ LATENT, TEXT = "latent_grad_norm", "text_grad_norm"
 
 
 class InputGradients:
-    """Watches what the embedding module returns, recorded latents included, of the forwards
-    between `watch` and `close`.
+    """Watches what the embedding module returns in forwards between `watch` and `close`.
+
+    Recorded latents are part of it.
 
     A token whose input is composed with a recorded vector counts as a latent. Chosen image embeddings, which no hidden
     state makes, are left out.
@@ -29,9 +28,7 @@ class InputGradients:
         self._kinds_BT = kinds_BT
 
     def close(self, report: dict | None = None) -> None:
-        """No more forwards. The next backward fills `report` with the mean norms over latent and
-        over text inputs.
-        """
+        """Ends watching; the next backward fills `report` with mean norms of latents and text."""
         self._kinds_BT = None
         self._report = report
         if report is not None:
@@ -57,9 +54,7 @@ class InputGradients:
 
 
 def rename(metrics: dict) -> None:
-    """verl logs what an engine reports under `actor/`; these belong under `latent/`, with their
-    ratio.
-    """
+    """Moves what the engine reports from verl's `actor/` to `latent/`, with the norms' ratio."""
     latent, text = metrics.pop(f"actor/{LATENT}", None), metrics.pop(f"actor/{TEXT}", None)
     if latent is None or text is None:
         return

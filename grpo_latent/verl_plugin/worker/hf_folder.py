@@ -1,6 +1,4 @@
-"""`actor/huggingface` of a checkpoint, completed to a folder that `load_latent_model` and stage-2
-runs read.
-"""
+"""`actor/huggingface` of a checkpoint, made a folder that `load_latent_model` and stage 2 read."""
 
 from __future__ import annotations
 
@@ -10,9 +8,7 @@ from grpo_latent.latent.mechanisms import Mechanism
 
 
 def complete_hf_folder(folder: str | Path, model_config, mechanism: Mechanism) -> None:
-    """Adds what verl leaves out of `actor/huggingface`: latent_config.json, and the tokenizer
-    beside the processor.
-    """
+    """Adds what verl leaves out: latent_config.json, and the tokenizer beside the processor."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if model_config.processor is not None:

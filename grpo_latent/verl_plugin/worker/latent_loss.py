@@ -1,5 +1,6 @@
-"""The actor's loss with components at latent positions, around verl's own: set by `set_loss_fn`,
-where verl lets a loss see data.
+"""The actor's loss with components at latent positions, around verl's own.
+
+`set_loss_fn` sets it, the one place where verl lets a loss see data.
 
     text        response_mask            verl's ppo_loss, untouched; a mask that is True at a latent is refused
     latents     what the treatment says  its `components`, each a weight and one value a position
@@ -70,8 +71,9 @@ class LatentLoss:
         return loss + added * scale, metrics
 
     def count(self, data: TensorDict) -> Tensor:
-        """int64 [2], of the live rows and in the order of `COUNTS`; a component is a mean over all
-        ranks' sums.
+        """int64 [2], of the live rows in the order of `COUNTS`.
+
+        A component is a mean over all ranks' sums, so the engine adds these up.
         """
         masks = self._masks(MicroBatch(data))
         return torch.stack([masks[over].sum() for over in COUNTS])
@@ -126,8 +128,10 @@ class LatentLoss:
 
 
 def check_components(components: list[Component], masks: dict[str, Tensor]) -> None:
-    """Raises `LatentMismatchError` at what a treatment of one's own gets wrong: an unknown `over`,
-    a name twice, a number of values that is not that of the positions."""
+    """Raises `LatentMismatchError` at what a treatment of one's own gets wrong.
+
+    That is an unknown `over`, a name twice, a number of values that is not that of the positions.
+    """
     names = [component.name for component in components]
     for component in components:
         known = component.over in masks

@@ -1,5 +1,4 @@
-"""verl's micro-batch with names and types: what was recorded of its rows, checked once, and what
-the loss reads of them.
+"""verl's micro-batch with names and types: what was recorded of its rows, what the loss reads.
 
     TensorDict, ragged rows ──MicroBatch.of──▶ engine, TreatedForward, ChoiceForward, LatentLoss
 
@@ -75,16 +74,13 @@ class MicroBatch:
         return batch
 
     def recorded(self, name: str) -> Tensor | None:
-        """The field `name` of all rows end to end, as trajectories have it; None where the batch
-        has no such column.
-        """
+        """The field `name` of all rows end to end, as trajectories have it; None if absent."""
         field = recorded.field(name)
         if field.column not in self.data.keys():
             return None
         return from_column(field, torch.cat(self.data[field.column].unbind()), self.kinds_L)
 
-    # ---- what was recorded
-    # ----------------------------------------------------------------------------------------
+    # ---- what was recorded ----------------------------------------------------------------------
 
     @cached_property
     def kinds_rows(self) -> list[Tensor]:
@@ -155,22 +151,17 @@ class MicroBatch:
         """Whether the model gets all rows end to end, as one."""
         return tu.get_non_tensor_data(self.data, "use_remove_padding", True)
 
-    # ---- what is written back
-    # -------------------------------------------------------------------------------------
+    # ---- what is written back -------------------------------------------------------------------
 
     def cover_latents(self, placeholder_id: int) -> None:
-        """Overwrites the ids at latent positions, so that an image placeholder or EOS among them
-        has no effect.
-        """
+        """Overwrites the ids at latent positions: no image placeholder or EOS there counts."""
         values = self.ids.values().masked_fill(latent_mask(self.kinds_L), placeholder_id)
         self.data["input_ids"] = torch.nested.nested_tensor_from_jagged(
             values, offsets=self.ids.offsets()
         )
 
     def expand_positions(self) -> None:
-        """Gives text-only rows of a vision model its four position components, where they come
-        with one.
-        """
+        """Gives text-only rows of a vision model four position components where they have one."""
         position_ids = self.data["position_ids"]
         if position_ids.dim() == 2:
             rows = [text_row(row) for row in position_ids.unbind()]
@@ -182,15 +173,12 @@ class MicroBatch:
         return torch.nested.nested_tensor_from_jagged(values_MA, offsets)
 
     def with_scores(self, log_probs: Tensor, kind: int, values: Tensor) -> Tensor:
-        """Ragged `log_probs` as verl's forward gives them, with `values` where they score the
-        positions of `kind`.
-        """
+        """verl's ragged `log_probs`, with `values` where they score the positions of `kind`."""
         columns = score_columns(self.kinds_L == kind)
         values_L = log_probs.values().index_copy(0, columns, values.to(log_probs.dtype))
         return torch.nested.nested_tensor_from_jagged(values_L, log_probs.offsets())
 
-    # ---- what a loss reads: completions, padded right
-    # --------------------------------------------------------------
+    # ---- what a loss reads: completions, padded right -------------------------------------------
 
     @cached_property
     def response_kinds_BT(self) -> Tensor:
@@ -211,15 +199,18 @@ class MicroBatch:
 
     @cached_property
     def is_live_B(self) -> Tensor:
-        """bool [B]: rows that act at all; a dropped trajectory acts at its latents no more than in
-        its text.
+        """bool [B]: rows that act at all.
+
+        A dropped trajectory acts at its latents no more than in its text.
         """
         return self.response_mask_BT.any(-1)
 
     @cached_property
     def advantages_B(self) -> Tensor:
-        """float [B]: the advantage at each trajectory's first action (0 without any); a group
-        baseline gives all of its actions the same."""
+        """float [B]: the advantage at each trajectory's first action, 0 without any.
+
+        A group baseline gives all actions of a trajectory the same.
+        """
         first_B1 = self.response_mask_BT.int().argmax(-1, keepdim=True)
         return padded(self.data["advantages"]).gather(1, first_B1)[:, 0] * self.is_live_B
 
@@ -236,8 +227,10 @@ class MicroBatch:
 
     @property
     def ref_latent_means_MH(self) -> Tensor | None:
-        """float [M, H], the reference's predictions of the latents (or what `Treatment.statistics`
-        has in their place); None without."""
+        """float [M, H], the reference's predictions of the latents; None without a reference.
+
+        Where a treatment has its own `statistics`, they stand in the place of the predictions.
+        """
         column = recorded.field("ref_latent_means").column
         return torch.cat(self.data[column].unbind()) if column in self.data.keys() else None
 

@@ -1,5 +1,4 @@
-"""What a treatment of latents adds to the engine's forward; `LatentFSDPEngine` calls it before and
-after verl's.
+"""What a treatment adds to the engine's forward; called before and after verl's.
 
     prepare   recorded latents ──(recompute: one pass a latent, through the FSDP root)──▶ latents to inject
               tap armed
@@ -57,9 +56,7 @@ class TreatedForward:
     def prepare(
         self, model_inputs: dict, sequences: LatentSequences, batch: MicroBatch, trains: bool
     ) -> LatentSequences:
-        """The sequences with the latents to inject into the forward that follows, whose inputs are
-        `model_inputs`.
-        """
+        """The sequences with the latents to inject into the forward of `model_inputs`."""
         if trains and self.treatment.gradient is not None:
             num_passes, make = (
                 self._over_ranks(max(batch.num_own)),
@@ -76,8 +73,9 @@ class TreatedForward:
         return sequences
 
     def _over_ranks(self, count: int) -> int:
-        """The largest of all ranks: each must run the same number of forwards, or their
-        collectives do not meet.
+        """The largest count of all ranks.
+
+        Each must run the same number of forwards, or their collectives do not meet.
         """
         counts = torch.tensor(count, device=get_device_name())
         group = self.engine.get_data_parallel_group()
@@ -85,17 +83,16 @@ class TreatedForward:
         return int(counts)
 
     def _make(
-        self, model_inputs: dict, part: LatentSequences, rows_M: Tensor, columns_M: Tensor
+        self, model_inputs: dict, first: LatentSequences, rows_M: Tensor, columns_M: Tensor
     ) -> Tensor:
-        """One pass of `latents_by_passes`: verl's inputs, cut to the columns of `part`, through
-        the FSDP root.
+        """float [M, H] of one pass of `latents_by_passes` over the columns of `first`.
+
+        It goes through the FSDP root, as verl's own forward does: only that gathers the shards.
         """
-        inputs = (
-            model_inputs
-            if part.is_packed
-            else _first_columns(model_inputs, part.kinds_BT.shape[1])
-        )
-        self.injector.arm(part.recorded_mask_BT, part.latents_NH)
+        inputs = model_inputs
+        if not first.is_packed:  # packed rows stand one after the other: no column ends them all
+            inputs = _first_columns(model_inputs, first.kinds_BT.shape[1])
+        self.injector.arm(first.recorded_mask_BT, first.latents_NH)
         self.tap.arm(rows_M, columns_M, is_sources_only=True)
         with self._autocast():
             self.engine.module(**inputs, use_cache=False)
@@ -117,9 +114,7 @@ class TreatedForward:
         sequences: LatentSequences,
         trains: bool,
     ) -> None:
-        """Writes log-densities into `log_probs`, where verl has that of a placeholder id, and adds
-        the statistics.
-        """
+        """Writes log-densities over the log-probs of placeholder ids, and adds the statistics."""
         measures = self.measures and not trains
         if not self.taps and not measures:
             return
@@ -173,8 +168,9 @@ def _first_columns(model_inputs: dict, length: int) -> dict:
 
 
 def _temperatures(output_args: dict, rows_M: Tensor, columns_M: Tensor) -> Tensor:
-    """The sampling temperature at each source: verl keeps one a row (padded) or one a position
-    (packed).
+    """float [M], the sampling temperature at each source.
+
+    verl keeps one a row (padded) or one a position (packed).
     """
     if "temperature" in output_args:
         return output_args["temperature"][rows_M]

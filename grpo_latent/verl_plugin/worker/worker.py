@@ -26,8 +26,10 @@ def prepare_process(options: LatentOptions) -> None:
 
 
 def seed_process(seed: int, rank: int) -> None:
-    """Checkpoints hold the generators' states: with a fixed start, a resumed run ends with those
-    of an uninterrupted one.
+    """Starts all generators from a fixed seed.
+
+    Checkpoints hold the generators' states: so a resumed run ends with those of an uninterrupted
+    one.
     """
     random.seed(f"{seed}/{rank}")
     np.random.seed((seed * 1000 + rank) % 2**32)
@@ -67,9 +69,7 @@ class LatentActorRolloutRefWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     async def send_weights_to(self, server, policy_version: int):
-        """Sends the actor's weights to a server with engine hf; every rank takes part in gathering
-        them.
-        """
+        """Sends the actor's weights to a server with engine hf; every rank gathers with it."""
         from grpo_latent.verl_plugin.rollout.replica import send_weights
 
         weights, _ = self.actor.engine.get_per_tensor_param()

@@ -122,7 +122,6 @@ def test_stock_verl_has_the_bug_and_the_patch_mends_it(name, tmp_path, monkeypat
 
 
 # ---- verl on CPU --------------------------------------------------------------------------------
-# ------------------------
 
 
 def test_verl_names_a_backend_that_torch_refuses(monkeypatch):

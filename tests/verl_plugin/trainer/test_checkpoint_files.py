@@ -1,11 +1,20 @@
 """The tracker never names an incomplete checkpoint, whatever was killed when."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 from omegaconf import OmegaConf
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from grpo_latent.common import files
 from grpo_latent.errors import CheckpointError, ConfigError
+from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.trainer import checkpoint
+from grpo_latent.verl_plugin.trainer import trainer as trainer_module
+from grpo_latent.verl_plugin.trainer.latent_watch import STATE_FILE, AlarmSettings, LatentWatch
+from grpo_latent.verl_plugin.trainer.trainer import LatentPPOTrainer
 
 
 def make(root, *steps, tracker=None):
@@ -113,3 +122,47 @@ def test_resuming_from_what_is_no_steps_folder_is_refused(tmp_path, name):
     )
     with pytest.raises(ConfigError, match="trainer.resume_from_path"):
         checkpoint.resume_folder(trainer_config(tmp_path, resume_from_path=path))
+
+
+@pytest.mark.parametrize(
+    "stops", [False, True], ids=["saved by verl's step", "stopped by an alarm"]
+)
+def test_callbacks_get_a_checkpoint_whose_step_is_counted(tmp_path, monkeypatch, stops):
+    """A callback that copies the folder copies the counters that a resumed run needs."""
+    trainer = stub_trainer(tmp_path, save_freq=-1 if stops else 1)
+    copied = []
+
+    def on_save(trainer, global_step, checkpoint_dir, async_save):
+        state = json.loads((Path(checkpoint_dir) / STATE_FILE).read_text())
+        copied.append((global_step, state["bad_in_a_row"]["vanished"], state["is_step_counted"]))
+
+    trainer.checkpoint_callback = SimpleNamespace(on_save=on_save)
+    trainer.watch.alarm = AlarmSettings(patience=1, stop=stops)
+    for name in ("step_metrics", "scalars"):
+        monkeypatch.setattr(trainer_module, name, lambda values: {})
+    monkeypatch.setattr(PPOTrainerSync, "_compute_metrics", lambda *args: None)
+    if not stops:
+        trainer._save_checkpoint()
+        assert copied == [] and checkpoint.read_tracker(tmp_path) == 3, "not logged yet"
+    trainer._compute_metrics(None, {"latent/frac_rollouts": 0.0}, {}, 3, 0)
+    trainer._compute_metrics(None, {"latent/frac_rollouts": 0.0}, {}, 3, 0)
+    assert copied == [(3, 1, True)] + [(3, 2, True)] * stops, "each save once"
+
+
+def stub_trainer(root, save_freq):
+    """A trainer at step 3 with all that saves and logs, and nothing that trains."""
+    trainer = LatentPPOTrainer.__new__(LatentPPOTrainer)
+    settings = {
+        "default_local_dir": str(root),
+        "default_hdfs_dir": None,
+        "save_freq": save_freq,
+    }
+    trainer.config = OmegaConf.create({"trainer": settings})
+    trainer.options = LatentOptions(output_dir=str(root))
+    trainer.watch = LatentWatch(trainer.config, trainer.options)
+    trainer.global_steps, trainer.total_training_steps, trainer.resumed_from = 3, 9, 0
+    trainer.actor_rollout_wg = SimpleNamespace(save_checkpoint=lambda *args, **kwargs: None)
+    trainer.train_dataloader = SimpleNamespace(state_dict=dict)
+    trainer.reporter = SimpleNamespace(report=lambda *args: None, alarm=lambda *args: None)
+    trainer._unannounced = None
+    return trainer

@@ -1,13 +1,14 @@
 """Training end to end on Ray, with the tiniest model. Slow; runs share what they can.
 
-world size 2, trainer in this process:    A  steps 1-6, with a reward that fails on one row: its group is dropped
-                                          B  what a kill inside A's save of step 6 leaves, resumed from step 3:
-                                             equal to A to the bit
-world size 1, in this process:            C  IVT-LR, steps 1-2 of 4: an alarm stops it
+world size 2, trainer in this process:
+    A  steps 1-6, with a reward that fails on one row: its trajectories are dropped
+    B  what a kill inside A's save of step 6 leaves, resumed from step 3: equal to A to the bit
+world size 1, in this process:
+    C  IVT-LR, steps 1-2 of 4: an alarm stops it
 world size 1, a Ray head on loopback with token authentication:
-                                          D  `ray job submit -- python -m grpo_latent.train`, steps 1-3, wandb offline
-                                          E  stock `python -m verl.trainer.main_ppo`, resumed from D, steps 4-6
-                                          F  `python -m grpo_latent.train` on a Ray of its own, steps 1-6: equal to D + E
+    D  `ray job submit -- python -m grpo_latent.train`, steps 1-3, wandb offline
+    E  stock `python -m verl.trainer.main_ppo`, resumed from D, steps 4-6
+    F  `python -m grpo_latent.train` on a Ray of its own, steps 1-6: equal to D + E
 """
 
 import json
@@ -110,7 +111,7 @@ def test_a_killed_save_and_resume_at_world_size_2(local_ray, inputs, tmp_path, m
     tiny_run.assert_equal_runs(first, second, range(1, 7), checkpoint=6)
     trained = load_latent_model(second / "checkpoints" / "global_step_6" / "actor" / "huggingface")
     start = load_latent_model(inputs / "model")
-    assert trained.mechanism == start.config
+    assert trained.mechanism == start.mechanism
     assert not torch.equal(*(m.model.get_output_embeddings().weight for m in (trained, start)))
 
 
@@ -158,7 +159,7 @@ def test_prompt_slots_train(local_ray, tmp_path, monkeypatch):
         assert item.response_mask[6:].all() and "<|lvr|>" not in item.text
     trained = load_latent_model(output / "checkpoints" / "global_step_2" / "actor" / "huggingface")
     start = load_latent_model(inputs / "model")
-    assert trained.mechanism == start.config
+    assert trained.mechanism == start.mechanism
     assert not torch.equal(*(m.model.model.visual.merger.mlp[2].weight for m in (trained, start)))
 
 
@@ -186,8 +187,13 @@ def check_dropped_rows(output: Path, metrics: dict[int, dict]) -> None:
 
 @pytest.mark.parametrize(
     "treatment",
-    ["latent.treatment.gaussian.sigma=0.5", "latent.treatment.gumbel_soft.top_k=4"],
-    ids=["gaussian", "gumbel_soft"],
+    [
+        "latent.treatment.gaussian.sigma=0.5",
+        "latent.treatment.gumbel_soft.top_k=4",
+        # its density keeps H log sigma: below -1 for certain at a width above 1 only
+        "latent.treatment.gaussian_head.sigma=3",
+    ],
+    ids=["gaussian", "gumbel_soft", "gaussian_head"],
 )
 def test_latents_that_act(local_ray, inputs, tmp_path, monkeypatch, treatment):
     """With a KL and an anchor, two steps: what the rollout drew, perturbed logits included, is

@@ -33,6 +33,7 @@ TREATMENTS = {
         "anchor_weight": 0.5,
     },
     "gaussian_head": {"name": "gaussian_head", "gaussian_head": {"sigma": 0.5}, "kl_coef": 0.2},
+    "vmf": {"name": "vmf", "vmf": {"kappa": 50.0}, "kl_coef": 0.2},
 }
 WITHOUT_LATENTS = (1, 3)  # with two ranks, the whole first micro-batch of the second
 
