@@ -3,7 +3,7 @@
     own trajectory of a prompt ──ablation──▶ changes of its request ──the engine decodes──▶ outcome
 
 Everything else stays: prompt, image, tokens before the first latent, mask, seeds. If the outcome
-does not move, the latents are not used (SYSTEMS: "Are the latents used at all?").
+does not move, the latents are not used.
 
     zero          zeros
     noise         a random direction with the norm of the prompt's own latent
@@ -25,24 +25,39 @@ there, no donor, no boxes) leaves it its own outcome.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from grpo_latent.errors import ConfigError
 from grpo_latent.eval.prompts import EvalPrompt
+from grpo_latent.eval.vectors import (
+    IMAGE_SWAP,
+    SHUFFLE,
+    VECTORS,
+    PartInputs,
+    Places,
+    Vectors,
+)
 from grpo_latent.latent.mechanisms import Mechanism
-from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.replay import replay
-from grpo_latent.models.sequences import collate
-from grpo_latent.rollout.protocol import ALL, LatentOverride, check_part, part_kinds, part_number
-from grpo_latent.rollout.sampling import trajectory_seed
-from grpo_latent.trajectory import PositionKind, Trajectory, is_text, made_mask
+from grpo_latent.rollout.protocol import ALL, LatentOverride, check_part
+from grpo_latent.trajectory import Trajectory
 
-LEAK_ROWS = 16  # sequences of one forward
+BLIND = "image_blind_after_span"
+# fields of each prompt's `RolloutRequest`; None leaves it as it is
+Changes = list[dict | None]
+REQUESTS: dict[str, Callable[[Mechanism], dict | None]] = {
+    "markers_only": lambda mechanism: mechanism.requests_with_markers_only(),
+    "no_span": lambda mechanism: mechanism.requests_without_latents(),
+    # behind the bottleneck text is blind anyway
+    BLIND: lambda mechanism: (
+        {"blind_after_span": True} if mechanism.visibility == "full" else None
+    ),
+}
+ABLATIONS = (*VECTORS, *REQUESTS)
+DECIDING = (SHUFFLE, IMAGE_SWAP)
 
 
 @dataclass(frozen=True)
@@ -64,12 +79,6 @@ class AblationInputs:
     mechanism: Mechanism
     seed: int = 0
     swapped: Sequence[Trajectory | None] = ()
-
-
-Vectors = list[
-    Tensor | None
-]  # [K, H] for each prompt, for the K latents of the part; None leaves the prompt as it is
-Changes = list[dict | None]  # fields of each prompt's `RolloutRequest`; None leaves it as it is
 
 
 def parse_name(name: str) -> tuple[str, str]:
@@ -154,284 +163,4 @@ def make_vectors(base: str, part: str, inputs: AblationInputs) -> Vectors:
         if vectors_KH is None or not len(own) or torch.equal(vectors_KH, own.latents_KH)
         else vectors_KH
         for own, vectors_KH in zip(places, vectors, strict=True)
-    ]
-
-
-class Places:
-    """The K latent positions of a part of a trajectory.
-
-    Attributes:
-        kinds_K: LATENT, SELECTED or MIXED.
-        idx_K: place among all latents of the trajectory.
-        rank_K: place among those of the same kind in the part.
-        latents_KH: the vectors that stood there.
-    """
-
-    def __init__(self, trajectory: Trajectory, part: str):
-        kinds_N = trajectory.kinds[trajectory.recorded_mask]
-        is_part_N = torch.isin(kinds_N, torch.tensor(part_kinds(part)))
-        span_number, latent_number = part_number(part, "span"), part_number(part, "latent")
-        if span_number is not None:
-            lengths = torch.tensor([span.length for span in trajectory.spans], dtype=torch.long)
-            is_part_N &= (
-                torch.repeat_interleave(torch.arange(len(lengths)), lengths) == span_number
-            )
-        if latent_number is not None:
-            is_own_N = made_mask(kinds_N).long()
-            is_part_N &= is_own_N.cumsum(-1) - is_own_N == latent_number
-        self.idx_K = is_part_N.nonzero()[:, 0]
-        self.kinds_K = kinds_N[self.idx_K]
-        is_text_K = made_mask(self.kinds_K)
-        self.rank_K = torch.where(is_text_K, is_text_K.cumsum(-1), (~is_text_K).cumsum(-1)) - 1
-        self.latents_KH = trajectory.latents[self.idx_K]
-
-    def __len__(self) -> int:
-        return len(self.idx_K)
-
-    def of_kind(self, kind: int) -> Tensor:
-        return self.latents_KH[self.kinds_K == kind]
-
-    def filled_from(self, source: Callable[[int], Tensor]) -> Tensor:
-        """At each place vector `rank` mod their number of `source(kind)`; its own where that is
-        empty.
-
-        Of latents of one kind that is what the engine makes of the source itself, however many
-        steps a trajectory takes.
-        """
-        kinds = self.kinds_K.unique().tolist()
-        if len(kinds) == 1 and len(source(kinds[0])):
-            return source(kinds[0])
-        vectors_KH = self.latents_KH.clone()
-        for kind in LATENT_KINDS:
-            table_RH, is_kind_K = source(kind), self.kinds_K == kind
-            if len(table_RH):
-                vectors_KH[is_kind_K] = table_RH[self.rank_K[is_kind_K] % len(table_RH)].to(
-                    vectors_KH.dtype
-                )
-        return vectors_KH
-
-
-@dataclass(frozen=True)
-class PartInputs:
-    """`AblationInputs` for one part of the latents."""
-
-    own: Sequence[Places]
-    ideal: Sequence[Tensor | None]
-    seed: int
-    swapped: Sequence[Places | None]
-    clusters: Sequence[str]
-
-
-def _zero(inputs: PartInputs) -> Vectors:
-    return [torch.zeros_like(own.latents_KH) for own in inputs.own]
-
-
-def _noise(inputs: PartInputs) -> Vectors:
-    """Gaussian directions, each scaled to the norm of the latent that it replaces."""
-    vectors: Vectors = []
-    for index, own in enumerate(inputs.own):
-        generator = torch.Generator().manual_seed(
-            trajectory_seed(inputs.seed, 0, f"noise/{index}", 0)
-        )
-        directions_KH = torch.randn(own.latents_KH.shape, generator=generator)
-        vectors.append(
-            directions_KH
-            * own.latents_KH.norm(dim=-1, keepdim=True)
-            / directions_KH.norm(dim=-1)[:, None]
-        )
-    return vectors
-
-
-def _shuffle(inputs: PartInputs) -> Vectors:
-    sources = donors([len(own) for own in inputs.own], inputs.clusters, inputs.seed)
-    return [
-        None if source is None else own.filled_from(inputs.own[source].of_kind)
-        for own, source in zip(inputs.own, sources, strict=True)
-    ]
-
-
-def _mean(inputs: PartInputs) -> Vectors:
-    """At each place the mean over the prompts that have a latent of that kind and rank."""
-    means: dict[int, Tensor] = {}
-    for kind in LATENT_KINDS:
-        tables = [own.of_kind(kind) for own in inputs.own]
-        longest = max(map(len, tables), default=0)
-        rows = [
-            torch.stack([t[rank] for t in tables if len(t) > rank]).mean(0)
-            for rank in range(longest)
-        ]
-        means[kind] = torch.stack(rows) if rows else torch.zeros(0)
-    return [own.filled_from(means.__getitem__) for own in inputs.own]
-
-
-def _first_repeat(inputs: PartInputs) -> Vectors:
-    return [own.filled_from(lambda kind, own=own: own.of_kind(kind)[:1]) for own in inputs.own]
-
-
-def _oracle(inputs: PartInputs) -> Vectors:
-    """Latent number i of the trajectory is the embedding of the boxes' visual token i; of slots,
-    chosen embedding i is.
-    """
-    vectors: Vectors = []
-    for own, ideal_RH in zip(inputs.own, inputs.ideal, strict=True):
-        if ideal_RH is None:
-            vectors.append(None)
-            continue
-        is_selected_K = own.kinds_K == PositionKind.SELECTED
-        ideal_K = torch.where(is_selected_K, own.rank_K, own.idx_K) % len(ideal_RH)
-        is_kept_K = ~is_selected_K & bool(is_selected_K.any())
-        vectors.append(torch.where(is_kept_K[:, None], own.latents_KH, ideal_RH[ideal_K]))
-    return vectors
-
-
-def _image_swap(inputs: PartInputs) -> Vectors:
-    return [
-        None if swapped is None else own.filled_from(swapped.of_kind)
-        for own, swapped in zip(inputs.own, inputs.swapped, strict=True)
-    ]
-
-
-SHUFFLE, ORACLE, BLIND, IMAGE_SWAP = "shuffle", "oracle", "image_blind_after_span", "image_swap"
-LATENT_KINDS = (int(PositionKind.LATENT), int(PositionKind.SELECTED), int(PositionKind.MIXED))
-VECTORS: dict[str, Callable[[PartInputs], Vectors]] = {
-    "zero": _zero,
-    "noise": _noise,
-    SHUFFLE: _shuffle,
-    "mean": _mean,
-    "first_repeat": _first_repeat,
-    ORACLE: _oracle,
-    IMAGE_SWAP: _image_swap,
-}
-REQUESTS: dict[str, Callable[[Mechanism], dict | None]] = {
-    "markers_only": lambda mechanism: mechanism.requests_with_markers_only(),
-    "no_span": lambda mechanism: mechanism.requests_without_latents(),
-    # behind the bottleneck text is blind anyway
-    BLIND: lambda mechanism: (
-        {"blind_after_span": True} if mechanism.visibility == "full" else None
-    ),
-}
-ABLATIONS = (*VECTORS, *REQUESTS)
-DECIDING = (SHUFFLE, IMAGE_SWAP)
-
-
-def donors(num_latents: Sequence[int], clusters: Sequence[str], seed: int) -> list[int | None]:
-    """For each trajectory the index of another cluster's whose latents it gets; no two get the
-    same one's.
-
-    Random; None for those without latents, and where no other cluster is left.
-    """
-    holders = torch.tensor([i for i, count in enumerate(num_latents) if count], dtype=torch.long)
-    generator = torch.Generator().manual_seed(trajectory_seed(seed, 0, "shuffle", 0))
-    order = holders[torch.randperm(len(holders), generator=generator)].tolist()
-    giver = of_other_clusters(order, clusters)
-    return [giver.get(i) for i in range(len(num_latents))]
-
-
-def of_other_clusters(order: Sequence[int], clusters: Sequence[str]) -> dict[int, int]:
-    """For each of `order` the next one, cyclically, that belongs to another cluster, and to nobody
-    else.
-
-    Clusters stand side by side, and each takes the one that is as many places on as the largest
-    cluster has members. Those whose cluster holds more than half of all may find none.
-
-    >>> of_other_clusters([2, 0, 1], "abc"), of_other_clusters([0, 1, 2, 3], "aabb")
-    ({2: 0, 0: 1, 1: 2}, {0: 2, 1: 3, 2: 0, 3: 1})
-    """
-    sizes = Counter(clusters[i] for i in order)  # in order of first appearance
-    places = {cluster: place for place, cluster in enumerate(sizes)}
-    row = sorted(order, key=lambda i: places[clusters[i]])
-    shift = max(sizes.values(), default=0)
-    return {
-        a: b
-        for a, b in zip(row, row[shift:] + row[:shift], strict=True)
-        if clusters[a] != clusters[b]
-    }
-
-
-def nearest_token_hits(
-    trajectory: Trajectory, roi: Sequence[int], visual_MH: Tensor
-) -> list[bool]:
-    """For the first latents of a trajectory, whether the nearest visual token (L2) is the ideal
-    one.
-
-    Says how well latents are *aligned* with the boxes, not whether they are used.
-    """
-    pairs = zip(trajectory.latents, roi, strict=False)
-    return [
-        int((visual_MH - latent).square().sum(-1).argmin()) == token for latent, token in pairs
-    ]
-
-
-@torch.no_grad()
-def leak(
-    adapter: ModelAdapter,
-    prompts: Sequence[EvalPrompt],
-    own: Sequence[Trajectory],
-    visibility: str,
-    max_prompts: int = 64,
-) -> float | None:
-    """Largest change of a post-span log-prob, in nats, when the image is swapped under the
-    recorded latents.
-
-    Exactly 0.0 if the latents are the only way from the image to the text. Each prompt gets the
-    image of another one with the same image grid; None if no prompt has a span with text after it
-    and such a partner.
-    """
-    rows = [
-        i
-        for i, t in enumerate(own)
-        if prompts[i].images is not None and bool(_post_span(t.kinds).any())
-    ]
-    pairs = sorted(image_partners(prompts, rows).items())[:max_prompts]
-    largest = None
-    for start in range(0, len(pairs), LEAK_ROWS):
-        part = pairs[start : start + LEAK_ROWS]
-        trajectories = [own[i] for i, _ in part]
-        batch = collate(
-            trajectories, [prompts[i].images for i, _ in part], adapter, visibility, "both"
-        )
-        swapped = collate(
-            trajectories, [prompts[i].images for _, i in part], adapter, visibility, "both"
-        )
-        change_BT = (replay(adapter, swapped)[0] - replay(adapter, batch)[0]).abs()
-        change = float(change_BT[_post_span(batch.kinds_BT)].max())
-        largest = change if largest is None else max(largest, change)
-    return largest
-
-
-def image_partners(
-    prompts: Sequence[EvalPrompt], rows: Sequence[int] | None = None
-) -> dict[int, int]:
-    """For each prompt (of `rows`) one of another cluster whose images have the same grids; only
-    those that have one.
-    """
-    by_grid: dict[str, list[int]] = {}
-    clusters = [prompt.cluster for prompt in prompts]
-    for index in range(len(prompts)) if rows is None else rows:
-        if prompts[index].images is not None:
-            by_grid.setdefault(str(prompts[index].images.image_grid_thw.tolist()), []).append(
-                index
-            )
-    return {
-        a: b for same in by_grid.values() for a, b in of_other_clusters(same, clusters).items()
-    }
-
-
-def _post_span(kinds: Tensor) -> Tensor:
-    """bool, same shape: sampled text after the end of a span."""
-    return ((kinds == PositionKind.FORCED).cumsum(-1) > 0) & is_text(kinds)
-
-
-def with_truth_of(
-    prompts: Sequence[EvalPrompt], sources: Sequence[int | None]
-) -> list[EvalPrompt]:
-    """Prompts with the ground truth of their donors, for `follow`; entries without a donor stay as
-    they are.
-
-    Everything else, `extra_info` too, stays the prompt's own: a reward may judge by it what the
-    completion should look like.
-    """
-    return [
-        prompt if source is None else replace(prompt, ground_truth=prompts[source].ground_truth)
-        for prompt, source in zip(prompts, sources, strict=True)
     ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.common.settings import check_keys
 from grpo_latent.errors import ConfigError
-from grpo_latent.eval.ablations import image_partners
+from grpo_latent.eval.donors import image_partners
 from grpo_latent.eval.pixels import held
 from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.latent.treatments import Treatment

@@ -20,22 +20,15 @@ from dataclasses import asdict, dataclass, field
 from torch import Tensor
 
 from grpo_latent.errors import ConfigError
-from grpo_latent.eval.ablations import (
-    IMAGE_SWAP,
-    SHUFFLE,
-    AblationInputs,
-    donors,
-    leak,
-    make_changes,
-    nearest_token_hits,
-    parse_name,
-    with_truth_of,
-)
+from grpo_latent.eval.ablations import AblationInputs, make_changes, parse_name
 from grpo_latent.eval.decode import GREEDY, Decoding, Evaluator, with_partners_images
+from grpo_latent.eval.donors import donors, with_truth_of
 from grpo_latent.eval.journal import Journal, Part
+from grpo_latent.eval.leak import leak, nearest_token_hits
 from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.eval.report import Findings, VerdictSettings, build_report
 from grpo_latent.eval.scoring import Outcome, Scorer
+from grpo_latent.eval.vectors import IMAGE_SWAP, SHUFFLE
 from grpo_latent.latent.treatments import Mask, Treatment
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.trajectory import Trajectory

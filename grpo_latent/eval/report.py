@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean, pstdev
 
 from grpo_latent.errors import ConfigError
-from grpo_latent.eval.ablations import BLIND, ORACLE, SHUFFLE, check_decides, parse_name
+from grpo_latent.eval.ablations import BLIND, check_decides, parse_name
+from grpo_latent.eval.benchmarks import find_benchmark
 from grpo_latent.eval.decode import GREEDY, Decoding
 from grpo_latent.eval.geometry import geometry
-from grpo_latent.eval.benchmarks import find_benchmark
 from grpo_latent.eval.graders import pair_accuracy
 from grpo_latent.eval.journal import Part
 from grpo_latent.eval.prompts import EvalPrompt
@@ -32,6 +32,7 @@ from grpo_latent.eval.statistics import (
     pass_at_k,
     usage_verdict,
 )
+from grpo_latent.eval.vectors import ORACLE, SHUFFLE
 from grpo_latent.trajectory import Trajectory
 
 OWN, LATENTS = "own", "the latents"

@@ -19,20 +19,15 @@ from torch.nn.functional import cosine_similarity
 
 from grpo_latent.common.files import write_bytes
 from grpo_latent.errors import ConfigError, DataError
-from grpo_latent.eval.ablations import (
-    IMAGE_SWAP,
-    AblationInputs,
-    check_decides,
-    make_changes,
-    nearest_token_hits,
-    parse_name,
-)
+from grpo_latent.eval.ablations import AblationInputs, check_decides, make_changes, parse_name
 from grpo_latent.eval.decode import Evaluator, with_partners_images
 from grpo_latent.eval.geometry import geometry
 from grpo_latent.eval.journal import UNREADABLE, pack, unpack
+from grpo_latent.eval.leak import nearest_token_hits
 from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.eval.scoring import Scorer, accuracy
 from grpo_latent.eval.statistics import usage_verdict
+from grpo_latent.eval.vectors import IMAGE_SWAP
 from grpo_latent.latent.treatments import Mask, Treatment
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.trajectory import Trajectory

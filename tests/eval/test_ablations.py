@@ -8,18 +8,10 @@ import torch
 from latent_cases import build_case, case
 
 from grpo_latent.errors import ConfigError
-from grpo_latent.eval.ablations import (
-    ABLATIONS,
-    AblationInputs,
-    check_decides,
-    donors,
-    image_partners,
-    leak,
-    make_changes,
-    nearest_token_hits,
-    with_truth_of,
-)
+from grpo_latent.eval.ablations import ABLATIONS, AblationInputs, check_decides, make_changes
 from grpo_latent.eval.decode import Evaluator, with_partners_images
+from grpo_latent.eval.donors import donors, image_partners, with_truth_of
+from grpo_latent.eval.leak import leak, nearest_token_hits
 from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.models.replay import replay

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from grpo_latent.data.embedded import digits
 from grpo_latent.errors import CheckpointError, ConfigError, DataError
-from grpo_latent.eval.ablations import donors
 from grpo_latent.eval.decode import Decoding, Evaluator
+from grpo_latent.eval.donors import donors
 from grpo_latent.eval.evaluate import EvalSettings, Evaluation
 from grpo_latent.eval.journal import Journal, Part
 from grpo_latent.eval.prompts import EvalPrompt, encode_row

@@ -10,8 +10,8 @@ from latent_cases import build_case, case
 from torch.nn.functional import cosine_similarity
 
 from grpo_latent.errors import ConfigError, DataError
-from grpo_latent.eval.ablations import donors
 from grpo_latent.eval.decode import Evaluator
+from grpo_latent.eval.donors import donors
 from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.eval.scoring import Outcome
 from grpo_latent.eval.usage import UsageProbe, UsageSettings, drift
