@@ -36,10 +36,11 @@ from rollout import Contender, Setting, measure, naive_trajectory, show  # noqa:
 from torch import Tensor  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
 
+from grpo_latent.backbones.images import ImageInputs  # noqa: E402
 from grpo_latent.data.embedded import digits  # noqa: E402
 from grpo_latent.latent.mechanisms import ILVR, IVTLR  # noqa: E402
 from grpo_latent.models import tiny  # noqa: E402
-from grpo_latent.models.adapter import ImageInputs, ModelAdapter  # noqa: E402
+from grpo_latent.models.adapter import ModelAdapter  # noqa: E402
 from grpo_latent.rollout.hf import HFRolloutEngine  # noqa: E402
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams  # noqa: E402
 

@@ -42,10 +42,10 @@ from torch import Tensor  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
+from grpo_latent.backbones.images import ImageInputs  # noqa: E402
 from grpo_latent.data.embedded import digits  # noqa: E402
 from grpo_latent.latent.mechanisms import LVR  # noqa: E402
 from grpo_latent.models import tiny  # noqa: E402
-from grpo_latent.models.adapter import ImageInputs  # noqa: E402
 from grpo_latent.rollout.hf import HFRolloutEngine  # noqa: E402
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams  # noqa: E402
 from grpo_latent.trajectory import PositionKind  # noqa: E402

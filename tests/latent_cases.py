@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.latent.mechanisms import MECHANISMS, Mechanism
 from grpo_latent.models import tiny
-from grpo_latent.models.adapter import ImageInputs, ModelAdapter
+from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 

@@ -14,7 +14,7 @@ from latent_cases import Case
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from grpo_latent.models.adapter import ImageInputs
+from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.rollout.sampling import uniforms
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.trajectory import Trajectory

@@ -262,3 +262,10 @@ def test_the_rule_catches(module, source, num_violations):
 )
 def test_the_rule_of_rooms_catches(module, source, num_violations):
     assert len(room_violations(source, module)) == num_violations
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest imports a test file by its base name: two of one name are not collected together."""
+    names = [path.name for path in sorted((ROOT / "tests").rglob("*.py"))]
+    twice = {name for name in names if names.count(name) > 1}
+    assert twice <= {"conftest.py"}

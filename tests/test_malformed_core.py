@@ -9,9 +9,9 @@ import torch
 from latent_cases import build_case, case
 from safetensors.torch import load_file, save_file
 
+from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.errors import CheckpointError, ConfigError, LatentMismatchError, RolloutError
 from grpo_latent.latent.mechanisms import LATENT_CONFIG_FILE, LVR, load_mechanism
-from grpo_latent.models.adapter import ImageInputs
 from grpo_latent.models.loading import load_latent_model, save_latent_model
 from grpo_latent.models.replay import replay
 from grpo_latent.models.sequences import LatentSequences, collate

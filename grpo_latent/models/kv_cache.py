@@ -26,7 +26,8 @@ class InPlaceLayer(CacheLayerMixin):
 
     def __init__(self, keys: Tensor, values: Tensor, row_to_prompt_N: Tensor, capacity: int):
         super().__init__()
-        self.length, self.capacity = keys.shape[2], capacity
+        self.length = keys.shape[2]
+        self.capacity = capacity
         self.keys, self.values = keys[row_to_prompt_N], values[row_to_prompt_N]
         self.is_initialized = True
 
@@ -38,18 +39,13 @@ class InPlaceLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         end = self.length + key_states.shape[-2]
         if end > self.keys.shape[2]:
-            self._grow(min(self.capacity, end + max(MIN_GROWTH, self.length // 8)))
+            room = min(self.capacity, end + max(MIN_GROWTH, self.length // 8))
+            self.keys = _with_room(self.keys, self.length, room)
+            self.values = _with_room(self.values, self.length, room)
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def _grow(self, room: int) -> None:
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_empty(*old.shape[:2], room, old.shape[3])
-            new[:, :, : self.length] = old[:, :, : self.length]
-            setattr(self, name, new)
 
     def keep_rows(self, rows_M: Tensor) -> None:
         self.keys, self.values = self.keys[rows_M], self.values[rows_M]
@@ -62,6 +58,13 @@ class InPlaceLayer(CacheLayerMixin):
 
     def get_max_cache_shape(self) -> int:
         return self.capacity
+
+
+def _with_room(old: Tensor, length: int, room: int) -> Tensor:
+    """A tensor of `room` positions that begins with the first `length` of `old`."""
+    new = old.new_empty(*old.shape[:2], room, old.shape[3])  # what lies behind is never read
+    new[:, :, :length] = old[:, :, :length]
+    return new
 
 
 class RolloutCache(Cache):

@@ -30,12 +30,12 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from grpo_latent.errors import ConfigError, LatentMismatchError
+from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.latent.treatments import GRADIENTS
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.kv_cache import caching_layers
 from grpo_latent.models.replay import replay_hidden
 from grpo_latent.models.sequences import LatentSequences
-from grpo_latent.models.shift import is_source, last_hidden
 from grpo_latent.trajectory import PositionKind, made_mask
 
 
@@ -53,13 +53,16 @@ def recompute_latents(
 
     def made_from(latents_NH: Tensor) -> Tensor:
         hidden_BTH = replay_hidden(adapter, sequences.with_latents(latents_NH))
-        return _with_made(sequences, latents_NH, adapter.make(hidden_BTH[sequences.sources]))
+        return _with_made(
+            sequences, latents_NH, adapter.make(hidden_BTH[sequences.sources(adapter.mechanism)])
+        )
 
     return _with_gradient(gradient, lambda: _chain_over_cache(adapter, sequences), made_from)
 
 
 def latents_by_passes(
     sequences: LatentSequences,
+    mechanism: Mechanism,
     num_passes: int,
     gradient: str,
     make: Callable[[LatentSequences, Tensor, Tensor], Tensor],
@@ -79,13 +82,13 @@ def latents_by_passes(
     """
     if num_passes == 0:
         return sequences.latents_NH
-    rows_M, columns_M = sequences.sources
+    rows_M, columns_M = sequences.sources(mechanism)
     length = _num_needed_columns(sequences, columns_M)
-    part = sequences.first_columns(length)
+    needed = sequences.first_columns(length)
     is_fed_N = sequences.recorded_mask_BT.nonzero()[:, 1] < length
 
     def made_from(latents_NH: Tensor) -> Tensor:
-        made_MH = make(part.with_latents(latents_NH[is_fed_N]), rows_M, columns_M)
+        made_MH = make(needed.with_latents(latents_NH[is_fed_N]), rows_M, columns_M)
         return _with_made(sequences, latents_NH, made_MH)
 
     def chain() -> Tensor:
@@ -135,7 +138,11 @@ def _num_needed_columns(sequences: LatentSequences, columns_M: Tensor) -> int:
 
 
 def _chain_over_cache(adapter: ModelAdapter, sequences: LatentSequences) -> Tensor:
-    """Columns with a latent step are decoded one at a time, what stands between them in one piece."""
+    """Decodes each column that a hidden state makes alone, what stands between them in one piece.
+
+    Raises:
+        LatentMismatchError: an image behind the first recorded column.
+    """
     recorded_BT, kinds_BT = sequences.recorded_mask_BT, sequences.kinds_BT
     columns = recorded_BT.any(0).nonzero()[:, 0]
     if columns.numel() == 0:
@@ -152,7 +159,10 @@ def _chain_over_cache(adapter: ModelAdapter, sequences: LatentSequences) -> Tens
     bias = sequences.attention_bias(adapter.dtype)
     cache = DynamicCache(config=adapter.text_config)
     is_made_BT = made_mask(kinds_BT) & sequences.valid_BT
-    is_source_BT = is_source(kinds_BT, sequences.valid_BT)
+    # column 0 stands in for the source of positions that have none: what it makes is not read
+    source_BT = torch.zeros_like(kinds_BT)
+    source_BT[is_made_BT] = sequences.sources(adapter.mechanism)[1]
+    rows_B = torch.arange(kinds_BT.shape[0], device=kinds_BT.device)
     recorded_BTH = torch.zeros(
         *kinds_BT.shape, sequences.latents_NH.shape[-1], device=adapter.device
     )
@@ -161,21 +171,23 @@ def _chain_over_cache(adapter: ModelAdapter, sequences: LatentSequences) -> Tens
     )
     vectors: list[Tensor] = []
     with caching_layers(adapter.model):
-        source_BH = adapter.forward_hidden(
+        # all hidden states are kept: which of them makes a latent is the mechanism's matter
+        hidden_BTH = adapter.forward_hidden(
             input_ids_BT[:, :first],
             bias[:, :, :first, :first],
             position_ids[..., :first],
             sequences.images,
             cache,
-        )[:, -1]
+        )
         for start, end in _decoding_pieces(is_made_BT[:, : last + 1].any(0).tolist(), first):
             piece = slice(start, end)
-            latents_BLH = adapter.make(source_BH)[:, None].expand(-1, end - start, -1)
             tokens_BLH = adapter.embed(input_ids_BT[:, piece])
             vectors_BLH = torch.where(
                 recorded_BT[:, piece, None], recorded_BTH[:, piece], tokens_BLH
             )
-            vectors_BLH = torch.where(is_made_BT[:, piece, None], latents_BLH, vectors_BLH)
+            if bool(is_made_BT[:, start].any()):
+                made_B1H = adapter.make(hidden_BTH[rows_B, source_BT[:, start]])[:, None]
+                vectors_BLH = torch.where(is_made_BT[:, piece, None], made_B1H, vectors_BLH)
             vectors.append(vectors_BLH)
             embeds_BLH = vectors_BLH
             if adapter.mechanism.composes:
@@ -191,7 +203,7 @@ def _chain_over_cache(adapter: ModelAdapter, sequences: LatentSequences) -> Tens
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
-            source_BH = last_hidden(hidden_BLH, is_source_BT[:, piece], source_BH)
+            hidden_BTH = torch.cat([hidden_BTH, hidden_BLH], 1)
     return torch.cat(vectors, 1)[recorded_BT[:, first : last + 1]]
 
 

@@ -6,7 +6,7 @@
     verl's rows     ──worker.engine─────▶ ┘                    └─▶ verl's forward
 
 Positions are those of `models.positions`, visibility that of `models.visibility`, sources those of
-`models.shift`.
+the mechanism.
 
 Legend: B sequences, T positions, N recorded vectors, M of them that a hidden state made, H hidden,
 A aux, C components.
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.errors import ConfigError, LatentMismatchError
+from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.shift import latent_sources
 from grpo_latent.models.visibility import attention_bias, check_visibility
 from grpo_latent.trajectory import Trajectory, latent_mask, made_mask, recorded_mask, response_mask
 
@@ -122,10 +122,9 @@ class LatentSequences:
         """bool [N]: recorded vectors that a hidden state made."""
         return made_mask(self.kinds_BT)[self.recorded_mask_BT]
 
-    @property
-    def sources(self) -> tuple[Tensor, Tensor]:
+    def sources(self, mechanism: Mechanism) -> tuple[Tensor, Tensor]:
         """(rows, columns) of the hidden states that made them, each int64 [M]."""
-        return latent_sources(self.kinds_BT, self.valid_BT)
+        return mechanism.sources(self.kinds_BT, self.valid_BT)
 
     @property
     def fed_ids_BT(self) -> Tensor:

@@ -34,7 +34,7 @@ def source_of_latents(
     """What this model would make the recorded LATENT positions of; arguments as
     `latent_log_densities`.
     """
-    hidden_MH = hidden_BTH[sequences.sources]
+    hidden_MH = hidden_BTH[sequences.sources(adapter.mechanism)]
     features_MF = None if treatment is None else treatment.features(adapter.model, hidden_MH)
     return LatentSource(
         adapter.make(hidden_MH), lambda: adapter.logits(hidden_MH) / temperature, features_MF

@@ -1,6 +1,6 @@
 """Who may look at whom: the attention bias of `latent.visibility`, the only one in this package.
 
-One rule, `is_sighted` and `is_hidden`, in two forms: a matrix over whole sequences
+One rule, `is_sighted` and `is_image_side`, in two forms: a matrix over whole sequences
 (`attention_bias`), and a row at a time for sequences that grow (`GrowingVisibility`).
 
 `full` is causal attention, as published. `latents_only` makes the latents the only channel from
@@ -28,7 +28,7 @@ from grpo_latent.latent.mechanisms import VISIBILITIES
 from grpo_latent.trajectory import PositionKind
 
 
-def is_hidden(kinds: Tensor) -> Tensor:
+def is_image_side(kinds: Tensor) -> Tensor:
     """bool, same shape: positions of the image side, which blind positions do not see."""
     return (kinds == PositionKind.VISION) | (kinds == PositionKind.START)
 
@@ -37,7 +37,7 @@ def is_sighted(kinds: Tensor, is_before_latent: Tensor) -> Tensor:
     """bool, same shape: positions that see the image side; `is_before_latent`: a LATENT position
     follows.
     """
-    return is_hidden(kinds) | ((kinds == PositionKind.LATENT) & is_before_latent)
+    return is_image_side(kinds) | ((kinds == PositionKind.LATENT) & is_before_latent)
 
 
 def check_visibility(visibility: str) -> None:
@@ -86,7 +86,7 @@ def attention_bias(
         if following_kinds_B is not None:
             before_latent_BT[:, -1] = following_kinds_B == PositionKind.LATENT
         sighted_BT = is_sighted(kinds_BT, before_latent_BT)
-        allowed &= sighted_BT[:, query_start:, None] | ~is_hidden(kinds_BT)[:, None, :]
+        allowed &= sighted_BT[:, query_start:, None] | ~is_image_side(kinds_BT)[:, None, :]
     rows = torch.arange(length - query_start, device=device)
     allowed[:, rows, rows + query_start] = True
     bias = torch.zeros(allowed.shape, dtype=dtype, device=device)
@@ -127,7 +127,7 @@ class GrowingVisibility:
         self._blind_NS: Tensor | None = None
         if self.has_sighted or may_blind:
             self._blind_NS = self._sighted_NS.clone()
-            self._blind_NS[:, : self.length].masked_fill_(is_hidden(kinds_NP), self._minimum)
+            self._blind_NS[:, : self.length].masked_fill_(is_image_side(kinds_NP), self._minimum)
 
     def see(
         self,
@@ -147,7 +147,7 @@ class GrowingVisibility:
         column, self.length = self.length, self.length + 1
         sighted_NS = self._sighted_NS[:, : self.length]
         if self.has_sighted:
-            self._blind_NS[:, column].masked_fill_(is_hidden(kinds_N), self._minimum)
+            self._blind_NS[:, column].masked_fill_(is_image_side(kinds_N), self._minimum)
             sees_N1 = is_sighted(kinds_N, is_before_latent_N)[:, None]
             return torch.where(sees_N1, sighted_NS, self._blind_NS[:, : self.length])
         if is_blind_N is not None:

@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.errors import ConfigError, RolloutError
-from grpo_latent.models.adapter import ImageInputs
 from grpo_latent.trajectory import PositionKind, Trajectory
 
 ALL, TEXT, VISION = "all", "text", "vision"

@@ -80,13 +80,7 @@ def check_recorded_is_made(case: Case) -> str | None:
     `sources`.
     """
     sequences = case.collate()
-    sources = case.mechanism.sources(sequences.kinds_BT, sequences.valid_BT)
-    same = all(torch.equal(a, b) for a, b in zip(sources, sequences.sources, strict=True))
-    require(
-        same,
-        "sources other than the sequences'",
-        expected="the last position that is neither padding nor SELECTED",
-    )
+    sources = sequences.sources(case.mechanism)
     recorded_MH = sequences.latents_NH[sequences.is_made_N]
     made_MH = case.adapter.make(replay_hidden(case.adapter, sequences)[sources])
     require(
@@ -119,7 +113,7 @@ def check_recompute(case: Case) -> str | None:
     )
     ways = {
         "over a cache": recompute_latents(case.adapter, spoiled),
-        "by passes": latents_by_passes(spoiled, most, "cut", make),
+        "by passes": latents_by_passes(spoiled, case.mechanism, most, "cut", make),
     }
     for way, found_NH in ways.items():
         gap = relative(found_NH, sequences.latents_NH)

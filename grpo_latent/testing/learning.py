@@ -129,7 +129,7 @@ def check_gradients(case: Case) -> str | None:
 
 def _made_anew(adapter: ModelAdapter, sequences: LatentSequences) -> LatentSequences:
     """With latents made by one forward over the recorded ones."""
-    made_MH = adapter.make(replay_hidden(adapter, sequences)[sequences.sources])
+    made_MH = adapter.make(replay_hidden(adapter, sequences)[sequences.sources(adapter.mechanism)])
     places_M = sequences.is_made_N.nonzero()[:, 0]
     return sequences.with_latents(sequences.latents_NH.index_copy(0, places_M, made_MH))
 

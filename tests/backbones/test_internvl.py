@@ -1,6 +1,6 @@
 """InternVL as a backbone: images in tiles, SFT on boxes, engine hf. A plain forward of Hugging
 Face's is the reference for what stands at image positions. RL through verl:
-tests/verl_plugin/test_internvl.py. Not covered: published weights."""
+tests/verl_plugin/test_internvl_run.py. Not covered: published weights."""
 
 import functools
 import json
@@ -14,10 +14,10 @@ from latent_cases import WORDS, Case, sampling, sharpened
 from omegaconf import OmegaConf
 from PIL import Image
 
+from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.backbones.internvl import InternVL
 from grpo_latent.data.rows import encode_png, parse_verl_row, verl_row, write_verl_parquet
 from grpo_latent.errors import ConfigError, DataError, RolloutError
-from grpo_latent.models.adapter import ImageInputs
 from grpo_latent.models.loading import load_latent_model, save_latent_model
 from grpo_latent.models.prompts import encode_prompt
 from grpo_latent.models.recompute import recompute_latents

@@ -6,8 +6,9 @@ import torch
 from latent_cases import ALL_NAMES, VL_NAMES, case
 from transformers import AutoModel, Qwen2Config, Qwen2ForCausalLM
 
+from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.errors import ConfigError, RolloutError
-from grpo_latent.models.adapter import ImageInputs, ModelAdapter
+from grpo_latent.models.adapter import ModelAdapter
 
 
 @pytest.mark.parametrize("name", VL_NAMES)

@@ -11,9 +11,10 @@ import torch
 from latent_cases import Case, sampling
 from PIL import Image
 
+from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.errors import RolloutError
 from grpo_latent.models import tiny
-from grpo_latent.models.adapter import ImageInputs, ModelAdapter
+from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model, save_latent_model
 from grpo_latent.models.prompts import encode_prompt
 from grpo_latent.models.recompute import recompute_latents

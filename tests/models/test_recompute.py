@@ -132,7 +132,7 @@ def by_passes(adapter, sequences, gradient, num_passes=None, seen=None):
     longest = (
         int((sequences.kinds_BT == K.LATENT).sum(-1).max()) if num_passes is None else num_passes
     )
-    return latents_by_passes(sequences, longest, gradient, make)
+    return latents_by_passes(sequences, adapter.mechanism, longest, gradient, make)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
@@ -169,7 +169,7 @@ def test_passes_run_the_needed_columns_only_and_as_often_as_they_are_told():
     seen: list = []
     made_NH = by_passes(adapter, sequences, "one_hop", num_passes=5, seen=seen)
     assert len(seen) == 6
-    last = int(sequences.sources[1].max())
+    last = int(sequences.sources(adapter.mechanism)[1].max())
     assert all(part.kinds_BT.shape[1] == last + 1 < sequences.kinds_BT.shape[1] for part in seen)
     torch.testing.assert_close(made_NH, recompute_latents(adapter, aligned), rtol=0, atol=1e-4)
     packed = dataclasses.replace(sequences, is_packed=True)
@@ -228,3 +228,29 @@ def test_what_a_mechanism_composes_is_fed_and_what_it_makes_is_returned(gradient
     assert float((plain - cached_NH).abs().max()) > 1e-2, (
         "without the tokens' half they are others"
     )
+
+
+class OneEarlier(Mechanism):
+    """Each vector is made by the hidden state before the one that others take."""
+
+    def sources(self, kinds_BT, valid_BT=None):
+        rows, columns = super().sources(kinds_BT, valid_BT)
+        return rows, columns - 1
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_the_mechanism_says_which_hidden_state_makes_a_latent(gradient):
+    """Over a cache and by passes, with the gradient of a parameter."""
+    c, _, sequences, aligned = recorded("qwen2_5_vl")
+    adapter, found = ModelAdapter(c.model, OneEarlier()), []
+    for given, run in ((aligned, recompute_latents), (sequences, by_passes)):
+        c.model.zero_grad()
+        latents_NH = run(adapter, given, gradient)
+        replay(adapter, given.with_latents(latents_NH), 2.0)[0].sum().backward()
+        weight = c.model.model.language_model.layers[0].mlp.up_proj.weight
+        found.append((latents_NH.detach(), weight.grad.clone()))
+    (cached_NH, cached), (passed_NH, passed) = found
+    torch.testing.assert_close(passed_NH, cached_NH, rtol=0, atol=1e-4)
+    torch.testing.assert_close(passed, cached, rtol=1e-3, atol=1e-4 * float(cached.abs().max()))
+    others_NH = recompute_latents(c.adapter, aligned)
+    assert float((others_NH - cached_NH).abs().max()) > 1e-2

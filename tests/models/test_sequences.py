@@ -7,6 +7,7 @@ import torch
 from latent_cases import case
 
 from grpo_latent.errors import ConfigError, LatentMismatchError
+from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models.sequences import LatentSequences, collate, prompt_sequences
 from grpo_latent.models.visibility import attention_bias
 from grpo_latent.trajectory import PositionKind as K
@@ -77,8 +78,12 @@ def test_collate_by_hand(side, ids, positions):
         [1, ids[1].index(50)],
     ]
     assert not sequences.action_mask_BT(start_is_action=False).any()
-    assert sequences.sources[0].tolist() == [0, 0, 1]
-    assert sequences.sources[1].tolist() == [ids[0].index(50), ids[0].index(51), ids[1].index(50)]
+    assert sequences.sources(Mechanism())[0].tolist() == [0, 0, 1]
+    assert sequences.sources(Mechanism())[1].tolist() == [
+        ids[0].index(50),
+        ids[0].index(51),
+        ids[1].index(50),
+    ]
     assert (
         sequences.is_made_N.all()
         and sequences.selected_idx_M is None
@@ -149,7 +154,7 @@ def test_selected_vectors_are_recorded_and_not_made():
         False,
         True,
     ] and sequences.selected_idx_M.tolist() == [0, 1]
-    assert [part.tolist() for part in sequences.sources] == [[0], [num - 1]]
+    assert [part.tolist() for part in sequences.sources(Mechanism())] == [[0], [num - 1]]
 
 
 def test_the_first_columns_keep_the_vectors_that_stand_there():
@@ -184,4 +189,4 @@ def test_what_is_refused():
     valid_BT = sequences.valid_BT.clone()
     valid_BT[1, 4] = False
     kept = dataclasses.replace(sequences, valid_BT=valid_BT, latents_NH=sequences.latents_NH[:2])
-    assert isinstance(kept, LatentSequences) and kept.sources[0].tolist() == [0, 0]
+    assert isinstance(kept, LatentSequences) and kept.sources(Mechanism())[0].tolist() == [0, 0]

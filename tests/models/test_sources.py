@@ -9,14 +9,13 @@ import torch
 from latent_cases import case, sampling
 
 from grpo_latent.errors import ConfigError, LatentMismatchError
-from grpo_latent.latent.mechanisms import LVR, SpanMechanism
+from grpo_latent.latent.mechanisms import LVR, Mechanism, SpanMechanism
 from grpo_latent.latent.treatments.gaussian import Gaussian
 from grpo_latent.latent.treatments.gumbel_soft import GumbelSoft
 from grpo_latent.latent.treatments.vmf import VonMisesFisher
 from grpo_latent.models.injection import LatentInjector
 from grpo_latent.models.replay import replay
 from grpo_latent.models.sequences import collate
-from grpo_latent.models.shift import latent_sources
 from grpo_latent.models.sources import SourceTap, latent_log_densities
 from grpo_latent.trajectory import PositionKind as K
 
@@ -99,7 +98,7 @@ def test_a_tap_looks_up_other_tokens_within_a_forward_that_has_latents():
     group = engine.generate([c.request(seeds=range(4))], sampling(12))[0]
     batch = collate(group, [None] * 4, engine.adapter, "full")
     tap = SourceTap.install(c.model, mechanism)
-    tap.arm(*batch.sources)
+    tap.arm(*batch.sources(mechanism))
     with LatentInjector.install(c.model, mechanism).inject(
         batch.recorded_mask_BT, batch.latents_NH
     ):
@@ -134,7 +133,7 @@ def test_sources_by_hand():
             [K.PROMPT, K.SELECTED, K.SELECTED, K.LATENT, K.TEXT, 0],
         ]
     )
-    rows, columns = latent_sources(kinds_BT)
+    rows, columns = Mechanism().sources(kinds_BT)
     assert rows.tolist() == [0, 0, 1] and columns.tolist() == [1, 2, 0]
 
 
@@ -212,7 +211,7 @@ def test_the_tap_sees_what_a_forward_computes():
     ]
     batch = collate(group, [None] * 6, c.adapter, "full")
     batch = batch.with_latents(torch.zeros_like(batch.latents_NH))
-    rows, columns = latent_sources(batch.kinds_BT, batch.valid_BT)
+    rows, columns = batch.sources(c.adapter.mechanism)
     tap = SourceTap.install(c.model, c.adapter.mechanism)
     ids_BT, valid_BT = batch.input_ids_BT, batch.valid_BT.long()
     with torch.no_grad():

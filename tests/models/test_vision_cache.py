@@ -10,8 +10,8 @@ import pytest
 import torch
 from latent_cases import VL_NAMES, build_case, case
 
+from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.errors import ConfigError
-from grpo_latent.models.adapter import ImageInputs
 from grpo_latent.models.vision_cache import VisionCache
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from latent_cases import VL_NAMES, case, sampling
 
-from grpo_latent.models.adapter import ImageInputs
+from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.models.replay import replay
 from grpo_latent.models.sequences import collate
 from grpo_latent.rollout.protocol import LatentOverride

@@ -12,8 +12,9 @@ from transformers import BatchFeature
 from vllm.inputs.engine import mm_input, tokens_input
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
 
+from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.errors import RolloutError
-from grpo_latent.models.adapter import ImageInputs, ModelAdapter
+from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.rollout.protocol import RolloutRequest
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.errors import DataError
-from grpo_latent.models.adapter import ImageInputs
 
 
 class SFTDataset(torch.utils.data.Dataset):

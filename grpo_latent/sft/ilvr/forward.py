@@ -33,7 +33,7 @@ def stage1_loss_sums(
         adapter, batch, batch["targets"].detach().to(adapter.dtype), mechanism.visibility
     )
     hidden_BTH = replay_hidden(adapter, sequences)
-    predicted_NH = adapter.make(hidden_BTH[sequences.sources])
+    predicted_NH = adapter.make(hidden_BTH[sequences.sources(adapter.mechanism)])
     return {
         "ce": labels_cross_entropy(adapter, hidden_BTH, batch["labels"]),
         "latent": noisy_cosine_distances(predicted_NH, batch["targets"], noise_std).sum(),

@@ -19,7 +19,7 @@ from torch import Tensor
 from grpo_latent.errors import LatentMismatchError
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.selection import RecordedAttention, recording_last_row
-from grpo_latent.models.visibility import attention_bias
+from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.sft.common.images import batch_images, visual_embeddings
 from grpo_latent.sft.ilvr.distillation import (
     pool_candidates,
@@ -29,7 +29,7 @@ from grpo_latent.sft.ilvr.distillation import (
     span_query,
 )
 from grpo_latent.sft.ilvr.rows import helper_images, span_numbers
-from grpo_latent.trajectory import PositionKind
+from grpo_latent.trajectory import PositionKind, recorded_mask
 
 
 @torch.no_grad()
@@ -62,10 +62,16 @@ def teacher_targets(
     if num_spans == 0:
         return []
     images = batch_images(batch)
-    bias = attention_bias(batch["kinds"], batch["valid"], visibility, teacher.dtype)
-    position_ids = teacher.position_ids(batch["input_ids"], batch["valid"], images)
+    input_ids_BT, kinds_BT, valid_BT = batch["input_ids"], batch["kinds"], batch["valid"]
+    # the teacher reads placeholders as the words that they are: their embeddings are the latents
+    placeholders_NH = teacher.embed(input_ids_BT[recorded_mask(kinds_BT) & valid_BT])
+    sequences = LatentSequences.build(
+        teacher, input_ids_BT, kinds_BT, valid_BT, placeholders_NH, visibility, images
+    )
+    # a bias in `full`, too: the recorder reads the last row of an explicit mask
+    bias = sequences.attention_bias(teacher.dtype)
     with recording_last_row(teacher.text_config, keep_last_layer=True) as recorder:
-        hidden_BTH = teacher.forward_hidden(batch["input_ids"], bias, position_ids, images)
+        hidden_BTH = teacher.forward_hidden(input_ids_BT, bias, sequences.position_ids, images)
     targets: list[Tensor] = []
     for row in range(numbers_BT.shape[0]):
         targets += _targets_of_row(

@@ -98,7 +98,7 @@ def loss_sums(
     sums = {"ce": labels_cross_entropy(adapter, hidden_BTH, batch["labels"])}
 
     row_N, column_N = sequences.recorded_mask_BT.nonzero(as_tuple=True)
-    predicted_NH = adapter.make(hidden_BTH[sequences.sources])
+    predicted_NH = adapter.make(hidden_BTH[sequences.sources(adapter.mechanism)])
     # a target is a constant, except the end vector, which is learned from both sides
     targets_NH = teacher_forced(visual_MH.detach(), batch["roi"], vector_H)
     sums["latent"] = (

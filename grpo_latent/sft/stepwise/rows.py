@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.data.formats.stepwise import StepwiseExample, remaining_text
 from grpo_latent.errors import DataError
-from grpo_latent.models.adapter import ImageInputs
 from grpo_latent.sft.common.images import image_columns
 from grpo_latent.sft.common.rows import RowEncoder
 from grpo_latent.sft.stepwise.curriculum import CurriculumConfig, Stage

@@ -63,12 +63,20 @@ class TreatedForward:
                 partial(self._make, model_inputs),
             )
             sequences = sequences.with_latents(
-                latents_by_passes(sequences, num_passes, self.treatment.gradient, make)
+                latents_by_passes(
+                    sequences,
+                    self.engine.mechanism,
+                    num_passes,
+                    self.treatment.gradient,
+                    make,
+                )
             )
         if self.taps or (self.measures and not trains):
             features = self.treatment.features if self.taps else None
             self.tap.arm(
-                *sequences.sources, wants_logits=self.treatment.reads_logits, features=features
+                *sequences.sources(self.engine.mechanism),
+                wants_logits=self.treatment.reads_logits,
+                features=features,
             )
         return sequences
 
@@ -126,7 +134,9 @@ class TreatedForward:
             model_output[STATE_ERRORS] = batch.by_row(state_errors(taken.means_MH, recorded_MH))
         if not self.taps:
             return
-        temperature_M1 = _temperatures(output_args, *sequences.sources)[:, None]
+        temperature_M1 = _temperatures(output_args, *sequences.sources(self.engine.mechanism))[
+            :, None
+        ]
         source = LatentSource(
             taken.means_MH, lambda: taken.logits_MV.float() / temperature_M1, taken.features_MF
         )

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from latent_cases import VL_NAMES, sampling
 from sft_cases import batch_of, encoder, example, latent_model, png
 
+from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.data.examples import ImageRef
 from grpo_latent.errors import LatentMismatchError
 from grpo_latent.latent.mechanisms.lvr import end_vector
-from grpo_latent.models.adapter import ImageInputs, ModelAdapter
+from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import LatentOverride, RolloutRequest
 from grpo_latent.sft.common.images import visual_embeddings

@@ -206,7 +206,7 @@ def test_a_users_own_by_its_import_path(recorded, gloo):
     sequences = collate(trajectories, images, adapter, "full", "both")
     with torch.no_grad():
         _, hidden_BTH = replay(adapter, sequences, helpers.TEMPERATURE)
-    rows, columns = sequences.sources
+    rows, columns = sequences.sources(adapter.mechanism)
     is_live_M = torch.tensor([bool(t.response_mask().any()) for t in trajectories])[rows]
     hidden_MH = hidden_BTH[rows, columns][is_live_M]
     errors_M = hidden_MH @ weight_1H[0] + bias_1 - 2.0
