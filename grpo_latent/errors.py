@@ -29,7 +29,7 @@ class GrpoLatentError(Exception):
         got: object = None,
         expected: str | None = None,
         fix: str | None = None,
-    ):
+    ) -> None:
         self.what, self.where, self.expected, self.fix = what, where, expected, fix
         self.got = None if got is None else _short(got, self.MAX_GOT_CHARS)
         super().__init__(self._message())
@@ -43,7 +43,8 @@ class GrpoLatentError(Exception):
         message = "; ".join(parts) + "."
         return message if self.fix is None else f"{message} {self.fix}"
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[object, ...]:
+        # the default would call the class with the finished message as `what`
         return _rebuild, (type(self), self.what, self.where, self.got, self.expected, self.fix)
 
 
@@ -52,7 +53,14 @@ def _short(value: object, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def _rebuild(cls, what, where, got, expected, fix):
+def _rebuild(
+    cls: type[GrpoLatentError],
+    what: str,
+    where: str | None,
+    got: str | None,
+    expected: str | None,
+    fix: str | None,
+) -> GrpoLatentError:
     return cls(what, where=where, got=got, expected=expected, fix=fix)
 
 
@@ -85,11 +93,20 @@ class RewardError(GrpoLatentError, RuntimeError):
 
     KINDS = ("exception", "nan", "inf", "type", "timeout")
 
-    def __init__(self, what: str, *, kind: str = "exception", **fields):
+    def __init__(
+        self,
+        what: str,
+        *,
+        kind: str = "exception",
+        where: str | None = None,
+        got: object = None,
+        expected: str | None = None,
+        fix: str | None = None,
+    ) -> None:
         self.kind = kind
-        super().__init__(what, **fields)
+        super().__init__(what, where=where, got=got, expected=expected, fix=fix)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[object, ...]:
         return _rebuild_reward, (
             type(self),
             self.kind,
@@ -101,7 +118,15 @@ class RewardError(GrpoLatentError, RuntimeError):
         )
 
 
-def _rebuild_reward(cls, kind, what, where, got, expected, fix):
+def _rebuild_reward(
+    cls: type[RewardError],
+    kind: str,
+    what: str,
+    where: str | None,
+    got: str | None,
+    expected: str | None,
+    fix: str | None,
+) -> RewardError:
     return cls(what, kind=kind, where=where, got=got, expected=expected, fix=fix)
 
 

@@ -68,7 +68,7 @@ class Field:
     is_optional: bool = False
     is_verls: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.name or self.dims[:1] not in tuple("PTLNMS"):
             raise ConfigError(
                 "not a recorded field",

@@ -18,7 +18,10 @@ import importlib.abc
 import importlib.metadata
 import sys
 import sysconfig
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 PTH_NAME = "grpo_latent_torchvision_ops.pth"
 PTH_LINE = "import grpo_latent.torchvision_ops as _g; _g.install()\n"
@@ -31,7 +34,12 @@ class _BeforeTorchvision(importlib.abc.MetaPathFinder):
     other finders.
     """
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
         if fullname == "torchvision":
             sys.meta_path.remove(self)
             declare_operators()

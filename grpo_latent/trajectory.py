@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ class Trajectory:
     selected_idx: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     latent_aux: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         fields = recorded.of_trajectory()
         present = {f.name: self.value(f) for f in fields if f.dims[0] == "T"}
         lengths = {name: values.shape[0] for name, values in present.items() if values is not None}
@@ -130,7 +131,7 @@ class Trajectory:
             self._check(field_, counts[field_.dims[0]])
 
     @classmethod
-    def of_fields(cls, fields: dict[str, Tensor | None], **changes) -> Trajectory:
+    def of_fields(cls, fields: dict[str, Tensor | None], **changes: Any) -> Trajectory:
         """A trajectory of its recorded fields by name, whether attributes or entries of `extra`;
         None counts as absent.
 
@@ -139,9 +140,11 @@ class Trajectory:
         """
         known = {field_.name for field_ in dataclasses.fields(cls)}
         present = {name: values for name, values in fields.items() if values is not None}
-        own = {name: values for name, values in present.items() if name in known}
+        attributes: dict[str, Any] = {n: values for n, values in present.items() if n in known}
         extra = {name: values for name, values in present.items() if name not in known}
-        return cls(**own, **changes, **({"extra": extra} if extra else {}))
+        if extra:
+            attributes["extra"] = extra
+        return cls(**attributes, **changes)
 
     def _check(self, field_: Field, count: int) -> None:
         values = self.value(field_)

@@ -60,15 +60,13 @@ def make_trajectories(with_aux=True) -> list[Trajectory]:
     trajectories = []
     for row, completion in enumerate(COMPLETIONS):
         kinds, length = torch.tensor(completion), len(completion)
-        num_own = completion.count(K.LATENT)
+        num_made = completion.count(K.LATENT) + completion.count(K.MIXED)
         trajectories.append(
             Trajectory(
                 prompt_ids=torch.arange(4) + row,
                 token_ids=torch.randint(0, 50, (length,), generator=generator),
                 kinds=kinds,
-                latents=draw(
-                    num_own + completion.count(K.SELECTED) + completion.count(K.MIXED), H
-                ),
+                latents=draw(num_made + completion.count(K.SELECTED), H),
                 rollout_log_probs=-draw(length).abs(),
                 sampling_log_probs=-draw(length).abs(),
                 stop_reason=("eos", "length")[row % 2],
@@ -78,8 +76,8 @@ def make_trajectories(with_aux=True) -> list[Trajectory]:
                 selected_idx=torch.randint(
                     0, 2, (completion.count(K.SELECTED),), generator=generator
                 ),
-                **({"latent_aux": draw(num_own, A)} if with_aux else {}),
-                extra={OWN.name: draw(num_own, A), OWN_T.name: draw(length)} if with_aux else {},
+                **({"latent_aux": draw(num_made, A)} if with_aux else {}),
+                extra={OWN.name: draw(num_made, A), OWN_T.name: draw(length)} if with_aux else {},
             )
         )
     return trajectories

@@ -7,12 +7,15 @@ Legend: N trajectories, M groups.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from grpo_latent.errors import ConfigError, RewardError
+
+GroupIds: TypeAlias = Sequence[str] | np.ndarray | Tensor
 
 ESTIMATORS = ("grpo", "dr_grpo", "rloo")
 DEFAULT_EPS = 1e-4  # LVR's (and TRL's); verl's `grpo` has 1e-6
@@ -21,7 +24,7 @@ NUM_NAMED = 5  # trajectories or groups that an error message lists before it sa
 
 def group_advantages(
     rewards_N: Tensor,
-    group_ids: Sequence[str] | np.ndarray | Tensor,
+    group_ids: GroupIds,
     estimator: str = "grpo",
     eps: float = DEFAULT_EPS,
     valid_N: Tensor | None = None,
@@ -90,7 +93,9 @@ def group_advantages(
     return advantages_N.to(rewards_N.dtype)
 
 
-def _check_arguments(rewards_N, group_ids, estimator, eps, valid_N) -> None:
+def _check_arguments(
+    rewards_N: Tensor, group_ids: GroupIds, estimator: str, eps: float, valid_N: Tensor | None
+) -> None:
     if estimator not in ESTIMATORS:
         raise ConfigError(
             "unknown advantage estimator", got=estimator, expected=f"one of {ESTIMATORS}"
@@ -117,14 +122,16 @@ def _check_arguments(rewards_N, group_ids, estimator, eps, valid_N) -> None:
         )
 
 
-def _group_indices(group_ids, device) -> tuple[Tensor, list[str]]:
+def _group_indices(group_ids: GroupIds, device: torch.device) -> tuple[Tensor, list[str]]:
     """Index of each trajectory's group, int64 [N], and the M ids as text, in sorted order."""
     ids = group_ids.cpu().numpy() if isinstance(group_ids, Tensor) else np.asarray(group_ids)
     unique_M, inverse_N = np.unique(ids.astype(str), return_inverse=True)
     return torch.from_numpy(inverse_N.astype(np.int64)).to(device), unique_M.tolist()
 
 
-def _refuse_not_finite(rewards_N, valid_N, group_N, ids_M) -> None:
+def _refuse_not_finite(
+    rewards_N: Tensor, valid_N: Tensor, group_N: Tensor, ids_M: list[str]
+) -> None:
     bad_N = valid_N & ~torch.isfinite(rewards_N)
     if not bool(bad_N.any()):
         return
@@ -142,7 +149,7 @@ def _refuse_not_finite(rewards_N, valid_N, group_N, ids_M) -> None:
     )
 
 
-def _refuse_groups_of_one(valid_N, group_N, ids_M) -> None:
+def _refuse_groups_of_one(valid_N: Tensor, group_N: Tensor, ids_M: list[str]) -> None:
     rows_M = torch.bincount(group_N, minlength=len(ids_M))
     lone_M = torch.zeros_like(rows_M, dtype=torch.bool)
     lone_M[group_N[valid_N]] = True

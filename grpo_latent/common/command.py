@@ -17,14 +17,20 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, ParamSpec
 
 from grpo_latent.errors import ConfigError, GrpoLatentError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 _HYDRA_RAISES = "HYDRA_FULL_ERROR"
 
+Args = ParamSpec("Args")
 
-def command(main: Callable[..., int | None]) -> Callable[..., int]:
+
+def command(main: Callable[Args, int | None]) -> Callable[Args, int]:
     """Wraps the `main` of an entry point: it returns the exit code, 0 where `main` returns
     nothing.
 
@@ -39,7 +45,7 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """
 
     @functools.wraps(main)
-    def run(*args, **kwargs) -> int:
+    def run(*args: Args.args, **kwargs: Args.kwargs) -> int:
         try:
             return main(*args, **kwargs) or DONE
         except GrpoLatentError as error:
@@ -57,7 +63,9 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
     return run
 
 
-def config_command(config_name: str) -> Callable[[Callable], Callable[..., int]]:
+def config_command(
+    config_name: str,
+) -> Callable[[Callable[[DictConfig], int | None]], Callable[..., int]]:
     """Wraps a `main(config)` whose config hydra composes: `grpo_latent/config/<config_name>.yaml`
     and the command line.
 
@@ -65,26 +73,27 @@ def config_command(config_name: str) -> Callable[[Callable], Callable[..., int]]
     part in it.
     """
 
-    def decorate(task: Callable) -> Callable[..., int]:
+    def decorate(task: Callable[[DictConfig], int | None]) -> Callable[..., int]:
         @command
         @functools.wraps(task)
-        def main(config=None) -> int | None:
+        def main(config: DictConfig | None = None) -> int | None:
             if config is not None:
                 return task(config)
-            return _with_hydra(task, config_name)
+            _with_hydra(task, config_name)
+            return DONE
 
         return main
 
     return decorate
 
 
-def _with_hydra(task: Callable, config_name: str) -> None:
+def _with_hydra(task: Callable[[DictConfig], int | None], config_name: str) -> None:
     import hydra
 
-    raised = []
+    raised: list[Exception] = []
 
     @functools.wraps(task)
-    def job(config) -> None:
+    def job(config: DictConfig) -> None:
         # kept from hydra, which would print a line of its own about it
         try:
             task(config)

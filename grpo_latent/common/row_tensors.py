@@ -12,6 +12,7 @@ from torch import Tensor
 Rows = TypeVar("Rows", bound="RowTensors")
 
 
+@dataclasses.dataclass
 class RowTensors:
     """Base of dataclasses whose fields are tensors [N, …], or None where a batch has no such
     thing.

@@ -13,14 +13,17 @@ import difflib
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from grpo_latent.errors import ConfigError, GrpoLatentError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 MISSING = "???"  # OmegaConf's mark of a value that the user has to set
 SHOWN_KEYS = 20
 
-Settings = TypeVar("Settings")
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 def build(
@@ -140,7 +143,7 @@ def _convert(hint: Any, value: Any, where: str, error: type[GrpoLatentError]) ->
     if value is None and type(None) in options:
         return None
     for option in options:
-        if dataclasses.is_dataclass(option):
+        if isinstance(option, type) and dataclasses.is_dataclass(option):
             return value if isinstance(value, option) else build(option, value, where, error=error)
         if typing.get_origin(option) is tuple:
             return _tuple(option, value, where, error)
@@ -184,10 +187,11 @@ def _is_list(value: object) -> bool:
 
 def _fits(hint: Any, value: Any) -> bool:
     origin = typing.get_origin(hint) or hint
-    if origin is Any or not (isinstance(origin, type) or origin is typing.Literal):
-        return True
     if origin is typing.Literal:
         return value in typing.get_args(hint)
+    # what is no class (a TypeVar, a string) says nothing that can be checked here
+    if origin is Any or not isinstance(origin, type):
+        return True
     if isinstance(value, bool):  # Python's True is an int, a user's is not
         return origin in (bool, object)
     if origin is float:

@@ -8,7 +8,7 @@ mapping.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,16 @@ from grpo_latent.errors import ConfigError
 from grpo_latent.latent.mechanisms.protocol import HiddenSource, Mechanism
 from grpo_latent.trajectory import PositionKind
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 HEAD_ATTRIBUTE = "lvr_head"
 
 
 class MLPHead(nn.Module):
     """LayerNorm-Linear-GELU-Linear (LVR, 2509.24251 section 3: off by default, and worse)."""
 
-    def __init__(self, text_config):
+    def __init__(self, text_config: PretrainedConfig) -> None:
         super().__init__()
         hidden_size = text_config.hidden_size
         self.ln_q = nn.LayerNorm(hidden_size, eps=1e-6)
@@ -39,7 +42,7 @@ class MLPHead(nn.Module):
 class GLUHead(nn.Module):
     """Gated linear unit of the decoder's own MLP size (LVR's second variant)."""
 
-    def __init__(self, text_config):
+    def __init__(self, text_config: PretrainedConfig) -> None:
         super().__init__()
         hidden_size, inner_size = text_config.hidden_size, text_config.intermediate_size
         self.gate_proj = nn.Linear(hidden_size, inner_size)
@@ -80,7 +83,7 @@ class FedBack(Mechanism):
     structural: ClassVar[tuple[str, ...]] = ("head",)
     min_steps: ClassVar[int] = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_count("steps", self.steps, self.min_steps)
         check_choice("head", self.head, HEADS)
         ids = {f"{role}_id": token_id for role, (_, token_id) in self.roles.items()}
@@ -102,7 +105,7 @@ class FedBack(Mechanism):
         )
 
     def new_parameters(
-        self, text_config, dtype: torch.dtype, device: torch.device
+        self, text_config: PretrainedConfig, dtype: torch.dtype, device: torch.device
     ) -> dict[str, nn.Module | nn.Parameter]:
         if self.head == "none":
             return {}

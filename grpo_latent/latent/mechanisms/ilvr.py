@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.mechanisms.protocol import Mechanism
 from grpo_latent.latent.mechanisms.spans import END_TOKEN, SpanMechanism
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,9 @@ class ILVR(SpanMechanism):
     }
 
     @classmethod
-    def official_layout(cls, config_json: dict, tokenizer, where: str) -> Mechanism | None:
+    def official_layout(
+        cls, config_json: dict, tokenizer: PreTrainedTokenizerBase, where: str
+    ) -> Mechanism | None:
         """Of `latent_size` in config.json; tokens are found by their text."""
         if "latent_size" not in config_json:
             return None
@@ -38,10 +43,8 @@ class ILVR(SpanMechanism):
                 got=f"latent_size, and a tokenizer without {missing}",
                 expected="the tokenizer of the same checkpoint",
             )
-        values = {f"{role}_token": token for role, token in tokens.items()}
-        values |= {f"{role}_id": vocab[token] for role, token in tokens.items()}
         try:
-            return cls(**values, steps=config_json["latent_size"])
+            return cls.from_tokens(vocab, steps=config_json["latent_size"])
         except ConfigError as error:
             where = f"{where}: latent_size"
             raise CheckpointError(

@@ -19,6 +19,6 @@ class IVTLR(SlotMechanism):
 
     name: ClassVar[str] = "ivt_lr"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_count("top_k_image", self.top_k_image, 0)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from grpo_latent.latent.mechanisms.spans import (
     SpanMechanism,
     SpanRows,
 )
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 END_VECTOR_ATTRIBUTE = "lvr_latent_end_emb"
 # fields of the official checkpoints' config.json
@@ -55,7 +58,7 @@ class LVR(SpanMechanism):
     parameter_prefixes: ClassVar[tuple[str, ...]] = (f"{HEAD_ATTRIBUTE}.", END_VECTOR_ATTRIBUTE)
     exits: ClassVar[tuple[str, ...]] = (STEPS, LATENT_END, END_TOKEN)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         threshold = self.latent_end_threshold
         if (
@@ -83,7 +86,7 @@ class LVR(SpanMechanism):
         return self.exit == LATENT_END
 
     def new_parameters(
-        self, text_config, dtype: torch.dtype, device: torch.device
+        self, text_config: PretrainedConfig, dtype: torch.dtype, device: torch.device
     ) -> dict[str, nn.Module | nn.Parameter]:
         parameters = super().new_parameters(text_config, dtype, device)
         if self.latent_end_id is not None:
@@ -120,7 +123,9 @@ class LVR(SpanMechanism):
         ]
 
     @classmethod
-    def official_layout(cls, config_json: dict, tokenizer, where: str) -> Mechanism | None:
+    def official_layout(
+        cls, config_json: dict, tokenizer: PreTrainedTokenizerBase, where: str
+    ) -> Mechanism | None:
         """Of the `lvr_*` fields in config.json; tokens by their ids."""
         if "lvr_start_id" not in config_json:
             return None
@@ -149,13 +154,11 @@ class LVR(SpanMechanism):
             head = _OFFICIAL_HEADS[head_type]
         if not config_json.get("latent_end_token"):
             ids.pop("latent_end", None)
-        tokens = {
-            f"{role}_token": tokenizer.convert_ids_to_tokens(token_id)
-            for role, token_id in ids.items()
-        }
-        return cls(
-            **tokens, **{f"{role}_id": token_id for role, token_id in ids.items()}, head=head
-        )
+        settings: dict[str, Any] = {"head": head}
+        for role, token_id in ids.items():
+            settings[f"{role}_token"] = tokenizer.convert_ids_to_tokens(token_id)
+            settings[f"{role}_id"] = token_id
+        return cls(**settings)
 
 
 class LVRRows(SpanRows):
@@ -164,6 +167,8 @@ class LVRRows(SpanRows):
     Args:
         end_vector_H: the learned end vector.
     """
+
+    mechanism: LVR
 
     def __init__(
         self, mechanism: LVR, steps_N: Tensor, max_spans_N: Tensor | None, end_vector_H: Tensor

@@ -21,7 +21,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from torch import Tensor, nn
 from grpo_latent.common.files import write_text
 from grpo_latent.errors import ConfigError
 from grpo_latent.trajectory import PositionKind, made_mask
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 VISIBILITIES = ("full", "latents_only")
 POSITIONS = ("text_style", "1d")
@@ -181,19 +184,29 @@ class Mechanism:
     has_slots: ClassVar[bool] = False
     # no annotation below: a subclass that annotates one makes it a setting
     steps = 0
-    max_spans = None
     visibility = "full"
     start_is_action = True
     top_k_image = 0
     positions = "text_style"
-    reads_logits = False
-    reads_latents = False
+
+    # properties, since the settings decide in some systems
+    @property
+    def max_spans(self) -> int | None:
+        return None
+
+    @property
+    def reads_logits(self) -> bool:
+        return False
+
+    @property
+    def reads_latents(self) -> bool:
+        return False
 
     # ---- tokens ---------------------------------------------------------------------------------
     # -------------------
 
     @property
-    def roles(self) -> dict[str, tuple[str | None, int | None]]:
+    def roles(self) -> dict[str, tuple[str, int]]:
         """Role -> (token, id) of the roles that are in use."""
         pairs = {
             role: (getattr(self, f"{role}_token"), getattr(self, f"{role}_id"))
@@ -226,7 +239,7 @@ class Mechanism:
     # -------------------
 
     def new_parameters(
-        self, text_config, dtype: torch.dtype, device: torch.device
+        self, text_config: PretrainedConfig, dtype: torch.dtype, device: torch.device
     ) -> dict[str, nn.Module | nn.Parameter]:
         """What this mechanism adds to a model, freshly initialised, by attribute name; drawn from
         torch's global generator.
@@ -236,13 +249,14 @@ class Mechanism:
         """
         return {}
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: PreTrainedModel) -> None:
         """Adds `new_parameters` to a Hugging Face model, in its dtype and on its device.
 
         They become submodules or parameters, so that optimizers, FSDP, `state_dict` and
         `save_pretrained` see them.
         """
         weight = model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
         text_config = model.config.get_text_config()
         for name, value in self.new_parameters(text_config, weight.dtype, weight.device).items():
             setattr(model, name, value)
@@ -355,7 +369,9 @@ class Mechanism:
         ]
 
     @classmethod
-    def official_layout(cls, config_json: dict, tokenizer, where: str) -> Mechanism | None:
+    def official_layout(
+        cls, config_json: dict, tokenizer: PreTrainedTokenizerBase, where: str
+    ) -> Mechanism | None:
         """The mechanism of a published checkpoint that has no latent_config.json; None where it is
         not one of this system.
 
@@ -380,7 +396,7 @@ class Mechanism:
         return {role: token for role, token in tokens.items() if token is not None}
 
     @classmethod
-    def from_tokens(cls, ids: Mapping[str, int], **settings) -> Mechanism:
+    def from_tokens(cls, ids: Mapping[str, int], **settings: Any) -> Mechanism:
         """The mechanism as published, but for `settings`.
 
         Args:
@@ -421,7 +437,7 @@ class Mechanism:
         write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
         return path
 
-    def replace(self, **changes) -> Mechanism:
+    def replace(self, **changes: Any) -> Mechanism:
         """A copy with other settings.
 
         What is fixed for this mechanism may be "set" to the value that it has.

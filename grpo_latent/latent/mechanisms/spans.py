@@ -51,7 +51,7 @@ class SpanMechanism(FedBack):
     exits: ClassVar[tuple[str, ...]] = (STEPS, END_TOKEN)
     state_size: ClassVar[int] = 4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("exit", self.exit, self.exits)
         check_choice("visibility", self.visibility, VISIBILITIES)
@@ -124,6 +124,7 @@ class SpanRows(RowStates):
         if self.mechanism.reads_logits:
             # a span has at least one latent step: the rule reads the logits of latent positions
             # only
+            assert logits_NV is not None, "the mechanism reads_logits"
             says_end_N = logits_NV.argmax(-1) == self.mechanism.end_id
             leaves_N = leaves_N | (self.in_span_N & (self.num_fed_N > 0) & says_end_N)
         kinds_N = torch.where(self.in_span_N, int(PositionKind.LATENT), int(PositionKind.TEXT))

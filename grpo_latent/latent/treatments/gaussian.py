@@ -11,6 +11,7 @@ ratios stay near 1 at any H. sigma -> inf gives masked GRPO.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ class Gaussian(Treatment):
     per_dimension: bool = False
     is_action = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         where = "latent.treatment.gaussian"
         if not is_number(self.sigma) or not self.sigma > 0:
             raise ConfigError(
@@ -81,7 +82,9 @@ class Gaussian(Treatment):
     def num_uniforms(self, hidden_size: int) -> int:
         return hidden_size if self.noise > 0 else 0
 
-    def draw(self, source: LatentSource, uniforms_MU: Tensor | None, embed) -> tuple[Tensor, None]:
+    def draw(
+        self, source: LatentSource, uniforms_MU: Tensor | None, embed: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, None]:
         if uniforms_MU is None or self.noise == 0:
             return source.mean_MH, None
         noise_MH = self.noise * torch.special.ndtri(uniforms_MU).float()

@@ -15,7 +15,9 @@ Legend: M latents, H hidden, U uniforms a latent.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +26,16 @@ from grpo_latent.errors import ConfigError
 from grpo_latent.latent.treatments.protocol import PARAMETERS_ATTRIBUTE, LatentSource, Treatment
 from grpo_latent.latent.treatments.values import at_least_float, is_number
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 class LogWidth(nn.Module):
     """h -> w · norm(h) + b, one number a latent; what it gives before the tanh is near 0 at the
     start.
     """
 
-    def __init__(self, text_config):
+    def __init__(self, text_config: PretrainedConfig) -> None:
         super().__init__()
         self.linear = nn.Linear(text_config.hidden_size, 1)
         nn.init.normal_(self.linear.weight, std=text_config.initializer_range)
@@ -54,7 +59,7 @@ class GaussianHead(Treatment):
     per_dimension: bool = False
     is_action = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         where = "latent.treatment.gaussian_head"
         for name, least in (("sigma", 0), ("sigma_range", 1)):
             value = getattr(self, name)
@@ -66,7 +71,7 @@ class GaussianHead(Treatment):
                     expected=f"finite, > {least}",
                 )
 
-    def build(self, text_config) -> nn.Module:
+    def build(self, text_config: PretrainedConfig) -> nn.Module:
         return LogWidth(text_config)
 
     def features(self, model: nn.Module, hidden_MH: Tensor) -> Tensor:
@@ -74,13 +79,16 @@ class GaussianHead(Treatment):
 
     def log_sigma(self, source: LatentSource) -> Tensor:
         """float [M, 1], with gradient to the head's parameters."""
+        assert source.features_MF is not None, "a treatment with parameters gets their features"
         bounded_M1 = at_least_float(source.features_MF).tanh()
         return math.log(self.sigma) + math.log(self.sigma_range) * bounded_M1
 
     def num_uniforms(self, hidden_size: int) -> int:
         return hidden_size
 
-    def draw(self, source: LatentSource, uniforms_MU: Tensor | None, embed) -> tuple[Tensor, None]:
+    def draw(
+        self, source: LatentSource, uniforms_MU: Tensor | None, embed: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, None]:
         if uniforms_MU is None:
             return source.mean_MH, None
         noise_MH = self.log_sigma(source).exp() * torch.special.ndtri(uniforms_MU)

@@ -14,6 +14,7 @@ through the mixture. Feeds no h, hence no head, and no exit that measures it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,7 @@ class GumbelSoft(Treatment):
     is_action = True
     reads_logits = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         where = "latent.treatment.gumbel_soft"
         if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1:
             raise ConfigError(
@@ -90,7 +91,7 @@ class GumbelSoft(Treatment):
         return self.top_k
 
     def draw(
-        self, source: LatentSource, uniforms_MU: Tensor | None, embed
+        self, source: LatentSource, uniforms_MU: Tensor | None, embed: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
         logits_MV = source.logits().float()
         if self.top_k > logits_MV.shape[-1]:
@@ -109,8 +110,11 @@ class GumbelSoft(Treatment):
         fed_MH = torch.einsum("mk,mkh->mh", weights_MK, embeds_MKH.float())
         return fed_MH.to(embeds_MKH.dtype), torch.cat([ids_MK.float(), g_MK], dim=-1)
 
-    def log_density(self, source: LatentSource, latents_MH: Tensor, aux_MA: Tensor) -> Tensor:
-        """Of the recorded g at the recorded ids; no constant dropped."""
+    def log_density(
+        self, source: LatentSource, latents_MH: Tensor, aux_MA: Tensor | None
+    ) -> Tensor:
+        """Log-density of the recorded g at the recorded ids; no constant dropped."""
+        assert aux_MA is not None, "ids and g are recorded as aux"
         ids_MK, g_MK = aux_MA[:, : self.top_k].long(), aux_MA[:, self.top_k :]
         log_probs_MK = at_least_float(source.logits()).gather(1, ids_MK).log_softmax(-1)
         x_MK = g_MK - log_probs_MK

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -33,6 +34,9 @@ from grpo_latent.latent.treatments.components import (
     density_kl,
 )
 from grpo_latent.latent.treatments.terms import LatentTerms
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 GRADIENTS = ("cut", "one_hop", "bptt")
 # all parameters of treatments stand below this attribute of the model, so that a folder's are
@@ -74,9 +78,16 @@ class Treatment:
     """
 
     is_action = False
-    gradient = None
     reads_logits = False
-    aux_size = 0
+
+    # properties, since a subclass makes the one an option and computes the other
+    @property
+    def gradient(self) -> str | None:
+        return None
+
+    @property
+    def aux_size(self) -> int:
+        return 0
 
     def check(self, mechanism: Mechanism) -> None:
         """Raises `ConfigError` where the checkpoint's latents cannot be treated so."""
@@ -132,7 +143,7 @@ class Treatment:
     # ---- parameters -----------------------------------------------------------------------------
     # ------------------
 
-    def build(self, text_config) -> nn.Module | None:
+    def build(self, text_config: PretrainedConfig) -> nn.Module | None:
         """A fresh module of this treatment's parameters, float32 on the CPU; None for none. Called
         with torch seeded.
         """
@@ -147,7 +158,7 @@ class Treatment:
         """Of its parameters' names in the model's `state_dict`."""
         return (f"{PARAMETERS_ATTRIBUTE}.",) if self.has_parameters else ()
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: PreTrainedModel) -> None:
         """Gives the model this treatment's parameters, freshly initialised, in its dtype and on
         its device.
 
@@ -157,6 +168,7 @@ class Treatment:
         module = self.build(model.config.get_text_config())
         if module is not None:
             weight = model.get_input_embeddings().weight
+            assert isinstance(weight, Tensor)
             setattr(
                 model, PARAMETERS_ATTRIBUTE, module.to(device=weight.device, dtype=weight.dtype)
             )

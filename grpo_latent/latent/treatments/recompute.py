@@ -24,7 +24,7 @@ class Recompute(Treatment):
 
     gradient: str = "cut"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.gradient not in GRADIENTS:
             raise ConfigError(
                 "unknown value",

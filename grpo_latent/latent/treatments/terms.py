@@ -42,7 +42,7 @@ class LatentTerms:
     anchor_weight: float = 0.0
     density_gap_bound: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("weight", "clip_low", "clip_high", "kl_coef", "anchor_weight"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "finite, >= 0")
         self._check(

@@ -13,5 +13,6 @@ def at_least_float(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def is_number(value) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a setting is an int or a float; a YAML `true`, which Python counts as 1, is none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

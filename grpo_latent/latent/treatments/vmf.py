@@ -22,6 +22,7 @@ Legend: M latents, H hidden, U uniforms a latent, d dimensions of the sphere's s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -48,7 +49,7 @@ class VonMisesFisher(Treatment):
     kappa: float = 1000.0
     is_action = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not is_number(self.kappa) or not 0 < self.kappa <= _LARGEST_KAPPA:
             expected = f"in (0, {_LARGEST_KAPPA:g}]"
             raise ConfigError(
@@ -61,7 +62,9 @@ class VonMisesFisher(Treatment):
     def num_uniforms(self, hidden_size: int) -> int:
         return hidden_size + 1
 
-    def draw(self, source: LatentSource, uniforms_MU: Tensor | None, embed) -> tuple[Tensor, None]:
+    def draw(
+        self, source: LatentSource, uniforms_MU: Tensor | None, embed: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, None]:
         """Exact up to a quadrature in float64: one uniform makes mu · u by inversion, H the
         direction across mu; a rejection scheme (Wood 1994) would take a number of them that is not
         known beforehand."""
@@ -88,6 +91,7 @@ class VonMisesFisher(Treatment):
         return terms.kl_coef > 0 or super().reads_statistics(terms)
 
     def components(self, view: LatentView, terms: LatentTerms) -> list[Component]:
+        assert view.acts is not None, "latents act, so a micro-batch has acts, be they none"
         found = clipped_ratio(view.acts, terms) + anchor(view, terms)
         if terms.kl_coef:
             mean_MH, ref_MH = view.with_reference("the KL of vMF densities")
