@@ -190,7 +190,7 @@ def test_worker(own_fields, with_aux):
     if with_aux:
         assert torch.equal(batch.latent_aux_MA(A), torch.cat([t.latent_aux for t in trajectories]))
         with pytest.raises(
-            LatentMismatchError, match=r"recorded aux .* got \(4, 3\); expected \(4, 2\)"
+            LatentMismatchError, match=r"recorded aux .* got \(6, 3\); expected \(6, 2\)"
         ):
             batch.latent_aux_MA(2)
 
@@ -257,11 +257,11 @@ def test_dump_and_inspector(own_fields, with_aux, tmp_path, monkeypatch):
             [i] for i in t.selected_idx.tolist()
         ]
         for name in ("latent_aux", OWN.name) if with_aux else ():
-            own = [s[name] for s, kind in zip(shown, kinds, strict=True) if kind == K.LATENT]
+            own = [s[name] for s, kind in zip(shown, kinds, strict=True) if kind != K.SELECTED]
             rows = t.value(recorded.field(name)).tolist()
             assert [[pytest.approx(v, rel=1e-4) for v in row] for row in rows] == own
             assert not any(
-                name in s for s, kind in zip(shown, kinds, strict=True) if kind != K.LATENT
+                name in s for s, kind in zip(shown, kinds, strict=True) if kind == K.SELECTED
             )
 
 
@@ -286,7 +286,7 @@ def test_a_field_is_checked_against_its_positions(own_fields):
     t = make_trajectories()[0]
     with pytest.raises(
         LatentMismatchError,
-        match=r"gate_values does not match the LATENT.*\(2, 3\); expected \[3, A\]",
+        match=r"gate_values does not match the positions whose vectors a hidden state made.*\(2, 3\); expected \[3, A\]",
     ):
         dataclasses.replace(t, extra={OWN.name: torch.zeros(2, A)})
 
