@@ -92,7 +92,9 @@ class LatentInjector:
         self._mask_BT, self._latents_NH, self._num_uses = mask_BT, latents_NH, 0
 
     def embed(self, module: nn.Module, token_ids: Tensor) -> Tensor:
-        """Token embeddings of any ids by the hooked module itself, also while latents are armed for its next forward."""
+        """Token embeddings of any ids by the hooked module itself, also while latents are armed
+        for its next forward.
+        """
         self._is_paused = True
         try:
             return module(token_ids)

@@ -1,8 +1,9 @@
 """A Hugging Face model without latents, and how it gets them without any SFT.
 
-    plain folder ──load_plain──▶ model, tokenizer, processor ──add_latents──▶ a folder that RL can start from
+    plain folder ──load_plain──▶ model, tokenizer, processor ──add_latents──▶ a folder for RL
 
-Systems that learn their latents in RL alone (HRPO's gate), and baselines of an untrained mechanism, begin so.
+Systems that learn their latents in RL alone (HRPO's gate), and baselines of an untrained
+mechanism, begin so.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def load_plain(
         dtype: "auto" takes the one that the weights have.
 
     Raises:
-        CheckpointError: no such folder, or one that is damaged or of another architecture than it says.
+        CheckpointError: no such folder, or one that is damaged or not of the architecture that it
+            names.
         ConfigError: a family that no backbone serves.
     """
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
@@ -66,7 +68,8 @@ def load_plain(
         raise CheckpointError(
             "weights do not match the architecture",
             where=path,
-            got=f"missing {sorted(info['missing_keys'])[:5]}, unknown {sorted(info['unexpected_keys'])[:5]}",
+            got=f"missing {sorted(info['missing_keys'])[:5]}, "
+            f"unknown {sorted(info['unexpected_keys'])[:5]}",
             expected=f"the weights of {type(model).__name__}",
         )
     return PlainModel(model, tokenizer, processor)
@@ -80,13 +83,15 @@ def add_latents(
     seed: int = 0,
     dtype: torch.dtype | str = "auto",
 ) -> Mechanism:
-    """Writes a plain model as a latent checkpoint: its tokens added, the mechanism's parameters fresh, all else as it was.
+    """Writes a plain model as a latent checkpoint: tokens are added, the mechanism's parameters
+    are fresh, all else is as it was.
 
     Args:
         path: folder or model on the hub; only read.
         output: a folder that is not there yet, or empty.
         mechanism: name, package.module:Class, or class.
-        settings: of the mechanism, as `Mechanism.from_tokens` takes them; published ones by default.
+        settings: of the mechanism, as `Mechanism.from_tokens` takes them; the published ones by
+            default.
         seed: of the new embeddings and parameters.
 
     Raises:

@@ -166,7 +166,7 @@ class SourceTap:
         return backbone_of(self._model).mask_unpredicted(module.forward(hidden_MH))
 
     def _embed(self, token_ids: Tensor) -> Tensor:
-        # a call: FSDP gathers the weight for it; but the latents of this forward belong to its own ids
+        # a call, so that FSDP gathers the weight; the forward's latents are not for these ids
         embedding = self._model.get_input_embeddings()
         return LatentInjector.install(self._model).embed(embedding, token_ids)
 

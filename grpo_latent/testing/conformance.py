@@ -1,7 +1,7 @@
 """`check_mechanism`: whether a mechanism keeps what rollout, replay, training and ablations rely
 on.
 
-class, settings ──build_case──▶ a tiny model with it attached ──CHECKS──▶ outcomes, or `ConformanceError`
+class, settings ──build_case──▶ a tiny model with it ──CHECKS──▶ outcomes, or `ConformanceError`
 """
 
 from __future__ import annotations

@@ -101,7 +101,9 @@ def check_recorded_is_made(case: Case) -> str | None:
 
 @torch.no_grad()
 def check_recompute(case: Case) -> str | None:
-    """While weights stay, a chain of the current model's own vectors gives what was recorded, in both ways to run it."""
+    """While weights stay, a chain of the current model's own vectors gives what was recorded, in
+    both ways to run it.
+    """
     sequences = case.collate(padding_side="both")
     most = int(sequences.recorded_mask_BT.sum(-1).max())
 

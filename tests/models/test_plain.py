@@ -1,4 +1,4 @@
-"""A plain model gets latents without any SFT: in a folder of its own, reproducibly, by function and command."""
+"""A plain model gets latents without any SFT: in a folder of its own, by function and command."""
 
 import hashlib
 import json

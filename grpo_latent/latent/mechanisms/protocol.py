@@ -57,7 +57,8 @@ class HiddenSource:
     def mix(self, weights_MV: Tensor) -> Tensor:
         """Sum of the embeddings of all V tokens with these weights, [M, H].
 
-        The embedding module is asked for its rows, not for its weight, which FSDP may hold in shards.
+        The embedding module is asked for its rows, not for its weight, of which FSDP may hold
+        shards.
         """
         embeds_VH = self.embed(torch.arange(weights_MV.shape[-1], device=weights_MV.device))
         return weights_MV.to(embeds_VH.dtype) @ embeds_VH
@@ -386,11 +387,14 @@ class Mechanism:
 
     @classmethod
     def tokens_of(cls, settings: Mapping[str, Any]) -> dict[str, str]:
-        """Role -> token of the roles that a mechanism with these settings uses, in the order in which they are added."""
+        """Role -> token of the roles that a mechanism with these settings uses, in the order in
+        which they are added.
+        """
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         tokens = {}
         for role, published in cls.published_tokens.items():
-            # a role that a system has only at times (LVR's end vector) is in use where `settings` name its token
+            # a role that a system has only at times (LVR's end vector) is in use where `settings`
+            # name its token
             default = published if defaults[f"{role}_token"] is dataclasses.MISSING else None
             tokens[role] = settings.get(f"{role}_token", default)
         return {role: token for role, token in tokens.items() if token is not None}

@@ -14,8 +14,8 @@ class InputGradients:
 
     Recorded latents are part of it.
 
-    A token whose input is composed with a recorded vector counts as a latent. Chosen image embeddings, which no hidden
-    state makes, are left out.
+    A token whose input is composed with a recorded vector counts as a latent. Chosen image
+    embeddings, which no hidden state makes, are left out.
     """
 
     def __init__(self, module: nn.Module):
