@@ -20,18 +20,20 @@ def published(mechanism, **changes):
 
 
 def test_published_settings(tmp_path):
-    assert tuple(MECHANISMS) == ("lvr", "ilvr", "ivt_lr", "coconut")
+    assert tuple(MECHANISMS) == ("lvr", "ilvr", "ivt_lr", "coconut", "hybrid_gate")
     seen = {}
     for name in MECHANISMS:
         found = published(name)
         found.save(tmp_path)
         assert load_mechanism(tmp_path) == found and found.key() == name
-        seen[name] = (found.has_slots, found.steps, found.exit, found.top_k_image, found.positions)
+        exit = getattr(found, "exit", None)
+        seen[name] = (found.has_slots, found.steps, exit, found.top_k_image, found.positions)
     assert seen == {
         "lvr": (False, 8, "steps", 0, "text_style"),
         "ilvr": (False, 8, "end_token", 0, "text_style"),
         "ivt_lr": (True, 3, "steps", 32, "1d"),
         "coconut": (True, 3, "steps", 0, "1d"),
+        "hybrid_gate": (False, 0, None, 0, "text_style"),
     }
 
 

@@ -23,6 +23,7 @@ SETTINGS = {
     "ilvr": dict(steps=3),
     "ivt_lr": dict(steps=2, top_k_image=4),
     "coconut": dict(steps=2),
+    "hybrid_gate": dict(answer_token="<answer>"),
 }
 VARIANTS = {
     "lvr latents_only": ("lvr", dict(steps=3, max_spans=2, head="glu", visibility="latents_only")),
@@ -36,6 +37,10 @@ VARIANTS = {
         ),
     ),
     "lvr end token": ("lvr", dict(steps=3, exit="end_token", start_is_action=False)),
+    "hybrid_gate far from tokens": (
+        "hybrid_gate",
+        dict(answer_token="7", mixture_temperature=0.5, initial_min=0.01, initial_max=0.5),
+    ),
     "coconut head": ("coconut", dict(steps=2, head="mlp")),
 }
 

@@ -1,17 +1,20 @@
 """The mechanism axis: what makes a vector the next input. One file a system, one protocol
 (`protocol.Mechanism`).
 
-    name       latents stand in       fed at a latent step            ends                 source
-    lvr        spans, by `start`      h (through a head, if any)      N steps              2509.24251
-    ilvr       spans between texts    h                               end token, at K      2512.05665
-    ivt_lr     slots of the prompt    K image embeddings, then h      n slots              2510.12603
-    coconut    slots of the prompt    h                               n slots              2412.06769
+    name         latents stand in      fed at a latent step         ends               source
+    lvr          spans, by `start`     h (through a head, if any)   N steps            2509.24251
+    ilvr         spans between texts   h                            end token, at K    2512.05665
+    ivt_lr       slots of the prompt   K image embeddings, then h   n slots            2510.12603
+    coconut      slots of the prompt   h                            n slots            2412.06769
+    hybrid_gate  beside each token     a gate's mix of token and    at a delimiter     2505.18454
+                                       its distribution
 
 A mechanism of your own is a subclass of `Mechanism`, `SpanMechanism` or `SlotMechanism` in any
 module that all processes can import; wherever a name stands, package.module:Class may stand.
 """
 
 from grpo_latent.latent.mechanisms.coconut import Coconut
+from grpo_latent.latent.mechanisms.hybrid_gate import HybridGate
 from grpo_latent.latent.mechanisms.ilvr import ILVR
 from grpo_latent.latent.mechanisms.ivt_lr import IVTLR
 from grpo_latent.latent.mechanisms.lvr import LVR
@@ -41,6 +44,7 @@ __all__ = [
     "VISIBILITIES",
     "Coconut",
     "HiddenSource",
+    "HybridGate",
     "Mechanism",
     "Refusal",
     "RowStates",

@@ -7,12 +7,15 @@ from typing import Any
 
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.mechanisms.coconut import Coconut
+from grpo_latent.latent.mechanisms.hybrid_gate import HybridGate
 from grpo_latent.latent.mechanisms.ilvr import ILVR
 from grpo_latent.latent.mechanisms.ivt_lr import IVTLR
 from grpo_latent.latent.mechanisms.lvr import LVR
 from grpo_latent.latent.mechanisms.protocol import Mechanism
 
-MECHANISMS: dict[str, type[Mechanism]] = {cls.name: cls for cls in (LVR, ILVR, IVTLR, Coconut)}
+MECHANISMS: dict[str, type[Mechanism]] = {
+    cls.name: cls for cls in (LVR, ILVR, IVTLR, Coconut, HybridGate)
+}
 
 
 def mechanism_class(name: Any, where: str = "latent.mechanism") -> type[Mechanism]:
