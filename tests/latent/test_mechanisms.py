@@ -20,7 +20,7 @@ def published(mechanism, **changes):
 
 
 def test_published_settings(tmp_path):
-    assert tuple(MECHANISMS) == ("lvr", "ilvr", "ivt_lr", "coconut", "hybrid_gate")
+    assert tuple(MECHANISMS) == ("lvr", "ilvr", "ivt_lr", "coconut", "hybrid_gate", "own_slots")
     seen = {}
     for name in MECHANISMS:
         found = published(name)
@@ -34,6 +34,7 @@ def test_published_settings(tmp_path):
         "ivt_lr": (True, 3, "steps", 32, "1d"),
         "coconut": (True, 3, "steps", 0, "1d"),
         "hybrid_gate": (False, 0, None, 0, "text_style"),
+        "own_slots": (True, 3, "steps", 0, "1d"),
     }
 
 

@@ -24,6 +24,7 @@ SETTINGS = {
     "ivt_lr": dict(steps=2, top_k_image=4),
     "coconut": dict(steps=2),
     "hybrid_gate": dict(answer_token="<answer>"),
+    "own_slots": dict(steps=2),
 }
 VARIANTS = {
     "lvr latents_only": ("lvr", dict(steps=3, max_spans=2, head="glu", visibility="latents_only")),

@@ -8,6 +8,7 @@
     coconut      slots of the prompt   h                            n slots            2412.06769
     hybrid_gate  beside each token     a gate's mix of token and    at a delimiter     2505.18454
                                        its distribution
+    own_slots    slots of the prompt   a learned embedding          n slots            2310.02226
 
 A mechanism of your own is a subclass of `Mechanism`, `SpanMechanism` or `SlotMechanism` in any
 module that all processes can import; wherever a name stands, package.module:Class may stand.
@@ -18,6 +19,7 @@ from grpo_latent.latent.mechanisms.hybrid_gate import HybridGate
 from grpo_latent.latent.mechanisms.ilvr import ILVR
 from grpo_latent.latent.mechanisms.ivt_lr import IVTLR
 from grpo_latent.latent.mechanisms.lvr import LVR
+from grpo_latent.latent.mechanisms.own_slots import OwnSlots
 from grpo_latent.latent.mechanisms.protocol import (
     LATENT_CONFIG_FILE,
     POSITIONS,
@@ -46,6 +48,7 @@ __all__ = [
     "HiddenSource",
     "HybridGate",
     "Mechanism",
+    "OwnSlots",
     "Refusal",
     "RowStates",
     "SlotMechanism",

@@ -11,10 +11,11 @@ from grpo_latent.latent.mechanisms.hybrid_gate import HybridGate
 from grpo_latent.latent.mechanisms.ilvr import ILVR
 from grpo_latent.latent.mechanisms.ivt_lr import IVTLR
 from grpo_latent.latent.mechanisms.lvr import LVR
+from grpo_latent.latent.mechanisms.own_slots import OwnSlots
 from grpo_latent.latent.mechanisms.protocol import Mechanism
 
 MECHANISMS: dict[str, type[Mechanism]] = {
-    cls.name: cls for cls in (LVR, ILVR, IVTLR, Coconut, HybridGate)
+    cls.name: cls for cls in (LVR, ILVR, IVTLR, Coconut, HybridGate, OwnSlots)
 }
 
 
