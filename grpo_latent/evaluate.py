@@ -2,20 +2,27 @@
 
 Writes (and prints) one JSON object:
 
-    greedy      {"accuracy", "interval", "score", "n", "tokens_per_question", "seconds_per_question"}; of a benchmark also
-                "row_accuracy", "pair_accuracy" (MMVP), "group_accuracy", "by_category"
+    greedy      {"accuracy", "interval", "score", "n", "tokens_per_question",
+                "seconds_per_question"}; of a benchmark also "row_accuracy", "pair_accuracy"
+                (MMVP), "group_accuracy", "by_category"
     sampled     the same and {"pass_at_k", "accuracy_by_seed", "seed_std"}, null without
     decodings   the same for each further strategy
-    latents     {"frac_rollouts", "spans_mean", "steps_mean", "steps_max", "norm_mean", "effective_rank", …} of greedy ones
-    ablations   {"own", "zero", "shuffle", …}: greedy accuracies over all questions, null where nothing could be changed
+    latents     of greedy ones {"frac_rollouts", "spans_mean", "steps_mean", "steps_max",
+                "norm_mean", "effective_rank", …}
+    ablations   {"own", "zero", "shuffle", …}: greedy accuracies over all questions, null where
+                nothing could be changed
     num_changed prompts that each ablation changed
-    usage       by ablation, over the prompts that it changed: {"own", "ablated", "gap", "gap_interval", "p_value",
-                "mcnemar", "verdict" (used, not used, undecided at this n), "sentence", "about"}
+    usage       by ablation, over the prompts that it changed: {"own", "ablated", "gap",
+                "gap_interval", "p_value", "mcnemar", "verdict" (used, not used, undecided at this
+                n), "sentence", "about"}
     verdict     {"verdict", "sentence", "ablation"} of the primary ablation
-    follow      how often the answer under `shuffle` is the right one of the prompt whose latents were put in
-    hit         how often a latent's nearest visual token is the one of the box (alignment, not use)
-    leak        largest change of a post-span log-prob when the image is swapped under the recorded latents, in nats
-    prompts     [{"row_id", "question", "where", "truth"}]; outcomes: by ablation one number a prompt
+    follow      how often the answer under `shuffle` is right for the prompt whose latents were
+                put in
+    hit         how often a latent's nearest visual token is the box's (alignment, not use)
+    leak        largest change of a post-span log-prob, in nats, when the image is swapped under
+                the recorded latents
+    prompts     [{"row_id", "question", "where", "truth"}]
+    outcomes    by ablation one number a prompt
     checkpoint, data, mechanism, chance, seed, num_prompts, seconds
 
 Accuracies, pass@k, gaps and their intervals are over questions: rows of a benchmark that share one

@@ -85,7 +85,8 @@ def validate_curriculum(
     check_slots(sft, grpo)
     slots = ", ".join(str(stage.num_slots) for stage in sft.loss.stages(sft.latent.steps))
     print(
-        f"{name}_sft and {name}_grpo: valid ({grpo.trainer.n_gpus_per_node} GPUs a node), slots by stage {slots}"
+        f"{name}_sft and {name}_grpo: valid ({grpo.trainer.n_gpus_per_node} GPUs a node), "
+        f"slots by stage {slots}"
     )
     show_memory(f"{name}_sft of {model_json.stem}", check_memory(model_json, sft))
     length = grpo.data.max_response_length
@@ -157,7 +158,8 @@ def check_memory(model_json: Path, settings: SFTSettings, gpu_gb: float = 80) ->
             where=f"{settings.method} of {model_json.stem}",
             got=", ".join(f"{name} {size:.0f} GB" for name, size in parts.items()),
             expected=f"at most {0.9 * gpu_gb:.0f} GB",
-            fix="Train adapters (model.lora.enabled=true, model.dtype=bfloat16, trainer.bf16=true), checkpoint activations, "
+            fix="Train adapters (model.lora.enabled=true, model.dtype=bfloat16, "
+            "trainer.bf16=true), checkpoint activations, "
             "or lower data.max_length.",
         )
     return parts
@@ -209,9 +211,11 @@ def check_shapes(
         latent = adapter.make(hidden[:, -1])
         logits = adapter.logits(hidden[:, -1])
     shapes = {
-        "hidden": tuple(hidden.shape), "latent": tuple(latent.shape), "logits": tuple(logits.shape),
+        "hidden": tuple(hidden.shape),
+        "latent": tuple(latent.shape),
+        "logits": tuple(logits.shape),
         "vocabulary": (vocab_size,),
-    }  # fmt: skip
+    }
     if isinstance(adapter.backbone, QwenVL):
         shapes = vision_shapes(model) | shapes
     expected = (32, adapter.hidden_size)

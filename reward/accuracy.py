@@ -1,8 +1,10 @@
-"""1.0 where the answer equals the ground truth, else 0.0: math-verify first, then as text. The
-answer is
+"""1.0 where the answer equals the ground truth, else 0.0: math-verify first, then as text.
+
+The answer is
 
     tags     the text of `<answer>…</answer>`, of which there is exactly one pair (LVR's form)
-    stated   what follows the last "answer is" or "answer:", to the end of a completion that ended by itself (ILVR's form)
+    stated   what follows the last "answer is" or "answer:", to the end of a completion that ended
+             by itself (ILVR's form)
 
 As LVR's accuracy reward (arXiv 2509.24251), with two differences. The answer is read where the
 system was trained to write it, where LVR lets math-verify search the whole completion. And
@@ -78,7 +80,8 @@ def compute_score(
 def answer_text(solution_str: str) -> str | None:
     """The text between the tags, if there is exactly one pair of them.
 
-    >>> answer_text("so <answer> 4 </answer>"), answer_text("<answer>4</answer> <answer>5</answer>")
+    >>> twice = "<answer>4</answer> <answer>5</answer>"
+    >>> answer_text("so <answer> 4 </answer>"), answer_text(twice)
     ('4', None)
     """
     if solution_str.count("<answer>") != 1 or solution_str.count("</answer>") != 1:
@@ -142,7 +145,8 @@ def _ground_truth_text(ground_truth, data_source, extra_info) -> str:
     if not _normalise(text) or text in ("nan", "inf", "-inf"):
         raise DataError(
             "the ground truth is no answer",
-            where=f"data source {data_source!r}, row {(extra_info or {}).get('index')}, reward_model.ground_truth",
+            where=f"data source {data_source!r}, row {(extra_info or {}).get('index')}, "
+            "reward_model.ground_truth",
             got=repr(ground_truth),
             expected="a text that is not blank, or a finite number",
         )

@@ -37,7 +37,8 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
     if re.fullmatch("[A-Z]", truth) is None:
         raise DataError(
             "the ground truth is no letter",
-            where=f"data source {data_source!r}, row {(extra_info or {}).get('index')}, reward_model.ground_truth",
+            where=f"data source {data_source!r}, row {(extra_info or {}).get('index')}, "
+            "reward_model.ground_truth",
             got=repr(ground_truth),
             expected="one of A..Z",
         )

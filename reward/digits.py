@@ -5,9 +5,10 @@ judged on that alone: with `latent.visibility=latents_only` the first token of t
 the only one that is predicted with the image in sight, so a digit written in front of the answer
 would carry it past the latents. Two variants have another form:
 
-    interleaved   at red <span> 7 at blue <span> 3 <answer> 7 </answer>   the asked colours in order, each with a span and a
-                                                                          number; which one is free
-    text          anything <answer> 7 </answer>                           the control without latents: no span is asked for
+    interleaved   at red <span> 7 at blue <span> 3 <answer> 7 </answer>
+                  the asked colours in order, each with a span and a number; which one is free
+    text          anything <answer> 7 </answer>
+                  the control without latents: no span is asked for
 """
 
 from __future__ import annotations
@@ -113,7 +114,8 @@ def _digit(ground_truth, data_source, extra_info) -> str:
     if re.fullmatch("[0-9]", text) is None:
         raise DataError(
             "the ground truth is no digit",
-            where=f"data source {data_source!r}, row {(extra_info or {}).get('index')}, reward_model.ground_truth",
+            where=f"data source {data_source!r}, row {(extra_info or {}).get('index')}, "
+            "reward_model.ground_truth",
             got=repr(ground_truth),
             expected="one of 0..9",
         )

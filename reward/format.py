@@ -1,6 +1,7 @@
 """1.0 where the completion has the form that its system was trained on, else 0.0.
 
-    lvr    ^<span> .*? <span>\\s*<answer>…</answer>$   a span opens the completion, one stands right before the answer
+    lvr    ^<span> .*? <span>\\s*<answer>…</answer>$: a span opens the completion, one stands
+           right before the answer
     ilvr   at least one span anywhere before the answer, text between spans, the answer at the end
     text   no span asked for: the matched control without latents
 
@@ -81,6 +82,7 @@ def latent_summary(extra_info) -> tuple[list[int], str]:
             where='extra_info["latent"]',
             got=latent,
             expected="num_spans, one span_offsets entry a span, and stop_reason",
-            fix="Use the reward manager `grpo_latent`, and an agent loop that reports extra_fields['latent'].",
+            fix="Use the reward manager `grpo_latent`, and an agent loop that reports "
+            "extra_fields['latent'].",
         )
     return list(latent["span_offsets"]), latent["stop_reason"]

@@ -86,7 +86,8 @@ class ImageRef:
         return DataError(
             "not a readable image",
             where=self.where,
-            got=f"{self.path or ''} {len(data)} bytes that start with {data[:8]!r}: {type(error).__name__}".strip(),
+            got=f"{self.path or ''} {len(data)} bytes that start with {data[:8]!r}: "
+            f"{type(error).__name__}".strip(),
             expected="a PNG, JPEG or other file that Pillow decodes",
             fix="Write the file's bytes as they are, or drop the row.",
         )

@@ -166,7 +166,8 @@ def iter_verl_rows(path: str | Path) -> Iterator[tuple[dict, str]]:
             where=str(path),
             got=str(error),
             expected="a file in verl's schema",
-            fix="Check the path; `python -m grpo_latent.data.formats.lvr_json to-parquet` converts LVR JSON.",
+            fix="Check the path; `python -m grpo_latent.data.formats.lvr_json to-parquet` "
+            "converts LVR JSON.",
         ) from error
     missing = [name for name in REQUIRED_COLUMNS if name not in file.schema_arrow.names]
     if missing or file.metadata.num_rows == 0:
@@ -174,7 +175,8 @@ def iter_verl_rows(path: str | Path) -> Iterator[tuple[dict, str]]:
             f"columns {missing} are missing" if missing else "no rows",
             where=str(path),
             got=f"columns {file.schema_arrow.names}, {file.metadata.num_rows} rows",
-            expected=f"columns {list(REQUIRED_COLUMNS)}, and images and extra_info where they apply",
+            expected=f"columns {list(REQUIRED_COLUMNS)}, and images and extra_info where they "
+            "apply",
             fix="Rename or add the columns; see the schema in grpo_latent/data/rows.py.",
         )
     columns = [
@@ -272,7 +274,10 @@ def _problem(where: str):
 
 
 def _messages(prompt: object, problem) -> list[dict]:
-    expected = 'a list of {"role", "content"}, content a string with <image> placeholders, the last role "user"'
+    expected = (
+        'a list of {"role", "content"}, content a string with <image> placeholders, '
+        'the last role "user"'
+    )
     if not isinstance(prompt, list) or not prompt:
         raise problem("prompt", prompt, expected, "Store chat messages, not a string.")
     messages = []

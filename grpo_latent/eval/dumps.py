@@ -1,9 +1,10 @@
-"""Rollout dumps, which training writes each `latent.dump_every` steps: the one writer and the one
-reader.
+"""Writes and reads rollout dumps, which training leaves each `latent.dump_every` steps.
 
-rollouts/step_<n>.jsonl         one trajectory a line: ids, kinds, masks, log-probs, reward, its terms, advantages
-rollouts/step_<n>.safetensors   its latents, float [n, H], by the trajectory's id "<row index>/<index in the group>", and
-                                other recorded vectors by "<id>/<name>"
+rollouts/step_<n>.jsonl         one trajectory a line: ids, kinds, masks, log-probs, reward, its
+                                terms, advantages
+rollouts/step_<n>.safetensors   its latents, float [n, H], by the trajectory's id, which is
+                                "<row index>/<index in the group>", and other recorded vectors by
+                                "<id>/<name>"
 
 Which fields there are, and where each of them stands, follows from `grpo_latent.recorded`:
 sequences of numbers are in the lines, vectors in the binary file.

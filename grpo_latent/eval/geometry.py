@@ -1,4 +1,7 @@
-"""Collapse of latents, from the recorded vectors alone. G groups, N latent steps, H hidden size."""
+"""Measures how far latents collapse, from the recorded vectors alone.
+
+Legend: G groups, N latent steps, H hidden size.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Strict graders: the answer is parsed from the completion alone, never searched for in it.
 
-    completion ──committed answer──▶ text ──as an option / as a number──▶ letter or text ──equals the truth?──▶ grade
+    completion ──committed answer──▶ text ──as option or number──▶ letter or number ──▶ grade
 
 A completion commits to an answer in one of three forms: one pair of answer tags; a last line such
 as "The answer is (B)." or one `\\boxed{B}`; or nothing but the answer. Everything else is
@@ -22,7 +22,8 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _BOXED = re.compile(r"\\boxed\{((?:[^{}]|\\text\{[^{}]*\})*)\}")
 _STATED = re.compile(
-    r"(?:\A|(?<=[.!?;,:]))[ \t]*(?:(?:so|thus|therefore|hence)[ \t]*,?[ \t]*)?(?:the |my )?(?:final |correct )?"
+    r"(?:\A|(?<=[.!?;,:]))[ \t]*(?:(?:so|thus|therefore|hence)[ \t]*,?[ \t]*)?"
+    r"(?:the |my )?(?:final |correct )?"
     r"(?:answer|option|choice)(?: is:?[ \t]+|[ \t]*:[ \t]*)(?P<answer>\S.*)\Z",
     re.IGNORECASE,
 )
@@ -50,8 +51,9 @@ def committed_answer(completion: str) -> str | None:
     Special tokens such as `<|im_end|>` are left out; tags win over a stated answer, which must end
     the completion.
 
-    >>> committed_answer("It is red. <answer> B </answer>"), committed_answer("The answer is (B)."), committed_answer("A B")
-    ('B', '(B)', 'A B')
+    >>> completions = ["It is red. <answer> B </answer>", "The answer is (B).", "A B"]
+    >>> [committed_answer(completion) for completion in completions]
+    ['B', '(B)', 'A B']
     """
     text = re.sub(r"<\|[^|>]*\|>", " ", completion).strip()
     if "<answer>" in text or "</answer>" in text:
@@ -74,7 +76,8 @@ def parse_option(answer: str | None, options: Sequence[str]) -> str | None:
     """The letter that an answer names, or None: `B`, `(b)`, `B.`, `option B`, `(B) its text`, or
     exactly its text.
 
-    >>> parse_option("(b) Closed", ["Open", "Closed"]), parse_option("(a) Closed", ["Open", "Closed"])
+    >>> options = ["Open", "Closed"]
+    >>> parse_option("(b) Closed", options), parse_option("(a) Closed", options)
     ('B', None)
     """
     if answer is None:

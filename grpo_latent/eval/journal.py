@@ -1,7 +1,7 @@
 """What an evaluation has done so far, on disk, so that an interrupted one goes on where it
 stopped.
 
-<output>.parts/settings.json               what the evaluation is of: another one refuses to go on from these parts
+<output>.parts/settings.json                what the evaluation is of: another one refuses to go on
 <output>.parts/<phase>.<batch>.json         outcomes of one batch of prompts in one phase
 <output>.parts/<phase>.<batch>.safetensors  its trajectories, where later phases need them
 

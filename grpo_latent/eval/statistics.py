@@ -204,9 +204,12 @@ def usage_verdict(
 
     With gap = own - ablated accuracy over paired prompts:
 
-        used       the interval lies above 0, McNemar's p < 1 - level (where outcomes are 0/1), and the gap >= margin
-        not used   the interval lies below margin: whatever dependence there is, it is smaller than what matters
-        undecided  neither; or own accuracy is within margin of chance, so that there is nothing to lose
+        used       the interval lies above 0, McNemar's p < 1 - level (where outcomes are 0/1),
+                   and the gap >= margin
+        not used   the interval lies below margin: whatever dependence there is, it is smaller
+                   than what matters
+        undecided  neither; or own accuracy is within margin of chance, so that there is nothing
+                   to lose
 
     "Not used" is an equivalence test: a p-value above 0.05 alone says only that n was small.
 
@@ -225,8 +228,8 @@ def usage_verdict(
     mcnemar = mcnemar_exact(own_P, ablated_P) if _is_binary(own_P, ablated_P) else None
     p_value = None if mcnemar is None else mcnemar.p_value
     numbers = (
-        f"accuracy {own_mean:.3f} own, {ablated_mean:.3f} with {ablation}; gap {gap.estimate:+.3f} "
-        f"[{gap.low:+.3f}, {gap.high:+.3f}], n = {num_prompts}"
+        f"accuracy {own_mean:.3f} own, {ablated_mean:.3f} with {ablation}; "
+        f"gap {gap.estimate:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}], n = {num_prompts}"
     )
     if p_value is not None:
         numbers += f", McNemar p = {p_value:.2g}"

@@ -1,6 +1,5 @@
-"""The inspector: `python -m grpo_latent.inspect outputs/<run> [outputs/<other> …]` writes one
-self-contained report.html.
+"""The inspector: `python -m grpo_latent.inspect outputs/<run> …` writes one report.html.
 
-run folder ──run.py──▶ Run ──┬─ probes.py: what each latent looks at, by the checkpoint ─┐
-                             └───────────────────────────────────────────────────────────┴─ payload.py ─ page.py ▶ html
+run folder ──run.py──▶ Run ──┬─ probes.py: what each latent looks at ┐
+                             └───────────────────────────────────────┴─ payload.py ─ page.py ▶ html
 """

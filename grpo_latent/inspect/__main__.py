@@ -1,4 +1,4 @@
-"""`python -m grpo_latent.inspect outputs/<run> [outputs/<other> …]`: one self-contained HTML page."""
+"""`python -m grpo_latent.inspect outputs/<run> [outputs/<other> …]` writes one HTML page."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class GroupData:
 
     @property
     def hits(self) -> list[bool]:
-        """Whether each latent step's nearest visual token lies in the boxes; empty without boxes."""
+        """Whether each latent's nearest visual token lies in the boxes; empty without boxes."""
         if self.probe is None or not self.probe.roi:
             return []
         roi = set(self.probe.roi)

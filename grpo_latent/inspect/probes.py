@@ -189,7 +189,7 @@ class Prober:
         return GroupProbe(grids, roi, probes)
 
     def _expected_latents(self, sequences: LatentSequences, hidden_BTH: Tensor) -> Tensor:
-        """[N, H] as `Probe.replay_gaps` compares them, NaN where there is nothing to compare with."""
+        """[N, H] as `Probe.replay_gaps` compares them, NaN where nothing is to compare with."""
         expected_NH = torch.full_like(sequences.latents_NH, torch.nan)
         if self.treatment is None or draws(self.treatment, self.adapter.hidden_size):
             return expected_NH

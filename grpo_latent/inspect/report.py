@@ -57,7 +57,7 @@ def build_report(
     dtype: torch.dtype = torch.float32,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
-    """Probes and packs. What fails for one run is written on the page and leaves the others alone."""
+    """Probes and packs; what fails for one run is written on the page, the others go on."""
     notes: list[str] = []
     groups: list[GroupData] = []
     share = max(1, len(runs))
@@ -66,7 +66,8 @@ def build_report(
         num_shown = sum(len(group.trajectories) for group in shown)
         if num_shown < len(run.dump.trajectories):
             notes.append(
-                f"{name}: {num_shown} of {len(run.dump.trajectories)} dumped trajectories are shown."
+                f"{name}: {num_shown} of {len(run.dump.trajectories)} dumped trajectories are "
+                "shown."
             )
         chosen = spread(shown, limits.probed_groups // share)
         try:
@@ -81,7 +82,8 @@ def build_report(
     blocks, left_out = pack(groups, limits.block_bytes)
     if left_out:
         notes.append(
-            f"{left_out} groups have a row but no trajectories here, to keep the page small (--megabytes)."
+            f"{left_out} groups have a row but no trajectories here, to keep the page small "
+            "(--megabytes)."
         )
     summary = overview(runs, groups, notes, versions())
     for index, row in enumerate(summary["groups"]):
@@ -110,7 +112,10 @@ def no_replay_gap(treatment: Treatment | None, shown: Sequence[GroupData]) -> st
         )
     if hidden_size and draws(treatment, hidden_size):
         name = type(treatment).__name__
-        return f"no replay gaps, because the treatment {name} draws its latents: they differ from the model's by design."
+        return (
+            f"no replay gaps, because the treatment {name} draws its latents: "
+            "they differ from the model's by design."
+        )
     return ""
 
 
@@ -154,7 +159,8 @@ def probe_groups(
         raise DataError(
             "no checkpoint, so no heat maps and no token texts",
             where=str(run.folder),
-            expected="checkpoints/global_step_<n>/actor/huggingface, or actor_rollout_ref.model.path of config.yaml",
+            expected="checkpoints/global_step_<n>/actor/huggingface, or "
+            "actor_rollout_ref.model.path of config.yaml",
             fix="Pass one with --checkpoint.",
         )
     loaded = load_latent_model(run.checkpoint, dtype=dtype, device=device, treatment=treatment)
@@ -199,7 +205,7 @@ def token_texts(loaded: LatentModel, token_ids: list[int]) -> list[str]:
 
 
 def pack(groups: Sequence[GroupData], max_bytes: int) -> tuple[dict[int, str], int]:
-    """JSON of the groups by index, probed ones first, until `max_bytes`; and the number left out."""
+    """JSON of groups by index, probed ones first, up to `max_bytes`; and how many are left out."""
     blocks: dict[int, str] = {}
     used = 0
     for index in sorted(range(len(groups)), key=lambda i: groups[i].probe is None):

@@ -119,7 +119,8 @@ def read_run(
             "nothing to inspect",
             where=str(folder),
             got=sorted(path.name for path in folder.iterdir())[:10],
-            expected=f"{CONFIG_FILE}, {METRICS_FILE}, {DUMP_FOLDER}/step_<n>.jsonl or an evaluation's JSON",
+            expected=f"{CONFIG_FILE}, {METRICS_FILE}, {DUMP_FOLDER}/step_<n>.jsonl or an "
+            "evaluation's JSON",
             fix="Pass latent.output_dir of the training run.",
         )
     files = lookup(config, "data.train_files") or []

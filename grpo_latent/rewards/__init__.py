@@ -5,7 +5,7 @@ for users' own.
     worker.py     the child process                calls it
     process.py    RewardProcess                    sends calls, waits, kills on time-out
     outcome.py    Outcome                          what came back, typed
-    combine.py    combine                          several outcomes -> one reward and its named terms
+    combine.py    combine                          outcomes -> one reward and its named terms
     runner.py     RewardRunner                     all of that, and what to do on an error
     view.py       reward_view                      what a reward may see of a trajectory
     check.py      check_function                   tries a function on malformed completions

@@ -153,7 +153,8 @@ def _warn(report: CheckReport, outcomes: dict[str, Outcome], without_truth: Outc
     right, wrong = outcomes["correct"], outcomes["wrong"]
     if right.is_ok and wrong.is_ok and not right.score > wrong.score and len(scores) > 1:
         report.warnings.append(
-            f"the right answer scores {right.score}, the wrong one {wrong.score}; if it is meant to judge answers, give it "
+            f"the right answer scores {right.score}, the wrong one {wrong.score}; "
+            "if it is meant to judge answers, give it "
             "its kind of --ground-truth and --wrong-answer"
         )
     slow = {
@@ -168,6 +169,7 @@ def _warn(report: CheckReport, outcomes: dict[str, Outcome], without_truth: Outc
         )
     if without_truth.is_ok:
         report.warnings.append(
-            f"scores {without_truth.score} where ground_truth is None; if it is meant to judge answers, let it raise there, "
+            f"scores {without_truth.score} where ground_truth is None; "
+            "if it is meant to judge answers, let it raise there, "
             "or bad rows go unnoticed"
         )

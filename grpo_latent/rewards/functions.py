@@ -96,7 +96,8 @@ def specs_from_config(entries: Iterable[Mapping]) -> list[FunctionSpec]:
             where="latent.reward.functions",
             got="an empty list",
             expected="at least one function",
-            fix="Set reward.custom_reward_function.path=<file>, or list functions under latent.reward.functions.",
+            fix="Set reward.custom_reward_function.path=<file>, or list functions under "
+            "latent.reward.functions.",
         )
     terms = [spec.term for spec in specs]
     repeated = sorted({t for t in terms if terms.count(t) > 1})
@@ -142,7 +143,8 @@ def load_function(spec: FunctionSpec) -> Callable:
             f"{spec.name} cannot be called as verl calls a reward: {error}",
             where=spec.path,
             got=f"{spec.name}{signature}",
-            expected=f"{spec.name}(data_source, solution_str, ground_truth, extra_info=None, **kwargs)",
+            expected=f"{spec.name}(data_source, solution_str, ground_truth, "
+            "extra_info=None, **kwargs)",
         ) from error
     return function
 

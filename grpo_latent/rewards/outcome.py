@@ -45,7 +45,8 @@ def normalise(result: object, seconds: float = 0.0) -> Outcome:
     a `score`, whose other values are numbers, texts or None. Everything else is of the wrong type:
     a text is not parsed, None is not 0.
 
-    >>> normalise({"score": True, "pred": "4"}).score, normalise(None).kind, normalise(float("nan")).kind
+    >>> known = normalise({"score": True, "pred": "4"})
+    >>> known.score, normalise(None).kind, normalise(float("nan")).kind
     (1.0, 'type', 'nan')
     """
     if not isinstance(result, Mapping):
@@ -89,7 +90,8 @@ def to_error(outcome: Outcome, term: str, where: str | None, timeout_s: float) -
         where=where,
         got=outcome.detail or None,
         expected="a finite float, or a dict with one as 'score'",
-        fix="Try the function with `python -m grpo_latent.check_reward <file>`; latent.reward.on_error=drop leaves such "
+        fix="Try the function with `python -m grpo_latent.check_reward <file>`; "
+        "latent.reward.on_error=drop leaves such "
         "trajectories out, on_error=score gives them latent.reward.error_score.",
     )
 

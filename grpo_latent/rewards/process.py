@@ -108,7 +108,8 @@ class RewardProcess:
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             env=environment,
-            start_new_session=True,  # a group of its own: killing it also kills what functions have started
+            # a group of its own: killing it also kills what functions have started
+            start_new_session=True,
         )
         theirs.close()
         self._connection = Connection(ours.detach())

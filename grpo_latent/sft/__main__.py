@@ -31,7 +31,8 @@ def main(config: DictConfig) -> None:
     result = run_sft(SFTSettings.from_dict(resolved))
     metrics = "  ".join(f"{name} {value:.3g}" for name, value in result.metrics.items())
     print(
-        f"sft: {result.steps} steps in {result.seconds:.1f} s  {metrics}\nmodel: {result.model_path}"
+        f"sft: {result.steps} steps in {result.seconds:.1f} s  {metrics}\n"
+        f"model: {result.model_path}"
     )
 
 

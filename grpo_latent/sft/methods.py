@@ -1,11 +1,12 @@
-"""The table of SFT methods: the keys that each one has in the config, and the parts that run it.
+"""The table of SFT methods: the keys that each has in the config, and the classes that run it.
 
     method        reads                         trains
-    lvr           LVR JSON, verl parquet        boxes' visual tokens as latents (2509.24251)
-    ilvr_stage1   ILVR JSONL                    the momentum teacher's choice as latents (2512.05665)
-    ilvr_stage2   ILVR JSONL                    answers over the model's own latents
-    ivt_lr        M3CoT, ScienceQA, verl parquet    rationales whose steps become slots, one by one (2510.12603)
-    coconut       Coconut JSON, verl parquet    the same without image embeddings, gradient through the slots (2412.06769)
+    lvr           LVR JSON, verl parquet      boxes' visual tokens as latents (2509.24251)
+    ilvr_stage1   ILVR JSONL                  the momentum teacher's choice as latents (2512.05665)
+    ilvr_stage2   ILVR JSONL                  answers over the model's own latents
+    ivt_lr        M3CoT, ScienceQA, parquet   rationales whose steps become slots (2510.12603)
+    coconut       Coconut JSON, parquet       the same without image embeddings, gradient through
+                                              the slots (2412.06769)
 
 A new method is a row here and a file `config/method/<name>.yaml` with its defaults.
 """

@@ -134,7 +134,7 @@ def run_sft(settings: SFTSettings) -> SFTResult:
 
 
 def check_sharding(args: TrainingArguments, has_lora: bool) -> None:
-    """Raises `ConfigError` for what would train something else than asked, or could not be saved."""
+    """Refuses what would train something else than asked, or could not be saved."""
     refused = {
         "DeepSpeed": bool(args.deepspeed),
         "FSDP with LoRA": bool(args.fsdp) and has_lora,
@@ -163,7 +163,7 @@ def check_precision(settings: SFTSettings, args: TrainingArguments) -> None:
 
 
 def choose_parameters(latent: LatentModel, settings: SFTSettings) -> None:
-    """Freezes and adapts parameters, and installs the latent hook before anything wraps the model."""
+    """Freezes and adapts parameters, installs the latent hook; before anything wraps the model."""
     model = latent.model
     if settings.model.lora.enabled:
         new_ids = list(latent.mechanism.token_ids.values())
@@ -245,7 +245,8 @@ def check_same_run(settings: SFTSettings, output_dir: Path) -> None:
             where=str(path),
             got={name: (before.get(name), now.get(name)) for name in changed[:5]},
             expected="the same settings",
-            fix="Set trainer.resume_from_checkpoint=null to begin anew, or another trainer.output_dir.",
+            fix="Set trainer.resume_from_checkpoint=null to begin anew, or another "
+            "trainer.output_dir.",
         )
 
 

@@ -1,4 +1,4 @@
-"""The settings of an SFT run as types, built strictly from a plain dict (what hydra resolves to)."""
+"""The settings of an SFT run as types, built strictly from the dict that hydra resolves to."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ def main(overrides: list[str]) -> None:
             expected=str(stages[0].latent),
         )
     print(
-        f"ilvr_stage1, ilvr_stage2 and ilvr_grpo: valid ({grpo.trainer.n_gpus_per_node} GPUs a node)"
+        "ilvr_stage1, ilvr_stage2 and ilvr_grpo: valid "
+        f"({grpo.trainer.n_gpus_per_node} GPUs a node)"
     )
     for stage in stages:
         paper_scale.show_memory(

@@ -44,7 +44,8 @@ def main(overrides: list[str]) -> None:
     sft = paper_scale.check_sft(HERE, "lvr_sft")
     engine = grpo.actor_rollout_ref.rollout.name
     print(
-        f"lvr_grpo and lvr_sft: valid ({grpo.trainer.n_gpus_per_node} GPUs a node, rollouts by {engine})"
+        f"lvr_grpo and lvr_sft: valid ({grpo.trainer.n_gpus_per_node} GPUs a node, "
+        f"rollouts by {engine})"
     )
     for model_name in ("qwen2_5_vl_3b", "qwen2_5_vl_7b"):
         paper_scale.show_memory(

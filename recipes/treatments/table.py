@@ -40,7 +40,7 @@ ABLATIONS = ("own", "shuffle", "oracle")
 
 
 def read_row(folder: Path) -> dict:
-    """One finished run. The gaps are the largest of all steps, `last` what the last step logged."""
+    """One finished run: the largest gaps of all steps, and `last`, what the last step logged."""
     run = json.loads((folder / "run.json").read_text())
     before, after = (
         json.loads((folder / f"evaluation_{name}.json").read_text()) for name in ("sft", "grpo")
@@ -73,7 +73,8 @@ def summarize(out: Path, seed: int) -> dict:
         of_row = json.loads((folder / "run.json").read_text())["seed"]
         if of_row != seed:
             sys.exit(
-                f"{folder} is a run of seed {of_row}, the table is of seed {seed}: take another OUT for each seed"
+                f"{folder} is a run of seed {of_row}, the table is of seed {seed}: "
+                "take another OUT for each seed"
             )
     return {
         "seed": seed,

@@ -59,8 +59,10 @@ def make_run(
     write_metrics(folder / "metrics.jsonl", steps=20)
     settings = {"latent.output_dir": str(folder), "actor_rollout_ref.rollout.n": G}
     (folder / "config.yaml").write_text(
-        f"data:\n  train_files: {folder / 'train.parquet'}\nlatent:\n  dump_every: 1\n  visibility: full\n"
-        f"actor_rollout_ref:\n  rollout:\n    temperature: 1.0\n    n: {settings['actor_rollout_ref.rollout.n']}\n"
+        f"data:\n  train_files: {folder / 'train.parquet'}\n"
+        f"latent:\n  dump_every: 1\n  visibility: full\n"
+        f"actor_rollout_ref:\n  rollout:\n    temperature: 1.0\n"
+        f"    n: {settings['actor_rollout_ref.rollout.n']}\n"
         + (f"trainer:\n  experiment_name: '{XSS.replace(chr(39), '')}'\n" if xss else "")
     )
     write_evaluation(folder / "evaluation.json")

@@ -86,12 +86,15 @@ class Page:
 
     def shown_groups(self):
         return self.js(
-            "return [...document.querySelectorAll('#table tbody tr')].map(r => Number(r.dataset.group))"
+            "return [...document.querySelectorAll('#table tbody tr')]"
+            ".map(r => Number(r.dataset.group))"
         )
 
     def set(self, field, value):
-        script = "const f = document.getElementById(arguments[0]); if (f.type === 'checkbox') f.checked = arguments[1];"
-        script += "else f.value = arguments[1]; f.dispatchEvent(new Event('input')); f.dispatchEvent(new Event('change'))"
+        script = "const f = document.getElementById(arguments[0]);"
+        script += "if (f.type === 'checkbox') f.checked = arguments[1];"
+        script += "else f.value = arguments[1];"
+        script += "for (const name of ['input', 'change']) f.dispatchEvent(new Event(name))"
         self.js(script, field, value)
 
     def requests(self):
@@ -139,7 +142,8 @@ def pixels(page):
 def open_latent_group(page):
     """Opens the group with the most latent steps."""
     page.js(
-        "openGroup(OVERVIEW.groups.reduce((best, g, i, all) => (g.steps > all[best].steps ? i : best), 0))"
+        "openGroup(OVERVIEW.groups.reduce("
+        "(best, g, i, all) => (g.steps > all[best].steps ? i : best), 0))"
     )
     assert page.js("return document.querySelectorAll('#viewer .step').length") > 3
 
@@ -183,7 +187,8 @@ def test_heat_map_shows_the_cosines(browser, pages):
     page.wait("return document.getElementById('heat').dataset.drawn.includes('spotlight')")
     # ratio of drawn to original brightness, patch by patch
     script = """
-      const done = arguments[0], canvas = document.getElementById('heat'), image = current.block.images[0];
+      const done = arguments[0], canvas = document.getElementById('heat');
+      const image = current.block.images[0];
       picture(image.src).then((source) => {
         const plain = document.createElement('canvas');
         [plain.width, plain.height] = [canvas.width, canvas.height];
@@ -192,8 +197,10 @@ def test_heat_map_shows_the_cosines(browser, pages):
         context.drawImage(source, 0, 0, plain.width, plain.height);
         const w = canvas.width / image.columns, h = canvas.height / image.rows, out = [];
         for (let i = 0; i < image.rows * image.columns; i++) {
-          const box = [(i % image.columns) * w + 0.25 * w, Math.floor(i / image.columns) * h + 0.2 * h, 0.5 * w, 0.4 * h];
-          const light = (c) => c.getImageData(...box).data.reduce((sum, v, k) => sum + (k % 4 < 3 ? v : 0), 0);
+          const left = (i % image.columns) * w, top = Math.floor(i / image.columns) * h;
+          const box = [left + 0.25 * w, top + 0.2 * h, 0.5 * w, 0.4 * h];
+          const light = (c) => c.getImageData(...box).data
+            .reduce((sum, v, k) => sum + (k % 4 < 3 ? v : 0), 0);
           out.push(light(canvas.getContext('2d')) / light(context));
         }
         done({ light: out, cosines: [...cosines(current.probe)], top: current.probe.top });
@@ -249,7 +256,8 @@ def test_token_log_probs(browser, pages):
     page.js("openGroup(0)")
     position = page.js("return current.block.trajectories[0].acted.indexOf('1')")
     page.js(
-        "document.querySelector(`#viewer .token[data-trajectory='0'][data-position='${arguments[0]}']`).click()",
+        "document.querySelector(`#viewer .token[data-trajectory='0']"
+        "[data-position='${arguments[0]}']`).click()",
         position,
     )
     reading = page.js("return document.getElementById('reading').textContent")
@@ -296,7 +304,8 @@ def test_ablations_of_runs_are_overlaid_with_their_spread(browser, pages):
     page.js("document.getElementById('ablations').scrollIntoView()")
     page.wait("return document.querySelectorAll('#ablation-charts .main-svg').length > 0")
     assert page.js("return document.querySelectorAll('#ablation-charts .ablation').length") == 1
-    script = """const members = OVERVIEW.runs.flatMap((run) => run.ablations.map((report) => ({ run, report })));
+    script = """const members = OVERVIEW.runs.flatMap(
+      (run) => run.ablations.map((report) => ({ run, report })));
       return ablationTraces(members, ['own', 'shuffle'])"""
     spread, dots = page.js(script)
     assert spread["x"] == [pytest.approx(0.9), pytest.approx(0.1)]
@@ -305,7 +314,8 @@ def test_ablations_of_runs_are_overlaid_with_their_spread(browser, pages):
     ] * 2
     assert dots["x"] == [0.95, 0.85, 0.1, 0.1]
     cells = page.js(
-        "return [...document.querySelectorAll('#ablation-charts td')].map((cell) => cell.textContent)"
+        "return [...document.querySelectorAll('#ablation-charts td')]"
+        ".map((cell) => cell.textContent)"
     )
     assert cells[:6] == ["own", "0.950", "0.850", "shuffle", "used (+0.850)", "used (+0.750)"]
 

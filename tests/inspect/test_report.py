@@ -252,7 +252,8 @@ def test_runs_of_one_family_differ_by_seed_only(tmp_path):
         folder = tmp_path / name / "grpo"
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(
-            f"latent: {{seed: {len(runs)}, output_dir: {folder}}}\noptim: {{lr: {rate}}}\ndata: {{val_n: {len(runs)}}}\n"
+            f"latent: {{seed: {len(runs)}, output_dir: {folder}}}\n"
+            f"optim: {{lr: {rate}}}\ndata: {{val_n: {len(runs)}}}\n"
         )
         runs.append(read_run(folder))
     assert label_runs(runs) == [

@@ -29,7 +29,10 @@ def test_a_script_that_fails_takes_down_what_runs_beside_it(tmp_path):
     """The grandchild too: of a function in the background, only the subshell would be killed by
     its id.
     """
-    script = 'run() { sleep 60 & echo $! > "$OUT/pid"; wait; }\nbeside "$OUT/log" run\nsleep 0.5\nexit 3'
+    script = (
+        'run() { sleep 60 & echo $! > "$OUT/pid"; wait; }\n'
+        'beside "$OUT/log" run\nsleep 0.5\nexit 3'
+    )
     assert bash(script, tmp_path).returncode == 3
     pid = int((tmp_path / "pid").read_text())
     deadline = time.monotonic() + 10

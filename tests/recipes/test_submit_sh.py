@@ -28,8 +28,8 @@ def test_preflight_then_the_recipes_own_config(script, tmp_path):
     subprocess.run(["bash", script, "trainer.nnodes=2"], env=env, check=True, timeout=60)
     preflight, train = log.read_text().splitlines()
     assert (
-        "check_cluster --require /abs/model /abs/train.parquet /abs/val.parquet --output-dir /abs/out"
-        in preflight
+        "check_cluster --require /abs/model /abs/train.parquet /abs/val.parquet "
+        "--output-dir /abs/out" in preflight
     )
     words = train.split()
     folder, name = words[words.index("--config-dir") + 1], words[words.index("--config-name") + 1]

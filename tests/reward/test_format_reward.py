@@ -68,7 +68,8 @@ def test_lvr_agrees_with_the_published_expression():
     for length in range(6):
         for pieces in itertools.product(alphabet, repeat=length):
             if pieces.count(ANSWER) > 1 or (pieces and pieces[-1] == "\n"):
-                continue  # "exactly one" is stricter than the published `.*?`; trailing blanks are allowed here
+                # "exactly one" is stricter than the published `.*?`; trailing blanks are allowed
+                continue
             printed = "".join(
                 "<|lvr_start|><|lvr|><|lvr_end|>" if p is None else p for p in pieces
             )

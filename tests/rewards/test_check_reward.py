@@ -61,7 +61,8 @@ def test_the_projects_own_functions_pass(name):
             "empty: returned nan",
         ),
         (
-            "    import time\n    time.sleep(9 if len(solution_str) > 9999 else 0)\n    return len(solution_str)\n",
+            "    import time\n    time.sleep(9 if len(solution_str) > 9999 else 0)\n"
+            "    return len(solution_str)\n",
             "",
             "100k characters: did not return",
         ),

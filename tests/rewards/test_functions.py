@@ -12,7 +12,10 @@ from grpo_latent.rewards.functions import (
     specs_from_config,
 )
 
-GOOD = "def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs): return 1.0\n"
+GOOD = (
+    "def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs): "
+    "return 1.0\n"
+)
 
 
 @pytest.fixture

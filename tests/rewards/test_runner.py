@@ -33,7 +33,9 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
         case ["sleep", x]: time.sleep(float(x)); return 1.0
         case ["regex"]: return float(bool(re.match(r"(a+)+$", "a" * 40 + "b")))
         case ["none"]: return None
-        case ["edit"]: extra_info["latent"]["num_spans"] += 1; return extra_info["latent"]["num_spans"]
+        case ["edit"]:
+            extra_info["latent"]["num_spans"] += 1
+            return extra_info["latent"]["num_spans"]
         case ["count"]: return len(calls)
         case ["pid"]: return os.getpid()
         case ["meet", folder, number]:

@@ -14,7 +14,6 @@ LVR (boxes), ILVR (helper images) and IVT-LR (step texts):
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,35 +22,25 @@ from pathlib import Path
 import numpy as np
 
 from grpo_latent.common.command import command
+from grpo_latent.data.embedded.drawing import (
+    CELL,
+    COLOR_NAMES,
+    COLORS,
+    DIGIT_SIZE,
+    GRID,
+    IMAGE_SIZE,
+    JITTER,
+    NO_COLOR,
+    NO_DIGIT,
+    NUM_CELLS,
+    compose,
+    digit_images,
+)
 from grpo_latent.data.examples import response_template
 from grpo_latent.data.rows import encode_png, verl_row, write_verl_parquet
 from grpo_latent.errors import ConfigError
 
 DATA_SOURCE = "digits"
-COLORS = {
-    "red": (230, 40, 40),
-    "green": (40, 200, 60),
-    "blue": (60, 90, 250),
-    "yellow": (235, 215, 40),
-    "magenta": (220, 60, 220),
-    "cyan": (40, 215, 220),
-    "orange": (245, 140, 30),
-    "white": (240, 240, 240),
-}
-COLOR_NAMES = tuple(COLORS)
-GRID = 4  # cells a side
-CELL = 14  # pixels a side: one merged visual token of a model with 7-pixel patches
-DIGIT_SIZE = 12
-JITTER = 1  # pixels that a digit may lie off its cell's middle
-IMAGE_SIZE = GRID * CELL
-NUM_CELLS = GRID * GRID
-NUM_OBJECTS = 6
-NOISE_SIGMA = 25.0  # of 255: digits stay readable, and no two cells are equal
-BACKGROUND = 60.0
-NO_DIGIT = 10  # class of an empty cell, as is NO_COLOR
-NO_COLOR = len(COLORS)
-NUM_TRAIN_DIGITS = 1297
-
 # kind -> (number of objects asked for, answer from their digits)
 KINDS = {"read": (1, lambda digits: digits[0]), "sum": (2, sum), "max": (2, max)}
 # all words of questions and step texts; numbers and answer tags are the tokenizer's own
@@ -73,9 +62,9 @@ STREAMS = {
     "dev": (3, False),
     "heldout": (4, False),
 }
+NUM_OBJECTS = 6  # of different colours, those that the question asks for among them
 FORMS = ("latent", "direct", "text_boxes")
 EVAL_SEED = 4242  # of dev and held-out rows, whatever the run's seed: runs stay comparable
-CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -145,37 +134,6 @@ class DigitExample:
         return [self.image[y : y + CELL, x : x + CELL] for y, x in corners]
 
 
-@functools.cache
-def _digit_images() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Loads scikit-learn's digits, enlarged, at each place that jitter can put them.
-
-    Returns:
-        opacity [1797, offsets, offsets, CELL, CELL]; labels [1797]; training indices; held-out
-        indices.
-    """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    centres = np.clip((np.arange(DIGIT_SIZE) + 0.5) * 8 / DIGIT_SIZE - 0.5, 0, 7)
-    lower = np.floor(centres).astype(int)
-    upscale = np.zeros((DIGIT_SIZE, 8))  # bilinear
-    np.add.at(upscale, (np.arange(DIGIT_SIZE), lower), 1 - (centres - lower))
-    np.add.at(upscale, (np.arange(DIGIT_SIZE), np.minimum(lower + 1, 7)), centres - lower)
-    glyphs = np.einsum("yi,nij,xj->nyx", upscale, digits.images / 16, upscale).astype(np.float32)
-    num_offsets = CELL - DIGIT_SIZE + 1
-    opacity = np.zeros((len(glyphs), num_offsets, num_offsets, CELL, CELL), np.float32)
-    for top, left in np.ndindex(num_offsets, num_offsets):
-        opacity[:, top, left, top : top + DIGIT_SIZE, left : left + DIGIT_SIZE] = glyphs
-    # RandomState, because its streams are frozen over numpy versions: the split must never move
-    order = np.random.RandomState(1234).permutation(len(glyphs))
-    return (
-        opacity,
-        digits.target,
-        np.sort(order[:NUM_TRAIN_DIGITS]),
-        np.sort(order[NUM_TRAIN_DIGITS:]),
-    )
-
-
 def stream_rng(stream: str, seed: int) -> np.random.Generator:
     """Makes the generator of one purpose; two streams of one seed are independent."""
     return np.random.default_rng(np.random.SeedSequence([STREAMS[stream][0], seed]))
@@ -183,7 +141,7 @@ def stream_rng(stream: str, seed: int) -> np.random.Generator:
 
 def digit_pool(stream: str) -> np.ndarray:
     """Returns the indices of the scikit-learn digits that a stream may draw."""
-    _, _, train, heldout = _digit_images()
+    _, _, train, heldout = digit_images()
     return train if STREAMS[stream][1] else heldout
 
 
@@ -211,7 +169,7 @@ def generate(
                 expected=f"one of {tuple(allowed)}",
             )
     rng = stream_rng(stream, seed)
-    labels = _digit_images()[1]
+    labels = digit_images()[1]
     rows_N1 = np.arange(num)[:, None]
     cells_NK = rng.random((num, NUM_CELLS)).argsort(axis=1)[:, :NUM_OBJECTS]
     colors_NK = rng.random((num, len(COLORS))).argsort(axis=1)[:, :NUM_OBJECTS]
@@ -224,11 +182,9 @@ def generate(
     digit_NC = np.zeros((num, NUM_CELLS), int)
     color_NC = np.full((num, NUM_CELLS), NO_COLOR)
     offset_NC2 = np.zeros((num, NUM_CELLS, 2), int)
-    digit_NC[rows_N1, cells_NK], color_NC[rows_N1, cells_NK], offset_NC2[rows_N1, cells_NK] = (
-        images_NK,
-        colors_NK,
-        offsets_NK2,
-    )
+    digit_NC[rows_N1, cells_NK] = images_NK
+    color_NC[rows_N1, cells_NK] = colors_NK
+    offset_NC2[rows_N1, cells_NK] = offsets_NK2
     images = compose(digit_NC, color_NC, offset_NC2, rng)
 
     def objects(n: int) -> tuple[DigitObject, ...]:
@@ -265,31 +221,7 @@ def generate_dense(
     color_NC = np.where(present_NC, rng.integers(len(COLORS), size=shape), NO_COLOR)
     offset_NC2 = rng.integers(0, 2 * JITTER + 1, (*shape, 2)) + (CELL - DIGIT_SIZE) // 2 - JITTER
     images = compose(digit_NC, color_NC, offset_NC2, rng)
-    return images, np.where(present_NC, _digit_images()[1][digit_NC], NO_DIGIT), color_NC
-
-
-def compose(
-    digit_NC: np.ndarray, color_NC: np.ndarray, offset_NC2: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """Draws images uint8 [N, 56, 56, 3] of cells [N, 16].
-
-    A cell is a digit image, a colour (`NO_COLOR`: empty) and a (top, left) offset.
-    """
-    opacity = _digit_images()[0]
-    palette = np.array([*COLORS.values(), (BACKGROUND,) * 3], np.float32) - BACKGROUND
-    num = len(digit_NC)
-    brightness_NC = rng.uniform(0.75, 1.0, digit_NC.shape).astype(np.float32)
-    images = np.empty((num, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    for start in range(0, num, CHUNK):  # bounds memory and stays in the cache
-        part = slice(start, start + CHUNK)
-        alpha = opacity[digit_NC[part], offset_NC2[part, :, 0], offset_NC2[part, :, 1]]
-        alpha = alpha * brightness_NC[part, :, None, None]
-        cells = BACKGROUND + alpha[..., None] * palette[color_NC[part]][:, :, None, None]
-        cells = cells.reshape(-1, GRID, GRID, CELL, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
-        canvas = cells.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)
-        noise = rng.standard_normal(canvas.shape, dtype=np.float32)
-        images[part] = np.clip(canvas + NOISE_SIGMA * noise, 0, 255)
-    return images
+    return images, np.where(present_NC, digit_images()[1][digit_NC], NO_DIGIT), color_NC
 
 
 def scarce_labels(examples: Sequence[DigitExample], per_answer: int | None) -> list[bool]:

@@ -49,7 +49,7 @@ def sequence_plan(example: DigitExample, helpers: Sequence[str], has_answer: boo
 def write_ilvr_jsonl(
     path: str | Path, examples: Sequence[DigitExample], has_answer: Sequence[bool]
 ) -> None:
-    """Writes records and, in a folder beside them, their images; the file only once it is whole."""
+    """Writes records, and their images in a folder beside; the file only once it is whole."""
     path = Path(path)
     folder = path.parent / IMAGE_FOLDER
     folder.mkdir(parents=True, exist_ok=True)

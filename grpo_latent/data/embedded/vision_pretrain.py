@@ -4,7 +4,7 @@ Two linear probes on each merged visual token say which digit (or none) and whic
 its cell holds; tower and probes are trained together on fresh images, then the probes are thrown
 away. The text model keeps its random weights.
 
-    loss = CE_digit + CE_colour + 0.01 (rms^2 - 1)^2,    rms of the visual tokens, over batch and features
+    loss = CE_digit + CE_colour + 0.01 (rms^2 - 1)^2,  rms of visual tokens over batch and features
 
 The probes see normalised tokens; the last term keeps the tokens themselves at unit scale, since
 SFT regresses on them.
@@ -226,7 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         on_step=log,
     )
     print(
-        f"{options.out}: held-out digit probe {report.digit_accuracy:.3f}, colour probe {report.color_accuracy:.3f}, "
+        f"{options.out}: held-out digit probe {report.digit_accuracy:.3f}, "
+        f"colour probe {report.color_accuracy:.3f}, "
         f"rms {report.rms:.2f}, {report.seconds:.0f} s"
     )
 

@@ -303,9 +303,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", default="train")
     options = parser.parse_args(arguments)
     examples = read_ilvr_jsonl(options.source, options.images, reads_plan=False)
-    print(
-        f"{options.out}: {write_verl_parquet(options.out, to_verl_rows(examples, options.split))} rows"
-    )
+    num_rows = write_verl_parquet(options.out, to_verl_rows(examples, options.split))
+    print(f"{options.out}: {num_rows} rows")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,10 @@ def parse_record(
 
 def _check_conversations(conversations: object, problem) -> list[tuple[str, str]]:
     """Returns (speaker, value) of each turn."""
-    expected = 'turns {"from", "value"} that alternate human and gpt and end with gpt, after an optional system turn'
+    expected = (
+        'turns {"from", "value"} that alternate human and gpt and end with gpt, '
+        "after an optional system turn"
+    )
     if not isinstance(conversations, list) or not conversations:
         raise problem(
             "conversations",
@@ -230,7 +233,7 @@ def to_verl_row(
 
 
 def write_lvr_json(path: str | Path, examples: Iterable[LvrExample]) -> int:
-    """Writes the published form, images beside it in `<stem>_images/`; returns how many records."""
+    """Writes the published form, images in `<stem>_images/` beside it; returns their number."""
     path = Path(path)
     folder = path.parent / f"{path.stem}_images"
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,13 +3,12 @@
 Two published schemas on the Hugging Face hub, read from their parquet files, Coconut's JSON (a
 list), and verl's:
 
-    M3CoT      id, question, choices [str], context, answer "B", rationale, image {bytes, path}, domain, topic, …
-    ScienceQA  question, choices [str], answer 1 (index), hint, lecture, solution, image {bytes, path} or null, …
-    Coconut    question, answer "18", steps ["<<16-3-4=9>>", "<<9*2=18>>"]          (GSM8K-Aug and others)
+    M3CoT      id, question, choices [str], context, answer "B", rationale, image {bytes, path}, …
+    ScienceQA  question, choices [str], answer 1 (index), hint, lecture, solution, image or null, …
+    Coconut    question, answer "18", steps ["<<16-3-4=9>>", "<<9*2=18>>"]   (as GSM8K-Aug)
     verl       as in data.rows, with extra_info.steps [str]
 
-All become a `StepwiseExample`. The prompt of a published record is made here, once for SFT, RL
-(`to_verl_rows` writes it down) and evaluation (the published code's prompts differ):
+All become a `StepwiseExample`, whose prompt `to_verl_rows` writes down for RL:
 
     python -m grpo_latent.data.formats.stepwise --format m3cot --in train.parquet --out rl.parquet
 """
@@ -18,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import string
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,11 +27,18 @@ from grpo_latent.common.command import command
 from grpo_latent.data.examples import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
-    IMAGE_PLACEHOLDER,
     ImageRef,
     check_images,
     join_content,
     split_content,
+)
+from grpo_latent.data.formats.choice_questions import (
+    ChoiceQuestion,
+    bad_field,
+    check_record,
+    m3cot_question,
+    scienceqa_question,
+    text_field,
 )
 from grpo_latent.data.rows import check_prompt, iter_verl_rows, verl_row, write_verl_parquet
 from grpo_latent.errors import DataError
@@ -41,23 +46,6 @@ from grpo_latent.errors import DataError
 MAX_STEPS = 3  # 2510.12603: a rationale becomes at most three steps
 SENTENCE_END = ". "
 ROWS_PER_BATCH = 256
-
-
-@dataclass(frozen=True)
-class ChoiceQuestion:
-    """A published question as SFT, RL and evaluation ask it.
-
-    Attributes:
-        messages: one user message, content split into text and image parts.
-        images: in the order of the image parts.
-        choices: texts in the order of their letters.
-        answer: the letter of the right one.
-    """
-
-    messages: tuple[dict, ...]
-    images: tuple[ImageRef, ...]
-    choices: tuple[str, ...]
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -116,7 +104,8 @@ def remaining_text(example: StepwiseExample, first_step: int | None) -> str:
     """Joins the steps from `first_step` on, None for no step at all, then the answer.
 
     >>> steps = ("Red is a 7.", "Blue is a 2.")
-    >>> remaining_text(StepwiseExample((), (), steps, "B", "Therefore, the answer is B", "m3cot", ""), 1)
+    >>> closing = "Therefore, the answer is B"
+    >>> remaining_text(StepwiseExample((), (), steps, "B", closing, "m3cot", ""), 1)
     'Blue is a 2. Therefore, the answer is B'
     """
     return " ".join([*(() if first_step is None else example.steps[first_step:]), example.closing])
@@ -169,7 +158,7 @@ def parse_stepwise_row(row: dict, where: str) -> StepwiseExample:
     extra_info = row.get("extra_info") or {}
     answer = row["reward_model"]["ground_truth"]
     if extra_info.get("has_answer") is False or not isinstance(answer, str) or not answer.strip():
-        raise _problem(
+        raise bad_field(
             where, "reward_model.ground_truth", "no answer", answer, "a non-empty string"
         )
     steps = _steps(extra_info.get("steps"), "extra_info.steps", where)
@@ -182,11 +171,11 @@ def parse_coconut_record(record: object, where: str) -> StepwiseExample:
     Raises:
         DataError: names row, field, what was got and expected, and a fix.
     """
-    record = _check_record(record, where)
-    texts = {name: _text(record, name, where) for name in ("question", "answer")}
+    record = check_record(record, where)
+    texts = {name: text_field(record, name, where) for name in ("question", "answer")}
     for name, text in texts.items():
         if not text:
-            raise _problem(where, name, f"no {name}", record.get(name), "a non-empty string")
+            raise bad_field(where, name, f"no {name}", record.get(name), "a non-empty string")
     messages = [{"role": "user", "content": split_content(texts["question"])}]
     check_images(messages, [], f"{where}: question")
     return _tagged(
@@ -203,7 +192,7 @@ def _steps(steps: object, field: str, where: str) -> tuple[str, ...]:
     if not isinstance(steps, list) or not all(
         isinstance(step, str) and step.strip() for step in steps
     ):
-        raise _problem(
+        raise bad_field(
             where, field, "no rationale in steps", steps, "a list of non-empty strings, or []"
         )
     return tuple(step.strip() for step in steps)
@@ -224,26 +213,14 @@ def parse_m3cot_record(record: object, where: str) -> StepwiseExample:
     Raises:
         DataError: names row, field, what was got and expected, and a fix.
     """
+    record = check_record(record, where)
     question = m3cot_question(record, where)
-    rationale = _text(record, "rationale", where)
+    rationale = text_field(record, "rationale", where)
     if not rationale:
-        raise _problem(
+        raise bad_field(
             where, "rationale", "no rationale", record.get("rationale"), "a non-empty string"
         )
     return _example(question, rationale, "m3cot", where)
-
-
-def m3cot_question(record: object, where: str) -> ChoiceQuestion:
-    """Checks the question of one M3CoT record, which needs no rationale. Raises `DataError`."""
-    record = _check_record(record, where)
-    choices = _choices(record, where)
-    answer = record.get("answer")
-    letters = string.ascii_uppercase[: len(choices)]
-    if not isinstance(answer, str) or answer.strip().upper() not in tuple(letters):
-        raise _problem(where, "answer", "not the letter of a choice", answer, f"one of {letters}")
-    return _question(
-        record, choices, _text(record, "context", where), answer.strip().upper(), where
-    )
 
 
 def parse_scienceqa_record(record: object, where: str) -> StepwiseExample:
@@ -252,29 +229,14 @@ def parse_scienceqa_record(record: object, where: str) -> StepwiseExample:
     Raises:
         DataError: names row, field, what was got and expected, and a fix.
     """
+    record = check_record(record, where)
     question = scienceqa_question(record, where)
     rationale = " ".join(
-        text for text in (_text(record, name, where) for name in ("lecture", "solution")) if text
+        text
+        for text in (text_field(record, name, where) for name in ("lecture", "solution"))
+        if text
     )
     return _example(question, rationale, "scienceqa", where)
-
-
-def scienceqa_question(record: object, where: str) -> ChoiceQuestion:
-    """Checks the question of one ScienceQA record. Raises `DataError`."""
-    record = _check_record(record, where)
-    choices = _choices(record, where)
-    answer = record.get("answer")
-    if type(answer) is not int or not 0 <= answer < len(choices):
-        raise _problem(
-            where,
-            "answer",
-            "not the index of a choice",
-            answer,
-            f"an integer in [0, {len(choices)})",
-        )
-    return _question(
-        record, choices, _text(record, "hint", where), string.ascii_uppercase[answer], where
-    )
 
 
 def _read(path: str | Path, parse) -> Iterator[StepwiseExample]:
@@ -301,76 +263,6 @@ def _read(path: str | Path, parse) -> Iterator[StepwiseExample]:
         for record in batch.to_pylist():
             yield parse(record, f"{path} row {index}")
             index += 1
-
-
-def _problem(where: str, field: str, what: str, got: object, expected: str) -> DataError:
-    return DataError(
-        what,
-        where=f"{where}: {field}",
-        got=got,
-        expected=expected,
-        fix="Compare with the published schema; drop the row.",
-    )
-
-
-def _check_record(record: object, where: str) -> dict:
-    if not isinstance(record, dict):
-        raise _problem(
-            where, "record", "not a record", record, "an object with the published fields"
-        )
-    return record
-
-
-def _text(record: dict, field: str, where: str) -> str:
-    """Returns the stripped text of an optional field."""
-    value = record.get(field)
-    if not isinstance(value, str | None):
-        raise _problem(where, field, "not a text", value, "a string or null")
-    return (value or "").strip()
-
-
-def _choices(record: dict, where: str) -> list[str]:
-    choices = record.get("choices")
-    valid = isinstance(choices, list) and 2 <= len(choices) <= len(string.ascii_uppercase)
-    if not valid or not all(isinstance(choice, str) and choice.strip() for choice in choices):
-        raise _problem(
-            where, "choices", "not a list of choices", choices, "2 to 26 non-empty strings"
-        )
-    return [choice.strip() for choice in choices]
-
-
-def _question(
-    record: dict, choices: list[str], context: str, answer: str, where: str
-) -> ChoiceQuestion:
-    question = _text(record, "question", where)
-    if not question:
-        raise _problem(
-            where, "question", "no question", record.get("question"), "a non-empty string"
-        )
-    image = record.get("image")
-    images = []
-    if image is not None:
-        data = image.get("bytes") if isinstance(image, dict) else None
-        if not isinstance(data, bytes) or not data:
-            raise _problem(
-                where,
-                "image",
-                "no image bytes",
-                image,
-                '{"bytes": <file content>, "path": ...} or null',
-            )
-        images = [ImageRef(f"{where}: image", data=data)]
-    options = "\n".join(
-        f"({letter}) {choice}"
-        for letter, choice in zip(string.ascii_uppercase, choices, strict=False)
-    )
-    parts = [question, *([f"Context: {context}"] if context else []), f"Options:\n{options}"]
-    content = split_content(IMAGE_PLACEHOLDER * len(images)) + [
-        {"type": "text", "text": "\n".join(parts)}
-    ]
-    messages = ({"role": "user", "content": content},)
-    check_images(messages, images, f"{where}: question")
-    return ChoiceQuestion(messages, tuple(images), tuple(choices), answer)
 
 
 def _example(
@@ -419,9 +311,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", default="train")
     options = parser.parse_args(arguments)
     examples = (example for path in options.source for example in READERS[options.format](path))
-    print(
-        f"{options.out}: {write_verl_parquet(options.out, to_verl_rows(examples, options.split))} rows"
-    )
+    num_rows = write_verl_parquet(options.out, to_verl_rows(examples, options.split))
+    print(f"{options.out}: {num_rows} rows")
 
 
 if __name__ == "__main__":

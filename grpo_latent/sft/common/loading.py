@@ -19,9 +19,7 @@ from grpo_latent.sft.common.settings import ModelSettings
 
 
 def is_latent_checkpoint(folder: Path) -> bool:
-    """Whether the folder already has latents: one of ours, or an official checkpoint of LVR or
-    ILVR.
-    """
+    """Whether the folder has latents: ours, or an official checkpoint of LVR or ILVR."""
     if (folder / LATENT_CONFIG_FILE).is_file():
         return True
     path = folder / "config.json"
@@ -41,11 +39,10 @@ def load_for_sft(
     trains_end_vector: bool,
     needs_vision: bool = True,
 ) -> LatentModel:
-    """The input checkpoint with latent tokens, head and end vector, in memory; the folder is only
-    read.
+    """Loads the input checkpoint and gives it latent tokens, head and end vector, in memory.
 
-    A folder that already has latents keeps its tokens and head, and takes the other fields of
-    `latent`. New embeddings and modules draw from torch's global generator.
+    The folder is only read. One that already has latents keeps its tokens and head, and takes the
+    other fields of `latent`. New embeddings and modules draw from torch's global generator.
 
     Args:
         needs_vision: whether a text-only model is refused.
@@ -54,7 +51,8 @@ def load_for_sft(
         CheckpointError: not a model of the kind wanted with a chat template, or damaged.
         ConfigError: `latent.head` is not the one that the checkpoint has.
     """
-    dtype, attention = parse_dtype(settings.dtype, "model.dtype"), settings.attn_implementation
+    dtype = parse_dtype(settings.dtype, "model.dtype")
+    attention = settings.attn_implementation
     folder = Path(settings.path)
     if folder.is_dir() and is_latent_checkpoint(folder):
         bundle = _load_latent(folder, dtype, attention, latent, trains_end_vector)
@@ -72,7 +70,8 @@ def load_for_sft(
             "no chat template",
             where=settings.path,
             expected="chat_template.jinja, or chat_template in tokenizer_config.json",
-            fix="Copy it from the model that this one comes from; base models without one cannot be prompted.",
+            fix="Copy it from the model that this one comes from; base models without one cannot "
+            "be prompted.",
         )
     return bundle
 
@@ -112,7 +111,8 @@ def _load_latent(
                 where=f"latent.{name}",
                 got=getattr(latent, name),
                 expected=getattr(mechanism, name),
-                fix=f"Set latent.{name}={getattr(mechanism, name)}, or start from the model before its first SFT.",
+                fix=f"Set latent.{name}={getattr(mechanism, name)}, or start from the model "
+                "before its first SFT.",
             )
     if trains_end_vector and not hasattr(bundle.model, END_VECTOR_ATTRIBUTE):
         token = latent.latent_end_token
@@ -120,5 +120,6 @@ def _load_latent(
             "latent_end_id": add_latent_tokens(bundle.model, bundle.tokenizer, [token])[token]
         }
         mechanism = mechanism.replace(**end_vector)
-        mechanism.replace(head="none").attach(bundle.model)  # the folder's head is there already
+        # without the head, which the folder brought: attached anew it would be random
+        mechanism.replace(head="none").attach(bundle.model)
     return dataclasses.replace(bundle, mechanism=mechanism.replace(**latent.rules))

@@ -14,8 +14,11 @@ from grpo_latent.models.adapter import ModelAdapter
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Low-rank adapters on the linear layers of the text decoder whose last name is in
-    `target_modules`.
+    """Low-rank adapters on linear layers of the text decoder.
+
+    Attributes:
+        r, alpha: rank, and scale times rank.
+        target_modules: last names of the layers that get one.
     """
 
     enabled: bool = False
@@ -34,10 +37,9 @@ class LoraSettings:
 
 
 def freeze_vision(model: nn.Module, tower: bool = True, merger: bool = True) -> None:
-    """Freezes the vision tower, its mergers, or both; the published stages 1 freeze both.
-    Text-only models have neither.
+    """Freezes the vision tower, its mergers, or both, as the published stages 1 do.
 
-    Chameleon's VQ model, which no gradient reaches, is always frozen.
+    Text-only models have neither. Chameleon's VQ model, which no gradient reaches, always is.
     """
     backbone = ModelAdapter(model).backbone
     mergers = {id(parameter) for parameter in backbone.merger_parameters()}
@@ -60,13 +62,14 @@ def add_lora(
     new_token_ids: Sequence[int],
     own_prefixes: tuple[str, ...] = (),
 ) -> None:
-    """Puts adapters into the decoder in place; the base is frozen, except what the mechanism added
-    and new tokens' rows.
+    """Puts adapters into the decoder, in place, and freezes the base.
 
-    What trains is in float32 even over a base in half precision, which would round small updates
-    away. In place, not as a `PeftModel`: the model keeps its class, its names and its latent
-    hooks. The embedding matrices stay trainable as a whole and the gradient of old rows is set to
-    0, so the optimizer holds state for all of them.
+    What the mechanism added and new tokens' rows train with them. What trains is in float32 even
+    over a base in half precision, which would round small updates away.
+
+    In place, not as a `PeftModel`: the model keeps its class, its names and its latent hooks. The
+    embedding matrices stay trainable as a whole and the gradient of old rows is set to 0, so the
+    optimizer holds state for all of them.
 
     Args:
         own_prefixes: names of the mechanism's own parameters begin so.
@@ -128,9 +131,7 @@ def has_lora(model: nn.Module) -> bool:
 
 
 def merge_lora(model: nn.Module) -> int:
-    """Adds the adapters to the weights and takes them out, in place; returns how many layers had
-    one.
-    """
+    """Adds the adapters to the weights and takes them out, in place; returns their number."""
     if not has_lora(model):
         return 0
     from peft.tuners.lora import LoraLayer

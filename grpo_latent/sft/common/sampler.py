@@ -54,7 +54,8 @@ class SeededBatchSampler(Sampler[list[int]]):
         raise ConfigError(
             "not enough rows for one batch",
             where="data.labelled_per_batch, trainer.per_device_train_batch_size",
-            got=f"{labelled_per_batch} labelled of {self.batch_size}, from a pool of {len(pool)} rows",
+            got=f"{labelled_per_batch} labelled of {self.batch_size}, from a pool of {len(pool)} "
+            "rows",
             expected="at least one batch of rows, of both kinds if labelled_per_batch is set",
             fix="Lower the batch size, or leave data.labelled_per_batch null.",
         )

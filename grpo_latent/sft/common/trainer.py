@@ -1,6 +1,6 @@
 """SFT on the Hugging Face Trainer: what all methods share.
 
-    rows ──collate_rows──▶ batch ──model(sft_batch=…)──▶ loss_sums ──/ counts of the whole step──▶ loss ──▶ Trainer
+    rows ──collate_rows──▶ batch ──model(sft_batch=…)──▶ loss_sums ──/ counts of the step──▶ loss
 
 The Trainer brings the loop, accumulation, distribution and logging. Replaced are the loss and its
 denominators, the data order (a function of seed and epoch), and how a checkpoint is written and

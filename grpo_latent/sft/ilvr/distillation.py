@@ -4,7 +4,7 @@ Section 3 of 2512.05665:
 
     helper image ──vision + merger──▶ tokens ──pool──▶ at most 256 candidates [M, H]
     question, text before the span, earlier choices ──mean──▶ query [H]
-    cosine(query, candidates) ──softmax──▶ top-p and top-k ──▶ targets of the span's first latents, best first
+    cosine(query, candidates) ──softmax──▶ top-p and top-k ──▶ targets of a span's first latents
 
 Legend: M image positions or candidates, G groups of them, N latents, A attention heads, Q question
 positions, T text positions, D head dim, H hidden states.

@@ -21,7 +21,8 @@ from grpo_latent.backbones.registry import backbone_of
 from grpo_latent.common.files import write_tensors
 from grpo_latent.errors import CheckpointError, ConfigError
 
-TEACHER_FOLDER = "teacher"  # below a checkpoint: beside its weights they would be taken for weights of the model
+# below a checkpoint: beside its weights they would be taken for weights of the model
+TEACHER_FOLDER = "teacher"
 _FILE, _NUM_UPDATES = "ema.safetensors", "num_updates"
 
 

@@ -80,18 +80,21 @@ class ILVREncoder(RowEncoder):
 
     def _response(self, example: InterleavedExample) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, kinds and labels of the response."""
-        mechanism, ids, kinds, after_unknown = self.mechanism, [], [], []
+        mechanism = self.mechanism
+        tokens: list[int] = []
+        token_kinds: list[PositionKind] = []
+        after_unknown: list[int] = []  # indices whose predecessor is a text that nobody knows
         for segment in example.segments:
             if segment.is_unknown:
-                after_unknown.append(len(ids))
+                after_unknown.append(len(tokens))
                 continue
             if segment.text is None:
-                ids += [
+                tokens += [
                     mechanism.start_id,
                     *[mechanism.latent_id] * mechanism.steps,
                     mechanism.end_id,
                 ]
-                kinds += [
+                token_kinds += [
                     PositionKind.START,
                     *[PositionKind.LATENT] * mechanism.steps,
                     PositionKind.FORCED,
@@ -99,12 +102,13 @@ class ILVREncoder(RowEncoder):
                 continue
             fix = 'Make it an item of type "latent", or take the token out.'
             text_ids = self.encode_text(segment.text, example.where, fix=fix)
-            ids += text_ids
-            kinds += [PositionKind.TEXT] * len(text_ids)
+            tokens += text_ids
+            token_kinds += [PositionKind.TEXT] * len(text_ids)
         if example.has_answer:
-            ids.append(self.eos_id)
-            kinds.append(PositionKind.TEXT)
-        ids, kinds = torch.tensor(ids), torch.tensor([int(kind) for kind in kinds])
+            tokens.append(self.eos_id)
+            token_kinds.append(PositionKind.TEXT)
+        ids = torch.tensor(tokens)
+        kinds = torch.tensor([int(kind) for kind in token_kinds])
         labels = torch.where(kinds == PositionKind.LATENT, IGNORED, ids)
         # the text that is missing before them would come first
         labels[[index for index in after_unknown if index < len(labels)]] = IGNORED
@@ -123,8 +127,9 @@ class ILVREncoder(RowEncoder):
 
 
 def collate_rows(rows: Sequence[ILVRRow]) -> dict[str, Tensor]:
-    """Rows to one batch; prompts padded left and responses right, so that all responses begin in
-    one column, which self-fed latents need.
+    """Pads rows to one batch: prompts left and responses right.
+
+    All responses begin in one column so, which self-fed latents need.
 
     Returns:
         input_ids, kinds, labels: int64 [B, T]; valid: bool [B, T].
@@ -156,9 +161,7 @@ def helper_images(batch: dict[str, Tensor]) -> ImageInputs | None:
 
 
 def span_numbers(kinds_BT: Tensor) -> Tensor:
-    """int64 [B, T]: which span of the batch (row-major) a latent position belongs to, -1
-    elsewhere.
-    """
+    """Numbers the batch's spans, row-major: int64 [B, T] at latent positions, -1 elsewhere."""
     is_latent_BT = kinds_BT == PositionKind.LATENT
     opens_BT = is_latent_BT & ~torch.nn.functional.pad(is_latent_BT[:, :-1], (1, 0))
     numbers_BT = (opens_BT.flatten().cumsum(0) - 1).view_as(kinds_BT)
@@ -168,8 +171,9 @@ def span_numbers(kinds_BT: Tensor) -> Tensor:
 def with_targets(
     batch: dict[str, Tensor], targets: Sequence[Tensor], hidden_size: int
 ) -> dict[str, Tensor]:
-    """The batch with the teacher's choice: `targets` [N, H] in order of position, other latent
-    positions FORCED.
+    """Adds the teacher's choice to the batch: `targets` [N, H] in order of position.
+
+    Latent positions of a span beyond its targets become FORCED.
 
     Args:
         targets: [K*, H] of each span, in row-major order; none in a batch without spans.

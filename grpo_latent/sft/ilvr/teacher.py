@@ -2,7 +2,7 @@
 
     examples, latents as placeholders ──teacher, one forward──▶ h [B, T, H], last layer's q and k
     helper images ──teacher's vision──▶ candidates of each span
-    span by span: query ──select──▶ targets [K*, H]         (pure functions of `sft.ilvr.distillation`)
+    span by span: query ──select──▶ targets [K*, H]      (pure functions of `distillation.py`)
 
 A later span's query looks at the targets of earlier ones, but needs no forward of its own: the
 published recipe's choice depends on earlier targets through their mean only.

@@ -1,6 +1,6 @@
 """ILVR's two stages: interleaved rows, and in stage 1 the momentum teacher.
 
-    stage 1   batch ──teacher, one forward──▶ targets ──▶ CE + weight · (1 - cos)      then teacher ← EMA
+    stage 1   batch ──teacher, one forward──▶ targets ──▶ CE + weight · (1 - cos), teacher ← EMA
     stage 2   batch ──own latents, gradient through them──▶ CE
 
 Single process or DistributedDataParallel; a teacher of FSDP shards is not supported and refused.
@@ -32,14 +32,13 @@ from grpo_latent.sft.ilvr.teacher import teacher_targets
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """What stage 1 minimises: CE + latent_weight · (1 - cos) to the teacher's choice (2512.05665
-    section 3).
+    """What stage 1 minimises: CE + latent_weight · (1 - cos) (2512.05665 section 3).
 
     Attributes:
         decay: of the teacher.
         top_k, top_p: of the selection; `top_k` is also bounded by the positions of a span.
         noise_std: of the targets' noise.
-        latent_weight: of the cosine term.
+        latent_weight: of the cosine to the teacher's choice.
     """
 
     decay: float = 0.999
@@ -94,8 +93,8 @@ class ILVRTrainer(LatentSFTTrainer):
     def check(self, latent: LatentModel) -> None:
         what = "ILVR's spans are opened and closed by tokens"
         check_family(latent.mechanism, "spans", what)
-        # every span ends with a labelled end token, so that the cross-entropy trains the exit
-        # `end_token`
+        # every span ends with a labelled end token: the cross-entropy trains the exit by token,
+        # and nothing trains an exit that looks at the latents
         if latent.mechanism.reads_latents:
             raise ConfigError(
                 what, where="latent.exit", got=latent.mechanism.exit, expected="end_token or steps"
@@ -139,9 +138,7 @@ class ILVRStage1Trainer(KeepsTeacher, ILVRTrainer):
         self.teacher_adapter = ModelAdapter(self.teacher.model, latent.mechanism)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """As the base's, with the teacher's targets: their number is part of the loss's
-        denominator.
-        """
+        """As the base's, with the teacher's targets, whose number the loss is divided by."""
         return super().get_batch_samples(
             map(self._with_targets, epoch_iterator), num_batches, device
         )

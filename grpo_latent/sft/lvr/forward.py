@@ -1,6 +1,6 @@
 """One SFT forward: teacher-forced latents in, the sums of all loss terms out.
 
-    pixels ──vision, once──▶ visual [M, H] ──roi──▶ targets [N, H] ─┬─ inputs at the latent positions
+    pixels ──vision, once──▶ visual [M, H] ──roi──▶ targets [N, H] ─┬─ inputs at latent positions
                                                                     └─ compared with fed-back h
 
 Positions, masks and the injection are those of replay (`models.replay`): what SFT trains is what a

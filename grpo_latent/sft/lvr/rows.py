@@ -1,6 +1,6 @@
 """From an example to the positions that SFT trains on.
 
-    response   <lvr> <answer> 7 </answer>        box of token 5 of the image, EOS because the answer is known
+    response   <lvr> <answer> 7 </answer>        box of image token 5, EOS as the answer is known
 
     token      <start>  <latent>  <end>   <answer>  7     </answer>  <eos>
     kind       START    LATENT    FORCED  TEXT      TEXT  TEXT       TEXT
@@ -111,7 +111,8 @@ class LVREncoder(RowEncoder):
             raise DataError(
                 "spans do not match the boxes",
                 where=example.where,
-                got=f"{len(pieces) - 1} {LVR_PLACEHOLDER} in {example.response!r}, {len(spans)} boxes",
+                got=f"{len(pieces) - 1} {LVR_PLACEHOLDER} in {example.response!r}, "
+                f"{len(spans)} boxes",
                 expected=f"one {LVR_PLACEHOLDER} per box",
             )
         ids, kinds, roi = [], [], []

@@ -1,7 +1,7 @@
 """The curriculum of IVT-LR and Coconut: step after step of the rationale becomes a slot.
 
     optimizer step     0 … a      … b      … c      …
-    stage              0     1        2        S          slots in front of what is still written out
+    stage              0     1        2        S       slots before what is still written out
 
 The stage is a function of the optimizer step alone, so that a resumed run is at the stage of an
 uninterrupted one.
@@ -124,8 +124,8 @@ class CurriculumConfig:
                 "stages and slots differ",
                 where="loss.steps_per_stage",
                 got=lengths,
-                expected=f"{num_stages} numbers: stages 0 to {num_stages - 1}; the last one takes the rest of "
-                "trainer.max_steps",
+                expected=f"{num_stages} numbers: stages 0 to {num_stages - 1}; "
+                "the last one takes the rest of trainer.max_steps",
             )
         return tuple(itertools.accumulate(lengths))
 

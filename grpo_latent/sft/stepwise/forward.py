@@ -28,7 +28,7 @@ from grpo_latent.trajectory import PositionKind
 def loss_sums(
     adapter: ModelAdapter, batch: dict[str, Tensor], num_slots: int, cut: bool
 ) -> dict[str, Tensor]:
-    """Sum of the cross-entropy (`ce`) of the responses after `num_slots` slots; float32 scalar.
+    """Sums the cross-entropy of the responses after `num_slots` slots: `ce`, a float32 scalar.
 
     Args:
         cut: whether the slots' h are constants.
@@ -47,7 +47,8 @@ def loss_sums(
     prefill = prefill_with_slots(adapter, prompts, num_slots_B, adapter.mechanism.top_k_image, cut)
     response_ids_BR, valid_BR = batch["response_ids"], batch["response_valid"]
     # the last response position scores nothing
-    fed_ids_BR, num_before = response_ids_BR[:, :-1], prefill.kinds_BS.shape[1]
+    fed_ids_BR = response_ids_BR[:, :-1]
+    num_before = prefill.kinds_BS.shape[1]
     kinds = torch.cat([prefill.kinds_BS, torch.full_like(fed_ids_BR, int(PositionKind.TEXT))], 1)
     valid = torch.cat([prefill.valid_BS, valid_BR[:, :-1]], 1)
     positions_BR = count_on(prefill.next_position_B, valid_BR[:, :-1])

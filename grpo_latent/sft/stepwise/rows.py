@@ -1,5 +1,6 @@
-"""Rows of SFT with prompt slots: the first `stage` steps of a rationale become slots, the rest
-stays text (IVT-LR, Coconut).
+"""Rows of SFT with prompt slots (IVT-LR, Coconut).
+
+The first `stage` steps of a rationale become slots, the rest stays text:
 
     stage 0    [question] step 1. step 2. step 3. Therefore, the answer is B <eos>
     stage 1    [question] slot                    step 2. step 3. Therefore, the answer is B <eos>
@@ -42,8 +43,7 @@ class StepwiseRow:
 
 @dataclass(frozen=True, kw_only=True)
 class StepwiseEncoder(RowEncoder):
-    """Tokenises examples for the stages of a curriculum up to `config.steps` slots; every response
-    ends with EOS.
+    """Tokenises examples for the stages of a curriculum, up to the mechanism's `steps` slots.
 
     Attributes:
         image_token_id: the image placeholder, None for a text-only model.
@@ -69,7 +69,9 @@ class StepwiseEncoder(RowEncoder):
         return StepwiseRow(prompt.ids, responses, prompt.images)
 
     def _check_image_tokens(self, prompt_ids: Tensor, num_images: int, where: str) -> None:
-        """A slot may take fewer than `top_k_image`, what is left; a slot that can take none is a
+        """Refuses an image with fewer tokens than slots.
+
+        A slot may take fewer than `top_k_image`, what is left; one that can take none is a
         mistake of the data.
         """
         if not (self.mechanism.top_k_image and num_images):
@@ -90,30 +92,26 @@ class StepwiseEncoder(RowEncoder):
 
 
 def collate_rows(rows: Sequence[StepwiseRow], stage: int) -> dict[str, Tensor]:
-    """Rows at one stage: prompts padded left, responses right.
+    """Pads rows at one stage to a batch: prompts left, responses right.
 
     Returns:
-        prompt_ids, prompt_valid: [B, P]; response_ids, response_valid: [B, R]; pixel_values,
-            image_grid_thw of all rows
-        in order, absent if there are none.
+        prompt_ids, response_ids: int64 [B, P] and [B, R].
+        prompt_valid, response_valid: bool, likewise.
+        pixel_values, image_grid_thw: of all rows in order, absent if there are none.
     """
-    batch = {}
+    batch: dict[str, Tensor] = {}
     columns_of = {
         "prompt": [row.prompt_ids for row in rows],
         "response": [row.response_ids[stage] for row in rows],
     }
-    for name, parts in columns_of.items():
-        length = max(part.shape[0] for part in parts)
-        ids, valid = (
-            torch.zeros(len(rows), length, dtype=torch.long),
-            torch.zeros(len(rows), length, dtype=torch.bool),
-        )
-        for row, part in enumerate(parts):
-            columns = (
-                slice(length - part.shape[0], length)
-                if name == "prompt"
-                else slice(0, part.shape[0])
-            )
-            ids[row, columns], valid[row, columns] = part, True
+    for name, ids_of_rows in columns_of.items():
+        length = max(row_ids.shape[0] for row_ids in ids_of_rows)
+        ids = torch.zeros(len(rows), length, dtype=torch.long)
+        valid = torch.zeros(len(rows), length, dtype=torch.bool)
+        for row_idx, row_ids in enumerate(ids_of_rows):
+            start = length - row_ids.shape[0] if name == "prompt" else 0
+            columns = slice(start, start + row_ids.shape[0])
+            ids[row_idx, columns] = row_ids
+            valid[row_idx, columns] = True
         batch |= {f"{name}_ids": ids, f"{name}_valid": valid}
     return batch | image_columns(ImageInputs.concat([row.images for row in rows]))

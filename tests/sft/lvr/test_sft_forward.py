@@ -329,7 +329,7 @@ def test_a_latent_without_a_target_is_refused(roi, vector):
         teacher_forced(torch.zeros(6, 3), torch.tensor(roi), vector)
 
 
-def test_swapping_the_image_under_the_same_latents_moves_no_text_when_latents_are_the_only_channel():
+def test_swapping_the_image_under_the_same_latents_moves_no_text_behind_the_bottleneck():
     """The leak test of SFT's own forward: with one latent a span, CE after `start` cannot see the
     image.
     """
