@@ -371,13 +371,38 @@ BAD_ROWS = {
     ),
 }
 BAD_SFT_ROWS = {
-    "several ground truths": (("reward_model", "ground_truth"), ["7"], "reward_model.ground_truth", "['7']"),
-    "empty ground truth": (("reward_model", "ground_truth"), "", "reward_model.ground_truth", "answer ''"),
-    "box outside": (("extra_info", "bboxes"), [[0, 0, 2, 1]], "extra_info.bboxes[0]", "outside the image"),
-    "response without span": (("extra_info", "response"), "<answer>7</answer>", "extra_info.response", "0 <lvr> for 1"),
+    "several ground truths": (
+        ("reward_model", "ground_truth"),
+        ["7"],
+        "reward_model.ground_truth",
+        "['7']",
+    ),
+    "empty ground truth": (
+        ("reward_model", "ground_truth"),
+        "",
+        "reward_model.ground_truth",
+        "answer ''",
+    ),
+    "box outside": (
+        ("extra_info", "bboxes"),
+        [[0, 0, 2, 1]],
+        "extra_info.bboxes[0]",
+        "outside the image",
+    ),
+    "response without span": (
+        ("extra_info", "response"),
+        "<answer>7</answer>",
+        "extra_info.response",
+        "0 <lvr> for 1",
+    ),
     "response empty": (("extra_info", "response"), "", "extra_info.response", "no response"),
-    "answer in an unlabelled response": (("extra_info", "has_answer"), False, "reward_model.ground_truth", "answer '7'"),
-}  # fmt: skip
+    "answer in an unlabelled response": (
+        ("extra_info", "has_answer"),
+        False,
+        "reward_model.ground_truth",
+        "answer '7'",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", [*BAD_ROWS, *BAD_SFT_ROWS])

@@ -172,17 +172,37 @@ def adapters(model):
 @pytest.mark.parametrize(
     ("method", "overrides", "error", "message"),
     [
-        ("ilvr_stage1", {"latent.latent_end_threshold": 0.1}, ConfigError, "latent: unknown key.*of method ilvr_stage1"),
-        ("ilvr_stage1", {"loss.end": "mode_switch"}, ConfigError, "loss: unknown key.*of method ilvr_stage1"),
-        ("ilvr_stage2", {"loss.decay": 0.9}, ConfigError, "loss: unknown key.*of method ilvr_stage2"),
+        (
+            "ilvr_stage1",
+            {"latent.latent_end_threshold": 0.1},
+            ConfigError,
+            "latent: unknown key.*of method ilvr_stage1",
+        ),
+        (
+            "ilvr_stage1",
+            {"loss.end": "mode_switch"},
+            ConfigError,
+            "loss: unknown key.*of method ilvr_stage1",
+        ),
+        (
+            "ilvr_stage2",
+            {"loss.decay": 0.9},
+            ConfigError,
+            "loss: unknown key.*of method ilvr_stage2",
+        ),
         ("lvr", {"loss.gradient": "cut"}, ConfigError, "loss: unknown key.*of method lvr"),
         ("lvr", {"data.format": "ilvr_jsonl"}, ConfigError, "data.format.*for method lvr"),
         ("ilvr_stage2", {"method": "ilvr"}, ConfigError, "method: unknown value; got ilvr"),
         ("ilvr_stage2", {"latent.exit": "latent_end"}, ConfigError, "latent.exit"),
-        ("ilvr_stage1", {"latent.visibility": "latents_only"}, ConfigError, "latent.exit: visibility latents_only"),
+        (
+            "ilvr_stage1",
+            {"latent.visibility": "latents_only"},
+            ConfigError,
+            "latent.exit: visibility latents_only",
+        ),
         ("ilvr_stage1", {"data.max_length": 5}, DataError, "row too long"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_belong_to_the_method_is_an_error(
     inputs, tmp_path, method, overrides, error, message
 ):
