@@ -1,5 +1,6 @@
-"""Families of models, one file each; `protocol.Backbone` says what a family is. A file in this
-folder registers itself.
+"""Families of models, one file each; `protocol.Backbone` says what a family is.
+
+A file in this folder registers itself.
 """
 
 import importlib

@@ -1,5 +1,4 @@
-"""Chameleon: images are discrete. A VQ model turns one into token ids, and an image embedding is
-that of such an id.
+"""Chameleon: a VQ model turns an image into token ids, whose embeddings are the image embeddings.
 
 The ids take the place of the placeholders before the forward, which then is that of a text model.
 """
@@ -11,26 +10,26 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.backbones.protocol import Backbone
 from grpo_latent.backbones.registry import register
 from grpo_latent.errors import ConfigError
 
-DELIMITERS = (
-    "<racm3:break>",
-    "<eoss>",
-)  # around the tokens of an image; no field of its config names them
+# around the tokens of an image; no field of its config names them
+DELIMITERS = ("<racm3:break>", "<eoss>")
 
 
 @register
 class Chameleon(Backbone):
+    """A Chameleon model; neither vLLM nor verl gets its images."""
+
     model_types = ("chameleon",)
     processor_names = ("ChameleonProcessor",)
     image_arguments = ()
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         super().__init__(model)
         mapping = self.base.vocabulary_mapping
         ids = [mapping.image_token_id, *(mapping.vocab_map.get(token) for token in DELIMITERS)]
@@ -73,21 +72,17 @@ class Chameleon(Backbone):
         return False  # which code vector is nearest has no gradient
 
     def encode_images(self, images: ImageInputs) -> Tensor:
-        return self.model.get_input_embeddings()(self._token_ids(images))
+        return self.embedding(self._token_ids(images))
 
     def forward_inputs(
         self, input_ids_BT: Tensor, images: ImageInputs
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        return input_ids_BT.masked_scatter(
-            input_ids_BT == self.image_token_id, self._token_ids(images)
-        ), {}
+        is_image_BT = input_ids_BT.eq(self.image_token_id)
+        return input_ids_BT.masked_scatter(is_image_BT, self._token_ids(images)), {}
 
     @torch.no_grad()
     def _token_ids(self, images: ImageInputs) -> Tensor:
         """int64 [M], token ids of all images in order."""
         weight = next(self.base.vqmodel.parameters())
-        return (
-            self.base.get_image_tokens(images.pixel_values.to(weight.device, weight.dtype))
-            .flatten()
-            .long()
-        )
+        pixel_values = images.pixel_values.to(weight.device, weight.dtype)
+        return self.base.get_image_tokens(pixel_values).flatten().long()

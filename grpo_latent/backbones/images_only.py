@@ -67,8 +67,9 @@ class ImagesOnly:
 
 
 def use_images_only(model_type: str, images_only: type[ImagesOnly]) -> bool:
-    """Puts the class where `AutoProcessor` looks for the processor of `model_type`, in this
-    process, if torchvision is missing; idempotent.
+    """Lets `AutoProcessor` find the class for `model_type`, where torchvision is missing.
+
+    In this process only; idempotent.
 
     Returns:
         Whether the images-only class is in use.

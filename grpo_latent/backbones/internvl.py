@@ -1,8 +1,7 @@
-"""InternVL (2.5, 3, 3.5) in its Hugging Face form: an image is one or more square tiles, positions
-are those of text.
+"""InternVL (2.5, 3, 3.5) in its Hugging Face form: images are tiles, positions are those of text.
 
-    image ──processor──▶ tiles [n, 3, S, S], the last a thumbnail of all if n > 1 ──tower──▶ patches ──2 x 2──▶ projector
-          grid (n, s, s): n tiles of s x s tokens
+    image ──processor──▶ square tiles [n, 3, S, S], the last a thumbnail of all if n > 1
+          ──tower──▶ patches ──2 x 2──▶ projector ──▶ n tiles of s x s tokens: grid (n, s, s)
 
 A box is looked up in the view that shows the whole image: the only tile, or the thumbnail. `<img>`
 and `</img>` around the placeholders count as words, as no field of the model's config names them.
@@ -15,7 +14,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.models.internvl.processing_internvl import (
     InternVLProcessor as StockInternVLProcessor,
 )
@@ -29,14 +28,17 @@ from grpo_latent.errors import ConfigError
 
 @register
 class InternVL(Backbone):
+    """An InternVL model; verl trains it by Hugging Face's own forward."""
+
     model_types = ("internvl",)
     processor_names = ("InternVLProcessor",)
     image_arguments = ("pixel_values",)
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         super().__init__(model)
-        self.image_token_id = model.config.image_token_id
-        self.vision_ids = frozenset({self.image_token_id})
+        image_token_id = self.config.image_token_id
+        self.image_token_id = image_token_id
+        self.vision_ids = frozenset({image_token_id})
 
     @classmethod
     def check_vllm(cls, hf_config: PreTrainedConfig, where: str) -> None:
@@ -55,11 +57,9 @@ class InternVL(Backbone):
             tiles = [int(count) for count in batch["num_patches"]]
         else:
             is_image = (batch["input_ids"].flatten() == processor.image_token_id).int()
-            # delimiters part the placeholders of two images, so that each run of placeholders is
-            # one
-            edges = torch.diff(is_image, prepend=torch.zeros(1), append=torch.zeros(1)).nonzero()[
-                :, 0
-            ]
+            # delimiters part the placeholders of two images: each run of placeholders is one image
+            nothing = torch.zeros(1)
+            edges = torch.diff(is_image, prepend=nothing, append=nothing).nonzero()[:, 0]
             tiles = [length // tokens_of_tile for length in (edges[1::2] - edges[::2]).tolist()]
         side = math.isqrt(tokens_of_tile)
         return ImageInputs(
@@ -81,10 +81,9 @@ class InternVL(Backbone):
         return (tiles - 1) * height * width, [1, height, width]
 
     def encode_images(self, images: ImageInputs) -> Tensor:
-        pixel_values = images.pixel_values.to(self.model.get_input_embeddings().weight.device)
-        return self.base.get_image_features(pixel_values, return_dict=True).pooler_output.flatten(
-            0, 1
-        )
+        pixel_values = images.pixel_values.to(self.embedding.weight.device)
+        features = self.base.get_image_features(pixel_values, return_dict=True)
+        return features.pooler_output.flatten(0, 1)
 
 
 class InternVLProcessor(ImagesOnly, StockInternVLProcessor):

@@ -1,9 +1,10 @@
-"""`Backbone`: all that the toolkit knows of one family of Hugging Face models. A family is one
-file with one subclass.
+"""`Backbone`: all that the toolkit knows of one family of Hugging Face models.
 
-    folder ──config.json──▶ find_backbone ──▶ class: auto class, vision or not, what vLLM and verl refuse
+A family is one file with one subclass.
+
+    folder ──config.json──▶ find_backbone ──▶ class: auto class, vision or not, engines' refusals
     images ──processor────▶ image_inputs  ──▶ ImageInputs: pixels and grid
-    model  ──ModelAdapter─▶ Backbone(model) ──▶ positions, placeholders, merge of images into the sequence
+    model  ──ModelAdapter─▶ Backbone(model) ──▶ positions, placeholders, merge of images
 
 What a new family writes (a family without images writes nothing, see `text.py`):
 
@@ -11,7 +12,8 @@ What a new family writes (a family without images writes nothing, see `text.py`)
     processor_names        class names of its processors
     has_mrope              whether positions have three components
     image_inputs           what its processor returns → ImageInputs
-    vision_modules         modules that turn pixels into image embeddings; `merger_parameters` of them
+    vision_modules         modules that turn pixels into image embeddings
+    merger_parameters      those of them that map to the decoder's width
     image_token_id, vision_ids
     num_pixel_rows, num_image_tokens, box_view
     encode_images, forward_inputs
@@ -28,15 +30,21 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, PreTrainedConfig, ProcessorMixin
+from transformers import (
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.errors import ConfigError
 
 
 class Backbone:
-    """One model seen as a member of its family. Everything that needs a config or a processor only
-    is a class method.
+    """One model seen as a member of its family.
+
+    Everything that needs a config or a processor only is a class method.
 
     Attributes:
         model_types: values of `model_type` in config.json that this class serves.
@@ -50,7 +58,10 @@ class Backbone:
             nothing for rows of text, so that the collectives of its shards are called equally
             often on all ranks.
         image_arguments: fields of `ImageInputs` that the model's own forward takes.
-        base: the model without its head. decoder: the part that takes `inputs_embeds` only.
+        config, text_config: of the model, and of its decoder.
+        embedding: the token embeddings.
+        base: the model without its head.
+        decoder: the part that takes `inputs_embeds` only.
         image_token_id: the placeholder of one image embedding; None without images.
         vision_ids: placeholders and delimiters, which are no words; never sampled.
         unpredicted_ids: tokens that the model's own forward gives no probability.
@@ -69,16 +80,20 @@ class Backbone:
     runs_tower_without_images: ClassVar[bool] = False
     image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
 
-    def __init__(self, model: nn.Module):
-        self.model, self.base = model, getattr(model, "model", None)
-        if self.base is None or model.get_output_embeddings() is None:
+    def __init__(self, model: PreTrainedModel):
+        base = getattr(model, "model", None)
+        if base is None or model.get_output_embeddings() is None:
             raise ConfigError(
                 "not a causal language model or image-text-to-text model",
                 where="model",
                 got=type(model).__name__,
                 expected="a Hugging Face …ForCausalLM or …ForConditionalGeneration",
             )
-        self.text_config = model.config.get_text_config()
+        self.model = model
+        self.base = base
+        self.config: PreTrainedConfig = model.config
+        self.embedding: nn.Embedding = model.get_input_embeddings()
+        self.text_config = self.config.get_text_config()
         layer_types = set(getattr(self.text_config, "layer_types", None) or ["full_attention"])
         if layer_types != {"full_attention"}:
             raise ConfigError(
@@ -93,21 +108,17 @@ class Backbone:
         self.vision_ids: frozenset[int] = frozenset()
         self.unpredicted_ids: list[int] = []
 
-    # ---- of a config: before there is a model
-    # ----------------------------------------------------------------------
+    # ---- of a config: before there is a model ---------------------------------------------
 
     @classmethod
     def check_vllm(cls, hf_config: PreTrainedConfig, where: str) -> None:
-        """Raises `ConfigError` where engine vllm would not run the model, or not as Hugging Face
-        does.
-        """
+        """Raises `ConfigError` where vLLM cannot run the model, or not as Hugging Face does."""
 
     @classmethod
     def check_verl(cls, where: str) -> None:
         """Raises `ConfigError` where verl's engine cannot train the model with latents."""
 
-    # ---- of a processor
-    # --------------------------------------------------------------------------------------------
+    # ---- of a processor --------------------------------------------------------------------
 
     @classmethod
     def image_inputs(cls, batch: Mapping[str, Tensor], processor: ProcessorMixin) -> ImageInputs:
@@ -118,8 +129,9 @@ class Backbone:
     def bound_image_tokens(
         cls, processor: ProcessorMixin, minimum: int | None, maximum: int | None
     ) -> None:
-        """Bounds the tokens of an image, in the processor; it is saved with the model, so RL sees
-        the same images.
+        """Bounds the tokens of an image, in the processor.
+
+        It is saved with the model, so that RL sees the same images as SFT.
 
         Raises:
             ConfigError: no image size fits the bounds, or the family's images have one size.
@@ -131,19 +143,20 @@ class Backbone:
             expected=f"neither, for {cls.__name__}",
         )
 
-    # ---- vision ---------------------------------------------------------------------------------
-    # -------------------
+    # ---- vision ----------------------------------------------------------------------------
 
     @property
     def vision_modules(self) -> list[nn.Module]:
         """All modules between pixels and image embeddings, mergers included; the tower first.
+
         Empty without vision.
         """
         return []
 
     def merger_parameters(self) -> list[nn.Parameter]:
-        """Parameters of `vision_modules` that map tower states to the decoder's width; may be
-        frozen apart.
+        """Parameters of `vision_modules` that map tower states to the decoder's width.
+
+        They may be frozen apart from the tower's.
         """
         return []
 
@@ -166,18 +179,20 @@ class Backbone:
         return images.image_grid_thw.prod(-1) // self.merge_size**2
 
     def box_view(self, grid_thw: list[int]) -> tuple[int, list[int]]:
-        """Where the tokens of a box are looked up: the index of the first token, among the
-        image's, of a view that shows the whole image, and the grid of that view."""
+        """Where a box is looked up: (first token, grid) of a view that shows the whole image.
+
+        The index counts among the image's own tokens.
+        """
         return 0, grid_thw
 
     def encode_images(self, images: ImageInputs) -> Tensor:
-        """Image embeddings, after any merger, [M, H], of all images in order: what stands at image
-        placeholders.
+        """Image embeddings [M, H] of all images in order, after any merger.
+
+        They are what stands at image placeholders.
         """
         raise NotImplementedError(f"{type(self).__name__}.encode_images")
 
-    # ---- sequence -------------------------------------------------------------------------------
-    # -------------------
+    # ---- sequence --------------------------------------------------------------------------
 
     def position_ids(
         self, input_ids_BT: Tensor, valid_BT: Tensor, images: ImageInputs, plain: Tensor
@@ -192,14 +207,13 @@ class Backbone:
     def forward_inputs(
         self, input_ids_BT: Tensor, images: ImageInputs
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The ids, and the arguments beside them, that `base` takes to see images at their
-        placeholders.
-        """
+        """The ids and the other arguments that `base` takes to see images at placeholders."""
         return input_ids_BT, {name: getattr(images, name) for name in self.image_arguments}
 
     def mask_unpredicted(self, logits: Tensor) -> Tensor:
-        """Logits as the model's own forward makes them: the lowest finite number at
-        `unpredicted_ids`.
+        """Logits as the model's own forward makes them.
+
+        At `unpredicted_ids` that is the lowest finite number.
         """
         if not self.unpredicted_ids:
             return logits

@@ -13,6 +13,8 @@ from grpo_latent.backbones.registry import register
 
 @register
 class Qwen2_5VL(QwenVL):  # noqa: N801  (the family's name)
+    """A Qwen2.5-VL model."""
+
     model_types = ("qwen2_5_vl",)
     processor_names = ("Qwen2_5_VLProcessor",)
 

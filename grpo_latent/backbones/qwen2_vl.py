@@ -13,6 +13,8 @@ from grpo_latent.backbones.registry import register
 
 @register
 class Qwen2VL(QwenVL):
+    """A Qwen2-VL model."""
+
     model_types = ("qwen2_vl",)
     processor_names = ("Qwen2VLProcessor",)
 

@@ -15,14 +15,18 @@ from grpo_latent.errors import ConfigError
 
 @register
 class Qwen3VL(QwenVL):
+    """A Qwen3-VL model."""
+
     model_types = ("qwen3_vl",)
     processor_names = ("Qwen3VLProcessor",)
 
     @classmethod
     def check_vllm(cls, hf_config: PreTrainedConfig, where: str) -> None:
-        """Raises `ConfigError` for a config on which vLLM and Hugging Face disagree, silently:
-        transformers interleaves the rotary sections whatever the config says, vLLM only if it says
-        so."""
+        """Raises `ConfigError` for a config on which vLLM and Hugging Face disagree in silence.
+
+        Transformers interleaves the rotary sections whatever the config says, vLLM only if it says
+        so.
+        """
         rope = getattr(hf_config.get_text_config(), "rope_parameters", None) or {}
         if not rope.get("mrope_interleaved"):
             raise ConfigError(

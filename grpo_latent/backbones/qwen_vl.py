@@ -1,7 +1,7 @@
-"""What the Qwen-VL families share: a tower `visual` with its merger, patches in a row, mRoPE, one
-image processor.
+"""What the Qwen-VL families share: a tower `visual` with its merger, mRoPE, one image processor.
 
-image ──processor──▶ patches [t * h * w, channels * 2 * patch * patch], grid (t, h, w) ──visual──▶ t * h * w / merge²
+image ──processor──▶ patches [t * h * w, channels * 2 * patch * patch], grid (t, h, w)
+      ──visual──▶ t * h * w / merge² embeddings
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_torchvision_available
 
@@ -30,7 +30,7 @@ class QwenVL(Backbone):
     caches_tower = True
     runs_tower_without_images = True
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         super().__init__(model)
         names = (
             "image_token_id",
@@ -38,7 +38,7 @@ class QwenVL(Backbone):
             "vision_start_token_id",
             "vision_end_token_id",
         )
-        ids = [getattr(model.config, name, None) for name in names]
+        ids = [getattr(self.config, name, None) for name in names]
         self.image_token_id = ids[0]
         self.vision_ids = frozenset(token_id for token_id in ids if token_id is not None)
 
@@ -75,14 +75,13 @@ class QwenVL(Backbone):
 
     @property
     def merge_size(self) -> int:
-        return self.model.config.vision_config.spatial_merge_size
+        return self.config.vision_config.spatial_merge_size
 
     def num_pixel_rows(self, images: ImageInputs) -> int:
         return int(images.image_grid_thw.prod(-1).sum())
 
     def encode_images(self, images: ImageInputs) -> Tensor:
-        device = self.model.get_input_embeddings().weight.device
-        images = images.to(device)
+        images = images.to(self.embedding.weight.device)
         features = self.base.get_image_features(images.pixel_values, images.image_grid_thw)
         return torch.cat(tuple(features.pooler_output))
 
@@ -92,7 +91,7 @@ class QwenVL(Backbone):
         # without `mm_token_type_ids` transformers numbers image positions as text, silently
         position_ids, _ = self.base.get_rope_index(
             input_ids_BT,
-            mm_token_type_ids=(input_ids_BT == self.image_token_id).int(),
+            mm_token_type_ids=input_ids_BT.eq(self.image_token_id).int(),
             image_grid_thw=images.image_grid_thw,
             attention_mask=valid_BT.long(),
         )

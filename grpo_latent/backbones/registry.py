@@ -1,6 +1,4 @@
-"""Which family a config, a model or a processor belongs to. An unknown one is an error, never a
-guess by attributes.
-"""
+"""Which family a config, a model or a processor belongs to; an unknown one is an error."""
 
 from __future__ import annotations
 
@@ -8,8 +6,7 @@ import importlib
 import os
 from pathlib import Path
 
-from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, ProcessorMixin
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from grpo_latent.backbones.protocol import Backbone
@@ -64,13 +61,13 @@ def load_named_backbones() -> None:
 
 
 def known_model_types() -> list[str]:
+    """All registered values of `model_type`, sorted."""
     load_named_backbones()
     return sorted(_BY_MODEL_TYPE)
 
 
 def find_backbone(hf_config: PreTrainedConfig, where: str = "model") -> type[Backbone]:
-    """The family of a config: whether it has vision, which auto class builds it, what the engines
-    refuse.
+    """The family of a config: auto class, vision or not, what the engines refuse.
 
     Args:
         where: folder or key, for the error.
@@ -89,15 +86,17 @@ def find_backbone(hf_config: PreTrainedConfig, where: str = "model") -> type[Bac
         where=f"{where}: model_type",
         got=hf_config.model_type,
         expected=f"one of {', '.join(known_model_types())}, or a text model "
-        "(…ForCausalLM: rotary attention over all positions in every layer, no sliding_window, no part for images or sound)",
-        fix="Write one: a file with a subclass of Backbone, see grpo_latent/backbones/protocol.py for what to implement, "
-        f"in grpo_latent/backbones/ or anywhere else, named by the environment variable {VARIABLE}=package.module:Class.",
+        "(…ForCausalLM: rotary attention over all positions in every layer, no sliding_window, "
+        "no part for images or sound)",
+        fix="Write one: a file with a subclass of Backbone, "
+        "see grpo_latent/backbones/protocol.py for what to implement, "
+        "in grpo_latent/backbones/ or anywhere else, "
+        f"named by the environment variable {VARIABLE}=package.module:Class.",
     )
 
 
 def is_text_model(hf_config: PreTrainedConfig) -> bool:
-    """Whether a config is that of a decoder over tokens: rotary positions, keys and values at
-    every layer, nothing beside.
+    """Whether a config is that of a decoder over tokens, with rotary attention at every layer.
 
     A config with a part (vision, audio, a code book) is none, whatever else it is registered as;
     nor is one whose model carries a recurrent state or looks back over a window only, which the
@@ -112,15 +111,14 @@ def is_text_model(hf_config: PreTrainedConfig) -> bool:
     if getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)], "_is_stateful", False):
         return False
     has_rotary_attention = bool(getattr(hf_config, "rope_parameters", None))
-    says_its_layers = bool(
-        getattr(hf_config, "layer_types", None)
-    )  # then `Backbone` refuses those it cannot run
+    # where layers are named, `Backbone` itself refuses those that it cannot run
+    says_its_layers = bool(getattr(hf_config, "layer_types", None))
     return has_rotary_attention and (
         says_its_layers or not getattr(hf_config, "sliding_window", None)
     )
 
 
-def backbone_of(model: nn.Module) -> Backbone:
+def backbone_of(model: PreTrainedModel) -> Backbone:
     """The model as a member of its family; as `find_backbone`, and the errors of `Backbone`."""
     return find_backbone(model.config, where=type(model).__name__)(model)
 

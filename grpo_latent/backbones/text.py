@@ -1,5 +1,6 @@
-"""Causal language models: Qwen2, Qwen3, Llama and their like. `registry.is_text_model` says which
-configs are these.
+"""Causal language models: Qwen2, Qwen3, Llama and their like.
+
+`registry.is_text_model` says which configs are these.
 """
 
 from __future__ import annotations

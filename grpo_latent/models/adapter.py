@@ -1,5 +1,4 @@
-"""One model as the latent machinery uses it: positions, hidden states, logits, and checks of
-prompts.
+"""One model as the latent machinery uses it: positions, hidden states, logits, checks of prompts.
 
 What is a matter of the model's family (its tower, placeholders, positions of images, merge) is
 asked of its `Backbone`.
@@ -8,7 +7,9 @@ asked of its `Backbone`.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.backbones.registry import backbone_of
@@ -30,22 +31,25 @@ class ModelAdapter:
             `Backbone`).
     """
 
-    def __init__(self, model: nn.Module, mechanism: Mechanism | None = None):
-        self.model, self._mechanism = model, mechanism
+    def __init__(self, model: PreTrainedModel, mechanism: Mechanism | None = None):
+        self.model = model
+        self._mechanism = mechanism
         self.positions = Mechanism.positions if mechanism is None else mechanism.positions
         self.backbone = backbone_of(model)
-        self.base, self.decoder = self.backbone.base, self.backbone.decoder
+        self.base = self.backbone.base
+        self.decoder = self.backbone.decoder
         self.text_config = self.backbone.text_config
-        self.has_vision, self.has_mrope = self.backbone.has_vision, self.backbone.has_mrope
-        self.image_token_id, self.vision_ids = (
-            self.backbone.image_token_id,
-            self.backbone.vision_ids,
-        )
+        self.has_vision = self.backbone.has_vision
+        self.has_mrope = self.backbone.has_mrope
+        self.image_token_id = self.backbone.image_token_id
+        self.vision_ids = self.backbone.vision_ids
 
     @property
     def mechanism(self) -> Mechanism:
-        """Raises `ConfigError` where the adapter was made without one: h itself would pass for a
-        latent, unnoticed.
+        """What latents are for this model.
+
+        Raises:
+            ConfigError: the adapter was made without one; h would pass for a latent, unnoticed.
         """
         if self._mechanism is None:
             raise ConfigError(
@@ -58,24 +62,26 @@ class ModelAdapter:
 
     @property
     def hidden_size(self) -> int:
+        """H, of hidden states and of latents."""
         return self.text_config.hidden_size
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.get_input_embeddings().weight.dtype
+        """That of the token embeddings."""
+        return self.backbone.embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        """Where the token embeddings are."""
+        return self.backbone.embedding.weight.device
 
     def check_prompt(self, prompt_ids: Tensor, images: ImageInputs | None, where: str) -> None:
-        """Raises `RolloutError` unless ids [P] lie in the vocabulary and image placeholders fit
-        the pixels.
+        """Raises `RolloutError` unless ids [P] are known and placeholders fit the pixels.
 
         Hugging Face compares the totals of a batch only, and reads placeholders without any image
         as words.
         """
-        vocab_size = self.model.get_input_embeddings().num_embeddings
+        vocab_size = self.backbone.embedding.num_embeddings
         if int(prompt_ids.min()) < 0 or int(prompt_ids.max()) >= vocab_size:
             got = f"ids in {int(prompt_ids.min())}..{int(prompt_ids.max())}"
             raise RolloutError(
@@ -88,7 +94,7 @@ class ModelAdapter:
             raise RolloutError(
                 "images for a text-only model", where=where, got=model, expected="no images"
             )
-        num_placeholders = int((prompt_ids == self.image_token_id).sum())
+        num_placeholders = int(prompt_ids.eq(self.image_token_id).sum())
         num_tokens = 0 if images is None else int(self.num_image_tokens(images).sum())
         if images is not None:
             num_rows = self.backbone.num_pixel_rows(images)
@@ -96,7 +102,8 @@ class ModelAdapter:
                 raise RolloutError(
                     "pixels do not fit the image grid",
                     where=where,
-                    got=f"{images.pixel_values.shape[0]} patches, image_grid_thw {images.image_grid_thw.tolist()}",
+                    got=f"{images.pixel_values.shape[0]} patches, "
+                    f"image_grid_thw {images.image_grid_thw.tolist()}",
                     expected=f"{num_rows} patches",
                 )
         if num_placeholders != num_tokens:
@@ -113,14 +120,15 @@ class ModelAdapter:
         return self.backbone.num_image_tokens(images)
 
     def prompt_kinds(self, input_ids: Tensor) -> Tensor:
+        """int64, same shape: VISION at placeholders and delimiters of images, PROMPT elsewhere."""
         return prompt_kinds(input_ids, self.vision_ids)
 
     def position_ids(
         self, input_ids_BT: Tensor, valid_BT: Tensor, images: ImageInputs | None
     ) -> Tensor:
-        """Position ids, int64: [3, B, T] (mRoPE) or [B, T]. Positions after the prompt's images
-        count on as text; with positions `1d`, so do the images.
+        """Position ids, int64: [3, B, T] (mRoPE) or [B, T].
 
+        What stands after the prompt's images counts on as text; with positions `1d`, so do these.
         Computed here and always passed on: left to itself, a Hugging Face VL model keeps
         `rope_deltas` as hidden state.
         """
@@ -135,15 +143,17 @@ class ModelAdapter:
         attention_mask: Tensor,
         position_ids: Tensor,
         images: ImageInputs | None = None,
-        cache=None,
+        cache: Cache | None = None,
     ) -> Tensor:
-        """Last hidden states after the final norm [B, T, H] of a forward that starts from token
-        ids.
+        """Hidden states [B, T, H] after the final norm, of a forward that starts from token ids.
 
         Args:
             attention_mask: additive bias [B, 1, T, T_total], or bool/int validity [B, T].
+
+        Raises:
+            RolloutError: images for a text-only model.
         """
-        inputs = {}
+        inputs: dict[str, Tensor] = {}
         if images is not None:
             if not self.has_vision:  # a text model would ignore the pixels without a word
                 model = type(self.model).__name__
@@ -161,13 +171,11 @@ class ModelAdapter:
         ).last_hidden_state
 
     def encode_images(self, images: ImageInputs) -> Tensor:
-        """Image embeddings, after any merger, [M, H], of all images in order: what stands at image
-        placeholders.
-        """
+        """Image embeddings [M, H] of all images in order: what stands at image placeholders."""
         return self.backbone.encode_images(images)
 
     def decode_hidden(
-        self, embeds_NH: Tensor, bias_N11S: Tensor, position_ids: Tensor, cache
+        self, embeds_NH: Tensor, bias_N11S: Tensor, position_ids: Tensor, cache: Cache
     ) -> Tensor:
         """One decoding step from input vectors: last hidden states [N, H]."""
         return self.decoder(
@@ -179,15 +187,14 @@ class ModelAdapter:
         ).last_hidden_state[:, 0]
 
     def make(self, hidden_MH: Tensor) -> Tensor:
-        """The vectors that the mechanism records of hidden states, in their shape; leading
-        dimensions may be any.
-        """
+        """The vectors that the mechanism records of hidden states [..., H], in their shape."""
         source = HiddenSource(hidden_MH, lambda: self.logits(hidden_MH), self.embed)
         return self.mechanism.make(self.model, source)
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        return self.model.get_input_embeddings()(token_ids)
+        """Token embeddings [..., H] of ids [...], as the model's own forward reads them."""
+        return self.backbone.embedding(token_ids)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """As the model's own forward makes them."""
+        """Logits [..., V] of hidden states [..., H], as the model's own forward makes them."""
         return self.backbone.mask_unpredicted(self.model.get_output_embeddings()(hidden))

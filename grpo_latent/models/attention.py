@@ -1,5 +1,4 @@
-"""Attention of one new position: query heads that share a key head are folded, so keys and values
-are never repeated.
+"""Attention of one new position, with query heads folded so that keys are never repeated.
 
 Hugging Face's `sdpa` repeats keys and values to the number of query heads at each step and layer
 whenever a mask is given. For a single query position the heads of a group can stand in the query
@@ -32,6 +31,7 @@ def folded_sdpa(
     """Hugging Face attention interface; [B, heads, T, head dim] -> [B, T, heads, head dim]."""
     num_groups = getattr(module, "num_key_value_groups", 1)
     batch_size, num_heads, length, head_dim = query.shape
+    # with more queries, the mask's rows would have to be repeated for the folded heads
     if length != 1 or num_groups == 1:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
@@ -49,8 +49,9 @@ def folded_sdpa(
 def _as_products(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float | None
 ) -> Tensor:
-    """The same by two batched products: torch's CPU kernel is made for long queries, and slower on
-    many short ones.
+    """The same by two batched products.
+
+    Torch's CPU kernel is made for long queries, and slower on many short ones.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     bias = bias.expand(-1, key.shape[1], -1, -1).flatten(0, 1)
@@ -65,9 +66,7 @@ ALL_ATTENTION_FUNCTIONS.register(FOLDED_SDPA, folded_sdpa)
 
 @contextmanager
 def folded_attention(text_config):
-    """Decodes with `folded_sdpa` where the model is configured for `sdpa`; other implementations
-    stay as they are.
-    """
+    """Decodes with `folded_sdpa` within the block, where the model is configured for `sdpa`."""
     configured = text_config._attn_implementation
     if configured == "sdpa":
         text_config._attn_implementation = FOLDED_SDPA

@@ -1,14 +1,14 @@
-"""Scores recorded choices of image positions: their Plackett–Luce log-probability under the
-model's current attention.
+"""Recorded choices of image positions, scored under the model's current attention (Plackett–Luce).
 
-    kinds ──slot_choices──▶ where each slot's attention is read, what it could choose, what it chose
-    one forward with `recording_rows` at those places ──choice_log_probs──▶ log-prob at each SELECTED position, with gradient
+    kinds ──slot_choices──▶ where a slot's attention is read, what it could choose, what it chose
+    one forward with `recording_rows` at those places
+          ──choice_log_probs──▶ log-prob at each SELECTED position, with gradient
 
 The log-weights are log(mean attention) / temperature, as in the rollout
 (`models.slots.SlotDraws`).
 
 Legend: B sequences, T positions, N slots with a choice (the most of any sequence), K places of a
-choice, M image positions.
+choice, S SELECTED positions of all sequences, M image positions (of `selected_idx_M`: S).
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ class SlotChoices:
 def chosen_columns(
     kinds_BT: Tensor, valid_BT: Tensor, is_image_BT: Tensor, selected_idx_M: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sequence, position, position of the chosen image embedding), each int64 [M]; arguments as
-    `slot_choices`.
+    """(sequence, position, position of the chosen image embedding), each int64 [M].
+
+    Arguments as `slot_choices`.
 
     Raises:
         LatentMismatchError: the indices are not as many as the positions, or no image position of
@@ -68,7 +69,8 @@ def chosen_columns(
             "chosen image positions do not fit the images",
             where="selected_idx",
             got=selected_idx_M.tolist(),
-            expected=f"{row_M.shape[0]} indices below the numbers of image positions {num_images_B.tolist()}",
+            expected=f"{row_M.shape[0]} indices below the numbers of image positions "
+            f"{num_images_B.tolist()}",
         )
     first_B = num_images_B.cumsum(0) - num_images_B
     return row_M, column_M, is_image_BT.nonzero()[first_B[row_M] + selected_idx_M, 1]
@@ -106,6 +108,7 @@ def slot_choices(
     sources_BN[row_S, slot_S] = last_sources(kinds_BT, valid_BT)[row_S, column_S]
     chosen_BNK = torch.full((batch_size, num_slots, num_places), NOT_CHOSEN, device=device)
     chosen_BNK[row_S, slot_S, place_S] = selected_idx_M
+    # an image position may be chosen until the slot that takes it, that slot included
     slot_of_image_BM = torch.full((batch_size, num_images), num_slots, device=device)
     slot_of_image_BM[row_S, selected_idx_M] = slot_S
     exists_BM = torch.arange(num_images, device=device) < num_images_B[:, None]
@@ -126,7 +129,7 @@ def slot_choices(
 
 
 def choice_log_probs(choices: SlotChoices, attention_BNT: Tensor, temperature: float) -> Tensor:
-    """float32, one a SELECTED position in row-major order: nats, with gradient to the attention."""
+    """Nats, float32, a number a SELECTED position, row-major, with gradient to the attention."""
     num_slots = choices.sources_BN.shape[1]
     columns_BNM = choices.image_columns_BM[:, None].expand(-1, num_slots, -1)
     log_weights_BNM = log_weights(attention_BNT.gather(2, columns_BNM), temperature)

@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from grpo_latent.backbones.registry import backbone_of
 from grpo_latent.errors import LatentMismatchError
@@ -35,7 +36,7 @@ class LatentInjector:
         self._compose: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @classmethod
-    def install(cls, model: nn.Module, mechanism: Mechanism | None = None) -> LatentInjector:
+    def install(cls, model: PreTrainedModel, mechanism: Mechanism | None = None) -> LatentInjector:
         """The model's injector; installs the hook the first time, before any FSDP wrapping.
 
         Args:
@@ -54,8 +55,7 @@ class LatentInjector:
 
     @contextmanager
     def inject(self, mask_BT: Tensor, latents_NH: Tensor):
-        """Within the block, the model's next forward reads `latents_NH` at the True positions of
-        `mask_BT`.
+        """Within the block, the model's next forward reads `latents_NH` where `mask_BT` is True.
 
         Args:
             mask_BT: bool [B, T] (packed: [1, T]), the shape of the `input_ids` of the forward.
@@ -75,6 +75,7 @@ class LatentInjector:
 
     def arm(self, mask_BT: Tensor, latents_NH: Tensor) -> None:
         """`inject` without the block, for engines whose forward lies in code that is not ours.
+
         Pair with `disarm`.
         """
         num_positions = int(mask_BT.sum())
@@ -85,16 +86,15 @@ class LatentInjector:
         ):
             raise LatentMismatchError(
                 "latents do not match the latent mask",
-                got=f"mask {mask_BT.dtype} with {num_positions} positions, latents {tuple(latents_NH.shape)}",
+                got=f"mask {mask_BT.dtype} with {num_positions} positions, "
+                f"latents {tuple(latents_NH.shape)}",
                 expected=f"a bool mask and latents of shape [{num_positions}, hidden]",
                 fix="The mask and the vectors must come from the same recorded trajectories.",
             )
         self._mask_BT, self._latents_NH, self._num_uses = mask_BT, latents_NH, 0
 
     def embed(self, module: nn.Module, token_ids: Tensor) -> Tensor:
-        """Token embeddings of any ids by the hooked module itself, also while latents are armed
-        for its next forward.
-        """
+        """Token embeddings of any ids by the hooked module itself, while latents may be armed."""
         self._is_paused = True
         try:
             return module(token_ids)
@@ -102,6 +102,7 @@ class LatentInjector:
             self._is_paused = False
 
     def check_used(self) -> None:
+        """Raises `LatentMismatchError` if no forward has read the latents since `arm`."""
         if self._num_uses == 0:
             raise LatentMismatchError(
                 "the forward did not read the latents",
@@ -111,10 +112,11 @@ class LatentInjector:
             )
 
     def disarm(self) -> None:
+        """Lets forwards read token embeddings alone again."""
         self._mask_BT = self._latents_NH = None
 
     def _hook(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        if self._mask_BT is None or self._is_paused:
+        if self._mask_BT is None or self._latents_NH is None or self._is_paused:
             return None
         if (
             self._mask_BT.shape != output.shape[:-1]
@@ -134,8 +136,7 @@ class LatentInjector:
 
 
 class SelectionInjector:
-    """Replay by index: SELECTED positions read what the forward has at the image positions that
-    they chose.
+    """Replay by index: SELECTED positions read what the forward has at their image positions.
 
     Whatever was recorded, and with a gradient into a vision tower that trains. Does nothing until
     it is armed.
@@ -147,7 +148,7 @@ class SelectionInjector:
         self._places: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
-    def install(cls, model: nn.Module) -> SelectionInjector:
+    def install(cls, model: PreTrainedModel) -> SelectionInjector:
         """The model's injector; installs the hook the first time, before any FSDP wrapping."""
         decoder = backbone_of(model).decoder
         injector = getattr(decoder, cls._ATTRIBUTE, None)
@@ -158,12 +159,14 @@ class SelectionInjector:
         return injector
 
     def arm(self, rows_M: Tensor, columns_M: Tensor, image_columns_M: Tensor) -> None:
-        """For all forwards until `disarm`: position (row, column) reads (row, image column), as
-        far as a forward goes.
+        """Until `disarm`, position (row, column) of any forward reads (row, image column).
+
+        Forwards over the first columns only are served, too: what lies behind is left out.
         """
         self._places = (rows_M, columns_M, image_columns_M)
 
     def disarm(self) -> None:
+        """Lets forwards read what they are given again."""
         self._places = None
 
     def _hook(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

@@ -18,8 +18,9 @@ MIN_GROWTH = 8  # positions
 
 
 class InPlaceLayer(CacheLayerMixin):
-    """Keys and values of one decoder layer, [rows, KV heads, room, head dim], of which `length`
-    positions are filled.
+    """Keys and values of one decoder layer, [rows, KV heads, room, head dim].
+
+    The first `length` positions are filled.
     """
 
     is_sliding = False
@@ -42,6 +43,7 @@ class InPlaceLayer(CacheLayerMixin):
             room = min(self.capacity, end + max(MIN_GROWTH, self.length // 8))
             self.keys = _with_room(self.keys, self.length, room)
             self.values = _with_room(self.values, self.length, room)
+        # the room behind `end` is never handed out: what an earlier growth left there is garbage
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
         self.length = end
@@ -90,8 +92,10 @@ class RolloutCache(Cache):
 
 @contextmanager
 def caching_layers(model: nn.Module):
-    """Switches gradient checkpointing off within the block: in training, transformers drops the
-    cache of a checkpointed layer with no more than a warning."""
+    """Switches gradient checkpointing off within the block.
+
+    In training, transformers drops the cache of a checkpointed layer with no more than a warning.
+    """
     checkpointed = [
         module for module in model.modules() if getattr(module, "gradient_checkpointing", False)
     ]

@@ -110,7 +110,8 @@ def load_latent_model(
             dtype=dtype,
             attn_implementation=attn_implementation,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported in `info`, and refused below by name and shape
+            # reported in `info`, and refused below by name and shape
+            ignore_mismatched_sizes=True,
         )
     if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
         found = {
@@ -162,8 +163,10 @@ def reading(part: str, folder: Path):
 def _latent_parameters_expected(
     model_class: type[PreTrainedModel], mechanism: Mechanism | type[Mechanism]
 ):
-    """Keeps transformers from reporting the mechanism's parameters, which `load_latent_parameters`
-    reads, and a treatment's, which only a run with that treatment needs, as unexpected."""
+    """Keeps transformers from reporting latent parameters as unexpected.
+
+    `load_latent_parameters` reads the mechanism's; only a run with a treatment needs that one's.
+    """
     known = model_class._keys_to_ignore_on_load_unexpected
     ours = (*mechanism.parameter_prefixes, f"{PARAMETERS_ATTRIBUTE}.")
     own = [f"^{re.escape(prefix)}" for prefix in ours]
@@ -198,13 +201,10 @@ def save_latent_model(
 
 
 def read_mechanism(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> Mechanism:
-    """The mechanism of `latent_config.json`, or of a published checkpoint whose layout a mechanism
-    knows.
-    """
+    """The mechanism of `latent_config.json`, or of a published checkpoint in a known layout."""
     found = find_mechanism(folder, tokenizer)
-    return (
-        load_mechanism(folder) if found is None else found
-    )  # raises: a plain model has no latents
+    # `load_mechanism` raises here: a plain model has no latents
+    return load_mechanism(folder) if found is None else found
 
 
 def find_mechanism(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> Mechanism | None:
@@ -224,9 +224,7 @@ def find_mechanism(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> Me
 
 
 def check_tokens(mechanism: Mechanism, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Raises `CheckpointError` unless the tokenizer maps each latent token to the id that the
-    mechanism names.
-    """
+    """Raises `CheckpointError` unless the tokenizer maps each latent token to its id."""
     for role, (token, token_id) in mechanism.roles.items():
         actual = None if token is None else tokenizer.get_vocab().get(token)
         if actual != token_id:

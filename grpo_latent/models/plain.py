@@ -1,6 +1,7 @@
 """A Hugging Face model without latents, and how it gets them without any SFT.
 
-    plain folder ──load_plain──▶ model, tokenizer, processor ──add_latents──▶ a folder for RL
+    plain folder ──load_plain──▶ model, tokenizer, processor
+                 ──add_latents──▶ a folder that RL can start from
 
 Systems that learn their latents in RL alone (HRPO's gate), and baselines of an untrained
 mechanism, begin so.
@@ -44,8 +45,8 @@ def load_plain(
         dtype: "auto" takes the one that the weights have.
 
     Raises:
-        CheckpointError: no such folder, or one that is damaged or not of the architecture that it
-            names.
+        CheckpointError: no such folder, or one that is damaged or of another architecture than
+            it says.
         ConfigError: a family that no backbone serves.
     """
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
@@ -83,15 +84,16 @@ def add_latents(
     seed: int = 0,
     dtype: torch.dtype | str = "auto",
 ) -> Mechanism:
-    """Writes a plain model as a latent checkpoint: tokens are added, the mechanism's parameters
-    are fresh, all else is as it was.
+    """Writes a plain model as a latent checkpoint.
+
+    Tokens are added and the mechanism's parameters start fresh; all else stays as it was.
 
     Args:
         path: folder or model on the hub; only read.
         output: a folder that is not there yet, or empty.
         mechanism: name, package.module:Class, or class.
-        settings: of the mechanism, as `Mechanism.from_tokens` takes them; the published ones by
-            default.
+        settings: of the mechanism, as `Mechanism.from_tokens` takes them; by default those
+            that were published.
         seed: of the new embeddings and parameters.
 
     Raises:

@@ -1,6 +1,7 @@
 """Position ids of a sequence: the rule of rollout, replay, SFT and verl's engine.
 
-    prompt        as the model numbers it: text 0, 1, 2, …; with mRoPE an image has three components (time, row, column)
+    prompt        as the model numbers it: text 0, 1, 2, …; with mRoPE an image has three
+                  components (time, row, column)
     completion    counts on from the largest position of its prompt, as text, latents included
 
 A text token, an image of 1 × 2 tokens and two completion positions, with mRoPE and as verl's rows
@@ -26,16 +27,15 @@ NUM_ROPE_COMPONENTS = 3
 
 
 def plain_positions(valid_BT: Tensor) -> Tensor:
-    """int64 [B, T]: places among the valid positions; padding, which may stand on either side, has
-    some position >= 0.
+    """int64 [B, T]: places among the valid positions.
+
+    Padding, which may stand on either side, has some position >= 0.
     """
     return (valid_BT.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def with_components(positions_BT: Tensor, has_mrope: bool) -> Tensor:
-    """Positions of text as a model takes them: [3, B, T] for mRoPE, all components equal,
-    otherwise as they are.
-    """
+    """Positions of text as a model takes them: [3, B, T], all equal, for mRoPE, else [B, T]."""
     return positions_BT[None].expand(NUM_ROPE_COMPONENTS, -1, -1) if has_mrope else positions_BT
 
 

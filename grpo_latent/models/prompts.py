@@ -17,9 +17,7 @@ from grpo_latent.errors import DataError
 
 @dataclass(frozen=True)
 class Prompt:
-    """`ids` int64 [P], image placeholders expanded; `images` in the order of their placeholders,
-    or None.
-    """
+    """`ids` int64 [P], image placeholders expanded; `images` in their order, or None."""
 
     ids: Tensor
     images: ImageInputs | None
@@ -63,13 +61,13 @@ def encode_prompt(
             {**message, "content": "".join(part["text"] for part in message["content"])}
             for message in messages
         ]
-    template_owner = (
-        processor if getattr(processor, "chat_template", None) else tokenizer
-    )  # Chameleon's cannot have one
+    # Chameleon's processor cannot have a template
+    has_own = processor is not None and bool(getattr(processor, "chat_template", None))
+    template_owner = processor if processor is not None and has_own else tokenizer
     text = template_owner.apply_chat_template(
         list(messages), add_generation_prompt=True, tokenize=False
     )
-    if not images:
+    if not images or processor is None:
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
         return Prompt(ids, None)
     batch = processor(

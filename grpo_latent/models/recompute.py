@@ -1,9 +1,8 @@
-"""Latents of the current model at recorded positions, with three ways for a gradient to pass
-through them.
+"""Latents of the current model at recorded positions, and three ways for a gradient through them.
 
-    cut       z is a constant:                     loss(θ, z₀)
-    one_hop   z is made by one forward over z₀:    loss(θ, z(θ, z₀))      Monet's depth (2511.21395)
-    bptt      z is made by the whole chain:        loss(θ, z(θ))          ILVR's stage 2, Coconut
+    cut       z is a constant:                    loss(θ, z₀)
+    one_hop   z is made by one forward over z₀:   loss(θ, z(θ, z₀))      Monet's depth (2511.21395)
+    bptt      z is made by the whole chain:       loss(θ, z(θ))          ILVR's stage 2, Coconut
 
 z₀ are the current model's own latents as constants, so that all three have the same value and
 differ in gradient only. LVR's RL makes them so, cut (2509.24251 section 3.3). SELECTED vectors,
@@ -12,9 +11,9 @@ which no hidden state makes, stay as recorded.
 The chain runs in one of two ways, with equal values and gradients:
 
     over a cache   `recompute_latents`   each position once, a latent column at a time
-    by passes      `latents_by_passes`   the whole forward once a latent: for a forward that is somebody else's, as under
-                                         FSDP, whose parameters exist within the forward of its
-                                         root only
+    by passes      `latents_by_passes`   the whole forward once a latent: for a forward that is
+                                         somebody else's, as under FSDP, whose parameters exist
+                                         within the forward of its root only
 
 Legend: B sequences, T positions, L of one piece, N recorded vectors, M of them that a hidden state
 made, H hidden.
@@ -42,8 +41,9 @@ from grpo_latent.trajectory import PositionKind, made_mask
 def recompute_latents(
     adapter: ModelAdapter, sequences: LatentSequences, gradient: str = "cut"
 ) -> Tensor:
-    """Latents [N, H] as the current model makes them for the recorded tokens; what `sequences`
-    hold there is not read.
+    """Latents [N, H] as the current model makes them for the recorded tokens.
+
+    What `sequences` hold there is not read.
 
     Args:
         sequences: completions aligned to one column (`padding_side='both'`), or no image behind
@@ -103,7 +103,7 @@ def latents_by_passes(
 def _with_gradient(
     gradient: str, chain: Callable[[], Tensor], made_from: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """The three modes.
+    """Runs the chain in one of the three modes.
 
     Args:
         chain: makes the current model's latents [N, H].
@@ -191,8 +191,10 @@ def _chain_over_cache(adapter: ModelAdapter, sequences: LatentSequences) -> Tens
             vectors.append(vectors_BLH)
             embeds_BLH = vectors_BLH
             if adapter.mechanism.composes:
-                parts = (tokens_BLH.flatten(0, 1), vectors_BLH.flatten(0, 1))
-                composed_BLH = adapter.mechanism.compose(adapter.model, *parts).view_as(tokens_BLH)
+                composed_MH = adapter.mechanism.compose(
+                    adapter.model, tokens_BLH.flatten(0, 1), vectors_BLH.flatten(0, 1)
+                )
+                composed_BLH = composed_MH.view_as(tokens_BLH)
                 embeds_BLH = torch.where(
                     recorded_BT[:, piece, None], composed_BLH.to(tokens_BLH.dtype), tokens_BLH
                 )
@@ -208,9 +210,7 @@ def _chain_over_cache(adapter: ModelAdapter, sequences: LatentSequences) -> Tens
 
 
 def _decoding_pieces(has_latent_T: list[bool], first: int) -> list[tuple[int, int]]:
-    """Columns from `first` on as (start, end): each with a latent step alone, those between in one
-    piece.
-    """
+    """Columns from `first` on as (start, end): latent ones alone, those between in one piece."""
     pieces: list[tuple[int, int]] = []
     for column in range(first, len(has_latent_T)):
         joins = pieces and not has_latent_T[column] and not has_latent_T[column - 1]

@@ -26,8 +26,9 @@ from grpo_latent.models.shift import token_sources
 def replay_hidden(
     adapter: ModelAdapter, sequences: LatentSequences, cache: Cache | None = None
 ) -> Tensor:
-    """Hidden states [B, T, H] of the sequences, latents as recorded. Gradients flow, into the
-    latents too.
+    """Hidden states [B, T, H] of the sequences, latents as recorded.
+
+    Gradients flow, into the latents too.
 
     Args:
         cache: takes the keys and values of all T positions.
@@ -56,10 +57,12 @@ def token_log_probs(
     temperature: float,
     mask_BT: Tensor,
 ) -> Tensor:
-    """log softmax(logits / temperature) of each token at the True positions of `mask_BT`, 0
-    elsewhere; float32 [B, T].
+    """log softmax(logits / temperature) of tokens where `mask_BT` is True, else 0; float32 [B, T].
 
     Logits are made at those positions only.
+
+    Raises:
+        ConfigError: `temperature` is not finite and positive.
     """
     if not 0 < temperature < math.inf:
         raise ConfigError(
@@ -76,9 +79,7 @@ def replay(
     temperature: float = 1.0,
     start_is_action: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs [B, T] of the actions (0 elsewhere) and hidden states [B, T, H] of the recorded
-    sequences.
-    """
+    """Log-probs [B, T] of the actions (0 elsewhere), and hidden states [B, T, H]."""
     hidden_BTH = replay_hidden(adapter, sequences)
     mask_BT = sequences.action_mask_BT(start_is_action)
     return token_log_probs(adapter, sequences, hidden_BTH, temperature, mask_BT), hidden_BTH

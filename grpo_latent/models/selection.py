@@ -48,6 +48,7 @@ class RecordedAttention:
     _num_layers: int = 0
 
     def add(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> None:
+        """Adds one layer's attention of the wanted rows; tensors as Hugging Face gives them."""
         if self.rows_BN is None:
             mask = None if mask is None else mask[:, 0, -1:, : key.shape[2]]
             mean = rows_attention(query[:, :, -1:], key, mask, scaling)[:, 0]
@@ -62,19 +63,21 @@ class RecordedAttention:
         self._num_layers += 1
 
     def take(self, num_layers: int) -> Tensor:
-        """float32 [B, S], or [B, N, S] of `rows_BN`, each sums to 1: the mean over layers and
-        heads of the forward since the last `take`.
+        """Attention of the forward since the last `take`, its mean over layers and heads.
+
+        float32 [B, S], or [B, N, S] of `rows_BN`; each row sums to 1.
 
         Raises:
             LatentMismatchError: not each of the `num_layers` layers has run exactly once.
         """
-        if self._num_layers != num_layers:
+        if self._sum is None or self._num_layers != num_layers:
             raise LatentMismatchError(
                 "the recorded attention is not that of one forward",
                 where="recorded attention",
                 got=f"{self._num_layers} layers",
                 expected=f"{num_layers}",
-                fix="Call `take` after each forward; gradient checkpointing, which repeats layers, must be off.",
+                fix="Call `take` after each forward; gradient checkpointing, which repeats "
+                "layers, must be off.",
             )
         mean = self._sum / self._num_layers
         self._sum, self._num_layers = None, 0
@@ -96,9 +99,8 @@ def rows_attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling: flo
     """
     batch_size, num_heads, num_rows, head_dim = query.shape
     num_kv_heads = key.shape[1]
-    folded = query.reshape(
-        batch_size, num_kv_heads, -1, head_dim
-    )  # the heads of a group one after the other
+    # the heads of a group one after the other: keys are not repeated
+    folded = query.reshape(batch_size, num_kv_heads, -1, head_dim)
     scores = (folded @ key.transpose(2, 3)).float() * scaling
     scores = scores.view(batch_size, num_kv_heads, num_heads // num_kv_heads, num_rows, -1)
     if mask is not None:
@@ -139,8 +141,9 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(RECORDED_SDPA, ALL_MASK_ATTENTION_FUNCTION
 
 @contextmanager
 def recording_last_row(text_config, keep_last_layer: bool = False) -> Iterator[RecordedAttention]:
-    """Within the block, each forward of the decoder records its last row's attention. Give it an
-    explicit 4-D mask.
+    """Within the block, each forward of the decoder records its last row's attention.
+
+    Give it an explicit 4-D mask.
 
     Args:
         text_config: of the decoder; its attention implementation is `sdpa` (or what replaces it)
@@ -158,16 +161,16 @@ def recording_last_row(text_config, keep_last_layer: bool = False) -> Iterator[R
 def recording_rows(
     text_config, rows_BN: Tensor, allowed_BNS: Tensor
 ) -> Iterator[RecordedAttention]:
-    """Within the block, each forward of the decoder, without cache, records the attention of
-    `rows_BN`, with its gradient.
+    """Within the block, each forward without cache records the attention of `rows_BN`.
+
+    With its gradient.
 
     Args:
         rows_BN: int64, queries.
         allowed_BNS: bool, what each may look at; at least itself.
     """
-    with _recording(
-        text_config, RecordedAttention(rows_BN=rows_BN, allowed_BNS=allowed_BNS)
-    ) as recorder:
+    recording = RecordedAttention(rows_BN=rows_BN, allowed_BNS=allowed_BNS)
+    with _recording(text_config, recording) as recorder:
         yield recorder
 
 

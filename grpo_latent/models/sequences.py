@@ -1,6 +1,6 @@
 """`LatentSequences`: whole sequences as every forward takes them, built once and handed on.
 
-    prompts         ──prompt_sequences──▶ ┐                    ┌─▶ rollout: keys and values of the prompts
+    prompts         ──prompt_sequences──▶ ┐                    ┌─▶ rollout: prompts' keys, values
     trajectories    ──collate───────────▶ ├─ LatentSequences ──┼─▶ replay, recompute
     SFT's rows      ──build─────────────▶ │                    ├─▶ SFT's losses
     verl's rows     ──worker.engine─────▶ ┘                    └─▶ verl's forward
@@ -32,8 +32,7 @@ PADDING_SIDES = ("left", "right", "both")
 
 @dataclass(frozen=True)
 class LatentSequences:
-    """Sequences padded to one length T, or packed: one row, B = 1, in which they stand one after
-    the other.
+    """Sequences padded to one length T, or packed: one row, B = 1, of one after the other.
 
     Attributes:
         input_ids_BT: int64 [B, T]; any id at all at latent positions.
@@ -87,13 +86,10 @@ class LatentSequences:
         latents_NH: Tensor,
         visibility: str,
         images: ImageInputs | None = None,
-        **recorded: Tensor | None,
+        selected_idx_M: Tensor | None = None,
+        latent_aux_MA: Tensor | None = None,
     ) -> LatentSequences:
-        """With the adapter's positions, which no placeholder at a latent position can move.
-
-        Args:
-            recorded: `selected_idx_M`, `latent_aux_MA`.
-        """
+        """Sequences with the adapter's positions, whatever ids stand at latent positions."""
         ids_BT = input_ids_BT.masked_fill(latent_mask(kinds_BT), 0)
         position_ids = adapter.position_ids(ids_BT, valid_BT, images)
         return LatentSequences(
@@ -104,7 +100,8 @@ class LatentSequences:
             position_ids,
             visibility,
             images,
-            **recorded,
+            selected_idx_M,
+            latent_aux_MA,
         )
 
     @property
@@ -128,8 +125,10 @@ class LatentSequences:
 
     @property
     def fed_ids_BT(self) -> Tensor:
-        """`input_ids_BT` as a model may read them: 0 at latent positions, where a recorded
-        placeholder may be any id, an image placeholder or one outside the vocabulary included."""
+        """`input_ids_BT` as a model may read them: 0 at latent positions.
+
+        A recorded placeholder may be any id, an image's or one outside the vocabulary included.
+        """
         return self.input_ids_BT.masked_fill(self.latent_mask_BT, 0)
 
     def action_mask_BT(self, start_is_action: bool = True) -> Tensor:
@@ -159,8 +158,9 @@ class LatentSequences:
         return replace(self, latents_NH=latents_NH)
 
     def first_columns(self, length: int) -> LatentSequences:
-        """The first `length` columns; images must stand among them. `selected_idx_M` and
-        `latent_aux_MA` stay behind.
+        """The first `length` columns; images must stand among them.
+
+        `selected_idx_M` and `latent_aux_MA` stay behind.
         """
         is_in_N = self.recorded_mask_BT.nonzero()[:, 1] < length
         return replace(
@@ -191,6 +191,11 @@ def collate(
         images: of each trajectory's prompt, as in its request.
         padding_side: `right`, `left`, or `both`: prompts padded left and completions right, so
             that all completions begin in one column.
+
+    Raises:
+        ConfigError: another `padding_side`.
+        LatentMismatchError: nothing to collate, or an entry of images too many or too few.
+        RolloutError: a prompt that does not fit its images.
     """
     if padding_side not in PADDING_SIDES:
         raise ConfigError(
@@ -236,8 +241,9 @@ def prompt_sequences(
     adapter: ModelAdapter,
     visibility: str,
 ) -> LatentSequences:
-    """Prompts, each ids [P], padded on the left, so that all completions begin in one column; on
-    the adapter's device.
+    """Prompts, each ids [P], padded on the left, on the adapter's device.
+
+    All completions then begin in one column.
     """
     length = max(ids.shape[0] for ids in prompts)
     starts = [length - ids.shape[0] for ids in prompts]
@@ -256,9 +262,7 @@ def _padded(
     length: int,
     device,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, kinds and validity [B, T] of rows that begin at `starts`; padding has id 0 and kind
-    PROMPT.
-    """
+    """Ids, kinds and validity [B, T] of rows from `starts` on; padding is id 0, kind PROMPT."""
     # filled on the host: a device would launch three kernels a row
     input_ids_BT = torch.zeros(len(ids_rows), length, dtype=torch.long)
     kinds_BT = torch.zeros_like(input_ids_BT)

@@ -1,4 +1,4 @@
-"""The off-by-one of tokens, in one place: which earlier position's hidden state predicts a position.
+"""The off-by-one of tokens, in one place: which hidden state predicts what stands at a position.
 
     position    …   t - 2     t - 1       t           t + 1
     kind            TEXT      SELECTED    LATENT      TEXT
@@ -35,7 +35,7 @@ def token_sources(mask_BT: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def last_sources(kinds_BT: Tensor, valid_BT: Tensor) -> Tensor:
-    """int64 [B, T]: the last position at or before each whose attention may choose image positions.
+    """int64 [B, T]: the last position, at or before each, whose attention may choose an image's.
 
     Padding and SELECTED positions choose nothing; -1 where there is no other.
     """

@@ -1,5 +1,4 @@
-"""What latents come from, in a forward of ours or of somebody else's: the hidden state that
-`models.shift` says.
+"""What latents come from, in a forward of ours or of somebody else's: the mechanism's `sources`.
 
 position    …   t - 1        t
 kind            START        LATENT
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from grpo_latent.backbones.registry import backbone_of
 from grpo_latent.errors import LatentMismatchError
@@ -31,8 +31,9 @@ def source_of_latents(
     temperature: float = 1.0,
     treatment: Treatment | None = None,
 ) -> LatentSource:
-    """What this model would make the recorded LATENT positions of; arguments as
-    `latent_log_densities`.
+    """What this model would make the recorded LATENT positions of.
+
+    Arguments as `latent_log_densities`.
     """
     hidden_MH = hidden_BTH[sequences.sources(adapter.mechanism)]
     features_MF = None if treatment is None else treatment.features(adapter.model, hidden_MH)
@@ -48,8 +49,9 @@ def latent_log_densities(
     treatment: Treatment,
     temperature: float = 1.0,
 ) -> Tensor:
-    """float32 [B, T]: log-density of each recorded latent under this model, at its own position; 0
-    elsewhere.
+    """Log-densities of the recorded latents under this model, float32 [B, T], 0 elsewhere.
+
+    Each stands at its latent's own position; in nats.
 
     Args:
         hidden_BTH: of the same sequences, by `replay_hidden`.
@@ -67,9 +69,7 @@ def latent_log_densities(
 
 
 class Taken(NamedTuple):
-    """What a tap took: means [M, H], logits [M, V] if wanted, and features [M, F] of a treatment
-    with parameters.
-    """
+    """What a tap took: means [M, H], and where wanted logits [M, V] and features [M, F]."""
 
     means_MH: Tensor
     logits_MV: Tensor | None
@@ -87,8 +87,9 @@ class SourceTap:
 
     _ATTRIBUTE = "_grpo_latent_source_tap"
 
-    def __init__(self, model: nn.Module, mechanism: Mechanism):
-        self._model, self.mechanism = model, mechanism
+    def __init__(self, model: PreTrainedModel, mechanism: Mechanism):
+        self._model = model
+        self.mechanism = mechanism
         self._where: tuple[Tensor, Tensor] | None = None
         self._means_MH: Tensor | None = None
         self._logits_MV: Tensor | None = None
@@ -97,7 +98,7 @@ class SourceTap:
         self._wants_logits = self._is_sources_only = False
 
     @classmethod
-    def install(cls, model: nn.Module, mechanism: Mechanism) -> SourceTap:
+    def install(cls, model: PreTrainedModel, mechanism: Mechanism) -> SourceTap:
         """The model's tap; installs the hooks the first time, before any FSDP wrapping."""
         tap = getattr(model, cls._ATTRIBUTE, None)
         if tap is None:
@@ -116,7 +117,7 @@ class SourceTap:
         is_sources_only: bool = False,
         features: Callable[[nn.Module, Tensor], Tensor | None] | None = None,
     ) -> None:
-        """For the next forward.
+        """Makes the tap take the sources (row, column) of the next forward.
 
         Args:
             wants_logits: keep the logits at the sources, too.
@@ -125,27 +126,30 @@ class SourceTap:
             features: `Treatment.features`, of the same hidden states.
         """
         self._make_features = features
-        self._where, self._wants_logits, self._is_sources_only = (
-            (rows_M, columns_M),
-            wants_logits,
-            is_sources_only,
-        )
+        self._where = (rows_M, columns_M)
+        self._wants_logits = wants_logits
+        self._is_sources_only = is_sources_only
         self._means_MH = self._logits_MV = self._features_MF = None
 
     def take(self) -> Taken:
-        """Of the forward since `arm`; disarms."""
-        taken = Taken(self._means_MH, self._logits_MV, self._features_MF)
+        """What the forward since `arm` left; disarms.
+
+        Raises:
+            LatentMismatchError: no forward has made logits.
+        """
+        means_MH, logits_MV, features_MF = self._means_MH, self._logits_MV, self._features_MF
         self.disarm()
-        if taken.means_MH is None:
+        if means_MH is None:
             raise LatentMismatchError(
                 "the forward made no logits",
                 where="SourceTap",
                 got="no call of lm_head",
                 expected="one forward",
             )
-        return taken
+        return Taken(means_MH, logits_MV, features_MF)
 
     def disarm(self) -> None:
+        """Lets forwards pass untouched, and drops what was taken."""
         self._where = self._make_features = None
         self._means_MH = self._logits_MV = self._features_MF = None
 
@@ -166,7 +170,8 @@ class SourceTap:
         return backbone_of(self._model).mask_unpredicted(module.forward(hidden_MH))
 
     def _embed(self, token_ids: Tensor) -> Tensor:
-        # a call, so that FSDP gathers the weight; the forward's latents are not for these ids
+        # a call: FSDP gathers the weight for it; but the latents of this forward belong to its
+        # own ids
         embedding = self._model.get_input_embeddings()
         return LatentInjector.install(self._model).embed(embedding, token_ids)
 

@@ -1,5 +1,4 @@
-"""Tiny Qwen and Chameleon models built from config, with a word-level tokenizer, a chat template
-and a real image processor.
+"""Tiny Qwen and Chameleon models built from config, with tokenizer and real image processor.
 
 For tests and for the embedded experiment. Nothing is downloaded. One user message becomes
 
@@ -50,7 +49,9 @@ CHAT_TEMPLATE = """\
 {%- if part.type == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
 {%- elif part.type == 'video' -%}{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
 {%- elif part.type == 'text' -%}{{- part.text -}}
-{%- else -%}{{- raise_exception('content type ' ~ part.type ~ ': expected image, video or text') -}}{%- endif -%}
+{%- else -%}\
+{{- raise_exception('content type ' ~ part.type ~ ': expected image, video or text') -}}\
+{%- endif -%}
 {%- endfor -%}{%- endif -%}
 {{- '<|im_end|>' -}}
 {%- endfor -%}
@@ -241,10 +242,8 @@ def tiny_qwen3(
     return _tiny_text("Qwen3", words, sizes, seed, latent_tokens)
 
 
-CHAMELEON_CODES, CHAMELEON_SIDE = (
-    16,
-    16,
-)  # entries of the code book; pixels of an image, which has 4 x 4 tokens
+CHAMELEON_CODES = 16  # entries of the code book
+CHAMELEON_SIDE = 16  # pixels of an image, which has 4 x 4 tokens
 
 
 def tiny_chameleon(
@@ -253,8 +252,9 @@ def tiny_chameleon(
     seed: int = 0,
     latent_tokens: Sequence[str] = LVR_TOKENS,
 ) -> TinyModel:
-    """Chameleon, with a VQ model of random weights; arguments as `tiny_qwen2_5_vl`. An image is 16
-    discrete tokens.
+    """Chameleon, with a VQ model of random weights; arguments as `tiny_qwen2_5_vl`.
+
+    An image is 16 discrete tokens.
     """
     codes = [
         f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(code))}Z"
@@ -314,9 +314,8 @@ def _tiny_vl(
     text = _text_config(tokenizer, sizes)
     text["rope_parameters"]["mrope_section"] = mrope_section(text["head_dim"])
     if name == "Qwen3VL":
-        text["rope_parameters"]["mrope_interleaved"] = (
-            True  # as published; vLLM reads it, Hugging Face assumes it
-        )
+        # as published; vLLM reads it, Hugging Face assumes it
+        text["rope_parameters"]["mrope_interleaved"] = True
     else:
         del text["head_dim"]  # the older text configs derive it
     geometry = dict(

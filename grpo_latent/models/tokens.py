@@ -10,8 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 def add_latent_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]
 ) -> dict[str, int]:
-    """Ids of the latent tokens; those that are missing are added as special tokens, and the
-    embeddings grow if needed.
+    """Ids of the latent tokens; missing ones are added, and the embeddings grow if needed.
 
     Args:
         tokens: in the order in which they are added, such as `LVR.published_tokens.values()`.

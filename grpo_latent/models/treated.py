@@ -1,9 +1,8 @@
-"""A treatment's own parameters in a model: attached, and filled from the checkpoint's folder if it
-has them.
+"""A treatment's own parameters in a model: attached, and filled from a folder that has them.
 
 folder has   all of them    loaded
-             none           initialised from the seed: a checkpoint of SFT, or of another treatment. Whoever loads
-                            says so (`initialisation_notes`)
+             none           initialised from the seed: a checkpoint of SFT, or of another
+                            treatment. Whoever loads says so (`initialisation_notes`)
              some           refused
 """
 
@@ -22,8 +21,9 @@ from grpo_latent.latent.treatments import Treatment
 def attach_treatment(
     model: nn.Module, treatment: Treatment, folder: str | Path, seed: int
 ) -> None:
-    """To be called before FSDP wraps the model. Torch's generator stays where it was.
+    """Gives a model the treatment's parameters, before FSDP wraps it.
 
+    Torch's generator stays where it was.
     Where the model's weights are meta (FSDP2 sends rank 0's to the other ranks), the parameters
     are meta, too.
 
@@ -65,12 +65,13 @@ def initialisation_notes(treatment: Treatment, folder: str | Path, seed: int) ->
     if not treatment.has_parameters or _tensors(folder, treatment.parameter_prefixes):
         return []
     return [
-        f"latent.treatment {type(treatment).__name__}: {folder} has no parameters of it; they start fresh, from seed {seed}"
+        f"latent.treatment {type(treatment).__name__}: {folder} has no parameters of it; "
+        f"they start fresh, from seed {seed}"
     ]
 
 
 def _tensors(folder: str | Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             found |= {

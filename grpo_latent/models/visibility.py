@@ -6,11 +6,11 @@ One rule, `is_sighted` and `is_image_side`, in two forms: a matrix over whole se
 `full` is causal attention, as published. `latents_only` makes the latents the only channel from
 the image to the text:
 
-    row (query)                                   sees image and `start` positions
-    image placeholders, `start`                   yes (sighted)
-    a latent that another latent follows          yes (it has to predict that one from the image)
-    prompt text, sampled text, forced end,        no (blind): the question, the latents and other blind rows only
-    the last latent of a span
+    row (query)                              sees the image side: image and `start` positions
+    image placeholders, `start`              yes (sighted)
+    a latent that another latent follows     yes (it has to predict that one from the image)
+    prompt text, sampled text, forced end,   no (blind): the question, the latents and other
+    the last latent of a span                blind rows only
 
 With one latent a span the channel is closed exactly: swapping the image under recorded latents
 changes no log-prob. With more, a sighted latent's keys and values carry image content beyond its
@@ -34,8 +34,10 @@ def is_image_side(kinds: Tensor) -> Tensor:
 
 
 def is_sighted(kinds: Tensor, is_before_latent: Tensor) -> Tensor:
-    """bool, same shape: positions that see the image side; `is_before_latent`: a LATENT position
-    follows.
+    """bool, same shape: positions that see the image side.
+
+    Args:
+        is_before_latent: bool, a LATENT position follows.
     """
     return is_image_side(kinds) | ((kinds == PositionKind.LATENT) & is_before_latent)
 
@@ -94,8 +96,7 @@ def attention_bias(
 
 
 class GrowingVisibility:
-    """The rule for N sequences that grow by one position at a time: `see` is the next row of the
-    matrix.
+    """The rule for N sequences that grow by a position at a time: `see` is the matrix's next row.
 
     It keeps the bias of the coming rows over all columns, once for sighted and once for blind
     positions, so that a step costs a view, or one choice between the two.
@@ -135,8 +136,7 @@ class GrowingVisibility:
         is_before_latent_N: Tensor | None = None,
         is_blind_N: Tensor | None = None,
     ) -> Tensor:
-        """Additive bias [N, S] of one more position of each sequence over all so far, itself
-        included.
+        """Additive bias [N, S] of each sequence's next position over all so far and itself.
 
         Args:
             kinds_N: int64, its kind.
@@ -155,6 +155,7 @@ class GrowingVisibility:
         return sighted_NS
 
     def keep_rows(self, rows_M: Tensor) -> None:
+        """Goes on with the sequences `rows_M` only."""
         self._sighted_NS = self._sighted_NS[rows_M]
         if self._blind_NS is not None:
             self._blind_NS = self._blind_NS[rows_M]

@@ -1,7 +1,6 @@
-"""Encodes an image once: within a call, within a block of calls, or, for a frozen tower, across
-steps.
+"""Encodes an image once: within a call, a block of calls, or, for a frozen tower, across steps.
 
-    visual(pixels of I images) ──split──▶ images ──known?──▶ features of each ──cat──▶ the same output
+    visual(pixels of I images) ──split──▶ images ──known?──▶ features of each ──cat──▶ one output
 
 A group's rows all show one image, an SFT step needs its features twice (as inputs and as targets),
 and a frozen tower gives the same features in every epoch. The cache stands between callers and the
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from grpo_latent.backbones.protocol import Backbone
 from grpo_latent.backbones.registry import backbone_of
@@ -29,8 +29,9 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class _Encoded:
-    """One image: merged tokens [n, H], deepstack features (each [n, H]), patch states [patches, D]
-    where kept.
+    """One image: merged tokens [n, H], deepstack features (each [n, H]), and patch states.
+
+    The latter, [patches, D], only where they are kept.
     """
 
     merged: Tensor
@@ -71,7 +72,7 @@ class VisionCache:
         self._last_call: tuple[Tensor, tuple, list[_Encoded]] | None = None
 
     @classmethod
-    def install(cls, model: nn.Module, max_bytes: int | None = None) -> VisionCache:
+    def install(cls, model: PreTrainedModel, max_bytes: int | None = None) -> VisionCache:
         """The cache of the model's vision tower, put in place the first time.
 
         Args:
@@ -105,8 +106,10 @@ class VisionCache:
 
     @contextmanager
     def reuse(self):
-        """Within the block, an image is encoded once over all calls, as long as weights and
-        autocast stay. A block within a block goes on with what the outer one has."""
+        """Within the block, an image is encoded once while weights and autocast stay.
+
+        A block within a block goes on with what the outer one has.
+        """
         if self._block is not None:
             yield self
             return
@@ -117,6 +120,7 @@ class VisionCache:
             self._block = self._last_call = None
 
     def clear(self) -> None:
+        """Drops what is kept across calls."""
         self._entries.clear()
         self._num_bytes = 0
 
@@ -131,8 +135,9 @@ class VisionCache:
             )
 
     def _state(self) -> tuple:
-        """What features depend on besides the image. In-place updates of a parameter raise its
-        version.
+        """What features depend on besides the image: autocast, and the parameters' versions.
+
+        In-place updates of a parameter raise its version.
         """
         device = next(self._visual.parameters()).device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -154,10 +159,11 @@ class VisionCache:
             torch.cat(features)
             for features in zip(*(image.deepstack for image in encoded), strict=True)
         ]
-        patches = [image.patches for image in encoded]
+        # all images have their patch states, or none: kept entries go without
+        patches = [image.patches for image in encoded if image.patches is not None]
         # a new object every time: transformers splits `pooler_output` in place
         return self._output_type(
-            last_hidden_state=None if patches[0] is None else torch.cat(patches),
+            last_hidden_state=torch.cat(patches) if patches else None,
             pooler_output=torch.cat([image.merged for image in encoded]),
             **({"deepstack_features": deepstack} if deepstack else {}),
         )
@@ -211,7 +217,8 @@ class VisionCache:
         candidates: dict[tuple, list[tuple[Tensor, int]]] = {}
         for index, (key, part, _) in enumerate(known):
             candidates.setdefault(key, []).append((part, index))
-        indices, new = [], []
+        indices: list[int] = []
+        new: list[tuple[tuple, Tensor, int]] = []
         for image_idx, (part, size, total) in enumerate(
             zip(parts, grid.tolist(), _bit_sums(parts), strict=True)
         ):
@@ -252,9 +259,7 @@ class VisionCache:
 
 
 def encoding_once(backbone: Backbone) -> AbstractContextManager:
-    """Within the block an image is encoded once over all calls, where the backbone's tower can be
-    cached at all.
-    """
+    """Within the block an image is encoded once, where the backbone's tower can be cached."""
     return VisionCache.install(backbone.model).reuse() if backbone.caches_tower else nullcontext()
 
 
@@ -267,9 +272,7 @@ def image_digest(pixels: Tensor, size: list[int]) -> bytes:
 
 
 def _bit_sums(parts: list[Tensor]) -> list[int]:
-    """Exact sums of the bit patterns, equal for equal images: they find candidates, equality
-    decides.
-    """
+    """Exact sums of bit patterns: equal for equal images, so that few pairs need comparing."""
     integer = _INTEGERS[parts[0].element_size()]
     return torch.stack(
         [part.detach().view(integer).sum(dtype=torch.int64) for part in parts]

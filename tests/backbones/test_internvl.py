@@ -95,7 +95,7 @@ def test_the_adapters_forward_is_hugging_faces():
 
 
 def test_a_token_sees_its_own_cell_most():
-    """Row-major order of a tile's tokens: what box_view and box_to_visual_tokens take for granted."""
+    """A tile's tokens are in row-major order, as box_view and box_to_visual_tokens assume."""
     model, tokenizer, processor = tiny_internvl(WORDS)
     c = Case("fresh", model, tokenizer, processor, internvl().adapter)
     pixels = prompt(c).images.pixel_values.clone().requires_grad_()

@@ -43,7 +43,10 @@ KNOWN = {
 # a part for images (Fuyu, though it is registered as a causal LM), a recurrent state, a window
 # that no layer type names
 UNKNOWN = (LlavaConfig, FuyuConfig, MambaConfig, MistralConfig)
-REFUSAL = r"got llava; expected one of chameleon, .*qwen2_5_vl, .*or a text model.*protocol.py.*GRPO_LATENT_BACKBONES"
+REFUSAL = (
+    r"got llava; expected one of chameleon, .*qwen2_5_vl, .*or a text model"
+    r".*protocol.py.*GRPO_LATENT_BACKBONES"
+)
 
 
 @pytest.mark.parametrize("config_class", KNOWN)

@@ -1,4 +1,4 @@
-"""Positions against a hand loop and the model's own; refusals of models that latents cannot enter."""
+"""Positions against a hand loop and the model's own; models that latents cannot enter."""
 
 import pytest
 import slow_reading

@@ -1,4 +1,4 @@
-"""A plain model gets latents without any SFT: in a folder of its own, by function and command."""
+"""A plain model gets latents without SFT: in its own folder, reproducibly, by command too."""
 
 import hashlib
 import json

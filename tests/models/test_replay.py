@@ -202,7 +202,7 @@ def test_gradient_through_recomputed_latents_matches_finite_differences():
     "placeholder", ["<|im_end|>", "<|lvr_start|>", "<|lvr_end|>", "<|image_pad|>", 10**9]
 )
 def test_any_placeholder_at_latent_positions_changes_nothing(name, visibility, placeholder):
-    """Invariant 4: exactly nothing, in replay and recompute; ids outside the vocabulary included."""
+    """Invariant 4: exactly nothing, in replay and recompute; with ids outside the vocabulary."""
     c, (trajectories, images) = case(name), recorded(name, visibility)
     batch = collate(trajectories, images, c.adapter, visibility, "both")
     token_id = c.token_id(placeholder) if isinstance(placeholder, str) else placeholder

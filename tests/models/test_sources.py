@@ -204,7 +204,7 @@ def test_aux_that_does_not_fit_is_refused():
 
 
 def test_the_tap_sees_what_a_forward_computes():
-    """Means and logits taken out of Hugging Face's own forward equal those of the hidden states."""
+    """Means and logits out of Hugging Face's own forward equal those of the hidden states."""
     c = case("qwen2", "mlp")
     group = c.engine(c.mechanism(head="mlp")).generate([c.request(seeds=range(6))], sampling(14))[
         0

@@ -1,4 +1,4 @@
-"""Tiny models: prompt layout, tokenizer fidelity, save and load, and the images-only processors."""
+"""Tiny models: prompt layout, tokenizer fidelity, save and load, images-only processors."""
 
 import json
 
@@ -48,7 +48,10 @@ IMAGE = {"type": "image"}
 
 def test_decode_of_encode_is_the_text():
     tokenizer = tiny.word_tokenizer(WORDS)
-    text = "<|im_start|> read red ? <|lvr_start|> <|lvr|> <|lvr_end|> <answer> 18 </answer> <|im_end|>"
+    text = (
+        "<|im_start|> read red ? <|lvr_start|> <|lvr|> <|lvr_end|> "
+        "<answer> 18 </answer> <|im_end|>"
+    )
     ids = tokenizer(text).input_ids
     assert len(ids) == 11
     assert tokenizer.decode(ids) == text

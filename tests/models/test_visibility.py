@@ -23,7 +23,7 @@ def seen(kinds, visibility, valid=None, query_start=0):
 
 
 def test_one_latent_a_span_by_hand():
-    """question, image, question, start, latent, end, answer; the latent is its span's last: blind."""
+    """question, image, question, start, latent (its span's last: blind), end, answer."""
     assert seen([P, V, P, S, Z, F, T], "latents_only") == [
         "x......",  # question
         "xx.....",  # image
