@@ -1,5 +1,4 @@
-"""The mechanism axis: what makes a vector the next input. One file a system, one protocol
-(`protocol.Mechanism`).
+"""The mechanism axis: what makes a vector the next input. One file a system, one protocol.
 
     name         latents stand in      fed at a latent step         ends               source
     lvr          spans, by `start`     h (through a head, if any)   N steps            2509.24251

@@ -1,5 +1,4 @@
-"""What LVR, ILVR, IVT-LR and Coconut share: delimiter tokens, a number of steps, and h, through a
-head if there is one, as the next input.
+"""What LVR, ILVR, IVT-LR and Coconut share: tokens, a number of steps, and h as next input.
 
 The head's names are those of the published LVR checkpoints, which therefore load without a
 mapping.

@@ -31,11 +31,11 @@ class ILVR(SpanMechanism):
     def official_layout(
         cls, config_json: dict, tokenizer: PreTrainedTokenizerBase, where: str
     ) -> Mechanism | None:
-        """Of `latent_size` in config.json; tokens are found by their text."""
+        """Reads `latent_size` of config.json; tokens are found by their text."""
         if "latent_size" not in config_json:
             return None
-        vocab, tokens = tokenizer.get_vocab(), cls.published_tokens
-        missing = [token for token in tokens.values() if token not in vocab]
+        vocab = tokenizer.get_vocab()
+        missing = [token for token in cls.published_tokens.values() if token not in vocab]
         if missing:
             raise CheckpointError(
                 "not an ILVR checkpoint",

@@ -1,4 +1,4 @@
-"""IVT-LR (2510.12603): slots of the prompt, image embeddings of most attention in front of each."""
+"""IVT-LR (2510.12603): slots of the prompt, each behind the image embeddings most attended to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from grpo_latent.latent.mechanisms.slots import SlotMechanism
 
 @dataclass(frozen=True)
 class IVTLR(SlotMechanism):
-    """Attributes:
+    """`steps` slots, `top_k_image` chosen image embeddings before each.
+
+    Attributes:
     top_k_image: image embeddings inserted before each slot; a row takes what is left.
     """
 

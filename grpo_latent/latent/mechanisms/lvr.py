@@ -1,6 +1,4 @@
-"""LVR (2509.24251): spans of h, each as long as the checkpoint says, or until a learned end
-vector.
-"""
+"""LVR (2509.24251): spans of h, of the checkpoint's length or until a learned end vector."""
 
 from __future__ import annotations
 
@@ -38,7 +36,9 @@ _OFFICIAL_HEADS = {"simple": "mlp", "glu": "glu"}
 
 @dataclass(frozen=True)
 class LVR(SpanMechanism):
-    """Attributes:
+    """Spans end after `steps`, near a learned end vector, or at the end token.
+
+    Attributes:
     latent_end_token, latent_end_id: token that stands for the learned end vector of exit
         `latent_end`, None without one.
     latent_end_threshold: mean squared distance within which a fed vector is the end vector.
@@ -126,7 +126,7 @@ class LVR(SpanMechanism):
     def official_layout(
         cls, config_json: dict, tokenizer: PreTrainedTokenizerBase, where: str
     ) -> Mechanism | None:
-        """Of the `lvr_*` fields in config.json; tokens by their ids."""
+        """Reads the `lvr_*` fields of config.json; tokens are found by their ids."""
         if "lvr_start_id" not in config_json:
             return None
         missing = [
@@ -177,6 +177,7 @@ class LVRRows(SpanRows):
         self.end_vector_H = end_vector_H
 
     def _is_end(self, latents_NH: Tensor) -> Tensor:
+        # in float32: squares of bf16 differences would lose the threshold's digits
         distance_N = (latents_NH.float() - self.end_vector_H.float()).square().mean(-1)
         return distance_N < self.mechanism.latent_end_threshold
 

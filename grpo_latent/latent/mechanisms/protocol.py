@@ -1,10 +1,9 @@
-"""The protocol of the mechanism axis: what a latent *is* for one system. Twin of
-`latent.treatments.protocol`.
+"""The protocol of the mechanism axis: what a latent *is*; twin of `treatments.protocol`.
 
-    prompt     num_slots, top_k_image, positions             what stands before the first text token
-    decoding   begin ─▶ RowStates: plan ▸ advance ▸ plan …   what stands at the next position of each row
+    prompt     num_slots, top_k_image, positions             what stands before the text
+    decoding   begin ─▶ RowStates: plan ▸ advance ▸ plan …   what stands next in each row
     feed       h_{t-1} ──make──▶ recorded at t ──compose──▶ input vector at t
-    training   sources: which h made which recorded vector; make and compose again, on the current model
+    training   sources: which h made which recorded vector; make and compose again
 
 The engine, replay, SFT, ablations and checks ask these methods and never a mechanism's name. A
 mechanism is a frozen dataclass: *its fields are its settings*, which `latent_config.json` stores.
@@ -66,9 +65,7 @@ class HiddenSource:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A setting that an engine cannot run: `where` it stands, what it is, what it would have to
-    be, and why.
-    """
+    """A setting that an engine cannot run: its name, what it is, what would run, and why."""
 
     setting: str
     got: Any
@@ -101,8 +98,9 @@ class RowStates:
         return self._text_N
 
     def advance(self, kinds_N: Tensor, token_ids_N: Tensor, latents_NH: Tensor | None) -> Tensor:
-        """Takes note of what stands at the position that `plan` announced; returns its final kinds
-        (TEXT may become START).
+        """Takes note of what stands at the position that `plan` announced.
+
+        Returns its final kinds, int64 [N]: TEXT may become START.
 
         Args:
             kinds_N: as planned, except that rows which have stopped hold TEXT.
@@ -114,7 +112,7 @@ class RowStates:
 
     @property
     def may_open_N(self) -> Tensor:
-        """bool [N], rows that may still open a span: elsewhere `Mechanism.opening_ids` are banned."""
+        """bool [N], rows that may still open a span; elsewhere `opening_ids` are banned."""
         return torch.ones_like(self._text_N, dtype=torch.bool)
 
     @property
@@ -124,14 +122,12 @@ class RowStates:
 
     @property
     def is_last_latent_N(self) -> Tensor:
-        """bool [N], asked after `advance`: the position just put is the last latent of its span."""
+        """bool [N], asked after `advance`: what was put is the last latent of its span."""
         return torch.zeros_like(self._text_N, dtype=torch.bool)
 
     @property
     def is_after_span_N(self) -> Tensor:
-        """bool [N], asked after `advance`: the position just put stands after the first latents,
-        and in no span.
-        """
+        """bool [N], asked after `advance`: latents came before, and the row is in no span now."""
         return torch.zeros_like(self._text_N, dtype=torch.bool)
 
     def keep_rows(self, rows_M: Tensor) -> None:
@@ -139,8 +135,9 @@ class RowStates:
         self._text_N = self._text_N[rows_M]
 
     def pack(self) -> tuple[Tensor, ...]:
-        """What `advance` changes, as `Mechanism.state_size` integer columns [N]: an engine may
-        keep it for each position.
+        """What `advance` changes, as `Mechanism.state_size` integer columns [N].
+
+        An engine may keep them for each position.
         """
         return ()
 
@@ -150,8 +147,7 @@ class RowStates:
 
 @dataclass(frozen=True)
 class Mechanism:
-    """Base of all mechanisms; by itself a model without latents. The fields of a subclass are its
-    settings.
+    """Base of all mechanisms; by itself no latents. A subclass's fields are its settings.
 
     Attributes:
         name: in the registry; a class of a user's own has none and is stored as
@@ -203,8 +199,7 @@ class Mechanism:
     def reads_latents(self) -> bool:
         return False
 
-    # ---- tokens ---------------------------------------------------------------------------------
-    # -------------------
+    # ---- tokens
 
     @property
     def roles(self) -> dict[str, tuple[str, int]]:
@@ -231,19 +226,17 @@ class Mechanism:
         return frozenset()
 
     def placeholder_id(self, kind: PositionKind) -> int:
-        """The id that stands at positions of `kind` where nothing is sampled; 0 for kinds that the
-        mechanism lacks.
-        """
+        """The id at positions of `kind` where nothing is sampled; 0 for kinds that it lacks."""
         return 0
 
-    # ---- parameters -----------------------------------------------------------------------------
-    # -------------------
+    # ---- parameters
 
     def new_parameters(
         self, text_config: PretrainedConfig, dtype: torch.dtype, device: torch.device
     ) -> dict[str, nn.Module | nn.Parameter]:
-        """What this mechanism adds to a model, freshly initialised, by attribute name; drawn from
-        torch's global generator.
+        """What this mechanism adds to a model, freshly initialised, by attribute name.
+
+        They are drawn from torch's global generator.
 
         Args:
             text_config: of the decoder.
@@ -270,8 +263,7 @@ class Mechanism:
     def check_model(self, model: nn.Module) -> None:
         """Raises `CheckpointError` where `model` lacks what these settings need."""
 
-    # ---- prompt ---------------------------------------------------------------------------------
-    # -------------------
+    # ---- prompt
 
     def num_slots(self, steps: int | None) -> int:
         """Latent steps that stand at the beginning of a completion.
@@ -282,7 +274,6 @@ class Mechanism:
         return 0
 
     # ---- decoding and feed
-    # -----------------------------------------------------------------------------------------
 
     def begin(
         self, model: nn.Module, steps_N: Tensor, max_spans_N: Tensor | None = None
@@ -298,16 +289,15 @@ class Mechanism:
         return RowStates(steps_N)
 
     def make(self, model: nn.Module, source: HiddenSource) -> Tensor:
-        """What is recorded, in the shape of `source.hidden_MH`: h, a head's output, a soft
-        mixture, an embedding of its own.
+        """Makes what is recorded, in the shape of `source.hidden_MH`.
 
-        Under training with gradient to `source` and to the parameters of `attach`.
+        By itself h; elsewhere a head's output, a soft mixture, an embedding of its own. In
+        training with gradient to `source` and to the parameters of `attach`.
         """
         return source.hidden_MH
 
     def compose(self, model: nn.Module, embeds_MH: Tensor, recorded_MH: Tensor) -> Tensor:
-        """The input vectors [M, H] where `recorded_MH` was recorded: the recorded vectors
-        themselves.
+        """The input vectors [M, H] where `recorded_MH` was recorded: by itself those vectors.
 
         A mechanism whose sampled tokens are MIXED overrides this, with gradient to whatever it
         mixes by.
@@ -319,14 +309,11 @@ class Mechanism:
 
     @property
     def composes(self) -> bool:
-        """Whether what is fed differs from what was recorded; such a mechanism's sampled tokens
-        are MIXED.
-        """
+        """Whether what is fed differs from what was recorded: sampled tokens are then MIXED."""
         return type(self).compose is not Mechanism.compose
 
     def sources(self, kinds_BT: Tensor, valid_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(rows, columns) of the hidden state that made each recorded vector (`made_mask`),
-        row-major.
+        """(rows, columns) of the hidden state that made each vector (`made_mask`), row-major.
 
         By default the last position before it that is neither padding nor SELECTED, which no
         hidden state makes.
@@ -343,23 +330,17 @@ class Mechanism:
         is_made_BT = made_mask(kinds_BT) & valid_BT
         return is_made_BT.nonzero(as_tuple=True)[0], before_BT[is_made_BT]
 
-    # ---- ablations ------------------------------------------------------------------------------
-    # -------------------
+    # ---- ablations
 
     def requests_without_latents(self) -> dict | None:
-        """Fields of a `RolloutRequest` whose completion has no latents; None where there is no
-        such request.
-        """
+        """Fields of a `RolloutRequest` whose completion has no latents; None if none can."""
         return None
 
     def requests_with_markers_only(self) -> dict | None:
-        """Fields of a `RolloutRequest` with the delimiters of spans and nothing between them; None
-        without delimiters.
-        """
+        """Fields of a `RolloutRequest` whose spans are empty; None without delimiters."""
         return None
 
     # ---- engines and checkpoints
-    # -----------------------------------------------------------------------------------
 
     def refusals(self, engine: str) -> list[Refusal]:
         """What `engine` (`hf` or `vllm`) cannot run of this mechanism; engine `hf` runs all."""
@@ -373,8 +354,7 @@ class Mechanism:
     def official_layout(
         cls, config_json: dict, tokenizer: PreTrainedTokenizerBase, where: str
     ) -> Mechanism | None:
-        """The mechanism of a published checkpoint that has no latent_config.json; None where it is
-        not one of this system.
+        """The mechanism of a published checkpoint without latent_config.json; None if not its own.
 
         Args:
             config_json: its config.json.
@@ -387,9 +367,7 @@ class Mechanism:
 
     @classmethod
     def tokens_of(cls, settings: Mapping[str, Any]) -> dict[str, str]:
-        """Role -> token of the roles that a mechanism with these settings uses, in the order in
-        which they are added.
-        """
+        """Role -> token of the roles that these settings use, in the order of their addition."""
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         tokens = {}
         for role, published in cls.published_tokens.items():
@@ -418,7 +396,8 @@ class Mechanism:
                     "latent token without an id",
                     where="token_ids",
                     got=token,
-                    expected=f"ids of {sorted(cls.published_tokens.values())}, or of the tokens that replace them",
+                    expected=f"ids of {sorted(cls.published_tokens.values())}, "
+                    "or of the tokens that replace them",
                     fix="Add them with models.tokens.add_latent_tokens.",
                 )
             values |= {f"{role}_token": token, f"{role}_id": ids[token]}
@@ -452,7 +431,8 @@ class Mechanism:
         """
         known = {field.name for field in dataclasses.fields(self)}
         for name in sorted(set(changes) - known):
-            value, is_fixed = changes[name], name in _FIXABLE and hasattr(self, name)
+            value = changes[name]
+            is_fixed = name in _FIXABLE and hasattr(self, name)
             if is_fixed and value == getattr(self, name):
                 del changes[name]
                 continue

@@ -1,5 +1,6 @@
-"""Slots of the prompt (IVT-LR, 2510.12603; Coconut, 2412.06769): every completion begins with
-latent steps, then is text.
+"""Slots of the prompt (IVT-LR, Coconut): a completion begins with latent steps, then is text.
+
+Sources: IVT-LR 2510.12603, Coconut 2412.06769.
 
     [prompt] [K image embeddings, chosen by attention] slot  [K more] slot  …  text
 

@@ -1,5 +1,6 @@
-"""Latent spans (LVR, 2509.24251 section 3; ILVR, 2512.05665): rows in different modes at the same
-step.
+"""Latent spans (LVR, ILVR): rows are in different modes at the same step.
+
+Sources: LVR 2509.24251 section 3, ILVR 2512.05665.
 
     token   … <start>  <latent>  <latent>  <end>    …
     kind      START    LATENT    LATENT    FORCED   TEXT
@@ -167,6 +168,7 @@ class SpanRows(RowStates):
         return (self.num_spans_N > 0) & ~self.in_span_N
 
     def keep_rows(self, rows_M: Tensor) -> None:
+        # steps and bounds are the request's, so `pack`, which an engine keeps, leaves them out
         self.steps_N = self.steps_N[rows_M]
         self.unpack(tuple(column_N[rows_M] for column_N in self.pack()))
         if isinstance(self.max_spans_N, Tensor):

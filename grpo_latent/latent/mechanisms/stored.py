@@ -1,7 +1,8 @@
 """`latent_config.json` beside a checkpoint's weights.
 
     version 2   {"version": 2, "mechanism": name or package.module:Class, <setting>: <value>, …}
-    version 1   flat, the same keys for every mechanism, with what is now fixed for each spelled out; still read
+    version 1   flat, the same keys for every mechanism, with what is now fixed for each spelled
+                out; still read
 
 A mechanism of a user's own must be importable where its checkpoint is read.
 """
@@ -45,7 +46,8 @@ def load_mechanism(folder: str | Path) -> Mechanism:
             "no latent_config.json",
             where=str(folder),
             expected="a folder written by grpo_latent.sft",
-            fix="Run SFT first: a plain Hugging Face model has no latents (evaluate takes one with model.plain=true).",
+            fix="Run SFT first: a plain Hugging Face model has no latents "
+            "(evaluate takes one with model.plain=true).",
         )
     try:
         values = json.loads(path.read_text())

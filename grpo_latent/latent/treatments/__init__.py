@@ -1,13 +1,15 @@
-"""The treatment axis: what RL makes of latent positions. One file a treatment, one protocol
-(`protocol.Treatment`).
+"""The treatment axis: what RL makes of latent positions. One file a treatment, one protocol.
 
-    name          fed in the rollout     training forward feeds    at latents the loss has             source
-    mask          h                      what was recorded         nothing                             2509.24251
-    recompute     h                      the current policy's h    nothing; gradient through the text  2509.24251, 2511.21395
-    gaussian      h + noise              what was recorded         a clipped ratio and a KL            2511.21395 (VLPO)
-    gaussian_head h + noise of a learned width       as gaussian; the width's parameters learn by the same loss
-    gumbel_soft   top-k token mixture    what was recorded         a clipped ratio and a KL            2511.06411
-    vmf           h, turned at random    what was recorded         a clipped ratio and a closed KL     von Mises-Fisher
+    name           the rollout feeds       training feeds          the loss has at latents
+    mask           h                       what was recorded       nothing
+    recompute      h                       the current policy's h  nothing; gradient through text
+    gaussian       h + noise               what was recorded       a clipped ratio and a KL
+    gaussian_head  h + noise of a width that is learned by the same loss; else as gaussian
+    gumbel_soft    top-k token mixture     what was recorded       a clipped ratio and a KL
+    vmf            h, turned at random     what was recorded       a clipped ratio and a closed KL
+
+Sources: mask 2509.24251; recompute 2509.24251 and 2511.21395; gaussian 2511.21395 (VLPO);
+gumbel_soft 2511.06411; vmf, the von Mises-Fisher distribution.
 
 Any of them takes the latent anchor, a pull of the prediction at each latent position towards the
 reference's.
@@ -16,11 +18,9 @@ A treatment of your own is a subclass of `Treatment` in any module that the work
 `latent.treatment.name=package.module:Class`, its options as
 `+latent.treatment.options.<name>=<value>`.
 
-HRPO's hybrid gate (2505.18454) is not on this axis. It has no latent positions: the input of every
-token is a gated mixture of its own embedding and the last soft mixture, with a trained gate, so a
-token is an ordinary action *and* its input vector is recorded. That changes what a TEXT position
-feeds, in rollout and in replay: a mechanism (trigger "always"), to which masking, gradients and
-this axis would then apply as they are.
+HRPO's hybrid gate (2505.18454) is no treatment but a mechanism: the input of each sampled token is
+composed of its embedding and a recorded vector (MIXED). There the token is the action, so only
+`mask` and `recompute` go with such a mechanism: see `Treatment.check`.
 """
 
 from __future__ import annotations
@@ -63,10 +63,13 @@ OWN_OPTIONS = "options"
 
 
 def parse_treatment(values: Mapping[str, Any] | None) -> tuple[Treatment, LatentTerms]:
-    """The group `latent.treatment`: `name`, the options of each treatment under its name, and the
-    fields of `LatentTerms`.
+    """Builds the treatment and the loss settings that the group `latent.treatment` names.
 
-    >>> parse_treatment({"name": "gaussian", "gaussian": {"sigma": 10.0, "sigma_rollout": 0}, "clip_high": 0.3})[0]
+    The group has `name`, the options of each treatment under its name, and the fields of
+    `LatentTerms`.
+
+    >>> group = {"name": "gaussian", "gaussian": {"sigma": 10.0, "sigma_rollout": 0}}
+    >>> parse_treatment(group)[0]
     Gaussian(sigma=10.0, sigma_rollout=0, per_dimension=False)
 
     Raises:
@@ -83,6 +86,8 @@ def parse_treatment(values: Mapping[str, Any] | None) -> tuple[Treatment, Latent
     known = [field.name for field in dataclasses.fields(LatentTerms)]
     check_keys(values, ["name", *TREATMENTS, OWN_OPTIONS, *known], "latent.treatment")
     terms = build(LatentTerms, values, "latent.treatment")
+    # the options of those that are not chosen are built, too: a typo there would else wait for the
+    # day on which another name is set
     built = {
         key: build(TREATMENTS[key], groups.get(key, {}), f"latent.treatment.{key}")
         for key in TREATMENTS

@@ -1,5 +1,6 @@
-"""The loss at latents as a list of components: a name, a weight and one value for each position.
-The trainer adds them up without knowing what they are.
+"""The loss at latents as a list of components, which the trainer adds up without knowing them.
+
+A component has a name, a weight and one value for each position.
 
     component    values                                     over      weight
     pg_loss      clipped ratio of the log-densities         acts      LatentTerms.weight
@@ -91,13 +92,14 @@ class LatentView:
                 where="actor update",
                 got="no ref_latent_means in the batch",
                 expected="the reference's predictions",
-                fix="Set actor_rollout_ref.actor.use_kl_loss=true (kl_loss_coef=0 leaves the text's KL out).",
+                fix="Set actor_rollout_ref.actor.use_kl_loss=true "
+                "(kl_loss_coef=0 leaves the text's KL out).",
             )
         return self.statistics_MS, self.ref_statistics_MS.detach()
 
 
 def clipped_ratio(acts: Acts, terms: LatentTerms) -> list[Component]:
-    """The clipped ratio of the log-densities, with latents' own bounds, and what is logged of it."""
+    """The clipped ratio of the log-densities, with latents' own bounds, and what it logs."""
     clipped = clipped_losses(
         acts.log_probs_A,
         acts.old_log_probs_A,
@@ -126,6 +128,7 @@ def density_kl(acts: Acts, terms: LatentTerms) -> list[Component]:
     """`kl_kind`'s estimate from the recorded actions; nothing without a reference."""
     if acts.ref_log_probs_A is None:
         return []
+    # rows are packed: what does not act was left out before
     everywhere_A = torch.ones_like(acts.log_probs_A, dtype=torch.bool)
     kl_A = kl_penalty(
         acts.log_probs_A, acts.ref_log_probs_A, everywhere_A, terms.kl_kind, terms.log_ratio_bound

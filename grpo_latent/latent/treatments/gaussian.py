@@ -1,7 +1,8 @@
 """`gaussian`: a latent is an action, drawn around h (through the head).
 
     rollout   z = mu + sigma_rollout · eps,  eps ~ N(0, 1)
-    density   log p(z) = -|z - mu|² / (2 sigma²)       dropped: H · (log sigma + log(2 pi) / 2), the same for every policy
+    density   log p(z) = -|z - mu|² / (2 sigma²)
+              dropped: H · (log sigma + log(2 pi) / 2), the same for every policy
 
 The sum over the H dimensions is the true density, and Monet's (2511.21395, "VLPO": sigma 10, no
 noise). `per_dimension` divides it by H: the density of a Gaussian with sigma · sqrt(H), whose
@@ -24,7 +25,9 @@ from grpo_latent.latent.treatments.values import at_least_float, is_number
 
 @dataclass(frozen=True)
 class Gaussian(Treatment):
-    """Attributes:
+    """Draws z around mu with a fixed width, and scores it by a Gaussian density.
+
+    Attributes:
     sigma: of the density, in units of a latent's components; inf switches the latent term off.
     sigma_rollout: of the noise; None takes `sigma`. 0 feeds the mean: the first update after a
         rollout then has no latent gradient (z = mu), later ones pull mu back towards the z of
@@ -69,14 +72,16 @@ class Gaussian(Treatment):
 
     @property
     def noise(self) -> float:
+        """Width of the rollout's noise."""
         return self.sigma if self.sigma_rollout is None else self.sigma_rollout
 
     def notes(self) -> list[str]:
         if self.noise > 0:
             return []
         return [
-            "latent.treatment gaussian with sigma_rollout=0: z = mu, so the first update after each rollout has no latent "
-            "gradient (as in Monet's VLPO); only further mini-batches or epochs have one"
+            "latent.treatment gaussian with sigma_rollout=0: z = mu, so the first update after "
+            "each rollout has no latent gradient (as in Monet's VLPO); only further "
+            "mini-batches or epochs have one"
         ]
 
     def num_uniforms(self, hidden_size: int) -> int:
@@ -93,7 +98,7 @@ class Gaussian(Treatment):
     def log_density(
         self, source: LatentSource, latents_MH: Tensor, aux_MA: Tensor | None = None
     ) -> Tensor:
-        """-|z - mu|² / (2 sigma²), over H if `per_dimension`; without the constants of sigma."""
+        """Log-density -|z - mu|² / (2 sigma²), over H if `per_dimension`; no constants."""
         squared_MH = (at_least_float(latents_MH) - at_least_float(source.mean_MH)).square()
         distance_M = squared_MH.mean(-1) if self.per_dimension else squared_MH.sum(-1)
         return -distance_M / (2 * self.sigma**2)

@@ -1,8 +1,10 @@
 """`gaussian_head`: a latent is an action, drawn around h with a width that the policy learns.
 
-    log sigma = log(sigma) + r tanh(w · norm(h) + b),   norm: to mean 0 and variance 1 over H;  r = log(sigma_range)
-    rollout   z = mu + sigma(h) · eps,  eps ~ N(0, 1)               mu = h (through the head)
-    density   log p(z) = -|z - mu|² / (2 sigma²) - H log sigma      dropped: H log(2 pi) / 2, the same for every policy
+    log sigma = log(sigma) + r tanh(w · norm(h) + b),       r = log(sigma_range)
+                norm: to mean 0 and variance 1 over H
+    rollout   z = mu + sigma(h) · eps,  eps ~ N(0, 1)       mu = h (through the head)
+    density   log p(z) = -|z - mu|² / (2 sigma²) - H log sigma
+              dropped: H log(2 pi) / 2, the same for every policy
 
 w and b are parameters of the model: optimised by the latent loss, saved with the checkpoint, sent
 to rollouts. So the policy may explore where it pays, and be exact elsewhere; `gaussian` has one
@@ -31,9 +33,7 @@ if TYPE_CHECKING:
 
 
 class LogWidth(nn.Module):
-    """h -> w · norm(h) + b, one number a latent; what it gives before the tanh is near 0 at the
-    start.
-    """
+    """Maps h to w · norm(h) + b, one number a latent, near 0 at the start."""
 
     def __init__(self, text_config: PretrainedConfig) -> None:
         super().__init__()
@@ -48,7 +48,9 @@ class LogWidth(nn.Module):
 
 @dataclass(frozen=True)
 class GaussianHead(Treatment):
-    """Attributes:
+    """Draws z around mu with a width that h decides, and scores it by that density.
+
+    Attributes:
     sigma: of the start, in units of a latent's components.
     sigma_range: factor > 1 by which the learned width may leave it, up or down.
     per_dimension: divide the log-density by H, so that ratios stay near 1 at any H.
@@ -78,7 +80,7 @@ class GaussianHead(Treatment):
         return getattr(model, PARAMETERS_ATTRIBUTE)(hidden_MH)
 
     def log_sigma(self, source: LatentSource) -> Tensor:
-        """float [M, 1], with gradient to the head's parameters."""
+        """log sigma of each latent, float [M, 1], with gradient to the head's parameters."""
         assert source.features_MF is not None, "a treatment with parameters gets their features"
         bounded_M1 = at_least_float(source.features_MF).tanh()
         return math.log(self.sigma) + math.log(self.sigma_range) * bounded_M1
@@ -97,7 +99,7 @@ class GaussianHead(Treatment):
     def log_density(
         self, source: LatentSource, latents_MH: Tensor, aux_MA: Tensor | None = None
     ) -> Tensor:
-        """Over H if `per_dimension`; without H log(2 pi) / 2."""
+        """Log-density of z under sigma(h), over H if `per_dimension`; without H log(2 pi) / 2."""
         log_sigma_M1 = self.log_sigma(source)
         scaled_MH = (at_least_float(latents_MH) - at_least_float(source.mean_MH)) * (
             -log_sigma_M1

@@ -1,10 +1,10 @@
-"""`gumbel_soft`: a latent is a mixture of the k most probable tokens' embeddings, drawn by Gumbel
-noise on their log-probs.
+"""`gumbel_soft`: a latent is a mixture of the k most probable tokens, drawn by Gumbel noise.
 
     ids, p      the k most probable tokens and their probabilities, normalised over the k
     g           = log p + Gumbel(0, 1)                                recorded, with ids
-    fed         sum_k softmax(g / tau)_k e(id_k)
-    density     mean_k [-x_k - exp(-x_k)],  x = clamp(g - log p, -1.5, 3)    log p of the current policy, at recorded ids
+    fed         sum_k softmax(g / tau)_k e(id_k)                      e: token embedding
+    density     mean_k [-x_k - exp(-x_k)],  x = clamp(g - log p, -1.5, 3)
+                log p of the current policy, at the recorded ids
 
 Source: SofT-GRPO (2511.06411): k = 5, tau = 0.1. With `joint` the mean is a sum and, unclamped,
 the exact log-density of g given the ids, no constant dropped; which k ids were the most probable
@@ -29,7 +29,9 @@ from grpo_latent.latent.treatments.values import at_least_float, is_number
 
 @dataclass(frozen=True)
 class GumbelSoft(Treatment):
-    """Aux [M, 2k]: the ids (exact as float32 below 2^24), then g.
+    """Draws a weighting of the k likeliest tokens, and scores it by the Gumbel density.
+
+    Aux [M, 2k] has the ids (exact as float32 below 2^24), then g.
 
     Attributes:
         top_k: k.

@@ -1,6 +1,4 @@
-"""`mask`: latents are recorded inputs, not actions (the default; 2509.24251's masking with exact
-replay).
-"""
+"""`mask`, the default: latents are recorded inputs, not actions (2509.24251, replayed exactly)."""
 
 from __future__ import annotations
 
@@ -11,4 +9,4 @@ from grpo_latent.latent.treatments.protocol import Treatment
 
 @dataclass(frozen=True)
 class Mask(Treatment):
-    """The protocol's defaults: h is fed as it is, replayed as recorded, and has no density."""
+    """Feeds h as it is, replays it as recorded, gives it no density: the protocol's defaults."""

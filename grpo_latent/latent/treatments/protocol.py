@@ -1,8 +1,9 @@
 """The protocol of the treatment axis: what RL makes of a latent position.
 
     rollout    h_{t-1} ──▶ LatentSource ──draw──▶ vector fed at t, aux recorded beside it
-    training   h_{t-1} of the current model ──▶ LatentSource ──log_density(vector, aux)──▶ log_probs[t]
-                                                             ──statistics──▶ of policy and reference
+    training   h_{t-1} of the current model ──▶ LatentSource
+                   ──log_density(vector, aux)──▶ log_probs[t]
+                   ──statistics──▶ of policy and reference
                vectors enter the forward as recorded, or made anew (`gradient`)
     loss       log-densities, statistics, advantages ──components──▶ terms beside the text's
 
@@ -62,8 +63,7 @@ class LatentSource:
 
 @dataclass(frozen=True)
 class Treatment:
-    """Base of all treatments; what it does by itself is `mask`. The fields of a subclass are its
-    options.
+    """Base of all treatments; by itself it is `mask`. A subclass's fields are its options.
 
     A subclass with parameters overrides `build` and `features`; one with a loss of its own
     `components`, and `reads_statistics` and `reference_weights` if that compares with the
@@ -122,8 +122,7 @@ class Treatment:
     def draw(
         self, source: LatentSource, uniforms_MU: Tensor | None, embed: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        """Vectors [M, H] to feed, and what has to be recorded beside them, float32 [M, A] (None
-        for nothing).
+        """Makes the vectors [M, H] to feed, and the aux to record, float32 [M, A] or None.
 
         Args:
             uniforms_MU: float64 in (0, 1), of the trajectory's seed and the position; None when
@@ -135,32 +134,33 @@ class Treatment:
     def log_density(
         self, source: LatentSource, latents_MH: Tensor, aux_MA: Tensor | None
     ) -> Tensor:
-        """float32 [M], nats, with gradient to `source`. Says in its docstring which constants it
-        drops.
+        """Log-density of recorded latents, float32 [M], nats, with gradient to `source`.
+
+        An override says in its docstring which constants it drops.
         """
         raise NotImplementedError(f"{type(self).__name__} is no action")
 
-    # ---- parameters -----------------------------------------------------------------------------
-    # ------------------
+    # ---- parameters
 
     def build(self, text_config: PretrainedConfig) -> nn.Module | None:
-        """A fresh module of this treatment's parameters, float32 on the CPU; None for none. Called
-        with torch seeded.
+        """A fresh module of this treatment's parameters, float32 on the CPU; None for none.
+
+        The caller has seeded torch.
         """
         return None
 
     @property
     def has_parameters(self) -> bool:
+        """Whether the model gets parameters of this treatment."""
         return type(self).build is not Treatment.build
 
     @property
     def parameter_prefixes(self) -> tuple[str, ...]:
-        """Of its parameters' names in the model's `state_dict`."""
+        """Prefixes of its parameters' names in the model's `state_dict`."""
         return (f"{PARAMETERS_ATTRIBUTE}.",) if self.has_parameters else ()
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Gives the model this treatment's parameters, freshly initialised, in its dtype and on
-        its device.
+        """Gives the model this treatment's parameters, fresh, in its dtype and on its device.
 
         To be called before FSDP wraps the model: then they are trained, saved, loaded and sent to
         rollouts as all others.
@@ -185,18 +185,16 @@ class Treatment:
             )
 
     def features(self, model: nn.Module, hidden_MH: Tensor) -> Tensor | None:
-        """What this treatment's parameters make of hidden states, [M, F]; also with M = 0, as
-        every rank has to gather.
+        """What this treatment's parameters make of hidden states, [M, F].
+
+        It is called with M = 0, too: a rank without latents has to gather with the others.
         """
         return None
 
-    # ---- loss -----------------------------------------------------------------------------------
-    # ------------------
+    # ---- loss
 
     def statistics(self, source: LatentSource) -> Tensor:
-        """[M, S], what `components` gets of each latent, with gradient from the current model and
-        from the reference.
-        """
+        """What `components` gets of each latent, [M, S], of policy and of reference."""
         return source.mean_MH
 
     def reads_statistics(self, terms: LatentTerms) -> bool:
@@ -204,13 +202,18 @@ class Treatment:
         return terms.anchor_weight > 0
 
     def reference_weights(self, terms: LatentTerms) -> dict[str, float]:
-        """Weights of what compares with the reference, by config key below `latent.treatment`;
-        without a reference all must be 0."""
+        """Weights of what compares with the reference, by config key below `latent.treatment`.
+
+        Without a reference all must be 0.
+        """
         return {"anchor_weight": terms.anchor_weight, "kl_coef": terms.kl_coef}
 
     def components(self, view: LatentView, terms: LatentTerms) -> list[Component]:
-        """The loss at latents, of one micro-batch. Every micro-batch gives the same names and
-        weights, also one without latents: ranks must agree on which parameters get a gradient."""
+        """The loss at latents, of one micro-batch.
+
+        Every micro-batch gives the same names and weights, also one without latents: ranks must
+        agree on which parameters get a gradient.
+        """
         found = (
             []
             if view.acts is None

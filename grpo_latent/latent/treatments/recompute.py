@@ -1,5 +1,4 @@
-"""`recompute`: the update feeds the *current* policy's latents, so that text after a span trains
-what made the latent.
+"""`recompute`: the update feeds the *current* policy's latents, so text trains what made them.
 
 LVR's RL recomputes without a gradient (2509.24251 section 3.3: `cut`); Monet's depth is `one_hop`,
 Coconut's and ILVR's `bptt`. Old and reference log-probs are those of the recorded latents: the
@@ -18,7 +17,9 @@ from grpo_latent.latent.treatments.protocol import GRADIENTS, Treatment
 
 @dataclass(frozen=True)
 class Recompute(Treatment):
-    """Attributes:
+    """Makes the latents anew in the update's forward; rollouts are those of `mask`.
+
+    Attributes:
     gradient: `cut`, `one_hop` or `bptt`, what flows from the text into the making of its latents.
     """
 

@@ -1,6 +1,4 @@
-"""Settings of the loss at latents that every treatment has, its own options aside: the group
-`latent.treatment`.
-"""
+"""Settings of the loss at latents that every treatment has: fields of `latent.treatment`."""
 
 from __future__ import annotations
 
@@ -13,11 +11,10 @@ from grpo_latent.latent.treatments.values import is_number
 
 @dataclass(frozen=True)
 class LatentTerms:
-    """The loss terms at latent positions, each a mean over latents reduced as the text's, beside
-    the text's own loss.
+    """Weighs the loss terms at latents, which are reduced as the text's and added to its loss.
 
-        weight · clipped ratio of the log-densities + kl_coef · KL to the reference + anchor_weight
-        · anchor
+        weight · clipped ratio of the log-densities
+            + kl_coef · KL to the reference + anchor_weight · anchor
 
     Attributes:
         weight: of the policy term, for treatments that act.

@@ -7,8 +7,9 @@ from torch import Tensor
 
 
 def at_least_float(values: Tensor) -> Tensor:
-    """float64 as it is, all else as float32: a log-density is a sum over H, which bf16 would round
-    to whole nats.
+    """float64 as it is, all else as float32.
+
+    A log-density is a sum over H, which bf16 would round to whole nats.
     """
     return values if values.dtype == torch.float64 else values.float()
 

@@ -1,12 +1,12 @@
-"""`vmf`: a latent is an action, its direction drawn from a von Mises-Fisher distribution around
-that of h.
+"""`vmf`: a latent is an action, its direction drawn from a von Mises-Fisher around that of h.
 
-    mu, u     = m / |m|, z / |z|                   m = h (through the head); both on the unit sphere of R^H
+    mu, u     = m / |m|, z / |z|                   m = h (through the head); on the unit sphere
     fed       z = |m| u,  u ~ vMF(mu, kappa)       as long as h is
     density   log p(u) = kappa (mu · u - 1) = -kappa |u - mu|² / 2
               dropped: log C_H(kappa) + kappa, the same for every policy,
               C_d = kappa^(d/2-1) / ((2 pi)^(d/2) I_{d/2-1}(kappa))
-    KL        KL(p || p_ref) = kappa A_H(kappa) (1 - mu · mu_ref),   A_d = I_{d/2} / I_{d/2-1} = E[u · mu]
+    KL        KL(p || p_ref) = kappa A_H(kappa) (1 - mu · mu_ref)
+              A_d = I_{d/2} / I_{d/2-1} = E[u · mu]
 
 The KL is closed, so `kl_coef` weighs the distributions' own distance and no estimate of it;
 `kl_kind` is not used. The clip of the latent ratio is latents' own (`latent.treatment.clip_low`,
@@ -42,7 +42,9 @@ _HALF_WIDTHS = 30
 
 @dataclass(frozen=True)
 class VonMisesFisher(Treatment):
-    """Attributes:
+    """Turns h at random, keeping its length, and scores the direction by a vMF density.
+
+    Attributes:
     kappa: concentration; 0 < kappa <= 1e6.
     """
 
@@ -65,9 +67,11 @@ class VonMisesFisher(Treatment):
     def draw(
         self, source: LatentSource, uniforms_MU: Tensor | None, embed: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, None]:
-        """Exact up to a quadrature in float64: one uniform makes mu · u by inversion, H the
-        direction across mu; a rejection scheme (Wood 1994) would take a number of them that is not
-        known beforehand."""
+        """Draws z, exact up to a quadrature in float64; the mean itself when greedy.
+
+        One uniform makes mu · u by inversion, H the direction across mu; a rejection scheme (Wood
+        1994) would take a number of them that is not known beforehand.
+        """
         if uniforms_MU is None:
             return source.mean_MH, None
         mean_MH = source.mean_MH.double()
@@ -82,7 +86,7 @@ class VonMisesFisher(Treatment):
     def log_density(
         self, source: LatentSource, latents_MH: Tensor, aux_MA: Tensor | None = None
     ) -> Tensor:
-        """-kappa |u - mu|² / 2, of the direction only; without log C_H(kappa) + kappa."""
+        """Log-density -kappa |u - mu|² / 2, of the direction; without log C_H(kappa) + kappa."""
         # the difference of unit vectors keeps the digits that 1 - mu · u would lose
         difference_MH = unit(at_least_float(latents_MH)) - unit(at_least_float(source.mean_MH))
         return -0.5 * self.kappa * difference_MH.square().sum(-1)
@@ -100,21 +104,19 @@ class VonMisesFisher(Treatment):
 
 
 def unit(vectors: Tensor) -> Tensor:
+    """The vectors of the last dimension, scaled to length 1."""
     return torch.nn.functional.normalize(vectors, dim=-1)
 
 
 def closed_kl(mean_MH: Tensor, ref_MH: Tensor, kappa: float) -> Tensor:
-    """KL [M] in nats between vMF densities of one kappa around the directions of two means, with
-    gradient to the first.
-    """
+    """KL [M], nats, between vMF densities of one kappa around two means; gradient to the first."""
     difference_MH = unit(at_least_float(mean_MH)) - unit(at_least_float(ref_MH.detach()))
     return 0.5 * kappa * bessel_ratio(mean_MH.shape[-1], kappa) * difference_MH.square().sum(-1)
 
 
 @lru_cache(maxsize=64)
 def bessel_ratio(d: int, kappa: float) -> float:
-    """A_d(kappa) = I_{d/2}(kappa) / I_{d/2-1}(kappa) in (0, 1), the mean of mu · u; d >= 2, kappa
-    > 0.
+    """A_d(kappa) = I_{d/2}(kappa) / I_{d/2-1}(kappa), the mean of mu · u; d >= 2, kappa > 0.
 
     By r_v = 1 / (2 (v + 1) / kappa + r_{v+1}) of r_v = I_{v+1} / I_v, from a v so far up that
     Amos' bound (1974), which the recursion starts with, has lost its error: each step scales that
@@ -133,8 +135,9 @@ def bessel_ratio(d: int, kappa: float) -> float:
 
 
 def draw_angles(d: int, kappa: float, uniforms: Tensor) -> Tensor:
-    """Angles between mu and a draw, in [0, pi], by the quantile function of their density;
-    float64, shape of `uniforms`.
+    """Angles between mu and a draw, in [0, pi], float64, one for each of `uniforms`.
+
+    They come from the quantile function of their density.
 
     Linear within a cell, which is 1e-3 of the density's width: quantiles are off by 1e-6 of that
     width at most.
