@@ -13,9 +13,9 @@ and the policy gradient needs no treatment of latents. r is replayed as it was r
 constant; the gate is computed anew, with gradient.
 
 Taken from the paper and its code: the equations; c = 8; at the start exp(-c · softplus(Λ)) is
-uniform in [0.99, 0.999] (`residual_r_min` of the scripts), so that a, with σ about 1/2, is about
-its square root and the model reads almost only tokens; thinking ends at "####". Λ has the sign of the
-paper (the code's softplus(-Λ) is the same function of -Λ).
+uniform in [0.99, 0.999] (the scripts' `residual_r_min`): a, with σ about 1/2, is about its square
+root, and the model reads almost only tokens; thinking ends at "####". Λ has the sign of the paper
+(the code's softplus(-Λ) is the same function of -Λ).
 
 Differs: the delimiter is one token, and is itself still mixed (the code compares decoded text
 after each token, so the token that completes it is plain); r is of the whole distribution at a
@@ -36,6 +36,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.mechanisms.protocol import HiddenSource, Mechanism, RowStates
@@ -97,7 +98,7 @@ class HybridGate(Mechanism):
     # r is made of the logits that the token is sampled from: with this they are computed once
     reads_logits = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not _is_number(self.mixture_temperature) or not self.mixture_temperature > 0:
             raise ConfigError(
                 "not a temperature",
@@ -119,7 +120,7 @@ class HybridGate(Mechanism):
         return frozenset()
 
     def new_parameters(
-        self, text_config, dtype: torch.dtype, device: torch.device
+        self, text_config: PretrainedConfig, dtype: torch.dtype, device: torch.device
     ) -> dict[str, nn.Module | nn.Parameter]:
         bounds, std = (self.initial_min, self.initial_max), text_config.initializer_range
         return {GATE_ATTRIBUTE: Gate(text_config.hidden_size, bounds, std).to(device, dtype)}

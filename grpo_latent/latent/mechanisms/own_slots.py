@@ -24,6 +24,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from grpo_latent.errors import CheckpointError
 from grpo_latent.latent.mechanisms.protocol import HiddenSource
@@ -43,7 +44,7 @@ class OwnSlots(SlotMechanism):
     )
 
     def new_parameters(
-        self, text_config, dtype: torch.dtype, device: torch.device
+        self, text_config: PretrainedConfig, dtype: torch.dtype, device: torch.device
     ) -> dict[str, nn.Module | nn.Parameter]:
         own_H = torch.empty(text_config.hidden_size, device=device, dtype=dtype)
         nn.init.normal_(own_H, std=text_config.initializer_range)

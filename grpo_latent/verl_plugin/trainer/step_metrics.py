@@ -63,8 +63,10 @@ def latent_metrics(extra_fields: list[dict]) -> dict[str, float]:
     norms = torch.cat(
         [torch.as_tensor(fields["latent_norms"], dtype=torch.float64) for fields in extra_fields]
     )
+    # a mechanism may record vectors beside its tokens, without any span
+    num_with_latents = sum(len(fields["latent_norms"]) > 0 for fields in extra_fields)
     return {
-        "latent/frac_rollouts": float((spans > 0).double().mean()),
+        "latent/frac_rollouts": num_with_latents / len(extra_fields),
         "latent/spans_mean": float(spans.mean()),
         "latent/steps_mean": float(steps.mean()),
         "latent/steps_max": float(steps.max()),

@@ -35,6 +35,8 @@ def test_latent_metrics():
         "latent/stopped_at_length_frac": 0.25,
     }
     assert rows.latent_metrics([fields()])["latent/forced_end_frac"] == 0.0
+    beside_tokens = rows.latent_metrics([fields(norms=(2.0, 2.0)), fields()])
+    assert beside_tokens["latent/frac_rollouts"] == 0.5 and beside_tokens["latent/spans_mean"] == 0
 
 
 def test_reward_metrics_leave_dropped_rows_out():
