@@ -89,8 +89,11 @@ def text_field(record: dict, field: str, where: str) -> str:
 
 def _choices(record: dict, where: str) -> list[str]:
     choices = record.get("choices")
-    valid = isinstance(choices, list) and 2 <= len(choices) <= len(string.ascii_uppercase)
-    if not valid or not all(isinstance(choice, str) and choice.strip() for choice in choices):
+    if (
+        not isinstance(choices, list)
+        or not 2 <= len(choices) <= len(string.ascii_uppercase)
+        or not all(isinstance(choice, str) and choice.strip() for choice in choices)
+    ):
         raise bad_field(
             where, "choices", "not a list of choices", choices, "2 to 26 non-empty strings"
         )
