@@ -58,8 +58,7 @@ test-fast: $(STAMP) browser
 	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(STAMP)
-	# long lines are being mended, a package at a time: E501 counts again when none is left
-	$(BIN)/ruff check --extend-ignore E501 .
+	$(BIN)/ruff check .
 	$(BIN)/ruff format --check grpo_latent recipes reward benchmarks tests setup.py conftest.py
 	$(BIN)/mypy
 
