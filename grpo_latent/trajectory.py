@@ -15,8 +15,10 @@ a placeholder that may be any id at all.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -117,7 +119,10 @@ class Trajectory:
             raise LatentMismatchError(
                 "fields of a trajectory differ in length", got=lengths, expected="one length T"
             )
-        unknown = set(self.kinds.tolist()) - COMPLETION_KINDS
+        # counted on the host: masks and sums of tensors this small cost twice as much as all the
+        # rest of a trajectory, and a rollout makes hundreds at once
+        num_of_kind = Counter(self.kinds.tolist())
+        unknown = num_of_kind.keys() - COMPLETION_KINDS
         if unknown or self.stop_reason not in STOP_REASONS:
             raise LatentMismatchError(
                 "not a completion",
@@ -125,8 +130,11 @@ class Trajectory:
                 got=f"kinds {sorted(unknown)}, stop_reason {self.stop_reason!r}",
                 expected=f"kinds in {sorted(COMPLETION_KINDS)}, stop_reason in {STOP_REASONS}",
             )
-        counts = {letter: int(positions_of(self.kinds, letter).sum()) for letter in "NMS"}
-        counts |= {"P": self.prompt_ids.shape[0], "T": self.kinds.shape[0]}
+        counts = {
+            letter: sum(num_of_kind[kind] for kind in kinds)
+            for letter, kinds in _completion_kinds_of().items()
+        }
+        counts["P"] = self.prompt_ids.shape[0]
         for field_ in fields:
             self._check(field_, counts[field_.dims[0]])
 
@@ -256,6 +264,13 @@ def positions_of(kinds: Tensor, letter: str) -> Tensor:
         return kinds == PositionKind.SELECTED
     is_completion = kinds >= PositionKind.TEXT
     return {"T": is_completion, "P": ~is_completion, "L": torch.ones_like(is_completion)}[letter]
+
+
+@cache
+def _completion_kinds_of() -> dict[str, tuple[int, ...]]:
+    """The kinds that each letter of a completion counts: `positions_of`, asked once."""
+    kinds_K = torch.tensor(sorted(COMPLETION_KINDS))
+    return {letter: tuple(kinds_K[positions_of(kinds_K, letter)].tolist()) for letter in "TNMS"}
 
 
 def to_column(field_: Field, values: Tensor, kinds_L: Tensor) -> Tensor:
