@@ -1,6 +1,6 @@
 """`python -m grpo_latent.train`: latent GRPO on verl's trainer, on two CPU cores or a cluster.
 
-config (hydra: verl's keys plus `latent:`) ──check──▶ Ray (own, or the running cluster) ──▶ verl's TaskRunner
+config (verl's keys plus `latent:`) ──check──▶ Ray (own, or the running one) ──▶ verl's TaskRunner
                                                           │ reports
                                                           ▼
                                         one progress bar, one line a step; the rest in train.log
@@ -57,9 +57,8 @@ def train(config: DictConfig) -> None:
     output_dir = Path(config.latent.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     set_environment(config, output_dir)
-    from grpo_latent.verl_plugin.trainer.console import (
-        output_to_file,
-    )  # after the environment: this imports verl
+    # after the environment: this imports verl
+    from grpo_latent.verl_plugin.trainer.console import output_to_file
 
     with output_to_file(output_dir / LOG_FILE) as console:
         for note in check(config):
@@ -96,9 +95,8 @@ def resolve_paths(config: DictConfig) -> None:
             for index, item in enumerate(value):
                 if isinstance(item, str):
                     value[index] = absolute(item)
-                elif OmegaConf.is_dict(item) and isinstance(
-                    item.get("path"), str
-                ):  # one of several reward functions
+                # one of several reward functions
+                elif OmegaConf.is_dict(item) and isinstance(item.get("path"), str):
                     item.path = absolute(item.path)
 
 
@@ -203,7 +201,8 @@ def _notes_on_wandb(config: DictConfig) -> list[str]:
     ):
         return []
     return [
-        "WANDB_API_KEY is not sent to the cluster: run wandb login on its nodes, or submit the job with the key"
+        "WANDB_API_KEY is not sent to the cluster: run wandb login on its nodes, or submit "
+        "the job with the key"
     ]
 
 
@@ -311,7 +310,12 @@ def ray_arguments(config: DictConfig) -> dict:
     """Arguments of `ray.init`. On a running cluster its resources are not ours to state."""
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
-    given = OmegaConf.to_container(config.ray_kwargs.get("ray_init", {}), resolve=True)
+    node = OmegaConf.select(config, "ray_kwargs.ray_init")
+    given = {} if node is None else OmegaConf.to_container(node, resolve=True)
+    if not isinstance(given, dict):
+        raise ConfigError(
+            "not a group", where="ray_kwargs.ray_init", got=given, expected="arguments of ray.init"
+        )
     runtime_env = get_ppo_ray_runtime_env(config)
     runtime_env.update(
         {k: v for k, v in (given.pop("runtime_env", None) or {}).items() if v is not None}
@@ -344,22 +348,21 @@ def _run(config: DictConfig, console, log_path: Path) -> None:
     from grpo_latent.verl_plugin.boot import remote_errors
     from grpo_latent.verl_plugin.boot.cluster_resources import check_cpus
     from grpo_latent.verl_plugin.trainer.console import StepPrinter
-    from grpo_latent.verl_plugin.trainer.reports import drain, start_board
+    from grpo_latent.verl_plugin.trainer.reports import drain, start_report_queue
 
     ray.init(**ray_arguments(config))
     try:
         check_cpus(config)
-        if (
-            config.trainer.device != "cpu"
-        ):  # the driver may have no GPU, and must not keep one's memory
+        if config.trainer.device != "cpu":
+            # the driver may have no GPU, and must not keep one's memory
             on_gpu = ray.remote(num_gpus=1, max_calls=1)(check_checkpoint)
             report = remote_errors.get(on_gpu.remote(config), "the preflight", log_path)
             _report_preflight(report, console)
-        board = start_board()
-        runner = TaskRunnerV1.remote()
+        queue = start_report_queue()
+        runner = TaskRunnerV1.remote()  # type: ignore[attr-defined]  # ray.remote decorates it
         run_ref = runner.run.remote(config)
         with StepPrinter(console) as on_report:
-            drain(board, run_ref, on_report)
+            drain(queue, run_ref, on_report)
         remote_errors.get(run_ref, "training", log_path)
     finally:
         ray.shutdown()

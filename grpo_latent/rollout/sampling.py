@@ -21,7 +21,7 @@ _SLOT_STREAM, _MAX_IMAGE_POSITIONS = (
 )  # counters of slots, beyond those of everything else
 
 
-def trajectory_seed(run_seed: int, step: int, row_id: str | int, trajectory_idx: int) -> int:
+def trajectory_seed(run_seed: int, step: int | str, row_id: str | int, trajectory_idx: int) -> int:
     """63-bit seed of one trajectory; equal arguments give equal seeds in every process and on
     every machine.
     """

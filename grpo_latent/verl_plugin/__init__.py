@@ -3,7 +3,7 @@
     trainer ──prompts──▶ agent loops ──groups──▶ rollout servers (engine hf or vllm)
        ▲                      │ trajectories with latents, rewards
        │                      ▼
-       └──metrics──── workers (latent FSDP2 engine: replay, loss, update) ──weights──▶ rollout servers
+       └──metrics──── workers (latent FSDP2 engine: replay, loss, update) ──weights──▶ servers
 
 verl loads this package in every process through its `verl.plugins` entry point. That must be
 cheap, so only the CPU platform is registered here, which has to happen before verl settles on a

@@ -102,6 +102,7 @@ def check_cluster(
             where="check_cluster",
             got="; ".join(problems),
             expected="package, plug-in and files on every node",
-            fix="Mount data and model at the same path on every node; ship grpo_latent by --working-dir, pip or image.",
+            fix="Mount data and model at the same path on every node; ship grpo_latent by "
+            "--working-dir, pip or image.",
         )
     return reports

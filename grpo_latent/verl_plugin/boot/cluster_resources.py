@@ -29,5 +29,6 @@ def check_cpus(config: DictConfig) -> None:
             where="ray",
             got=int(available),
             expected=f">= {needed}",
-            fix="On your own machine start it with more logical CPUs than cores, e.g. ray start --head --num-cpus=16.",
+            fix="On your own machine start it with more logical CPUs than cores, e.g. ray "
+            "start --head --num-cpus=16.",
         )

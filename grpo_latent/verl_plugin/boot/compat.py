@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable
 from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 from packaging.specifiers import SpecifierSet
@@ -47,11 +49,23 @@ def select_platform(device: str) -> None:
     """
     from verl.plugin.platform import PlatformRegistry, get_platform, set_platform
 
-    if get_platform().device_name != device:
-        set_platform(PlatformRegistry.get("cpu" if device == "cpu" else "nvidia")())
+    if get_platform().device_name == device:
+        return
+    name = "cpu" if device == "cpu" else "nvidia"
+    platform = PlatformRegistry.get(name)
+    if platform is None:
+        raise PluginError(
+            "verl has no such platform",
+            where=f"trainer.device={device}",
+            got=sorted(PlatformRegistry.registered_names()),
+            expected=name,
+            fix=FIX,
+        )
+    set_platform(platform())
 
 
 def is_cpu() -> bool:
+    """Whether verl's platform in this process is the CPU."""
     from verl.utils.device import get_device_name
 
     return get_device_name() == "cpu"
@@ -150,14 +164,25 @@ def fix_position_ids(position_ids: Tensor) -> Tensor:
         return position_ids
     if not position_ids.is_nested:
         return tu.nested_tensor_from_tensor_list(list(position_ids), ragged_idx=2)
-    values, offsets = position_ids.values(), position_ids.offsets()
+    values, offsets = position_ids.values(), offsets_of(position_ids)
     num_rows = offsets.shape[0] - 1
     num_components = values.shape[0] // num_rows
     if int(offsets[-1]) == values.shape[0] and set(offsets.diff().tolist()) == {num_components}:
         rows = values.reshape(num_rows, num_components, -1)
         return tu.nested_tensor_from_tensor_list(list(rows), ragged_idx=2)
-    position_ids._ragged_idx = 2
+    position_ids._ragged_idx = 2  # type: ignore[attr-defined]  # as verl does it: torch's own, private
     return position_ids
+
+
+def offsets_of(nested: Tensor) -> Tensor:
+    """int64 [B + 1], where each row of a jagged tensor begins, and where the last one ends."""
+    return nested.offsets()  # type: ignore[attr-defined]  # torch annotates none of its own
+
+
+def _replace(modules: Iterable[ModuleType], name: str, value: object) -> None:
+    """Puts `value` under `name` into each module: each has imported the old one by name."""
+    for module in modules:
+        setattr(module, name, value)
 
 
 def _patch_position_ids() -> None:
@@ -170,8 +195,8 @@ def _patch_position_ids() -> None:
         if "position_ids" in data.keys():
             data["position_ids"] = fix_position_ids(data["position_ids"])
 
-    for module in (tensordict_utils, engine_workers, base):
-        module.maybe_fix_3d_position_ids = maybe_fix_3d_position_ids
+    modules = (tensordict_utils, engine_workers, base)
+    _replace(modules, "maybe_fix_3d_position_ids", maybe_fix_3d_position_ids)
 
 
 def _patch_text_only_vision() -> None:
@@ -204,7 +229,7 @@ def _patch_text_only_vision() -> None:
         image_embeds, _ = unpack_visual_output(model.visual(pixels, grid_thw=grid))
         return inputs_embeds + 0.0 * image_embeds.mean(), attention_mask
 
-    qwen2_vl._get_input_embeds = _get_input_embeds
+    _replace((qwen2_vl,), "_get_input_embeds", _get_input_embeds)
 
 
 def _patch_processors() -> None:
@@ -233,16 +258,13 @@ def _patch_processors() -> None:
             return processor
         try:
             _, backbone = read_backbone(name_or_path)
-        except (
-            ConfigError
-        ):  # a model beside ours, such as a judge, for which verl may do as it likes
-            return None
+        except ConfigError:
+            return None  # a model beside ours, such as a judge: verl may do as it likes
         return (
             AutoProcessor.from_pretrained(name_or_path, **kwargs) if backbone.has_vision else None
         )
 
-    for module in (utils, package, tokenizer, model):
-        module.hf_processor = hf_processor
+    _replace((utils, package, tokenizer, model), "hf_processor", hf_processor)
 
 
 def _patch_file_logger() -> None:
@@ -257,7 +279,7 @@ def _patch_file_logger() -> None:
             self.filepath = str(path)
             self.fp = open(path, "ab", buffering=0)
 
-    tracking.FileLogger = AppendingFileLogger
+    _replace((tracking,), "FileLogger", AppendingFileLogger)
 
 
 _PATCHES = {

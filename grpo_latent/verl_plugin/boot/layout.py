@@ -27,9 +27,10 @@ def check_layout(model, visibility: str | None, draws_images: bool) -> None:
     refused = {"use_fused_kernels": "the latent engine reads logits"}
     if draws_images:
         refused |= {
-            "use_remove_padding": "latent.selection=plackett_luce reads attention in the padded layout",
-            "enable_gradient_checkpointing": "latent.selection=plackett_luce records attention, which a checkpointed "
-            "layer computes again when nothing is recorded any more",
+            "use_remove_padding": "latent.selection=plackett_luce reads attention in the "
+            "padded layout",
+            "enable_gradient_checkpointing": "latent.selection=plackett_luce records "
+            "attention, which a checkpointed layer computes again when nothing records any more",
         }
     for name, reason in refused.items():
         if getattr(model, name):

@@ -68,7 +68,8 @@ class PlatformCPU(PlatformBase):
         # auto-detection only: with VERL_PLATFORM=cpu the CPU serves on GPU machines too
         return not torch.cuda.is_available()
 
-    def current_device(self) -> torch.device:
+    # verl says int and gives it to `.to()`, where an int is an accelerator
+    def current_device(self) -> torch.device:  # type: ignore[override]
         return torch.device("cpu")
 
     def device_count(self) -> int:
@@ -112,9 +113,8 @@ class PlatformCPU(PlatformBase):
         pass
 
     def ray_resource_name(self) -> str:
-        return (
-            "GPU"  # the name that verl's pools ask for; `ray_resource_options` requests none of it
-        )
+        # the name that verl's pools ask for; `ray_resource_options` requests none of it
+        return "GPU"
 
     def ray_resource_options(self, num_gpus: float) -> dict:
         return {}

@@ -75,7 +75,8 @@ def verify(process: str) -> None:
             where=process,
             got=f"no {missing}",
             expected="every entry of grpo_latent in verl's registries",
-            fix="Set VERL_USE_EXTERNAL_MODULES=grpo_latent.verl_plugin in the environment of every process.",
+            fix="Set VERL_USE_EXTERNAL_MODULES=grpo_latent.verl_plugin in the environment "
+            "of every process.",
         )
 
 
@@ -89,5 +90,6 @@ def verify_device(process: str, device: str) -> None:
             where=process,
             got=get_device_name(),
             expected=f"trainer.device={device}",
-            fix=f"Set VERL_PLATFORM={'cpu' if device == 'cpu' else 'nvidia'} in the environment of every process.",
+            fix=f"Set VERL_PLATFORM={'cpu' if device == 'cpu' else 'nvidia'} in the "
+            "environment of every process.",
         )

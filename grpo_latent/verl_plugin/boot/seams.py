@@ -57,9 +57,8 @@ class Seam:
         if self.parameters is None:
             return
         # Ray's tracing adds a parameter to the methods of actor classes
-        found = tuple(
-            name for name in inspect.signature(value).parameters if name != "_ray_trace_ctx"
-        )
+        names = inspect.signature(value).parameters if callable(value) else ()
+        found = tuple(name for name in names if name != "_ray_trace_ctx")
         if found != self.parameters:
             raise PluginError(
                 f"verl changed under {self.name}",

@@ -1,10 +1,13 @@
 """verl's reward manager `grpo_latent`: rewards see text without latents, failures are typed.
 
 reward.reward_manager.name=grpo_latent
-reward.custom_reward_function.path=my_reward.py      one function of one's own: this override is enough
-latent.reward.functions=[{path, name, weight, term, kwargs}, …]      several, weighted; used if there is no custom one
-latent.reward.timeout_s=30   latent.reward.on_error=raise|drop|score   latent.reward.error_score=0.0
-latent.reward.num_processes=1                        processes that run the functions, in each of verl's reward workers
+reward.custom_reward_function.path=my_reward.py
+    one function of one's own: this override is enough
+latent.reward.functions=[{path, name, weight, term, kwargs}, …]
+    several, weighted; used if there is no custom one
+latent.reward.timeout_s=30  latent.reward.on_error=raise|drop|score  latent.reward.error_score=0.0
+latent.reward.num_processes=1
+    processes that run the functions, in each of verl's reward workers
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from verl.experimental.reward_loop.reward_manager import register
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
 from grpo_latent.common.settings import check_keys
-from grpo_latent.errors import PluginError
+from grpo_latent.errors import ConfigError, PluginError
 from grpo_latent.rewards.functions import specs_from_config
 from grpo_latent.rewards.runner import DEFAULT_TIMEOUT_S, RewardItem, RewardRunner
 
@@ -129,6 +132,8 @@ def judge_tokenizer(config: DictConfig) -> Any:
     from verl.utils import hf_tokenizer
     from verl.utils.fs import copy_to_local
 
+    # verl passes its `trust_remote_code` of the reward model on; nothing here runs code out of a
+    # model's folder, so a judge whose tokenizer needs that raises
     return hf_tokenizer(copy_to_local(config.reward.reward_model.model_path))
 
 
@@ -141,8 +146,10 @@ def reward_item(row: Mapping[str, Any]) -> RewardItem:
             "the agent loop did not say what the rewards may see",
             where=f"extra_fields of the agent loop output (uid {row.get('uid')})",
             got=f"no {missing}; keys {sorted(reported)}",
-            expected="solution_str and latent, as grpo_latent.rewards.view.reward_view builds them",
-            fix="Set actor_rollout_ref.rollout.agent.default_agent_loop to the agent loop of grpo_latent.",
+            expected="solution_str and latent, as grpo_latent.rewards.view.reward_view "
+            "builds them",
+            fix="Set actor_rollout_ref.rollout.agent.default_agent_loop to the agent loop "
+            "of grpo_latent.",
         )
     extra_info = dict(row.get("extra_info") or {})
     extra_info["latent"] = reported["latent"]
@@ -158,4 +165,12 @@ def reward_item(row: Mapping[str, Any]) -> RewardItem:
 
 
 def _plain(node: Any) -> dict[str, Any]:
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node)
+    values = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            "not a group of settings",
+            where="latent.reward",
+            got=values,
+            expected="keys and values",
+        )
+    return {str(key): value for key, value in values.items()}

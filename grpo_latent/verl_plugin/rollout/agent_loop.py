@@ -17,7 +17,6 @@ import zlib
 from functools import partial
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 import transfer_queue as tq
@@ -29,7 +28,6 @@ from verl.experimental.agent_loop.agent_loop import (
     AgentLoopOutput,
     register,
 )
-from verl.protocol import DataProto
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils.profiler import simple_timer
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
@@ -37,7 +35,6 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from grpo_latent.errors import DataError, RolloutError
 from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models.positions import extend_positions
-from grpo_latent.models.prompts import Prompt, encode_prompt
 from grpo_latent.rewards.view import reward_view
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.sampling import trajectory_seed
@@ -45,6 +42,13 @@ from grpo_latent.trajectory import Trajectory
 from grpo_latent.verl_plugin.boot import compat
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import AGENT_LOOP_NAME, verify
+from grpo_latent.verl_plugin.rollout.group_rows import (
+    parts_of,
+    render_prompt,
+    reward_input,
+    row_index,
+    where,
+)
 from grpo_latent.verl_plugin.rollout.replica import LatentRolloutClient
 from grpo_latent.verl_plugin.rollout.server import GroupResult
 from grpo_latent.verl_plugin.rollout.waves import Ticket
@@ -99,6 +103,7 @@ class LatentAgentLoop(AgentLoopBase):
         self.rollout_config = self.config.actor_rollout_ref.rollout
         self.server_manager: LatentRolloutClient = server_manager
         self.tokenizer, self.processor = tokenizer, processor
+        self.decode = tokenizer.decode
         self.dataset_cls, self.data_config = dataset_cls, data_config.config
         self.mechanism: Mechanism = mechanism
         self.loop = asyncio.get_running_loop()
@@ -137,8 +142,9 @@ class LatentAgentLoop(AgentLoopBase):
                 where=where(row),
                 got=f"{len(prompt.ids)} tokens",
                 expected=f"<= data.max_prompt_length={self.rollout_config.prompt_length}",
-                fix="Raise data.max_prompt_length, set data.filter_overlong_prompts=True, or lower size.longest_edge of the "
-                "checkpoint's image processor, which data.max_image_tokens of SFT sets.",
+                fix="Raise data.max_prompt_length, set data.filter_overlong_prompts=True, "
+                "or lower size.longest_edge of the checkpoint's image processor, which "
+                "data.max_image_tokens of SFT sets.",
             )
         request = RolloutRequest(
             prompt_ids=prompt.ids, seeds=seeds, images=prompt.images, group_id=str(row["uid"])
@@ -154,7 +160,7 @@ class LatentAgentLoop(AgentLoopBase):
         self, trajectory: Trajectory, group: GroupResult, metrics: dict
     ) -> LatentAgentLoopOutput:
         view = reward_view(
-            trajectory, partial(self.tokenizer.decode, skip_special_tokens=False), group.eos_ids
+            trajectory, partial(self.decode, skip_special_tokens=False), group.eos_ids
         )
         acted = trajectory.response_mask(self.mechanism.start_is_action)
         return LatentAgentLoopOutput(
@@ -179,28 +185,8 @@ class LatentAgentLoop(AgentLoopBase):
         )
 
 
-def render_prompt(tokenizer, processor, messages: list[dict], images: list, where: str) -> Prompt:
-    """The prompt as SFT and evaluation make it.
-
-    Contents are as verl's data set leaves them, text or lists of parts.
-    """
-    parts = [{**message, "content": parts_of(message["content"])} for message in messages]
-    return encode_prompt(tokenizer, processor, parts, images, where)
-
-
-def parts_of(content: str | list[dict]) -> list[dict]:
-    """Content as text and image parts, without pixels."""
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    return [part if part.get("type") == "text" else {"type": part.get("type")} for part in content]
-
-
-def where(row: dict[str, Any]) -> str:
-    """How messages name a data row."""
-    return f"row {row.get('index')} of {row.get('data_source', 'the data')}"
-
-
-class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
+# ray.remote, which decorates verl's class, hides the class itself from type checkers
+class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[name-defined]
     """verl's worker with one request, one reward call and one write a group."""
 
     def __init__(self, *args, **kwargs):
@@ -319,64 +305,6 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):
         )
 
 
-def row_index(prompt: dict) -> str:
-    """The data row's `extra_info.index`, which seeds its trajectories.
-
-    Raises:
-        DataError: the row has none; rows without one would share their random numbers.
-    """
-    index = (prompt.get("extra_info") or {}).get("index")
-    if index is None:
-        raise DataError(
-            "a data row has no index",
-            where=f"data source {prompt.get('data_source')!r}, extra_info",
-            got=prompt.get("extra_info"),
-            expected="extra_info.index, unique in the data set",
-        )
-    return str(index)
-
-
-def reward_input(outputs: list[LatentAgentLoopOutput], prompt: dict) -> DataProto:
-    """The group as verl's reward managers read it, padded right; prompts of a group are equal."""
-    pad = torch.nn.utils.rnn.pad_sequence
-    prompts = torch.tensor([output.prompt_ids for output in outputs])
-    responses = [torch.tensor(output.response_ids) for output in outputs]
-    masks = [
-        torch.ones(prompts.shape[1] + len(response), dtype=torch.long) for response in responses
-    ]
-    padded = pad(responses, batch_first=True)
-    columns = {name: value for name, value in prompt.items() if name != "dummy_tensor"}
-    per_output = {
-        "tool_extra_fields": [output.extra_fields for output in outputs],
-        "__num_turns__": [output.num_turns for output in outputs],
-        "session_id": list(range(len(outputs))),
-        "prompt_len": [len(output.prompt_ids) for output in outputs],
-        "response_len": [len(output.response_ids) for output in outputs],
-    }
-    non_tensors = {name: object_array([value] * len(outputs)) for name, value in columns.items()}
-    return DataProto(
-        batch=TensorDict(
-            {
-                "prompts": prompts,
-                "responses": padded,
-                "input_ids": torch.cat([prompts, padded], dim=1),
-                "attention_mask": pad(masks, batch_first=True),
-            },
-            batch_size=len(outputs),
-        ),
-        non_tensor_batch={
-            **non_tensors,
-            **{name: object_array(values) for name, values in per_output.items()},
-        },
-    )
-
-
-def object_array(values: list) -> np.ndarray:
-    array = np.empty(len(values), dtype=object)
-    array[:] = values
-    return array
-
-
 def portable(error: Exception) -> Exception:
     """The error itself if it survives pickling, else a `RolloutError` with its text."""
     import pickle
@@ -393,7 +321,9 @@ def portable(error: Exception) -> Exception:
 
 
 class LatentAgentLoopManager(AgentLoopManagerTQ):
-    """verl's manager; gives each dispatched prompt its ticket and remembers the order of dispatch."""
+    """verl's manager; gives each prompt its ticket and remembers the order of dispatch."""
+
+    llm_client: LatentRolloutClient
 
     def __init__(self, *args, **kwargs):
         verify("agent loop manager")

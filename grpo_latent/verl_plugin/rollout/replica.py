@@ -55,7 +55,7 @@ class LatentReplica(RolloutReplica):
 async def launch_server(
     name: str, worker, rollout_config, model_config, replica_rank: int = 0
 ) -> ray.actor.ActorHandle:
-    """A server with engine hf beside a training worker: on its node and, on GPUs, on its device."""
+    """A server with engine hf beside a training worker, on its node and, on GPUs, its device."""
     node_id, visible = await worker.__ray_call__.remote(whereabouts)
     env_vars = {"CUDA_VISIBLE_DEVICES": visible} if visible is not None else {}
     if visible is not None:

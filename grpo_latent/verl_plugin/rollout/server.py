@@ -158,7 +158,7 @@ class LatentRolloutServer:
         self.engine.model.to(self.device)
 
     async def sleep(self) -> None:
-        """Frees the accelerator for training; the next `load_weights` or `wake_up` takes it back."""
+        """Frees the accelerator for training until the next `load_weights` or `wake_up`."""
         if self.device.type != "cpu":
             self.engine.model.to("cpu")
             torch.cuda.empty_cache()

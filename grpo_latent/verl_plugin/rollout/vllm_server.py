@@ -1,8 +1,9 @@
 """Rollout backend `vllm_latent`: verl's vLLM replica and server, with latents and whole groups.
 
-    agent loop ──group, ticket──▶ LatentVllmServer (wave barrier) ──▶ AsyncLLM ══processes══▶ engine core ▸ latent worker
-                                      ▲    records by latent_pop                                  ▲
-    training worker ──────────────────┼──────── verl's ServerAdapter: CUDA IPC, on CPU shared memory ──┘
+    agent loop ──group, ticket──▶ LatentVllmServer ──▶ AsyncLLM ══▶ engine core ▸ latent worker
+                                  wave barrier                      a process of its own  ▲ ▲
+                                  records ◀────────── latent_pop ─────────────────────────┘ │
+    training worker ── verl's ServerAdapter: weights by CUDA IPC, on CPU shared memory ─────┘
 
 The same code serves GPU and CPU; verl's server runs vLLM's asynchronous engine, whose core is a
 process of its own. What differs on CPU: the launch (there is no accelerator to ask a worker for),
@@ -67,9 +68,8 @@ class LatentVllmServer(vLLMHttpServer):
     # ---- verl's hooks ---------------------------------------------------------------------------
 
     def _validate_configs(self) -> None:
-        if (
-            self.config.max_model_len is None
-        ):  # the latent table has room for as many positions in each slot
+        if self.config.max_model_len is None:
+            # the latent table has room for as many positions in each of its seats
             self.config.max_model_len = self.config.prompt_length + self.config.response_length
         super()._validate_configs()
 
@@ -108,6 +108,7 @@ class LatentVllmServer(vLLMHttpServer):
         self, payloads: list[tuple[RolloutRequest, SamplingParams]]
     ) -> list[GroupResult]:
         """In the thread of the waves; vLLM's client belongs to the event loop."""
+        assert self._loop is not None, "a wave runs once its requests have come in"
         return asyncio.run_coroutine_threadsafe(self._generate(payloads), self._loop).result()
 
     async def _generate(
@@ -161,7 +162,8 @@ class LatentVllmReplica(vLLMReplica):
         self.server_class = ray.remote(LatentVllmServer)
 
     def _get_server_name_prefix(self) -> str:
-        return f"{VLLM_ROLLOUT_NAME}_"  # verl's adapter in the training workers makes it of the backend's name
+        # verl's adapter in the training workers makes it of the backend's name
+        return f"{VLLM_ROLLOUT_NAME}_"
 
     def rollout_worker_use_gpu(self) -> bool:
         return get_device_name() != "cpu"
@@ -191,8 +193,5 @@ class LatentVllmReplica(vLLMReplica):
         )
         await server.launch_server.remote()
         address, port = await server.get_server_address.remote()
-        self.servers, self._server_handle, self._server_address = (
-            [server],
-            server,
-            f"{address}:{port}",
-        )
+        self.servers, self._server_handle = [server], server
+        self._server_address = f"{address}:{port}"

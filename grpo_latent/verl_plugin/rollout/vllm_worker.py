@@ -6,6 +6,8 @@ therefore finds on `self`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,9 @@ from grpo_latent.verl_plugin.rollout.vllm_compat import (
 
 class LatentWorkerExtension(vLLMColocateWorkerExtension):
     """verl's on an accelerator; on CPU weights come by shared memory and are reloaded whole."""
+
+    # of the latent worker class, whose base this becomes
+    latent_reload: Callable[[list[tuple[str, Tensor]]], None]
 
     def monkey_patch_model(
         self, vocab_size: int, banned_token_ids: list[int] | None = None
@@ -35,7 +40,8 @@ class LatentWorkerExtension(vLLMColocateWorkerExtension):
     ) -> None:
         """Takes all weights from the training worker of this rank."""
         if self.device.type != "cpu":
-            super().update_weights_from_ipc(peft_config, base_sync_done, use_shm)
+            # verl's annotation leaves out the None that is its own default
+            super().update_weights_from_ipc(peft_config, base_sync_done, use_shm)  # type: ignore[arg-type]
             return
         # vLLM's CPU linears are packed after loading and keep no parameter to load into: only a
         # reload of all works

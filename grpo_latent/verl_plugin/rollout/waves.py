@@ -1,6 +1,6 @@
 """A barrier in front of a rollout engine, so that what it batches never depends on timing.
 
-    requests of one wave, in any order ──▶ complete? ──▶ sorted by row ──▶ engine ──▶ one result a request
+    requests of a wave, in any order ──▶ complete? ──▶ sorted by row ──▶ engine ──▶ a result each
 
 A *wave* is what the trainer dispatches at once: the prompts of one training step or one validation
 batch. Every request carries the rows that its wave will bring to this server; the engine runs when
@@ -88,17 +88,18 @@ class Waves:
         try:
             return await asyncio.wait_for(asyncio.shield(future), self._timeout_s)
         except TimeoutError:
-            if (
-                ticket.wave_id not in self._waves
-            ):  # complete: the engine is running, however long it takes
+            # complete meanwhile: the engine is running, however long it takes
+            if ticket.wave_id not in self._waves:
                 return await future
             missing = sorted(set(wave.rows) - set(wave.payloads))
             raise RolloutError(
                 "a rollout wave did not become complete",
                 where=f"{self._where}, wave {ticket.wave_id}",
-                got=f"{len(missing)} of {len(wave.rows)} rows missing after {self._timeout_s:g} s: {missing[:NUM_NAMED]}",
+                got=f"{len(missing)} of {len(wave.rows)} rows missing after "
+                f"{self._timeout_s:g} s: {missing[:NUM_NAMED]}",
                 expected="a request for every row",
-                fix="See the log of the agent loop workers for these rows; latent.rollout_timeout_s sets the time.",
+                fix="See the log of the agent loop workers for these rows; "
+                "latent.rollout_timeout_s sets the time.",
             ) from None
 
     def fail(self, wave_id: str, error: BaseException) -> None:

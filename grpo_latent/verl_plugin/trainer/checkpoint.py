@@ -1,12 +1,12 @@
 """Checkpoints in verl's layout that survive being killed half-way, and that load as latent models.
 
 <default_local_dir>/
-  latest_checkpointed_iteration.txt     written last, atomically: names the newest *complete* checkpoint
+  latest_checkpointed_iteration.txt   written last, atomically: the newest *complete* checkpoint
   global_step_N/
-    data.pt                             position in the data
-    latent_watch.json                   counters of the alarm
-    actor/                              shards of model, optimizer, scheduler and generator states
-    actor/huggingface/                  what `load_latent_model` and stage-2 runs read
+    data.pt                           position in the data
+    latent_watch.json                 counters of the alarm
+    actor/                            shards of model, optimizer, scheduler and generator states
+    actor/huggingface/                what `load_latent_model` and stage-2 runs read
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ def make_room(root: str | Path, step: int, resumed_from: int) -> None:
 
 
 def prune(root: str | Path, keep: int | None) -> None:
-    """Removes the oldest checkpoints until `keep` are left; never the one that the tracker names."""
+    """Removes the oldest checkpoints until `keep` are left; never the tracker's own."""
     if not keep or keep < 1:
         return
     latest = read_tracker(root)
     folders = step_folders(root)
-    for step in [step for step in folders if latest is None or step < latest][
-        : max(0, len(folders) - keep)
-    ]:
+    # a later step than the tracker's is no older branch: it is what a kill left of a save
+    removable = [step for step in folders if latest is None or step < latest]
+    for step in removable[: max(0, len(folders) - keep)]:
         shutil.rmtree(folders[step])
 
 
@@ -121,5 +121,6 @@ def check_world_size(folder: Path, world_size: int) -> None:
             where=str(folder),
             got=saved,
             expected=str(world_size),
-            fix="Resume at the saved world size, or start anew from actor/huggingface as model.path.",
+            fix="Resume at the saved world size, or start anew from actor/huggingface as "
+            "model.path.",
         )

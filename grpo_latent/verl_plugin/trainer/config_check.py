@@ -45,7 +45,9 @@ def check_config(config: DictConfig) -> LatentOptions:
         the `latent:` group, parsed.
     """
     options = LatentOptions.from_rollout(config.actor_rollout_ref.rollout)
-    _check_parts(config)
+    _check_components(config)
+    _check_dropping(config)
+    _check_unsupported(config)
     _check_groups(config)
     _check_batches(config)
     check_layout(
@@ -91,9 +93,8 @@ def check_folder(config: DictConfig, options: LatentOptions) -> None:
 def _read(folder: str, what: str, read: Callable[[str], Any]) -> Any:
     try:
         return read(folder)
-    except (
-        Exception
-    ) as error:  # OSError, ValueError, KeyError, and a bare Exception of the tokenizers library
+    # OSError, ValueError, KeyError, and a bare Exception of the tokenizers library
+    except Exception as error:
         raise CheckpointError(
             f"{what} cannot be read",
             where=folder,
@@ -114,8 +115,8 @@ def _require(
     return value
 
 
-def _check_parts(config: DictConfig) -> None:
-    """Trainer mode, engine, rollout and agent loop belong together."""
+def _check_components(config: DictConfig) -> None:
+    """Requires that trainer mode, engine, rollout, agent loop and rewards belong together."""
     rollout = "actor_rollout_ref.rollout"
     modes = (TRAINER_MODE, "sync")  # the trainer itself poses as verl's sync
     _require(config, "trainer.v1.trainer_mode", modes, "not a trainer for latents")
@@ -126,42 +127,29 @@ def _check_parts(config: DictConfig) -> None:
             where="actor_rollout_ref.ref.strategy",
             expected="the actor's strategy",
         )
-    _require(
-        config,
-        f"{rollout}.name",
-        (ROLLOUT_NAME, VLLM_ROLLOUT_NAME),
-        "not a rollout backend for latents",
+    backends = (ROLLOUT_NAME, VLLM_ROLLOUT_NAME)
+    required: tuple[tuple[str, tuple, str], ...] = (
+        (f"{rollout}.name", backends, "not a rollout backend for latents"),
+        (
+            f"{rollout}.agent.default_agent_loop",
+            (AGENT_LOOP_NAME,),
+            "not an agent loop for latents",
+        ),
+        (f"{rollout}.agent.agent_loop_manager_class", (MANAGER,), "not a manager for latents"),
+        (f"{rollout}.tensor_model_parallel_size", (1,), "a rollout engine runs on one device"),
+        (
+            f"{rollout}.calculate_log_probs",
+            (True,),
+            "the replay gap needs the rollout's log-probs",
+        ),
+        ("reward.reward_manager.name", (REWARD_MANAGER,), "rewards must not see latent spans"),
     )
-    _require(
-        config,
-        f"{rollout}.agent.default_agent_loop",
-        (AGENT_LOOP_NAME,),
-        "not an agent loop for latents",
-    )
-    _require(
-        config,
-        f"{rollout}.agent.agent_loop_manager_class",
-        (MANAGER,),
-        "not a manager for latents",
-    )
-    _require(
-        config,
-        f"{rollout}.tensor_model_parallel_size",
-        (1,),
-        "a rollout engine runs on one device",
-    )
-    _require(
-        config,
-        f"{rollout}.calculate_log_probs",
-        (True,),
-        "the replay gap needs the rollout's log-probs",
-    )
-    _require(
-        config,
-        "reward.reward_manager.name",
-        (REWARD_MANAGER,),
-        "rewards must not see latent spans",
-    )
+    for key, allowed, what in required:
+        _require(config, key, allowed, what)
+
+
+def _check_dropping(config: DictConfig) -> None:
+    """Refuses an estimator that knows no dropped trajectories where rewards may drop some."""
     dropping = reward_settings(config).get("on_error") == "drop"
     if dropping and not str(config.algorithm.adv_estimator).startswith(ALGORITHM_NAME):
         raise ConfigError(
@@ -170,49 +158,51 @@ def _check_parts(config: DictConfig) -> None:
             got=config.algorithm.adv_estimator,
             expected=f"{ALGORITHM_NAME} or {ALGORITHM_NAME}_rloo with latent.reward.on_error=drop",
         )
-    unsupported = {
-        "algorithm.filter_groups.enable": "refills depend on timing, so runs would not repeat",
-        "trainer.v1.sampler.sync_refill_failed_groups": "failed rollouts stop the run",
-        "actor_rollout_ref.actor.use_prefix_grouper": "rows are replayed one by one",
-        "critic.enable": "advantages are group-relative",
-        "algorithm.rollout_correction.bypass_mode": "old log-probs must be replayed, or the replay gap is always 0",
-        "actor_rollout_ref.rollout.multi_turn.enable": "a trajectory is one completion",
-        "actor_rollout_ref.rollout.ignore_eos": "a completion ends at EOS",
-        "reward.reward_model.enable_resource_pool": "not tried with latents",
-        # one without a pool of its own is colocated: verl sends it tokens, and neither text nor
-        # ground truth
-        "reward.reward_model.enable": "it would read placeholders of latents; a reward function can ask a judge",
-        "distillation.enabled": "a teacher would score the placeholders of latents",
-        "data.apply_chat_template_kwargs": "prompts are made as SFT makes them",
-        "data.mm_processor_kwargs": "prompts are made as SFT makes them",
-    }
-    for key, reason in unsupported.items():
-        if OmegaConf.select(config, key, default=None):
-            got = OmegaConf.select(config, key)
+
+
+# options of verl's that must stay unset, and why
+UNSUPPORTED = {
+    "algorithm.filter_groups.enable": "refills depend on timing, so runs would not repeat",
+    "trainer.v1.sampler.sync_refill_failed_groups": "failed rollouts stop the run",
+    "actor_rollout_ref.actor.use_prefix_grouper": "rows are replayed one by one",
+    "critic.enable": "advantages are group-relative",
+    "algorithm.rollout_correction.bypass_mode": "old log-probs must be replayed, or the replay "
+    "gap is always 0",
+    "actor_rollout_ref.rollout.multi_turn.enable": "a trajectory is one completion",
+    "actor_rollout_ref.rollout.ignore_eos": "a completion ends at EOS",
+    "reward.reward_model.enable_resource_pool": "not tried with latents",
+    # one without a pool of its own is colocated: verl sends it tokens, and neither text nor
+    # ground truth
+    "reward.reward_model.enable": "it would read placeholders of latents; a reward function can "
+    "ask a judge",
+    "distillation.enabled": "a teacher would score the placeholders of latents",
+    "data.apply_chat_template_kwargs": "prompts are made as SFT makes them",
+    "data.mm_processor_kwargs": "prompts are made as SFT makes them",
+}
+
+
+def _check_unsupported(config: DictConfig) -> None:
+    """Refuses what verl offers and latent training has not."""
+    for key, reason in UNSUPPORTED.items():
+        got = OmegaConf.select(config, key, default=None)
+        if got:
             raise ConfigError(
                 "not supported with latents", where=key, got=got, expected=f"unset ({reason})"
             )
-    if (
-        int(
-            OmegaConf.select(
-                config, "actor_rollout_ref.actor.ulysses_sequence_parallel_size", default=1
-            )
-        )
-        > 1
-    ):
+    ulysses = "actor_rollout_ref.actor.ulysses_sequence_parallel_size"
+    if int(OmegaConf.select(config, ulysses, default=1)) > 1:
         raise ConfigError(
             "not supported with latents",
-            where="actor_rollout_ref.actor.ulysses_sequence_parallel_size",
-            got=config.actor_rollout_ref.actor.ulysses_sequence_parallel_size,
+            where=ulysses,
+            got=OmegaConf.select(config, ulysses),
             expected="1",
         )
     lora_rank = OmegaConf.select(config, "actor_rollout_ref.model.lora_rank", default=0)
-    if lora_rank > 0 and not OmegaConf.select(
-        config, "actor_rollout_ref.model.lora.merge", default=False
-    ):
+    merge = "actor_rollout_ref.model.lora.merge"
+    if lora_rank > 0 and not OmegaConf.select(config, merge, default=False):
         raise ConfigError(
             "rollout engines take merged weights only",
-            where="actor_rollout_ref.model.lora.merge",
+            where=merge,
             got=False,
             expected="True with lora_rank > 0",
         )
@@ -349,8 +339,10 @@ def _check_treatment(config: DictConfig, options: LatentOptions) -> None:
             "latents without a density have no KL",
             where="latent.treatment.kl_coef",
             got=f"{terms.kl_coef} with {type(options.treatment).__name__}",
-            expected="0, a treatment that acts (such as gaussian), or latent.selection=plackett_luce",
-            fix="latent.treatment.anchor_weight holds the predictions of any treatment to the reference's.",
+            expected="0, a treatment that acts (such as gaussian), or "
+            "latent.selection=plackett_luce",
+            fix="latent.treatment.anchor_weight holds the predictions of any treatment to "
+            "the reference's.",
         )
     if options.act_kinds and not str(config.algorithm.adv_estimator).startswith(
         (ALGORITHM_NAME, "grpo", "rloo")

@@ -40,7 +40,8 @@ class LatentDataset(RLHFDataset):
                     "two rows have one index",
                     where=f"{files} rows {seen[index]} and {number}, extra_info.index",
                     got=index,
-                    expected="an index that is unique over all files: it seeds the row's trajectories and names its dumps",
+                    expected="an index that is unique over all files: it seeds the row's "
+                    "trajectories and names its dumps",
                     fix="Number the rows of the second file on from the first.",
                 )
             seen[index] = number
@@ -49,7 +50,8 @@ class LatentDataset(RLHFDataset):
             raise DataError(
                 "no row is left after filtering prompts by length",
                 where=", ".join(self.original_data_files),
-                got=f"{len(dataframe)} rows, all longer than data.max_prompt_length={self.max_prompt_length}",
+                got=f"{len(dataframe)} rows, all longer than "
+                f"data.max_prompt_length={self.max_prompt_length}",
                 expected="prompts, image tokens included, of at most that length",
                 fix="Raise data.max_prompt_length.",
             )

@@ -79,10 +79,8 @@ class LatentWatch:
     def __init__(self, config, options):
         self.settings = build(UsageSettings, options.usage, "latent.usage")
         self.alarm = build(AlarmSettings, options.alarm, "latent.alarm")
-        self.config, self.folder = (
-            config,
-            Path(options.output_dir or config.trainer.default_local_dir),
-        )
+        self.config = config
+        self.folder = Path(options.output_dir or config.trainer.default_local_dir)
         self._request: UsageRequest | None = None
         self._bad = {"vanished": 0, "unused": 0}
         self._saved: Path | None = None  # of the step that is not yet counted
@@ -128,7 +126,7 @@ class LatentWatch:
         )
 
     def after_step(self, metrics: dict[str, float]) -> str | None:
-        """Adds `latent/alarm_*` to the metrics of a training step; the alarm line if there is one."""
+        """Adds `latent/alarm_*` to a training step's metrics; gives the alarm line or None."""
         share = metrics["latent/frac_rollouts"]
         text = f"latents vanish: {share:.1%} of the trajectories have any"
         line = self._count("vanished", share < self.alarm.min_frac_rollouts, text)
@@ -186,7 +184,8 @@ class LatentWatch:
         )
         if self.should_stop:
             notes.append(
-                "the alarm still sounds, so training stops after a step; latent.alarm.stop=false lets it go on"
+                "the alarm still sounds, so training stops after a step; "
+                "latent.alarm.stop=false lets it go on"
             )
         return notes
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import transfer_queue as tq
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from grpo_latent.errors import PluginError
+
+if TYPE_CHECKING:
+    from grpo_latent.verl_plugin.rollout.agent_loop import LatentAgentLoopManager
 
 POLL_S = 0.05
 HEALTH_CHECK_S = 5.0
@@ -23,6 +27,9 @@ class LatentReplayBuffer(ReplayBuffer):
     seconds.
     """
 
+    manager: LatentAgentLoopManager  # from the trainer's `fit` on
+    _next_health_check: float
+
     @classmethod
     def adopt(cls, buffer: ReplayBuffer) -> LatentReplayBuffer:
         """The buffer that verl has configured, as one of this class."""
@@ -36,7 +43,6 @@ class LatentReplayBuffer(ReplayBuffer):
         adopted = cls.__new__(cls)
         adopted.__dict__.update(buffer.__dict__)
         adopted.poll_interval = POLL_S
-        adopted.manager = None
         adopted._next_health_check = 0.0
         return adopted
 

@@ -1,6 +1,6 @@
 """The gate between rollout and update: the policy that is trained must be the one that acted.
 
-    rollout_log_probs (the engine's) - old_log_probs (the replay's), at actions ──ReplayGap──▶ metrics, or an error
+    rollout_log_probs (engine) - old_log_probs (replay), at actions ──ReplayGap──▶ metrics or error
 
 A bound of null lets finite gaps pass, as bf16 makes them; NaN and infinities never do.
 """
@@ -76,7 +76,8 @@ class ReplayGap:
                 where=where,
                 got=f"{self.maximum:.3g} nats between rollout and replay",
                 expected="finite log-probs from both",
-                fix="NaN or infinities stand in the weights or the recorded vectors, and an update would spread them.",
+                fix="NaN or infinities stand in the weights or the recorded vectors, and "
+                "an update would spread them.",
             )
         if bound is None or self.maximum <= bound:
             return
@@ -85,7 +86,8 @@ class ReplayGap:
             where=where,
             got=f"{self.maximum:.3g} nats",
             expected=f"<= {key}={bound:g}",
-            fix="The trained policy is not the one that acted. If the gap is rounding (bf16), raise the bound.",
+            fix="The trained policy is not the one that acted. If the gap is rounding "
+            "(bf16), raise the bound.",
         )
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import ray
 
-BOARD_NAME = "grpo_latent_progress"
+QUEUE_NAME = "grpo_latent_progress"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What happened last: `kind` is start, step, validation or alarm (then with a line of text)."""
+    """What happened last: `kind` is start, step, validation or alarm (with a line of text)."""
 
     kind: str
     step: int
@@ -21,13 +21,13 @@ class Report:
     text: str = ""
 
 
-def start_board():
+def start_report_queue():
     """A Ray actor on the driver's node that keeps reports until they are read."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # defined in here, and fed with tuples, so that its process imports neither this package nor
     # verl
-    class ProgressBoard:
+    class ReportQueue:
         def __init__(self):
             self.reports = []
 
@@ -42,33 +42,32 @@ def start_board():
         node_id=ray.get_runtime_context().get_node_id(), soft=True
     )
     return (
-        ray.remote(ProgressBoard)
-        .options(name=BOARD_NAME, num_cpus=0, scheduling_strategy=here)
+        ray.remote(ReportQueue)
+        .options(name=QUEUE_NAME, num_cpus=0, scheduling_strategy=here)
         .remote()
     )
 
 
 class Reporter:
-    """The trainer's end. Without a board (stock `verl.trainer.main_ppo`) reports go nowhere."""
+    """The trainer's end. Without a queue (stock `verl.trainer.main_ppo`) reports go nowhere."""
 
     def __init__(self):
         try:
-            self._board = ray.get_actor(BOARD_NAME)
+            self._queue = ray.get_actor(QUEUE_NAME)
         except ValueError:
-            self._board = None
+            self._queue = None
 
     def report(self, kind: str, step: int, total_steps: int, metrics: dict[str, float]) -> None:
-        if self._board is not None:
-            self._board.put.remote((kind, step, total_steps, metrics))
+        if self._queue is not None:
+            self._queue.put.remote((kind, step, total_steps, metrics))
 
     def alarm(self, text: str | None, step: int, total_steps: int) -> None:
         """A line that must be seen; None is silence."""
         if text is not None:
-            print(
-                f"ALARM at step {step}: {text}", flush=True
-            )  # for the log, and for runs without a board
-        if text is not None and self._board is not None:
-            self._board.put.remote(("alarm", step, total_steps, {}, text))
+            # for the log, and for runs without a queue
+            print(f"ALARM at step {step}: {text}", flush=True)
+        if text is not None and self._queue is not None:
+            self._queue.put.remote(("alarm", step, total_steps, {}, text))
 
 
 SHORT_NAMES = {
@@ -94,16 +93,18 @@ def held_out(metrics: dict[str, float]) -> float | None:
 def short_line(report: Report, seconds: float | None = None) -> str:
     """One line a step.
 
-    >>> short_line(Report("step", 3, 60, {"critic/score/mean": 0.5, "latent/steps_mean": 1.0, "timing_s/step": 1.25}))
+    >>> metrics = {"critic/score/mean": 0.5, "latent/steps_mean": 1.0, "timing_s/step": 1.25}
+    >>> short_line(Report("step", 3, 60, metrics))
     'step 3/60  reward 0.500  latent 1.0  1.2 s'
     """
     metrics = report.metrics
+    position = f"step {report.step}/{report.total_steps}"
     if report.kind == "alarm":
-        return f"step {report.step}/{report.total_steps}  ALARM  {report.text}"
+        return f"{position}  ALARM  {report.text}"
     if report.kind == "validation":
         value = held_out(metrics)
-        return f"step {report.step}/{report.total_steps}  held-out {'none' if value is None else f'{value:.3f}'}"
-    parts = [f"step {report.step}/{report.total_steps}"]
+        return f"{position}  held-out {'none' if value is None else f'{value:.3f}'}"
+    columns = [position]
     formats = {
         "reward": "{:.3f}",
         "kl": "{:.4f}",
@@ -115,16 +116,16 @@ def short_line(report: Report, seconds: float | None = None) -> str:
     for name, keys in SHORT_NAMES.items():
         value = next((metrics[key] for key in keys if key in metrics), None)
         if value is not None:
-            parts.append(f"{name} {formats[name].format(value)}")
+            columns.append(f"{name} {formats[name].format(value)}")
         if name == "reward" and held_out(metrics) is not None:
-            parts.append(f"held-out {held_out(metrics):.3f}")
+            columns.append(f"held-out {held_out(metrics):.3f}")
     seconds = metrics.get("timing_s/step", seconds)
     if seconds is not None:
-        parts.append(f"{seconds:.1f} s")
-    return "  ".join(parts)
+        columns.append(f"{seconds:.1f} s")
+    return "  ".join(columns)
 
 
-def drain(board, run_ref, on_report, interval_s: float = 0.5) -> None:
+def drain(queue, run_ref, on_report, interval_s: float = 0.5) -> None:
     """Hands reports to `on_report` until the job behind `run_ref` has ended, then the last ones.
 
     Args:
@@ -134,6 +135,6 @@ def drain(board, run_ref, on_report, interval_s: float = 0.5) -> None:
     while not done:
         started = time.monotonic()
         done = bool(ray.wait([run_ref], timeout=interval_s)[0])
-        for values in ray.get(board.take.remote()):
+        for values in ray.get(queue.take.remote()):
             on_report(Report(*values))
         time.sleep(max(0.0, 0.05 - (time.monotonic() - started)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
 from transfer_queue import KVBatchMeta
 
 from grpo_latent import recorded
@@ -27,7 +28,8 @@ def dump_step(batch: KVBatchMeta, step: int, folder: str | Path) -> tuple[list[d
     truths = [model.get("ground_truth") for model in rows.objects("reward_model")]
     columns = {name: rows.tensors(name) for name in recorded.columns(Wire.DUMP) if name in rows}
     scores = rows.tensors("rm_scores")
-    records, tensors = [], {}
+    records: list[dict] = []
+    tensors: dict[str, Tensor] = {}
     order = sorted(
         range(len(batch)), key=lambda i: (str(infos[i]["index"]).zfill(12), sessions[i])
     )

@@ -10,7 +10,8 @@ right:
     advantages, update      `grpo_latent`
     save                    tracker written last, atomically
     weights to rollout
-    validate, log           latent and reward metrics, use of the latents, rollout dump, report to the driver
+    validate, log           latent and reward metrics, usage, rollout dump, report to the driver;
+                            callbacks of the save
 """
 
 from __future__ import annotations
@@ -45,17 +46,16 @@ from grpo_latent.verl_plugin.worker import gradients
 class LatentPPOTrainer(PPOTrainerSync):
     """See the module."""
 
+    replay_buffer: LatentReplayBuffer
+
     def __init__(self, config):
         verify("trainer")
         verify_device("trainer", config.trainer.device)
-        for note in take_new_names(
-            config
-        ):  # of whoever starts verl's own command with a config of his
+        # again, beside the driver's: a config may come from verl's own command
+        for note in take_new_names(config):
             print(f"warning: {note}")
         self.options = check_config(config)
-        checkpoint.resume_folder(
-            config.trainer
-        )  # what cannot be resumed is refused before workers start
+        checkpoint.resume_folder(config.trainer)  # refuses before workers start, and gives nothing
         with open_dict(config):
             config.trainer.v1.trainer_mode = "sync"  # the base class branches on this literal
         super().__init__(config)
@@ -119,9 +119,8 @@ class LatentPPOTrainer(PPOTrainerSync):
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._update_actor(for_workers(batch), metrics)
-        for name in [
-            name for name in metrics if name.startswith("actor/latent/")
-        ]:  # verl puts `actor/` before all
+        # verl puts `actor/` before all that a loss reports
+        for name in [name for name in metrics if name.startswith("actor/latent/")]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
         return batch
 

@@ -29,12 +29,11 @@ class UsageServer:
     """
 
     def __init__(self, config, workers, rollout_servers: list):
-        self._rollout, self._model = (
-            config.actor_rollout_ref.rollout,
-            config.actor_rollout_ref.model,
-        )
-        self._workers, self._rollout_servers = workers, rollout_servers
-        self._own = None
+        self._rollout = config.actor_rollout_ref.rollout
+        self._model = config.actor_rollout_ref.model
+        self._workers = workers
+        self._rollout_servers = rollout_servers
+        self._own: ray.actor.ActorHandle | None = None
 
     @contextmanager
     def holding(self, policy_version: int) -> Iterator[ray.actor.ActorHandle]:
@@ -45,16 +44,17 @@ class UsageServer:
         if self._rollout.name == ROLLOUT_NAME:
             yield self._rollout_servers[0]
             return
-        if self._own is None:
-            self._own = asyncio.run(
+        own = self._own
+        if own is None:
+            own = self._own = asyncio.run(
                 launch_server(NAME, self._workers.workers[0], self._rollout, self._model)
             )
         try:
-            ray.get(self._workers.send_weights_to(self._own, policy_version))  # wakes it
-            yield self._own
+            ray.get(self._workers.send_weights_to(own, policy_version))  # wakes it
+            yield own
         except BaseException:
             # a server that died cannot sleep, and what it died of says more
             with suppress(ray.exceptions.RayError):
-                ray.get(self._own.sleep.remote())
+                ray.get(own.sleep.remote())
             raise
-        ray.get(self._own.sleep.remote())
+        ray.get(own.sleep.remote())

@@ -1,4 +1,4 @@
-"""Rollouts, groups and the inspector's page in the run's wandb, where `trainer.logger` names it."""
+"""Rollouts, groups and the inspector's page in the wandb run that `trainer.logger` asks for."""
 
 from __future__ import annotations
 
@@ -55,18 +55,15 @@ class Board:
 
             rows = []
             for record, summary in zip(records[:NUM_ROWS], summaries, strict=False):
-                acted = [
-                    a
-                    for a, m in zip(
-                        record.get("advantages", []), record["response_mask"], strict=False
-                    )
-                    if m
-                ]
+                pairs = zip(record.get("advantages", []), record["response_mask"], strict=False)
+                acted = [advantage for advantage, is_action in pairs if is_action]
                 found = record | summary | {"advantage": acted[0] if acted else None}
                 rows.append([found.get(name) for name in COLUMNS])
             table = wandb.Table(columns=list(COLUMNS), data=rows, allow_mixed_types=True)
             # under the step whose metrics verl logs next: wandb takes steps in order only
-            wandb.run.log({"latent/rollouts": table}, step=step)
+            run = wandb.run
+            assert run is not None, "verl's logger has begun it"
+            run.log({"latent/rollouts": table}, step=step)
 
     def log_page(self, step: int) -> None:
         """`latent/inspector` and its tables, over the run's dumps."""
@@ -93,7 +90,7 @@ def draw_apart(folder: Path, timeout_s: float = PAGE_TIMEOUT_S) -> tuple[str, di
 
     with tempfile.TemporaryDirectory() as out:
         # Ray puts the job's folder on the path of this process only
-        path = os.pathsep.join(part for part in sys.path if part)
+        path = os.pathsep.join(folder for folder in sys.path if folder)
         command = [
             sys.executable,
             "-m",

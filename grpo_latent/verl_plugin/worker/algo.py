@@ -1,10 +1,11 @@
 """Our advantages and policy loss under verl's names and signatures: adapters, no maths.
 
-    algorithm.adv_estimator=grpo_latent                         (r - mean) / (std + eps), a group of one is refused
-    algorithm.adv_estimator=grpo_latent_rloo                    leave-one-out
-    algorithm.norm_adv_by_std_in_grpo=False                     without the std (Dr. GRPO)
-    algorithm.adv_eps=1e-4                                      eps of the std, LVR's 1e-4 where it is not set
-    actor_rollout_ref.actor.policy_loss.loss_mode=grpo_latent   verl's `vanilla` made safe at masked positions
+    algorithm.adv_estimator=grpo_latent         (r - mean) / (std + eps), a group of one is refused
+    algorithm.adv_estimator=grpo_latent_rloo    leave-one-out
+    algorithm.norm_adv_by_std_in_grpo=False     without the std (Dr. GRPO)
+    algorithm.adv_eps=1e-4                      eps of the std, LVR's 1e-4 where it is not set
+    actor_rollout_ref.actor.policy_loss.loss_mode=grpo_latent
+                                                verl's `vanilla`, made safe at masked positions
 
 verl's `gspo` and `cispo` are used as they are: a test shows that they give masked positions
 neither loss nor gradient. They multiply by the mask instead of selecting with it, so they do need

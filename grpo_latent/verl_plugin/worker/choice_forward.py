@@ -3,7 +3,7 @@
 feed      SELECTED positions armed to read what stands at the chosen image positions
 prepare   where each slot's attention is read, recording armed
 verl's forward: beside its output, softmax(q · Kᵀ) of those rows
-extend    log_probs[t] at SELECTED positions = the choice's log-prob, with gradient to the attention
+extend    log_probs[t] at SELECTED positions = the choice's log-prob, with gradient to attention
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from grpo_latent.models.choices import SlotChoices, choice_log_probs, chosen_columns, slot_choices
 from grpo_latent.models.injection import SelectionInjector
 from grpo_latent.models.selection import RecordedAttention, recording_rows
 from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.trajectory import PositionKind
+from grpo_latent.verl_plugin.boot.compat import offsets_of
 from grpo_latent.verl_plugin.worker.micro_batch import MicroBatch
 
 
@@ -31,8 +33,9 @@ class ChoiceForward:
         temperature: of the draws, None for deterministic selection.
     """
 
-    def __init__(self, module: nn.Module, top_k_image: int, temperature: float | None):
-        self.temperature, self.text_config = temperature, module.config.get_text_config()
+    def __init__(self, module: PreTrainedModel, top_k_image: int, temperature: float | None):
+        self.temperature = temperature
+        self.text_config = module.config.get_text_config()
         self.image_token_id = getattr(module.config, "image_token_id", None)
         self.selection = SelectionInjector.install(module) if top_k_image else None
         self._recording = ExitStack()
@@ -47,20 +50,16 @@ class ChoiceForward:
         if not bool((kinds_BT == PositionKind.SELECTED).any()):  # no row has an image
             return
         ids_BT = pad_sequence(list(batch.ids.unbind()), batch_first=True)
-        is_image_BT, valid_BT = (
-            self._is_image(ids_BT, kinds_BT),
-            torch.ones_like(kinds_BT, dtype=torch.bool),
-        )
+        is_image_BT = self._is_image(ids_BT, kinds_BT)
+        valid_BT = torch.ones_like(kinds_BT, dtype=torch.bool)
         rows_M, columns_M, images_M = chosen_columns(
             kinds_BT, valid_BT, is_image_BT, batch.selected_idx_S
         )
         if batch.is_packed:  # one row, the sequences one after the other
-            starts_M = batch.ids.offsets()[rows_M]
-            rows_M, columns_M, images_M = (
-                torch.zeros_like(rows_M),
-                columns_M + starts_M,
-                images_M + starts_M,
-            )
+            starts_M = offsets_of(batch.ids)[rows_M]
+            rows_M = torch.zeros_like(rows_M)
+            columns_M = columns_M + starts_M
+            images_M = images_M + starts_M
         self.selection.arm(rows_M, columns_M, images_M)
 
     def _is_image(self, ids_BT: Tensor, kinds_BT: Tensor) -> Tensor:
@@ -79,8 +78,12 @@ class ChoiceForward:
         self._recorder = self._recording.enter_context(recording)
 
     def extend(self, model_output: dict, batch: MicroBatch) -> None:
+        """Writes the log-probs of drawn choices over those of placeholder ids."""
         if self._recorder is None:
             return
+        assert self._choices is not None and self.temperature is not None, (
+            "armed with the recorder"
+        )
         attention_BNT = self._recorder.take(self.text_config.num_hidden_layers)
         values_M = choice_log_probs(self._choices, attention_BNT, self.temperature)
         log_probs = model_output["log_probs"]

@@ -241,10 +241,12 @@ def full_tensors(state: dict):
     """(name, full tensor) of each weight; gathers shards, so every rank must iterate."""
     device = get_device_id()
     for name, tensor in state.items():
-        yield (
-            name,
-            tensor.to(device).full_tensor() if isinstance(tensor, DTensor) else tensor.detach(),
-        )
+        if isinstance(tensor, DTensor):
+            shard = tensor.to(device)
+            assert isinstance(shard, DTensor)  # torch's annotation of `to` loses the class
+            yield name, shard.full_tensor()
+        else:
+            yield name, tensor.detach()
 
 
 def engine_sequences(model_inputs: dict, batch: MicroBatch, visibility: str) -> LatentSequences:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from grpo_latent.trajectory import PositionKind, made_mask
 
@@ -12,13 +13,11 @@ LATENT, TEXT = "latent_grad_norm", "text_grad_norm"
 class InputGradients:
     """Watches what the embedding module returns in forwards between `watch` and `close`.
 
-    Recorded latents are part of it.
-
-    A token whose input is composed with a recorded vector counts as a latent. Chosen image
-    embeddings, which no hidden state makes, are left out.
+    Recorded latents are among it. A token whose input is composed with a recorded vector counts as
+    a latent. Chosen image embeddings, which no hidden state makes, are left out.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: PreTrainedModel):
         self._kinds_BT: Tensor | None = None
         self._report: dict | None = None
         module.get_input_embeddings().register_forward_hook(self._on_forward)
@@ -55,7 +54,8 @@ class InputGradients:
 
 def rename(metrics: dict) -> None:
     """Moves what the engine reports from verl's `actor/` to `latent/`, with the norms' ratio."""
-    latent, text = metrics.pop(f"actor/{LATENT}", None), metrics.pop(f"actor/{TEXT}", None)
+    latent = metrics.pop(f"actor/{LATENT}", None)
+    text = metrics.pop(f"actor/{TEXT}", None)
     if latent is None or text is None:
         return
     metrics |= {"latent/grad_norm_latent": latent, "latent/grad_norm_text": text}

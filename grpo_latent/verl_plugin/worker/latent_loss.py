@@ -2,11 +2,11 @@
 
 `set_loss_fn` sets it, the one place where verl lets a loss see data.
 
-    text        response_mask            verl's ppo_loss, untouched; a mask that is True at a latent is refused
-    latents     what the treatment says  its `components`, each a weight and one value a position
+    text      response_mask            verl's ppo_loss, untouched; refused if True at a latent
+    latents   what the treatment says  its `components`, each a weight and one value a position
 
 Log-densities arrive in `log_probs`, `old_log_probs` and `ref_log_prob`, at positions where
-response_mask is False, so the two parts cannot touch. Each component is reduced as the text's loss
+response_mask is False, so the two cannot touch. Each component is reduced as the text's loss
 is (`loss_agg_mode`), over the whole mini-batch.
 
 Legend: B trajectories, T positions of completions, A acts, M latents, S statistics.
@@ -144,7 +144,8 @@ def check_components(components: list[Component], masks: dict[str, Tensor]) -> N
             raise LatentMismatchError(
                 "not a component of the loss",
                 where=f"Treatment.components, component {component.name!r}",
-                got=f"over {component.over!r}, values of shape {tuple(component.values.shape)}, names {names}",
+                got=f"over {component.over!r}, values of shape "
+                f"{tuple(component.values.shape)}, names {names}",
                 expected=f"over one of {tuple(masks)}, values of shape {expected}, each name once",
                 fix="Give one value for each position of view.acts or view.statistics_MS.",
             )

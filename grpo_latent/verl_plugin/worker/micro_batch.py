@@ -26,6 +26,7 @@ from grpo_latent.errors import LatentMismatchError
 from grpo_latent.models.positions import text_row
 from grpo_latent.models.shift import score_columns
 from grpo_latent.trajectory import PositionKind, from_column, latent_mask, made_mask, recorded_mask
+from grpo_latent.verl_plugin.boot.compat import offsets_of
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class MicroBatch:
                 raise LatentMismatchError(
                     "recorded latents do not fit the sequence",
                     where=f"latent engine, row {row} of the micro-batch",
-                    got=f"{length} ids, {kinds.shape[0]} kinds with {num_latents} latents, {found} vectors",
+                    got=f"{length} ids, {kinds.shape[0]} kinds with {num_latents} latents, "
+                    f"{found} vectors",
                     expected="one kind an id, one vector a latent",
                     fix="The three fields of a row must come from one recorded trajectory.",
                 )
@@ -95,7 +97,9 @@ class MicroBatch:
     @cached_property
     def latents_NH(self) -> Tensor:
         """float [N, H], the recorded vectors."""
-        return self.recorded("latents")
+        latents_NH = self.recorded("latents")
+        assert latents_NH is not None, "`of` has checked that the column is there"
+        return latents_NH
 
     @cached_property
     def selected_idx_S(self) -> Tensor:
@@ -110,7 +114,8 @@ class MicroBatch:
                 "batch without the chosen image positions",
                 where="latent engine",
                 got=sorted(self.data.keys()),
-                expected=f"{recorded.field('selected_idx').column}, as agent loop latent_agent writes it",
+                expected=f"{recorded.field('selected_idx').column}, as agent loop "
+                "latent_agent writes it",
             )
         return selected_idx_S
 
@@ -122,15 +127,12 @@ class MicroBatch:
                 numbers in each.
         """
         aux_MA = self.recorded("latent_aux")
-        shape, expected = (
-            (0, 0) if aux_MA is None else tuple(aux_MA.shape),
-            (sum(self.num_own), width),
-        )
-        if shape != expected:
+        expected = (sum(self.num_own), width)
+        if aux_MA is None or tuple(aux_MA.shape) != expected:
             raise LatentMismatchError(
                 "recorded aux does not fit the latents",
                 where=f"latent engine, {recorded.field('latent_aux').column} of the micro-batch",
-                got=shape,
+                got=(0, 0) if aux_MA is None else tuple(aux_MA.shape),
                 expected=str(expected),
                 fix="Rollout and training must run the same latent.treatment.",
             )
@@ -157,7 +159,7 @@ class MicroBatch:
         """Overwrites the ids at latent positions: no image placeholder or EOS there counts."""
         values = self.ids.values().masked_fill(latent_mask(self.kinds_L), placeholder_id)
         self.data["input_ids"] = torch.nested.nested_tensor_from_jagged(
-            values, offsets=self.ids.offsets()
+            values, offsets=offsets_of(self.ids)
         )
 
     def expand_positions(self) -> None:
@@ -176,7 +178,7 @@ class MicroBatch:
         """verl's ragged `log_probs`, with `values` where they score the positions of `kind`."""
         columns = score_columns(self.kinds_L == kind)
         values_L = log_probs.values().index_copy(0, columns, values.to(log_probs.dtype))
-        return torch.nested.nested_tensor_from_jagged(values_L, log_probs.offsets())
+        return torch.nested.nested_tensor_from_jagged(values_L, offsets_of(log_probs))
 
     # ---- what a loss reads: completions, padded right -------------------------------------------
 

@@ -1,6 +1,6 @@
 """What a treatment adds to the engine's forward; called before and after verl's.
 
-    prepare   recorded latents ──(recompute: one pass a latent, through the FSDP root)──▶ latents to inject
+    prepare   recorded latents ──(recompute: a pass each, through the FSDP root)──▶ latents to feed
               tap armed
     verl's forward
     extend    log_probs[t] at latents = their log-density;  statistics, for the loss's components;
@@ -58,10 +58,8 @@ class TreatedForward:
     ) -> LatentSequences:
         """The sequences with the latents to inject into the forward of `model_inputs`."""
         if trains and self.treatment.gradient is not None:
-            num_passes, make = (
-                self._over_ranks(max(batch.num_own)),
-                partial(self._make, model_inputs),
-            )
+            num_passes = self._over_ranks(max(batch.num_own))
+            make = partial(self._make, model_inputs)
             sequences = sequences.with_latents(
                 latents_by_passes(
                     sequences,
@@ -73,12 +71,17 @@ class TreatedForward:
             )
         if self.taps or (self.measures and not trains):
             features = self.treatment.features if self.taps else None
-            self.tap.arm(
+            self._tap.arm(
                 *sequences.sources(self.engine.mechanism),
                 wants_logits=self.treatment.reads_logits,
                 features=features,
             )
         return sequences
+
+    @property
+    def _tap(self) -> SourceTap:
+        assert self.tap is not None, "installed wherever something is read of it"
+        return self.tap
 
     def _over_ranks(self, count: int) -> int:
         """The largest count of all ranks.
@@ -101,10 +104,10 @@ class TreatedForward:
         if not first.is_packed:  # packed rows stand one after the other: no column ends them all
             inputs = _first_columns(model_inputs, first.kinds_BT.shape[1])
         self.injector.arm(first.recorded_mask_BT, first.latents_NH)
-        self.tap.arm(rows_M, columns_M, is_sources_only=True)
+        self._tap.arm(rows_M, columns_M, is_sources_only=True)
         with self._autocast():
             self.engine.module(**inputs, use_cache=False)
-        return self.tap.take().means_MH
+        return self._tap.take().means_MH
 
     def _autocast(self):
         dtype = self.engine._autocast_dtype
@@ -126,7 +129,7 @@ class TreatedForward:
         measures = self.measures and not trains
         if not self.taps and not measures:
             return
-        taken = self.tap.take()
+        taken = self._tap.take()
         recorded_MH = batch.latents_NH[
             sequences.is_made_N
         ]  # `sequences` may hold the current policy's own
@@ -134,12 +137,15 @@ class TreatedForward:
             model_output[STATE_ERRORS] = batch.by_row(state_errors(taken.means_MH, recorded_MH))
         if not self.taps:
             return
-        temperature_M1 = _temperatures(output_args, *sequences.sources(self.engine.mechanism))[
-            :, None
-        ]
-        source = LatentSource(
-            taken.means_MH, lambda: taken.logits_MV.float() / temperature_M1, taken.features_MF
-        )
+        temperature_M1 = _temperatures(
+            output_args, *sequences.sources(self.engine.mechanism)
+        )[:, None]
+
+        def logits_MV() -> Tensor:
+            assert taken.logits_MV is not None, "asked for by a treatment that `reads_logits`"
+            return taken.logits_MV.float() / temperature_M1
+
+        source = LatentSource(taken.means_MH, logits_MV, taken.features_MF)
         if self.treatment.is_action:
             aux_MA = (
                 batch.latent_aux_MA(self.treatment.aux_size) if self.treatment.aux_size else None

@@ -11,10 +11,15 @@ import torch
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
+from grpo_latent.errors import PluginError
 from grpo_latent.verl_plugin.boot import compat
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import NAME, verify
+from grpo_latent.verl_plugin.worker.engine import LatentFSDPEngine
 from grpo_latent.verl_plugin.worker.latent_loss import LatentLoss
+
+# verl's dispatch modes are attributes that it adds when it is imported
+ONE_TO_ALL: int = Dispatch.ONE_TO_ALL  # type: ignore[attr-defined]
 
 
 def prepare_process(options: LatentOptions) -> None:
@@ -44,6 +49,14 @@ class LatentTrainingWorker(TrainingWorker):
         options = options or LatentOptions()
         prepare_process(options)
         super().__init__(config)
+        if not isinstance(self.engine, LatentFSDPEngine):
+            raise PluginError(
+                "verl built another engine",
+                where="training worker",
+                got=type(self.engine).__name__,
+                expected=f"{LatentFSDPEngine.__name__}, as VERL_ENGINE_VENDOR={NAME} chooses it",
+                fix="Set actor_rollout_ref.actor.strategy=fsdp2, and the reference's.",
+            )
         self.engine.configure(options, freeze_vision)
 
 
@@ -67,11 +80,12 @@ class LatentActorRolloutRefWorker(ActorRolloutRefWorker):
         super().__init__(config, role, distillation_config, **kwargs)
         self.options = options
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    @register(dispatch_mode=ONE_TO_ALL, blocking=False)
     async def send_weights_to(self, server, policy_version: int):
         """Sends the actor's weights to a server with engine hf; every rank gathers with it."""
         from grpo_latent.verl_plugin.rollout.replica import send_weights
 
+        assert self.actor is not None, "the trainer asks the actor's workers only"
         weights, _ = self.actor.engine.get_per_tensor_param()
         if torch.distributed.get_rank() == 0:
             await send_weights(server, weights, self.config.rollout, policy_version)
@@ -79,7 +93,7 @@ class LatentActorRolloutRefWorker(ActorRolloutRefWorker):
             for _ in weights:
                 pass
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @register(dispatch_mode=ONE_TO_ALL)
     def init_model(self):
         super().init_model()
         if self.actor is not None:

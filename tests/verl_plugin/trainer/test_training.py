@@ -33,7 +33,7 @@ from grpo_latent.models.loading import load_latent_model
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.verl_plugin.trainer import checkpoint
 from grpo_latent.verl_plugin.trainer.latent_watch import STATE_FILE
-from grpo_latent.verl_plugin.trainer.reports import Reporter, drain, short_line, start_board
+from grpo_latent.verl_plugin.trainer.reports import Reporter, drain, short_line, start_report_queue
 
 pytestmark = pytest.mark.slow
 TWO_RANKS = "trainer.n_gpus_per_node=2"
@@ -45,13 +45,13 @@ def inputs(tmp_path_factory):
 
 
 def test_reports_and_alarms_reach_the_driver(local_ray):
-    board, lines = start_board(), []
+    queue, lines = start_report_queue(), []
     reporter = Reporter()
     reporter.report("step", 1, 4, {"critic/score/mean": 0.5})
     reporter.alarm("latents vanish", 1, 4)
     reporter.alarm(None, 2, 4)
-    drain(board, ray.put(None), lambda report: lines.append(short_line(report)))
-    ray.kill(board)
+    drain(queue, ray.put(None), lambda report: lines.append(short_line(report)))
+    ray.kill(queue)
     assert lines == ["step 1/4  reward 0.500", "step 1/4  ALARM  latents vanish"]
 
 
