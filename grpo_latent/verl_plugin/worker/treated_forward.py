@@ -137,9 +137,9 @@ class TreatedForward:
             model_output[STATE_ERRORS] = batch.by_row(state_errors(taken.means_MH, recorded_MH))
         if not self.taps:
             return
-        temperature_M1 = _temperatures(
-            output_args, *sequences.sources(self.engine.mechanism)
-        )[:, None]
+        temperature_M1 = _temperatures(output_args, *sequences.sources(self.engine.mechanism))[
+            :, None
+        ]
 
         def logits_MV() -> Tensor:
             assert taken.logits_MV is not None, "asked for by a treatment that `reads_logits`"
