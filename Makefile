@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # 1 thread a process: OpenMP threads that spin on shared cores made runs ten times slower
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install vllm vllm-contract vllm-v2 browser quickstart controls test test-fast lint clean
+.PHONY: install vllm vllm-contract vllm-v2 browser quickstart controls robustness test test-fast lint clean
 
 install: $(STAMP)
 
@@ -44,6 +44,11 @@ quickstart: $(STAMP)
 
 controls: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/quickstart/controls.sh
+
+# each recipe's RL under perturbations that must not matter; an hour of two cores a recipe, its SFT included
+RECIPES ?= quickstart ilvr ivt_lr coconut
+robustness: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/robustness.py $(RECIPES)
 
 # headless Chromium for the tests of the inspector's page, from Debian; where it cannot be had they are skipped
 browser:

@@ -69,6 +69,7 @@ from grpo_latent.rollout.hf import HFRolloutEngine  # noqa: E402
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams  # noqa: E402
 from grpo_latent.rollout.sampling import trajectory_seed  # noqa: E402
 from grpo_latent.trajectory import PositionKind, Trajectory  # noqa: E402
+from grpo_latent.verl_plugin.rewards.manager import reward_settings  # noqa: E402
 
 VISION_BYTES = 1 << 28  # of a frozen tower's features, kept over all steps
 AGGREGATIONS = {"token-mean": "token_mean", "seq-mean-token-mean": "grpo"}
@@ -569,7 +570,7 @@ def endless(rows: Sequence[EvalPrompt]) -> Iterator[EvalPrompt]:
 @contextmanager
 def rewards_of(config: DictConfig, loaded: LatentModel) -> Iterator[RewardScorer]:
     """The config's reward functions, in their process."""
-    entries = OmegaConf.to_container(config.latent.reward.functions, resolve=True)
+    entries = reward_settings(config)["functions"]
     with RewardRunner(specs_from_config(entries)) as runner:
         yield RewardScorer(runner, loaded)
 

@@ -89,9 +89,10 @@ class Recipe:
     folder, config: of its GRPO stage.
     checkpoint: of SFT, below the recipe's output folder.
     overrides: what run.sh adds to the config.
-    script: makes all stages; `STOP_BEFORE_GRPO=1` ends it before GRPO.
-    environment: of the script.
-    output: its folder below --outputs, another recipe's where both start from one checkpoint.
+    script: makes all stages; `ONLY_SFT=1` ends it before GRPO.
+    environment: of the script, besides SEED and OUT.
+    output: its folder below --outputs is <output>_seed<seed>; empty for the recipe's own name.
+        Recipes that start from one checkpoint share it.
     """
 
     folder: str
@@ -104,10 +105,15 @@ class Recipe:
     data: str = "data"
 
 
-TEXT = (
-    "data.max_response_length=10",
-    "latent.reward.functions=[{path: reward/digits.py, kwargs: {variant: text}}]",
-)
+def text(variant: str) -> Recipe:
+    return Recipe(
+        "recipes/quickstart",
+        "digits_grpo",
+        f"{variant}/sft/model",
+        ("latent.reward.functions=[{path: reward/digits.py, kwargs: {variant: text}}]",),
+        "recipes/text_grpo/run.sh",
+        (("VARIANTS", variant),),
+    )
 
 
 def treated(*overrides: str) -> Recipe:
@@ -128,9 +134,7 @@ RECIPES = {
         "recipes/quickstart", "digits_grpo", "sft/model", script="recipes/quickstart/run.sh"
     ),
     "ilvr": Recipe("recipes/ilvr", "digits_grpo", "stage2/model", script="recipes/ilvr/run.sh"),
-    "ivt_lr": Recipe(
-        "recipes/ivt_lr", "digits_grpo", "sft/model", script="recipes/ivt_lr/run.sh"
-    ),
+    "ivt_lr": Recipe("recipes/ivt_lr", "digits_grpo", "sft/model", script="recipes/ivt_lr/run.sh"),
     "coconut": Recipe(
         "recipes/coconut", "chains_grpo", "sft/model", script="recipes/coconut/run.sh"
     ),
@@ -149,15 +153,9 @@ RECIPES = {
         "actor_rollout_ref.actor.use_kl_loss=true",
         "actor_rollout_ref.actor.kl_loss_coef=0",
     ),
-    "text_direct": Recipe(
-        "recipes/quickstart", "digits_grpo", "direct/sft/model", TEXT,
-        "recipes/text_grpo/run.sh", output="text_grpo",
-    ),
-    "text_boxes": Recipe(
-        "recipes/quickstart", "digits_grpo", "text_boxes/sft/model", TEXT,
-        "recipes/text_grpo/run.sh", output="text_grpo",
-    ),
-}  # fmt: skip
+    "text_direct": text("direct"),
+    "text_boxes": text("text_boxes"),
+}
 
 
 def prepare(recipe: Recipe, name: str, seed: int, outputs: Path) -> Path:
@@ -165,7 +163,8 @@ def prepare(recipe: Recipe, name: str, seed: int, outputs: Path) -> Path:
     folder = outputs / f"{recipe.output or name}_seed{seed}"
     if not (folder / recipe.checkpoint / "latent_config.json").is_file():
         print(f"{name}, seed {seed}: data and SFT", flush=True)
-        environment = os.environ | {"SEED": str(seed), "OUT": str(folder), "STOP_BEFORE_GRPO": "1"}
+        environment = os.environ | dict(recipe.environment)
+        environment |= {"SEED": str(seed), "OUT": str(folder), "ONLY_SFT": "1"}
         outputs.mkdir(parents=True, exist_ok=True)
         with (outputs / f"{folder.name}.log").open("w") as log:
             subprocess.run(

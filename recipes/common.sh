@@ -2,7 +2,8 @@
 #   SEED, OUT      of the run; everything it writes lies in $OUT
 #   DATA           its rows: train_rl, dev and heldout.parquet
 #   CONFIGS        the folder of its configs, which the functions take by name
-# Further arguments of sft, evaluate and grpo are hydra overrides.
+# Further arguments of sft, evaluate and grpo are hydra overrides. ONLY_SFT=1 ends a recipe where GRPO would begin, without
+# evaluations: `benchmarks/robustness.py` starts there.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 
 source recipes/last_checkpoint.sh
@@ -19,6 +20,7 @@ sft() { # config, model, rows, output folder
 }
 
 grpo() { # config, checkpoint: trains into $OUT/grpo
+  if [ -n "${ONLY_SFT:-}" ]; then exit 0; fi # what runs beside ends with the script
   local started
   started=$(date +%s)
   python -m grpo_latent.train --config-dir "$CONFIGS" --config-name "$1" actor_rollout_ref.model.path="$2" \
@@ -28,6 +30,7 @@ grpo() { # config, checkpoint: trains into $OUT/grpo
 }
 
 evaluate() { # config, checkpoint, name: writes $OUT/evaluation_<name>.json
+  if [ -n "${ONLY_SFT:-}" ]; then return 0; fi
   python -m grpo_latent.evaluate --config-dir "$CONFIGS" --config-name "$1" model.path="$2" \
     data.val_files="$DATA/heldout.parquet" output="$OUT/evaluation_$3.json" seed="$SEED" "${@:4}"
 }

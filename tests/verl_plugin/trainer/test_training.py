@@ -209,11 +209,10 @@ def test_latents_that_act(local_ray, inputs, tmp_path, monkeypatch, treatment):
         "trainer.total_training_steps=2",
         "trainer.save_freq=-1",
     ]
-    tiny_run.train_here(
-        tiny_run.make_config(inputs, tmp_path, *changes, "trainer.val_before_train=false"),
-        monkeypatch,
-    )
+    config = tiny_run.make_config(inputs, tmp_path, *changes, "trainer.val_before_train=false")
+    tiny_run.train_here(config, monkeypatch)
     metrics = tiny_run.metrics_of(tmp_path)
+    check_one_process(config, inputs, metrics, num_steps=2)
     for step in (1, 2):  # one update a rollout: every ratio is 1
         assert metrics[step]["latent/replay_density_gap_max"] < 1e-4
         assert metrics[step]["latent/ratio_mean"] == pytest.approx(1, abs=1e-3)
@@ -234,6 +233,27 @@ def test_latents_that_act(local_ray, inputs, tmp_path, monkeypatch, treatment):
     assert width == (4 + 4 if "gumbel" in treatment else 0), (
         "what the treatment recorded is dumped"
     )
+
+
+def check_one_process(config, inputs, metrics, num_steps):
+    """`benchmarks/one_process.py` takes the same steps: rollouts, rewards, losses, gradients."""
+    sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+    import one_process
+
+    loaded = one_process.load(config, inputs / "model")
+    rows = one_process.in_training_order(
+        one_process.read_rows(inputs, "train", loaded), config.data.seed
+    )
+    with one_process.rewards_of(config, loaded) as scorer:
+        training = one_process.OneProcess(config, loaded)
+        rows = one_process.endless(rows)
+        for step in range(1, num_steps + 1):
+            log, own = training.step(step, rows, scorer), metrics[step]
+            assert log.reward == pytest.approx(own["critic/rewards/mean"], abs=1e-6)
+            assert log.length == pytest.approx(own["response_length/mean"], abs=1e-6)
+            assert log.grad_norm == pytest.approx(own["actor/grad_norm"], rel=1e-3)
+            assert log.entropy == pytest.approx(own["actor/entropy"], rel=1e-3)
+            assert log.kl == pytest.approx(own["actor/kl_loss"], rel=1e-2, abs=1e-6)
 
 
 FAILING_REWARD = """
