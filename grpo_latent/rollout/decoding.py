@@ -57,8 +57,9 @@ class TokenRules:
         eos_ids: Iterable[int],
         banned_ids: Iterable[int],
         vocab_size: int,
-        device,
+        device: torch.device,
     ) -> TokenRules:
+        """The rules of a mechanism: `banned_ids` at every draw, its `opening_ids` where no span may open."""
         banned_2V = torch.zeros(2, vocab_size, dtype=torch.bool, device=device)
         banned_2V[:, sorted(banned_ids)] = True
         banned_2V[1, sorted(mechanism.opening_ids)] = True
@@ -114,13 +115,17 @@ class DecodingBatch:
         treatment: Treatment,
         start: Start,
     ):
-        self.adapter, self.mechanism = adapter, adapter.mechanism
-        self.rules, self.sampling, self.treatment, self.start = rules, sampling, treatment, start
-        device, length = adapter.device, sampling.max_new_tokens
-        row_to_prompt_N, row_to_prefill_N = (
-            rows_of_prompts(requests, device),
-            start.row_to_prefill_N,
-        )
+        self.adapter = adapter
+        self.mechanism = adapter.mechanism
+        self.rules = rules
+        self.sampling = sampling
+        self.treatment = treatment
+        self.start = start
+        device = adapter.device
+        length = sampling.max_new_tokens
+        row_to_prompt_N = rows_of_prompts(requests, device)
+        # another index than the prompt's where drawn slots gave each row a prefill of its own
+        row_to_prefill_N = start.row_to_prefill_N
         prefill = start.prefill
         self.prompt_length = prefill.kinds_BP.shape[1]
         self.cache = RolloutCache(prefill.cache, row_to_prefill_N, self.prompt_length + length)
@@ -138,6 +143,7 @@ class DecodingBatch:
             limit_N=start.limits_N,
             next_position_N=prefill.next_position_B[row_to_prefill_N],
             uniforms_NT=uniforms(self.seeds_R[:, None], np.arange(length)).to(device),
+            # None, not all False: the bias then needs no second form (`may_blind`)
             blind_after_span_N=blind_B[row_to_prompt_N] if bool(blind_B.any()) else None,
             last_kinds_N=torch.full_like(row_to_prompt_N, int(PositionKind.PROMPT)),
         )
@@ -166,14 +172,17 @@ class DecodingBatch:
         max_spans = [UNBOUNDED if value is None else value for value in max_spans]
         return torch.tensor(steps, device=device), torch.tensor(max_spans, device=device)
 
-    # ---- choosing a position
-    # ---------------------------------------------------------------------------------------
+    # ---- choosing a position ---------------------------------------------------------------
 
     def choose(self, position: int) -> Tensor | None:
-        """Decides and records `position` of every row; returns the input vectors [N, H], None when
-        no row goes on.
+        """Decides and records `position` of every row.
+
+        Returns:
+            the input vectors [N, H] of the rows that are left, None when no row goes on.
         """
+        # logits of all rows only for a mechanism that plans by them: rows inside a span need none
         logits_NV = self.adapter.logits(self.hidden_NH) if self.mechanism.reads_logits else None
+        # a row that has stopped idles as text: it must make, and record, no vector
         planned_N = self.state.plan(logits_NV).masked_fill(
             self.rows.done_N, int(PositionKind.TEXT)
         )
@@ -183,6 +192,8 @@ class DecodingBatch:
         if made_rows_M.numel():
             latents_MH, densities_M = self._make(made_rows_M, position, planned_N, logits_NV)
             if densities_M is not None:
+                # the treatment takes latents as actions: their density stands where a token's
+                # log-prob would
                 full_N = full_N.index_copy(0, made_rows_M, densities_M)
                 drawn_N = drawn_N.index_copy(0, made_rows_M, densities_M)
         kinds_N = self._advance(planned_N, token_ids_N, made_rows_M, latents_MH)
@@ -193,18 +204,15 @@ class DecodingBatch:
             return None
         self.rows.last_kinds_N = kinds_N
         embeds_NH = self._fed(token_ids_N, made_rows_M, latents_MH)
-        return (
-            self._drop_stopped_rows(embeds_NH)
-            if num_active * 2 <= self.rows.done_N.shape[0]
-            else embeds_NH
-        )
+        # dropping rows copies the keys and values of all that stay, so not at every stop
+        if num_active * 2 <= self.rows.done_N.shape[0]:
+            return self._drop_stopped_rows(embeds_NH)
+        return embeds_NH
 
     def _sample_text(
         self, position: int, planned_N: Tensor, logits_NV: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Token ids (placeholders where nothing is sampled) and both log-probs (0 there), each
-        [N].
-        """
+        """Token ids and both log-probs, each [N]: placeholders and 0 where nothing is sampled."""
         token_ids_N = self.rules.placeholder_ids_K[planned_N]
         rows_M = (self.rules.is_text_K[planned_N] & ~self.rows.done_N).nonzero()[:, 0]
         if rows_M.numel() == 0:
@@ -216,9 +224,10 @@ class DecodingBatch:
         else:
             logits_MV = logits_NV if is_all else logits_NV[rows_M]
         banned_MV = self.rules.banned_2V[:1]
-        if self.state.is_bounded:
+        if self.state.is_bounded:  # otherwise one row of rules serves all, without [M, V] of them
             banned_MV = self.rules.banned_2V[(~self.state.may_open_N[rows_M]).long()]
-        sampling, draws_M = self.sampling, self.rows.uniforms_NT[rows_M, position]
+        sampling = self.sampling
+        draws_M = self.rows.uniforms_NT[rows_M, position]
         picked = sample(
             logits_MV, draws_M, sampling.temperature, sampling.top_k, sampling.top_p, banned_MV
         )
@@ -231,17 +240,18 @@ class DecodingBatch:
     def _make(
         self, rows_M: Tensor, position: int, planned_N: Tensor, logits_NV: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Recorded vectors [M, H] of the rows that get one, and their log-densities [M] where the
-        treatment gives them.
-        """
-        hidden_MH, greedy = self.hidden_NH[rows_M], self.sampling.temperature == 0
+        """Makes and records the vectors [M, H] of `rows_M`; their log-densities [M] if they are actions."""
+        hidden_MH = self.hidden_NH[rows_M]
+        greedy = self.sampling.temperature == 0
         scale = 1.0 if greedy else self.sampling.temperature
 
         def logits() -> Tensor:
+            """Logits [M, V] of these rows, made for those who ask."""
             # where every token has a vector the logits of all rows are there already; a subset's
             # own would be another matrix product, which rounds differently
-            is_there = self.mechanism.composes and logits_NV is not None
-            return logits_NV[rows_M] if is_there else self.adapter.logits(hidden_MH)
+            if self.mechanism.composes and logits_NV is not None:
+                return logits_NV[rows_M]
+            return self.adapter.logits(hidden_MH)
 
         mean_MH = self.mechanism.make(
             self.adapter.model, HiddenSource(hidden_MH, logits, self.adapter.embed)
@@ -251,6 +261,7 @@ class DecodingBatch:
         num_uniforms = 0 if greedy else self.treatment.num_uniforms(hidden_MH.shape[1])
         uniforms_MU = None
         if num_uniforms:
+            # by record row: rows move up when others are dropped, seeds stay with trajectories
             seeds_M = self.seeds_R[self.rows.record_N[rows_M].cpu().numpy()]
             uniforms_MU = latent_uniforms(seeds_M, position, num_uniforms).to(hidden_MH.device)
         latents_MH, aux_MA = self.treatment.draw(source, uniforms_MU, self.adapter.embed)
@@ -261,9 +272,11 @@ class DecodingBatch:
             latents_MH = self.override.feed(
                 rows_M, latents_MH[:, None], kinds_M1, used_M1, spans_M
             )[:, 0]
+        # after the override: the record holds what was fed, and so does a replay of it
         self.recorder.add_latents(self.rows.record_N[rows_M], latents_MH, aux_MA)
-        acts = self.treatment.is_action
-        return latents_MH, self.treatment.log_density(source, latents_MH, aux_MA) if acts else None
+        if not self.treatment.is_action:
+            return latents_MH, None
+        return latents_MH, self.treatment.log_density(source, latents_MH, aux_MA)
 
     def _advance(
         self,
@@ -279,8 +292,9 @@ class DecodingBatch:
         return self.state.advance(planned_N, token_ids_N, latents_NH)
 
     def _note_ends(self, position: int, kinds_N: Tensor, token_ids_N: Tensor) -> None:
-        """Rows for which `position` is the last one."""
+        """Marks the rows for which `position` is the last one."""
         rows = self.rows
+        # kinds decide, not ids alone: a placeholder's id says nothing, and idle rows draw no token
         is_eos_N = self.rules.is_eos_V[token_ids_N] & self.rules.is_text_K[kinds_N] & ~rows.done_N
         self.recorder.stop(position, rows.record_N[is_eos_N])
         rows.done_N = rows.done_N | is_eos_N
@@ -300,6 +314,9 @@ class DecodingBatch:
         return embeds_NH.index_copy(0, made_rows_M, fed_MH)
 
     def _drop_stopped_rows(self, embeds_NH: Tensor) -> Tensor:
+        """Goes on with the rows that have not stopped: their input vectors."""
+        # all that has a row each; `recorder` and `seeds_R` keep the rows of the beginning, and
+        # `hidden_NH` is made anew by the forward that follows
         keep_M = (~self.rows.done_N).nonzero()[:, 0]
         self.rows = self.rows.keep(keep_M)
         self.visibility.keep_rows(keep_M)
@@ -308,11 +325,10 @@ class DecodingBatch:
         self.override.keep_rows(keep_M)
         return embeds_NH[keep_M]
 
-    # ---- feeding it -----------------------------------------------------------------------------
-    # -------------------
+    # ---- feeding it ------------------------------------------------------------------------
 
     def forward(self, position: int, embeds_NH: Tensor) -> None:
-        """Feeds `position`: the hidden states that decide the next one."""
+        """Feeds `position`, which makes the hidden states that decide the next one."""
         rows = self.rows
         is_before_latent_N = ~self.state.is_last_latent_N if self.visibility.has_sighted else None
         is_blind_N = None
@@ -334,10 +350,9 @@ class DecodingBatch:
         groups = self.recorder.trajectories(requests, policy_version, *sizes)
         if self.start.records is None:
             return groups
-        records, placeholder_id = (
-            iter(self.start.records),
-            self.mechanism.placeholder_id(PositionKind.LATENT),
-        )
+        # one record a row, in the order of requests and seeds, as the groups are
+        records = iter(self.start.records)
+        placeholder_id = self.mechanism.placeholder_id(PositionKind.LATENT)
         return [
             [with_slots(trajectory, next(records), placeholder_id) for trajectory in group]
             for group in groups

@@ -1,5 +1,4 @@
-"""Engine `hf`: batched latent rollouts on a Hugging Face model, the reference that other engines
-are compared with.
+"""Engine `hf`: batched latent rollouts on a Hugging Face model, the reference of other engines.
 
     requests ──prefill, once a prompt──▶ keys and values ──expand to G rows a prompt──▶ decoding loop ──▶ trajectories
                                                                                           │
@@ -13,11 +12,12 @@ sampling; the batch that it shares moves its numbers by rounding only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from grpo_latent.errors import CheckpointError, ConfigError, RolloutError
 from grpo_latent.latent.mechanisms import Mechanism
@@ -54,7 +54,7 @@ class HFRolloutEngine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         mechanism: Mechanism,
         eos_ids: Iterable[int],
         banned_ids: Iterable[int] = (),
@@ -64,9 +64,13 @@ class HFRolloutEngine:
         pack_linears: bool = True,
     ):
         self.adapter = ModelAdapter(model, mechanism)
-        self.model, self.mechanism, self.max_batch_rows = model, mechanism, max_batch_rows
-        self.policy_version, self.treatment = 0, treatment or Mask()
-        self.selection_temperature, self.pack_linears = selection_temperature, pack_linears
+        self.model = model
+        self.mechanism = mechanism
+        self.max_batch_rows = max_batch_rows
+        self.policy_version = 0
+        self.treatment = treatment or Mask()
+        self.selection_temperature = selection_temperature
+        self.pack_linears = pack_linears
         self.treatment.check(mechanism)
         self.treatment.check_model(model)
         attention = self.adapter.text_config._attn_implementation
@@ -88,6 +92,7 @@ class HFRolloutEngine:
             raise ConfigError(
                 "not a batch size", where="max_batch_rows", got=max_batch_rows, expected=">= 1"
             )
+        # EOS stays drawable whatever else bans it: a row could not end
         banned = (set(banned_ids) | mechanism.banned_ids | self.adapter.vision_ids) - set(eos_ids)
         self._check_ids(eos_ids, banned)
         vocab_size = model.get_output_embeddings().weight.shape[0]
@@ -122,10 +127,8 @@ class HFRolloutEngine:
         where = f"request of group {request.group_id!r}"
         self.adapter.check_prompt(request.prompt_ids, request.images, where)
         if request.latent_override is not None:
-            shape, hidden_size = (
-                tuple(request.latent_override.vectors.shape),
-                self.adapter.hidden_size,
-            )
+            shape = tuple(request.latent_override.vectors.shape)
+            hidden_size = self.adapter.hidden_size
             if len(shape) != 2 or shape[0] < 1 or shape[1] != hidden_size:
                 expected = f"[K, {hidden_size}] with K >= 1"
                 raise RolloutError(
@@ -172,9 +175,8 @@ class HFRolloutEngine:
                     expected=str(expected),
                 )
             own[name].copy_(tensor)
-            missing.discard(
-                own[name].data_ptr()
-            )  # by address: tied weights arrive under one of their names
+            # by address: tied weights arrive under one of their names
+            missing.discard(own[name].data_ptr())
         if missing:
             names = [name for name, tensor in own.items() if tensor.data_ptr() in missing]
             raise CheckpointError(
@@ -185,21 +187,31 @@ class HFRolloutEngine:
             )
         self.policy_version = policy_version
 
-    def _packed(self):
-        """Whatever reads the prompt or decodes; an image tower has its own batch sizes, and often
-        its own cache.
+    def move_to(self, device: str | torch.device) -> None:
+        """Moves the weights, such as off an accelerator that training needs meanwhile."""
+        # as a plain module: transformers wraps `to` so that its declared arguments are lost
+        model: nn.Module = self.model
+        model.to(device)
+
+    def _packed(self) -> AbstractContextManager[int | None]:
+        """Packs what reads the prompt or decodes, within the block.
+
+        An image tower stays as it is: it has its own batch sizes, and often its own cache.
         """
         if not self.pack_linears:
             return nullcontext()
         own = self.mechanism.own_modules(self.model)
         return packed_linears([self.adapter.decoder, self.model.get_output_embeddings(), *own])
 
-    def _chunks(self, requests: list[RolloutRequest]) -> Iterable[list[RolloutRequest]]:
-        chunk, num_rows = [], 0
+    def _chunks(self, requests: list[RolloutRequest]) -> Iterator[list[RolloutRequest]]:
+        """Requests that decode together: whole groups, since a group shares its prompt's prefill."""
+        chunk: list[RolloutRequest] = []
+        num_rows = 0
         for request in requests:
             if chunk and num_rows + len(request.seeds) > self.max_batch_rows:
                 yield chunk
-                chunk, num_rows = [], 0
+                chunk = []
+                num_rows = 0
             chunk.append(request)
             num_rows += len(request.seeds)
         if chunk:

@@ -13,7 +13,7 @@ from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.models.loading import load_latent_model, reading
 from grpo_latent.models.prompts import encode_prompt
 from grpo_latent.rollout.hf import HFRolloutEngine
-from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
+from grpo_latent.rollout.protocol import RolloutEngine, RolloutRequest, SamplingParams
 from grpo_latent.rollout.sampling import trajectory_seed
 from grpo_latent.trajectory import Trajectory
 
@@ -23,8 +23,9 @@ ENGINES = ("hf", "vllm")
 class LatentLLM:
     """A latent model that answers prompts.
 
-        llm = LatentLLM("checkpoints/lvr", engine="vllm") [[trajectory]] =
-        llm.generate(["<image>What is in the box?"], [[image]], SamplingParams(max_new_tokens=256))
+        llm = LatentLLM("checkpoints/lvr", engine="vllm")
+        groups = llm.generate(["<image>What is in the box?"], [[image]])
+        trajectory = groups[0][0]
         print(llm.text(trajectory), len(trajectory.latents))
 
     Args:
@@ -33,7 +34,13 @@ class LatentLLM:
         device: of engine hf; engine vllm takes the device that vLLM was built for.
         overrides: settings of the mechanism to replace, such as `{"steps": 4}`.
         engine_options: further arguments of the engine's class.
+
+    Raises:
+        ConfigError: no such engine, or a model that it cannot run.
+        CheckpointError: the folder is damaged, or disagrees with itself.
     """
+
+    engine: RolloutEngine
 
     def __init__(
         self,
@@ -50,21 +57,23 @@ class LatentLLM:
             )
         if engine == "hf":
             loaded = load_latent_model(folder, dtype, device, overrides=overrides)
-            self.tokenizer, self.processor, self.mechanism = (
-                loaded.tokenizer,
-                loaded.processor,
-                loaded.mechanism,
-            )
+            self.tokenizer = loaded.tokenizer
+            self.processor = loaded.processor
+            self.mechanism = loaded.mechanism
             self.engine = HFRolloutEngine(
                 loaded.model, loaded.mechanism, loaded.eos_ids, **engine_options
             )
             return
+        # needs vLLM, which few installations have
         from grpo_latent.rollout.vllm.engine import VllmRolloutEngine
 
-        self.engine = VllmRolloutEngine(folder, overrides, dtype=dtype, **engine_options)
-        self.tokenizer, self.mechanism = self.engine.skeleton.tokenizer, self.engine.mechanism
+        vllm_engine = VllmRolloutEngine(folder, overrides, dtype=dtype, **engine_options)
+        self.engine = vllm_engine
+        self.tokenizer = vllm_engine.skeleton.tokenizer
+        self.mechanism = vllm_engine.mechanism
         self.processor = None
-        if self.engine.adapter.has_vision:
+        if vllm_engine.adapter.has_vision:
+            # the same processor as engine hf's: vLLM is given pixels, not images
             with reading("processor", Path(folder)):
                 self.processor = AutoProcessor.from_pretrained(folder)
 
@@ -112,11 +121,13 @@ class LatentLLM:
 
     def text(self, trajectory: Trajectory) -> str:
         """The completion as a reader sees it: no latent span, no special token."""
-        return self.tokenizer.decode(trajectory.text_ids, skip_special_tokens=True)
+        text = self.tokenizer.decode(trajectory.text_ids, skip_special_tokens=True)
+        assert isinstance(text, str)  # a list is what ids [B, T] would give
+        return text
 
 
 def content_parts(text: str) -> list[dict]:
-    """Parts of a chat message.
+    """The parts of a chat message, in which an image stands where the text says so.
 
     >>> content_parts("<image>What is it?")
     [{'type': 'image'}, {'type': 'text', 'text': 'What is it?'}]

@@ -1,7 +1,7 @@
 """Prompts of different lengths, prefilled with little padding: those of about one length together.
 
 Padding costs a forward as much as prompt does, and a prompt's image makes lengths differ by
-hundreds. The parts are put side by side afterwards, padded on the left, so that decoding sees one
+hundreds. The buckets are put side by side afterwards, padded on the left, so that decoding sees one
 batch.
 """
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.models.adapter import ModelAdapter
@@ -71,30 +71,32 @@ def prefill_prompts(
 ) -> Prefill:
     """Of B prompts, each ids [P] with its images or None: one forward a bucket."""
     buckets = length_buckets([ids.shape[0] for ids in prompts])
-    parts = []
+    prefills = []
     for bucket in buckets:
         of_bucket = ([prompts[index] for index in bucket], [images[index] for index in bucket])
         sequences = prompt_sequences(*of_bucket, adapter, visibility)
         cache = DynamicCache(config=adapter.text_config)
         hidden_BTH = replay_hidden(adapter, sequences, cache)
         next_position_B = next_positions(sequences.position_ids)
-        parts.append(
+        # padded on the left, so that each prompt's last hidden state is in the last column
+        prefills.append(
             Prefill(
                 hidden_BTH[:, -1], cache, sequences.kinds_BT, sequences.valid_BT, next_position_B
             )
         )
-    return parts[0] if len(parts) == 1 else join_prefills(parts, buckets)
+    return prefills[0] if len(prefills) == 1 else join_prefills(prefills, buckets)
 
 
-def join_prefills(parts: Sequence[Prefill], buckets: Sequence[Sequence[int]]) -> Prefill:
-    """One prefill of all prompts, in their own order; the parts' caches are emptied on the way.
+def join_prefills(prefills: Sequence[Prefill], buckets: Sequence[Sequence[int]]) -> Prefill:
+    """One prefill of all prompts, in their own order; the joined caches are emptied on the way.
 
     Args:
-        buckets: of each part, the indices of its prompts.
+        prefills: one a bucket.
+        buckets: of each prefill, the indices of its prompts.
     """
-    length = max(part.kinds_BP.shape[1] for part in parts)
+    length = max(prefill.kinds_BP.shape[1] for prefill in prefills)
     order_B = torch.tensor(
-        [index for bucket in buckets for index in bucket], device=parts[0].hidden_BH.device
+        [index for bucket in buckets for index in bucket], device=prefills[0].hidden_BH.device
     )
     place_B = order_B.argsort()
 
@@ -109,19 +111,24 @@ def join_prefills(parts: Sequence[Prefill], buckets: Sequence[Sequence[int]]) ->
         return torch.cat(list(tensors))[place_B]
 
     cache = DynamicCache()
-    for layer_idx in range(len(parts[0].cache.layers)):
-        layers = [part.cache.layers[layer_idx] for part in parts]
-        cache.update(
-            join([x.keys for x in layers], dim=2),
-            join([x.values for x in layers], dim=2),
-            layer_idx,
-        )
-        for layer in layers:
-            layer.keys = layer.values = None
+    for layer_idx in range(len(prefills[0].cache.layers)):
+        pairs = [_take_layer(prefill.cache, layer_idx) for prefill in prefills]
+        keys, values = zip(*pairs, strict=True)
+        cache.update(join(keys, dim=2), join(values, dim=2), layer_idx)
     return Prefill(
-        join([part.hidden_BH for part in parts]),
+        join([prefill.hidden_BH for prefill in prefills]),
         cache,
-        join([part.kinds_BP for part in parts], int(PositionKind.PROMPT), dim=1),
-        join([part.valid_BP for part in parts], dim=1),
-        join([part.next_position_B for part in parts]),
+        join([prefill.kinds_BP for prefill in prefills], int(PositionKind.PROMPT), dim=1),
+        join([prefill.valid_BP for prefill in prefills], dim=1),
+        join([prefill.next_position_B for prefill in prefills]),
     )
+
+
+def _take_layer(cache: Cache, layer_idx: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of a layer, which the cache gives up: the joined copy takes their room."""
+    layer = cache.layers[layer_idx]
+    assert isinstance(layer, CacheLayerMixin)  # backbones refuse what does not attend in full
+    keys, values = layer.keys, layer.values
+    assert keys is not None and values is not None
+    layer.keys = layer.values = None
+    return keys, values

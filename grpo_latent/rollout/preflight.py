@@ -1,5 +1,4 @@
-"""Whether a checkpoint can start RL: everything that would fail, or silently learn nothing, hours
-later.
+"""Checks whether a checkpoint can start RL: finds now what would fail, or learn nothing, hours later.
 
     folder ──load──▶ tokens ▸ embeddings ▸ chat template ▸ end of sequence ──rollout of a few prompts──▶ emission rate
 
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import nn
 
 from grpo_latent.errors import CheckpointError, ConfigError, PreflightError
 from grpo_latent.latent.mechanisms import LATENT_CONFIG_FILE
@@ -62,14 +62,14 @@ class PreflightReport:
     eos_rate: float | None
 
     def summary(self) -> str:
-        """One line."""
-        parts = [f"{self.folder}: {self.model_type}, {self.layout} layout, head {self.head}"]
+        """What `preflight` prints, in one line."""
+        clauses = [f"{self.folder}: {self.model_type}, {self.layout} layout, head {self.head}"]
         if self.emission_rate is not None:
-            parts.append(
+            clauses.append(
                 f"{self.emission_rate:.0%} of {self.num_trajectories} trajectories open a span, "
                 f"{self.num_latent_steps:.1f} latent steps each, {self.eos_rate:.0%} end by themselves"
             )
-        return "; ".join(parts)
+        return "; ".join(clauses)
 
 
 def preflight(
@@ -125,11 +125,11 @@ def preflight(
 
 
 def check_tokenizer(loaded: LatentModel, where: str) -> None:
-    """Raises `CheckpointError` unless prompts can be made and each latent token is one token with
-    an embedding.
-    """
+    """Raises `CheckpointError` unless prompts can be made, and latent tokens are tokens with embeddings."""
     tokenizer = loaded.tokenizer
-    num_rows = loaded.model.get_input_embeddings().weight.shape[0]
+    embedding = loaded.model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)  # as `Backbone` demands
+    num_rows = embedding.num_embeddings
     for token, token_id in loaded.mechanism.token_ids.items():
         encoded = tokenizer(token, add_special_tokens=False).input_ids
         if encoded != [token_id]:
@@ -157,6 +157,7 @@ def check_tokenizer(loaded: LatentModel, where: str) -> None:
             expected="latent tokens that are no end-of-sequence tokens",
             fix="Correct eos_token_id in generation_config.json.",
         )
+    # a processor's own template, or the tokenizer's: which of them, differs by model
     if not (getattr(loaded.processor, "chat_template", None) or tokenizer.chat_template):
         raise CheckpointError(
             "no chat template",
@@ -174,7 +175,7 @@ def roll_out(
     where: str,
     treatment: Treatment | None = None,
 ) -> list[Trajectory]:
-    """Trajectories of engine `hf`, the same each time.
+    """Rolls the prompts out on engine `hf`; seeds are fixed, so the same each time.
 
     Raises:
         PreflightError: a log-prob is not finite.
@@ -207,6 +208,7 @@ def roll_out(
 def make_report(
     folder: str | Path, loaded: LatentModel, trajectories: Sequence[Trajectory]
 ) -> PreflightReport:
+    """What loading and rolling out have shown; rates are None where nothing was rolled out."""
     num = len(trajectories)
     return PreflightReport(
         folder=str(folder),
@@ -214,6 +216,7 @@ def make_report(
         if (Path(folder) / LATENT_CONFIG_FILE).is_file()
         else f"official_{loaded.mechanism.key()}",
         model_type=loaded.model.config.model_type,
+        # a setting of the mechanisms that have one
         head=getattr(loaded.mechanism, "head", "none"),
         tokens=loaded.mechanism.token_ids,
         eos_ids=loaded.eos_ids,

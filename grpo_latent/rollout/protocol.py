@@ -15,6 +15,7 @@ from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.errors import ConfigError, RolloutError
 from grpo_latent.trajectory import PositionKind, Trajectory
 
+# parts of a trajectory's latents; `_NUMBERED` ones besides
 ALL, TEXT, VISION = "all", "text", "vision"
 _NUMBERED = re.compile(r"(span|latent)(\d+)")
 _PART_KINDS = {
@@ -26,8 +27,12 @@ _PART_KINDS = {
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. `temperature` 0 is greedy; `top_k` <= 0 and `top_p` 1 switch
-    truncation off.
+    """How tokens are drawn.
+
+    Attributes:
+        max_new_tokens: positions of a completion at most, latents and forced tokens included.
+        temperature: 0 is greedy.
+        top_k, top_p: truncation; `top_k` <= 0 and `top_p` 1 switch it off.
     """
 
     max_new_tokens: int
@@ -88,7 +93,8 @@ def part_number(part: str, unit: str) -> int | None:
 
 
 def part_kinds(part: str) -> list[int]:
-    """`PositionKind`s of a part."""
+    """`PositionKind`s of the positions that a part may hold."""
+    # a numbered span or latent holds what all kinds of latents do
     return [int(kind) for kind in _PART_KINDS.get(part, _PART_KINDS[ALL])]
 
 
@@ -126,7 +132,8 @@ class RolloutRequest:
     latent_override: LatentOverride | None = None
 
     def __post_init__(self):
-        ids, where = self.prompt_ids, f"request of group {self.group_id!r}"
+        ids = self.prompt_ids
+        where = f"request of group {self.group_id!r}"
         if ids.ndim != 1 or ids.shape[0] == 0 or ids.dtype != torch.int64:
             got = f"prompt_ids {ids.dtype} of shape {tuple(ids.shape)}"
             raise RolloutError(

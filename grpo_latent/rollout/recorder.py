@@ -1,4 +1,4 @@
-"""What a batch records while it decodes, and the trajectories that come of it.
+"""Records what a batch decodes, and makes trajectories of it.
 
 Records are by *record row*, the row that a trajectory had when the batch began; rows that decode
 may be fewer.
@@ -20,8 +20,7 @@ from grpo_latent.trajectory import Trajectory
 
 
 class Recorder:
-    """Tensors [R, T] that fill column by column, and recorded vectors in the order in which they
-    came.
+    """Fills tensors [R, T] column by column, and keeps recorded vectors in the order they came.
 
     What a row holds beyond its length (a row that has stopped idles along for a while) is never
     read.
@@ -47,25 +46,27 @@ class Recorder:
         full_N: Tensor,
         drawn_N: Tensor,
     ) -> None:
-        """What stands at `position` of the record rows `rows_N`, with both log-probs."""
+        """Records what stands at `position` of the record rows `rows_N`, with both log-probs."""
         self.token_ids_RT[rows_N, position] = token_ids_N
         self.kinds_RT[rows_N, position] = kinds_N
         self.full_log_probs_RT[rows_N, position] = full_N
         self.drawn_log_probs_RT[rows_N, position] = drawn_N
 
     def add_latents(self, rows_M: Tensor, latents_MH: Tensor, aux_MA: Tensor | None) -> None:
-        """The vectors of one position of the record rows `rows_M`."""
+        """Records the vectors of one position of the record rows `rows_M`."""
+        # appended, not written to [R, T, H]: most positions have none, and how many is known to
+        # the device only
         self._latent_rows.append(rows_M)
         self._latents.append(latents_MH.float())
         if aux_MA is not None:
             self._aux.append(aux_MA)
 
     def end(self, position: int, rows_M: Tensor) -> None:
-        """`position` is the last of the record rows `rows_M`, because there is no more room."""
+        """Ends the record rows `rows_M` after `position`, because there is no more room."""
         self.lengths_R[rows_M] = position + 1
 
     def stop(self, position: int, rows_M: Tensor) -> None:
-        """`position` is the last of the record rows `rows_M`, by their own choice."""
+        """Ends the record rows `rows_M` after `position`, by their own choice."""
         self.end(position, rows_M)
         self.stopped_R[rows_M] = True
 
@@ -73,26 +74,29 @@ class Recorder:
         self, requests: list[RolloutRequest], policy_version: int, hidden_size: int, aux_size: int
     ) -> list[list[Trajectory]]:
         """The records of each request, cut to each trajectory's length, on the CPU."""
-        lengths, stopped = self.lengths_R.tolist(), self.stopped_R.tolist()
-        fields = {
-            "token_ids": self.token_ids_RT.cpu(),
-            "kinds": self.kinds_RT.cpu(),
-            "rollout_log_probs": self.full_log_probs_RT.cpu(),
-            "sampling_log_probs": self.drawn_log_probs_RT.cpu(),
-        }
+        lengths = self.lengths_R.tolist()
+        stopped = self.stopped_R.tolist()
+        # one transfer each, not one a row
+        token_ids_RT = self.token_ids_RT.cpu()
+        kinds_RT = self.kinds_RT.cpu()
+        full_RT = self.full_log_probs_RT.cpu()
+        drawn_RT = self.drawn_log_probs_RT.cpu()
         latents_by_row = self._by_row(self._latents, hidden_size)
         aux_by_row = self._by_row(self._aux, aux_size)
-        groups, row = [], 0
+        groups = []
+        row = 0
         for request in requests:
-            prompt_ids, group = request.prompt_ids.cpu(), []
+            prompt_ids = request.prompt_ids.cpu()
+            group = []
             for seed in request.seeds:
+                length = lengths[row]
                 trajectory = Trajectory(
                     prompt_ids=prompt_ids,
                     # copies, not views that would keep the whole batch alive
-                    **{
-                        name: values[row, : lengths[row]].clone()
-                        for name, values in fields.items()
-                    },
+                    token_ids=token_ids_RT[row, :length].clone(),
+                    kinds=kinds_RT[row, :length].clone(),
+                    rollout_log_probs=full_RT[row, :length].clone(),
+                    sampling_log_probs=drawn_RT[row, :length].clone(),
                     latents=latents_by_row[row],
                     latent_aux=aux_by_row[row],
                     stop_reason="eos" if stopped[row] else "length",
@@ -106,13 +110,16 @@ class Recorder:
         return groups
 
     def _by_row(self, values: list[Tensor], width: int) -> list[Tensor]:
-        """[n, width] float32 for each record row; `Trajectory` checks their number against the
-        kinds.
+        """Recorded vectors of each record row, float32 [n, width], in the order of its positions.
+
+        `Trajectory` checks their number against the kinds.
         """
         num_rows = self.token_ids_RT.shape[0]
         if not values:
             return [torch.zeros(0, width) for _ in range(num_rows)]
         rows_L = torch.cat(self._latent_rows).cpu()
+        # they came by position, all rows of one after the other: a stable sort by row keeps that
+        # order within each row
         values_LW = torch.cat(values).cpu()[rows_L.argsort(stable=True)]
         counts = torch.bincount(rows_L, minlength=num_rows).tolist()
         return [rows.clone() for rows in values_LW.split(counts)]

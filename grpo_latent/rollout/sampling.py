@@ -1,4 +1,4 @@
-"""Sampling that depends on a trajectory's own seed and position only.
+"""Draws tokens by nothing but a trajectory's own seed and position.
 
 Each draw inverts the distribution's cumulative sum at one uniform number, which a counter-based
 hash makes from (trajectory seed, position). So a resumed run, another number of workers or another
@@ -15,24 +15,23 @@ from torch import Tensor
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _LATENT_STREAM = 1 << 40  # counters of latents begin here, far beyond those of text positions
-_SLOT_STREAM, _MAX_IMAGE_POSITIONS = (
-    1 << 50,
-    1 << 32,
-)  # counters of slots, beyond those of everything else
+_SLOT_STREAM = 1 << 50  # counters of slots, beyond those of everything else
+_MAX_IMAGE_POSITIONS = 1 << 32  # counters that one slot has to itself
 
 
 def trajectory_seed(run_seed: int, step: int | str, row_id: str | int, trajectory_idx: int) -> int:
-    """63-bit seed of one trajectory; equal arguments give equal seeds in every process and on
-    every machine.
-    """
+    """63-bit seed of one trajectory: equal arguments, equal seeds, on every machine."""
+    # a digest, not `hash`, which Python salts anew in each process
     text = f"{run_seed}/{step}/{row_id}/{trajectory_idx}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def uniforms(seeds_N: np.ndarray, position: int | np.ndarray) -> Tensor:
-    """float64 [N] in [0, 1): splitmix64 (Steele et al. 2014) of seed + (position + 1) * golden
-    ratio.
+    """float64 [N] in [0, 1): splitmix64 of seed + (position + 1) * golden ratio.
+
+    Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"; its top 53 bits.
     """
+    # uint64 wraps around, as the algorithm wants
     with np.errstate(over="ignore"):
         x = seeds_N.astype(np.uint64) + (np.asarray(position) + 1).astype(np.uint64) * _GOLDEN
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -42,25 +41,22 @@ def uniforms(seeds_N: np.ndarray, position: int | np.ndarray) -> Tensor:
 
 
 def latent_uniforms(seeds_M: np.ndarray, position: int, count: int) -> Tensor:
-    """float64 [M, count] in (0, 1): what a latent at `position` draws from, on a stream of its
-    own.
-    """
+    """float64 [M, count] in (0, 1): what a latent at `position` draws from, a stream of its own."""
     counters = _LATENT_STREAM + position * count + np.arange(count)
+    # half a step up from 0: quantiles of the normal and the Gumbel distribution are infinite there
     return uniforms(seeds_M[:, None], counters[None]) + 2.0**-54
 
 
 def slot_uniforms(seeds_N: np.ndarray, slot: int, num_images: int) -> Tensor:
-    """float64 [N, num_images] in [0, 1): what a prompt's slot draws each image position with, on a
-    stream of its own.
-    """
-    return uniforms(
-        seeds_N[:, None], _SLOT_STREAM + slot * _MAX_IMAGE_POSITIONS + np.arange(num_images)
-    )
+    """float64 [N, num_images] in [0, 1): what a prompt's slot draws each image position with."""
+    counters = _SLOT_STREAM + slot * _MAX_IMAGE_POSITIONS + np.arange(num_images)
+    return uniforms(seeds_N[:, None], counters)
 
 
 def truncate(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits with -inf outside the top-k and the top-p nucleus (top_k <= 0 and top_p >= 1 switch
-    each off).
+    """Logits with -inf outside the top-k and the top-p nucleus.
+
+    `top_k` <= 0 and `top_p` >= 1 switch each off. Of equal logits at the k-th place all stay.
     """
     vocab_size = logits_NV.shape[-1]
     if 0 < top_k < vocab_size:
@@ -91,9 +87,9 @@ def sample(
         banned_NV: bool [N, V] or [1, V], tokens that must not be drawn.
 
     Returns:
-        token ids int64 [N]; log-prob under the full distribution at `temperature` (at 1 when
-            greedy), float32 [N]; log-prob
-        under the distribution drawn from, float32 [N] (0 when greedy).
+        token ids int64 [N]; log-probs float32 [N] under the full distribution at `temperature`
+        (at 1 when greedy); log-probs float32 [N] under the distribution drawn from (0 when
+        greedy). The full one knows no ban and no truncation: it is what a replay can recompute.
     """
     greedy = temperature == 0
     scaled_NV = (
@@ -109,6 +105,7 @@ def sample(
             torch.zeros_like(full_NV[:, 0]),
         )
     drawn_NV = truncate(allowed_NV, top_k, top_p).log_softmax(-1)
+    # in float64: a float32 sum over the vocabulary would round a rare token's share away
     cumulative_NV = drawn_NV.double().exp().cumsum(-1)
     # rounding may leave the last cumulative value below 1: scale the uniform instead of running
     # past the end

@@ -1,5 +1,4 @@
-"""How the rows of a batch begin: their prompts, prefilled once each, and the slots of mechanisms
-that have them.
+"""Begins the rows of a batch: prompts are prefilled once each, and their slots run, if there are any.
 
     prompt_start   B prompts ──one forward a length──▶ keys and values, shared by the rows of a prompt
     slot_start     B prompts ──▶ slots ──▶ the same; with drawn image positions each row has slots of its own
@@ -55,10 +54,8 @@ def rows_of_prompts(requests: list[RolloutRequest], device: torch.device) -> Ten
 
 def prompt_start(adapter: ModelAdapter, requests: list[RolloutRequest]) -> Start:
     """Prefills the prompts, with little padding."""
-    prompts, images = (
-        [request.prompt_ids for request in requests],
-        [request.images for request in requests],
-    )
+    prompts = [request.prompt_ids for request in requests]
+    images = [request.images for request in requests]
     prefill = prefill_prompts(prompts, images, adapter, adapter.mechanism.visibility)
     return Start(prefill, rows_of_prompts(requests, adapter.device))
 
@@ -83,8 +80,15 @@ def slot_start(
     num_slots = [adapter.mechanism.num_slots(request.steps) for request in requests]
     overrides = [request.latent_override for request in requests]
     is_given = any(override is not None for override in overrides)
-    prompts_B = torch.arange(len(requests), device=device)
-    may_draw = selection_temperature is not None and adapter.mechanism.top_k_image and not is_given
+    feed = None
+    if is_given:
+        prompts_B = torch.arange(len(requests), device=device)
+        feed = _feed(OverrideTable(requests, prompts_B, adapter.hidden_size))
+    draws = None
+    # an override names vectors and image positions of slots that a prompt's rows share
+    may_draw = adapter.has_vision and adapter.mechanism.top_k_image > 0 and not is_given
+    if selection_temperature is not None and may_draw:
+        draws = _draws(adapter, requests, num_slots, sampling, selection_temperature)
     prefill = prefill_with_slots(
         adapter,
         prompt_sequences(
@@ -95,13 +99,11 @@ def slot_start(
         ),
         torch.tensor(num_slots, device=device),
         adapter.mechanism.top_k_image,
-        feed=_feed(OverrideTable(requests, prompts_B, adapter.hidden_size)) if is_given else None,
+        feed=feed,
         selected_idx=[
             None if override is None else override.selected_idx for override in overrides
         ],
-        draws=_draws(adapter, requests, num_slots, sampling, selection_temperature)
-        if may_draw
-        else None,
+        draws=draws,
     )
     rows = [request for request in requests for _ in request.seeds]
     # one record a row: a prompt's rows share theirs, unless each has drawn its own
@@ -133,14 +135,15 @@ def _draws(
     sampling: SamplingParams,
     temperature: float,
 ) -> SlotDraws:
+    """What each row's slots draw by; greedy decoding draws nothing, and takes the best."""
     uniforms_NSM = None
     if sampling.temperature > 0:
         seeds_N = np.array(
             [seed for request in requests for seed in request.seeds], dtype=np.uint64
         )
-        counts = [
-            int((request.prompt_ids == adapter.image_token_id).sum()) for request in requests
-        ]
+        image_token_id = adapter.image_token_id
+        assert image_token_id is not None  # the adapter has vision
+        counts = [int(request.prompt_ids.eq(image_token_id).sum()) for request in requests]
         slots = [
             slot_uniforms(seeds_N, slot, max(*counts, 1)) for slot in range(max(*num_slots, 1))
         ]
@@ -149,6 +152,7 @@ def _draws(
 
 
 def _check_room(request: RolloutRequest, record: SlotRecord, sampling: SamplingParams) -> None:
+    """Raises `RolloutError` where slots leave no position to text, which is what acts."""
     if sampling.max_new_tokens - record.kinds.shape[0] < 1:
         raise RolloutError(
             "no room for text after the slots",
@@ -160,6 +164,8 @@ def _check_room(request: RolloutRequest, record: SlotRecord, sampling: SamplingP
 
 
 def _feed(table: OverrideTable) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The override as a hook of `prefill_with_slots`; all slots count as span 0."""
+
     def feed(block_BLH: Tensor, kinds_BL: Tensor, used_BL: Tensor) -> Tensor:
         rows_B = torch.arange(block_BLH.shape[0], device=block_BLH.device)
         return table.feed(rows_B, block_BLH, kinds_BL, used_BL, span_M=torch.zeros_like(rows_B))

@@ -230,10 +230,12 @@ def test_what_slots_cannot_do_is_an_error():
         c.engine(config_of(c)).generate(
             [dataclasses.replace(request, latent_override=override)], sampling(20)
         )
-    with pytest.raises(ConfigError, match="latent.top_k_image: no image embeddings to insert"):
-        text.engine(config_of(text, mechanism="ivt_lr", top_k_image=4)).generate(
-            [text.request()], sampling(20)
+    for temperature in (None, 0.5):
+        engine = text.engine(
+            config_of(text, mechanism="ivt_lr", top_k_image=4), selection_temperature=temperature
         )
+        with pytest.raises(ConfigError, match="latent.top_k_image: no image embeddings to insert"):
+            engine.generate([text.request()], sampling(20))
 
 
 def test_drawn_slots_differ_in_a_group_and_their_log_probs_are_a_replays():

@@ -145,7 +145,7 @@ class LatentRolloutServer:
         await self.waves.run_alone(self._load_weights, bucket_refs, policy_version)
 
     def _load_weights(self, bucket_refs: list, policy_version: int) -> None:
-        self.engine.model.to(self.device)
+        self.engine.move_to(self.device)
         self.engine.load_weights(
             (weight for ref in bucket_refs for weight in ray.get(ref)), policy_version
         )
@@ -155,12 +155,12 @@ class LatentRolloutServer:
         return await self.waves.run_alone(self.usage.measure, request, is_start)
 
     async def wake_up(self) -> None:
-        self.engine.model.to(self.device)
+        self.engine.move_to(self.device)
 
     async def sleep(self) -> None:
         """Frees the accelerator for training until the next `load_weights` or `wake_up`."""
         if self.device.type != "cpu":
-            self.engine.model.to("cpu")
+            self.engine.move_to("cpu")
             torch.cuda.empty_cache()
 
     async def nothing(self, *args, **kwargs) -> None:
