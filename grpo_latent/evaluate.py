@@ -40,6 +40,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -114,7 +115,7 @@ def run(config: DictConfig) -> dict:
                 "weights": weights_of(config.model.path),
                 "data": data,
             }
-            if config.data.benchmark.name is None:
+            if isinstance(scorer, RewardScorer):
                 done["reward"] = [
                     OmegaConf.to_container(part) for part in (config.reward, config.latent.reward)
                 ]
@@ -135,8 +136,9 @@ def run(config: DictConfig) -> dict:
         "latent_config": loaded.mechanism.to_dict(),
         "seed": config.seed,
     }
-    if config.output is not None:
+    if journal is not None:
         write_report(Path(config.output), report)
+        # last: without a report on disk the finished batches are all that there is
         journal.discard()
     return report
 
@@ -144,6 +146,10 @@ def run(config: DictConfig) -> dict:
 def read_settings(config: DictConfig) -> EvalSettings:
     """Raises `ConfigError` by the setting's name."""
     strategies = OmegaConf.to_container(config.decodings, resolve=True)
+    if not isinstance(strategies, list):
+        raise ConfigError(
+            "not a list", where="decodings", got=strategies, expected="[{steps: 4}, {n: 8}, …]"
+        )
     return EvalSettings(
         max_new_tokens=config.data.max_response_length,
         num_sampled=config.rollout.n,
@@ -165,10 +171,12 @@ def read_settings(config: DictConfig) -> EvalSettings:
 def read_data(
     config: DictConfig, loaded: LatentModel, seen: Callable[[EvalPrompt], None]
 ) -> tuple[list[EvalPrompt], list[str]]:
-    """Prompts of `data.val_files`, or of `data.benchmark`, and what they were read from; arguments
-    as `read_prompts`.
+    """Reads prompts of `data.val_files` or `data.benchmark`; returns what they came from, too.
+
+    Arguments are as `read_prompts`.
     """
-    benchmark, size = config.data.benchmark, config.data.cache_bytes
+    benchmark = config.data.benchmark
+    size = config.data.cache_bytes
     if type(size) is not int or size < 0:
         raise ConfigError(
             "not a number of bytes", where="data.cache_bytes", got=size, expected="int >= 0"
@@ -207,8 +215,8 @@ def make_scorer(config: DictConfig, loaded: LatentModel) -> Iterator[Scorer]:
     if config.data.benchmark.name is not None:
         yield GradeScorer(loaded)
         return
-    settings = OmegaConf.to_container(config.latent.reward, resolve=True)
-    custom = OmegaConf.to_container(config.reward.custom_reward_function, resolve=True)
+    settings = _section(config.latent.reward, "latent.reward")
+    custom = _section(config.reward.custom_reward_function, "reward.custom_reward_function")
     functions = settings.pop("functions")
     if custom["path"]:
         functions = [
@@ -218,10 +226,16 @@ def make_scorer(config: DictConfig, loaded: LatentModel) -> Iterator[Scorer]:
         yield RewardScorer(runner, loaded)
 
 
-def weights_of(folder: str) -> list:
-    """Name, size and time of a checkpoint's files: what tells another checkpoint at the same
-    place.
-    """
+def _section(node: object, where: str) -> dict[str, Any]:
+    """A config's section as plain values; raises `ConfigError` where it is none."""
+    values = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    if not isinstance(values, dict):
+        raise ConfigError("not a section", where=where, got=values, expected="keys and values")
+    return {str(key): value for key, value in values.items()}
+
+
+def weights_of(folder: str) -> list[list[object]]:
+    """Name, size and time of a checkpoint's files, which tell another one at the same place."""
     files = sorted(path for path in Path(folder).glob("*") if path.is_file())
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 

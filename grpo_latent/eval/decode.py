@@ -188,7 +188,9 @@ class Evaluator:
         if images is None:
             return [None] * len(prompts)
         visual_MH = self.adapter.encode_images(images.to(self.adapter.device))
-        counts = [int((p.prompt_ids == self.adapter.image_token_id).sum()) for p in prompts]
+        image_token_id = self.adapter.image_token_id
+        assert image_token_id is not None, "`check_prompt` refuses images of a text model"
+        counts = [int(p.prompt_ids.eq(image_token_id).sum()) for p in prompts]
         parts = visual_MH.float().split(counts)
         return [
             None if prompt.images is None else part

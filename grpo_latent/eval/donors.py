@@ -38,10 +38,9 @@ def image_partners(
     by_grid: dict[str, list[int]] = {}
     clusters = [prompt.cluster for prompt in prompts]
     for index in range(len(prompts)) if rows is None else rows:
-        if prompts[index].images is not None:
-            by_grid.setdefault(str(prompts[index].images.image_grid_thw.tolist()), []).append(
-                index
-            )
+        images = prompts[index].images
+        if images is not None:
+            by_grid.setdefault(str(images.image_grid_thw.tolist()), []).append(index)
     return {
         a: b for same in by_grid.values() for a, b in of_other_clusters(same, clusters).items()
     }

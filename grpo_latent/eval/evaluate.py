@@ -5,7 +5,7 @@ prompts ──greedy──▶ own ──┬─ accuracy, latent statistics, hit,
    ├──────sampled──▶ accuracy, pass@k
    └──further decodings──▶ the same
 
-Each is a phase, done batch by batch; a finished batch of a phase is a part in the journal.
+Each is a phase, done batch by batch; the journal keeps each batch that a phase has finished.
 """
 
 from __future__ import annotations
@@ -14,21 +14,27 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 
 from torch import Tensor
 
 from grpo_latent.errors import ConfigError
-from grpo_latent.eval.ablations import AblationInputs, make_changes, parse_name
+from grpo_latent.eval.ablations import (
+    IMAGE_SWAP,
+    SHUFFLE,
+    AblationInputs,
+    Changes,
+    make_changes,
+    parse_name,
+)
 from grpo_latent.eval.decode import GREEDY, Decoding, Evaluator, with_partners_images
 from grpo_latent.eval.donors import donors, with_truth_of
-from grpo_latent.eval.journal import Journal, Part
+from grpo_latent.eval.journal import Journal, PhaseBatch
 from grpo_latent.eval.leak import leak, nearest_token_hits
 from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.eval.report import Findings, VerdictSettings, build_report
 from grpo_latent.eval.scoring import Outcome, Scorer
-from grpo_latent.eval.vectors import IMAGE_SWAP, SHUFFLE
 from grpo_latent.latent.treatments import Mask, Treatment
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.trajectory import Trajectory
@@ -96,7 +102,7 @@ class Evaluation:
 
     Args:
         progress: called with the phase and the number of prompts that went through it.
-        journal: of parts that are done; None keeps none.
+        journal: of batches that are done; None keeps none.
     """
 
     def __init__(
@@ -109,16 +115,15 @@ class Evaluation:
         max_batch_rows: int = 512,
         journal: Journal | None = None,
     ):
-        self.prompts, self.scorer, self.settings, self.progress = (
-            prompts,
-            scorer,
-            settings,
-            progress,
-        )
+        self.prompts = prompts
+        self.scorer = scorer
+        self.settings = settings
+        self.progress = progress
         self.evaluator = Evaluator(
             loaded, settings.max_new_tokens, settings.seed, max_batch_rows, settings.treatment
         )
-        self.mechanism, self.journal = loaded.mechanism, journal or Journal(None, {})
+        self.mechanism = loaded.mechanism
+        self.journal = journal or Journal(None, {})
         size = settings.prompts_per_batch
         self.batches = [slice(start, start + size) for start in range(0, len(prompts), size)]
         for decoding in settings.decodings:  # what cannot run fails before anything has
@@ -126,39 +131,49 @@ class Evaluation:
 
     def run(self) -> dict:
         """All results as one JSON-ready dict; see `grpo_latent.evaluate` for its keys."""
-        started, settings = time.monotonic(), self.settings
+        started = time.monotonic()
+        settings = self.settings
         findings = Findings(self.prompts, settings.verdict)
         own, ideal = self._decode_all(findings)
         inputs = AblationInputs(
             self.prompts, own, ideal, self.mechanism, settings.seed, self._swapped()
         )
+        # made of all prompts before any is ablated: a donor may stand in another batch
         changes = {name: make_changes(name, inputs) for name in settings.ablations}
         sources = donors(
             [len(t.latents) for t in own], [p.cluster for p in self.prompts], settings.seed
         )
-        parts: dict[str, list[Part]] = {name: [] for name in settings.ablations}
+        ablated: dict[str, list[PhaseBatch]] = {name: [] for name in settings.ablations}
+        # batches outside, ablations inside: the images of a batch are encoded once for all
         for batch_idx, batch in enumerate(self.batches):
             with self._encoded_once(batch, settings.ablations, batch_idx):
                 for name in settings.ablations:
-                    parts[name].append(self._ablated(name, changes[name], sources, batch_idx))
+                    ablated[name].append(self._ablated(name, changes[name], sources, batch_idx))
         for name in settings.ablations:
-            findings.add_ablation(
-                name, parts[name], [change is not None for change in changes[name]]
-            )
+            is_changed = [change is not None for change in changes[name]]
+            findings.add_ablation(name, ablated[name], is_changed)
         if settings.leak_prompts:
-            adapter, visibility = self.evaluator.adapter, self.mechanism.visibility
-            findings.leak = leak(adapter, self.prompts, own, visibility, settings.leak_prompts)
+            findings.leak = leak(
+                self.evaluator.adapter,
+                self.prompts,
+                own,
+                self.mechanism.visibility,
+                settings.leak_prompts,
+            )
         return build_report(findings) | {"seconds": time.monotonic() - started}
 
-    def _part(self, phase: str, batch_idx: int, make: Callable[[], Part]) -> Part:
-        part = self.journal.load(phase, batch_idx)
-        if part is None:
-            part = make()
-            self.journal.save(phase, batch_idx, part)
-        self.progress(phase, len(part.outcomes))
-        return part
+    def _done(self, phase: str, batch_idx: int, make: Callable[[], PhaseBatch]) -> PhaseBatch:
+        """Reads a batch of a phase from the journal, or makes it and writes it there."""
+        done = self.journal.load(phase, batch_idx)
+        if done is None:
+            done = make()
+            self.journal.save(phase, batch_idx, done)
+        self.progress(phase, len(done.outcomes))
+        return done
 
-    def _encoded_once(self, batch: slice, phases: Sequence[str], batch_idx: int):
+    def _encoded_once(
+        self, batch: slice, phases: Sequence[str], batch_idx: int
+    ) -> AbstractContextManager:
         """The images of a batch, encoded for some phases; not where all of them are done."""
         if all(self.journal.has(phase, batch_idx) for phase in phases):
             return nullcontext()
@@ -179,63 +194,68 @@ class Evaluation:
         others = ([settings.sampled] if settings.num_sampled else []) + list(settings.decodings)
         own: list[Trajectory] = []
         ideal: list[Tensor | None] = []
-        parts: dict[Decoding, list[Part]] = {decoding: [] for decoding in (GREEDY, *others)}
+        done: dict[Decoding, list[PhaseBatch]] = {decoding: [] for decoding in (GREEDY, *others)}
         for batch_idx, batch in enumerate(self.batches):
             prompts = self.prompts[batch]
             with self.evaluator.encoded_once(prompts) as visual:
-                for decoding, done in parts.items():
-                    done.append(self._decoded(decoding, batch_idx))
-            kept = parts[GREEDY][-1].trajectories
-            own += kept
+                for decoding, batches in done.items():
+                    batches.append(self._decoded(decoding, batch_idx))
+            kept = done[GREEDY][-1].trajectories
             for prompt, trajectory, visual_MH in zip(prompts, kept, visual, strict=True):
-                has_boxes = visual_MH is not None and len(prompt.roi) > 0
-                ideal.append(visual_MH[list(prompt.roi)].cpu() if has_boxes else None)
-                if has_boxes:
-                    findings.hits += nearest_token_hits(trajectory, prompt.roi, visual_MH.cpu())
-        findings.add_own(own, parts[GREEDY])
+                assert trajectory is not None, "the greedy phase decodes every prompt"
+                own.append(trajectory)
+                if visual_MH is None or not prompt.roi:
+                    ideal.append(None)
+                    continue
+                ideal.append(visual_MH[list(prompt.roi)].cpu())
+                findings.hits += nearest_token_hits(trajectory, prompt.roi, visual_MH.cpu())
+        findings.add_own(own, done[GREEDY])
         for decoding in others:
-            findings.add_decoding(decoding, parts[decoding])
+            findings.add_decoding(decoding, done[decoding])
         return own, ideal
 
-    def _decoded(self, decoding: Decoding, batch_idx: int) -> Part:
+    def _decoded(self, decoding: Decoding, batch_idx: int) -> PhaseBatch:
         """Keeps the trajectories of the plain greedy decoding, which ablations need."""
         prompts = self.prompts[self.batches[batch_idx]]
 
-        def make() -> Part:
+        def make() -> PhaseBatch:
             started = time.perf_counter()
             groups = self.evaluator.generate(prompts, decoding)
             seconds = time.perf_counter() - started
             num_tokens = sum(len(trajectory.token_ids) for group in groups for trajectory in group)
-            first = [group[0] for group in groups] if decoding is GREEDY else None
-            return Part(self._scored(prompts, groups), num_tokens, seconds, trajectories=first)
+            first = [group[0] for group in groups] if decoding is GREEDY else []
+            outcomes = self._scored(prompts, groups)
+            return PhaseBatch(outcomes, num_tokens, seconds, trajectories=first)
 
-        return self._part(OWN if decoding is GREEDY else decoding.name, batch_idx, make)
+        return self._done(OWN if decoding is GREEDY else decoding.name, batch_idx, make)
 
     def _swapped(self) -> list[Trajectory | None]:
         """Greedy trajectories with the images of other prompts, where an ablation needs them."""
         if not self.settings.needs_swapped:
             return [None] * len(self.prompts)
-        swapped, trajectories = with_partners_images(self.prompts), []
+        swapped = with_partners_images(self.prompts)
+        trajectories: list[Trajectory | None] = []
         for batch_idx, batch in enumerate(self.batches):
             rows = swapped[batch]
 
-            def make(rows=rows) -> Part:
+            def make(rows: list[EvalPrompt | None] = rows) -> PhaseBatch:
                 present = [row for row in rows if row is not None]
                 with self.evaluator.encoded_once(present):
                     decoded = iter(self.evaluator.greedy(present))
                 kept = [None if row is None else next(decoded) for row in rows]
-                return Part([[] for _ in rows], 0, 0.0, trajectories=kept)
+                return PhaseBatch([[] for _ in rows], 0, 0.0, trajectories=kept)
 
-            trajectories += self._part(SWAPPED, batch_idx, make).trajectories
+            trajectories += self._done(SWAPPED, batch_idx, make).trajectories
         return trajectories
 
     def _ablated(
-        self, name: str, changes: list, sources: list[int | None], batch_idx: int
-    ) -> Part:
+        self, name: str, changes: Changes, sources: list[int | None], batch_idx: int
+    ) -> PhaseBatch:
         batch = self.batches[batch_idx]
-        prompts, changes = self.prompts[batch], changes[batch]
+        prompts = self.prompts[batch]
+        changes = changes[batch]
 
-        def make() -> Part:
+        def make() -> PhaseBatch:
             changed = [i for i, change in enumerate(changes) if change is not None]
             rows = [prompts[i] for i in changed]
             started = time.perf_counter()
@@ -245,15 +265,21 @@ class Evaluation:
             for i, outcome in zip(changed, self.scorer(rows, decoded), strict=True):
                 outcomes[i] = [outcome]
             follow = self._follow(batch, changed, decoded, sources) if name == SHUFFLE else None
-            return Part(outcomes, sum(len(t.token_ids) for t in decoded), seconds, follow)
+            num_tokens = sum(len(trajectory.token_ids) for trajectory in decoded)
+            return PhaseBatch(outcomes, num_tokens, seconds, follow)
 
-        return self._part(name, batch_idx, make)
+        return self._done(name, batch_idx, make)
 
     def _follow(
-        self, batch: slice, changed: list[int], decoded: list[Trajectory], sources
+        self,
+        batch: slice,
+        changed: list[int],
+        decoded: list[Trajectory],
+        sources: Sequence[int | None],
     ) -> list[float | None] | None:
-        """Whether each shuffled answer is right for its donor; None where it cannot be told:
-        letters of other questions.
+        """Says whether each shuffled answer is right for its donor.
+
+        None where that cannot be told: a letter means another option in another question.
         """
         if any(prompt.item is not None and prompt.item.options for prompt in self.prompts):
             return None
@@ -283,9 +309,7 @@ class PromptsDigest:
 
 
 def fingerprint(loaded: LatentModel, prompts: PromptsDigest, settings: EvalSettings) -> dict:
-    """What an evaluation's parts depend on, besides weights and reward: settings, latents,
-    prompts.
-    """
+    """What an evaluation depends on besides weights and reward: settings, latents, prompts."""
     return {
         "settings": json.loads(json.dumps(asdict(settings)))
         | {"treatment": repr(settings.treatment)},

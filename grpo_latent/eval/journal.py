@@ -1,11 +1,11 @@
-"""What an evaluation has done so far, on disk, so that an interrupted one goes on where it
-stopped.
+"""Keeps what an evaluation has done so far on disk: an interrupted one goes on where it stopped.
 
 <output>.parts/settings.json                what the evaluation is of: another one refuses to go on
 <output>.parts/<phase>.<batch>.json         outcomes of one batch of prompts in one phase
 <output>.parts/<phase>.<batch>.safetensors  its trajectories, where later phases need them
 
-A part is written atomically once it is complete; the folder goes when the report has been written.
+A batch is written atomically once it is complete; the folder goes when the report has been
+written.
 """
 
 from __future__ import annotations
@@ -45,41 +45,42 @@ UNREADABLE = (
 
 
 @dataclass(frozen=True)
-class Part:
-    """One batch of one phase.
+class PhaseBatch:
+    """What one phase made of one batch of prompts.
 
     Attributes:
         outcomes: of each prompt's trajectories; empty for a prompt that the phase leaves as it is.
         extra: a further number a prompt, or None (`follow` of `shuffle`).
         num_tokens: positions that were decoded; `seconds`: wall time of it.
-        trajectories: the first one of each prompt, where later phases need it; None for prompts
-            without.
+        trajectories: the first one of each prompt, None for prompts without; empty where no later
+            phase needs them.
     """
 
     outcomes: list[list[Outcome]]
     num_tokens: int
     seconds: float
     extra: list[float | None] | None = None
-    trajectories: list[Trajectory | None] | None = None
+    trajectories: Sequence[Trajectory | None] = ()
 
 
 class Journal:
-    """Parts of one evaluation.
+    """The finished batches of one evaluation.
 
     Args:
         folder: None keeps nothing.
-        settings: all that the parts depend on, as JSON.
+        settings: all that they depend on, as JSON.
 
     Raises:
-        ConfigError: the folder holds parts of another evaluation.
-        DataError: it says of none what they are of.
+        ConfigError: the folder is another evaluation's.
+        DataError: it does not say whose it is.
     """
 
     def __init__(self, folder: Path | None, settings: dict):
         self.folder = folder
         if folder is None:
             return
-        path, text = folder / SETTINGS_FILE, json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        path = folder / SETTINGS_FILE
+        text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
         if path.is_file() and path.read_text(errors="replace") != text:
             before = _read_settings(path)
             differing = sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
@@ -93,60 +94,60 @@ class Journal:
         write_text(path, text)
 
     def has(self, phase: str, batch_idx: int) -> bool:
-        return self.folder is not None and self._path(phase, batch_idx, "json").is_file()
+        return self.folder is not None and _file(self.folder, phase, batch_idx, "json").is_file()
 
-    def load(self, phase: str, batch_idx: int) -> Part | None:
-        """A finished part, or None.
+    def load(self, phase: str, batch_idx: int) -> PhaseBatch | None:
+        """A finished batch, or None.
 
         Raises:
-            DataError: a part that cannot be read.
+            DataError: it cannot be read.
         """
-        if not self.has(phase, batch_idx):
+        if self.folder is None or not self.has(phase, batch_idx):
             return None
-        path = self._path(phase, batch_idx, "json")
+        path = _file(self.folder, phase, batch_idx, "json")
         try:
             values = json.loads(path.read_text())
             values["outcomes"] = [
                 [Outcome(*outcome) for outcome in group] for group in values["outcomes"]
             ]
             if values.pop("has_trajectories"):
-                path = self._path(phase, batch_idx, "safetensors")
+                path = _file(self.folder, phase, batch_idx, "safetensors")
                 values["trajectories"] = unpack(path.read_bytes())
-            return Part(**values)
+            return PhaseBatch(**values)
         except UNREADABLE as error:
             raise DataError(
-                "not a readable part of an evaluation",
+                "not a readable batch of an evaluation",
                 where=str(path),
                 got=f"{type(error).__name__}: {error}",
                 expected="a file of this program",
-                fix="Delete the file: the part is computed again.",
+                fix="Delete the file: the batch is computed again.",
             ) from error
 
-    def save(self, phase: str, batch_idx: int, part: Part) -> None:
+    def save(self, phase: str, batch_idx: int, batch: PhaseBatch) -> None:
         if self.folder is None:
             return
-        if part.trajectories is not None:
-            write_bytes(self._path(phase, batch_idx, "safetensors"), pack(part.trajectories))
+        if batch.trajectories:
+            path = _file(self.folder, phase, batch_idx, "safetensors")
+            write_bytes(path, pack(batch.trajectories))
         values = {
-            f.name: getattr(part, f.name)
-            for f in dataclasses.fields(part)
+            f.name: getattr(batch, f.name)
+            for f in dataclasses.fields(batch)
             if f.name != "trajectories"
         }
         values["outcomes"] = [
-            [dataclasses.astuple(outcome) for outcome in group] for group in part.outcomes
+            [dataclasses.astuple(outcome) for outcome in group] for group in batch.outcomes
         ]
-        values["has_trajectories"] = part.trajectories is not None
-        # last: a part counts once its JSON is there
-        write_text(self._path(phase, batch_idx, "json"), json.dumps(values))
+        values["has_trajectories"] = bool(batch.trajectories)
+        # last: a batch counts once its JSON is there
+        write_text(_file(self.folder, phase, batch_idx, "json"), json.dumps(values))
 
     def discard(self) -> None:
         if self.folder is not None:
             shutil.rmtree(self.folder)
 
-    def _path(self, phase: str, batch_idx: int, suffix: str) -> Path:
-        return (
-            self.folder / f"{re.sub(r'[^A-Za-z0-9_=.,@-]', '_', phase)}.{batch_idx:05d}.{suffix}"
-        )
+
+def _file(folder: Path, phase: str, batch_idx: int, suffix: str) -> Path:
+    return folder / f"{re.sub(r'[^A-Za-z0-9_=.,@-]', '_', phase)}.{batch_idx:05d}.{suffix}"
 
 
 def _read_settings(path: Path) -> dict:
@@ -163,11 +164,10 @@ def _read_settings(path: Path) -> dict:
 
 
 def pack(trajectories: Sequence[Trajectory | None]) -> bytes:
-    """Trajectories as one safetensors file: of each recorded field the rows of all, end to end,
-    with their lengths.
+    """Packs trajectories into one safetensors file.
 
-    A field that none of them has is left out; of one that only some have, `<name>.is_there` says
-    which.
+    Of each recorded field it holds the rows of all, end to end, with their lengths. A field that
+    none of them has is left out; of one that only some have, `<name>.is_there` says which.
     """
     present = [t for t in trajectories if t is not None]
     tensors = {"present": torch.tensor([t is not None for t in trajectories])}
@@ -204,8 +204,10 @@ def _rows(name: str, tensors: dict[str, Tensor]) -> list[Tensor | None]:
 
 def unpack(content: bytes) -> list[Trajectory | None]:
     """Inverse of `pack`."""
+    # safetensors' own `load` gives no metadata; its header is JSON behind eight bytes of length
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    group_ids, tensors = json.loads(header["__metadata__"]["group_ids"]), load(content)
+    group_ids = json.loads(header["__metadata__"]["group_ids"])
+    tensors = load(content)
     fields = [
         field.name for field in recorded.of_trajectory(Wire.JOURNAL) if field.name in tensors
     ]

@@ -74,6 +74,10 @@ class PixelStore:
 class StoredImages(ImageInputs):
     """Images whose pixels are in a store, or made anew."""
 
+    key: int
+    store: PixelStore
+    _make: Callable[[], Tensor]
+
     def __init__(
         self, key: int, image_grid_thw: Tensor, make: Callable[[], Tensor], store: PixelStore
     ):

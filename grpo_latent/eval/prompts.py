@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from grpo_latent.backbones.images import ImageInputs
@@ -73,7 +72,8 @@ def read_prompts(
         DataError: unreadable file or malformed row, by file, row and field.
     """
     check_max_rows(max_rows)
-    store, prompts = store or PixelStore(), []
+    store = store or PixelStore()
+    prompts: list[EvalPrompt] = []
     rows = islice((row for path in files for row in iter_verl_rows(path)), max_rows)
     for index, (row, where) in enumerate(rows):
         prompts.append(encode_row(row, where, loaded, str(index), store))
@@ -101,7 +101,8 @@ def benchmark_prompts(
         ConfigError: `max_rows` cuts rows of one question apart.
         DataError: an image cannot be read.
     """
-    store, prompts = store or PixelStore(), []
+    store = store or PixelStore()
+    prompts: list[EvalPrompt] = []
     for item in first_items(items, max_rows):
         where = f"{item.benchmark} {item.item_id}"
         ids, images = _encode(loaded, item.messages, item.images, where, store)
@@ -155,7 +156,13 @@ def _encode(
     prompt = encode()
     if store is None or prompt.images is None:
         return prompt.ids, prompt.images
-    return prompt.ids, store.add(prompt.images, lambda: encode().images.pixel_values)
+
+    def pixels_again() -> Tensor:
+        images = encode().images
+        assert images is not None, "the same row has the same images"
+        return images.pixel_values
+
+    return prompt.ids, store.add(prompt.images, pixels_again)
 
 
 def _roi(
@@ -165,17 +172,17 @@ def _roi(
     owners = extra_info.get("bbox_images") or [0] * len(boxes)
     if not boxes:
         return ()
-    grids = torch.zeros(0, 3, dtype=torch.long) if images is None else images.image_grid_thw
-    if len(owners) != len(boxes) or not all(
-        type(owner) is int and 0 <= owner < len(grids) for owner in owners
-    ):
+    num_images = 0 if images is None else len(images.image_grid_thw)
+    are_indices = all(type(owner) is int and 0 <= owner < num_images for owner in owners)
+    if images is None or len(owners) != len(boxes) or not are_indices:
         raise DataError(
             "boxes do not match the images",
             where=f"{where}: extra_info.bbox_images",
-            got=f"{owners} for {len(boxes)} boxes, {len(grids)} images",
+            got=f"{owners} for {len(boxes)} boxes, {num_images} images",
             expected="the index of an image for each box",
         )
-    backbone, tokens = backbone_of(loaded.model), []
+    backbone = backbone_of(loaded.model)
+    tokens: list[int] = []
     for box, owner in zip(boxes, owners, strict=True):
         check_box(box, f"{where}: extra_info.bboxes")
         tokens += box_to_prompt_tokens(box, owner, images, backbone)

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean, pstdev
 
 from grpo_latent.errors import ConfigError
-from grpo_latent.eval.ablations import BLIND, check_decides, parse_name
+from grpo_latent.eval.ablations import BLIND, ORACLE, SHUFFLE, check_decides, parse_name
 from grpo_latent.eval.benchmarks import find_benchmark
 from grpo_latent.eval.decode import GREEDY, Decoding
 from grpo_latent.eval.geometry import geometry
 from grpo_latent.eval.graders import pair_accuracy
-from grpo_latent.eval.journal import Part
+from grpo_latent.eval.journal import PhaseBatch
 from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.eval.scoring import Outcome, accuracy
 from grpo_latent.eval.statistics import (
@@ -32,7 +32,6 @@ from grpo_latent.eval.statistics import (
     pass_at_k,
     usage_verdict,
 )
-from grpo_latent.eval.vectors import ORACLE, SHUFFLE
 from grpo_latent.trajectory import Trajectory
 
 OWN, LATENTS = "own", "the latents"
@@ -99,30 +98,32 @@ class Findings:
             by_cluster([prompt.cluster for prompt in self.prompts], self.outcomes[name])
         )
 
-    def add_own(self, own: list[Trajectory], parts: Sequence[Part]) -> None:
+    def add_own(self, own: list[Trajectory], batches: Sequence[PhaseBatch]) -> None:
         self.own = own
-        outcomes = [group[0] for part in parts for group in part.outcomes]
+        outcomes = [group[0] for batch in batches for group in batch.outcomes]
         self.outcomes[OWN] = [outcome.correct for outcome in outcomes]
         self.scores = [outcome.score for outcome in outcomes]
-        self.add_decoding(GREEDY, parts)
+        self.add_decoding(GREEDY, batches)
 
-    def add_decoding(self, decoding: Decoding, parts: Sequence[Part]) -> None:
-        groups = [group for part in parts for group in part.outcomes]
+    def add_decoding(self, decoding: Decoding, batches: Sequence[PhaseBatch]) -> None:
+        groups = [group for batch in batches for group in batch.outcomes]
         num_trajectories = max(1, sum(len(group) for group in groups))
         self.decodings[decoding.name] = decoding_report(
             self.prompts, decoding, groups, self.verdict
         ) | {
-            "tokens_per_question": sum(part.num_tokens for part in parts) / num_trajectories,
-            "seconds_per_question": sum(part.seconds for part in parts) / num_trajectories,
+            "tokens_per_question": sum(batch.num_tokens for batch in batches) / num_trajectories,
+            "seconds_per_question": sum(batch.seconds for batch in batches) / num_trajectories,
         }
 
-    def add_ablation(self, name: str, parts: Sequence[Part], changed: list[bool]) -> None:
-        """Outcomes of prompts that the ablation leaves as they are: the own ones."""
-        groups = [group for part in parts for group in part.outcomes]
+    def add_ablation(self, name: str, batches: Sequence[PhaseBatch], changed: list[bool]) -> None:
+        """Takes an ablation's outcomes; a prompt that it leaves as it is keeps its own."""
+        groups = [group for batch in batches for group in batch.outcomes]
         pairs = zip(groups, self.outcomes[OWN], strict=True)
         self.outcomes[name] = [group[0].correct if group else own for group, own in pairs]
         self.changed[name] = changed
-        self.follow += [value for part in parts for value in part.extra or [] if value is not None]
+        self.follow += [
+            value for batch in batches for value in batch.extra or [] if value is not None
+        ]
 
 
 def build_report(findings: Findings) -> dict:
@@ -172,14 +173,16 @@ def decoding_report(
     groups: list[list[Outcome]],
     settings: VerdictSettings,
 ) -> dict:
-    """Accuracy with its interval, pass@k, and accuracy by trajectory index (each is a seed of its
-    own), over questions: trajectories of a row, then rows of a question are averaged first
-    (`by_cluster`)."""
+    """Reports accuracy with its interval, pass@k, and accuracy by trajectory index, over questions.
+
+    An index stands for a seed of its own. Trajectories of a row, then rows of a question are
+    averaged first (`by_cluster`).
+    """
     correct_PG = [[outcome.correct for outcome in group] for group in groups]
     means_P = [accuracy(values) for values in correct_PG]
     clusters = [prompt.cluster for prompt in prompts]
     means_Q = by_cluster(clusters, means_P)
-    report = {
+    report: dict[str, object] = {
         "accuracy": accuracy(means_Q),
         "interval": _interval(means_Q, settings),
         "n": decoding.num_sampled or 1,
@@ -198,8 +201,10 @@ def decoding_report(
         ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < decoding.num_sampled] + [
             decoding.num_sampled
         ]
-        known_clusters, groups = zip(*known, strict=True)
-        at_k = {k: [pass_at_k(len(values), int(sum(values)), k) for values in groups] for k in ks}
+        known_clusters, known_PG = zip(*known, strict=True)
+        at_k = {
+            k: [pass_at_k(len(values), int(sum(values)), k) for values in known_PG] for k in ks
+        }
         at_k = {k: by_cluster(known_clusters, values) for k, values in at_k.items()}
         report["pass_at_k"] = {
             str(k): {"estimate": fmean(values_Q), "interval": _interval(values_Q, settings)}
@@ -218,20 +223,27 @@ def decoding_report(
 def _interval(values: Sequence[float], settings: VerdictSettings) -> list[float] | None:
     if not values:
         return None
+    # a reward that is no accuracy has no known range to widen the interval to
     bounds = (0.0, 1.0) if min(values) >= 0 and max(values) <= 1 else None
-    options = dict(level=settings.level, num_resamples=settings.num_resamples, bounds=bounds)
-    return _bounds(bootstrap_interval(values, **options))
+    return _bounds(
+        bootstrap_interval(
+            values, level=settings.level, num_resamples=settings.num_resamples, bounds=bounds
+        )
+    )
 
 
 def _by_item(
     prompts: Sequence[EvalPrompt], means_P: Sequence[float | None], settings: VerdictSettings
 ) -> dict:
-    """A benchmark's own measures: plain accuracy over rows where some share a question, pairs or
-    groups that are right as a whole, and accuracy by category, over questions."""
-    items = [prompt.item for prompt in prompts]
-    if any(item is None for item in items):
+    """Reports a benchmark's own measures; none where some prompt is of no benchmark.
+
+    They are plain accuracy over rows where some share a question, pairs or groups that are right
+    as a whole, and accuracy by category, over questions.
+    """
+    items = [prompt.item for prompt in prompts if prompt.item is not None]
+    if len(items) < len(prompts):
         return {}
-    report: dict = {}
+    report: dict[str, object] = {}
     groups: dict[str, list[float]] = {}
     for item, value in zip(items, means_P, strict=True):
         groups.setdefault(item.group_id, []).append(float(value or 0.0))
@@ -247,14 +259,15 @@ def _by_item(
         report |= {"group_accuracy": fmean(whole), "group_interval": _interval(whole, settings)}
     categories = sorted({item.category for item in items})
     if len(categories) > 1:
-        report["by_category"] = {}
+        by_category: dict[str, float | None] = {}
         for category in categories:
             rows = [
                 (item.group_id, v)
                 for item, v in zip(items, means_P, strict=True)
                 if item.category == category
             ]
-            report["by_category"][category] = accuracy(by_cluster(*zip(*rows, strict=True)))
+            by_category[category] = accuracy(by_cluster(*zip(*rows, strict=True)))
+        report["by_category"] = by_category
     return report
 
 
@@ -265,8 +278,7 @@ def chance(findings: Findings) -> float:
 
 
 def usage_report(findings: Findings) -> dict[str, dict]:
-    """By ablation, over the prompts that it changed: accuracies, gap with interval, McNemar's
-    test, verdict in words.
+    """Reports accuracies, gap, McNemar's test and verdict of each ablation on what it changed.
 
     All over questions (`by_cluster`); McNemar's test is left out where their means are fractions.
     `num_changed` counts rows, `num_questions` what they are averaged to.
@@ -274,7 +286,8 @@ def usage_report(findings: Findings) -> dict[str, dict]:
     The oracle feeds better vectors, and no loss under it says nothing about use: it gets no
     verdict. `SUBJECTS` are the ablations whose verdict is not about the latents.
     """
-    settings, own_P = findings.verdict, findings.outcomes[OWN]
+    settings = findings.verdict
+    own_P = findings.outcomes[OWN]
     clusters = [prompt.cluster for prompt in findings.prompts]
     tested = [
         name
@@ -298,17 +311,15 @@ def usage_report(findings: Findings) -> dict[str, dict]:
             }
             continue
         changed_clusters, own_rows, ablated_rows = zip(*pairs, strict=True)
-        own, ablated = (
-            by_cluster(changed_clusters, own_rows),
-            by_cluster(changed_clusters, ablated_rows),
-        )
-        entry = {
+        own = by_cluster(changed_clusters, own_rows)
+        ablated = by_cluster(changed_clusters, ablated_rows)
+        entry: dict[str, object] = {
             "num_changed": len(pairs),
             "num_questions": len(own),
             "own": fmean(own),
             "ablated": fmean(ablated),
+            "verdict": None,
         }
-        entry["verdict"] = None
         if name in tested:
             verdict = usage_verdict(
                 own,
@@ -367,7 +378,7 @@ def overall_verdict(findings: Findings, usage: dict[str, dict]) -> dict:
 
 
 def latent_statistics(trajectories: Sequence[Trajectory]) -> dict:
-    """How latents are used in form, over trajectories; None where there are none.
+    """Describes the latents of trajectories by number and shape; None for what none shows.
 
     Norms are per latent step; cosines and effective rank as in `eval.geometry`, a prompt being a
     group.

@@ -37,7 +37,11 @@ class Scorer(Protocol):
 class _Views:
     def __init__(self, loaded: LatentModel):
         self.eos_ids = frozenset(loaded.eos_ids)
-        self.decode = lambda ids: loaded.tokenizer.decode(ids, skip_special_tokens=False)
+        self.tokenizer = loaded.tokenizer
+
+    def decode(self, ids: Sequence[int]) -> str:
+        # `decode` gives a list for a batch of rows only
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def __call__(self, trajectory: Trajectory) -> RewardView:
         return reward_view(trajectory, self.decode, self.eos_ids)
@@ -107,6 +111,7 @@ class GradeScorer:
     ) -> list[Outcome]:
         outcomes = []
         for prompt, trajectory in zip(prompts, trajectories, strict=True):
+            assert prompt.item is not None, "benchmark_prompts gives each prompt its item"
             grade = prompt.item.grade(self.view(trajectory).solution_str)
             outcomes.append(Outcome(float(grade.correct), float(grade.correct), grade.answer))
         return outcomes

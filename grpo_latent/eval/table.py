@@ -22,14 +22,9 @@ def report_table(report: dict) -> Group:
 
 def _accuracies(report: dict, title: str) -> Table:
     table = Table(title=title)
-    for name, justify in (
-        ("decoding", "left"),
-        ("accuracy", "right"),
-        ("interval", "right"),
-        ("tokens", "right"),
-    ):
-        table.add_column(name, justify=justify)
-    table.add_column("s / question", justify="right")
+    table.add_column("decoding", justify="left")
+    for name in ("accuracy", "interval", "tokens", "s / question"):
+        table.add_column(name, justify="right")
     sampled = (
         {}
         if report["sampled"] is None

@@ -19,7 +19,13 @@ from torch.nn.functional import cosine_similarity
 
 from grpo_latent.common.files import write_bytes
 from grpo_latent.errors import ConfigError, DataError
-from grpo_latent.eval.ablations import AblationInputs, check_decides, make_changes, parse_name
+from grpo_latent.eval.ablations import (
+    IMAGE_SWAP,
+    AblationInputs,
+    check_decides,
+    make_changes,
+    parse_name,
+)
 from grpo_latent.eval.decode import Evaluator, with_partners_images
 from grpo_latent.eval.geometry import geometry
 from grpo_latent.eval.journal import UNREADABLE, pack, unpack
@@ -27,7 +33,6 @@ from grpo_latent.eval.leak import nearest_token_hits
 from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.eval.scoring import Scorer, accuracy
 from grpo_latent.eval.statistics import usage_verdict
-from grpo_latent.eval.vectors import IMAGE_SWAP
 from grpo_latent.latent.treatments import Mask, Treatment
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.trajectory import Trajectory
@@ -67,8 +72,9 @@ class UsageSettings:
 
 @dataclass(frozen=True)
 class Usage:
-    """One measurement. `verdict` and `sentence` are of the first ablation, empty where it changed
-    no prompt.
+    """One measurement.
+
+    `verdict` and `sentence` are of the first ablation, empty where it changed no prompt.
     """
 
     metrics: dict[str, float]
@@ -96,12 +102,10 @@ class UsageProbe:
         max_batch_rows: int = 512,
         treatment: Treatment | None = None,
     ):
-        self.prompts, self.scorer, self.settings, self.reference = (
-            prompts,
-            scorer,
-            settings,
-            reference,
-        )
+        self.prompts = prompts
+        self.scorer = scorer
+        self.settings = settings
+        self.reference = reference
         self.evaluator = Evaluator(
             loaded, max_new_tokens, max_batch_rows=max_batch_rows, treatment=treatment or Mask()
         )
@@ -130,30 +134,34 @@ class UsageProbe:
         metrics |= self._drift(own, is_start)
         usage = Usage(metrics)
         for name, trajectories in ablated.items():
-            changed = [i for i, trajectory in enumerate(trajectories) if trajectory is not None]
-            outcomes = self.scorer(
-                [prompts[i] for i in changed], [trajectories[i] for i in changed]
-            )
-            pairs = [(own_P[i], o.correct) for i, o in zip(changed, outcomes, strict=True)]
-            pairs = [pair for pair in pairs if None not in pair]
+            changed = [(i, t) for i, t in enumerate(trajectories) if t is not None]
+            outcomes = self.scorer([prompts[i] for i, _ in changed], [t for _, t in changed])
+            correct = [(own_P[i], o.correct) for (i, _), o in zip(changed, outcomes, strict=True)]
+            pairs = [(own, other) for own, other in correct if None not in (own, other)]
             if not pairs:
                 continue
             own_C, ablated_C = zip(*pairs, strict=True)
             metrics[f"gap/{name}"] = fmean(own_C) - fmean(ablated_C)
             if name == self.settings.ablations[0]:
-                options = dict(
-                    chance=self.settings.chance, margin=self.settings.margin, num_resamples=2000
+                verdict = usage_verdict(
+                    own_C,
+                    ablated_C,
+                    ablation=name,
+                    chance=self.settings.chance,
+                    margin=self.settings.margin,
+                    num_resamples=2000,
                 )
-                verdict = usage_verdict(own_C, ablated_C, ablation=name, **options)
                 usage = Usage(metrics, verdict.verdict, verdict.sentence)
         return usage
 
     def _own(
         self, prompts: list[EvalPrompt]
     ) -> tuple[list[Trajectory], list[Tensor | None], dict[str, float]]:
-        """Greedy trajectories, the image embeddings of each row's boxes, and alignment with these:
-        `alignment_cosine` of latents and embeddings, and `alignment_hit`, how often the nearest
-        visual token is the box's. It says nothing about the latents' quality or use."""
+        """Decodes greedily; returns trajectories, embeddings of each row's boxes, and alignment.
+
+        Alignment is `alignment_cosine` of latents and embeddings, and `alignment_hit`, how often
+        the nearest visual token is the box's. It says nothing about the latents' quality or use.
+        """
         own: list[Trajectory] = []
         ideal: list[Tensor | None] = []
         cosines: list[Tensor] = []
@@ -167,20 +175,19 @@ class UsageProbe:
                     if visual_MH is None or not prompt.roi:
                         ideal.append(None)
                         continue
-                    ideal.append(visual_MH[list(prompt.roi)].cpu())
+                    ideal_RH = visual_MH[list(prompt.roi)].cpu()
+                    ideal.append(ideal_RH)
                     num = min(len(prompt.roi), len(trajectory.latents))
                     cosines.append(
-                        cosine_similarity(trajectory.latents[:num], ideal[-1][:num], dim=-1)
+                        cosine_similarity(trajectory.latents[:num], ideal_RH[:num], dim=-1)
                     )
                     hits += nearest_token_hits(trajectory, prompt.roi, visual_MH.cpu())
             own += decoded
-        if not hits:
-            return own, ideal, {}
-        return (
-            own,
-            ideal,
-            {"alignment_cosine": float(torch.cat(cosines).mean()), "alignment_hit": fmean(hits)},
-        )
+        alignment: dict[str, float] = {}
+        if hits:
+            alignment["alignment_cosine"] = float(torch.cat(cosines).mean())
+            alignment["alignment_hit"] = fmean(hits)
+        return own, ideal, alignment
 
     def _swapped(self, prompts: list[EvalPrompt]) -> list[Trajectory | None]:
         if not any(parse_name(name)[0] == IMAGE_SWAP for name in self.settings.ablations):
@@ -234,9 +241,9 @@ class UsageProbe:
         return drift(own, start)
 
 
-def _read_start(path: Path) -> list[Trajectory | None]:
+def _read_start(path: Path) -> list[Trajectory]:
     try:
-        return unpack(path.read_bytes())
+        return [trajectory for trajectory in unpack(path.read_bytes()) if trajectory is not None]
     except UNREADABLE as error:
         raise DataError(
             "the latents of the start cannot be read",
@@ -248,8 +255,9 @@ def _read_start(path: Path) -> list[Trajectory | None]:
 
 
 def drift(own: Sequence[Trajectory], start: Sequence[Trajectory]) -> dict[str, float]:
-    """`drift_cosine` and `drift_relative` = |z - z0| / |z0|, means over latent steps that both
-    have; {} without any.
+    """Means of cosine and of |z - z0| / |z0| over latent steps that both have; {} without any.
+
+    They are `drift_cosine` and `drift_relative`.
     """
     pairs = [
         (a.latents[:n], b.latents[:n])

@@ -14,7 +14,7 @@ from grpo_latent.errors import CheckpointError, ConfigError, DataError
 from grpo_latent.eval.decode import Decoding, Evaluator
 from grpo_latent.eval.donors import donors
 from grpo_latent.eval.evaluate import EvalSettings, Evaluation
-from grpo_latent.eval.journal import Journal, Part
+from grpo_latent.eval.journal import Journal, PhaseBatch
 from grpo_latent.eval.prompts import EvalPrompt, encode_row
 from grpo_latent.eval.scoring import Outcome, RewardScorer
 from grpo_latent.models import tiny
@@ -232,7 +232,7 @@ def journal_in(folder, **settings):
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same_report(
     loaded, reward_file, tmp_path
 ):
-    """Interrupted after 1, 2, … parts. What was done is not done again."""
+    """Interrupted after 1, 2, … batches. What was done is not done again."""
     decodings = (
         Decoding.from_dict({"steps": 2}, "here"),
         Decoding.from_dict({"n": 2, "temperature": 2.0}, "there"),
@@ -244,15 +244,15 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_report(
     expected = without_times(evaluate(loaded, prompts, reward_file, settings))
     folder, calls = tmp_path / "parts", []
 
-    def interrupt_at(num_parts):
+    def interrupt_at(num_batches):
         def progress(phase, count):
             calls.append(phase)
-            if len(calls) == num_parts:
+            if len(calls) == num_batches:
                 raise KeyboardInterrupt
 
         return progress
 
-    for num_parts in (1, 2, 6, 11, 12, 20, 33):
+    for num_batches in (1, 2, 6, 11, 12, 20, 33):
         calls.clear()
         before = {
             path: path.stat().st_mtime_ns
@@ -265,7 +265,7 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_report(
                 prompts,
                 reward_file,
                 settings,
-                progress=interrupt_at(num_parts),
+                progress=interrupt_at(num_batches),
                 journal=journal_in(folder),
             )
         assert all(path.stat().st_mtime_ns == time for path, time in before.items()), "done once"
@@ -278,7 +278,7 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_report(
     part = folder / "shuffle.00001.json"
     part.write_text(part.read_text()[:20])
     with pytest.raises(
-        DataError, match=r"shuffle.00001.json: not a readable part.*Delete the file"
+        DataError, match=r"shuffle.00001.json: not a readable batch.*Delete the file"
     ):
         journal_in(folder).load("shuffle", 1)
 
@@ -294,7 +294,7 @@ def test_a_damaged_part_is_named(tmp_path, damage):
         torch.ones(1).long(), kinds, kinds, torch.ones(1, 4), torch.zeros(4), torch.zeros(4), "eos"
     )
     journal = journal_in(tmp_path / "parts")
-    journal.save("own", 0, Part([[Outcome(1.0, 1.0)]], 4, 0.1, trajectories=[own]))
+    journal.save("own", 0, PhaseBatch([[Outcome(1.0, 1.0)]], 4, 0.1, trajectories=[own]))
     json_path, path = (
         tmp_path / "parts" / f"own.00000.{suffix}" for suffix in ("json", "safetensors")
     )
@@ -312,7 +312,7 @@ def test_a_damaged_part_is_named(tmp_path, damage):
         path.write_bytes(path.read_bytes()[:-3])
     if damage == "not a list":
         json_path.write_text(json.dumps(json.loads(json_path.read_text()) | {"outcomes": 5}))
-    with pytest.raises(DataError, match="own.00000.*not a readable part"):
+    with pytest.raises(DataError, match="own.00000.*not a readable batch"):
         journal.load("own", 0)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from grpo_latent.data.embedded import digits
 from grpo_latent.data.rows import write_verl_parquet
 from grpo_latent.eval.dumps import read_dump
-from grpo_latent.eval.journal import Part
+from grpo_latent.eval.journal import PhaseBatch
 from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.eval.report import Findings, VerdictSettings, build_report
 from grpo_latent.eval.scoring import Outcome
@@ -175,11 +175,11 @@ def write_evaluation(path: Path, num_right: int = 95) -> None:
     prompts = [EvalPrompt(torch.ones(1), None, "digits", "7", "", str(i)) for i in range(100)]
     findings = Findings(prompts, VerdictSettings(chance=0.1), leak=0.0)
     for name, values in outcomes.items():
-        parts = [Part([[Outcome(value, value)] for value in values], 100, 1.0)]
+        batches = [PhaseBatch([[Outcome(value, value)] for value in values], 100, 1.0)]
         if name == "own":
-            findings.add_own([LATENT] * 100, parts)
+            findings.add_own([LATENT] * 100, batches)
         else:
-            findings.add_ablation(name, parts, [True] * 100)
+            findings.add_ablation(name, batches, [True] * 100)
     path.write_text(json.dumps(build_report(findings) | {"checkpoint": "here", "seconds": 1.0}))
 
 
