@@ -28,7 +28,9 @@ def main(config: DictConfig) -> None:
             expected="a value for each ??? and each ${…}",
             fix="Set model.path, data.train_files and trainer.output_dir on the command line.",
         ) from error
-    result = run_sft(SFTSettings.from_dict(resolved))
+    assert isinstance(resolved, dict), "a DictConfig resolves to a dict"
+    settings = SFTSettings.from_dict({str(key): value for key, value in resolved.items()})
+    result = run_sft(settings)
     metrics = "  ".join(f"{name} {value:.3g}" for name, value in result.metrics.items())
     print(
         f"sft: {result.steps} steps in {result.seconds:.1f} s  {metrics}\n"

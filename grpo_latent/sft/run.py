@@ -60,6 +60,7 @@ def run_sft(settings: SFTSettings) -> SFTResult:
     """
     start = time.perf_counter()
     args = settings.training_arguments()
+    assert args.output_dir is not None, "`training_arguments` asks for it"
     output_dir = Path(args.output_dir)
     save_path = Path(settings.model.save_path)
     check_sharding(args, settings.model.lora.enabled)
@@ -74,9 +75,9 @@ def run_sft(settings: SFTSettings) -> SFTResult:
     log_to_file(output_dir / "sft.log", args.should_save)
     checkpoint = find_checkpoint(settings, output_dir)
     set_seed(args.seed)  # before loading, which draws new embeddings and modules
-    parts = settings.parts
+    method = settings.method_row
     latent = load_for_sft(
-        settings.model, settings.latent, settings.loss.trains_end_vector, parts.needs_vision
+        settings.model, settings.latent, settings.loss.trains_end_vector, method.needs_vision
     )
     if latent.processor is not None:
         set_image_tokens(
@@ -88,7 +89,7 @@ def run_sft(settings: SFTSettings) -> SFTResult:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / "settings.json", as_dict(settings))
     bar = ProgressBar()
-    trainer = parts.trainer(
+    trainer = method.trainer(
         latent,
         args,
         dataset,
@@ -103,7 +104,7 @@ def run_sft(settings: SFTSettings) -> SFTResult:
     finally:
         bar.close()
         trainer.release()
-    metrics = {}
+    metrics: dict[str, float] = {}
     # the last value of each, from whichever line has it: a term may be missing from the last one
     for line in trainer.state.log_history:
         metrics |= {
@@ -138,8 +139,8 @@ def check_sharding(args: TrainingArguments, has_lora: bool) -> None:
     refused = {
         "DeepSpeed": bool(args.deepspeed),
         "FSDP with LoRA": bool(args.fsdp) and has_lora,
-        "FSDP on the CPU": bool(args.fsdp)
-        and args.use_cpu,  # accelerate falls back to plain data parallelism
+        # accelerate falls back to plain data parallelism
+        "FSDP on the CPU": bool(args.fsdp) and args.use_cpu,
     }
     for got, is_asked in refused.items():
         if is_asked:
@@ -174,12 +175,13 @@ def choose_parameters(latent: LatentModel, settings: SFTSettings) -> None:
 
 def build_dataset(latent: LatentModel, settings: SFTSettings) -> SFTDataset:
     """Reads and checks the rows of all files; their images are decoded when a batch is made."""
-    data, parts = settings.data, settings.parts
-    read = parts.readers[data.format]
+    data = settings.data
+    method = settings.method_row
+    read = method.readers[data.format]
     examples = itertools.chain.from_iterable(
         read(path, data.image_folder) for path in data.train_files
     )
-    encoder = parts.make_encoder(latent, settings.loss, data.max_length)
+    encoder = method.make_encoder(latent, settings.loss, data.max_length)
     return SFTDataset(list(itertools.islice(examples, data.max_rows)), encoder, data.cache_bytes)
 
 
@@ -259,7 +261,7 @@ def as_dict(settings: SFTSettings) -> dict:
                 flatten(item, f"{prefix}.{name}" if prefix else name)
                 for name, item in value.items()
             )
-            return {name: item for part in items for name, item in part.items()}
+            return {name: item for below in items for name, item in below.items()}
         return {prefix: list(value) if isinstance(value, tuple) else value}
 
     return flatten(json.loads(json.dumps(dataclasses.asdict(settings))), "")

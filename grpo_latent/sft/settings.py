@@ -66,8 +66,8 @@ class SFTSettings:
         return settings
 
     @property
-    def parts(self) -> Method:
-        """What runs this method."""
+    def method_row(self) -> Method:
+        """The method's row of the table: what reads, encodes and trains."""
         return METHODS[self.method]
 
     def training_arguments(self) -> TrainingArguments:

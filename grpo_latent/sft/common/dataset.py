@@ -7,6 +7,7 @@ memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -28,12 +29,13 @@ class SFTDataset(torch.utils.data.Dataset):
         DataError: there are no examples.
     """
 
-    def __init__(self, examples: Sequence, encoder: Callable, cache_bytes: int = 0):
+    def __init__(self, examples: Sequence, encoder: Callable[[Any], object], cache_bytes: int = 0):
         if len(examples) == 0:
             raise DataError(
                 "no examples", where="data.train_files", got="0 rows", expected="at least one"
             )
-        self.examples, self.encoder = examples, encoder
+        self.examples = examples
+        self.encoder = encoder
         self._cache: dict[int, object] = {}
         self._bytes_left = cache_bytes
 

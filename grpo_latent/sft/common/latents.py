@@ -25,19 +25,24 @@ class LatentSettings:
     @property
     def tokens(self) -> tuple[str, ...]:
         """In the order in which they are added."""
-        return tuple(getattr(self, f"{role}_token") for role in self.mechanism.published_tokens)
+        return tuple(self.token_of(role) for role in self.mechanism.published_tokens)
+
+    def token_of(self, role: str) -> str:
+        """The token of a role of the mechanism's."""
+        return getattr(self, f"{role}_token")
 
     @property
     def rules(self) -> dict[str, Any]:
-        """Settings that SFT may change on a checkpoint that has latents already: all but its
-        tokens and its parameters.
+        """Settings that SFT may change on a checkpoint that has latents already.
+
+        All but its tokens and its parameters, which are in its weights.
         """
         kept = {f"{role}_token" for role in self.mechanism.published_tokens} | set(
             self.mechanism.structural
         )
         return {name: value for name, value in vars(self).items() if name not in kept}
 
-    def make(self, ids: Mapping[str, int], **more) -> Mechanism:
+    def make(self, ids: Mapping[str, int], **more: Any) -> Mechanism:
         """The mechanism of a model that has no latents yet.
 
         Args:

@@ -6,6 +6,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+import torch
+
 from grpo_latent.backbones.registry import known_model_types
 from grpo_latent.common.dtypes import parse_dtype
 from grpo_latent.errors import CheckpointError, ConfigError
@@ -77,25 +79,33 @@ def load_for_sft(
 
 
 def _load_plain(
-    path: str, dtype, attention: str, latent: LatentSettings, trains_end_vector: bool
+    path: str,
+    dtype: torch.dtype,
+    attention: str,
+    latent: LatentSettings,
+    trains_end_vector: bool,
 ) -> LatentModel:
     model, tokenizer, processor = load_plain(path, dtype, attention)
     ids = add_latent_tokens(model, tokenizer, latent.tokens)
     if processor is not None:
         processor.tokenizer = tokenizer
-    end_vector = {}
-    if trains_end_vector:
-        end_vector = {"latent_end_token": latent.latent_end_token}
+    # the role is not always in use: a mechanism with its token would get the vector, untrained
+    end_vector = {"latent_end_token": latent.token_of("latent_end")} if trains_end_vector else {}
     mechanism = latent.make(ids, **end_vector)
     mechanism.attach(model)
     return LatentModel(model, tokenizer, processor, mechanism, find_eos_ids(model, tokenizer))
 
 
 def _load_latent(
-    folder: Path, dtype, attention: str, latent: LatentSettings, trains_end_vector: bool
+    folder: Path,
+    dtype: torch.dtype,
+    attention: str,
+    latent: LatentSettings,
+    trains_end_vector: bool,
 ) -> LatentModel:
     bundle = load_latent_model(folder, dtype, attn_implementation=attention)
-    mechanism, wanted = bundle.mechanism, latent.mechanism.key()
+    mechanism = bundle.mechanism
+    wanted = latent.mechanism.key()
     if mechanism.key() != wanted:
         raise ConfigError(
             "the checkpoint has latents of another mechanism",
@@ -115,11 +125,9 @@ def _load_latent(
                 "before its first SFT.",
             )
     if trains_end_vector and not hasattr(bundle.model, END_VECTOR_ATTRIBUTE):
-        token = latent.latent_end_token
-        end_vector = {"latent_end_token": token} | {
-            "latent_end_id": add_latent_tokens(bundle.model, bundle.tokenizer, [token])[token]
-        }
-        mechanism = mechanism.replace(**end_vector)
+        token = latent.token_of("latent_end")
+        ids = add_latent_tokens(bundle.model, bundle.tokenizer, [token])
+        mechanism = mechanism.replace(latent_end_token=token, latent_end_id=ids[token])
         # without the head, which the folder brought: attached anew it would be random
         mechanism.replace(head="none").attach(bundle.model)
     return dataclasses.replace(bundle, mechanism=mechanism.replace(**latent.rules))

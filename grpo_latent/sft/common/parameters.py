@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from grpo_latent.errors import ConfigError
 from grpo_latent.models.adapter import ModelAdapter
+
+NO_DECAY = "no_weight_decay"  # attribute of parameters that the optimizer leaves undecayed
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class LoraSettings:
     )
 
 
-def freeze_vision(model: nn.Module, tower: bool = True, merger: bool = True) -> None:
+def freeze_vision(model: PreTrainedModel, tower: bool = True, merger: bool = True) -> None:
     """Freezes the vision tower, its mergers, or both, as the published stages 1 do.
 
     Text-only models have neither. Chameleon's VQ model, which no gradient reaches, always is.
@@ -49,7 +52,7 @@ def freeze_vision(model: nn.Module, tower: bool = True, merger: bool = True) -> 
             parameter.requires_grad_(backbone.trains_vision and not is_frozen)
 
 
-def vision_is_frozen(model: nn.Module) -> bool:
+def vision_is_frozen(model: PreTrainedModel) -> bool:
     modules = ModelAdapter(model).backbone.vision_modules
     return not any(
         parameter.requires_grad for module in modules for parameter in module.parameters()
@@ -57,7 +60,7 @@ def vision_is_frozen(model: nn.Module) -> bool:
 
 
 def add_lora(
-    model: nn.Module,
+    model: PreTrainedModel,
     settings: LoraSettings,
     new_token_ids: Sequence[int],
     own_prefixes: tuple[str, ...] = (),
@@ -107,8 +110,9 @@ def add_lora(
         if name.startswith(own_prefixes):
             parameter.requires_grad_(True)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if new_token_ids and not module.weight.requires_grad:  # tied weights come twice
-            _train_rows(module.weight, new_token_ids)
+        weight = module.get_parameter("weight")
+        if new_token_ids and not weight.requires_grad:  # tied weights come twice
+            _train_rows(weight, new_token_ids)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -123,7 +127,8 @@ def _train_rows(weight: nn.Parameter, rows: Sequence[int]) -> None:
         return gradient * keep_V1.to(gradient.device)
 
     weight.register_hook(only_rows)
-    weight.no_weight_decay = True  # decoupled decay would move the old rows all the same
+    # decoupled decay would move the old rows all the same; `get_decay_parameter_names` reads it
+    setattr(weight, NO_DECAY, True)
 
 
 def has_lora(model: nn.Module) -> bool:
@@ -136,10 +141,11 @@ def merge_lora(model: nn.Module) -> int:
         return 0
     from peft.tuners.lora import LoraLayer
 
+    # a list: the loop below replaces modules while it would walk over them
     layers = [
         (name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)
     ]
-    dtype = layers[0][1].get_base_layer().weight.dtype
+    dtype = layers[0][1].get_base_layer().get_parameter("weight").dtype
     for name, module in layers:
         module.merge(safe_merge=True)  # refuses NaN
         parent, _, attribute = name.rpartition(".")

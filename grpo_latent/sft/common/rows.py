@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from grpo_latent.data.examples import ImageRef
 from grpo_latent.errors import DataError
 from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models.adapter import ModelAdapter
@@ -17,8 +18,25 @@ from grpo_latent.models.prompts import Prompt, encode_prompt
 IGNORED = -100  # a label that is not scored; torch's cross-entropy skips it too
 
 
+class Prompted(Protocol):
+    """What every method's example has."""
+
+    @property
+    def messages(self) -> Sequence[dict]: ...
+
+    @property
+    def images(self) -> Sequence[ImageRef]: ...
+
+    @property
+    def where(self) -> str: ...
+
+
+Example = TypeVar("Example", bound=Prompted)
+Row = TypeVar("Row")
+
+
 @dataclass(frozen=True, kw_only=True)
-class RowEncoder:
+class RowEncoder(Generic[Example, Row]):
     """Tokenises examples for one model; each method derives its own, callable on an example.
 
     Attributes:
@@ -47,7 +65,11 @@ class RowEncoder:
             **fields,
         )
 
-    def encode_prompt(self, example) -> Prompt:
+    def __call__(self, example: Example) -> Row:
+        """Makes the row of an example."""
+        raise NotImplementedError
+
+    def encode_prompt(self, example: Example) -> Prompt:
         """Encodes the example's prompt; decoded images live no longer than this call.
 
         Raises:
@@ -80,13 +102,13 @@ class RowEncoder:
             )
         return ids
 
-    def check_length(self, num_positions: int, where: str, parts: Iterable[str] = ()) -> None:
-        """Raises `DataError` for a row longer than `max_length`; `parts` says of what."""
+    def check_length(self, num_positions: int, where: str, made_of: Iterable[str] = ()) -> None:
+        """Raises `DataError` for a row longer than `max_length`; `made_of` says of what."""
         if self.max_length is not None and num_positions > self.max_length:
             raise DataError(
                 "row too long",
                 where=where,
-                got=", ".join([f"{num_positions} positions", *parts]),
+                got=", ".join([f"{num_positions} positions", *made_of]),
                 expected=f"at most {self.max_length}",
                 fix="Raise data.max_length, lower data.max_image_tokens, or drop the row.",
             )

@@ -26,9 +26,9 @@ def save_for_rl(
         mechanism: in place of the model's.
     """
     folder = Path(folder)
-    with replacing_folder(folder) as part:
+    with replacing_folder(folder) as unfinished:
         save_latent_model(
-            part,
+            unfinished,
             latent.model,
             latent.tokenizer,
             latent.processor,
@@ -57,9 +57,8 @@ def load_all_weights(model: nn.Module, folder: str) -> None:
                 expected=str(expected),
             )
         own[name].copy_(tensor)
-        missing.discard(
-            own[name].data_ptr()
-        )  # by address: tied weights are saved under one of their names
+        # by address: tied weights are saved under one of their names
+        missing.discard(own[name].data_ptr())
     if missing:
         names = sorted(name for name, tensor in own.items() if tensor.data_ptr() in missing)
         raise CheckpointError(

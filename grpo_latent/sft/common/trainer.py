@@ -35,7 +35,7 @@ from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.models.vision_cache import VisionCache
 from grpo_latent.sft.common.dataset import SFTDataset
-from grpo_latent.sft.common.parameters import has_lora
+from grpo_latent.sft.common.parameters import NO_DECAY, has_lora
 from grpo_latent.sft.common.routing import SFT_KEYWORD, route_sft_batches
 from grpo_latent.sft.common.sampler import SeededBatchSampler
 from grpo_latent.sft.common.saving import load_all_weights
@@ -52,12 +52,8 @@ class LatentSFTTrainer(Trainer):
             merger.
     """
 
-    summed: ClassVar[tuple[str, ...]] = (
-        "ce",
-        "labels",
-        "latent",
-        "latents",
-    )  # since the last logged step
+    # sums kept since the last logged step
+    summed: ClassVar[tuple[str, ...]] = ("ce", "labels", "latent", "latents")
 
     def __init__(
         self,
@@ -71,16 +67,17 @@ class LatentSFTTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ):
         self.latent = latent
+        self.dataset = dataset
         self.loss_config = loss_config
+        # before anything is installed in the model: a refusal leaves it as it was
         self.check(latent)
         self.labelled_per_batch = labelled_per_batch
         self.horizon_steps = horizon_steps
         self.adapter = ModelAdapter(latent.model, latent.mechanism)
         if self.adapter.backbone.caches_tower:
             VisionCache.install(latent.model, max_bytes=vision_cache_bytes)
-        args.remove_unused_columns = (
-            False  # it would drop our columns, which the model's own forward does not know
-        )
+        # it would drop our columns, which the model's own forward does not know
+        args.remove_unused_columns = False
         self._epoch = _TellEpoch()
         with _keeping_use_cache(latent.model.config):
             super().__init__(
@@ -141,14 +138,14 @@ class LatentSFTTrainer(Trainer):
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
         sampler = SeededBatchSampler(
-            self.train_dataset.has_answer,
+            self.dataset.has_answer,
             args.per_device_train_batch_size,
             seed,
             self.labelled_per_batch,
         )
         self._epoch.sampler = sampler
         loader = DataLoader(
-            self.train_dataset,
+            self.dataset,
             batch_sampler=sampler,
             collate_fn=self.collate_rows,
             num_workers=args.dataloader_num_workers,
@@ -216,7 +213,7 @@ class LatentSFTTrainer(Trainer):
         exempt = {
             name
             for name, parameter in model.named_parameters()
-            if getattr(parameter, "no_weight_decay", False)
+            if getattr(parameter, NO_DECAY, False)
         }
         return [name for name in super().get_decay_parameter_names(model) if name not in exempt]
 
@@ -232,7 +229,9 @@ class LatentSFTTrainer(Trainer):
 
         The Trainer's pickled arguments are left out.
         """
-        folder = Path(output_dir or self.args.output_dir)
+        place = output_dir or self.args.output_dir
+        assert place is not None, "a Trainer that saves has an output_dir"
+        folder = Path(place)
         folder.mkdir(parents=True, exist_ok=True)
         self.latent.model.save_pretrained(
             folder, state_dict=state_dict, save_original_format=False

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from grpo_latent.backbones.registry import backbone_of
 from grpo_latent.common.files import write_tensors
@@ -23,10 +24,13 @@ from grpo_latent.errors import CheckpointError, ConfigError
 
 # below a checkpoint: beside its weights they would be taken for weights of the model
 TEACHER_FOLDER = "teacher"
-_FILE, _NUM_UPDATES = "ema.safetensors", "num_updates"
+_FILE = "ema.safetensors"
+_NUM_UPDATES = "num_updates"  # key of its metadata
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
-class MomentumTeacher:
+class MomentumTeacher(Generic[Model]):
     """A frozen copy of the student whose trained parameters follow it.
 
     What the student does not train is shared, not copied: parameters, and a frozen vision tower as
@@ -37,12 +41,14 @@ class MomentumTeacher:
         decay: 0.999 published.
     """
 
-    def __init__(self, student: nn.Module, decay: float = 0.999):
+    def __init__(self, student: Model, decay: float = 0.999):
         if not 0 <= decay < 1:
             raise ConfigError(
                 "not a decay", where="teacher.decay", got=decay, expected="in [0, 1)"
             )
-        self.student, self.decay, self.num_updates = student, decay, 0
+        self.student = student
+        self.decay = decay
+        self.num_updates = 0
         trained = {
             name: parameter
             for name, parameter in student.named_parameters()
@@ -54,14 +60,17 @@ class MomentumTeacher:
                 where="teacher",
                 expected="a parameter to train",
             )
-        shared = [parameter for parameter in student.parameters() if not parameter.requires_grad]
+        shared: list[nn.Parameter | nn.Module] = [
+            parameter for parameter in student.parameters() if not parameter.requires_grad
+        ]
         # the average itself is of any module
         for module in (
             backbone_of(student).vision_modules if isinstance(student, PreTrainedModel) else ()
         ):
             if not any(parameter.requires_grad for parameter in module.parameters()):
                 shared.append(module)
-        self.model = copy.deepcopy(student, {id(part): part for part in shared}).eval()
+        # what the memo of deepcopy names already is taken as it is
+        self.model: Model = copy.deepcopy(student, {id(kept): kept for kept in shared}).eval()
         own = dict(self.model.named_parameters())
         for name in trained:
             own[name].requires_grad_(False)
@@ -162,14 +171,16 @@ class MomentumCallback(TrainerCallback):
         self.teacher.update()
 
 
-class KeepsTeacher:
+class KeepsTeacher(Trainer):
     """Mixin of a Hugging Face Trainer: `self.teacher` goes into each checkpoint and comes back."""
 
     teacher: MomentumTeacher
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        self.teacher.save(output_dir or self.args.output_dir)
+        folder = output_dir or self.args.output_dir
+        assert folder is not None, "a Trainer that saves has an output_dir"
+        self.teacher.save(folder)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

@@ -24,6 +24,7 @@ from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.backbones.registry import backbone_of_processor
 from grpo_latent.data.formats.ilvr_jsonl import InterleavedExample
 from grpo_latent.errors import LatentMismatchError
+from grpo_latent.latent.mechanisms import SpanMechanism
 from grpo_latent.sft.common.images import batch_images, image_columns
 from grpo_latent.sft.common.rows import IGNORED, RowEncoder
 from grpo_latent.trajectory import PositionKind, prompt_kinds
@@ -50,13 +51,14 @@ class ILVRRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ILVREncoder(RowEncoder):
+class ILVREncoder(RowEncoder[InterleavedExample, ILVRRow]):
     """Tokenises ILVR examples.
 
     Attributes:
         reads_helpers: whether rows carry their helper images, which stage 1 alone looks at.
     """
 
+    mechanism: SpanMechanism
     reads_helpers: bool = True
 
     def __call__(self, example: InterleavedExample) -> ILVRRow:
@@ -122,6 +124,7 @@ class ILVREncoder(RowEncoder):
         ]
         if not pictures:
             return None
+        assert self.processor is not None, "loading for this method refuses a text-only model"
         batch = self.processor.image_processor(images=pictures, return_tensors="pt")
         return backbone_of_processor(self.processor).image_inputs(batch, self.processor)
 

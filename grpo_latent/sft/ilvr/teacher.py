@@ -111,16 +111,18 @@ def _targets_of_row(
     """Chooses the targets of the spans of one row, in order."""
     kinds_T, valid_T = batch["kinds"][row], batch["valid"][row]
     is_question_T = (kinds_T == PositionKind.PROMPT) & valid_T
+    image_token_id = teacher.image_token_id
+    assert image_token_id is not None, "loading for this method refuses a text-only model"
     is_image_T = (
-        (batch["input_ids"][row] == teacher.image_token_id)
-        & (kinds_T == PositionKind.VISION)
-        & valid_T
+        (batch["input_ids"][row] == image_token_id) & (kinds_T == PositionKind.VISION) & valid_T
     )
     weights_M = None
     if bool(is_image_T.any()):
+        queries_BATD, keys_BASD = recorder.queries_BATD, recorder.keys_BASD
+        assert queries_BATD is not None and keys_BASD is not None, "recorded with keep_last_layer"
         weights_M = question_weights(
-            recorder.queries_BATD[row][:, is_question_T],
-            recorder.keys_BASD[row][:, is_image_T],
+            queries_BATD[row][:, is_question_T],
+            keys_BASD[row][:, is_image_T],
             recorder.scaling,
         )
     question_H = question_vector(hidden_TH[is_question_T], hidden_TH[is_image_T], weights_M)

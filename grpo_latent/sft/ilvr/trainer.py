@@ -8,15 +8,16 @@ Single process or DistributedDataParallel; a teacher of FSDP shards is not suppo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from grpo_latent.errors import ConfigError
+from grpo_latent.latent.mechanisms import SpanMechanism
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.models.recompute import GRADIENTS
@@ -92,18 +93,18 @@ class ILVRTrainer(LatentSFTTrainer):
 
     def check(self, latent: LatentModel) -> None:
         what = "ILVR's spans are opened and closed by tokens"
-        check_family(latent.mechanism, "spans", what)
+        mechanism = check_family(latent.mechanism, SpanMechanism, what)
         # every span ends with a labelled end token: the cross-entropy trains the exit by token,
         # and nothing trains an exit that looks at the latents
-        if latent.mechanism.reads_latents:
+        if mechanism.reads_latents:
             raise ConfigError(
-                what, where="latent.exit", got=latent.mechanism.exit, expected="end_token or steps"
+                what, where="latent.exit", got=mechanism.exit, expected="end_token or steps"
             )
 
     def collate_rows(self, rows: Sequence[ILVRRow]) -> dict[str, Tensor]:
         return collate_rows(rows)
 
-    def count(self, batch: dict[str, Tensor]) -> Tensor:
+    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
         num_targets = batch["targets"].shape[0] if "targets" in batch else 0
         return torch.tensor([int((batch["labels"] != IGNORED).sum()), num_targets])
 
@@ -112,6 +113,7 @@ class ILVRStage1Trainer(KeepsTeacher, ILVRTrainer):
     """Distils the momentum teacher's selection."""
 
     loss_config: TeacherConfig
+    teacher: MomentumTeacher[PreTrainedModel]
 
     def __init__(
         self,

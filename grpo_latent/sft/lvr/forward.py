@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from grpo_latent.errors import LatentMismatchError
-from grpo_latent.latent.mechanisms import Mechanism
+from grpo_latent.latent.mechanisms import SpanMechanism
 from grpo_latent.latent.mechanisms.lvr import end_vector
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.replay import replay_hidden
@@ -59,7 +59,7 @@ def teacher_forced(visual_MH: Tensor, roi_N: Tensor, vector_H: Tensor | None) ->
 def loss_sums(
     adapter: ModelAdapter,
     batch: dict[str, Tensor],
-    mechanism: Mechanism,
+    mechanism: SpanMechanism,
     loss_config: LVRLossConfig,
     target_variance: float = 1.0,
     count_hits: bool = False,
@@ -113,5 +113,6 @@ def loss_sums(
         hits_N = nearest_target_hits(
             predicted_NH, batch["roi"], row_N, visual_MH, batch["num_visual_tokens"]
         )
-        sums["hits"], sums["num_targets"] = hits_N.sum().float(), (batch["roi"] >= 0).sum().float()
+        sums["hits"] = hits_N.sum().float()
+        sums["num_targets"] = (batch["roi"] >= 0).sum().float()
     return sums

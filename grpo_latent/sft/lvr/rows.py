@@ -26,6 +26,7 @@ from grpo_latent.backbones.protocol import Backbone
 from grpo_latent.data.boxes import box_to_prompt_tokens
 from grpo_latent.data.examples import LVR_PLACEHOLDER, LvrExample
 from grpo_latent.errors import DataError
+from grpo_latent.latent.mechanisms import SpanMechanism
 from grpo_latent.sft.common.images import image_columns
 from grpo_latent.sft.common.rows import IGNORED, RowEncoder
 from grpo_latent.trajectory import PositionKind, prompt_kinds
@@ -61,7 +62,7 @@ class LVRRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LVREncoder(RowEncoder):
+class LVREncoder(RowEncoder[LvrExample, LVRRow]):
     """Tokenises examples with boxes.
 
     Attributes:
@@ -69,6 +70,7 @@ class LVREncoder(RowEncoder):
         has_end_vector: whether a span ends with a latent position for the learned end vector.
     """
 
+    mechanism: SpanMechanism
     backbone: Backbone
     has_end_vector: bool = False
 
@@ -81,18 +83,20 @@ class LVREncoder(RowEncoder):
         """
         prompt = self.encode_prompt(example)
         num_visual_tokens = 0
+        spans: list[list[int]] = []
+        # without images there are no boxes: readers refuse a box that lies in none
         if prompt.images is not None:
             num_visual_tokens = int(self.backbone.num_image_tokens(prompt.images).sum())
-        spans = [
-            box_to_prompt_tokens(box, image_idx, prompt.images, self.backbone)
-            for box, image_idx in zip(example.boxes, example.box_images, strict=True)
-        ]
+            spans = [
+                box_to_prompt_tokens(box, image_idx, prompt.images, self.backbone)
+                for box, image_idx in zip(example.boxes, example.box_images, strict=True)
+            ]
         ids, kinds, roi = self._response(example, spans)
         response_ids, response_kinds = torch.tensor(ids), torch.tensor(kinds)
         labels = torch.where(response_kinds == PositionKind.LATENT, IGNORED, response_ids)
         input_ids = torch.cat([prompt.ids, response_ids])
-        parts = f"{num_visual_tokens} of them image", f"{len(roi)} latent"
-        self.check_length(input_ids.shape[0], example.where, parts)
+        made_of = f"{num_visual_tokens} of them image", f"{len(roi)} latent"
+        self.check_length(input_ids.shape[0], example.where, made_of)
         return LVRRow(
             input_ids=input_ids,
             kinds=torch.cat([prompt_kinds(prompt.ids, self.vision_ids), response_kinds]),
@@ -115,7 +119,9 @@ class LVREncoder(RowEncoder):
                 f"{len(spans)} boxes",
                 expected=f"one {LVR_PLACEHOLDER} per box",
             )
-        ids, kinds, roi = [], [], []
+        ids: list[int] = []
+        kinds: list[PositionKind] = []
+        roi: list[int] = []
         for piece_idx, piece in enumerate(pieces):
             if piece_idx > 0:
                 targets = spans[piece_idx - 1] + [END_VECTOR] * self.has_end_vector

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from grpo_latent.errors import ConfigError
+from grpo_latent.latent.mechanisms import SpanMechanism
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.sft.common.dataset import SFTDataset
 from grpo_latent.sft.common.families import check_family
@@ -45,20 +46,19 @@ class LVRTrainer(LatentSFTTrainer):
             self.target_variance = self._target_variance()
 
     def check(self, latent: LatentModel) -> None:
-        check_family(latent.mechanism, "spans", "LVR's spans are opened by a token")
-        check_exit(latent.mechanism.exit, self.loss_config.end)
+        check_exit(_spans(latent).exit, self.loss_config.end)
 
     def collate_rows(self, rows: Sequence[LVRRow]) -> dict[str, Tensor]:
         return collate_rows(rows)
 
-    def count(self, batch: dict[str, Tensor]) -> Tensor:
+    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
         return torch.tensor([int((batch["labels"] != IGNORED).sum()), batch["roi"].shape[0]])
 
     def loss_sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
         return loss_sums(
             self.adapter,
             batch,
-            self.latent.mechanism,
+            _spans(self.latent),
             self.loss_config,
             self.target_variance,
             count_hits=count_hits,
@@ -87,11 +87,10 @@ class LVRTrainer(LatentSFTTrainer):
                 expected="frozen targets",
                 fix="Freeze vision and merger, or set loss.latent_loss_norm=none.",
             )
-        dataset = self.train_dataset
+        dataset = self.dataset
         targets = []
-        for index in (
-            np.linspace(0, len(dataset) - 1, min(VARIANCE_ROWS, len(dataset))).astype(int).tolist()
-        ):
+        num_rows = min(VARIANCE_ROWS, len(dataset))
+        for index in np.linspace(0, len(dataset) - 1, num_rows).astype(int).tolist():
             row = dataset[index]
             if row.images is not None:
                 with torch.no_grad():
@@ -100,6 +99,10 @@ class LVRTrainer(LatentSFTTrainer):
         return target_variance(
             torch.cat(targets) if targets else torch.zeros(0, self.adapter.hidden_size)
         )
+
+
+def _spans(latent: LatentModel) -> SpanMechanism:
+    return check_family(latent.mechanism, SpanMechanism, "LVR's spans are opened by a token")
 
 
 def check_exit(exit_rule: str, end: str) -> None:

@@ -115,10 +115,11 @@ class CurriculumConfig:
         >>> CurriculumConfig(epochs_per_stage=4).boundaries(3, 10)
         (40, 80, 120)
         """
-        if self.steps_per_stage is None:
-            lengths = [self.epochs_per_stage * steps_per_epoch] * num_stages
-        else:
+        if self.steps_per_stage is not None:
             lengths = list(self.steps_per_stage)
+        else:
+            assert self.epochs_per_stage is not None, "checked with the other settings"
+            lengths = [self.epochs_per_stage * steps_per_epoch] * num_stages
         if len(lengths) != num_stages:
             raise ConfigError(
                 "stages and slots differ",
@@ -148,7 +149,9 @@ class Curriculum(TrainerCallback):
     def __init__(
         self, config: CurriculumConfig, num_stages: int, save: Callable[[int], None] | None = None
     ):
-        self.config, self.num_stages, self.save = config, num_stages, save
+        self.config = config
+        self.num_stages = num_stages
+        self.save = save
         self.num_resets = 0
         self._boundaries: tuple[int, ...] = ()
 

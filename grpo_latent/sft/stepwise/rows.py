@@ -42,7 +42,7 @@ class StepwiseRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepwiseEncoder(RowEncoder):
+class StepwiseEncoder(RowEncoder[StepwiseExample, StepwiseRow]):
     """Tokenises examples for the stages of a curriculum, up to the mechanism's `steps` slots.
 
     Attributes:
@@ -76,7 +76,8 @@ class StepwiseEncoder(RowEncoder):
         """
         if not (self.mechanism.top_k_image and num_images):
             return
-        num_tokens = int((prompt_ids == self.image_token_id).sum())
+        assert self.image_token_id is not None, "encode_prompt takes no images for a text model"
+        num_tokens = int(prompt_ids.eq(self.image_token_id).sum())
         if num_tokens < self.mechanism.steps:
             raise DataError(
                 "more slots than image tokens",

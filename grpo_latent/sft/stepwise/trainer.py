@@ -5,7 +5,7 @@ rows ──stage of this optimizer step──▶ batch ──slots as in a rollo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from grpo_latent.errors import ConfigError
+from grpo_latent.latent.mechanisms import SlotMechanism
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.sft.common.dataset import SFTDataset
 from grpo_latent.sft.common.families import check_family
@@ -22,7 +23,7 @@ from grpo_latent.sft.common.saving import save_for_rl
 from grpo_latent.sft.common.trainer import LatentSFTTrainer
 from grpo_latent.sft.stepwise.curriculum import Curriculum, CurriculumConfig
 from grpo_latent.sft.stepwise.forward import loss_sums
-from grpo_latent.sft.stepwise.rows import StepwiseRow, collate_rows
+from grpo_latent.sft.stepwise.rows import StepwiseEncoder, StepwiseRow, collate_rows
 
 
 class StepwiseTrainer(LatentSFTTrainer):
@@ -53,16 +54,19 @@ class StepwiseTrainer(LatentSFTTrainer):
         )
         callbacks = [self.curriculum, *callbacks]
         super().__init__(latent, args, dataset, config, callbacks=callbacks, **kwargs)
-        if dataset.encoder.curriculum.stages(latent.mechanism.steps) != self.stages:
+        encoder = dataset.encoder
+        assert isinstance(encoder, StepwiseEncoder), "rows of a `StepwiseEncoder`"
+        if encoder.curriculum.stages(latent.mechanism.steps) != self.stages:
             raise ConfigError(
                 "rows are tokenised for the stages of another curriculum",
                 where="loss",
-                got=dataset.encoder.curriculum,
+                got=encoder.curriculum,
                 expected=str(config),
             )
 
     def check(self, latent: LatentModel) -> None:
-        check_family(latent.mechanism, "slots", "the curriculum fills slots of the prompt")
+        what = "the curriculum fills slots of the prompt"
+        check_family(latent.mechanism, SlotMechanism, what)
 
     @property
     def stage(self) -> int:
@@ -70,14 +74,15 @@ class StepwiseTrainer(LatentSFTTrainer):
         return self.curriculum.stage_of(self.state.global_step)
 
     def collate_rows(self, rows: Sequence[StepwiseRow]) -> list[StepwiseRow]:
-        return list(rows)  # loader workers read ahead and cannot know the stage
+        # loader workers read ahead and cannot know the stage
+        return list(rows)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Puts the rows of the step together at its stage, for the base's to count."""
         batches = (collate_rows(rows, self.stage) for rows in epoch_iterator)
         return super().get_batch_samples(batches, num_batches, device)
 
-    def count(self, batch: dict[str, Tensor]) -> Tensor:
+    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
         return torch.tensor([int(batch["response_valid"].sum()), 0])
 
     def loss_sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
@@ -90,11 +95,11 @@ class StepwiseTrainer(LatentSFTTrainer):
         super().log(logs, start_time)
 
     def _save_stage(self, stage: int) -> None:
-        """A folder that RL and evaluation can start from, with as many slots as the stage has."""
+        """Writes a folder that RL and evaluation start from, with the slots of the stage."""
         if not self.args.should_save:
             return
-        latent, folder = self.latent, Path(self.args.output_dir) / f"stage_{stage}"
-        mechanism = latent.mechanism.replace(steps=self.stages[stage].num_slots)
-        save_for_rl(
-            folder, latent, mechanism=mechanism
-        )  # whole or not at all: a resumed run does not come by here again
+        assert self.args.output_dir is not None, "a Trainer that saves has an output_dir"
+        folder = Path(self.args.output_dir) / f"stage_{stage}"
+        mechanism = self.latent.mechanism.replace(steps=self.stages[stage].num_slots)
+        # whole or not at all: a resumed run does not come by here again
+        save_for_rl(folder, self.latent, mechanism=mechanism)
