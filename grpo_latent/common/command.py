@@ -123,7 +123,7 @@ def _hydra_raising() -> Iterator[None]:
             os.environ[_HYDRA_RAISES] = before
 
 
-def print_error(error: GrpoLatentError) -> None:
+def print_error(error: GrpoLatentError | OSError) -> None:
     """Prints `ErrorType: message` to stderr: the form of every message that ends a command, or
     that a command survives.
     """

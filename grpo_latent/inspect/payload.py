@@ -156,10 +156,8 @@ def group_block(group: GroupData) -> dict:
     trajectories = []
     for index, dumped in enumerate(group.trajectories):
         entry = _trajectory(dumped, group.tokens[index] if group.tokens else None)
-        norms, beside = (
-            dumped.trajectory.latents.norm(dim=-1).tolist(),
-            recorded_beside(dumped.trajectory),
-        )
+        norms = dumped.trajectory.latents.norm(dim=-1).tolist()
+        beside = recorded_beside(dumped.trajectory)
         entry["probes"] = []
         for latent_idx, norm in enumerate(norms):
             probe = (
@@ -175,7 +173,7 @@ def group_block(group: GroupData) -> dict:
         if group.probe is not None:
             entry["log_probs"]["new"] = short_list(group.probe.probes[index].new_log_probs)
         trajectories.append(entry)
-    block = {
+    block: dict[str, object] = {
         "trajectories": trajectories,
         "probes": probes,
         "prompt": None,
@@ -189,10 +187,10 @@ def group_block(group: GroupData) -> dict:
             {"image": i, "box": [short(side) for side in box]}
             for box, i in zip(group.row.boxes, group.row.box_images, strict=True)
         ]
-    if group.probe is not None:
-        images = zip(group.row.images(), group.probe.grids, strict=True)
-        block["images"] = [image_entry(image, grid) for image, grid in images]
-        block["roi"] = group.probe.roi
+        if group.probe is not None:
+            images = zip(group.row.images(), group.probe.grids, strict=True)
+            block["images"] = [image_entry(image, grid) for image, grid in images]
+            block["roi"] = group.probe.roi
     return block
 
 
@@ -217,12 +215,12 @@ def _trajectory(dumped: DumpedTrajectory, tokens: list[str] | None) -> dict:
 
 def recorded_by_token(trajectory: Trajectory) -> dict[str, list]:
     """By name, numbers that a mechanism or a treatment recorded of every completion position."""
-    fields = [
-        f
-        for f in recorded.of_trajectory(Wire.INSPECTOR)
-        if f.dims == "T" and f.name in trajectory.extra
-    ]
-    return {f.name: short_list(trajectory.value(f).float()) for f in fields}
+    found: dict[str, list] = {}
+    for field_ in recorded.of_trajectory(Wire.INSPECTOR):
+        values_T = trajectory.value(field_)
+        if field_.dims == "T" and field_.name in trajectory.extra and values_T is not None:
+            found[field_.name] = short_list(values_T.float())
+    return found
 
 
 def recorded_beside(trajectory: Trajectory) -> list[dict]:
@@ -266,7 +264,7 @@ def _latent_probe(group: GroupData, index: int, latent_idx: int) -> dict:
         return {}
     probe = group.probe.probes[index]
     cosines_M = probe.cosines[latent_idx]
-    values = {
+    values: dict[str, object] = {
         "gap": short(probe.replay_gaps[latent_idx]),
         "lens": [[token, short(score)] for token, score in probe.lens[latent_idx]],
         "nearest": [[token, short(score)] for token, score in probe.nearest[latent_idx]],
@@ -275,9 +273,10 @@ def _latent_probe(group: GroupData, index: int, latent_idx: int) -> dict:
         # a byte a visual token: 1/127 of cosine is finer than any colour scale
         quantised = (cosines_M.clamp(-1, 1) * 127).round().to(torch.int8)
         values["cosines"] = base64.b64encode(quantised.numpy().tobytes()).decode()
-        values["top"] = int(cosines_M.argmax())
+        top = int(cosines_M.argmax())
+        values["top"] = top
         if group.probe.roi:
-            values["hit"] = values["top"] in set(group.probe.roi)
+            values["hit"] = top in set(group.probe.roi)
     return values
 
 

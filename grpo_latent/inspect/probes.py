@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.data.boxes import box_to_prompt_tokens
 from grpo_latent.data.examples import ImageRef
 from grpo_latent.data.rows import check_prompt
@@ -96,7 +97,8 @@ def find_rows(files: Iterable[Path], indices: Iterable[str]) -> dict[str, Prompt
     """
     import pyarrow.parquet as pq
 
-    wanted, rows = set(indices), {}
+    wanted = set(indices)
+    rows: dict[str, PromptRow] = {}
     for file in files:
         try:
             batches = pq.ParquetFile(file).iter_batches(256)
@@ -143,9 +145,11 @@ class Prober:
     def __init__(
         self, loaded: LatentModel, temperature: float = 1.0, treatment: Treatment | None = None
     ):
-        self.loaded, self.temperature, self.treatment = loaded, temperature, treatment
+        self.loaded = loaded
+        self.temperature = temperature
+        self.treatment = treatment
         self.adapter = ModelAdapter(loaded.model, loaded.mechanism)
-        embeddings = loaded.model.get_input_embeddings().weight.detach()
+        embeddings = self.adapter.backbone.embedding.weight.detach()
         self._directions_VH = normalize(embeddings.float(), dim=-1)
 
     @torch.no_grad()
@@ -164,11 +168,13 @@ class Prober:
         self._check(prompt, trajectories[0], where)
         self._check_vocabulary(trajectories, where)
         visual_MH = torch.zeros(0, self.adapter.hidden_size)
-        grids, roi = [], []
+        grids: list[tuple[int, int]] = []
+        roi: list[int] = []
         if prompt.images is not None:
             visual_MH = self.adapter.encode_images(prompt.images).float()
-            grids, roi = self._layout(prompt, row)
-        images, mechanism = [prompt.images] * len(group), self.loaded.mechanism
+            grids, roi = self._layout(prompt.images, row)
+        images = [prompt.images] * len(group)
+        mechanism = self.loaded.mechanism
         sequences = collate(
             trajectories, images, self.adapter, mechanism.visibility, padding_side="both"
         )
@@ -178,14 +184,15 @@ class Prober:
         expected_NH = self._expected_latents(sequences, hidden_BTH).float().cpu()
         counts = [len(t.latents) for t in trajectories]
         start = max(len(t.prompt_ids) for t in trajectories)
-        probes = [
-            self._probe_latents(
-                t.latents, visual_MH, part, log_probs_BT[i, start : start + len(t.token_ids)].cpu()
+        probes = []
+        for row_idx, (trajectory, expected) in enumerate(
+            zip(trajectories, expected_NH.split(counts), strict=True)
+        ):
+            stop = start + len(trajectory.token_ids)
+            log_probs_T = log_probs_BT[row_idx, start:stop].cpu()
+            probes.append(
+                self._probe_latents(trajectory.latents, visual_MH, expected, log_probs_T)
             )
-            for i, (t, part) in enumerate(
-                zip(trajectories, expected_NH.split(counts), strict=True)
-            )
-        ]
         return GroupProbe(grids, roi, probes)
 
     def _expected_latents(self, sequences: LatentSequences, hidden_BTH: Tensor) -> Tensor:
@@ -200,7 +207,7 @@ class Prober:
         expected_NH[sequences.is_made_N] = made_MH.to(expected_NH.dtype)
         return expected_NH
 
-    def _check(self, prompt: Prompt, trajectory, where: str) -> None:
+    def _check(self, prompt: Prompt, trajectory: Trajectory, where: str) -> None:
         hidden = trajectory.latents.shape[1]
         if hidden != self.adapter.hidden_size:
             raise LatentMismatchError(
@@ -240,14 +247,17 @@ class Prober:
                 fix="Pass the run's own checkpoint with --checkpoint.",
             )
 
-    def _layout(self, prompt: Prompt, row: PromptRow) -> tuple[list[tuple[int, int]], list[int]]:
-        backbone, roi = self.adapter.backbone, set()
+    def _layout(
+        self, images: ImageInputs, row: PromptRow
+    ) -> tuple[list[tuple[int, int]], list[int]]:
+        backbone = self.adapter.backbone
+        roi: set[int] = set()
         for box, image_idx in zip(row.boxes, row.box_images, strict=True):
-            roi |= set(box_to_prompt_tokens(box, image_idx, prompt.images, backbone))
+            roi |= set(box_to_prompt_tokens(box, image_idx, images, backbone))
         # tiles of an image, where it has several, are shown one below the other
         grids = [
             (tiles * height // backbone.merge_size, width // backbone.merge_size)
-            for tiles, height, width in prompt.images.image_grid_thw.tolist()
+            for tiles, height, width in images.image_grid_thw.tolist()
         ]
         return grids, sorted(roi)
 

@@ -92,11 +92,15 @@ def build_report(
 
 
 def treatment_of(run: Run) -> Treatment | None:
-    """What the run made of latents; None where that is a class of the user's that this environment
-    cannot import.
+    """What the run made of latents; None where this environment cannot tell.
+
+    That is the case for a class of the user's that cannot be imported here.
     """
+    values = lookup(run.config, "latent.treatment")
+    if values is not None and not isinstance(values, dict):
+        return None
     try:
-        return parse_treatment(lookup(run.config, "latent.treatment"))[0]
+        return parse_treatment(values)[0]
     except ConfigError:
         return None
 
@@ -172,13 +176,13 @@ def probe_groups(
     rows = find_rows(run.data_files, {group.group_id for group in shown})
     for group in shown:
         group.row = rows.get(group.group_id)
-    temperature = lookup(run.config, "actor_rollout_ref.rollout.temperature")
-    if not isinstance(temperature or 1.0, int | float):
+    temperature = lookup(run.config, "actor_rollout_ref.rollout.temperature") or 1.0
+    if not isinstance(temperature, int | float):
         where = f"{run.folder}: actor_rollout_ref.rollout.temperature"
         raise DataError(
             "no temperature", where=where, got=temperature, expected="a number, as in training"
         )
-    prober = Prober(loaded, float(temperature or 1.0), treatment)
+    prober = Prober(loaded, float(temperature), treatment)
     missing = sorted({group.group_id for group in shown} - set(rows))
     for done, group in enumerate(chosen, 1):
         if group.row is not None:
@@ -197,7 +201,7 @@ def probe_groups(
 def token_texts(loaded: LatentModel, token_ids: list[int]) -> list[str]:
     """Each token's own text; a placeholder id outside the vocabulary is shown as its number."""
     return [
-        loaded.tokenizer.decode([token_id])
+        str(loaded.tokenizer.decode([token_id]))
         if 0 <= token_id < len(loaded.tokenizer)
         else f"#{token_id}"
         for token_id in token_ids

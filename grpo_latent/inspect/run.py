@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from omegaconf import OmegaConf
 
@@ -22,13 +23,16 @@ CONFIG_FILE, METRICS_FILE, DUMP_FOLDER = "config.yaml", "metrics.jsonl", "rollou
 # in keys that may differ between runs of one family
 NO_MATTER = ("seed", "val_", "test_freq", "save_freq", "dump", "logger", "resume")
 
+Metrics = dict[str, tuple[list[int], list[float]]]  # name -> (steps, values)
+Read = TypeVar("Read")
+
 
 @dataclass(frozen=True)
 class Run:
     """Attributes:
     name: of its folder.
     config: resolved, as nested dicts; empty where there is none.
-    metrics: name -> (steps, values).
+    metrics: as logged.
     evaluations: file name -> report of `grpo_latent.evaluate`.
     checkpoint: newest folder that `load_latent_model` reads, or None.
     data_files: of the prompts that the dump is of.
@@ -38,12 +42,12 @@ class Run:
     name: str
     folder: Path
     config: dict
-    metrics: dict[str, tuple[list[int], list[float]]]
+    metrics: Metrics
     dump: Dump
     evaluations: dict[str, dict]
     checkpoint: Path | None
     data_files: list[Path]
-    problems: list[GrpoLatentError]
+    problems: list[GrpoLatentError | OSError]
 
 
 def label_runs(runs: Sequence[Run]) -> list[tuple[str, str]]:
@@ -107,8 +111,8 @@ def read_run(
             "no such run", where=str(folder), expected="the output_dir of a training run"
         )
     problems: list[GrpoLatentError] = []
-    config = _attempt(problems, lambda: read_config(folder / CONFIG_FILE), {})
-    metrics = _attempt(problems, lambda: read_metrics(folder / METRICS_FILE), {})
+    config: dict = _attempt(problems, lambda: read_config(folder / CONFIG_FILE), {})
+    metrics: Metrics = _attempt(problems, lambda: read_metrics(folder / METRICS_FILE), {})
     # a run that was moved keeps its dumps beside its config, not where the config says
     configured = lookup(config, "latent.dump_dir")
     own = folder / DUMP_FOLDER
@@ -134,7 +138,7 @@ def read_run(
         checkpoint=checkpoint or find_checkpoint(folder, config, problems),
         data_files=data_files
         or [find_file(str(f), folder) for f in (files if isinstance(files, list) else [files])],
-        problems=problems + dump.problems,
+        problems=[*problems, *dump.problems],
     )
 
 
@@ -151,7 +155,7 @@ def read_config(path: Path) -> dict:
     return config if isinstance(config, dict) else {}
 
 
-def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
+def read_metrics(path: Path) -> Metrics:
     """verl's file logger: {"step": n, "data": {name: value}} a line. The last line may be half
     written.
 
@@ -264,14 +268,15 @@ def find_file(file: str, folder: Path) -> Path:
     return Path(file)
 
 
-def lookup(config: dict, key: str):
-    value = config
+def lookup(config: dict, key: str) -> object:
+    """The value at a dotted key, None where there is none."""
+    value: object = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
 
 
-def _attempt(problems: list[GrpoLatentError], read, default):
+def _attempt(problems: list[GrpoLatentError], read: Callable[[], Read], default: Read) -> Read:
     try:
         return read()
     except (DataError, CheckpointError) as error:

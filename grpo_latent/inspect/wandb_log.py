@@ -41,6 +41,7 @@ ABLATION_COLUMNS = (
     "verdict",
 )
 KEY = "latent/inspector"
+Tables = dict[str, dict[str, list]]  # by name {"columns", "rows"}
 PAGE_FILE, TABLES_FILE = "page.html", "tables.json"
 
 
@@ -63,11 +64,11 @@ def ablation_rows(report: Report) -> list[list]:
     ]
 
 
-def tables_of(report: Report) -> dict[str, dict[str, list]]:
-    """`latent/groups` and, where there are evaluations, `latent/ablations`, as {"columns",
-    "rows"}, JSON-ready.
-    """
-    tables = {"latent/groups": {"columns": ["run", *GROUP_COLUMNS], "rows": group_rows(report)}}
+def tables_of(report: Report) -> Tables:
+    """`latent/groups` and, where there are evaluations, `latent/ablations`, JSON-ready."""
+    tables: Tables = {
+        "latent/groups": {"columns": ["run", *GROUP_COLUMNS], "rows": group_rows(report)}
+    }
     ablations = ablation_rows(report)
     if ablations:
         tables["latent/ablations"] = {
@@ -86,11 +87,11 @@ def log_report(run, report: Report, html: str, step: int | None = None) -> None:
     log_page(run, html, tables_of(report), step)
 
 
-def log_page(run, html: str, tables: dict[str, dict[str, list]], step: int | None = None) -> None:
+def log_page(run, html: str, tables: Tables, step: int | None = None) -> None:
     """Logs a page and tables that have been made before, perhaps by another process."""
     import wandb
 
-    values = {KEY: wandb.Html(html, inject=False)}
+    values: dict[str, object] = {KEY: wandb.Html(html, inject=False)}
     for name, table in tables.items():
         # a question is text in one row and missing in the next
         values[name] = wandb.Table(
@@ -100,9 +101,7 @@ def log_page(run, html: str, tables: dict[str, dict[str, list]], step: int | Non
 
 
 def draw(folder: str, out: str) -> None:
-    """Writes `page.html` and `tables.json` of a run into the folder `out`; its checkpoint is read
-    on the CPU.
-    """
+    """Writes `page.html` and `tables.json` of a run into the folder `out`; computes on the CPU."""
     run = read_run(folder)
     report = build_report([run], Limits(), "cpu")
     write_text(Path(out) / PAGE_FILE, render(report, run.name))

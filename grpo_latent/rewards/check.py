@@ -113,9 +113,8 @@ def check_function(
         return Call(0, {**arguments, "extra_info": extra_info}, probe=True)
 
     try:
-        process.run(
-            [call(cases[0], ground_truth)]
-        )  # lazy imports would make the first call look slow
+        # lazy imports would make the first call look slow
+        process.run([call(cases[0], ground_truth)])
         first = process.run([call(case, ground_truth) for case in cases])
         # in another order, so that a function that remembers its last call is found out too
         second = process.run([call(case, ground_truth) for case in reversed(cases)])[::-1]
@@ -150,10 +149,12 @@ def _warn(report: CheckReport, outcomes: dict[str, Outcome], without_truth: Outc
     scores = {outcome.score for outcome in outcomes.values() if outcome.is_ok}
     if len(scores) == 1:
         report.warnings.append(f"always {scores.pop()}: a group of equal rewards teaches nothing")
-    right, wrong = outcomes["correct"], outcomes["wrong"]
-    if right.is_ok and wrong.is_ok and not right.score > wrong.score and len(scores) > 1:
+    right = outcomes["correct"].score
+    wrong = outcomes["wrong"].score
+    # None where the call failed, which is a problem already
+    if right is not None and wrong is not None and not right > wrong and len(scores) > 1:
         report.warnings.append(
-            f"the right answer scores {right.score}, the wrong one {wrong.score}; "
+            f"the right answer scores {right}, the wrong one {wrong}; "
             "if it is meant to judge answers, give it "
             "its kind of --ground-truth and --wrong-answer"
         )
@@ -163,7 +164,7 @@ def _warn(report: CheckReport, outcomes: dict[str, Outcome], without_truth: Outc
         if outcome.kind == OK and outcome.seconds > SLOW_S
     }
     if slow:
-        name = max(slow, key=slow.get)
+        name = max(slow, key=lambda name: slow[name])
         report.warnings.append(
             f"slow on {len(slow)} of {len(outcomes)} completions: {slow[name]:.2f} s on {name!r}"
         )

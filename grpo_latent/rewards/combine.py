@@ -38,6 +38,7 @@ def combine(specs: Sequence[FunctionSpec], outcomes: Sequence[Outcome]) -> Combi
         for spec, outcome in zip(specs, outcomes, strict=True)
         if not outcome.is_ok
     ]
+    scores = [outcome.score for outcome in outcomes if outcome.score is not None]
     terms = {spec.term: outcome.score for spec, outcome in zip(specs, outcomes, strict=True)}
     extras = {
         key if len(specs) == 1 else f"{spec.term}/{key}": value
@@ -46,7 +47,8 @@ def combine(specs: Sequence[FunctionSpec], outcomes: Sequence[Outcome]) -> Combi
     }
     if failures:
         return Combined(None, terms, extras, failures)
-    score = math.fsum(spec.weight * terms[spec.term] for spec in specs)
+    score = math.fsum(spec.weight * score for spec, score in zip(specs, scores, strict=True))
+    # finite scores may still overflow as a sum
     if not math.isfinite(score):
         failures = [("+".join(terms), Outcome("inf", detail=f"the weighted sum of {terms}"))]
         return Combined(None, terms, extras, failures)

@@ -150,11 +150,23 @@ def load_function(spec: FunctionSpec) -> Callable:
 
 
 def source_digest(spec: FunctionSpec) -> str:
-    """Of the file that a function which has been loaded lies in; not of what that file imports."""
-    name = spec.path
-    if name.startswith(PACKAGE_PREFIX):
-        name = importlib.util.find_spec(_module_name(name)).origin
-    return hashlib.blake2b(Path(name).expanduser().read_bytes(), digest_size=16).hexdigest()
+    """Digests the file that a loaded function lies in; not what that file imports.
+
+    Raises:
+        ConfigError: a module without a file, such as one that is built in.
+    """
+    file: str | None = spec.path
+    if spec.path.startswith(PACKAGE_PREFIX):
+        module_spec = importlib.util.find_spec(_module_name(spec.path))
+        file = module_spec.origin if module_spec is not None and module_spec.has_location else None
+    if file is None:
+        raise ConfigError(
+            "a reward function without a file",
+            where=spec.path,
+            got="a module that comes from no file",
+            expected="a Python file, or a module of a package that is one",
+        )
+    return hashlib.blake2b(Path(file).expanduser().read_bytes(), digest_size=16).hexdigest()
 
 
 def _module_name(path: str) -> str:

@@ -97,13 +97,11 @@ def to_error(outcome: Outcome, term: str, where: str | None, timeout_s: float) -
 
 
 def _scalar(value: object) -> tuple[str, float | None]:
-    is_one_element = getattr(value, "size", None) == 1 or (
-        callable(getattr(value, "numel", None)) and value.numel() == 1
-    )
-    if is_one_element and callable(
-        getattr(value, "item", None)
-    ):  # numpy and torch, without importing either
-        value = value.item()
+    # numpy and torch, without importing either
+    numel, item = getattr(value, "numel", None), getattr(value, "item", None)
+    is_one_element = getattr(value, "size", None) == 1 or (callable(numel) and numel() == 1)
+    if is_one_element and callable(item):
+        value = item()
     if not isinstance(value, numbers.Real):
         return "type", None
     try:

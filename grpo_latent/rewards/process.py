@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
-from grpo_latent.errors import DataError, RewardError
+from grpo_latent.errors import DataError, GrpoLatentError, RewardError
 from grpo_latent.rewards.functions import FunctionSpec
 from grpo_latent.rewards.outcome import Outcome
 
@@ -62,18 +62,18 @@ class RewardProcess:
         self._start()
 
     def run(self, calls: Sequence[Call]) -> list[Outcome]:
-        """One outcome a call, in order. A call that hangs or kills the process costs a restart,
-        not the calls after it.
+        """One outcome a call, in order.
+
+        A call that hangs or kills the process costs a restart, not the calls after it.
 
         Raises:
             DataError: a call's arguments cannot be pickled.
         """
         outcomes: list[Outcome] = []
         while len(outcomes) < len(calls):
-            if self._connection is None:
-                self._start()
-            self._send(calls[len(outcomes) :])
-            outcomes += self._receive(len(calls) - len(outcomes))
+            connection = self._connection or self._start()
+            self._send(connection, calls[len(outcomes) :])
+            outcomes += self._receive(connection, len(calls) - len(outcomes))
         return outcomes
 
     def close(self) -> None:
@@ -81,9 +81,7 @@ class RewardProcess:
         self._end(grace_s=0.0)
 
     def _end(self, grace_s: float) -> int | None:
-        """Closes the connection, waits `grace_s` for the child to end by itself, kills its group;
-        its exit code.
-        """
+        """Waits `grace_s` for the child to end by itself, kills its group; returns its exit code."""
         child, self._child = self._child, None
         if self._connection is not None:
             self._connection.close()
@@ -100,7 +98,7 @@ class RewardProcess:
             pass
         return child.wait()
 
-    def _start(self) -> None:
+    def _start(self) -> Connection:
         ours, theirs = socket.socketpair()
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
         self._child = subprocess.Popen(
@@ -112,11 +110,12 @@ class RewardProcess:
             start_new_session=True,
         )
         theirs.close()
-        self._connection = Connection(ours.detach())
+        connection = Connection(ours.detach())
+        self._connection = connection
         self.num_starts += 1
-        self._connection.send_bytes(pickle.dumps((self.specs, self.timeout_s)))
+        connection.send_bytes(pickle.dumps((self.specs, self.timeout_s)))
         try:
-            error = self._read(self.start_timeout_s)
+            error: GrpoLatentError | None = pickle.loads(_read(connection, self.start_timeout_s))
         except (TimeoutError, EOFError, OSError) as failure:
             timed_out = isinstance(failure, TimeoutError)
             exit_code = self._end(0.0 if timed_out else EXIT_GRACE_S)
@@ -133,8 +132,9 @@ class RewardProcess:
         if error is not None:
             self.close()
             raise error
+        return connection
 
-    def _send(self, calls: Sequence[Call]) -> None:
+    def _send(self, connection: Connection, calls: Sequence[Call]) -> None:
         try:
             message = pickle.dumps([tuple(call) for call in calls])
         except Exception as error:
@@ -145,37 +145,32 @@ class RewardProcess:
                 expected="plain values: numbers, texts, lists, dicts",
             ) from error
         try:
-            self._connection.send_bytes(message)
+            connection.send_bytes(message)
         except OSError:
             pass  # the child has died; reading its answer says so and how
 
-    def _receive(self, num_calls: int) -> list[Outcome]:
-        outcomes = []
+    def _receive(self, connection: Connection, num_calls: int) -> list[Outcome]:
+        outcomes: list[Outcome] = []
         while len(outcomes) < num_calls:
             try:
-                outcomes.append(self._read(self.timeout_s))
+                outcomes.append(pickle.loads(_read(connection, self.timeout_s)))
             except TimeoutError:
                 self.close()
-                return [
-                    *outcomes,
-                    Outcome(
-                        "timeout",
-                        detail=f"no result after {self.timeout_s:g} s",
-                        seconds=self.timeout_s,
-                    ),
-                ]
+                detail = f"no result after {self.timeout_s:g} s"
+                return [*outcomes, Outcome("timeout", detail=detail, seconds=self.timeout_s)]
             except (EOFError, OSError):
                 detail = f"the process died with exit code {self._end(EXIT_GRACE_S)}"
                 return [*outcomes, Outcome("exception", detail=detail)]
         return outcomes
-
-    def _read(self, timeout_s: float) -> object:
-        if not self._connection.poll(timeout_s):
-            raise TimeoutError
-        return pickle.loads(self._connection.recv_bytes())
 
     def __del__(self):
         try:
             self.close()
         except Exception:  # at interpreter shutdown modules may be gone already
             pass
+
+
+def _read(connection: Connection, timeout_s: float) -> bytes:
+    if not connection.poll(timeout_s):
+        raise TimeoutError
+    return connection.recv_bytes()

@@ -148,7 +148,7 @@ class RewardRunner:
         ]
 
     def _settle(self, item: RewardItem, combined: Combined) -> RewardResult:
-        if not combined.failures:
+        if combined.score is not None:
             return RewardResult(combined.score, combined.terms, combined.extras)
         term, outcome = combined.failures[0]
         self.errors[outcome.kind] += 1

@@ -124,19 +124,17 @@ class Case:
         self, text: str, num_images: int, generator: torch.Generator
     ) -> tuple[Tensor, ImageInputs | None]:
         content = [{"type": "text", "text": text}, *[{"type": "image"}] * num_images]
-        prompt = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False
-        )
-        if num_images == 0:
+        messages: list[dict] = [{"role": "user", "content": content}]
+        prompt = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        if num_images == 0 or self.processor is None:
             return torch.tensor(self.tokenizer(prompt).input_ids), None
         pixels = torch.randint(
             0, 255, (num_images, *IMAGE_SIZE, 3), generator=generator, dtype=torch.uint8
         )
         pictures = [Image.fromarray(image.numpy()) for image in pixels]
         inputs = self.processor(text=[prompt], images=pictures, return_tensors="pt")
-        return inputs["input_ids"][0], backbone_of_processor(self.processor).image_inputs(
-            inputs, self.processor
-        )
+        backbone = backbone_of_processor(self.processor)
+        return inputs["input_ids"][0], backbone.image_inputs(inputs, self.processor)
 
     @cached_property
     def recorded(self) -> Recorded:
@@ -181,5 +179,5 @@ def build_case(cls: type[Mechanism], backbone: str, settings: dict) -> Case:
         torch.manual_seed(0)
         mechanism.attach(model)
     own_ids = set(mechanism.token_ids.values()) - mechanism.banned_ids
-    sampled_ids = frozenset(tokenizer.convert_tokens_to_ids(list(SAMPLED))) | own_ids
-    return Case(backbone, model, tokenizer, processor, mechanism, sampled_ids)
+    sampled_ids = {tokenizer.get_vocab()[token] for token in SAMPLED}
+    return Case(backbone, model, tokenizer, processor, mechanism, frozenset(sampled_ids | own_ids))

@@ -20,7 +20,7 @@ from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model, save_latent_model
 from grpo_latent.models.replay import replay_hidden
 from grpo_latent.models.sequences import LatentSequences, collate
-from grpo_latent.rollout.protocol import LatentOverride, RolloutRequest
+from grpo_latent.rollout.protocol import LatentOverride
 from grpo_latent.testing.cases import Case, Recorded, recorded
 from grpo_latent.testing.compare import (
     loss_of,
@@ -49,7 +49,8 @@ def check_saves(case: Case) -> str | None:
             got=found,
             expected=repr(mechanism),
         )
-    head, bias_V = case.model.get_output_embeddings(), case.model.get_output_embeddings().bias
+    head = case.model.get_output_embeddings()
+    bias_V = head.bias
     head.bias = None  # what makes spans frequent; no published model has it, so none would load it
     try:
         with tempfile.TemporaryDirectory() as name:
@@ -110,9 +111,8 @@ def check_gradients(case: Case) -> str | None:
     model = copy.deepcopy(case.model).double().requires_grad_(False)
     adapter = ModelAdapter(model, case.mechanism)
     rows = [i for i, t in enumerate(case.recorded.trajectories) if len(t.latents)][:GRADIENT_ROWS]
-    trajectories, images = (
-        [values[i] for i in rows] for values in (case.recorded.trajectories, case.recorded.images)
-    )
+    trajectories = [case.recorded.trajectories[i] for i in rows]
+    images = [case.recorded.images[i] for i in rows]
     sequences = collate(trajectories, images, adapter, case.mechanism.visibility)
     sequences = sequences.with_latents(sequences.latents_NH.double())
     ways = {
@@ -120,7 +120,8 @@ def check_gradients(case: Case) -> str | None:
         "makes": lambda: loss_of(adapter, _made_anew(adapter, sequences)),
     }
     for name in names:
-        parameter = model.get_parameter(name).requires_grad_(True)
+        parameter = model.get_parameter(name)
+        parameter.requires_grad_(True)
         for way, loss in ways.items():
             _require_gradient(name, parameter, way, loss)
         parameter.requires_grad_(False)
@@ -144,11 +145,9 @@ def _require_gradient(
         (gradient,) = torch.autograd.grad(value, [parameter], allow_unused=True)
     size = 0.0 if gradient is None else float(gradient.norm())
     generator = torch.Generator().manual_seed(0)
-    direction = (
-        torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-        if size == 0
-        else gradient
-    )
+    direction = gradient
+    if direction is None or size == 0:
+        direction = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
     direction = direction / direction.norm()
     step = 1e-3 * max(float(parameter.detach().norm()), 1.0)
     difference = _difference(parameter, direction, step, loss)
@@ -186,7 +185,7 @@ def check_ablations(case: Case) -> str | None:
         ("zero", torch.zeros_like(donor.latents[:1])),
         ("shuffle", donor.latents),
     ):
-        made = _generate(case, lambda request, v=vectors_KH: _overridden(request, v))
+        made = _generate(case, {"latent_override": LatentOverride(vectors_KH)})
         for trajectory in made.trajectories:
             if not len(trajectory.latents):
                 continue
@@ -206,7 +205,7 @@ def check_ablations(case: Case) -> str | None:
     ):
         if fields is None:
             continue
-        made = _generate(case, lambda request, fields=fields: replace(request, **fields))
+        made = _generate(case, fields)
         require_replay(
             case,
             made.trajectories,
@@ -218,13 +217,10 @@ def check_ablations(case: Case) -> str | None:
     return None
 
 
-def _generate(case: Case, change: Callable[[RolloutRequest], RolloutRequest]) -> Recorded:
-    requests = [change(request) for request in case.requests]
+def _generate(case: Case, fields: dict) -> Recorded:
+    """Rolls out the case's requests with some of their fields replaced."""
+    requests = [replace(request, **fields) for request in case.requests]
     return recorded(requests, case.generate(requests))
-
-
-def _overridden(request: RolloutRequest, vectors_KH: Tensor) -> RolloutRequest:
-    return replace(request, latent_override=LatentOverride(vectors_KH))
 
 
 def _require_matter(case: Case) -> None:

@@ -136,3 +136,8 @@ def test_specs_from_config():
 def test_malformed_configs(entries, message):
     with pytest.raises(ConfigError, match=message):
         specs_from_config(entries)
+
+
+def test_a_module_without_a_file_has_no_digest():
+    with pytest.raises(ConfigError, match="pkg://sys: a reward function without a file"):
+        source_digest(FunctionSpec("pkg://sys", "exit"))
