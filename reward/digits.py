@@ -77,8 +77,9 @@ def compute_score(
     spans_fit = variant != "latent" or (
         len(offsets) > 0 and max(offsets) <= solution_str.find("<answer>")
     )
-    accuracy = float(has_form and match.group(1).strip() == digit)
-    form = float(has_form and spans_fit and match.group(1).strip() != "")
+    answer = "" if match is None else match.group(1).strip()
+    accuracy = float(has_form and answer == digit)
+    form = float(has_form and spans_fit and answer != "")
     return {"score": accuracy + FORMAT_WEIGHT * form, "accuracy": accuracy, "format": form}
 
 

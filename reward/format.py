@@ -72,10 +72,11 @@ def _answer_start(solution_str: str) -> int | None:
 def latent_summary(extra_info) -> tuple[list[int], str]:
     """`span_offsets` and `stop_reason` of `extra_info["latent"]`."""
     latent = extra_info.get("latent") if isinstance(extra_info, dict) else None
-    missing = {"num_spans", "span_offsets", "stop_reason"} - set(
-        latent if isinstance(latent, dict) else ()
-    )
-    if missing or len(latent["span_offsets"]) != latent["num_spans"]:
+    if (
+        not isinstance(latent, dict)
+        or not {"num_spans", "span_offsets", "stop_reason"} <= set(latent)
+        or len(latent["span_offsets"]) != latent["num_spans"]
+    ):
         raise RewardError(
             "the latent summary of the completion is missing or disagrees with itself",
             kind="type",

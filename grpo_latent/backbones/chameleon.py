@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import ChameleonProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.backbones.protocol import Backbone
@@ -59,6 +59,7 @@ class Chameleon(Backbone):
 
     @classmethod
     def image_inputs(cls, batch: Mapping[str, Tensor], processor: ProcessorMixin) -> ImageInputs:
+        assert isinstance(processor, ChameleonProcessor)
         side = math.isqrt(processor.image_seq_length)  # the token map of an image is square
         pixel_values = batch["pixel_values"]
         return ImageInputs(pixel_values, torch.tensor([[1, side, side]] * pixel_values.shape[0]))
@@ -77,7 +78,7 @@ class Chameleon(Backbone):
     def forward_inputs(
         self, input_ids_BT: Tensor, images: ImageInputs
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        is_image_BT = input_ids_BT.eq(self.image_token_id)
+        is_image_BT = self.is_image_token(input_ids_BT)
         return input_ids_BT.masked_scatter(is_image_BT, self._token_ids(images)), {}
 
     @torch.no_grad()

@@ -12,13 +12,20 @@ written here loads as the stock processor.
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
 from transformers.utils import is_torchvision_available
 
 from grpo_latent.errors import DataError
 
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin as _StockProcessor
+else:
+    # a mixin: the stock class comes behind it in the bases of whoever uses it
+    _StockProcessor = object
 
-class ImagesOnly:
+
+class ImagesOnly(_StockProcessor):
     """Mixin over a stock processor: no video processor; a video is an error, never ignored.
 
     `__init__` names no video processor, which is how transformers learns that there is none to

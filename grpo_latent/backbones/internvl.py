@@ -52,6 +52,7 @@ class InternVL(Backbone):
 
     @classmethod
     def image_inputs(cls, batch: Mapping[str, Tensor], processor: ProcessorMixin) -> ImageInputs:
+        assert isinstance(processor, StockInternVLProcessor)
         tokens_of_tile = processor.image_seq_length
         if "num_patches" in batch:  # of the image processor alone; in its words a patch is a tile
             tiles = [int(count) for count in batch["num_patches"]]

@@ -26,7 +26,7 @@ The defaults below are those of a model whose `base` has `get_image_features(pix
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.errors import ConfigError
@@ -73,7 +74,7 @@ class Backbone:
 
     model_types: ClassVar[tuple[str, ...]] = ()
     processor_names: ClassVar[tuple[str, ...]] = ()
-    auto_class: ClassVar[type] = AutoModelForImageTextToText
+    auto_class: ClassVar[type[_BaseAutoModelClass]] = AutoModelForImageTextToText
     has_vision: ClassVar[bool] = True
     has_mrope: ClassVar[bool] = False
     caches_tower: ClassVar[bool] = False
@@ -92,7 +93,8 @@ class Backbone:
         self.model = model
         self.base = base
         self.config: PreTrainedConfig = model.config
-        self.embedding: nn.Embedding = model.get_input_embeddings()
+        # by its interface: an adapter's wrapper is no `nn.Embedding`, but has its attributes
+        self.embedding = cast(nn.Embedding, model.get_input_embeddings())
         self.text_config = self.config.get_text_config()
         layer_types = set(getattr(self.text_config, "layer_types", None) or ["full_attention"])
         if layer_types != {"full_attention"}:
@@ -108,7 +110,20 @@ class Backbone:
         self.vision_ids: frozenset[int] = frozenset()
         self.unpredicted_ids: list[int] = []
 
+    def is_image_token(self, input_ids: Tensor) -> Tensor:
+        """bool, same shape: placeholders of image embeddings; nowhere without vision."""
+        if self.image_token_id is None:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
+        return input_ids.eq(self.image_token_id)
+
     # ---- of a config: before there is a model ---------------------------------------------
+
+    @classmethod
+    def model_class(cls, hf_config: PreTrainedConfig) -> type[PreTrainedModel]:
+        """The class that `auto_class` builds of this config."""
+        mapping: Mapping[type, type[PreTrainedModel]] | None = cls.auto_class._model_mapping
+        assert mapping is not None, "every auto class but their base has one"
+        return mapping[type(hf_config)]
 
     @classmethod
     def check_vllm(cls, hf_config: PreTrainedConfig, where: str) -> None:

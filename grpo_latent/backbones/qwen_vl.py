@@ -91,7 +91,7 @@ class QwenVL(Backbone):
         # without `mm_token_type_ids` transformers numbers image positions as text, silently
         position_ids, _ = self.base.get_rope_index(
             input_ids_BT,
-            mm_token_type_ids=input_ids_BT.eq(self.image_token_id).int(),
+            mm_token_type_ids=self.is_image_token(input_ids_BT).int(),
             image_grid_thw=images.image_grid_thw,
             attention_mask=valid_BT.long(),
         )

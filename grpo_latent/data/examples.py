@@ -37,8 +37,7 @@ class ImageRef:
         """Reads the file's content, undecoded. Raises `DataError` if there is no such file."""
         if self.data is not None:
             return self.data
-        self._check_exists()
-        return self.path.read_bytes()
+        return self._existing_path().read_bytes()
 
     def checked_bytes(self) -> bytes:
         """Reads a file that is an image by header and checksums. Raises `DataError`."""
@@ -46,7 +45,8 @@ class ImageRef:
         ImageRef(self.where, data=data).check()
         return data
 
-    def _check_exists(self) -> None:
+    def _existing_path(self) -> Path:
+        assert self.path is not None, "path or data is set"
         if not self.path.is_file():
             raise DataError(
                 "no such image file",
@@ -55,6 +55,7 @@ class ImageRef:
                 expected="a file below the image folder",
                 fix="Pass the folder that the paths are relative to, or drop the row.",
             )
+        return self.path
 
     def open(self) -> Image.Image:
         """Decodes the RGB image; transparency over white.
@@ -75,7 +76,7 @@ class ImageRef:
         over a large data set.
         """
         if self.data is None:
-            self._check_exists()
+            self._existing_path()
             return
         try:
             Image.open(io.BytesIO(self.data)).verify()
@@ -260,7 +261,7 @@ def build_example(
         )
     if response is None:
         response = response_template(len(boxes), answer if has_answer else None)
-    _check_response(response, len(boxes), has_answer, problem)
+    response = _checked_response(response, len(boxes), has_answer, problem)
     return LvrExample(
         messages=tuple(messages),
         images=tuple(images),
@@ -306,9 +307,12 @@ def _check_box_images(
             "Add the field, for example [0, 1].",
         )
     indices = (0,) * num_boxes if bbox_images is None else bbox_images
-    valid = isinstance(indices, list | tuple) and len(indices) == num_boxes
-    # not isinstance: True is an int
-    if not valid or not all(type(index) is int and 0 <= index < num_images for index in indices):
+    if (
+        not isinstance(indices, list | tuple)
+        or len(indices) != num_boxes
+        # not isinstance: True is an int
+        or not all(type(index) is int and 0 <= index < num_images for index in indices)
+    ):
         raise problem(
             "bbox_images",
             "not one image index per box",
@@ -319,7 +323,7 @@ def _check_box_images(
     return tuple(indices)
 
 
-def _check_response(response: object, num_boxes: int, has_answer: bool, problem) -> None:
+def _checked_response(response: object, num_boxes: int, has_answer: bool, problem) -> str:
     if not isinstance(response, str) or not response.strip():
         raise problem(
             "response",
@@ -356,3 +360,4 @@ def _check_response(response: object, num_boxes: int, has_answer: bool, problem)
             f"a response that stops at or before {ANSWER_OPEN}",
             "Cut the response there, or set has_answer to true.",
         )
+    return response

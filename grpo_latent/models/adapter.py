@@ -94,7 +94,7 @@ class ModelAdapter:
             raise RolloutError(
                 "images for a text-only model", where=where, got=model, expected="no images"
             )
-        num_placeholders = int(prompt_ids.eq(self.image_token_id).sum())
+        num_placeholders = int(self.backbone.is_image_token(prompt_ids).sum())
         num_tokens = 0 if images is None else int(self.num_image_tokens(images).sum())
         if images is not None:
             num_rows = self.backbone.num_pixel_rows(images)

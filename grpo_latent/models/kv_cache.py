@@ -9,12 +9,14 @@ that stop early never need it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 MIN_GROWTH = 8  # positions
+_CHECKPOINTS = "gradient_checkpointing"
 
 
 class InPlaceLayer(CacheLayerMixin):
@@ -24,12 +26,16 @@ class InPlaceLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    # never None here: `__init__` fills them
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, keys: Tensor, values: Tensor, row_to_prompt_N: Tensor, capacity: int):
         super().__init__()
         self.length = keys.shape[2]
         self.capacity = capacity
-        self.keys, self.values = keys[row_to_prompt_N], values[row_to_prompt_N]
+        self.keys = keys[row_to_prompt_N]
+        self.values = values[row_to_prompt_N]
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -50,7 +56,8 @@ class InPlaceLayer(CacheLayerMixin):
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def keep_rows(self, rows_M: Tensor) -> None:
-        self.keys, self.values = self.keys[rows_M], self.values[rows_M]
+        self.keys = self.keys[rows_M]
+        self.values = self.values[rows_M]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -79,30 +86,31 @@ class RolloutCache(Cache):
     """
 
     def __init__(self, prefilled: Cache, row_to_prompt_N: Tensor, capacity: int):
-        layers = [
-            InPlaceLayer(layer.keys, layer.values, row_to_prompt_N, capacity)
-            for layer in prefilled.layers
-        ]
+        layers: list[CacheLayerMixin | LinearAttentionCacheLayerMixin] = []
+        for layer in prefilled.layers:
+            # `Backbone` refuses models with a recurrent state, and a prefill has filled all layers
+            assert isinstance(layer, CacheLayerMixin)
+            assert layer.keys is not None and layer.values is not None
+            layers.append(InPlaceLayer(layer.keys, layer.values, row_to_prompt_N, capacity))
         super().__init__(layers=layers)
 
     def keep_rows(self, rows_M: Tensor) -> None:
         for layer in self.layers:
+            assert isinstance(layer, InPlaceLayer)
             layer.keep_rows(rows_M)
 
 
 @contextmanager
-def caching_layers(model: nn.Module):
+def caching_layers(model: nn.Module) -> Iterator[None]:
     """Switches gradient checkpointing off within the block.
 
     In training, transformers drops the cache of a checkpointed layer with no more than a warning.
     """
-    checkpointed = [
-        module for module in model.modules() if getattr(module, "gradient_checkpointing", False)
-    ]
+    checkpointed = [module for module in model.modules() if getattr(module, _CHECKPOINTS, False)]
     for module in checkpointed:
-        module.gradient_checkpointing = False
+        setattr(module, _CHECKPOINTS, False)
     try:
         yield
     finally:
         for module in checkpointed:
-            module.gradient_checkpointing = True
+            setattr(module, _CHECKPOINTS, True)

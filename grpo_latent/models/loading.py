@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from grpo_latent.backbones.protocol import Backbone
 from grpo_latent.backbones.registry import read_backbone
 from grpo_latent.errors import CheckpointError, ConfigError, GrpoLatentError
 from grpo_latent.latent.mechanisms import (
@@ -84,28 +85,47 @@ def load_latent_model(
     with reading("tokenizer", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     mechanism = None
-    if not plain:
+    if plain:
+        _check_plain(folder, overrides)
+    else:
         mechanism = read_mechanism(folder, tokenizer)
         check_tokens(mechanism, tokenizer, where=str(folder))
         mechanism = mechanism.replace(**(overrides or {}))
-    elif overrides or (folder / LATENT_CONFIG_FILE).is_file():
-        got = (
-            f"{LATENT_CONFIG_FILE} in {folder}"
-            if not overrides
-            else f"overrides {sorted(overrides)}"
-        )
-        raise ConfigError(
-            "a plain model has no latents", where="model.plain", got=got, expected="neither"
-        )
     with reading("config.json", folder):
         hf_config, backbone = read_backbone(folder)
-    auto_class = backbone.auto_class
-    model_class, expected = (
-        auto_class._model_mapping[type(hf_config)],
-        LVR if mechanism is None else mechanism,
+    with _latent_parameters_expected(backbone.model_class(hf_config), mechanism or LVR):
+        model = _load_weights(folder, backbone, dtype, attn_implementation)
+    if mechanism is None:
+        mechanism = _without_spans(model, tokenizer)
+    mechanism.attach(model)
+    load_latent_parameters(model, mechanism, folder)
+    if treatment is not None:
+        attach_treatment(model, treatment, folder, seed)
+    with reading("processor", folder):
+        processor = AutoProcessor.from_pretrained(folder) if backbone.has_vision else None
+    # as a module: transformers' wrapper of `to` has no type that can be called
+    module: nn.Module = model
+    module.to(device).eval()
+    return LatentModel(model, tokenizer, processor, mechanism, find_eos_ids(model, tokenizer))
+
+
+def _check_plain(folder: Path, overrides: dict | None) -> None:
+    if not overrides and not (folder / LATENT_CONFIG_FILE).is_file():
+        return
+    raise ConfigError(
+        "a plain model has no latents",
+        where="model.plain",
+        got=f"overrides {sorted(overrides)}" if overrides else f"{LATENT_CONFIG_FILE} in {folder}",
+        expected="neither",
     )
-    with reading("weights", folder), _latent_parameters_expected(model_class, expected):
-        model, info = auto_class.from_pretrained(
+
+
+def _load_weights(
+    folder: Path, backbone: type[Backbone], dtype: torch.dtype, attn_implementation: str
+) -> PreTrainedModel:
+    """The model of a folder whose weights are those of its architecture, none missing or left."""
+    with reading("weights", folder):
+        model, info = backbone.auto_class.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attn_implementation,
@@ -125,16 +145,7 @@ def load_latent_model(
             got=found,
             expected=f"the weights of {type(model).__name__}",
         )
-    if mechanism is None:
-        mechanism = _without_spans(model, tokenizer)
-    mechanism.attach(model)
-    load_latent_parameters(model, mechanism, folder)
-    if treatment is not None:
-        attach_treatment(model, treatment, folder, seed)
-    with reading("processor", folder):
-        processor = AutoProcessor.from_pretrained(folder) if backbone.has_vision else None
-    model = model.to(device).eval()
-    return LatentModel(model, tokenizer, processor, mechanism, find_eos_ids(model, tokenizer))
+    return model
 
 
 def _without_spans(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Mechanism:
@@ -143,7 +154,7 @@ def _without_spans(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 @contextmanager
-def reading(part: str, folder: Path):
+def reading(what: str, folder: str | Path) -> Iterator[None]:
     """Turns what transformers and safetensors raise on a damaged folder into `CheckpointError`."""
     try:
         yield
@@ -151,7 +162,7 @@ def reading(part: str, folder: Path):
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"cannot read the {part}",
+            f"cannot read the {what}",
             where=str(folder),
             got=f"{type(error).__name__}: {error}",
             expected="a Hugging Face folder",
@@ -162,7 +173,7 @@ def reading(part: str, folder: Path):
 @contextmanager
 def _latent_parameters_expected(
     model_class: type[PreTrainedModel], mechanism: Mechanism | type[Mechanism]
-):
+) -> Iterator[None]:
     """Keeps transformers from reporting latent parameters as unexpected.
 
     `load_latent_parameters` reads the mechanism's; only a run with a treatment needs that one's.

@@ -9,7 +9,7 @@ differ from the plain layers' by the order of summation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -24,8 +24,9 @@ _linear = (
 
 
 def packs(weight: Tensor) -> bool:
-    """Whether oneDNN has packed products for it: on CPU, in float32 or (where the CPU has the
-    instructions) bfloat16.
+    """Whether oneDNN has packed products for this weight.
+
+    On CPU, in float32 or (where the CPU has the instructions) bfloat16.
     """
     if _linear is None or weight.device.type != "cpu":
         return False
@@ -36,10 +37,9 @@ def packs(weight: Tensor) -> bool:
 
 @contextmanager
 def packed_linears(modules: Iterable[nn.Module]) -> Iterator[int]:
-    """Within the block every `nn.Linear` in `modules` multiplies with a packed copy of its weight;
-    yields their number.
+    """Within the block every `nn.Linear` in `modules` multiplies with a packed copy of its weight.
 
-    Not for subclasses of `nn.Linear`, weights that `packs` refuses, or a forward of somebody
+    Yields their number. Not for subclasses of `nn.Linear`, weights that `packs` refuses, or a forward of somebody
     else's: those stay as they are. No gradient passes a packed layer, and weights must not change
     within the block.
     """
@@ -52,18 +52,20 @@ def packed_linears(modules: Iterable[nn.Module]) -> Iterator[int]:
     layers = [layer for layer in found.values() if "forward" not in vars(layer)]
     try:
         for layer in layers:
-            layer.forward = _packed_forward(layer)
+            vars(layer)["forward"] = _packed_forward(layer)
         yield len(layers)
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
 
 
-def _packed_forward(layer: nn.Linear):
+def _packed_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    product = _linear
+    assert product is not None, "`packs` refuses every weight where oneDNN is missing"
     weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), LAYOUT_ROWS)
     bias = None if layer.bias is None else layer.bias.detach()
 
     def forward(inputs: Tensor) -> Tensor:
-        return _linear(inputs, weight, bias, "none", [], "")
+        return product(inputs, weight, bias, "none", [], "")
 
     return forward

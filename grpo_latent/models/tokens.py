@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -24,6 +25,9 @@ def add_latent_tokens(
         tokenizer.add_special_tokens(
             {"additional_special_tokens": missing}, replace_extra_special_tokens=False
         )
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    if len(tokenizer) > weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
-    return {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
+    vocab = tokenizer.get_vocab()
+    return {token: vocab[token] for token in tokens}

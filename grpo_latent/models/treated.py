@@ -12,20 +12,20 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from grpo_latent.errors import CheckpointError
 from grpo_latent.latent.treatments import Treatment
 
 
 def attach_treatment(
-    model: nn.Module, treatment: Treatment, folder: str | Path, seed: int
+    model: PreTrainedModel, treatment: Treatment, folder: str | Path, seed: int
 ) -> None:
     """Gives a model the treatment's parameters, before FSDP wraps it.
 
-    Torch's generator stays where it was.
-    Where the model's weights are meta (FSDP2 sends rank 0's to the other ranks), the parameters
-    are meta, too.
+    Torch's generator stays where it was. Where the model's weights are meta (FSDP2 sends rank 0's
+    to the other ranks), the parameters are meta, too.
 
     Raises:
         CheckpointError: the folder has some of the parameters, or of another shape.
@@ -35,7 +35,9 @@ def attach_treatment(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         treatment.attach(model)
-    if model.get_input_embeddings().weight.is_meta:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    if weight.is_meta:
         return
     found = _tensors(folder, treatment.parameter_prefixes)
     if not found:
@@ -70,8 +72,8 @@ def initialisation_notes(treatment: Treatment, folder: str | Path, seed: int) ->
     ]
 
 
-def _tensors(folder: str | Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
+def _tensors(folder: str | Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             found |= {

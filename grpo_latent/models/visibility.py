@@ -144,13 +144,16 @@ class GrowingVisibility:
             is_blind_N: bool, `full` hides images from it; None from no one. With `latents_only`,
                 which hides them from all text anyway, it is not read.
         """
-        column, self.length = self.length, self.length + 1
+        column = self.length
+        self.length += 1
         sighted_NS = self._sighted_NS[:, : self.length]
         if self.has_sighted:
+            assert self._blind_NS is not None and is_before_latent_N is not None
             self._blind_NS[:, column].masked_fill_(is_image_side(kinds_N), self._minimum)
             sees_N1 = is_sighted(kinds_N, is_before_latent_N)[:, None]
             return torch.where(sees_N1, sighted_NS, self._blind_NS[:, : self.length])
         if is_blind_N is not None:
+            assert self._blind_NS is not None, "made without `may_blind`"
             return torch.where(is_blind_N[:, None], self._blind_NS[:, : self.length], sighted_NS)
         return sighted_NS
 

@@ -60,7 +60,8 @@ class VisionCache:
 
     def __init__(self, visual: nn.Module, merge_size: int):
         self.max_bytes = 0
-        self.num_encoded = self.num_requested = 0
+        self.num_requested = 0
+        self.num_encoded = 0
         self._visual = visual
         self._forward_of_tower = visual.forward
         self._merge_area = merge_size**2
@@ -161,6 +162,7 @@ class VisionCache:
         ]
         # all images have their patch states, or none: kept entries go without
         patches = [image.patches for image in encoded if image.patches is not None]
+        assert self._output_type is not None, "some `_run` made what was encoded"
         # a new object every time: transformers splits `pooler_output` in place
         return self._output_type(
             last_hidden_state=torch.cat(patches) if patches else None,
@@ -267,7 +269,7 @@ def image_digest(pixels: Tensor, size: list[int]) -> bytes:
     """Digest of an image's pixels and grid."""
     content = pixels.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
     return hashlib.blake2b(
-        content, digest_size=16, salt=repr((size, pixels.dtype)).encode()[:16]
+        content.data, digest_size=16, salt=repr((size, pixels.dtype)).encode()[:16]
     ).digest()
 
 

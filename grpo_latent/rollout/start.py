@@ -20,7 +20,8 @@ from torch import Tensor
 from grpo_latent.errors import RolloutError
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.sequences import prompt_sequences
-from grpo_latent.models.slots import SlotDraws, SlotRecord, prefill_with_slots
+from grpo_latent.models.slot_choice import SlotDraws
+from grpo_latent.models.slots import SlotRecord, prefill_with_slots
 from grpo_latent.rollout.override import OverrideTable
 from grpo_latent.rollout.prefill import Prefill, prefill_prompts
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams

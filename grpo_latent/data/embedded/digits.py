@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +42,11 @@ from grpo_latent.errors import ConfigError
 
 DATA_SOURCE = "digits"
 # kind -> (number of objects asked for, answer from their digits)
-KINDS = {"read": (1, lambda digits: digits[0]), "sum": (2, sum), "max": (2, max)}
+KINDS: dict[str, tuple[int, Callable[[Sequence[int]], int]]] = {
+    "read": (1, lambda digits: digits[0]),
+    "sum": (2, sum),
+    "max": (2, max),
+}
 # all words of questions and step texts; numbers and answer tags are the tokenizer's own
 WORDS = (
     *KINDS,
@@ -79,7 +83,8 @@ class DigitObject:
 
     @property
     def box_normalised(self) -> tuple[float, float, float, float]:
-        return tuple(side / IMAGE_SIZE for side in self.box)
+        x0, y0, x1, y1 = self.box
+        return x0 / IMAGE_SIZE, y0 / IMAGE_SIZE, x1 / IMAGE_SIZE, y1 / IMAGE_SIZE
 
     @property
     def step(self) -> str:
@@ -157,10 +162,11 @@ def generate(
     Raises:
         ConfigError: unknown stream or kind.
     """
-    for name, value, allowed in (
+    choices: list[tuple[str, str, Collection[str]]] = [
         ("stream", stream, STREAMS),
         *(("kinds", kind, KINDS) for kind in kinds),
-    ):
+    ]
+    for name, value, allowed in choices:
         if value not in allowed:
             raise ConfigError(
                 "unknown value",

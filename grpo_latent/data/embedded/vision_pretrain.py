@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import ProcessorMixin
 
 from grpo_latent.common.command import command
 from grpo_latent.common.files import write_json
@@ -125,8 +126,10 @@ class DenseImages(IterableDataset):
     """
 
     def __init__(self, tiny: TinyModel, steps: int, batch_size: int, seed: int):
-        self.image_processor = tiny.processor.image_processor
-        self.steps, self.batch_size, self.seed = steps, batch_size, seed
+        self.image_processor = _processor(tiny).image_processor
+        self.steps = steps
+        self.batch_size = batch_size
+        self.seed = seed
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
         rng = digits.stream_rng("pretrain", self.seed)
@@ -148,6 +151,11 @@ def probe_loss(
     )
 
 
+def _processor(tiny: TinyModel) -> ProcessorMixin:
+    assert tiny.processor is not None, "a tiny model with a vision tower"
+    return tiny.processor
+
+
 def encode(tiny: TinyModel, inputs: Mapping[str, Tensor]) -> Tensor:
     """Encodes processed 56 x 56 images to visual tokens [num * 16, H], row-major in each image."""
     return tiny.model.model.visual(
@@ -160,7 +168,7 @@ def evaluate_probes(tiny: TinyModel, probes: CellProbes) -> dict[str, float]:
     """`digit_accuracy`, `color_accuracy` and `rms` on images of held-out digits."""
     rng = digits.stream_rng("dev", digits.EVAL_SEED)
     images, digit_NC, color_NC = digits.generate_dense(NUM_EVAL_IMAGES, rng, "dev")
-    tokens_NH = encode(tiny, tiny.processor.image_processor(list(images), return_tensors="pt"))
+    tokens_NH = encode(tiny, _processor(tiny).image_processor(list(images), return_tensors="pt"))
     digit_logits, color_logits = probes(tokens_NH)
     digit_labels, color_labels = (
         torch.from_numpy(digit_NC).flatten(),
@@ -187,7 +195,7 @@ def write_experiment_model(
     tiny = tiny_qwen2_5_vl(digits.WORDS, sizes, seed=seed)
     report = pretrain_vision(tiny, seed=seed, **pretraining)
     tiny.model.save_pretrained(folder)
-    tiny.processor.save_pretrained(folder)
+    _processor(tiny).save_pretrained(folder)
     write_json(Path(folder) / REPORT_FILE, dataclasses.asdict(report))
     return report
 

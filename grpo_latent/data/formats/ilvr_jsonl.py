@@ -149,15 +149,12 @@ def parse_ilvr_record(
             "Set has_answer.",
         )
     for field in ("text_input", *(["original_final_answer"] if has_answer else [])):
-        texts[field] = record.get(field)
-        if not isinstance(texts[field], str) or not texts[field].strip():
+        text = record.get(field)
+        if not isinstance(text, str) or not text.strip():
             raise problem(
-                field,
-                "not a text",
-                texts[field],
-                "a non-empty string",
-                "Fill it in, or drop the row.",
+                field, "not a text", text, "a non-empty string", "Fill it in, or drop the row."
             )
+        texts[field] = text
     paths = record.get("image_input")
     if (
         not isinstance(paths, list)
@@ -180,7 +177,7 @@ def parse_ilvr_record(
         question = IMAGE_PLACEHOLDER * len(images) + question
     messages = [{"role": "user", "content": split_content(question)}]
     check_images(messages, images, f"{where}: text_input")
-    segments = ()
+    segments: tuple[Segment, ...] = ()
     if reads_plan:
         segments = _segments(record.get("sequence_plan"), has_answer, image_folder, problem, where)
     return InterleavedExample(

@@ -243,8 +243,9 @@ def write_lvr_json(path: str | Path, examples: Iterable[LvrExample]) -> int:
         names = []
         for image_idx, image in enumerate(example.images):
             data = image.read_bytes()
-            suffix = Image.open(io.BytesIO(data)).format.lower()
-            name = f"{folder.name}/{index:06d}_{image_idx}.{suffix}"
+            image_format = Image.open(io.BytesIO(data)).format
+            assert image_format is not None, "Pillow names the format of what it has opened"
+            name = f"{folder.name}/{index:06d}_{image_idx}.{image_format.lower()}"
             (path.parent / name).write_bytes(data)
             names.append(name)
         turns = [

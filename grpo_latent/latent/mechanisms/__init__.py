@@ -27,9 +27,9 @@ from grpo_latent.latent.mechanisms.protocol import (
     HiddenSource,
     Mechanism,
     Refusal,
-    RowStates,
 )
 from grpo_latent.latent.mechanisms.registry import MECHANISMS, mechanism_class
+from grpo_latent.latent.mechanisms.row_states import RowStates
 from grpo_latent.latent.mechanisms.slots import SlotMechanism
 from grpo_latent.latent.mechanisms.spans import SpanMechanism
 from grpo_latent.latent.mechanisms.stored import from_dict, load_mechanism

@@ -39,7 +39,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from grpo_latent.errors import CheckpointError, ConfigError
-from grpo_latent.latent.mechanisms.protocol import HiddenSource, Mechanism, RowStates
+from grpo_latent.latent.mechanisms.protocol import HiddenSource, Mechanism
+from grpo_latent.latent.mechanisms.row_states import RowStates
 from grpo_latent.trajectory import PositionKind
 
 GATE_ATTRIBUTE = "hybrid_gate"

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from grpo_latent.latent.mechanisms.fed_back import FedBack
-from grpo_latent.latent.mechanisms.protocol import Refusal, RowStates
+from grpo_latent.latent.mechanisms.protocol import Refusal
+from grpo_latent.latent.mechanisms.row_states import RowStates
 
 # Coconut's three; only the middle one stands anywhere
 SLOT_TOKENS = {"start": "<|start-latent|>", "latent": "<|latent|>", "end": "<|end-latent|>"}

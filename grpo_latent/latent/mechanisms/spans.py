@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.mechanisms.fed_back import FedBack, check_choice, check_count, check_switch
-from grpo_latent.latent.mechanisms.protocol import UNBOUNDED, VISIBILITIES, RowStates
+from grpo_latent.latent.mechanisms.protocol import UNBOUNDED, VISIBILITIES
+from grpo_latent.latent.mechanisms.row_states import RowStates
 from grpo_latent.trajectory import PositionKind
 
 STEPS, END_TOKEN, LATENT_END = "steps", "end_token", "latent_end"
