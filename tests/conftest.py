@@ -1,6 +1,4 @@
-"""Puts this folder on sys.path (pytest does so for the folder of a conftest.py), so that tests can
-share helper modules.
-"""
+"""Lets tests share helper modules: pytest puts a conftest.py's folder on sys.path."""
 
 import importlib.metadata
 

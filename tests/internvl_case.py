@@ -1,5 +1,6 @@
-"""A tiny InternVL built from config, with its tokenizer, template and image processor. A tile has
-4 x 4 tokens.
+"""A tiny InternVL built from config, with its tokenizer, template and image processor.
+
+A tile has 4 x 4 tokens.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""The same mathematics read slowly: one trajectory at a time, no batch, no padding, no hook, masks
-by double loop.
+"""The same mathematics read slowly: one trajectory at a time, masks by double loop.
+
+No batch, no padding, no hook.
 
 Nothing here uses the package's injection, visibility, cache, position or sampling code; only plain
 Hugging Face forwards on hand-built `inputs_embeds`.
@@ -30,8 +31,9 @@ def kinds_of_prompt(case: Case, prompt_ids: Tensor) -> list[int]:
 
 
 def positions(case: Case, prompt_ids: Tensor, images: ImageInputs | None, num_more: int) -> Tensor:
-    """[3, 1, T]: text counts up by one; an image of t x h x w merged tokens spans max(h, w)
-    positions.
+    """Positions [3, 1, T]: text counts up by one.
+
+    An image of t x h x w merged tokens spans max(h, w) positions.
     """
     columns, now = [], 0
     ids, idx, grids = (
@@ -81,8 +83,9 @@ def mask(kinds: list[int], visibility: str, rows: range | None = None) -> Tensor
 def forward(
     case: Case, trajectory: Trajectory, images: ImageInputs | None, visibility: str
 ) -> tuple[Tensor, Tensor]:
-    """Logits [T, V] and last hidden states [T, H] of prompt and completion, from `inputs_embeds`;
-    no cache.
+    """Logits [T, V] and last hidden states [T, H] of prompt and completion, from `inputs_embeds`.
+
+    No cache.
     """
     ids = torch.cat([trajectory.prompt_ids, trajectory.token_ids])
     kinds = kinds_of_prompt(case, trajectory.prompt_ids) + trajectory.kinds.tolist()
@@ -152,8 +155,9 @@ def draw(
 
 @torch.no_grad()
 def rollout(case: Case, config, request, seed: int, sampling, sampled_ids) -> dict:
-    """One trajectory by a plain loop over a `DynamicCache`, fixed-length spans; the machinery an
-    engine must match.
+    """One trajectory by a plain loop over a `DynamicCache`, fixed-length spans.
+
+    The machinery an engine must match.
     """
     model, table = case.model, case.model.get_input_embeddings().weight
     text_config = model.config.get_text_config()

@@ -1,5 +1,6 @@
-"""Errors say what, where, got, expected and fix; are what a caller would catch; and cross process
-borders.
+"""Errors say what, where, got, expected and fix.
+
+They are what a caller would catch, and they cross process borders.
 """
 
 import pickle

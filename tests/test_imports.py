@@ -1,5 +1,6 @@
-"""Imports point one way; read from the AST, function-level ones too. Not covered:
-`importlib.import_module(name)`.
+"""Imports point one way; read from the AST, function-level ones too.
+
+Not covered: `importlib.import_module(name)`.
 """
 
 import ast
@@ -80,8 +81,9 @@ def is_module(name: str) -> bool:
 
 
 def imported_modules(source: str, module: str, is_package: bool = False) -> set[str]:
-    """Absolute names of all modules that `source` imports; `from package import name` counts
-    `package.name` if a module.
+    """Absolute names of all modules that `source` imports.
+
+    `from package import name` counts `package.name` if a module.
     """
     names = set()
     for node in ast.walk(ast.parse(source)):

@@ -1,5 +1,7 @@
-"""Malformed configs, checkpoints, requests and trajectories of the core: each a typed error that
-names the field or file, what was got, what was expected, and, where there is one, the fix."""
+"""Malformed configs, checkpoints, requests and trajectories of the core: typed errors.
+
+Each names the field or file, what was got, what was expected, and, where there is one, the fix.
+"""
 
 import json
 import shutil

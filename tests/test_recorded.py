@@ -1,5 +1,6 @@
-"""Every recorded field through every wire and back, to the bit, and one field more that only this
-file knows.
+"""Every recorded field through every wire and back, to the bit.
+
+And one field more that only this file knows.
 
 Does not cover: TransferQueue and Ray themselves (verl_plugin/trainer/test_training.py trains
 through them).
@@ -164,8 +165,9 @@ def test_a_journal_of_an_older_release_loads(monkeypatch):
 
 @pytest.mark.parametrize("with_aux", [True, False])
 def test_worker(own_fields, with_aux):
-    """From the agent loop's rows to the engine's micro-batch, with the columns that workers fetch
-    and no others.
+    """From the agent loop's rows to the engine's micro-batch.
+
+    With the columns that workers fetch and no others.
     """
     trajectories = make_trajectories(with_aux)
     rows = rows_in_queue(trajectories)
@@ -305,8 +307,9 @@ def test_names_are_taken_once(own_fields):
 
 
 def test_the_wires_of_today():
-    """Columns that workers fetch cost time for every trajectory: whoever adds one says so here. To
-    files goes all of it.
+    """Columns that workers fetch cost time for every trajectory: whoever adds one says so here.
+
+    To files goes all of it.
     """
     assert all({Wire.DUMP, Wire.JOURNAL} <= field.wires for field in recorded.of_trajectory())
     made = {field.name for field in dataclasses.fields(Trajectory)} - {

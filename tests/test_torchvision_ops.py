@@ -1,5 +1,6 @@
-"""The declaration of torchvision's operators. Not covered: a CUDA build of torch, PyTorch's own
-CPU build of torchvision.
+"""The declaration of torchvision's operators.
+
+Not covered: a CUDA build of torch, PyTorch's own CPU build of torchvision.
 """
 
 import importlib.util

@@ -1,6 +1,4 @@
-"""The policy loss against hand numbers, LVR's formula, finite differences and the invariances of
-SYSTEMS 7.4 to 7.6.
-"""
+"""The policy loss against hand numbers, LVR's formula, finite differences and invariances."""
 
 import math
 
@@ -25,8 +23,9 @@ MAX_LEN = 9
 
 
 def random_batch(B=5, T=MAX_LEN, dtype=torch.float64, seed=0):
-    """log-probs, old and reference log-probs, advantages [B] and a mask with holes (latents) and a
-    ragged right edge.
+    """Draws log-probs [B, T], old and reference ones, advantages [B] and a mask.
+
+    The mask has holes (latents) and a ragged right edge.
     """
     generator = torch.Generator().manual_seed(seed)
     draw = [torch.randn(B, T, generator=generator, dtype=dtype) * 0.4 - 1.0 for _ in range(3)]
@@ -76,8 +75,9 @@ def test_hand_numbers():
 
 
 def test_lvrs_formula():
-    """-min(rho A, clip(rho) A) + beta (e^d - d - 1), token mean, written out one position at a
-    time.
+    """LVR's formula, written out one position at a time.
+
+    -min(rho A, clip(rho) A) + beta (e^d - d - 1), token mean.
     """
     log_probs_BT, old_BT, ref_BT, advantages_B, mask_BT = random_batch()
     total = 0.0
@@ -142,8 +142,9 @@ def test_kl_identities(kind):
 
 @pytest.mark.parametrize("kind", ["k1", "k3"])
 def test_kl_is_unbiased(kind):
-    """E over the policy of k1 and of k3 is KL(policy || reference), exactly, by summing over a
-    small vocabulary.
+    """The mean of k1 and of k3 under the policy is KL(policy || reference), exactly.
+
+    By summing over a small vocabulary.
     """
     policy_V = torch.log_softmax(
         torch.randn(1, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), -1
@@ -205,9 +206,7 @@ def test_masked_positions_have_neither_loss_nor_gradient(aggregation, kl_kind, g
 
 
 def test_gradient_with_respect_to_logits_is_zero_at_masked_positions_for_any_placeholder_id():
-    """The loss never sees ids: whatever stands at a latent position, loss and dloss/dlogits stay
-    the same.
-    """
+    """The loss never sees ids: what stands at a latent position changes no gradient."""
     generator = torch.Generator().manual_seed(5)
     K = PositionKind
     kinds_BT = torch.tensor([[K.START, K.LATENT, K.LATENT, K.FORCED, K.TEXT, K.TEXT]] * 2)

@@ -1,4 +1,4 @@
-"""Invariants 7 and 10: the choice of K positions and the log-probability of a random choice."""
+"""The choice of K positions and the log-probability of a random choice."""
 
 import itertools
 import math

@@ -1,6 +1,8 @@
-"""InternVL as a backbone: images in tiles, SFT on boxes, engine hf. A plain forward of Hugging
-Face's is the reference for what stands at image positions. RL through verl:
-tests/verl_plugin/test_internvl_run.py. Not covered: published weights."""
+"""InternVL as a backbone: images in tiles, SFT on boxes, engine hf.
+
+A plain forward of Hugging Face's is the reference for what stands at image positions. RL through
+verl: tests/verl_plugin/test_internvl_run.py. Not covered: published weights.
+"""
 
 import functools
 import json
@@ -166,8 +168,9 @@ def test_rollout_equals_replay_and_recompute(visibility):
 
 
 def test_sft_on_boxes_learns_and_its_folder_rolls_out(tmp_path):
-    """`python -m grpo_latent.sft` from a model that has no latent tokens; tower and merger frozen,
-    as published.
+    """`python -m grpo_latent.sft` from a model that has no latent tokens.
+
+    Tower and merger frozen, as published.
     """
     model, tokenizer, processor = tiny_internvl(WORDS, latent_tokens=())
     model.save_pretrained(tmp_path / "base")

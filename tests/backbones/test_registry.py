@@ -1,5 +1,6 @@
-"""Which family a config belongs to, and that an unknown one is refused by name wherever a model is
-built from a folder.
+"""Which family a config belongs to; an unknown one is refused by name.
+
+Wherever a model is built from a folder.
 """
 
 import pytest
@@ -64,8 +65,9 @@ def test_unknown_families_are_refused_by_name(config_class):
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory):
-    """The folder of a tiny LLaVA, which was once taken for a text model; no weights, as no place
-    gets as far.
+    """The folder of a tiny LLaVA, which was once taken for a text model.
+
+    No weights, as no place gets as far.
     """
     folder = tmp_path_factory.mktemp("llava")
     tokenizer = tiny.word_tokenizer(("read",))

@@ -1,5 +1,6 @@
-"""Exit codes and messages of commands. That every entry point is wrapped, the last test reads from
-their source.
+"""Exit codes and messages of commands.
+
+That every entry point is wrapped, the last test reads from their source.
 """
 
 import ast

@@ -1,5 +1,6 @@
-"""Readers of LVR JSON and verl parquet: what they give, and that each malformed input is a typed,
-placed error.
+"""Readers of LVR JSON and verl parquet: what they give, and how they refuse.
+
+Each malformed input is a typed, placed error.
 """
 
 import copy
@@ -70,8 +71,9 @@ def write_json(folder, *records):
 
 
 def changed(value, path, new):
-    """A deep copy of nested `value` with the item at `path` replaced, or removed if `new` is
-    KeyError.
+    """A deep copy of nested `value` with one item, at `path`, replaced.
+
+    It is removed where `new` is KeyError.
     """
     value = copy.deepcopy(value)
     item = value

@@ -93,9 +93,7 @@ def test_dataset_rows_become_prompts(loaded, dataset_file):
 
 
 def test_token_ids_and_positions(loaded, dataset_file):
-    """verl's position ids of the agent loop equal the model's own, with a completion behind the
-    prompt.
-    """
+    """verl's position ids of the agent loop equal the model's own, completion included."""
     model, tokenizer, processor = loaded
     assert get_processor_token_id(processor, "image") == model.config.image_token_id
     assert get_processor_token_id(processor, "video") == model.config.video_token_id

@@ -340,8 +340,11 @@ def test_truth_of_donors():
 
 @pytest.mark.parametrize("name", [*ABLATIONS, "shuffle@span0", "noise@span1"])
 def test_ablated_decoding_differs_in_what_the_ablation_says_only(name):
-    """Paired: prompt, tokens and log-probs up to the first change are the own ones, and so is the
-    seed; what stands at the latent positions is the given table, in turn."""
+    """What comes before the first change stays, and the given table stands at the latents.
+
+    Prompt, tokens, log-probs and seed are the own ones: runs are paired. The table is fed in
+    turn.
+    """
     e, rows = evaluator(), prompts()
     own = e.greedy(rows)
     with e.encoded_once(rows) as visual:
@@ -387,8 +390,9 @@ def test_ablated_decoding_differs_in_what_the_ablation_says_only(name):
 
 
 def test_own_latents_given_back_reproduce_the_own_trajectories():
-    """The pairing: an override with what was recorded anyway changes no token, and log-probs by
-    rounding only.
+    """An override with what was recorded anyway changes no token: runs are paired.
+
+    Log-probs change by rounding only.
     """
     e, rows = evaluator(), prompts()
     own = e.greedy(rows)
@@ -430,8 +434,9 @@ def test_leak(visibility, steps, leaks):
 
 
 def test_leak_by_hand():
-    """Each prompt with text after a span gets the image of the next such prompt. Against plain
-    replays, one by one.
+    """Each prompt with text after a span gets the image of the next such prompt.
+
+    Against plain replays, one by one.
     """
     e, rows = evaluator(), prompts()
     own = e.greedy(rows)

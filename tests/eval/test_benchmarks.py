@@ -1,5 +1,6 @@
-"""Files in each published schema, written here; the real files are not at hand, so that their
-oddities are not covered.
+"""Files in each published schema, written here.
+
+The real files are not at hand, so that their oddities are not covered.
 """
 
 import base64

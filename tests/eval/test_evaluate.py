@@ -76,8 +76,9 @@ def text_of(loaded, trajectory):
 
 
 def make_prompts(loaded, settings):
-    """Ten prompts; the ground truth of the even ones is what the model says, so that own accuracy
-    is known.
+    """Makes ten prompts of which the even ones' truth is what the model says.
+
+    So that own accuracy is known.
     """
     c, rows = case("qwen2_5_vl"), []
     for index, text in enumerate(TEXTS):

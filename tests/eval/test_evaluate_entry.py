@@ -1,5 +1,6 @@
-"""The entry point of evaluation on the embedded task's files: rows read, reports written, errors
-by their setting's name.
+"""The entry point of evaluation on the embedded task's files.
+
+Rows are read, reports written, and errors name their setting.
 """
 
 import dataclasses
@@ -23,8 +24,9 @@ from grpo_latent.models.loading import LatentModel, save_latent_model
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The embedded task's held-out rows, and a random model of its architecture that likes to open
-    spans.
+    """Writes the embedded task's held-out rows and a random model of its architecture.
+
+    The model likes to open spans.
     """
     folder = tmp_path_factory.mktemp("digits")
     for kind in ("read", "sum"):

@@ -104,10 +104,13 @@ def rotations(sizes):
 
 
 def test_verdicts_count_a_question_once():
-    """Four questions of two rows. Under zero two questions are lost: gap 2/4, McNemar 2 * 1/2^2 =
-    0.5 over questions (over rows it would be 2 * 1/2^4). Under noise one row of each of two is
-    lost: means 1/2, 1/2, 1, 1, so no McNemar. Under shuffle three rows of two questions changed:
-    means (1 + 0) / 2 and 0 against 1 and 1."""
+    """Four questions of two rows.
+
+    Under zero two questions are lost: gap 2/4, McNemar 2 * 1/2^2 = 0.5 over questions (over
+    rows it would be 2 * 1/2^4). Under noise one row of each of two is lost: means 1/2, 1/2, 1,
+    1, so no McNemar. Under shuffle three rows of two questions changed: means (1 + 0) / 2 and
+    0 against 1 and 1.
+    """
     findings = Findings(rotations([2] * 4), VerdictSettings(level=0.95))
     findings.outcomes = {
         "own": [1.0] * 8,
@@ -144,8 +147,9 @@ def test_verdicts_count_a_question_once():
 
 
 def test_accuracies_and_their_intervals_count_a_question_once():
-    """Rows (1, 1, 0) and (0): question means 2/3 and 0, so 1/3, and 2/4 over rows. A row without a
-    score is left out.
+    """Rows (1, 1, 0) and (0): question means 2/3 and 0, so 1/3, and 2/4 over rows.
+
+    A row without a score is left out.
     """
     prompts, settings = rotations([3, 1]), VerdictSettings()
     expected = bootstrap_interval([2 / 3, 0.0])
@@ -168,9 +172,11 @@ def test_accuracies_and_their_intervals_count_a_question_once():
 
 
 def test_sampled_accuracies_count_a_question_once():
-    """Rows of two trajectories (1, 0), (1, 1), (0, 0) and, another question, (0, 0). Means of the
-    first question: accuracy (1/2 + 1 + 0) / 3, pass@2 (1 + 1 + 0) / 3, by seed (1 + 1 + 0) / 3 and
-    (0 + 1 + 0) / 3; of the second 0."""
+    """Rows of two trajectories (1, 0), (1, 1), (0, 0) and, another question, (0, 0).
+
+    Means of the first question: accuracy (1/2 + 1 + 0) / 3, pass@2 (1 + 1 + 0) / 3, by seed (1
+    + 1 + 0) / 3 and (0 + 1 + 0) / 3; of the second 0.
+    """
     sampled, settings = Decoding("sampled", 2), VerdictSettings()
     groups = [
         [Outcome(float(value), 0.0) for value in pair] for pair in ((1, 0), (1, 1), (0, 0), (0, 0))

@@ -1,5 +1,6 @@
-"""Completions as models write them, with the grade that a careful person would give. Not covered:
-other languages.
+"""Completions as models write them, with the grade that a careful person would give.
+
+Not covered: other languages.
 """
 
 import pytest
@@ -128,9 +129,7 @@ def test_there_are_enough_cases_and_both_grades():
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
 def test_parsing_does_not_see_the_truth(case):
-    """The same completion is parsed alike whatever the truth is, so at most one truth can be
-    right.
-    """
+    """A completion is parsed alike whatever the truth is: at most one truth can be right."""
     completion, options, _, answer, _ = case
     truths = "ABCDEFG"[: len(options)] if options else [str(n) for n in range(-20, 120)]
     grades = [grade(completion, options, truth) for truth in truths]

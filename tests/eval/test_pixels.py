@@ -1,6 +1,4 @@
-"""Pixels are bounded by the batch in hand and a number of bytes, and are the same whenever they
-are made.
-"""
+"""Pixels are bounded by batch and bytes, and are the same whenever they are made."""
 
 import hashlib
 import json

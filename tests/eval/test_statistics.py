@@ -1,5 +1,6 @@
-"""Against hand numbers, scipy where it is installed, and by simulation. Not covered: coverage at
-very small n.
+"""Against hand numbers, scipy where it is installed, and by simulation.
+
+Not covered: coverage at very small n.
 """
 
 import numpy as np
@@ -100,8 +101,9 @@ def test_equal_values_are_not_certainty():
 
 
 def test_a_value_not_seen_may_still_come():
-    """6 differences, one of -1 and none of +1: by the exact bound +1 may have a rate of 1 -
-    0.025^(1/6) = 0.459.
+    """Of 6 differences one is -1 and none +1, which may still have a rate of 0.459.
+
+    By the exact bound, 1 - 0.025^(1/6).
     """
     interval = bootstrap_interval([-1.0, 0, 0, 0, 0, 0], bounds=(-1.0, 1.0))
     assert (
@@ -110,8 +112,9 @@ def test_a_value_not_seen_may_still_come():
 
 
 def test_several_tests_at_once_are_stricter():
-    """Bonferroni: the interval of ten ablations is that of one at 99.5 %, and p = 0.02 is no
-    longer significant.
+    """The interval of ten ablations is that of one at 99.5 % (Bonferroni).
+
+    And p = 0.02 is no longer significant.
     """
     pairs = outcomes(60, 14, 4, 2)
     one, ten = usage_verdict(*pairs), usage_verdict(*pairs, num_tests=10)
@@ -121,9 +124,7 @@ def test_several_tests_at_once_are_stricter():
 
 
 def test_difference_is_paired():
-    """Prompts of very different difficulty, a gap of exactly 0.1 on each: paired, the interval has
-    no width.
-    """
+    """A gap of exactly 0.1 on prompts of very different difficulty has no width, paired."""
     own = np.linspace(0.2, 1.0, 50)
     interval = bootstrap_difference(own, own - 0.1, bounds=None)
     assert interval.low == pytest.approx(0.1) and interval.high == pytest.approx(0.1)

@@ -1,5 +1,6 @@
-"""The measurement that training repeats: gaps, verdict, drift, alignment against a recount; the
-reference over resumes.
+"""The measurement that training repeats: gaps, verdict, drift, alignment against a recount.
+
+And the reference over resumes.
 """
 
 import dataclasses
@@ -130,8 +131,9 @@ def override(vectors):
 
 
 def test_drift_is_from_the_start_over_resumes(loaded, prompts, tmp_path):
-    """Another process finds the start's latents in the file; a moved head moves them; other
-    prompts are refused.
+    """Another process finds the start's latents in the file.
+
+    A moved head moves them; other prompts are refused.
     """
     settings, path = UsageSettings(ablations=("shuffle",)), tmp_path / "start.safetensors"
     UsageProbe(loaded, prompts, scorer, settings, NEW, path).measure(is_start=True)

@@ -1,5 +1,6 @@
-"""A run folder as training leaves it, made by engine `hf` on a tiny model: checkpoint, data,
-dumps, metrics, evaluation.
+"""A run folder as training leaves it, made by engine `hf` on a tiny model.
+
+It has checkpoint, data, dumps, metrics and evaluation.
 """
 
 from __future__ import annotations
@@ -163,9 +164,7 @@ def write_metrics(path: Path, steps: int, offset: float = 0.0) -> None:
 
 
 def write_evaluation(path: Path, num_right: int = 95) -> None:
-    """A report of `grpo_latent.evaluate` made of outcomes: shuffle takes everything, noise
-    nothing.
-    """
+    """Writes an evaluation's report made of outcomes: shuffle takes everything, noise nothing."""
     own = [1.0] * num_right + [0.0] * (100 - num_right)
     outcomes = {
         "own": own,
@@ -185,6 +184,7 @@ def write_evaluation(path: Path, num_right: int = 95) -> None:
 
 def repeat_dump(folder: Path, times: int) -> int:
     """Many trajectories out of few, for the size and the speed of the page: copies of the steps.
+
     Returns their number.
     """
     first = read_dump(folder / "rollouts")

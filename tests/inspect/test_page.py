@@ -1,5 +1,6 @@
-"""The page in headless Chromium, as a user has it: opened from a file. Not covered: other
-browsers.
+"""The page in headless Chromium, as a user has it: opened from a file.
+
+Not covered: other browsers.
 """
 
 import json
@@ -176,9 +177,7 @@ def test_heat_map_changes_with_the_chosen_step(browser, pages):
 
 
 def test_heat_map_shows_the_cosines(browser, pages):
-    """The brightest patch on the canvas, read back from its pixels, is the probe's nearest visual
-    token.
-    """
+    """The brightest patch, read back from the canvas, is the probe's nearest visual token."""
     page = Page(browser, pages["plain"])
     open_latent_group(page)
     page.js("VIEW.mode = 'spotlight'")
@@ -297,8 +296,9 @@ def test_the_policy_stops_inline_scripts(browser, pages):
 
 
 def test_ablations_of_runs_are_overlaid_with_their_spread(browser, pages):
-    """lvr_s0 and lvr_s1 are one family: one chart with the mean of own accuracies .95 and .85 and
-    their range.
+    """lvr_s0 and lvr_s1 are one family: one chart shows their mean and their range.
+
+    Own accuracies are .95 and .85.
     """
     page = Page(browser, pages["both"])
     page.js("document.getElementById('ablations').scrollIntoView()")

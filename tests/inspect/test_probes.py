@@ -1,5 +1,6 @@
-"""Probes over models with several images, none, and a head. Not covered: a GPU; IVT-LR's chosen
-image embeddings.
+"""Probes over models with several images, none, and a head.
+
+Not covered: a GPU; IVT-LR's chosen image embeddings.
 """
 
 import io
@@ -116,8 +117,10 @@ def test_the_replay_gap_is_relative():
 
 
 def test_gaps_of_later_steps_take_the_latents_before_them_as_recorded():
-    """A first latent that was moved: the gap of the second is what one step makes of the moved
-    one, not of the model's own chain. By an uncached forward over the recorded sequence."""
+    """The gap of the second latent is what one step makes of a first one that was moved.
+
+    Not of the model's own chain; by an uncached forward over the recorded sequence.
+    """
     row = row_of(1)
     tested, loaded, prompt, group = roll_out("qwen2_5_vl", "none", row)
     index = next(i for i, dumped in enumerate(group) if len(dumped.trajectory.latents) > 1)

@@ -1,5 +1,6 @@
-"""What the page's data says, against a naive computation; and what happens where a run is
-incomplete.
+"""What the page's data says, against a naive computation.
+
+And what happens where a run is incomplete.
 """
 
 import base64
@@ -202,8 +203,9 @@ def test_geometry_by_hand():
 
 
 def test_ablation_rows():
-    """Own first; intervals from outcomes, verdicts as the evaluation gave them; an old report
-    without them has neither.
+    """Own first; intervals from outcomes, verdicts as the evaluation gave them.
+
+    An old report without them has neither.
     """
     outcomes = {"own": [1] * 90 + [0] * 10, "shuffle": [0] * 90 + [1] * 9 + [None]}
     usage = {
@@ -244,8 +246,9 @@ def test_ablation_rows():
 
 
 def test_runs_of_one_family_differ_by_seed_only(tmp_path):
-    """Folders of one name are told apart by their parents; a config that differs beyond seeds and
-    places: another family.
+    """Folders of one name are told apart by their parents.
+
+    A config that differs beyond seeds and places: another family.
     """
     runs = []
     for name, rate in (("seed0", 1), ("seed1", 1), ("lower", 0.5)):

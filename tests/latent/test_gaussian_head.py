@@ -1,6 +1,8 @@
-"""The learned width: its density against torch's Normal and finite differences, its draws, its
-start and its bounds. (Parameters in the engine, in checkpoints and in rollouts:
-test_treated_parameters.py of verl_plugin/worker.)"""
+"""The learned width: its density, its draws, its start and its bounds.
+
+The density is compared with torch's Normal and finite differences. (Parameters in the engine, in
+checkpoints and in rollouts: test_treated_parameters.py of verl_plugin/worker.)
+"""
 
 import math
 from types import SimpleNamespace

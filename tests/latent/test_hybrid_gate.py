@@ -1,5 +1,8 @@
-"""HRPO's gate and its rows, by hand. (Rollout, replay, gradients: tests/testing; verl's engine:
-tests/verl_plugin/worker/test_hybrid_gate_engine.py.)"""
+"""HRPO's gate and its rows, by hand.
+
+(Rollout, replay, gradients: tests/testing; verl's engine:
+tests/verl_plugin/worker/test_hybrid_gate_engine.py.)
+"""
 
 import math
 from types import SimpleNamespace

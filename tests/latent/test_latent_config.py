@@ -1,5 +1,6 @@
-"""`latent_config.json`: round trips, version 1, and `replace`. Malformed files are in
-tests/test_malformed_core.py.
+"""`latent_config.json`: round trips, version 1, and `replace`.
+
+Malformed files are in tests/test_malformed_core.py.
 """
 
 import dataclasses
@@ -82,9 +83,7 @@ def test_a_mechanism_of_ones_own_is_stored_by_where_it_is(tmp_path):
 
 
 def test_fields_added_later_take_their_defaults(tmp_path):
-    """A file that lacks an optional field, as an older release of the same version writes it,
-    loads.
-    """
+    """A file that lacks an optional field, as an older release wrote it, loads."""
     values = BASE.to_dict()
     values.pop("latent_end_threshold")
     (tmp_path / LATENT_CONFIG_FILE).write_text(json.dumps(values))

@@ -29,8 +29,9 @@ def begin(mechanism, steps_N):
 
 
 def play(state, sampled, logits=None, latents=None):
-    """Feeds one row's table of ids a step; rows that sample nothing ignore theirs. Kinds
-    [steps][rows].
+    """Feeds one row's table of ids a step; rows that sample nothing ignore theirs.
+
+    Kinds [steps][rows].
     """
     kinds = []
     for step, ids in enumerate(sampled):

@@ -93,8 +93,10 @@ def test_combinations_that_cannot_run(mechanism, changes, where):
 
 
 def test_sources_are_the_last_position_that_a_hidden_state_may_come_from():
-    """By hand: a latent after a chosen image embedding is made by what stood before that; padding
-    in front counts for nothing, and a MIXED position is made by its predecessor."""
+    """By hand: a latent after a chosen image embedding is made by what stood before that.
+
+    Padding in front counts for nothing, and a MIXED position is made by its predecessor.
+    """
     kinds = torch.tensor(
         [
             [K.PROMPT, K.PROMPT, K.SELECTED, K.SELECTED, K.LATENT, K.LATENT],

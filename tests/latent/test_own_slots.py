@@ -1,5 +1,7 @@
-"""Slots of an embedding of their own: what is fed, and which treatments of RL train it. (Rollout,
-replay, gradients: tests/testing.)"""
+"""Slots of an embedding of their own: what is fed, and which treatments of RL train it.
+
+(Rollout, replay, gradients: tests/testing.)
+"""
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
-"""The densities against hand numbers, torch's own distributions and finite differences; what the
-config refuses.
+"""The densities against hand numbers, torch's own distributions and finite differences.
+
+And what the config refuses.
 """
 
 import dataclasses
@@ -69,8 +70,9 @@ def test_gaussian_is_a_normal_density_up_to_the_declared_constant():
 
 
 def test_gumbel_soft_hand_numbers():
-    """One of two equally likely tokens, g at its mode (x = 0): -0 - e^0 = -1; beyond the clamp, x
-    = 3.
+    """One of two equally likely tokens, g at its mode (x = 0): -0 - e^0 = -1.
+
+    Beyond the clamp, x = 3.
     """
     treatment = GumbelSoft(top_k=2)
     half = math.log(0.5)

@@ -1,6 +1,9 @@
-"""The von Mises-Fisher treatment against a series in decimals, closed forms on the sphere,
-quadrature, finite differences and moments. (Rollout = replay and the loss through the engine:
-test_sources.py, test_treated_engine.py.)"""
+"""The von Mises-Fisher treatment against independent computations.
+
+They are a series in decimals, closed forms on the sphere, quadrature, finite differences and
+moments. (Rollout = replay and the loss through the engine: test_sources.py,
+test_treated_engine.py.)
+"""
 
 import math
 from decimal import Decimal, localcontext
@@ -49,8 +52,9 @@ def test_the_bessel_ratio_at_the_largest_concentration(d):
 
 @pytest.mark.parametrize("kappa", [0.1, 2.0, 700.0, 1e5])
 def test_the_bessel_ratio_on_the_sphere(kappa):
-    """coth kappa - 1 / kappa in three dimensions; the recurrence of Bessel functions leads from
-    there to five.
+    """coth kappa - 1 / kappa in three dimensions.
+
+    The recurrence of Bessel functions leads from there to five.
     """
     third = 1 / math.tanh(kappa) - 1 / kappa
     assert bessel_ratio(3, kappa) == pytest.approx(third, rel=1e-10)
@@ -74,8 +78,9 @@ def test_hand_numbers():
 
 @pytest.mark.parametrize("kappa", [0.5, 4.0, 40.0])
 def test_the_density_is_normalised_by_the_declared_constant(kappa):
-    """Integral over the sphere of exp(log_density) · C_3 e^kappa, C_3 = kappa / (4 pi sinh kappa),
-    on a grid of angles.
+    """exp(log_density) times the declared constant integrates to 1 over the sphere.
+
+    The constant is C_3 e^kappa, C_3 = kappa / (4 pi sinh kappa); on a grid of angles.
     """
     theta = (torch.arange(20_000, dtype=torch.float64) + 0.5) * math.pi / 20_000
     points = torch.stack([theta.cos(), theta.sin(), torch.zeros_like(theta)], -1)
@@ -122,8 +127,9 @@ def uniforms(count, size, seed=0):
 
 
 def test_angles_on_the_sphere_equal_the_closed_quantiles():
-    """In three dimensions cos a = 1 + log(q + (1 - q) e^(-2 kappa)) / kappa at the quantile q of
-    cos a; a falls with it.
+    """In three dimensions an angle's quantile has a closed form, and falls with cos a.
+
+    cos a = 1 + log(q + (1 - q) e^(-2 kappa)) / kappa at the quantile q of cos a.
     """
     q = (torch.arange(999, dtype=torch.float64) + 1) / 1000
     for kappa in (0.1, 3.0, 200.0):
@@ -134,8 +140,9 @@ def test_angles_on_the_sphere_equal_the_closed_quantiles():
 @pytest.mark.parametrize("d", [2, 3, 24, 512])
 @pytest.mark.parametrize("kappa", [0.1, 5.0, 300.0])
 def test_draws_have_the_distributions_moments(d, kappa):
-    """E[mu·u] = A, E[(mu·u)²] = 1 - (d-1) A / kappa; across mu no direction is preferred; lengths
-    stay those of h.
+    """E[mu·u] = A, E[(mu·u)²] = 1 - (d-1) A / kappa.
+
+    Across mu no direction is preferred; lengths stay those of h.
     """
     count, generator = 20_000, torch.Generator().manual_seed(1)
     mean_MH = 3.0 * torch.randn(1, d, generator=generator, dtype=torch.float64)
@@ -192,8 +199,9 @@ def view(reference=True):
 
 
 def test_components():
-    """The ratio is clipped by the latents' own bounds; the KL is the closed one and not that of
-    the densities.
+    """The ratio is clipped by the latents' own bounds.
+
+    The KL is the closed one and not that of the densities.
     """
     terms = LatentTerms(clip_low=0.05, clip_high=0.4, clip_ratio_c=None, kl_coef=0.3, weight=0.7)
     seen = view()

@@ -60,8 +60,9 @@ def test_hidden_and_logits_are_the_models_own(name):
 
 
 def test_state_left_by_an_earlier_forward_does_not_matter():
-    """Hugging Face VL models keep `rope_deltas` of the last forward; the adapter always passes
-    positions.
+    """Hugging Face VL models keep `rope_deltas` of the last forward.
+
+    The adapter always passes positions.
     """
     c = case("qwen2_5_vl")
     request = c.request(images=c.images(1))

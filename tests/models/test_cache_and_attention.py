@@ -1,5 +1,6 @@
-"""The in-place cache against `DynamicCache`, the folded attention against Hugging Face's sdpa and
-a plain softmax.
+"""The in-place cache against `DynamicCache`, the folded attention against sdpa and softmax.
+
+Sdpa is Hugging Face's own, the softmax a plain one.
 """
 
 import pytest

@@ -1,6 +1,8 @@
-"""Chameleon as a backbone of IVT-LR: discrete images, slots, rollout = replay, SFT. A plain
-forward of Hugging Face's is the reference for what stands at image positions. Not covered:
-published weights, the verl plug-in (which refuses it)."""
+"""Chameleon as a backbone of IVT-LR: discrete images, slots, rollout = replay, SFT.
+
+A plain forward of Hugging Face's is the reference for what stands at image positions. Not covered:
+published weights, the verl plug-in (which refuses it).
+"""
 
 import functools
 from dataclasses import replace
@@ -31,8 +33,9 @@ SLOTS = dict(mechanism="ivt_lr", steps=2, top_k_image=TOP_K)
 
 @functools.cache
 def chameleon() -> Case:
-    """Weights scaled up, so that attention is far from uniform and a wrong vector moves log-probs
-    by far more than 1e-4.
+    """Builds a tiny Chameleon whose log-probs a wrong vector moves by far more than 1e-4.
+
+    Its weights are scaled up, so that attention is far from uniform.
     """
     model, tokenizer, processor = tiny.tiny_chameleon(("read", "red", "blue", "?"))
     with torch.no_grad():

@@ -1,5 +1,6 @@
-"""Random selection: its rows of attention against full maps, its recorded log-probs against a
-replay's, its gradient.
+"""Random selection: its rows of attention, its recorded log-probs, its gradient.
+
+Against full attention maps and a replay.
 """
 
 import dataclasses

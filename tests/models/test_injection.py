@@ -1,6 +1,4 @@
-"""The embedding hook: against hand-built `inputs_embeds`, its gradients, and every way to misuse
-it.
-"""
+"""The embedding hook: against hand-built `inputs_embeds`, its gradients, and its misuse."""
 
 import copy
 

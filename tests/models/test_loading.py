@@ -1,5 +1,6 @@
-"""Checkpoints: save → load is bit-identical, the official LVR layout loads, input folders are
-never written to.
+"""Checkpoints: save → load is bit-identical, and the official LVR layout loads.
+
+Input folders are never written to.
 """
 
 import hashlib
@@ -100,9 +101,7 @@ def test_dtype_reaches_the_head(tmp_path):
 
 
 def official(folder, head=None, end_vector=False, drop=()):
-    """An official LVR folder (SYSTEMS: LVR, "Checkpoint"): `lvr_*` fields in config.json, no
-    `latent_config.json`.
-    """
+    """Writes an official LVR folder: `lvr_*` fields in config.json, no `latent_config.json`."""
     case, _ = saved(folder, "qwen2_5_vl")
     (folder / LATENT_CONFIG_FILE).unlink()
     ids = [case.token_id(token) for token in LVR_TOKENS]

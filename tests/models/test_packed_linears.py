@@ -1,5 +1,6 @@
-"""Packed linears against `nn.Linear`'s own forward. Where torch lacks oneDNN nothing is packed,
-and these are skipped.
+"""Packed linears against `nn.Linear`'s own forward.
+
+Where torch lacks oneDNN nothing is packed, and these are skipped.
 """
 
 import pytest

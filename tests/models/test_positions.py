@@ -1,6 +1,4 @@
-"""Positions by hand numbers: text, mRoPE, 1d, padding on either side and on both, verl's four
-components.
-"""
+"""Positions by hand numbers: text, mRoPE, 1d, padding on all sides, verl's components."""
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
-"""Invariant 8: the three latent gradients against central differences of what each of them states,
-in float64.
+"""The three latent gradients against central differences of what each of them states.
+
+In float64.
 
 And the chain run by passes against the chain over a cache: values and gradients.
 """
@@ -40,9 +41,7 @@ def objective(c, batch, latents_NH):
 
 
 def stated(c, batch, gradient):
-    """What is differentiated: the latents as a function of the weights, z₀ frozen where the mode
-    freezes it.
-    """
+    """The latents as a function of the weights, z₀ frozen where the mode freezes it."""
     if gradient == "cut":
         return batch.latents_NH
     if gradient == "bptt":
@@ -98,8 +97,9 @@ CASES = {"qwen2_5_vl": "latents_only", "qwen3": "full", "slots": "full"}
 
 @functools.cache
 def recorded(name):
-    """(case, adapter, the same trajectories padded on the right and on both sides), with several
-    latents in most rows.
+    """Gives (case, adapter, trajectories padded on the right, the same on both sides).
+
+    Most rows have several latents.
     """
     c, changes = build_case("qwen2_vl" if name == "slots" else name), {"visibility": CASES[name]}
     if name == "slots":

@@ -1,5 +1,6 @@
-"""Invariants 1, 2 and 4 (placeholder ids): replay and recompute against uncached single-row
-forwards and the rollout.
+"""Replay and recompute against uncached single-row forwards and the rollout.
+
+Placeholder ids change nothing in either.
 """
 
 import dataclasses
@@ -23,8 +24,9 @@ VISIBILITIES = ("full", "latents_only")
 
 @functools.cache
 def recorded(name, visibility):
-    """Trajectories of several prompts with the images of each: two images, one, none; spans at any
-    offset, or none.
+    """Trajectories of several prompts with the images of each: two images, one, none.
+
+    Spans at any offset, or none.
     """
     c = case(name)
     if name in TEXT_NAMES:
@@ -61,7 +63,7 @@ def completion_values(trajectories, values_BT, batch, prompts_valid=True):
 @pytest.mark.parametrize("visibility", VISIBILITIES)
 @pytest.mark.parametrize("name", ALL_NAMES)
 def test_replay_equals_rollout(name, visibility, padding_side):
-    """Invariant 1, batch of all rows: ≤ 1e-4 at every action, 0 elsewhere."""
+    """A batch of all rows replays to ≤ 1e-4 at every action, 0 elsewhere."""
     c, (trajectories, images) = case(name), recorded(name, visibility)
     batch = collate(trajectories, images, c.adapter, visibility, padding_side)
     with torch.no_grad():
@@ -76,8 +78,9 @@ def test_replay_equals_rollout(name, visibility, padding_side):
 @pytest.mark.parametrize("visibility", VISIBILITIES)
 @pytest.mark.parametrize("name", ALL_NAMES)
 def test_hidden_states_equal_an_uncached_forward_row_by_row(name, visibility):
-    """Invariant 2: a padded batch of replay has the hidden states of plain single-row forwards; so
-    has batch 1.
+    """A padded batch of replay has the hidden states of plain single-row forwards.
+
+    Batch 1 has them, too.
     """
     c, (trajectories, images) = case(name), recorded(name, visibility)
     batch = collate(trajectories, images, c.adapter, visibility, "both")
@@ -139,8 +142,9 @@ def test_recomputed_latents_equal_stored_while_weights_are_unchanged(name, visib
 
 @pytest.mark.parametrize("gradient", ["cut", "bptt"])
 def test_recompute_with_gradient_checkpointing_in_training(gradient):
-    """transformers silently drops the cache of a checkpointed layer in training: the published
-    code's second defect.
+    """transformers silently drops the cache of a checkpointed layer in training.
+
+    That was the published code's second defect.
     """
     trajectories, images = recorded("qwen2_5_vl", "full")
     c = build_case("qwen2_5_vl")
@@ -164,8 +168,9 @@ def test_recompute_with_head_applies_it():
 
 
 def test_gradient_through_recomputed_latents_matches_finite_differences():
-    """Back-propagation through the whole chain of a span, in float64, against a central difference
-    (norms stay float32).
+    """Back-propagation through a span's whole chain equals a central difference.
+
+    In float64, but for norms, which stay float32.
     """
     c = build_case("qwen2")
     group = c.engine().generate([c.request(seeds=range(6))], sampling(12))[0]
@@ -202,7 +207,7 @@ def test_gradient_through_recomputed_latents_matches_finite_differences():
     "placeholder", ["<|im_end|>", "<|lvr_start|>", "<|lvr_end|>", "<|image_pad|>", 10**9]
 )
 def test_any_placeholder_at_latent_positions_changes_nothing(name, visibility, placeholder):
-    """Invariant 4: exactly nothing, in replay and recompute; with ids outside the vocabulary."""
+    """Changes exactly nothing, in replay and recompute; with ids outside the vocabulary."""
     c, (trajectories, images) = case(name), recorded(name, visibility)
     batch = collate(trajectories, images, c.adapter, visibility, "both")
     token_id = c.token_id(placeholder) if isinstance(placeholder, str) else placeholder
@@ -230,8 +235,9 @@ def test_start_is_an_action_by_choice():
 
 
 def double_norm(norm, hidden_BTH):
-    """Transformers' norms compute in float32 whatever the model's dtype, which drowns a finite
-    difference in rounding.
+    """Lets transformers' norms compute in the model's dtype.
+
+    They are float32 otherwise, which drowns a finite difference in rounding.
     """
     return (
         norm.weight

@@ -1,6 +1,4 @@
-"""Acceptance 2 of IVT-LR: the last row's attention against `output_attentions` of the eager
-implementation.
-"""
+"""The last row's attention against `output_attentions` of the eager implementation."""
 
 import pytest
 import torch
@@ -16,8 +14,9 @@ from grpo_latent.models.visibility import attention_bias
 
 
 def tiny_chameleon():
-    """With QK norms, no grouped keys and a discrete image tokenizer, which the decoder does not
-    need here.
+    """Builds a tiny Chameleon: QK norms, no grouped keys, a discrete image tokenizer.
+
+    The decoder does not need the tokenizer here.
     """
     vq = dict(
         base_channels=32, channel_multiplier=[1], num_res_blocks=1, embed_dim=8, latent_channels=8

@@ -1,6 +1,4 @@
-"""Invariant 10, acceptance 2 of IVT-LR: slots over a cache against a prefix recomputed for every
-slot, eager, row by row.
-"""
+"""Slots over a cache against a prefix recomputed for every slot, eager, row by row."""
 
 import dataclasses
 
@@ -19,8 +17,11 @@ TOP_K = 4
 
 
 def prompts(c):
-    """Two images (12 image positions), one (6), none: with K = 4 and three slots, the second has 2
-    left for its second slot and none for its third."""
+    """Makes prompts of two images (12 image positions), one (6) and none.
+
+    With K = 4 and three slots, the second has 2 left for its second slot and none for its
+    third.
+    """
     return [
         c.request("read ? ?", c.images(2, seed=2), image_first=True),
         c.request("read red ?", c.images(1, seed=1)),
@@ -38,8 +39,9 @@ def padded(adapter, requests):
 
 @torch.no_grad()
 def slow_slots(c, request, num_slots, top_k):
-    """(kinds, vectors, chosen, last hidden state, length) of one prompt: no cache, full maps, 1-D
-    positions.
+    """Computes one prompt's slots without cache, by full maps and 1-D positions.
+
+    Returns kinds, vectors, chosen positions, last hidden state and length.
     """
     is_image = request.prompt_ids == c.adapter.image_token_id if c.processor else torch.zeros(0)
     embeds_TH = c.model.get_input_embeddings()(request.prompt_ids).clone()
@@ -165,8 +167,9 @@ def test_replay_and_recompute():
 
 
 def test_h_is_cut_or_carries_its_gradient():
-    """IVT-LR cuts, Coconut does not: only then does the last hidden state depend on the weights
-    through the slots.
+    """IVT-LR cuts the gradient at the slots, Coconut does not.
+
+    Only then does the last hidden state depend on the weights through the slots.
     """
     gradients = []
     for cut in (True, False):

@@ -1,6 +1,8 @@
-"""Rollout and replay log-densities are one number, z_t pairs with the hidden state at t - 1, and
-draws do not depend on the batch. (The densities themselves: tests/latent/test_treatments.py;
-through verl's engine: tests/verl_plugin.)"""
+"""Rollout and replay log-densities are one number, and draws do not depend on the batch.
+
+z_t pairs with the hidden state at t - 1. (The densities themselves:
+tests/latent/test_treatments.py; through verl's engine: tests/verl_plugin.)
+"""
 
 import dataclasses
 
@@ -29,8 +31,9 @@ TEMPERATURE = 0.9
 
 
 def mixed_batch(name, treatment, max_spans, **changes):
-    """Prompts and spans of different lengths, groups of several, up to `max_spans` spans a row at
-    any offset.
+    """Makes prompts and spans of different lengths, in groups of several.
+
+    A row has up to `max_spans` spans at any offset.
     """
     c = case(name)
     has_images = c.processor is not None
@@ -141,8 +144,10 @@ def test_sources_by_hand():
     "treatment", [Gaussian(sigma=0.5), GumbelSoft(top_k=4)], ids=["gaussian", "gumbel_soft"]
 )
 def test_draws_depend_on_the_seed_and_not_on_the_batch(treatment):
-    """Each trajectory alone gives the same completion and the same latents (up to rounding), those
-    that were drawn after half of the batch had stopped and been dropped included."""
+    """Each trajectory alone gives the same completion and the same latents, up to rounding.
+
+    Also those that were drawn after half of the batch had stopped and been dropped.
+    """
     c, seeds, length = (
         case("qwen2"),
         range(12),

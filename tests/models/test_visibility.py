@@ -105,8 +105,9 @@ def test_unknown_visibility_is_refused():
 
 
 def grown(kinds_NT, valid_NT, visibility, first, keep_at=None, keep=None):
-    """Rows from `first` on, as `GrowingVisibility` gives them one by one; from `keep_at` on of the
-    rows `keep` only.
+    """Rows from `first` on, as `GrowingVisibility` gives them one by one.
+
+    From `keep_at` on of the rows `keep` only.
     """
     is_latent = kinds_NT == K.LATENT
     before_latent_NT = torch.nn.functional.pad(is_latent[:, 1:], (0, 1))
@@ -123,8 +124,9 @@ def grown(kinds_NT, valid_NT, visibility, first, keep_at=None, keep=None):
 
 @pytest.mark.parametrize("visibility", ["full", "latents_only"])
 def test_the_row_form_is_the_matrix_form(visibility):
-    """Random kinds of completions after random prompts, padded on the left; some rows stop on the
-    way.
+    """Random kinds of completions after random prompts, padded on the left.
+
+    Some rows stop on the way.
     """
     generator = torch.Generator().manual_seed(3)
     keep, num_compared = torch.tensor([0, 2, 5]), 0

@@ -1,5 +1,4 @@
-"""Vision cache: the same features with and without it, fewer encodings, gradients that add up,
-bounds, staleness.
+"""Vision cache: the same features, fewer encodings, gradients that add up, bounds, staleness.
 
 Not covered: videos, and towers under FSDP.
 """

@@ -26,8 +26,9 @@ def is_alive(pid: int) -> bool:
 
 
 def test_a_script_that_fails_takes_down_what_runs_beside_it(tmp_path):
-    """The grandchild too: of a function in the background, only the subshell would be killed by
-    its id.
+    """A grandchild goes down too, which killing a background function by its id would miss.
+
+    That id is the subshell's.
     """
     script = (
         'run() { sleep 60 & echo $! > "$OUT/pid"; wait; }\n'

@@ -1,5 +1,6 @@
-"""What can be seen of the recipes without running them: configs that compose, shapes that hold,
-the summary's contract.
+"""What can be seen of the recipes without running them.
+
+Configs compose, shapes hold, and the summary keeps its contract.
 
 Does not cover: run.sh and controls.sh, which are run by hand (README has their results).
 """
@@ -64,8 +65,9 @@ def test_ilvr_validates_its_three_stages_at_paper_scale(capsys):
 
 
 def test_memory_by_hand():
-    """Qwen2.5-VL-7B has 8.29e9 weights, 0.68e9 of them in the frozen vision part; full SFT in
-    float32 needs 4 + 16 bytes.
+    """Qwen2.5-VL-7B has 8.29e9 weights, 0.68e9 of them in the frozen vision part.
+
+    Full SFT in float32 needs 4 + 16 bytes.
     """
     shared = load(RECIPES / "paper_scale.py")
     ilvr = load(RECIPES / "ilvr" / "validate.py")
@@ -102,9 +104,7 @@ def test_memory_by_hand():
 
 
 def test_treatments_validate_at_paper_scale(capsys):
-    """Monet's VLPO, the note that its first update needs, and the same config with every
-    treatment.
-    """
+    """Monet's VLPO, with the note that its first update needs, and every other treatment."""
     treatments = load(RECIPES / "treatments" / "validate.py")
     treatments.main([])
     out = capsys.readouterr().out
@@ -190,9 +190,7 @@ def test_chains_of_the_coconut_recipe():
 
 
 def test_ilvr_runs_its_stages_on_one_kind_of_latents():
-    """The embedded configs: both SFT stages and GRPO agree on what `digits_sft.yaml` says of
-    spans.
-    """
+    """Both SFT stages and GRPO agree on what `digits_sft.yaml` says of spans."""
     shared = load(RECIPES / "paper_scale.py")
     first, second = (
         shared.check_sft(RECIPES / "ilvr", f"digits_{stage}") for stage in ("stage1", "stage2")
@@ -232,8 +230,9 @@ def test_shapes_that_do_not_fit_are_named(lvr, change, message, tmp_path, monkey
 
 
 def write_run(out):
-    """What a finished quickstart leaves; step 1 is logged twice, as by a run that died and was
-    resumed.
+    """What a finished quickstart leaves.
+
+    Step 1 is logged twice, as by a run that died and was resumed.
     """
     (out / "grpo").mkdir()
     steps = [

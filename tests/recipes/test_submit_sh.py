@@ -1,5 +1,6 @@
-"""Each recipe's submit.sh up to `ray job submit`, which is played by a script that writes down
-what it is asked.
+"""Each recipe's submit.sh up to `ray job submit`, which a script plays.
+
+It writes down what it is asked.
 """
 
 import os

@@ -60,8 +60,9 @@ def test_a_completion_cut_by_the_length_limit_fails():
 
 
 def test_lvr_agrees_with_the_published_expression():
-    """Every completion of up to five pieces out of a small set; spans printed as LVR's tokenizer
-    prints them.
+    """Every completion of up to five pieces out of a small set.
+
+    Spans are printed as LVR's tokenizer prints them.
     """
     alphabet = [None, "look ", "\n", ANSWER]
     counts = [0, 0]

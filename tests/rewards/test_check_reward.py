@@ -1,6 +1,4 @@
-"""The checker finds each fault that it names, and none in the functions that come with the
-project.
-"""
+"""The checker finds each fault that it names, and none in the project's own functions."""
 
 import subprocess
 import sys

@@ -1,6 +1,4 @@
-"""What a reward sees does not depend on token ids, on placeholder ids, or on which tokens are
-called special.
-"""
+"""What a reward sees does not depend on token ids, placeholders or special tokens."""
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
-"""Engine `hf` against a per-trajectory loop with a `DynamicCache` and against uncached forwards on
-hand-built embeddings.
+"""Engine `hf` against a loop a trajectory and against uncached forwards.
+
+The loop has a `DynamicCache`, the forwards hand-built embeddings.
 
 Not covered here: exits other than `steps` (test_hf_spans.py) and truncated sampling
 (test_sampling.py).
@@ -77,9 +78,7 @@ def test_tokens_kinds_and_latents_equal_the_naive_loop(name, visibility):
 @pytest.mark.parametrize("visibility", ["full", "latents_only"])
 @pytest.mark.parametrize("name", ALL_NAMES)
 def test_log_probs_equal_an_uncached_forward(name, visibility):
-    """Invariant 1 at the rollout's side: each recorded log-prob is that of a plain forward over
-    the whole sequence.
-    """
+    """Each recorded log-prob is that of a plain forward over the whole sequence."""
     c, temperature = case(name), TEMPERATURE
     requests, groups = rollouts(c, visibility, temperature)
     for request, group in zip(requests, groups, strict=True):
@@ -91,8 +90,9 @@ def test_log_probs_equal_an_uncached_forward(name, visibility):
 
 
 def test_latents_matter_to_these_log_probs():
-    """Negative control of the two tests above: wrong latents move the uncached log-probs by far
-    more than 1e-4.
+    """Wrong latents move the uncached log-probs by far more than 1e-4.
+
+    A control: without that, the two tests above would say nothing.
     """
     c = case("qwen2_5_vl")
     requests, groups = rollouts(c, "full")
@@ -143,8 +143,9 @@ def test_prompts_of_different_lengths_are_prefilled_apart_and_decode_as_together
 
 @pytest.mark.parametrize("visibility", ["full", "latents_only"])
 def test_batch_composition_order_and_compaction_change_nothing(visibility):
-    """Rows end at steps 1 to 24, so that stopped rows are dropped several times; each row alone
-    gives the same.
+    """Rows end at steps 1 to 24, so that stopped rows are dropped several times.
+
+    Each row alone gives the same.
     """
     c = case("qwen2_5_vl")
     requests = mixed_requests(c)
@@ -257,8 +258,10 @@ def test_start_with_id_zero():
 def test_prefill_and_decoding_use_the_attention_and_linears_meant_for_them(
     monkeypatch, pack_linears
 ):
-    """Folded attention has no mask of its own making, so the prefill must not run in it; decoding
-    should. Linears are packed in both, and the model's own again afterwards."""
+    """Folded attention has no mask of its own making, so the prefill must not run in it.
+
+    Decoding should. Linears are packed in both, and the model's own again afterwards.
+    """
     c, seen = case("qwen2_5_vl"), {}
     engine = c.engine(pack_linears=pack_linears)
     layer = engine.adapter.decoder.layers[0].mlp.up_proj
@@ -289,9 +292,7 @@ def test_packed_linears_move_log_probs_by_rounding_only(name):
 
 
 def test_trajectories_are_ordinary_tensors():
-    """Training differentiates through what a rollout recorded, so nothing of inference mode may
-    leave the engine.
-    """
+    """Nothing of inference mode leaves the engine: training differentiates through it."""
     c = case("qwen2_5_vl")
     trajectory = next(t for t in rollouts(c, "full")[1][0] if t.spans)
     for value in vars(trajectory).values():

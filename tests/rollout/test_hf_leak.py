@@ -1,5 +1,6 @@
-"""The leak test of `latent.visibility=latents_only`: swap the image under recorded latents, and
-nothing after may move.
+"""The leak test of `latent.visibility=latents_only`.
+
+Swap the image under recorded latents, and nothing after may move.
 
 With one latent a span the channel is closed exactly (0.0, not "small"); `full`, and two latents a
 span, are the negative controls. Both sides are covered: the engine (recorded latents given back as
@@ -32,9 +33,7 @@ def recorded(c, visibility, steps, image_first):
 
 
 def change_after_swap(c, visibility, steps, image_first) -> tuple[float, float]:
-    """Largest change of a post-span text log-prob, and of any other action's, by the swap of the
-    image in replay.
-    """
+    """Largest change, by an image swap in replay, after spans and at any other action."""
     request, trajectories = recorded(c, visibility, steps, image_first)
     batch = collate(
         trajectories, [request.images] * len(trajectories), c.adapter, visibility, "both"
@@ -88,8 +87,9 @@ def test_own_latents_depend_on_the_image():
 
 @pytest.mark.parametrize(("visibility", "exact"), [("latents_only", True), ("full", False)])
 def test_engine_with_given_latents_sees_the_image_only_with_full(visibility, exact):
-    """The engine's own mask (a second reading of the rule, step by step): two images, the same
-    given latents.
+    """The engine's own mask, step by step: two images, the same given latents.
+
+    It is a second reading of the rule.
     """
     c = case("qwen2_5_vl")
     table = torch.randn(12, 32, generator=torch.Generator().manual_seed(1))

@@ -1,5 +1,6 @@
-"""Invariant 9: exactly N latents, forced end, re-entry, cap, max_new_tokens inside a span, EOS
-ignored in a span; exits.
+"""Spans of the engine: their length, re-entry, cap, exits, and what cannot end one.
+
+Exactly N latents and a forced end; max_new_tokens inside a span; EOS ignored in a span.
 
 The language-model head is scripted: it prefers one token a call, so that each case is a
 hand-written table of kinds.
@@ -23,8 +24,9 @@ T, S, Z, F = int(K.TEXT), int(K.START), int(K.LATENT), int(K.FORCED)
 
 @contextmanager
 def script(c, tokens):
-    """Call n of the language-model head gives `tokens[n]` the largest logit (the last one for
-    later calls), "7" the next.
+    """Scripts the language-model head: call n gives `tokens[n]` the largest logit, "7" the next.
+
+    Later calls take the last one.
     """
     calls = iter(tokens)
     state = {"now": None, "num_calls": 0}
@@ -66,9 +68,7 @@ def run(c, config, tokens, max_new_tokens=12, **request):
     ],
 )
 def test_exit_steps(tokens, kinds, stop_reason):
-    """The scripted head is not even asked inside a span, so `[START, EOS]` also says that EOS
-    cannot stop one.
-    """
+    """The head is not even asked inside a span, so that EOS cannot stop one (`[START, EOS]`)."""
     trajectory, num_calls = run(case("qwen2"), case("qwen2").mechanism(steps=2), tokens)
     assert trajectory.kinds.tolist() == kinds and trajectory.stop_reason == stop_reason
     assert num_calls == sum(kind in (T, S) for kind in kinds)
@@ -125,8 +125,9 @@ def test_max_spans_caps_what_can_be_sampled(max_spans, num_spans):
 
 
 def test_sampled_rows_open_and_close_every_span_by_the_rule():
-    """Many sampled rows: after a start exactly N latents, then the forced end; nothing else is
-    FORCED or LATENT.
+    """Many sampled rows: after a start exactly N latents, then the forced end.
+
+    Nothing else is FORCED or LATENT.
     """
     c = case("qwen2_5_vl")
     engine = c.engine(c.mechanism(steps=3, max_spans=2))
@@ -160,7 +161,8 @@ def test_sampled_rows_open_and_close_every_span_by_the_rule():
     ],
 )
 def test_exit_end_token(tokens, kinds):
-    """Leaves when the arg-max at a latent position is `end`, at least one latent, at most `steps`;
+    """Leaves when the arg-max at a latent position is `end`, at least one latent, at most `steps`.
+
     EOS does nothing.
     """
     trajectory, num_calls = run(
@@ -177,9 +179,7 @@ def free_latents(c, num_steps):
 
 @pytest.mark.parametrize("target", [0, 2, 4])
 def test_exit_latent_end_stops_at_the_hand_set_vector(target):
-    """The end vector is put at latent `target` of a free-running span: that latent is the last
-    one.
-    """
+    """The end vector is put at latent `target` of a free span: that latent is the last one."""
     c, num_steps = build_case("qwen2"), 5
     latents = free_latents(c, num_steps)
     setattr(c.model, END_VECTOR_ATTRIBUTE, torch.nn.Parameter(latents[target].clone()))
@@ -281,8 +281,9 @@ def test_no_steps_leaves_the_delimiters_and_no_spans_forces_text():
 
 
 def test_blind_after_span_hides_the_image_from_what_follows():
-    """Recorded log-probs against a plain forward whose mask is drawn by hand: text before the span
-    still sees the image.
+    """Recorded log-probs are those of a plain forward whose mask is drawn by hand.
+
+    Text before the span still sees the image.
     """
     c = case("qwen2_5_vl")
     request = c.request(images=c.images(1), seeds=range(24), blind_after_span=True)

@@ -1,5 +1,6 @@
-"""ILVR end to end in the core: an official folder's config, interleaved spans of its own length,
-rollout = replay.
+"""ILVR in the core: an official folder's config, interleaved spans, rollout = replay.
+
+Spans have a length of their own.
 """
 
 import dataclasses
@@ -28,8 +29,9 @@ STEPS = 4
 
 @functools.cache
 def ilvr_case(name):
-    """`latent_cases`' reactive model under ILVR's tokens; `end` is likely enough to stop some
-    spans early.
+    """`latent_cases`' reactive model under ILVR's tokens.
+
+    `end` is likely enough to stop some spans early.
     """
     source = build_case(name)
     model, tokenizer, processor = getattr(tiny, f"tiny_{name}")(

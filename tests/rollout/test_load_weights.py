@@ -1,5 +1,6 @@
-"""`HFRolloutEngine.load_weights`: what arrives is what acts; nothing missing, unknown or misshapen
-passes.
+"""`HFRolloutEngine.load_weights`: what arrives is what acts.
+
+Nothing missing, unknown or misshapen passes.
 """
 
 import copy

@@ -1,5 +1,6 @@
-"""Preflight: what a good checkpoint reports, and malformed ones, each refused by name; folders are
-only read.
+"""Preflight: what a good checkpoint reports, and malformed ones, each refused by name.
+
+Folders are only read.
 """
 
 import hashlib

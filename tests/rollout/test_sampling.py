@@ -1,6 +1,4 @@
-"""Sampling against brute force, its statistics, and its independence of everything but seed and
-position.
-"""
+"""Sampling against brute force, and its statistics; it depends on seed and position only."""
 
 import math
 
@@ -25,9 +23,7 @@ def draws(num_draws, position=0, first_seed=0):
 
 
 def test_latents_draw_from_a_stream_of_their_own():
-    """No number of one latent comes back at another position, at another seed, or at a text
-    position.
-    """
+    """No number of one latent comes back at another position, seed, or text position."""
     seeds = np.arange(3, dtype=np.uint64)
     latents = [latent_uniforms(seeds, position, 5) for position in range(4)]
     texts = [uniforms(seeds, position) for position in range(64)]
@@ -55,8 +51,9 @@ def chi_square(counts, probs):
     ],
 )
 def test_frequencies_are_the_distribution(temperature, top_k, top_p, degrees, critical):
-    """Chi-square at p = 0.001 on 200 000 draws from consecutive seeds, the worst case for a
-    counter-based hash.
+    """Frequencies pass chi-square at p = 0.001 on 200 000 draws from consecutive seeds.
+
+    Such seeds are the worst case for a counter-based hash.
     """
     num_draws, logits = 200_000, LOGITS[0].tolist()
     tokens, full, drawn = sample(

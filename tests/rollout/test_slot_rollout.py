@@ -1,5 +1,6 @@
-"""IVT-LR and Coconut: rollout = replay for mixed batches, shared slots, lengths, and what is
-refused.
+"""IVT-LR and Coconut: rollout = replay for mixed batches, lengths, and what is refused.
+
+Slots are shared within a group.
 """
 
 import dataclasses
@@ -45,8 +46,9 @@ def recorded(name):
 
 
 def replay_by_index(adapter, batch):
-    """Log-probs where SELECTED positions read the image positions of `selected_idx_M`, whatever
-    vectors were recorded.
+    """Log-probs where SELECTED positions read the image positions of `selected_idx_M`.
+
+    Whatever vectors were recorded.
     """
     is_image_BT = (
         (batch.input_ids_BT == adapter.image_token_id)
@@ -160,8 +162,9 @@ PARTS = {  # whether a latent of this kind and slot is in the part
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_override_of_slots_replaces_its_part_and_nothing_else(name, part):
-    """Beside an untouched prompt. Log-probs are those of a replay of the record; h that is not
-    replaced is the model's.
+    """An override of slots replaces its part of them, beside an untouched prompt.
+
+    Log-probs are those of a replay of the record; h that is not replaced is the model's.
     """
     requests, groups, engine = recorded(name)
     table = 3 * torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
@@ -239,8 +242,9 @@ def test_what_slots_cannot_do_is_an_error():
 
 
 def test_drawn_slots_differ_in_a_group_and_their_log_probs_are_a_replays():
-    """Plackett-Luce: the same seeds give the same draws whatever the batch; greedy decoding takes
-    the best as before.
+    """Plackett-Luce: the same seeds give the same draws whatever the batch.
+
+    Greedy decoding takes the best as before.
     """
     c = case("qwen2_vl")
     requests, plain, _ = recorded("qwen2_vl")

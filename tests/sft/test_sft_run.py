@@ -1,5 +1,6 @@
-"""Whole runs: `run_sft` and the config of `python -m grpo_latent.sft`. Resume to the bit, inputs
-only read, exit codes.
+"""Whole runs: `run_sft` and the config of `python -m grpo_latent.sft`.
+
+Resume to the bit, inputs only read, exit codes.
 
 Not covered: resuming on another number of processes.
 """
@@ -244,8 +245,9 @@ def test_sft_goes_on_from_its_own_output(inputs, tmp_path):
 
 
 def official_checkpoint(folder):
-    """The published layout, written by hand: lvr_* fields in config.json, lvr_head.* weights, no
-    latent_config.json.
+    """Writes the published layout by hand, without a latent_config.json.
+
+    It has lvr_* fields in config.json and lvr_head.* weights.
     """
     case = build_case("qwen2_5_vl")
     case.model.lm_head.bias = None

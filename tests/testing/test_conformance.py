@@ -1,5 +1,6 @@
-"""Every registered mechanism conforms, so does one of a user's own, and each kind of fault is
-caught by its check.
+"""Every registered mechanism conforms, and each kind of fault is caught by its check.
+
+So does a mechanism of a user's own.
 
 Not covered: engines other than `hf`, several ranks, bf16.
 """

@@ -12,8 +12,9 @@ from grpo_latent.train import environment
 
 @pytest.fixture(scope="module", autouse=True)
 def unpatched_transformers():
-    """After each module, for the tests of other folders that run in this process. verl patches
-    anew for every engine.
+    """Undoes verl's patches after each module, for tests of other folders in this process.
+
+    verl patches anew for every engine.
 
     Not of the session: that ends after the last test of all folders.
     """

@@ -122,9 +122,7 @@ def roll_out(folder, visibility="full", treatment=None, selection_temperature=No
 
 
 def row_positions(adapter, trajectory, images):
-    """int64 [L] or, for mRoPE, [4, L] with the text positions first, as verl's agent loop makes
-    them.
-    """
+    """int64 [L] or, for mRoPE, [4, L] with text positions first, as in verl's agent loop."""
     ids = torch.cat([trajectory.prompt_ids, trajectory.token_ids])[None]
     positions = adapter.position_ids(ids, torch.ones_like(ids, dtype=torch.bool), images)
     if not adapter.has_mrope:

@@ -1,6 +1,8 @@
-"""InternVL through verl: the latent engine's log-probs are those of the rollout, and GRPO steps
-train. verl has no code of its own for this family, so that Hugging Face's forward runs. Not
-covered: several ranks, the packed layout."""
+"""InternVL through verl: log-probs of the engine are the rollout's, and GRPO steps train.
+
+verl has no code of its own for this family, so that Hugging Face's forward runs. Not covered:
+several ranks, the packed layout.
+"""
 
 import dataclasses
 

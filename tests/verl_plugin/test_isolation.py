@@ -1,5 +1,6 @@
-"""Tests of other folders find transformers as it is, whatever verl did to it before. The order of
-folders is not tested.
+"""Tests of other folders find transformers as it is, whatever verl did to it before.
+
+The order of folders is not tested.
 """
 
 from types import SimpleNamespace

@@ -25,8 +25,9 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
 
 
 def write_inputs(folder: Path, **checkpoint) -> Path:
-    """Model, reward, and parquets of 10 and 3 rows: with 4 rows a step the epochs wrap after two
-    steps.
+    """Writes model, reward, and parquets of 10 and 3 rows.
+
+    With 4 rows a step the epochs wrap after two steps.
 
     Args:
         checkpoint: as for `make_checkpoint`.
@@ -141,8 +142,9 @@ def metrics_of(output: Path) -> dict[int, dict]:
 
 
 def states_of(output: Path, step: int) -> dict:
-    """Everything in the checkpoint of `step`: model, optimizer, scheduler and generator states of
-    all ranks.
+    """All states of model, optimizer, scheduler and generators in the checkpoint of `step`.
+
+    Of all ranks.
     """
     files = sorted((output / "checkpoints" / f"global_step_{step}" / "actor").glob("*.pt"))
     return {path.name: torch.load(path, weights_only=False) for path in files}

@@ -9,9 +9,7 @@ PATCHED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 @contextmanager
 def transformers_as_it_was():
-    """Gives the classes of these families the attributes back that they had, and takes away what
-    they did not have.
-    """
+    """Gives the classes of these families back the attributes that they had, and those alone."""
     modules = [
         importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in PATCHED
     ]

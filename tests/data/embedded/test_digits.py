@@ -1,5 +1,6 @@
-"""The embedded task: determinism, label scarcity, disjoint splits, boxes, and parquet files as
-verl reads them.
+"""The embedded task: determinism, label scarcity, disjoint splits, boxes, and its parquet files.
+
+The files are read as verl reads them.
 """
 
 import io
@@ -33,8 +34,9 @@ def test_same_arguments_same_examples_other_seed_or_stream_others():
 
 
 def test_the_heldout_stream_is_pinned():
-    """Data must not move under a published result; if this fails on purpose, say so in the
-    results.
+    """Data must not move under a published result.
+
+    If this fails on purpose, say so in the results.
     """
     example = digits.generate(3, stream="heldout", seed=digits.EVAL_SEED)[2]
     assert (example.question, example.answer) == ("read orange ?", "0")
@@ -69,8 +71,9 @@ def test_a_box_is_the_visual_token_of_its_cell(examples):
 
 
 def test_pixels_show_the_object_in_its_box():
-    """Mean colour in a cell leans to the object's, and its helper image is the cell; cells without
-    objects are grey.
+    """Mean colour in a cell leans to the object's, and its helper image is the cell.
+
+    Cells without objects are grey.
     """
     for example in digits.generate(50, stream="sft", seed=1):
         (asked,) = example.asked

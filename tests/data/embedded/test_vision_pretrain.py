@@ -46,8 +46,9 @@ def test_the_tower_learns_to_read_digits():
 
 
 def test_loss_by_hand():
-    """Uniform logits cost ln 11 + ln 9; the scale term is the only one that sees the tokens'
-    scale.
+    """Uniform logits cost ln 11 + ln 9.
+
+    The scale term is the only one that sees the tokens' scale.
     """
     probes = CellProbes(4).requires_grad_(False)
     labels = torch.zeros(1, 2, dtype=torch.long)
@@ -86,8 +87,9 @@ def test_only_the_tower_moves_and_runs_repeat():
 
 
 def test_visual_tokens_are_the_models_and_row_major():
-    """Changing one cell's pixels changes only attention-mixed values elsewhere: without attention,
-    only that token.
+    """Without attention, changing one cell's pixels changes that cell's token only.
+
+    With it, other tokens change by what attention mixes in.
     """
     tiny = model()
     images = digits.generate_dense(2, digits.stream_rng("pretrain", 0), "pretrain")[0]

@@ -197,8 +197,9 @@ def test_worker_options_survive_json_and_are_read_from_the_folder_otherwise(fold
 
 
 def test_only_the_cpu_worker_imports_vllms_cpu_modules():
-    """Importing them replaces torch.cuda.Stream, events and pinned memory by nothing, on a GPU
-    too.
+    """Importing them replaces torch.cuda.Stream and events by nothing, on a GPU too.
+
+    And pinned memory.
     """
     package = Path(compat.__file__).parent
     texts = {path.name: path.read_text() for path in package.glob("*.py")}

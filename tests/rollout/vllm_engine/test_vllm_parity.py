@@ -1,5 +1,6 @@
-"""Engine vllm against engine hf on one checkpoint, float32, greedy; and sampled trajectories
-against replay.
+"""Engine vllm against engine hf on one checkpoint, float32, greedy.
+
+And sampled trajectories against replay.
 
 Not covered: a GPU, bfloat16, CUDA graphs. vLLM's V2 runner has its own file.
 """
@@ -135,8 +136,9 @@ def test_exits_heads_and_max_spans(changes, tmp_path):
 
 
 def test_asynchronous_scheduling_with_all_of_that(vl, monkeypatch):
-    """vLLM switches it off on CPU; here it is switched on again, so that the worker computes a
-    step ahead.
+    """vLLM switches it off on CPU.
+
+    Here it is switched on again, so that the worker computes a step ahead.
     """
     from vllm.platforms.cpu import CpuPlatform
 

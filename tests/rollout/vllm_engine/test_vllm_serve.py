@@ -1,5 +1,6 @@
-"""vLLM's own HTTP server, started by `python -m grpo_latent.serve`, against engine hf on the same
-folder.
+"""vLLM's own HTTP server, started by `grpo_latent.serve`, against engine hf.
+
+On the same folder.
 
 Not covered: structured outputs, several API processes, data parallelism, a GPU.
 """
@@ -183,8 +184,9 @@ def test_a_chat_with_an_image_runs_the_spans_that_engine_hf_runs(
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_what_clients_may_do(server, client, folder, reference):
-    """Stop strings, a least number of tokens, latent steps of their own, a client that hangs up;
-    nothing piles up.
+    """Stop strings, a least number of tokens, latent steps of their own, a client that hangs up.
+
+    Nothing piles up.
     """
     trajectory, text = reference[1]
     word = text.split()[1]

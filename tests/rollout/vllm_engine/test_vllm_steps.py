@@ -1,6 +1,4 @@
-"""A worker's steps without vLLM: chunked prompts, preempted requests, what vLLM's own report says
-afterwards.
-"""
+"""A worker's steps without vLLM: chunked prompts, preempted requests, vLLM's report."""
 
 from types import SimpleNamespace
 
@@ -36,8 +34,9 @@ def recorded(key):
 
 
 def run(steps, rows, best, hidden=0.0, drawn=None, with_report=False):
-    """One step of `rows`, (request, first position, count, whether it chooses) each; returns
-    inputs, ids, report.
+    """One step of `rows`, (request, first position, count, whether it chooses) each.
+
+    Returns inputs, ids, report.
     """
     names, starts, counts, choosing = zip(*rows, strict=True)
     embeds = torch.full((sum(counts), HIDDEN), -1.0)

@@ -1,5 +1,6 @@
-"""The worker's table without vLLM: positions asked for again, slots reused, rows of different
-sampling in one step.
+"""The worker's table without vLLM: positions asked for again, slots that are reused.
+
+Rows of different sampling stand in one step.
 """
 
 import numpy as np
@@ -55,8 +56,9 @@ def step(table, ids, positions, best, hidden=None, served=None):
 
 
 def test_a_span_then_the_same_positions_again_after_preemption():
-    """Recomputing position 2 onwards gives the state of then, not the one that positions 3 and 4
-    left behind.
+    """Recomputing from position 2 on gives the state of then, not what came later.
+
+    Positions 3 and 4 left another one behind.
     """
     t = table()
     t.add("a", greedy("a"))

@@ -102,9 +102,7 @@ def test_a_failed_batch_leaves_the_engine_usable(cases, engine, monkeypatch):
 
 
 def continuation(case, engine):
-    """A prompt whose ids are another request's prompt *and completion*, latent placeholders
-    included.
-    """
+    """A prompt whose ids are another request's prompt *and completion*, placeholders included."""
     for idx in range(1, 64, 2):  # text-only
         request = case.requests(1, first=idx)[0]
         if len(request.prompt_ids) <= 32:
@@ -136,8 +134,9 @@ def test_blocks_with_latents_are_never_shared(tmp_path, monkeypatch):
 
 
 def test_without_our_scheduler_they_would_be(tmp_path, monkeypatch):
-    """The control of the test above: vLLM's own scheduler gives the wrong answer, which is why it
-    is refused.
+    """vLLM's own scheduler gives the wrong answer, which is why it is refused.
+
+    The control of the test above.
     """
     from grpo_latent.rollout.vllm import compat, worker
 

@@ -1,5 +1,6 @@
-"""Engine vllm on vLLM's V2 model runner, on a CPU: its kernels run in Triton's interpreter. A
-program, started by the tests.
+"""Engine vllm on vLLM's V2 model runner, on a CPU: its kernels run in Triton's interpreter.
+
+A program, started by the tests.
 
     python v2_on_cpu.py CASE FOLDER < options.json      prints the comparison with engine hf, and the engine's counters
 
@@ -18,8 +19,9 @@ from pathlib import Path
 
 
 def pretend_triton_runs_here() -> None:
-    """vLLM asks for a Triton backend `cpu`, and for the version of a distribution that the CPU
-    wheel does not have.
+    """Names a Triton backend `cpu` and the version that vLLM asks for.
+
+    The CPU wheel has neither.
     """
     import triton.backends
 

@@ -60,8 +60,9 @@ class VllmCase:
     def requests(
         self, num_requests: int, num_trajectories: int = 1, first: int = 0
     ) -> list[RolloutRequest]:
-        """Prompts of 4 to 65 positions, every other one (VL models) with one or two images, steps
-        None, 1, 2 or 5.
+        """Makes prompts of 4 to 65 positions, every other one with images (VL models).
+
+        One or two images; steps None, 1, 2 or 5.
         """
         requests = []
         for idx in range(first, first + num_requests):
@@ -117,8 +118,9 @@ def build_vllm_case(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Largest gaps between two engines' trajectories; `different` names those whose tokens or
-    kinds differ.
+    """Largest gaps between two engines' trajectories.
+
+    `different` names those whose tokens or kinds differ.
     """
 
     different: list[str]
@@ -159,8 +161,9 @@ def compare(ours: list[list[Trajectory]], reference: list[list[Trajectory]]) -> 
 def replay_gap(
     case: Case, requests: list[RolloutRequest], groups: list[list[Trajectory]], temperature: float
 ) -> tuple[float, float]:
-    """Largest gaps of log-probs and latents between trajectories and one forward over each of
-    them, text and starts.
+    """Largest gaps of log-probs and latents between trajectories and one forward over each.
+
+    At text and starts.
     """
     log_prob_gap = latent_gap = 0.0
     for request, group in zip(requests, groups, strict=True):

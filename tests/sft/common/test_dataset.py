@@ -1,5 +1,6 @@
-"""What SFT holds in memory: no image that is not being encoded, pixels of one step's rows and of
-`cache_bytes`.
+"""What SFT holds in memory: one step's pixels, and `cache_bytes` of others.
+
+No image that is not being encoded.
 """
 
 import weakref

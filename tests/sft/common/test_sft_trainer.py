@@ -1,5 +1,6 @@
-"""The common trainer around LVR's loss: denominators, accumulation, bfloat16, checkpoints, loud
-failures.
+"""The common trainer around LVR's loss: denominators, bfloat16, checkpoints, loud failures.
+
+Also gradient accumulation.
 
 Accumulation and checkpointing compare with plain autograd on one batch. Not covered here: several
 processes (see test_sft_distributed.py), FSDP, DeepSpeed.

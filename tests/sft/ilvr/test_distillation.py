@@ -88,8 +88,9 @@ def cosine_candidates(cosines):
 
 
 def test_selection_by_hand():
-    """softmax of (0.9, -0.5, 0.2) is about (0.5739, 0.1415, 0.2850): in order 0, 2, 1 with masses
-    0.574, 0.859, 1.
+    """The softmax of (0.9, -0.5, 0.2) is about (0.5739, 0.1415, 0.2850).
+
+    In order 0, 2, 1 with masses 0.574, 0.859, 1.
     """
     query_H, candidates_MH = torch.tensor([3.0, 0.0]), cosine_candidates([0.9, -0.5, 0.2])
     assert select_candidates(query_H, candidates_MH).tolist() == [0, 2, 1]

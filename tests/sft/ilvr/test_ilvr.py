@@ -110,8 +110,9 @@ def test_what_follows_an_unknown_text_is_not_scored(tmp_path):
 
 
 def test_a_policy_that_writes_what_stage_1_taught_is_rewarded(tmp_path):
-    """The published record of the reader's docstring, read as SFT reads it and scored as the
-    paper-scale RL scores.
+    """The published record, read as SFT reads it, is scored as the paper-scale RL scores.
+
+    It is the one of the reader's docstring.
     """
     doc = ilvr_jsonl.__doc__
     published = json.loads(doc[doc.index('{"text_input"') : doc.index("Each helper")])
@@ -152,9 +153,7 @@ def test_batch_aligns_completions(rows):
 
 @torch.no_grad()
 def plain_hidden(c, row):
-    """Last hidden states [T, H] of an ordinary Hugging Face forward, latents as placeholder
-    tokens.
-    """
+    """Last hidden states [T, H] of an ordinary forward, latents as placeholder tokens."""
     output = c.model(
         input_ids=row.input_ids[None],
         mm_token_type_ids=(row.input_ids == c.adapter.image_token_id).int()[None],
@@ -186,8 +185,9 @@ def test_targets_of_a_batch_equal_those_of_single_rows_in_one_forward(rows):
 
 @torch.no_grad()
 def test_targets_against_a_slow_reading(rows):
-    """Both spans of row 0, by loops over heads and positions. The recorded queries and keys have
-    their own test.
+    """Both spans of row 0, by loops over heads and positions.
+
+    The recorded queries and keys have their own test.
     """
     c, row = case("qwen2_5_vl"), rows[0]
     batch = collate_rows([row])

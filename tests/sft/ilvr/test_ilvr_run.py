@@ -1,5 +1,6 @@
-"""ILVR's stages as whole runs of `python -m grpo_latent.sft`: the teacher resumes to the bit,
-stage 2 goes on from stage 1.
+"""ILVR's stages as whole runs of `python -m grpo_latent.sft`.
+
+The teacher resumes to the bit, stage 2 goes on from stage 1.
 
 Not covered: several processes.
 """

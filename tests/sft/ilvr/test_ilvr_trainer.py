@@ -1,5 +1,6 @@
-"""ILVR's stages in the Hugging Face Trainer: the teacher works and follows, a resume changes no
-bit, stage 2 learns.
+"""ILVR's stages in the Hugging Face Trainer: the teacher follows, stage 2 learns.
+
+A resume changes no bit.
 """
 
 import pytest

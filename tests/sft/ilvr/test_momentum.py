@@ -1,6 +1,4 @@
-"""Invariants 11 and 12 of the teacher: it moves as computed by hand, in the Hugging Face Trainer,
-and over a resume.
-"""
+"""The teacher moves as computed by hand, in the Hugging Face Trainer, and over a resume."""
 
 import pytest
 import torch
@@ -148,8 +146,9 @@ def test_a_frozen_vision_tower_is_shared_with_the_student_and_one_that_trains_is
 
 
 def test_the_average_follows_a_teacher_that_was_moved():
-    """Moving replaces the tensors of parameters: an average captured before would be another one
-    than the teacher's.
+    """The average follows a moved teacher: moving replaces the tensors of parameters.
+
+    One captured before would be another than the teacher's.
     """
     student = build_case("qwen2").model
     teacher = MomentumTeacher(student, DECAY)

@@ -1,6 +1,4 @@
-"""What LVR adds to the trainer: the losses of the exits, and targets' variance as the unit of
-distances.
-"""
+"""What LVR adds to the trainer: losses of the exits, variance as the unit of distances."""
 
 import pytest
 import torch

@@ -40,8 +40,9 @@ ROWS = [
 
 
 def fed_back(model, hidden):
-    """What is fed of a hidden state, without the mechanism: the head's output if the model has
-    one.
+    """What is fed of a hidden state: the head's output if there is a head.
+
+    Without the mechanism's own code.
     """
     head = getattr(model, "lvr_head", None)
     return hidden if head is None else head(hidden)
@@ -133,8 +134,9 @@ def test_sums_are_those_of_a_forward_written_by_hand(name, loss, head):
 @pytest.mark.parametrize("name", VL_NAMES)
 @pytest.mark.parametrize("visibility", ["full", "latents_only"])
 def test_training_on_what_a_rollout_did_scores_what_the_rollout_reported(name, visibility):
-    """Teacher-forced = inference: the same vectors fed give the same log-probs and the same next
-    vectors.
+    """The same vectors fed give the same log-probs and the same next vectors.
+
+    Teacher forcing is inference.
     """
     latent = latent_model(name, head="mlp", visibility=visibility, steps=2)
     row = encoder(latent)(ROWS[0])
@@ -330,8 +332,9 @@ def test_a_latent_without_a_target_is_refused(roi, vector):
 
 
 def test_swapping_the_image_under_the_same_latents_moves_no_text_behind_the_bottleneck():
-    """The leak test of SFT's own forward: with one latent a span, CE after `start` cannot see the
-    image.
+    """With one latent a span, CE after `start` cannot see the image.
+
+    The leak test of SFT's own forward.
     """
     latent = latent_model("qwen2_5_vl", visibility="latents_only", steps=1)
     adapter = ModelAdapter(latent.model, latent.mechanism)

@@ -1,5 +1,6 @@
-"""Examples to rows, rows to batches, and which rows make a batch: against layouts written out by
-hand.
+"""Examples to rows, and rows to batches, against layouts written out by hand.
+
+And which rows make a batch.
 """
 
 import dataclasses

@@ -1,5 +1,6 @@
-"""IVT-LR and Coconut as whole runs of `python -m grpo_latent.sft`, from published records and from
-verl rows.
+"""IVT-LR and Coconut as whole runs of `python -m grpo_latent.sft`.
+
+From published records and from verl rows.
 """
 
 from pathlib import Path

@@ -1,5 +1,6 @@
-"""SFT with prompt slots: its loss is the replay's log-prob of the same completion; its gradient
-the chosen one.
+"""SFT with prompt slots: its loss is the replay's log-prob of the same completion.
+
+Its gradient is the chosen one.
 """
 
 import dataclasses

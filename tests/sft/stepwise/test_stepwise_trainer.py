@@ -1,5 +1,6 @@
-"""The curriculum in the Hugging Face Trainer: stages fire at their steps, a resume changes no bit,
-stages are saved.
+"""The curriculum in the Hugging Face Trainer: stages fire at their steps and are saved.
+
+A resume changes no bit.
 """
 
 import pytest
@@ -131,8 +132,9 @@ def test_a_fresh_optimizer_is_not_the_old_one(tmp_path):
 
 
 def test_the_loss_is_that_of_the_stage(tmp_path):
-    """At learning rate 0, and with all rows in each step, the logged losses are those of the rows
-    at stages 0, 1 and 2.
+    """At learning rate 0 the logged losses are those of the rows at stages 0, 1 and 2.
+
+    All rows are in each step.
     """
     sizes = dict(learning_rate=0.0, save_strategy="no", per_device_train_batch_size=4)
     run = trainer(tmp_path, 3, loss=CurriculumConfig(steps_per_stage=(1, 1)), **sizes)
@@ -152,8 +154,9 @@ def test_the_loss_is_that_of_the_stage(tmp_path):
 
 
 def test_several_slots_a_step_and_a_last_stage_of_answers_alone(tmp_path):
-    """Coconut's c = 2: stages of 0, 2 and 2 slots, which write out all steps, all but the first,
-    and none.
+    """Coconut's c = 2: stages of 0, 2 and 2 slots.
+
+    They write out all steps, all but the first, and none.
     """
     sizes = dict(learning_rate=0.0, save_strategy="no", per_device_train_batch_size=4)
     loss = CurriculumConfig(
@@ -185,8 +188,9 @@ def test_several_slots_a_step_and_a_last_stage_of_answers_alone(tmp_path):
 
 
 def test_stages_by_epochs():
-    """8 rows, 4 an optimizer step: an epoch has 2 steps. 16 epochs of the published schedule, 4 a
-    stage.
+    """An epoch has 2 steps (8 rows, 4 an optimizer step), and a stage 4 epochs.
+
+    The published schedule has 16 epochs.
     """
     assert CurriculumConfig().boundaries(3, 2) == (8, 16, 24)
     assert CurriculumConfig(steps_per_stage=(5, 1)).boundaries(2, 99) == (5, 6)

@@ -1,5 +1,6 @@
-"""What a cluster is asked before a job, and what a job leaves alone on a cluster that runs. No Ray
-is started here.
+"""What a cluster is asked before a job, and what a job leaves alone on a cluster that runs.
+
+No Ray is started here.
 """
 
 import pytest

@@ -1,5 +1,6 @@
-"""What this package uses of verl is still there, by name. A failure here says which verl symbol
-changed.
+"""What this package uses of verl is still there, by name.
+
+A failure here says which verl symbol changed.
 """
 
 import json
@@ -41,8 +42,9 @@ def test_trainer_mode_is_compared_with_the_literal_that_we_set():
 
 @pytest.mark.parametrize("lengths", [(5, 5, 5), (5, 7, 6), (4, 4), (5,)])
 def test_position_ids_come_out_as_rows(lengths):
-    """[4, L] rows in every form in which they arrive: dense, ragged in the wrong dimension, ragged
-    index lost.
+    """Rows are [4, L] in every form in which they arrive.
+
+    Dense, ragged in the wrong dimension, ragged index lost.
     """
     rows = [torch.arange(4 * n).reshape(4, n) for n in lengths]
     forms = (

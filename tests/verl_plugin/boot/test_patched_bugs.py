@@ -1,5 +1,6 @@
-"""Every bug that is worked around is still in the installed verl. A failure here is good news: the
-work-around can go.
+"""Every bug that is worked around is still in the installed verl.
+
+A failure here is good news: the work-around can go.
 
 Stock modules are loaded anew beside the ones that this process may have patched already. Not
 covered: what verl's vLLM backend is patched for, which only shows where vLLM runs.
@@ -180,9 +181,7 @@ def test_verl_has_no_register_for_rollout_adapters():
 
 
 def test_verls_workers_do_not_freeze_the_vision_tower():
-    """The engine does, for `actor.freeze_vision_tower`, which verl has in its config and reads
-    nowhere.
-    """
+    """verl has `actor.freeze_vision_tower` in its config and reads it nowhere; our engine does."""
     from verl.workers.config import actor
     from verl.workers.engine.fsdp import transformer_impl
 

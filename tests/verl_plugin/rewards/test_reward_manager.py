@@ -1,6 +1,4 @@
-"""The reward manager as verl builds and calls it: from config, one row at a time, in an event
-loop.
-"""
+"""The reward manager as verl builds and calls it: from config, row by row, in an event loop."""
 
 import asyncio
 import logging
@@ -38,8 +36,9 @@ def config(custom=None, **reward):
 
 
 def row(text="<answer> 7 </answer>", truth="7", extra_fields=None, **more):
-    """A row as verl's agent loop worker packs it; `responses` are garbage, which no reward may
-    depend on.
+    """A row as verl's agent loop worker packs it.
+
+    `responses` are garbage, which no reward may depend on.
     """
     reported = {"solution_str": text, "latent": LATENT} if extra_fields is None else extra_fields
     values = {

@@ -1,5 +1,6 @@
-"""Prompt to group and back, in one process: the real server object and engine, without Ray or
-TransferQueue.
+"""Prompt to group and back, in one process, with the real server object and engine.
+
+Without Ray or TransferQueue.
 """
 
 import asyncio

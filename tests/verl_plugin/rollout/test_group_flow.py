@@ -1,5 +1,6 @@
-"""From dispatch to batch without Ray: tickets, failures that end the wave at once, and the order
-of a batch.
+"""From dispatch to batch without Ray: tickets, failures, and the order of a batch.
+
+A failure ends the wave at once.
 """
 
 import asyncio

@@ -1,5 +1,6 @@
-"""What `vllm_latent` leans on in verl's vLLM backend is still there, and how that is imported
-beside vLLM's CPU build.
+"""What `vllm_latent` leans on in verl's vLLM backend is still there.
+
+And how that is imported beside vLLM's CPU build.
 """
 
 import importlib.metadata
@@ -30,8 +31,9 @@ def test_the_cpu_build_answers_to_the_name_that_verl_asks_for():
 
 
 def test_the_extension_fits_the_latent_workers():
-    """vLLM refuses an extension that redefines what the worker has; the methods that it needs must
-    be the worker's.
+    """vLLM refuses an extension that redefines what the worker has.
+
+    The methods that it needs must be the worker's.
     """
     from grpo_latent.rollout.vllm.cpu_worker import LatentCPUWorker
     from grpo_latent.verl_plugin.rollout.vllm_worker import LatentWorkerExtension

@@ -1,5 +1,6 @@
-"""The barrier in front of the engine: order, completeness, failures. Engines here are plain
-functions.
+"""The barrier in front of the engine: order, completeness, failures.
+
+Engines here are plain functions.
 """
 
 import asyncio

@@ -6,8 +6,9 @@ from grpo_latent.verl_plugin.trainer import dropped
 
 
 def test_validation_leaves_dropped_rows_out():
-    """verl would average the 0 of a dropped trajectory, and fill the missing accuracy up with
-    another.
+    """Dropped rows stay out of validation, where verl would average their 0.
+
+    It would also fill the missing accuracy up with another.
     """
     from verl.trainer.ppo.metric_utils import process_validation_metrics
 

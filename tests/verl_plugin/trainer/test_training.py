@@ -116,9 +116,12 @@ def test_a_killed_save_and_resume_at_world_size_2(local_ray, inputs, tmp_path, m
 
 
 def test_prompt_slots_train(local_ray, tmp_path, monkeypatch):
-    """IVT-LR with drawn image positions and a vision tower that trains: choices, embeddings and h
-    are recorded, replayed and dumped; the text's mask leaves them out, and the choices have a
-    ratio of their own. An alarm at step 2 of 4 ends the run there, with a checkpoint."""
+    """IVT-LR trains with drawn image positions and a vision tower that trains.
+
+    Choices, embeddings and h are recorded, replayed and dumped; the text's mask leaves them
+    out, and the choices have a ratio of their own. An alarm at step 2 of 4 ends the run there,
+    with a checkpoint.
+    """
     inputs = tiny_run.write_inputs(tmp_path, build=tiny.tiny_qwen2_vl, **SLOTS)
     drawn = ("latent.selection=plackett_luce", "actor_rollout_ref.actor.freeze_vision_tower=false")
     output, sizes = tmp_path / "out", ("trainer.total_training_steps=4", "trainer.test_freq=-1")
@@ -196,8 +199,9 @@ def check_dropped_rows(output: Path, metrics: dict[int, dict]) -> None:
     ids=["gaussian", "gumbel_soft", "gaussian_head"],
 )
 def test_latents_that_act(local_ray, inputs, tmp_path, monkeypatch, treatment):
-    """With a KL and an anchor, two steps: what the rollout drew, perturbed logits included, is
-    what the engine scores.
+    """What the rollout drew, perturbed logits included, is what the engine scores.
+
+    Two steps with a KL and an anchor.
     """
     changes = [
         f"latent.treatment.name={treatment.split('.')[2]}",
@@ -264,8 +268,9 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
 
 
 def test_failures_stop_the_run_with_their_own_error(local_ray, inputs, tmp_path, monkeypatch):
-    """First a policy that is not the one that acted, then, in the same workers, a reward that is
-    no number.
+    """A policy that is not the one that acted, and a reward that is no number, end the run.
+
+    One after the other, in the same workers.
     """
     import transfer_queue as tq
 
@@ -325,8 +330,9 @@ def run_command(command, cwd, **env):
 def wait_for_jobs(
     script: str, dashboard: str, folder: Path, auth: dict, timeout_s: float = 180
 ) -> None:
-    """A head answers some seconds before its agent takes jobs ("No available agent to submit
-    job").
+    """Waits until the cluster takes jobs, some seconds after its head answers.
+
+    ("No available agent to submit job".)
     """
     deadline = time.monotonic() + timeout_s
     command = [script, "job", "submit", "--address", dashboard, "--", "true"]

@@ -212,9 +212,7 @@ def test_unusable_configs_are_refused(override, where):
 
 
 def test_dropping_is_refused_where_stock_verl_has_the_options_too():
-    """Stock `verl.trainer.main_ppo`: no top-level `latent`, the group lies in the rollout's
-    config.
-    """
+    """Stock `verl.trainer.main_ppo` has the group in the rollout's config, not on top."""
     config = composed("latent.reward.on_error=drop", "algorithm.adv_estimator=rloo")
     with open_dict(config):
         del config["latent"]

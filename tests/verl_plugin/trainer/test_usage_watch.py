@@ -1,5 +1,6 @@
-"""Alarm lines of the trainer's watch, with a server that answers what it is told; gradient norms
-against autograd.
+"""Alarm lines of the trainer's watch, with a server that answers what it is told.
+
+Gradient norms against autograd.
 """
 
 import asyncio
@@ -90,8 +91,9 @@ def test_vanishing_latents_sound_and_are_logged(monkeypatch):
 
 
 def watch_run(monkeypatch, shares, verdicts, folder=None, saved_after=None, is_resumed=False):
-    """Alarm lines and stops of steps in verl's order: save, validate, count. Returns them with the
-    watch.
+    """Alarm lines and stops of steps in verl's order: save, validate, count.
+
+    Returns them with the watch.
     """
     watch = make_watch(monkeypatch, min_frac_rollouts=0.2, patience=3, stop=True)
     notes = watch.load(folder) if is_resumed else []
@@ -110,8 +112,9 @@ def watch_run(monkeypatch, shares, verdicts, folder=None, saved_after=None, is_r
 
 @pytest.mark.parametrize("step", range(5))
 def test_a_resumed_run_alarms_as_an_uninterrupted_one(monkeypatch, tmp_path, step):
-    """Bad steps on both sides of the checkpoint count together; the step's own too, which is
-    counted after the save.
+    """Bad steps on both sides of the checkpoint count together.
+
+    The step's own too, which is counted after the save.
     """
     shares = (0.9, 0.1, 0.1, 0.1, 0.9, 0.1)
     verdicts = ("used", "used", "not used", "not used", "not used", "not used")
@@ -196,8 +199,11 @@ class Model(nn.Module):
 
 
 def test_gradient_norms_of_inputs_against_autograd():
-    """Latents in the place of embeddings; norms by an explicit gradient with respect to the whole
-    input. A chosen image embedding is no latent."""
+    """Latents in the place of embeddings.
+
+    Norms by an explicit gradient with respect to the whole input. A chosen image embedding is
+    no latent.
+    """
     torch.manual_seed(0)
     model, ids = Model(), torch.tensor([[1, 2, 3, 4], [5, 6, 0, 1]])
     injector, watched = LatentInjector.install(model), InputGradients(model)
@@ -239,8 +245,10 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
 
 
 def test_a_server_measures_its_current_weights(tmp_path, monkeypatch):
-    """The server itself, without Ray: numbers of a probe of ours on the same rows, before and
-    after new weights are loaded, and drift is from the first measurement."""
+    """The server itself, without Ray, measures what a probe of ours does on the same rows.
+
+    Before and after new weights are loaded; drift is from the first measurement.
+    """
     folder = helpers.make_checkpoint(tmp_path / "model")
     server = LatentRolloutServer(
         folder, {"dtype": "float32", "custom": {"latent": {}}}, 0, "cpu", "sdpa"

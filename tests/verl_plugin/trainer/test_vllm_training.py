@@ -1,5 +1,6 @@
-"""Rollout backend `vllm_latent` under the real trainer: real Ray, verl and vLLM, the tiniest
-model. Slow.
+"""Rollout backend `vllm_latent` under the real trainer, with Ray, verl and vLLM. Slow.
+
+The model is the tiniest.
 
 Covers, on CPU: the launch of verl's server, groups and waves, images, the transfer of weights over
 shared memory and their reload, records of latents that replay, rollout correction, exact resume.

@@ -1,5 +1,6 @@
-"""What is drawn for wandb at the end of a run never costs the run: another process, no device, a
-warning at most.
+"""What is drawn for wandb at the end of a run never costs the run.
+
+Another process draws, without a device; a warning at most.
 """
 
 import json

@@ -1,6 +1,4 @@
-"""Our registered functions against verl's own, on the input where verl's are right, and where they
-are not.
-"""
+"""Our registered functions against verl's own, where verl's are right and where not."""
 
 import numpy as np
 import pytest

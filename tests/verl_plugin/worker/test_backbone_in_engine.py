@@ -1,6 +1,4 @@
-"""What the engine asks of a backbone: which arguments images become, and rows of text on several
-ranks.
-"""
+"""What the engine asks of a backbone: arguments of images, rows of text on several ranks."""
 
 from types import SimpleNamespace
 
@@ -31,8 +29,9 @@ def test_only_the_familys_arguments_reach_its_forward(monkeypatch):
 
 
 def test_rows_of_text_on_several_ranks_are_refused(monkeypatch):
-    """Some ranks would call the collectives of the tower's shards, and wait for the others for
-    ever.
+    """Rows of text on several ranks are refused: they would wait for ever.
+
+    Some ranks would call the collectives of the tower's shards, the others not.
     """
     with pytest.raises(ConfigError, match="Tiles on several ranks: a micro-batch without images"):
         keep(monkeypatch, {"input_ids": 1}, 2)

@@ -1,5 +1,6 @@
-"""Chosen image positions through verl's engine: replay by index; drawn choices' log-probs, their
-gradient, the loss on them.
+"""Chosen image positions through verl's engine: replay by index.
+
+Drawn choices' log-probs, their gradient, the loss on them.
 
 Does not cover: several ranks; of the packed layout, more than the places (vision models need
 flash-attn there).
@@ -33,8 +34,9 @@ DRAWN = dict(selection="plackett_luce", selection_temperature=0.5)
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """(case as in test_treated_engine.py, gradient of the sum of the choices' log-probs), before
-    verl patches anything.
+    """Gives (case of test_treated_engine.py, gradient of the choices' summed log-probs).
+
+    Made before verl patches anything.
     """
     folder = helpers.make_checkpoint(
         tmp_path_factory.mktemp("model"), tiny.tiny_qwen2_vl, **helpers.SLOTS
@@ -61,8 +63,9 @@ def recorded(tmp_path_factory):
     [(False, [[0, 1, 1], [3, 4, 5], [1, 3, 1]]), (True, [[0, 0, 0], [3, 8, 9], [1, 7, 5]])],
 )
 def test_chosen_places(packed, expected):
-    """(row, position, image position) of each SELECTED position, by hand; packed, the second
-    sequence begins at 4.
+    """(row, position, image position) of each SELECTED position, by hand.
+
+    Packed, the second sequence begins at 4.
     """
     module, _, _ = tiny.tiny_qwen2_vl(words=helpers.WORDS)
     image, chosen = module.config.image_token_id, K.SELECTED
@@ -156,8 +159,9 @@ def test_choices_have_a_clipped_ratio_of_their_own(recorded, gloo):
 
 
 def reference_gradient(loaded, trajectories, images):
-    """Of the sum of action log-probs by a plain forward that is fed the chosen image embeddings,
-    which carry theirs.
+    """Gradient of the summed action log-probs by a plain forward that is fed the choices.
+
+    The chosen image embeddings carry their own.
     """
     adapter = ModelAdapter(loaded.model, loaded.mechanism)
     batch = collate(trajectories, images, adapter, "full")

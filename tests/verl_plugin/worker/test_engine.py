@@ -32,9 +32,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """Trajectories and their replays for each case, all made before verl patches transformers'
-    classes.
-    """
+    """Makes trajectories and their replays of each case, before verl patches transformers."""
     cases = {}
     for name, (build, _, visibility, changes) in CASES.items():
         folder = helpers.make_checkpoint(tmp_path_factory.mktemp("model"), build, **changes)
@@ -84,8 +82,9 @@ def test_slots_with_another_numbering_differ(recorded, gloo):
 
 
 def test_visibility_reaches_the_decoder(recorded, gloo):
-    """Swapping the images under the recorded latents moves nothing after a span (one latent a
-    span), exactly.
+    """Swapping the images under the recorded latents moves nothing after a span, exactly.
+
+    With one latent a span.
     """
     folder, loaded, _, _, _, _ = recorded["qwen2.5-vl latents_only"]
     _, trajectories, images, _, positions = helpers.roll_out(
@@ -114,8 +113,9 @@ def test_visibility_reaches_the_decoder(recorded, gloo):
 
 
 def test_placeholder_ids_change_nothing(recorded, gloo):
-    """Image placeholders, EOS and the start token at latent positions leave every log-prob as it
-    was.
+    """Any id at latent positions leaves every log-prob as it was.
+
+    Image placeholders, EOS and the start token are tried.
     """
     folder, loaded, trajectories, images, _, positions = recorded["qwen2.5-vl padded"]
     engine, adapter = helpers.make_engine(folder), ModelAdapter(loaded.model, loaded.mechanism)
@@ -272,8 +272,9 @@ def test_the_head_is_loaded_sent_and_saved(head, tmp_path, gloo):
 
 
 def test_merged_adapters_are_sent_from_the_device_and_taken_out_again(tmp_path, gloo, monkeypatch):
-    """W + scaling * B A under the names of the plain model; offloaded parameters are on the device
-    for as long.
+    """W + scaling * B A under the names of the plain model.
+
+    Offloaded parameters are on the device for as long.
     """
     folder = helpers.make_checkpoint(tmp_path / "in", tiny.tiny_qwen3)
     engine = helpers.make_engine(folder, lora_rank=4)

@@ -1,5 +1,7 @@
-"""HRPO's gate, which RL alone trains, through verl: a plain model gets it, the engine's log-probs
-are the rollout's, its gradients are what finite differences say, and GRPO steps move it.
+"""HRPO's gate, which RL alone trains, through verl: a plain model gets it.
+
+The engine's log-probs are the rollout's, its gradients are what finite differences say, and GRPO
+steps move it.
 
 Not covered: several ranks, the packed layout of a model with images.
 """

@@ -1,5 +1,6 @@
-"""The terms at latents, written out one position at a time. (Through the engine:
-test_treated_engine.py.)
+"""The terms at latents, written out one position at a time.
+
+(Through the engine: test_treated_engine.py.)
 """
 
 import dataclasses
@@ -134,8 +135,9 @@ def test_nothing_but_live_latents_gets_a_gradient():
     "act_kinds", [frozenset(), frozenset({int(K.LATENT)})], ids=["mask", "acting"]
 )
 def test_a_latent_that_is_marked_as_an_action_is_refused(act_kinds):
-    """Its log-prob would be a placeholder's, or a density under the text's clip; also in a row
-    whose text is right.
+    """Its log-prob would be a placeholder's, or a density under the text's clip.
+
+    Also in a row whose text is right.
     """
     data, output, _ = make_case()
     mask = data["response_mask"].values().clone()

@@ -1,5 +1,6 @@
-"""verl's rollout correction (TIS, MIS, rejection) on trajectories with latents: it weighs text
-actions, and only those.
+"""verl's rollout correction weighs text actions of trajectories with latents, only those.
+
+TIS, MIS and rejection.
 
 A latent that acts keeps its own ratio, uncorrected: its density is recorded by engine hf, whose
 gap to the replay is rounding; engine vllm, whose gap is not, records none and refuses such

@@ -1,5 +1,6 @@
-"""Treatments through verl's engine, in one process: log-densities in log_probs, gradients of
-recomputed latents, the loss.
+"""Treatments through verl's engine, in one process: log-densities, gradients, the loss.
+
+Gradients are those of recomputed latents.
 
 Does not cover: several ranks (test_two_ranks.py), Ray and TransferQueue (test_training.py).
 """
@@ -77,9 +78,7 @@ RECOMPUTED = {
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """Rollouts, replays and reference gradients of each case, made before verl patches
-    transformers' classes.
-    """
+    """Makes rollouts, replays and reference gradients before verl patches transformers."""
     cases = {}
     for name, (values, build, _, visibility, changes) in CASES.items():
         folder = helpers.make_checkpoint(tmp_path_factory.mktemp("model"), build, **changes)
@@ -90,8 +89,9 @@ def recorded(tmp_path_factory):
 
 
 def reference_gradients(loaded, trajectories, images, visibility, gradients) -> dict[str, dict]:
-    """Of the sum of all action log-probs, by `own_latents`, which test_recompute.py compares with
-    finite differences.
+    """Gradients of the summed action log-probs, by `own_latents`.
+
+    test_recompute.py compares that with finite differences.
     """
     adapter, found = ModelAdapter(loaded.model, loaded.mechanism), {}
     batch = collate(trajectories, images, adapter, visibility, "both")
@@ -178,8 +178,9 @@ def test_latents_of_another_row_are_other_densities(recorded, gloo):
 
 @pytest.mark.parametrize("name", RECOMPUTED)
 def test_the_old_policys_pass_measures_how_latents_replay(name, recorded, gloo):
-    """Rounding for what was recorded; for one vector that was changed, its own change, at its own
-    place.
+    """Rounding for what was recorded.
+
+    For one vector that was changed, its own change, at its own place.
     """
     _, _, packed, visibility, _ = CASES[name]
     folder, _, trajectories, *_ = recorded[name]
@@ -216,8 +217,9 @@ def test_the_old_policys_pass_measures_how_latents_replay(name, recorded, gloo):
 
 @pytest.mark.parametrize("name", RECOMPUTED)
 def test_recomputed_latents_and_their_gradients(name, recorded, gloo):
-    """The update's log-probs equal the replay's, whatever vectors were recorded, and each gradient
-    is `own_latents`'.
+    """The update's log-probs equal the replay's, and each gradient is `own_latents`'.
+
+    Whatever vectors were recorded.
     """
     _, _, packed, visibility, _ = CASES[name]
     folder, loaded, trajectories, _, expected, _, references = recorded[name]
@@ -335,8 +337,9 @@ def test_sigma_to_infinity_is_masked_grpo(recorded, gloo):
 
 
 def test_the_loss_does_not_depend_on_micro_batches(recorded, gloo):
-    """Latent policy term, KL and anchor: value, metrics and gradients of micro-batches of 1, 2 and
-    6 rows.
+    """Micro-batches of 1, 2 and 6 rows give the same value, metrics and gradients.
+
+    With latent policy term, KL and anchor.
     """
     values = GAUSSIAN | {"kl_coef": 0.3, "anchor_weight": 0.7, "clip_low": 0.3, "clip_high": 0.3}
     folder = recorded["gaussian"][0]

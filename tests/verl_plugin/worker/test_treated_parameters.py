@@ -1,6 +1,8 @@
-"""A treatment with parameters of its own, through verl's engine in one process: where they start,
-what reaches them, where they go. (Two ranks: test_two_ranks.py. The density itself:
-tests/latent/test_gaussian_head.py.)"""
+"""A treatment with parameters of its own, through verl's engine in one process.
+
+Where they start, what reaches them, where they go. (Two ranks: test_two_ranks.py. The density
+itself: tests/latent/test_gaussian_head.py.)
+"""
 
 import shutil
 from dataclasses import dataclass
@@ -62,9 +64,7 @@ class Probe(Treatment):
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """Rollouts, replays and gradients of plain Hugging Face models, made before verl patches
-    transformers' classes.
-    """
+    """Makes rollouts, replays and gradients of plain models before verl patches transformers."""
     cases = {}
     for name, (build, _, changes) in CASES.items():
         folder = helpers.make_checkpoint(tmp_path_factory.mktemp("model"), build, **changes)
@@ -190,9 +190,7 @@ def test_they_are_trained_sent_saved_and_loaded(recorded, gloo, tmp_path):
 
 
 def test_a_users_own_by_its_import_path(recorded, gloo):
-    """Loss and gradient of its parameters are those of the hidden states that the plain model
-    makes.
-    """
+    """Loss and gradient of its parameters are those of a plain model's hidden states."""
     values = {"name": f"{__name__}:Probe", "options": {"target": 2.0, "weight": 0.25}}
     folder, loaded, trajectories, images, *_ = recorded["padded"]
     treatment, terms = parse_treatment(values)

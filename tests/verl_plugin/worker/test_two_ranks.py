@@ -1,5 +1,6 @@
-"""World size 2 over gloo computes what world size 1 computes: loss, gradients, updated weights,
-saved and loaded state.
+"""World size 2 over gloo computes what world size 1 computes.
+
+Loss, gradients, updated weights, saved and loaded state.
 
 Ray's part in several ranks is covered by test_training.py.
 """
@@ -171,8 +172,9 @@ def treated_gradients(rank, world_size, port, folder, out):
 
 @pytest.mark.slow
 def test_treatments_on_two_ranks_are_those_on_one(tmp_path):
-    """Recomputed latents run the same forwards on every rank, one without any latent included;
-    none waits for the other.
+    """Recomputed latents run the same forwards on every rank, one without any latent included.
+
+    None waits for the other.
     """
     folder = helpers.make_checkpoint(tmp_path / "model", head="mlp", max_spans=3)
     for world_size in (1, 2):
