@@ -1,8 +1,6 @@
 """`python -m grpo_latent.check_cluster`: can a job with these paths run on this cluster?
 
 Usage: `--require FILE … --output-dir DIR`, on the cluster itself.
-
-Usage: `--require FILE … --output-dir DIR`, on the cluster itself.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""`python -m grpo_latent.check_reward my_reward.py [--name compute_score]`: tries a reward
-function before a run does.
+"""`python -m grpo_latent.check_reward my_reward.py` tries a reward function before a run does.
 
 Exit code 0 if nothing is wrong, 2 if something is (see `common.command`).
 """

@@ -144,7 +144,7 @@ def run(config: DictConfig) -> dict:
 
 
 def read_settings(config: DictConfig) -> EvalSettings:
-    """Raises `ConfigError` by the setting's name."""
+    """Reads the settings; raises `ConfigError` by the setting's name."""
     strategies = OmegaConf.to_container(config.decodings, resolve=True)
     if not isinstance(strategies, list):
         raise ConfigError(
@@ -211,7 +211,7 @@ def read_data(
 
 @contextmanager
 def make_scorer(config: DictConfig, loaded: LatentModel) -> Iterator[Scorer]:
-    """The benchmark's grader, or the config's reward functions, as training names them."""
+    """Opens the benchmark's grader, or the config's reward functions, named as in training."""
     if config.data.benchmark.name is not None:
         yield GradeScorer(loaded)
         return
@@ -227,7 +227,7 @@ def make_scorer(config: DictConfig, loaded: LatentModel) -> Iterator[Scorer]:
 
 
 def _section(node: object, where: str) -> dict[str, Any]:
-    """A config's section as plain values; raises `ConfigError` where it is none."""
+    """Reads a config's section as plain values; raises `ConfigError` where it is none."""
     values = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     if not isinstance(values, dict):
         raise ConfigError("not a section", where=where, got=values, expected="keys and values")
@@ -235,7 +235,7 @@ def _section(node: object, where: str) -> dict[str, Any]:
 
 
 def weights_of(folder: str) -> list[list[object]]:
-    """Name, size and time of a checkpoint's files, which tell another one at the same place."""
+    """Lists name, size and time of a checkpoint's files: they tell another at the same place."""
     files = sorted(path for path in Path(folder).glob("*") if path.is_file())
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 

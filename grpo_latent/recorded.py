@@ -3,7 +3,7 @@ names from this table:
 
     rollout ─ Trajectory ─┬─ agent loop ─ TransferQueue ─┬─ worker      `MicroBatch`, of columns that workers fetch
                           │                              └─ dump        rollouts/step_<n>.{jsonl,safetensors} ─ inspector
-                          └─ journal                                    parts of an unfinished evaluation
+                          └─ journal                                    batches of an unfinished evaluation
 
 A mechanism or a treatment that records one thing more declares it beside its class, so that every
 process that loads the class knows the field:

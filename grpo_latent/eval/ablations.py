@@ -96,8 +96,9 @@ class Places:
         return self.of_kind(kind)[:1]
 
     def filled_from(self, source: Callable[[int], Tensor]) -> Tensor:
-        """At each place vector `rank` mod their number of `source(kind)`; its own where that is
-        empty.
+        """Puts vector number `rank` (mod their number) of `source(kind)` at each place.
+
+        A place keeps its own where the source has none of its kind.
 
         Of latents of one kind that is what the engine makes of the source itself, however many
         steps a trajectory takes.
@@ -131,7 +132,7 @@ def _zero(inputs: PartInputs) -> Vectors:
 
 
 def _noise(inputs: PartInputs) -> Vectors:
-    """Gaussian directions, each scaled to the norm of the latent that it replaces."""
+    """Draws Gaussian directions, each scaled to the norm of the latent that it replaces."""
     vectors: Vectors = []
     for index, own in enumerate(inputs.own):
         generator = torch.Generator().manual_seed(
@@ -155,7 +156,7 @@ def _shuffle(inputs: PartInputs) -> Vectors:
 
 
 def _mean(inputs: PartInputs) -> Vectors:
-    """At each place the mean over the prompts that have a latent of that kind and rank."""
+    """Feeds each place the mean over the prompts that have a latent of that kind and rank."""
     means: dict[int, Tensor] = {}
     for kind in LATENT_KINDS:
         tables = [own.of_kind(kind) for own in inputs.own]
@@ -173,8 +174,9 @@ def _first_repeat(inputs: PartInputs) -> Vectors:
 
 
 def _oracle(inputs: PartInputs) -> Vectors:
-    """Latent number i of the trajectory is the embedding of the boxes' visual token i; of slots,
-    chosen embedding i is.
+    """Feeds latent number i of the trajectory the embedding of the boxes' visual token i.
+
+    Of slots, the chosen embedding number i gets it, and the fed h stay.
     """
     vectors: Vectors = []
     for own, ideal_RH in zip(inputs.own, inputs.ideal, strict=True):
@@ -242,7 +244,7 @@ class AblationInputs:
 
 
 def parse_name(name: str) -> tuple[str, str]:
-    """(ablation, part) of `name` or `name@part`.
+    """Splits `name` or `name@part` into (ablation, part).
 
     Raises:
         ConfigError: unknown ablation or part, or a part of an ablation that feeds no vectors.
@@ -270,7 +272,7 @@ def parse_name(name: str) -> tuple[str, str]:
 
 
 def check_decides(name: str, where: str) -> None:
-    """Whether a loss under this ablation shows that what the latents hold is used.
+    """Refuses an ablation under which a loss need not show that the latents are used.
 
     `shuffle` and `image_swap` feed each place what the model itself makes there, for another
     question or image. Zeros, noise, means, the first latent at every place and missing latents are
@@ -278,7 +280,7 @@ def check_decides(name: str, where: str) -> None:
     are better ones; `no_span` and `image_blind_after_span` take away something else.
 
     Raises:
-        ConfigError: it does not, or there is no such ablation.
+        ConfigError: it need not, or there is no such ablation.
     """
     if parse_name(name)[0] not in DECIDING:
         raise ConfigError(
@@ -291,9 +293,7 @@ def check_decides(name: str, where: str) -> None:
 
 
 def make_changes(name: str, inputs: AblationInputs) -> Changes:
-    """How an ablation changes each prompt's request; prompts whose own trajectory has no latents
-    stay as they are.
-    """
+    """Makes the changes of each prompt's request; None for a prompt without latents."""
     base, part = parse_name(name)
     changes: Changes = []
     if base in REQUESTS:
@@ -309,9 +309,7 @@ def make_changes(name: str, inputs: AblationInputs) -> Changes:
 
 
 def make_vectors(base: str, part: str, inputs: AblationInputs) -> Vectors:
-    """What each prompt's latents of the part are fed; None also where that is what they are
-    anyway.
-    """
+    """Makes what each prompt's latents of the part are fed; None where that changes nothing."""
     swapped = [
         None if trajectory is None else Places(trajectory, part) for trajectory in inputs.swapped
     ]

@@ -1,6 +1,4 @@
-"""Decodes prompts with one checkpoint: greedily, sampled, with other latent settings, or changed
-by an ablation.
-"""
+"""Decodes prompts with one checkpoint: greedily, sampled, with other latents, or ablated."""
 
 from __future__ import annotations
 
@@ -59,7 +57,7 @@ class Decoding:
 
     @classmethod
     def from_dict(cls, values: dict, where: str) -> Decoding:
-        """Out of a config's `{steps: 4}` or `{n: 8, temperature: 0.7}`; without `n` it is greedy.
+        """Reads a config's `{steps: 4}` or `{n: 8, temperature: 0.7}`; without `n` it is greedy.
 
         Raises:
             ConfigError: an unknown key, or sampling settings without `n`.
@@ -122,7 +120,7 @@ class Evaluator:
         self.adapter = self.engine(GREEDY).adapter
 
     def engine(self, decoding: Decoding) -> HFRolloutEngine:
-        """Engines share the model.
+        """Makes the engine of a decoding, once; engines share the model.
 
         Raises:
             ConfigError, CheckpointError: latent settings that this checkpoint cannot run.
@@ -145,7 +143,7 @@ class Evaluator:
         decoding: Decoding = GREEDY,
         changes: Sequence[dict | None] | None = None,
     ) -> list[list[Trajectory]]:
-        """Each prompt's trajectories.
+        """Decodes each prompt's trajectories.
 
         Args:
             changes: fields of each prompt's `RolloutRequest` that differ, as an ablation makes
@@ -173,8 +171,9 @@ class Evaluator:
 
     @contextmanager
     def encoded_once(self, prompts: Sequence[EvalPrompt]) -> Iterator[list[Tensor | None]]:
-        """Merged image embeddings [M, H] of each prompt; within the block no image is encoded
-        again, or read.
+        """Encodes all images in one call, and gives each prompt's merged embeddings [M, H].
+
+        Within the block no image is encoded again, or read.
 
         All are encoded in one call at the beginning, so that they do not depend on what the block
         does.
@@ -199,7 +198,7 @@ class Evaluator:
 
 
 def with_partners_images(prompts: Sequence[EvalPrompt]) -> list[EvalPrompt | None]:
-    """The prompts with the images of their `image_partners`; None where there is none."""
+    """Gives prompts the images of their `image_partners`; None where there is none."""
     partners = image_partners(prompts)
     return [
         replace(prompt, images=prompts[partners[i]].images) if i in partners else None

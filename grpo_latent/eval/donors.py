@@ -17,8 +17,7 @@ from grpo_latent.rollout.sampling import trajectory_seed
 
 
 def donors(num_latents: Sequence[int], clusters: Sequence[str], seed: int) -> list[int | None]:
-    """For each trajectory the index of another cluster's whose latents it gets; no two get the
-    same one's.
+    """Draws for each trajectory one of another cluster whose latents it gets, none twice.
 
     Random; None for those without latents, and where no other cluster is left.
     """
@@ -32,8 +31,9 @@ def donors(num_latents: Sequence[int], clusters: Sequence[str], seed: int) -> li
 def image_partners(
     prompts: Sequence[EvalPrompt], rows: Sequence[int] | None = None
 ) -> dict[int, int]:
-    """For each prompt (of `rows`) one of another cluster whose images have the same grids; only
-    those that have one.
+    """Finds each prompt (of `rows`) one of another cluster whose images have the same grids.
+
+    Those that have none are left out.
     """
     by_grid: dict[str, list[int]] = {}
     clusters = [prompt.cluster for prompt in prompts]
@@ -49,8 +49,9 @@ def image_partners(
 def with_truth_of(
     prompts: Sequence[EvalPrompt], sources: Sequence[int | None]
 ) -> list[EvalPrompt]:
-    """Prompts with the ground truth of their donors, for `follow`; entries without a donor stay as
-    they are.
+    """Gives each prompt the ground truth of its donor, for `follow`.
+
+    Entries without a donor stay as they are.
 
     Everything else, `extra_info` too, stays the prompt's own: a reward may judge by it what the
     completion should look like.
@@ -62,8 +63,7 @@ def with_truth_of(
 
 
 def of_other_clusters(order: Sequence[int], clusters: Sequence[str]) -> dict[int, int]:
-    """For each of `order` the next one, cyclically, that belongs to another cluster, and to nobody
-    else.
+    """Gives each of `order` the next one, cyclically, of another cluster, and nobody else that.
 
     Clusters stand side by side, and each takes the one that is as many places on as the largest
     cluster has members. Those whose cluster holds more than half of all may find none.

@@ -94,7 +94,7 @@ class Dump:
 def split_columns(
     record_id: str, columns: dict[str, Tensor]
 ) -> tuple[dict[str, list], dict[str, Tensor]]:
-    """What of one trajectory goes into its line, and what into the binary file.
+    """Splits a trajectory's columns into its line's and the binary file's.
 
     Args:
         columns: by column of TransferQueue, those of the wire `dump` that there are.
@@ -114,8 +114,7 @@ def split_columns(
 def write_step(
     folder: str | Path, step: int, records: list[dict], tensors: dict[str, Tensor]
 ) -> None:
-    """Writes `step_<n>.jsonl`, one trajectory a line, and `step_<n>.safetensors`, both whole or
-    not at all.
+    """Writes `step_<n>.jsonl` and `step_<n>.safetensors`, both whole or not at all.
 
     Args:
         tensors: of all trajectories, by the keys that `split_columns` gives them.
@@ -134,8 +133,9 @@ def _key(record_id: str, field: Field) -> str:
 
 
 def read_dump(folder: str | Path) -> Dump:
-    """All steps of a folder, in order. A file that cannot be read becomes a problem that names it;
-    the others still come.
+    """Reads all steps of a folder, in order.
+
+    A file that cannot be read becomes a problem that names it; the others still come.
     """
     trajectories: list[DumpedTrajectory] = []
     problems: list[GrpoLatentError] = []
@@ -148,7 +148,7 @@ def read_dump(folder: str | Path) -> Dump:
 
 
 def dump_files(folder: str | Path) -> list[Path]:
-    """The jsonl files of a folder, by step."""
+    """Finds the jsonl files of a folder, by step."""
     numbered = [
         (re.fullmatch(r"step_(\d+)\.jsonl", path.name), path)
         for path in Path(folder).glob("step_*.jsonl")
@@ -157,7 +157,7 @@ def dump_files(folder: str | Path) -> list[Path]:
 
 
 def read_step(path: str | Path) -> list[DumpedTrajectory]:
-    """The trajectories of one jsonl file.
+    """Reads the trajectories of one jsonl file.
 
     Raises:
         DataError: the file, the line or the latents beside it are missing, malformed or do not fit
@@ -274,7 +274,7 @@ def _build(record: dict, matrices: dict[str, Tensor]) -> DumpedTrajectory:
 
 
 def _sequences(record: dict) -> dict[str, Tensor]:
-    """The fields of a line by name, as trajectories have them."""
+    """Reads the fields of a line by name, as trajectories have them."""
     fields = [
         field for field in recorded.on(Wire.DUMP) if not field.is_matrix and field.dump in record
     ]

@@ -44,15 +44,18 @@ OWN, SAMPLED, SWAPPED = "own", "sampled", "swapped images"
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Attributes:
-    max_new_tokens: positions of a completion, latents included.
-    num_sampled: trajectories a prompt for the sampled accuracy, 0 for none.
-    temperature, top_k, top_p: of the sampled ones.
-    decodings: further strategies.
-    ablations: names of `eval.ablations.ABLATIONS`, or `name@part`.
-    leak_prompts: prompts of the leak test, 0 for none.
-    prompts_per_batch: prompts decoded together, and kept encoded together.
-    treatment: what RL made of latents; greedy trajectories take its mode, sampled ones its noise.
+    """What an evaluation decodes, ablates and decides by.
+
+    Attributes:
+        max_new_tokens: positions of a completion, latents included.
+        num_sampled: trajectories a prompt for the sampled accuracy, 0 for none.
+        temperature, top_k, top_p: of the sampled ones.
+        decodings: further strategies.
+        ablations: names of `eval.ablations.ABLATIONS`, or `name@part`.
+        leak_prompts: prompts of the leak test, 0 for none.
+        prompts_per_batch: prompts decoded together, and kept encoded together.
+        treatment: what RL made of latents; greedy trajectories take its mode, sampled ones its
+            noise.
     """
 
     max_new_tokens: int
@@ -130,7 +133,7 @@ class Evaluation:
             self.evaluator.engine(decoding)
 
     def run(self) -> dict:
-        """All results as one JSON-ready dict; see `grpo_latent.evaluate` for its keys."""
+        """Computes all results as one JSON-ready dict; `grpo_latent.evaluate` lists its keys."""
         started = time.monotonic()
         settings = self.settings
         findings = Findings(self.prompts, settings.verdict)
@@ -174,7 +177,7 @@ class Evaluation:
     def _encoded_once(
         self, batch: slice, phases: Sequence[str], batch_idx: int
     ) -> AbstractContextManager:
-        """The images of a batch, encoded for some phases; not where all of them are done."""
+        """Encodes the images of a batch for some phases; not where all of them are done."""
         if all(self.journal.has(phase, batch_idx) for phase in phases):
             return nullcontext()
         return self.evaluator.encoded_once(self.prompts[batch])
@@ -189,7 +192,7 @@ class Evaluation:
         return [[next(outcomes) for _ in group] for group in groups]
 
     def _decode_all(self, findings: Findings) -> tuple[list[Trajectory], list[Tensor | None]]:
-        """All decodings; the greedy trajectories, and the image embeddings of each row's boxes."""
+        """Runs all decodings; returns greedy trajectories and the embeddings of each row's boxes."""
         settings = self.settings
         others = ([settings.sampled] if settings.num_sampled else []) + list(settings.decodings)
         own: list[Trajectory] = []
@@ -215,7 +218,7 @@ class Evaluation:
         return own, ideal
 
     def _decoded(self, decoding: Decoding, batch_idx: int) -> PhaseBatch:
-        """Keeps the trajectories of the plain greedy decoding, which ablations need."""
+        """Decodes a batch; keeps the trajectories of the plain greedy decoding for ablations."""
         prompts = self.prompts[self.batches[batch_idx]]
 
         def make() -> PhaseBatch:
@@ -230,7 +233,7 @@ class Evaluation:
         return self._done(OWN if decoding is GREEDY else decoding.name, batch_idx, make)
 
     def _swapped(self) -> list[Trajectory | None]:
-        """Greedy trajectories with the images of other prompts, where an ablation needs them."""
+        """Decodes greedily with the images of other prompts, where an ablation needs that."""
         if not self.settings.needs_swapped:
             return [None] * len(self.prompts)
         swapped = with_partners_images(self.prompts)
@@ -309,7 +312,10 @@ class PromptsDigest:
 
 
 def fingerprint(loaded: LatentModel, prompts: PromptsDigest, settings: EvalSettings) -> dict:
-    """What an evaluation depends on besides weights and reward: settings, latents, prompts."""
+    """Says what an evaluation depends on besides weights and reward.
+
+    That is settings, latents and prompts.
+    """
     return {
         "settings": json.loads(json.dumps(asdict(settings)))
         | {"treatment": repr(settings.treatment)},

@@ -15,7 +15,7 @@ MAX_VECTORS = 256  # of the singular values
 
 
 def geometry(groups: Sequence[Sequence[Tensor]]) -> dict[str, float]:
-    """Norm, cosines and effective rank of the latents of one training step.
+    """Measures norm, cosines and effective rank of the latents of one training step.
 
     Args:
         groups: for each group its trajectories' latents [N, H].
@@ -62,8 +62,9 @@ def geometry(groups: Sequence[Sequence[Tensor]]) -> dict[str, float]:
 
 
 def _mean_cosine(vectors_NH: Tensor) -> float:
-    """Mean cosine of the pairs of different rows: (|sum of directions|² - sum of |direction|²) /
-    (N (N - 1)).
+    """Averages the cosine over the pairs of different rows.
+
+    It is (|sum of directions|² - sum of |direction|²) / (N (N - 1)).
     """
     directions, num = normalize(vectors_NH.double(), dim=-1), len(vectors_NH)
     return float(

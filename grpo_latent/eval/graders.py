@@ -34,10 +34,12 @@ _NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 @dataclass(frozen=True)
 class Grade:
-    """Attributes:
-    correct: whether the parsed answer equals the truth.
-    answer: what was parsed (a letter for options), None if the completion commits to no answer.
-    reason: in words, for tables.
+    """What a grader says of a completion.
+
+    Attributes:
+        correct: whether the parsed answer equals the truth.
+        answer: what was parsed (a letter for options), None if the completion commits to none.
+        reason: in words, for tables.
     """
 
     correct: bool
@@ -46,7 +48,7 @@ class Grade:
 
 
 def committed_answer(completion: str) -> str | None:
-    """The text that a completion gives as its answer, or None.
+    """Finds the text that a completion gives as its answer, or None.
 
     Special tokens such as `<|im_end|>` are left out; tags win over a stated answer, which must end
     the completion.
@@ -73,8 +75,9 @@ def committed_answer(completion: str) -> str | None:
 
 
 def parse_option(answer: str | None, options: Sequence[str]) -> str | None:
-    """The letter that an answer names, or None: `B`, `(b)`, `B.`, `option B`, `(B) its text`, or
-    exactly its text.
+    """Finds the letter that an answer names, or None.
+
+    It may be `B`, `(b)`, `B.`, `option B`, `(B) its text`, or exactly its text.
 
     >>> options = ["Open", "Closed"]
     >>> parse_option("(b) Closed", options), parse_option("(a) Closed", options)
@@ -120,9 +123,7 @@ def grade_option(completion: str, options: Sequence[str], truth: str) -> Grade:
 
 
 def grade_number(completion: str, truth: str) -> Grade:
-    """Grades an integer answer (the embedded task): the committed answer is the number and nothing
-    else.
-    """
+    """Grades an integer answer (the embedded task): it is the number and nothing else."""
     if _NUMBER.fullmatch(str(truth).strip()) is None:
         raise DataError(
             "the truth is no integer", where="grade_number", got=truth, expected="digits"
@@ -136,7 +137,7 @@ def grade_number(completion: str, truth: str) -> Grade:
 
 
 def grade(completion: str, options: Sequence[str], truth: str) -> Grade:
-    """`grade_option`, or `grade_number` where there are no options.
+    """Grades by `grade_option`, or by `grade_number` where there are no options.
 
     Raises:
         DataError: the truth does not fit, or the completion is no text.
@@ -147,7 +148,7 @@ def grade(completion: str, options: Sequence[str], truth: str) -> Grade:
 
 
 def pair_accuracy(correct: Sequence[bool | float], pair_ids: Sequence[str]) -> float:
-    """MMVP's score: the fraction of pairs of which every question is right.
+    """Computes MMVP's score: the fraction of pairs of which every question is right.
 
     >>> pair_accuracy([True, True, True, False], ["1", "1", "2", "2"])
     0.5
@@ -173,9 +174,7 @@ def pair_accuracy(correct: Sequence[bool | float], pair_ids: Sequence[str]) -> f
 
 
 def _tidy(text: str) -> str | None:
-    """Without white space, bold or maths marks and the closing full stop; None where nothing is
-    left.
-    """
+    """Strips white space, bold or maths marks and the closing full stop; None if all is gone."""
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip().strip("*$ \n").strip()
     text = re.sub(r"(?<=[^.])\.\Z", "", text)
     return text or None

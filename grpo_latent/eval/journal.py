@@ -97,7 +97,7 @@ class Journal:
         return self.folder is not None and _file(self.folder, phase, batch_idx, "json").is_file()
 
     def load(self, phase: str, batch_idx: int) -> PhaseBatch | None:
-        """A finished batch, or None.
+        """Reads a finished batch; None where there is none.
 
         Raises:
             DataError: it cannot be read.
@@ -192,7 +192,7 @@ def _end_to_end(field: Field, rows: list[Tensor | None]) -> dict[str, Tensor]:
 
 
 def _rows(name: str, tensors: dict[str, Tensor]) -> list[Tensor | None]:
-    """Inverse of `_end_to_end`."""
+    """Inverts `_end_to_end`."""
     rows = list(tensors[name].split(tensors[f"{name}.lengths"].tolist()))
     is_there = tensors.get(f"{name}.is_there")
     return (
@@ -203,7 +203,7 @@ def _rows(name: str, tensors: dict[str, Tensor]) -> list[Tensor | None]:
 
 
 def unpack(content: bytes) -> list[Trajectory | None]:
-    """Inverse of `pack`."""
+    """Inverts `pack`."""
     # safetensors' own `load` gives no metadata; its header is JSON behind eight bytes of length
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     group_ids = json.loads(header["__metadata__"]["group_ids"])

@@ -1,6 +1,4 @@
-"""Two looks at recorded latents without decoding anew: does the image leak past them, and do they
-lie at the boxes?
-"""
+"""Looks at recorded latents without decoding anew: for leaks past them, and at the boxes."""
 
 from __future__ import annotations
 
@@ -27,12 +25,11 @@ def leak(
     visibility: str,
     max_prompts: int = 64,
 ) -> float | None:
-    """Largest change of a post-span log-prob, in nats, when the image is swapped under the
-    recorded latents.
+    """Measures how far a post-span log-prob moves, in nats, when the image is swapped.
 
-    Exactly 0.0 if the latents are the only way from the image to the text. Each prompt gets the
-    image of another one with the same image grid; None if no prompt has a span with text after it
-    and such a partner.
+    It is the largest change under the recorded latents, exactly 0.0 if these are the only way from
+    the image to the text. Each prompt gets the image of another one with the same image grid; None
+    if no prompt has a span with text after it and such a partner.
     """
     rows = [
         i
@@ -57,8 +54,7 @@ def leak(
 def nearest_token_hits(
     trajectory: Trajectory, roi: Sequence[int], visual_MH: Tensor
 ) -> list[bool]:
-    """For the first latents of a trajectory, whether the nearest visual token (L2) is the ideal
-    one.
+    """Says of the first latents whether the nearest visual token (L2) is the ideal one.
 
     Says how well latents are *aligned* with the boxes, not whether they are used.
     """
@@ -69,5 +65,5 @@ def nearest_token_hits(
 
 
 def _post_span(kinds: Tensor) -> Tensor:
-    """bool, same shape: sampled text after the end of a span."""
+    """Marks sampled text after the end of a span: bool, same shape."""
     return ((kinds == PositionKind.FORCED).cumsum(-1) > 0) & is_text(kinds)

@@ -1,5 +1,4 @@
-"""Pixels of an evaluation's prompts, made when they are asked for and kept only as far as they
-fit.
+"""Pixels of an evaluation's prompts: made when asked for, kept only as far as they fit.
 
 A benchmark's images take tens of gigabytes as pixels and a few as files. So a prompt holds its
 files, and a store holds pixels: those of the batch in hand, and of others what `max_bytes` allows.
@@ -34,7 +33,7 @@ class PixelStore:
         self._new_key = itertools.count()
 
     def add(self, images: ImageInputs, make: Callable[[], Tensor]) -> StoredImages:
-        """`images` with its pixels in the store; `make` makes equal ones anew."""
+        """Puts the pixels of `images` into the store; `make` makes equal ones anew."""
         stored = StoredImages(next(self._new_key), images.image_grid_thw, make, self)
         self._keep(stored.key, images.pixel_values)
         return stored
@@ -49,7 +48,7 @@ class PixelStore:
 
     @contextmanager
     def holding(self, keys: Iterable[int]) -> Iterator[None]:
-        """Within the block pixels of these keys stay once they are there."""
+        """Keeps pixels of these keys, once they are there, within the block."""
         self._held.append(frozenset(keys))
         try:
             yield
@@ -100,7 +99,7 @@ def num_bytes(pixels: Tensor) -> int:
 
 @contextmanager
 def held(images: Iterable[ImageInputs | None]) -> Iterator[None]:
-    """Within the block no pixels of these images are made twice."""
+    """Keeps the pixels of these images within the block: none are made twice."""
     keys: dict[PixelStore, list[int]] = {}
     for one in images:
         if isinstance(one, StoredImages):

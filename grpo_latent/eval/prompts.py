@@ -48,8 +48,9 @@ class EvalPrompt:
 
     @property
     def cluster(self) -> str:
-        """Equal for rows that share a question (MMVP's pairs, HRBench's rotations): statistics
-        count these once.
+        """Equal for rows that share a question, which statistics count once.
+
+        Such are MMVP's pairs and HRBench's rotations.
         """
         return self.row_id if self.item is None else self.item.group_id
 
@@ -61,7 +62,7 @@ def read_prompts(
     store: PixelStore | None = None,
     seen: Callable[[EvalPrompt], None] = lambda prompt: None,
 ) -> list[EvalPrompt]:
-    """The rows of all files in order, at most `max_rows`.
+    """Reads the rows of all files in order, at most `max_rows`.
 
     Args:
         store: of their pixels; None makes one.
@@ -95,7 +96,7 @@ def benchmark_prompts(
     store: PixelStore | None = None,
     seen: Callable[[EvalPrompt], None] = lambda prompt: None,
 ) -> list[EvalPrompt]:
-    """The questions of a benchmark, at most `max_rows`; arguments as `read_prompts`.
+    """Encodes the questions of a benchmark, at most `max_rows`; arguments as `read_prompts`.
 
     Raises:
         ConfigError: `max_rows` cuts rows of one question apart.
@@ -116,7 +117,7 @@ def benchmark_prompts(
 def encode_row(
     row: dict, where: str, loaded: LatentModel, row_id: str, store: PixelStore | None = None
 ) -> EvalPrompt:
-    """A row of verl's schema as a prompt.
+    """Encodes a row of verl's schema as a prompt.
 
     Args:
         store: of its pixels; None leaves them in the prompt.
@@ -146,7 +147,7 @@ def _encode(
     where: str,
     store: PixelStore | None,
 ) -> tuple[Tensor, ImageInputs | None]:
-    """Prompt ids int64 [P], and the images, whose pixels are the store's where there is one."""
+    """Makes prompt ids int64 [P] and images, whose pixels are the store's where there is one."""
 
     def encode() -> Prompt:
         return encode_prompt(

@@ -93,7 +93,7 @@ class Findings:
     follow: list[float] = field(default_factory=list)
 
     def accuracy(self, name: str) -> float | None:
-        """Greedy accuracy under an ablation, or `OWN`, over questions."""
+        """Averages greedy accuracy under an ablation, or `OWN`, over questions."""
         return accuracy(
             by_cluster([prompt.cluster for prompt in self.prompts], self.outcomes[name])
         )
@@ -127,7 +127,7 @@ class Findings:
 
 
 def build_report(findings: Findings) -> dict:
-    """Everything but run time, checkpoint and data; see `grpo_latent.evaluate`."""
+    """Builds the report but for run time, checkpoint and data; see `grpo_latent.evaluate`."""
     tried = {name: sum(changed) for name, changed in findings.changed.items()}
     greedy = findings.decodings[GREEDY.name]
     sampled = findings.decodings.get("sampled")
@@ -272,7 +272,7 @@ def _by_item(
 
 
 def chance(findings: Findings) -> float:
-    """Accuracy of guessing: the configured one, or the benchmark's."""
+    """Says how often guessing is right: as configured, or of the benchmark."""
     chances = [prompt.item.chance for prompt in findings.prompts if prompt.item is not None]
     return fmean(chances) if any(chances) else findings.verdict.chance
 
@@ -352,7 +352,7 @@ def _bounds(interval: Interval) -> list[float]:
 
 
 def overall_verdict(findings: Findings, usage: dict[str, dict]) -> dict:
-    """The primary ablation's verdict, or why there is none."""
+    """Gives the primary ablation's verdict, or says why there is none."""
     primary = findings.verdict.primary
     if not any(len(trajectory.latents) for trajectory in findings.own):
         return {

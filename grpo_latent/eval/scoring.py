@@ -17,8 +17,9 @@ from grpo_latent.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class Outcome:
-    """`correct`: 0 to 1, None where the reward dropped the trajectory; `score`: the reward;
-    `answer`: as graded.
+    """What a trajectory is worth: `correct` from 0 to 1, the `score`, the `answer` as graded.
+
+    `correct` is None where the reward dropped the trajectory; `score` is the reward.
     """
 
     correct: float | None
@@ -27,7 +28,7 @@ class Outcome:
 
 
 class Scorer(Protocol):
-    """One outcome a trajectory, of the prompt at the same place."""
+    """Gives one outcome a trajectory, of the prompt at the same place."""
 
     def __call__(
         self, prompts: Sequence[EvalPrompt], trajectories: Sequence[Trajectory]
@@ -48,8 +49,10 @@ class _Views:
 
 
 class RewardScorer:
-    """As training scores: what a reward reports as `acc` or `accuracy` counts as correct, else its
-    score; 0 if it failed.
+    """Scores as training does.
+
+    What a reward reports as `acc` or `accuracy` counts as correct, else its score; 0 if it
+    failed.
     """
 
     def __init__(self, runner: RewardRunner, loaded: LatentModel):
@@ -78,7 +81,7 @@ class RewardScorer:
 
 
 def as_outcome(result: RewardResult, where: str | None = None) -> Outcome:
-    """What a trajectory counts for.
+    """Says what a trajectory counts for.
 
     Raises:
         RewardError: what the reward reports as its accuracy is a text.
@@ -101,7 +104,7 @@ def as_outcome(result: RewardResult, where: str | None = None) -> Outcome:
 
 
 class GradeScorer:
-    """By the strict grader of each prompt's benchmark item."""
+    """Scores by the strict grader of each prompt's benchmark item."""
 
     def __init__(self, loaded: LatentModel):
         self.view = _Views(loaded)
@@ -118,6 +121,6 @@ class GradeScorer:
 
 
 def accuracy(outcomes: Sequence[float | None]) -> float | None:
-    """Mean of those that were not dropped; None where nothing is left."""
+    """Averages those that were not dropped; None where nothing is left."""
     known = [value for value in outcomes if value is not None]
     return fmean(known) if known else None

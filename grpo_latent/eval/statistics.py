@@ -1,5 +1,4 @@
-"""Statistics of an evaluation: intervals over questions, pass@k, paired tests, and the verdict on
-an ablation.
+"""Statistics of an evaluation: intervals, pass@k, paired tests, the verdict on an ablation.
 
 The prompt is the unit throughout: trajectories of one prompt are averaged before anything is
 resampled, because they share its difficulty. P prompts, R resamples.
@@ -36,8 +35,9 @@ class Interval:
 
 @dataclass(frozen=True)
 class McNemar:
-    """Discordant pairs and the two-sided exact p-value. `only_own`: prompts that only the first of
-    the pair answers.
+    """Counts discordant pairs and gives the two-sided exact p-value.
+
+    `only_own` are prompts that only the first of the pair answers.
     """
 
     only_own: int
@@ -69,8 +69,9 @@ class UsageVerdict:
 
 
 def by_cluster(clusters: Sequence[str], values: Sequence[float | None]) -> list[float]:
-    """Means over the rows that share a question (`EvalPrompt.cluster`); rows without a value are
-    left out.
+    """Averages over the rows that share a question (`EvalPrompt.cluster`).
+
+    Rows without a value are left out.
 
     These are what may be resampled. A question counts once, however many rows of it are left.
 
@@ -92,7 +93,7 @@ def bootstrap_interval(
     seed: int = 0,
     bounds: tuple[float, float] | None = (0.0, 1.0),
 ) -> Interval:
-    """Percentile bootstrap interval of the mean over questions.
+    """Bootstraps an interval of the mean over questions, by percentiles.
 
     A resample shows only values that were seen. Where the largest or smallest possible one was
     not, the interval reaches as far as the exact binomial bound on its rate, 1 - (alpha/2)^(1/P),
@@ -139,14 +140,15 @@ def bootstrap_interval(
 def bootstrap_difference(
     own_P: Sequence[float] | np.ndarray, other_P: Sequence[float] | np.ndarray, **options
 ) -> Interval:
-    """Interval of mean(own - other) over *paired* prompts; options as `bootstrap_interval`."""
+    """Bootstraps mean(own - other) over *paired* prompts; options as `bootstrap_interval`."""
     own_P, other_P = _pair(own_P, other_P)
     return bootstrap_interval(own_P - other_P, **{"bounds": (-1.0, 1.0), **options})
 
 
 def pass_at_k(num_trajectories: int, num_correct: int, k: int) -> float:
-    """Probability that k of the n trajectories, drawn without replacement, hold a right one: 1 -
-    C(n-c, k) / C(n, k).
+    """Estimates the probability that k trajectories, drawn without replacement, hold a right one.
+
+    It is 1 - C(n-c, k) / C(n, k).
 
     The unbiased estimator of arXiv 2107.03374 (section 2.1).
 
@@ -166,8 +168,7 @@ def pass_at_k(num_trajectories: int, num_correct: int, k: int) -> float:
 def mcnemar_exact(
     own_P: Sequence[bool] | np.ndarray, other_P: Sequence[bool] | np.ndarray
 ) -> McNemar:
-    """Two-sided exact McNemar test: is a prompt on which the two differ as likely to favour
-    either?
+    """Tests whether prompts on which the two differ favour either (McNemar, exact, two-sided).
 
     Raises:
         DataError: lengths differ, or an outcome is not 0/1.

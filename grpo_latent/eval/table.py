@@ -12,9 +12,7 @@ HELD = {"used": "bold green", "not used": "yellow", "undecided at this n": "dim"
 
 
 def report_table(report: dict) -> Group:
-    """Accuracies, then one row an ablation with its verdict, then the verdict on the latents in
-    words.
-    """
+    """Lists accuracies, then each ablation with its verdict, then the verdict on the latents."""
     title = f"{report['checkpoint']}: {report['num_prompts']} prompts, {report['seconds']:.1f} s"
     verdict = escape(f"latents: {report['verdict']['sentence']}")
     return Group(_accuracies(report, title), _ablations(report), verdict)

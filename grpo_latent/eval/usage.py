@@ -40,13 +40,15 @@ from grpo_latent.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class UsageSettings:
-    """Attributes:
-    num_prompts: of the fixed set; 0 measures nothing. Below about 75 "not used" cannot be shown at
-        a margin of 0.05.
-    ablations: names of `eval.ablations.ABLATIONS`, or `name@part`; the first one decides about use
-        (`check_decides`).
-    prompts_per_batch: prompts decoded together, and kept encoded together.
-    margin, chance: see `statistics.usage_verdict`.
+    """What the measurement that training repeats decodes and decides by.
+
+    Attributes:
+        num_prompts: of the fixed set; 0 measures nothing. Below about 75 "not used" cannot be
+            shown at a margin of 0.05.
+        ablations: names of `eval.ablations.ABLATIONS`, or `name@part`; the first one decides about
+            use (`check_decides`).
+        prompts_per_batch: prompts decoded together, and kept encoded together.
+        margin, chance: see `statistics.usage_verdict`.
     """
 
     num_prompts: int = 128
@@ -114,7 +116,7 @@ class UsageProbe:
         self.batches = [slice(start, start + size) for start in range(0, len(prompts), size)]
 
     def measure(self, is_start: bool = False) -> Usage:
-        """Metrics without a prefix; what cannot be measured is left out."""
+        """Measures metrics, named without a prefix; what cannot be measured is left out."""
         prompts = list(self.prompts)
         # several batches are encoded twice: only when all have been decoded can the first be
         # ablated
@@ -202,7 +204,7 @@ class UsageProbe:
         return [None if prompt is None else next(rest) for prompt in swapped]
 
     def _ablated(self, inputs: AblationInputs) -> dict[str, list[Trajectory | None]]:
-        """By ablation a trajectory a prompt, None for a prompt that it does not change."""
+        """Decodes a trajectory a prompt under each ablation, None where it changes nothing."""
         changes = {name: make_changes(name, inputs) for name in self.settings.ablations}
         ablated: dict[str, list[Trajectory | None]] = {name: [] for name in changes}
         for batch in self.batches:
@@ -219,7 +221,7 @@ class UsageProbe:
         return ablated
 
     def _drift(self, own: list[Trajectory], is_start: bool) -> dict[str, float]:
-        """How far the latents are from those of the start, prompt by prompt and step by step."""
+        """Measures how far the latents are from the start's, prompt by prompt and step by step."""
         if self.reference is None:
             return {}
         if is_start:
@@ -255,7 +257,7 @@ def _read_start(path: Path) -> list[Trajectory]:
 
 
 def drift(own: Sequence[Trajectory], start: Sequence[Trajectory]) -> dict[str, float]:
-    """Means of cosine and of |z - z0| / |z0| over latent steps that both have; {} without any.
+    """Averages cosine and |z - z0| / |z0| over latent steps that both have; {} without any.
 
     They are `drift_cosine` and `drift_relative`.
     """
@@ -276,5 +278,5 @@ def drift(own: Sequence[Trajectory], start: Sequence[Trajectory]) -> dict[str, f
 
 
 def common(a: Trajectory, b: Trajectory) -> int:
-    """Latent steps that both trajectories have."""
+    """Counts the latent steps that both trajectories have."""
     return min(len(a.latents), len(b.latents))

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def title_of(runs: Sequence[Run], report: Report) -> str:
-    """Names of the runs; one run's with its parent folder, because many are called alike."""
+    """Joins the runs' names; one run's has its parent folder, because many are called alike."""
     if len(runs) == 1:
         return "/".join(runs[0].folder.resolve().parts[-2:])
     return ", ".join(run["name"] for run in report.overview["runs"])

@@ -13,7 +13,7 @@ FACTS = {
 
 
 def ablation_rows(name: str, report: dict) -> dict:
-    """Accuracies with intervals, verdicts, and the report's other measures of use.
+    """Lists accuracies with intervals, verdicts, and the report's other measures of use.
 
     Returns:
         {"name", "checkpoint", "num_prompts", "chance", "verdict", "facts": [[words, value]],

@@ -22,7 +22,7 @@ SCRIPTS = ("core.js", "charts.js", "heat.js", "trajectory.js", "groups.js", "mai
 
 
 def render(report: Report, title: str) -> str:
-    """The page's HTML."""
+    """Renders the page's HTML."""
     scripts = [plotly_bundle(), "\n".join(_asset(name) for name in SCRIPTS)]
     policy = "; ".join(
         (
@@ -47,7 +47,7 @@ def render(report: Report, title: str) -> str:
 
 
 def embed(json_text: str) -> str:
-    """JSON that can stand in a script element: `</script>` and `<!--` cannot occur in it.
+    """Escapes JSON for a script element: `</script>` and `<!--` cannot occur in it.
 
     >>> embed('"</script>"')
     '"\\\\u003c/script\\\\u003e"'
@@ -62,7 +62,7 @@ def script_hash(script: str) -> str:
 
 
 def plotly_bundle() -> str:
-    """plotly.js as its Python package ships it.
+    """Reads plotly.js as its Python package ships it.
 
     Raises:
         ConfigError: the package is not installed.

@@ -43,8 +43,10 @@ MAX_IMAGE_SIDE, SMALL_IMAGE_SIDE = 336, 128
 
 @dataclass
 class GroupData:
-    """A group with what was found out about it. `row` is None where its data row was not found,
-    `probe` where it was not probed."""
+    """A group with what was found out about it.
+
+    `row` is None where its data row was not found, `probe` where it was not probed.
+    """
 
     run_idx: int
     step: int
@@ -66,7 +68,7 @@ class GroupData:
 def overview(
     runs: Sequence[Run], groups: Sequence[GroupData], notes: list[str], versions: dict[str, str]
 ) -> dict:
-    """What the page shows before any group is opened."""
+    """Makes what the page shows before any group is opened."""
     labels = label_runs(runs)
     return {
         "runs": [
@@ -95,8 +97,9 @@ def _run(run: Run, label: tuple[str, str], groups: Sequence[GroupData]) -> dict:
 
 
 def dump_metrics(run: Run, groups: Sequence[GroupData]) -> dict[str, list]:
-    """Curves that only the dump can give: geometry of the latents, and hits of the boxes over the
-    probed groups.
+    """Draws the curves that only the dump can give: geometry of latents, hits of the boxes.
+
+    Hits are of the probed groups.
     """
     curves: dict[str, dict[int, float]] = {}
     by_step: dict[int, list] = {}
@@ -118,7 +121,7 @@ def dump_metrics(run: Run, groups: Sequence[GroupData]) -> dict[str, list]:
 
 
 def group_summary(group: GroupData) -> dict:
-    """The group's row in the table."""
+    """Makes the group's row in the table."""
     trajectories = group.trajectories
     rewards = [dumped.reward for dumped in trajectories]
     advantages = [dumped.advantage for dumped in trajectories if dumped.advantage is not None]
@@ -148,8 +151,9 @@ def group_summary(group: GroupData) -> dict:
 
 
 def group_block(group: GroupData) -> dict:
-    """All of a group, for the trajectory view. Equal probes of a group are stored once: its
-    latents often are equal.
+    """Packs all of a group for the trajectory view.
+
+    Equal probes of a group are stored once: its latents often are equal.
     """
     probes: list[dict] = []
     known: dict[str, int] = {}
@@ -214,7 +218,7 @@ def _trajectory(dumped: DumpedTrajectory, tokens: list[str] | None) -> dict:
 
 
 def recorded_by_token(trajectory: Trajectory) -> dict[str, list]:
-    """By name, numbers that a mechanism or a treatment recorded of every completion position."""
+    """Lists, by name, numbers that mechanism or treatment recorded of every position."""
     found: dict[str, list] = {}
     for field_ in recorded.of_trajectory(Wire.INSPECTOR):
         values_T = trajectory.value(field_)
@@ -224,8 +228,9 @@ def recorded_by_token(trajectory: Trajectory) -> dict[str, list]:
 
 
 def recorded_beside(trajectory: Trajectory) -> list[dict]:
-    """For each latent position what else was recorded there: {"recorded": {name: first numbers}},
-    or {}.
+    """Lists for each latent position what else was recorded there.
+
+    Entries are {"recorded": {name: first numbers}}, or {}.
     """
     kinds_N = trajectory.kinds[positions_of(trajectory.kinds, "N")]
     found: list[dict] = [{} for _ in kinds_N]
@@ -243,8 +248,11 @@ def recorded_beside(trajectory: Trajectory) -> list[dict]:
 
 
 def reward_terms(dumped: DumpedTrajectory) -> dict:
-    """Terms that say something: without the reward or another term again, and without bookkeeping
-    of trajectories that went well."""
+    """Picks the terms that say something.
+
+    Left out are the reward or another term again, and bookkeeping of trajectories that went
+    well.
+    """
     terms = {}
     for name, value in dumped.reward_terms.items():
         is_idle = value in (None, "") or (name == "dropped" and not value)
@@ -281,7 +289,7 @@ def _latent_probe(group: GroupData, index: int, latent_idx: int) -> dict:
 
 
 def image_entry(image: Image.Image, grid: tuple[int, int]) -> dict:
-    """A data URI: PNG where the image is small, else a JPEG of at most `MAX_IMAGE_SIDE` a side."""
+    """Encodes an image as a data URI: PNG where it is small, else JPEG, shrunk."""
     small = max(image.size) <= SMALL_IMAGE_SIDE
     picture = image.convert("RGB")
     if not small:
@@ -304,7 +312,7 @@ def image_entry(image: Image.Image, grid: tuple[int, int]) -> dict:
 
 
 def flatten(config: dict, prefix: str = "") -> dict[str, str]:
-    """Dotted keys and values as text."""
+    """Flattens a config to dotted keys and values as text; secrets are not shown."""
     flat: dict[str, str] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
@@ -318,8 +326,9 @@ def flatten(config: dict, prefix: str = "") -> dict[str, str]:
 
 
 def thin(steps: list[int], values: list[float]) -> list[list]:
-    """At most `MAX_POINTS` points, the last one among them; NaN and infinities become null, a gap
-    in the curve.
+    """Thins a curve to at most `MAX_POINTS` points, the last one among them.
+
+    NaN and infinities become null, a gap in the curve.
     """
     stride = -(-len(steps) // MAX_POINTS)
     kept = sorted(set(range(0, len(steps), stride or 1)) | ({len(steps) - 1} if steps else set()))
@@ -327,7 +336,7 @@ def thin(steps: list[int], values: list[float]) -> list[list]:
 
 
 def short(value: float) -> float | None:
-    """Five significant digits; None unless finite, because JSON has no NaN."""
+    """Rounds to five significant digits; None unless finite, because JSON has no NaN."""
     value = float(value)
     return float(f"{value:.5g}") if abs(value) < float("inf") else None
 

@@ -1,5 +1,6 @@
-"""What dumped latents look at: cosines to visual tokens, logit lens, nearest embeddings, replay
-gap, by a checkpoint.
+"""What dumped latents look at, by a checkpoint.
+
+Cosines to visual tokens, logit lens, nearest embeddings, replay gap.
 
 N latent steps of one trajectory, M visual tokens of its prompt, V vocabulary, H hidden size. All
 values describe the recorded vectors; only the replay gap and `new` log-probs describe the
@@ -37,8 +38,9 @@ NUM_TOKENS = 5
 
 @dataclass(frozen=True)
 class PromptRow:
-    """The data row of a group: its question, images and boxes (normalised; `box_images` index the
-    images).
+    """The data row of a group: its question, images and boxes.
+
+    Boxes are normalised; `box_images` index the images.
     """
 
     messages: list[dict]
@@ -80,7 +82,9 @@ class Probe:
 
 @dataclass(frozen=True)
 class GroupProbe:
-    """`grids`: (rows, columns) of visual tokens of each image; `roi`: indices among the M tokens
+    """A group's probes, and where their visual tokens lie.
+
+    `grids`: (rows, columns) of visual tokens of each image; `roi`: indices among the M tokens
     that boxes overlap.
     """
 
@@ -90,7 +94,7 @@ class GroupProbe:
 
 
 def find_rows(files: Iterable[Path], indices: Iterable[str]) -> dict[str, PromptRow]:
-    """Rows of verl parquet files by `extra_info.index`, those wanted only.
+    """Reads those wanted of verl's parquet rows, by `extra_info.index`.
 
     Raises:
         DataError: a file is missing, no parquet, or a wanted row malformed.
@@ -130,7 +134,7 @@ def _prompt_row(row: dict, where: str) -> PromptRow:
 
 
 def draws(treatment: Treatment, hidden_size: int) -> bool:
-    """Whether the latents of a rollout have noise in them, so that no replay makes them again."""
+    """Says whether a rollout's latents have noise in them, so that no replay makes them again."""
     return treatment.num_uniforms(hidden_size) > 0
 
 
@@ -154,7 +158,7 @@ class Prober:
 
     @torch.no_grad()
     def probe(self, row: PromptRow, group: Sequence[DumpedTrajectory]) -> GroupProbe:
-        """Probes of a group, in its order.
+        """Probes a group's trajectories, in its order.
 
         Raises:
             LatentMismatchError: hidden size, vocabulary or number of image tokens differ from the
@@ -196,7 +200,7 @@ class Prober:
         return GroupProbe(grids, roi, probes)
 
     def _expected_latents(self, sequences: LatentSequences, hidden_BTH: Tensor) -> Tensor:
-        """[N, H] as `Probe.replay_gaps` compares them, NaN where nothing is to compare with."""
+        """Makes what `Probe.replay_gaps` compares with: [N, H], NaN where there is nothing."""
         expected_NH = torch.full_like(sequences.latents_NH, torch.nan)
         if self.treatment is None or draws(self.treatment, self.adapter.hidden_size):
             return expected_NH
@@ -233,7 +237,7 @@ class Prober:
             )
 
     def _check_vocabulary(self, trajectories: Sequence[Trajectory], where: str) -> None:
-        """Ids at latent positions are placeholders, which no embedding is read for."""
+        """Checks all ids but those at latent positions, placeholders that no embedding is read for."""
         size = len(self._directions_VH)
         ids = torch.cat(
             [ids for t in trajectories for ids in (t.prompt_ids, t.token_ids[~t.latent_mask])]

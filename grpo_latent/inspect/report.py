@@ -1,6 +1,4 @@
-"""From run folders to the page's data: which groups are shown, which are probed, and how much
-fits.
-"""
+"""From run folders to the page's data: which groups are shown and probed, how much fits."""
 
 from __future__ import annotations
 
@@ -24,10 +22,12 @@ PACKAGES = ("grpo_latent", "torch", "transformers", "verl", "ray", "plotly")
 
 @dataclass(frozen=True)
 class Limits:
-    """Attributes:
-    trajectories: shown in the table and the trajectory view, over all runs.
-    probed_groups: with image and heat maps, over all runs.
-    block_bytes: of all groups' data; groups beyond it keep their row in the table only.
+    """How much of the runs a page shows.
+
+    Attributes:
+        trajectories: shown in the table and the trajectory view, over all runs.
+        probed_groups: with image and heat maps, over all runs.
+        block_bytes: of all groups' data; groups beyond it keep their row in the table only.
     """
 
     trajectories: int = 2000
@@ -92,7 +92,7 @@ def build_report(
 
 
 def treatment_of(run: Run) -> Treatment | None:
-    """What the run made of latents; None where this environment cannot tell.
+    """Finds what the run made of latents; None where this environment cannot tell.
 
     That is the case for a class of the user's that cannot be imported here.
     """
@@ -106,7 +106,7 @@ def treatment_of(run: Run) -> Treatment | None:
 
 
 def no_replay_gap(treatment: Treatment | None, shown: Sequence[GroupData]) -> str:
-    """Why the page has no replay gaps of a run; empty where it has."""
+    """Says why the page has no replay gaps of a run; empty where it has."""
     hidden_size = next(
         (t.trajectory.latents.shape[1] for group in shown for t in group.trajectories), 0
     )
@@ -124,7 +124,7 @@ def no_replay_gap(treatment: Treatment | None, shown: Sequence[GroupData]) -> st
 
 
 def choose_groups(run_idx: int, run: Run, max_trajectories: int) -> list[GroupData]:
-    """Whole groups, spread evenly over the dump, last step first."""
+    """Chooses whole groups, spread evenly over the dump, last step first."""
     groups = [
         GroupData(run_idx, step, group_id, members)
         for (step, group_id), members in run.dump.groups().items()
@@ -137,7 +137,7 @@ def choose_groups(run_idx: int, run: Run, max_trajectories: int) -> list[GroupDa
 
 
 def spread(groups: Sequence[GroupData], num: int) -> list[GroupData]:
-    """`num` of the groups at even distances, so that all steps are seen."""
+    """Takes `num` of the groups at even distances, so that all steps are seen."""
     if num >= len(groups):
         return list(groups)
     return [groups[i * len(groups) // num] for i in range(num)]
@@ -199,7 +199,7 @@ def probe_groups(
 
 
 def token_texts(loaded: LatentModel, token_ids: list[int]) -> list[str]:
-    """Each token's own text; a placeholder id outside the vocabulary is shown as its number."""
+    """Decodes each token by itself; an id outside the vocabulary is shown as its number."""
     return [
         str(loaded.tokenizer.decode([token_id]))
         if 0 <= token_id < len(loaded.tokenizer)
@@ -209,7 +209,7 @@ def token_texts(loaded: LatentModel, token_ids: list[int]) -> list[str]:
 
 
 def pack(groups: Sequence[GroupData], max_bytes: int) -> tuple[dict[int, str], int]:
-    """JSON of groups by index, probed ones first, up to `max_bytes`; and how many are left out."""
+    """Packs groups as JSON by index, probed ones first; says how many are beyond `max_bytes`."""
     blocks: dict[int, str] = {}
     used = 0
     for index in sorted(range(len(groups)), key=lambda i: groups[i].probe is None):
@@ -222,7 +222,7 @@ def pack(groups: Sequence[GroupData], max_bytes: int) -> tuple[dict[int, str], i
 
 
 def versions() -> dict[str, str]:
-    """Of this environment, which need not be the run's."""
+    """Lists versions of this environment, which need not be the run's."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

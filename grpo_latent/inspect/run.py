@@ -1,5 +1,6 @@
-"""A training run as it lies on disk: config, metrics, rollout dumps, evaluations, checkpoint.
-Never written to.
+"""A training run as it lies on disk, which is never written to.
+
+Config, metrics, rollout dumps, evaluations, checkpoint.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ Read = TypeVar("Read")
 
 @dataclass(frozen=True)
 class Run:
-    """Attributes:
-    name: of its folder.
-    config: resolved, as nested dicts; empty where there is none.
-    metrics: as logged.
-    evaluations: file name -> report of `grpo_latent.evaluate`.
-    checkpoint: newest folder that `load_latent_model` reads, or None.
-    data_files: of the prompts that the dump is of.
-    problems: what could not be read; shown on the page.
+    """A run as it was read.
+
+    Attributes:
+        name: of its folder.
+        config: resolved, as nested dicts; empty where there is none.
+        metrics: as logged.
+        evaluations: file name -> report of `grpo_latent.evaluate`.
+        checkpoint: newest folder that `load_latent_model` reads, or None.
+        data_files: of the prompts that the dump is of.
+        problems: what could not be read; shown on the page.
     """
 
     name: str
@@ -51,8 +54,9 @@ class Run:
 
 
 def label_runs(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """(name, family) of each run: names tell all runs apart, runs of one family differ by seed and
-    by what watches them.
+    """Labels each run (name, family): names differ, runs of a family differ by seed only.
+
+    They may also differ by what watches them.
 
     A run without a config is judged by its name.
     """
@@ -76,14 +80,15 @@ def label_runs(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def _without_seed(name: str) -> str:
-    """`seed1/grpo` -> `grpo`, `lvr_s0` -> `lvr`; the name itself where nothing is left."""
+    """Strips seeds: `seed1/grpo` -> `grpo`, `lvr_s0` -> `lvr`; the name where nothing is left."""
     parts = [re.sub(r"(?:^|[-_.])(?:seed|s)[-_=]?\d+$", "", part) for part in name.split("/")]
     return "/".join(part for part in parts if part) or name
 
 
 def _without_seeds(config: dict, prefix: str = "") -> str:
-    """The config as text, without seeds, places on disk and what only watches training; empty
-    without a config.
+    """Writes the config as text without seeds, places on disk and what only watches training.
+
+    Empty without a config.
     """
     lines = []
     for key, value in sorted((str(key), value) for key, value in config.items()):
@@ -97,7 +102,7 @@ def _without_seeds(config: dict, prefix: str = "") -> str:
 def read_run(
     folder: str | Path, checkpoint: Path | None = None, data_files: list[Path] | None = None
 ) -> Run:
-    """Reads what there is.
+    """Reads what there is of a run.
 
     Args:
         checkpoint, data_files: instead of the run's own.
@@ -143,7 +148,7 @@ def read_run(
 
 
 def read_config(path: Path) -> dict:
-    """The resolved config; {} without a file."""
+    """Reads the resolved config; {} without a file."""
     if not path.is_file():
         return {}
     try:
@@ -156,8 +161,9 @@ def read_config(path: Path) -> dict:
 
 
 def read_metrics(path: Path) -> Metrics:
-    """verl's file logger: {"step": n, "data": {name: value}} a line. The last line may be half
-    written.
+    """Reads verl's file logger, {"step": n, "data": {name: value}} a line.
+
+    The last line may be half written.
 
     Raises:
         DataError: a malformed line before the last.
@@ -188,7 +194,7 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def numbers_of(data: dict) -> dict[str, float]:
-    """What of logged values is a number, as floats."""
+    """Picks the numbers of logged values, as floats."""
     return {
         k: float(v)
         for k, v in data.items()
@@ -197,8 +203,11 @@ def numbers_of(data: dict) -> dict[str, float]:
 
 
 def read_evaluations(folder: Path, problems: list[GrpoLatentError]) -> dict[str, dict]:
-    """Reports of `grpo_latent.evaluate` by file: in the run's folder, in a folder `eval*` of it,
-    and beside it those whose checkpoint is the run's."""
+    """Reads reports of `grpo_latent.evaluate`, by file.
+
+    They lie in the run's folder, in a folder `eval*` of it, and beside it those whose
+    checkpoint is the run's.
+    """
     reports = {}
     beside = list(folder.resolve().parent.glob("*.json"))
     for path in sorted([*folder.glob("*.json"), *folder.glob("eval*/*.json"), *beside]):
@@ -240,10 +249,10 @@ def read_evaluations(folder: Path, problems: list[GrpoLatentError]) -> dict[str,
 
 
 def find_checkpoint(folder: Path, config: dict, problems: list[GrpoLatentError]) -> Path | None:
-    """The run's newest `global_step_<n>/actor/huggingface`, else the model that it started from.
+    """Finds the run's newest saved model, else the one that it started from.
 
-    Newer folders than the one that the tracker names are half of a save, or of a branch that has
-    been left.
+    It lies in `global_step_<n>/actor/huggingface`. Newer folders than the one that the tracker
+    names are half of a save, or of a branch that has been left.
     """
     root = folder / "checkpoints"
     if not root.is_dir():
@@ -259,8 +268,9 @@ def find_checkpoint(folder: Path, config: dict, problems: list[GrpoLatentError])
 
 
 def find_file(file: str, folder: Path) -> Path:
-    """A file of the run's config; a relative path is from where the run was started, which is here
-    or above its folder.
+    """Finds a file of the run's config; a relative path starts where the run was started.
+
+    That is here or above its folder.
     """
     for base in (Path(), *folder.resolve().parents):
         if (base / file).is_file():
@@ -269,7 +279,7 @@ def find_file(file: str, folder: Path) -> Path:
 
 
 def lookup(config: dict, key: str) -> object:
-    """The value at a dotted key, None where there is none."""
+    """Looks up the value at a dotted key; None where there is none."""
     value: object = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None

@@ -46,7 +46,7 @@ PAGE_FILE, TABLES_FILE = "page.html", "tables.json"
 
 
 def group_rows(report: Report) -> list[list]:
-    """A row a group, as the page's table has them."""
+    """Makes a row a group, as the page's table has them."""
     names = [run["name"] for run in report.overview["runs"]]
     return [
         [names[g["run"]], *(g[column] for column in GROUP_COLUMNS)]
@@ -55,7 +55,7 @@ def group_rows(report: Report) -> list[list]:
 
 
 def ablation_rows(report: Report) -> list[list]:
-    """A row an ablation of an evaluation."""
+    """Makes a row an ablation of an evaluation."""
     return [
         [run["name"], evaluation["name"], *(row[column] for column in ABLATION_COLUMNS)]
         for run in report.overview["runs"]
@@ -65,7 +65,7 @@ def ablation_rows(report: Report) -> list[list]:
 
 
 def tables_of(report: Report) -> Tables:
-    """`latent/groups` and, where there are evaluations, `latent/ablations`, JSON-ready."""
+    """Makes `latent/groups` and, where there are evaluations, `latent/ablations`, JSON-ready."""
     tables: Tables = {
         "latent/groups": {"columns": ["run", *GROUP_COLUMNS], "rows": group_rows(report)}
     }

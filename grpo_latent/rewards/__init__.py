@@ -1,5 +1,4 @@
-"""Running reward functions: loading, a killable process, typed outcomes, weights, and a checker
-for users' own.
+"""Runs reward functions: loading, a killable process, typed outcomes, weights, a checker.
 
     functions.py  FunctionSpec, load_function      what to call
     worker.py     the child process                calls it

@@ -1,6 +1,4 @@
-"""Tries a reward function on the completions that a policy will one day produce, and says what is
-wrong with it.
-"""
+"""Tries a reward function on completions that a policy will one day produce."""
 
 from __future__ import annotations
 
@@ -38,10 +36,12 @@ class Case:
 
 @dataclass
 class CheckReport:
-    """Attributes:
-    rows: (case, first outcome, verdict) in order.
-    problems: what would break or spoil a run.
-    warnings: what may be meant.
+    """What trying a function found.
+
+    Attributes:
+        rows: (case, first outcome, verdict) in order.
+        problems: what would break or spoil a run.
+        warnings: what may be meant.
     """
 
     rows: list[tuple[Case, Outcome, str]] = field(default_factory=list)
@@ -50,7 +50,7 @@ class CheckReport:
 
 
 def completions(ground_truth: str, wrong_answer: str) -> list[Case]:
-    """Normal and malformed completions about one question."""
+    """Makes normal and malformed completions about one question."""
     correct = f"<answer> {ground_truth} </answer>"
     return [
         Case("correct", correct),

@@ -12,12 +12,14 @@ from grpo_latent.rewards.outcome import Outcome
 
 @dataclass(frozen=True)
 class Combined:
-    """Attributes:
-    score: Σ weight · score; None if a function failed.
-    terms: unweighted score by term, None for a function that failed.
-    extras: what dict results carried beside their score: `<key>` from a single function,
-        `<term>/<key>` from several.
-    failures: (term, outcome) of each function that failed.
+    """The reward of one completion, and what it is made of.
+
+    Attributes:
+        score: Σ weight · score; None if a function failed.
+        terms: unweighted score by term, None for a function that failed.
+        extras: what dict results carried beside their score: `<key>` from a single function,
+            `<term>/<key>` from several.
+        failures: (term, outcome) of each function that failed.
     """
 
     score: float | None
@@ -27,7 +29,7 @@ class Combined:
 
 
 def combine(specs: Sequence[FunctionSpec], outcomes: Sequence[Outcome]) -> Combined:
-    """One outcome a spec, in the same order.
+    """Combines the outcomes of one completion, one a spec, in the same order.
 
     >>> specs = [FunctionSpec("a.py", weight=2.0), FunctionSpec("b.py", weight=0.5)]
     >>> combine(specs, [Outcome("ok", 1.0), Outcome("ok", 3.0, {"n": 7.0})])

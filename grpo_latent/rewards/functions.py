@@ -69,8 +69,9 @@ class FunctionSpec:
 
 
 def specs_from_config(entries: Iterable[Mapping]) -> list[FunctionSpec]:
-    """`latent.reward.functions`, a list of {path, name, weight, term, kwargs}, all but `path`
-    optional.
+    """Reads `latent.reward.functions`, a list of {path, name, weight, term, kwargs}.
+
+    All but `path` are optional.
 
     Raises:
         ConfigError: no function, an unknown key, or two functions under one term.

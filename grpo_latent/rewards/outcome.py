@@ -1,5 +1,6 @@
-"""What one call of a reward function came to: a finite score, or a typed failure. Never a 0 that
-stands for a failure.
+"""What one call of a reward function came to: a finite score, or a typed failure.
+
+Never a 0 that stands for a failure.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ RESERVED_KEYS = ("dropped", "reward_error")
 
 @dataclass(frozen=True)
 class Outcome:
-    """Attributes:
-    kind: `ok`, or one of `RewardError.KINDS` (exception, nan, inf, type, timeout).
-    score: the finite score, None unless `ok`.
-    extras: what a dict result carried beside `score`: floats, texts, None.
-    detail: for failures, what happened: the offending value, or the traceback's end.
-    seconds: how long the call took.
-    mutated: the call changed its `extra_info`; looked at only when the checker asks.
+    """What one call came to.
+
+    Attributes:
+        kind: `ok`, or one of `RewardError.KINDS` (exception, nan, inf, type, timeout).
+        score: the finite score, None unless `ok`.
+        extras: what a dict result carried beside `score`: floats, texts, None.
+        detail: for failures, what happened: the offending value, or the traceback's end.
+        seconds: how long the call took.
+        mutated: the call changed its `extra_info`; looked at only when the checker asks.
     """
 
     kind: str
@@ -76,7 +79,7 @@ def normalise(result: object, seconds: float = 0.0) -> Outcome:
 
 
 def to_error(outcome: Outcome, term: str, where: str | None, timeout_s: float) -> RewardError:
-    """The failure as an error that names the function, the trajectory and the remedy."""
+    """Makes the error of a failure: it names function, trajectory and remedy."""
     what = {
         "exception": f"reward {term!r} raised an exception",
         "nan": f"reward {term!r} returned nan",

@@ -1,5 +1,6 @@
-"""A child process that runs reward functions, seen from the parent: send calls, wait for each,
-kill what hangs.
+"""A child process that runs reward functions, seen from the parent.
+
+It is sent calls, each is waited for, and what hangs is killed.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ EXIT_GRACE_S = 1.0  # between a closed connection and the exit code of a dying p
 
 
 class Call(NamedTuple):
-    """Attributes:
-    function_idx: of the spec list that the process was started with.
-    arguments: data_source, solution_str, ground_truth, extra_info.
-    probe: also report whether the call changed its `extra_info`.
+    """One call of a function of the process.
+
+    Attributes:
+        function_idx: of the spec list that the process was started with.
+        arguments: data_source, solution_str, ground_truth, extra_info.
+        probe: also report whether the call changed its `extra_info`.
     """
 
     function_idx: int
@@ -62,7 +65,7 @@ class RewardProcess:
         self._start()
 
     def run(self, calls: Sequence[Call]) -> list[Outcome]:
-        """One outcome a call, in order.
+        """Runs the calls; one outcome a call, in order.
 
         A call that hangs or kills the process costs a restart, not the calls after it.
 

@@ -1,5 +1,4 @@
-"""`RewardRunner`: scores completions with a run's reward functions, in processes that can be
-killed.
+"""`RewardRunner` scores completions with a run's functions, in processes that can be killed.
 
 items -> calls (item x function) -> RewardProcess -> Outcomes -> combine -> policy on errors ->
 RewardResults
@@ -26,8 +25,9 @@ DEFAULT_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True)
 class RewardItem:
-    """What verl hands to a reward function, and `where` it comes from for errors ("group 17,
-    trajectory 3").
+    """What verl hands to a reward function, and `where` it comes from for errors.
+
+    Such as "group 17, trajectory 3".
     """
 
     data_source: str
@@ -39,12 +39,14 @@ class RewardItem:
 
 @dataclass(frozen=True)
 class RewardResult:
-    """Attributes:
-    score: the reward; a stand-in of 0 if `dropped`.
-    terms: unweighted score by term; None for a function that failed.
-    extras: what the functions reported beside their scores.
-    dropped: the trajectory must be left out of training.
-    error_kind: one of `RewardError.KINDS` if a function failed, else "".
+    """What a trajectory gets.
+
+    Attributes:
+        score: the reward; a stand-in of 0 if `dropped`.
+        terms: unweighted score by term; None for a function that failed.
+        extras: what the functions reported beside their scores.
+        dropped: the trajectory must be left out of training.
+        error_kind: one of `RewardError.KINDS` if a function failed, else "".
     """
 
     score: float
@@ -54,8 +56,9 @@ class RewardResult:
     error_kind: str = ""
 
     def info(self) -> dict[str, float | str | None]:
-        """Flat dict for verl's `reward_extra_info`; `acc` is the name that verl's validation looks
-        for.
+        """Flattens the result for verl's `reward_extra_info`.
+
+        `acc` is the name that verl's validation looks for.
         """
         named = {**self.extras, **self.terms}
         acc = {"acc": named["accuracy"]} if "accuracy" in named and "acc" not in named else {}
@@ -105,11 +108,11 @@ class RewardRunner:
             self._idle.put(process)
 
     def score(self, item: RewardItem) -> RewardResult:
-        """One item; may be called from several threads, which then wait for an idle process."""
+        """Scores one item; several threads may call, and then wait for an idle process."""
         return self.score_many([item])[0]
 
     def score_many(self, items: Sequence[RewardItem]) -> list[RewardResult]:
-        """One result an item, in order.
+        """Scores items; one result an item, in order.
 
         Raises:
             RewardError: a function failed and `on_error` is `raise`; names function, trajectory

@@ -1,6 +1,4 @@
-"""What a reward may see of a trajectory: its text without latent spans, and a summary of what was
-left out.
-"""
+"""What a reward may see of a trajectory: its text without spans, and a summary of these."""
 
 from __future__ import annotations
 
@@ -12,12 +10,14 @@ from grpo_latent.trajectory import PositionKind, Trajectory, is_text
 
 @dataclass(frozen=True)
 class RewardView:
-    """Attributes:
-    solution_str: text of the completion; no latent, delimiter or EOS in it, whatever the tokenizer
-        calls special.
-    latent: {"num_spans", "num_steps", "num_forced_ends", "span_offsets", "stop_reason"}, the
-        `extra_info["latent"]` of reward functions; `span_offsets` are characters of
-        `solution_str`.
+    """What a reward function is given of a trajectory.
+
+    Attributes:
+        solution_str: text of the completion; no latent, delimiter or EOS in it, whatever the
+            tokenizer calls special.
+        latent: {"num_spans", "num_steps", "num_forced_ends", "span_offsets", "stop_reason"}, the
+            `extra_info["latent"]` of reward functions; `span_offsets` are characters of
+            `solution_str`.
     """
 
     solution_str: str

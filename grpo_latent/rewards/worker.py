@@ -1,5 +1,6 @@
-"""The process that runs foreign reward functions, so that it can be killed: `python -m
-grpo_latent.rewards.worker FD`.
+"""The process that runs foreign reward functions, so that it can be killed.
+
+It is started as `python -m grpo_latent.rewards.worker FD`.
 
 Protocol over the socket FD, pickled both ways: the parent sends the function specs; the child
 answers None, or the error that loading them raised. Then, repeatedly: the parent sends a list of
@@ -82,8 +83,9 @@ def call(function, arguments: dict, kwargs: dict, probe: bool = False) -> Outcom
 
 @functools.cache
 def _event_loop() -> asyncio.Runner:
-    """One loop for all calls: asynchronous clients that a function keeps are bound to the loop
-    they were made in.
+    """Gives one event loop to all calls.
+
+    Asynchronous clients that a function keeps are bound to the loop they were made in.
     """
     return asyncio.Runner()
 
@@ -93,7 +95,7 @@ async def _await(awaitable):
 
 
 def _last_line_first(text: str) -> str:
-    """The exception before its traceback: error messages are cut at their end."""
+    """Puts the exception before its traceback: error messages are cut at their end."""
     lines = text.strip().splitlines()
     return f"{lines[-1]}\n" + "\n".join(lines)
 

@@ -227,9 +227,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def check_same_run(settings: SFTSettings, output_dir: Path) -> None:
-    """Raises `ConfigError` if `output_dir` holds a run with settings that may not change on
-    resuming.
-    """
+    """Raises `ConfigError` if `output_dir` holds a run whose settings may not change now."""
     path = output_dir / "settings.json"
     try:
         before = json.loads(path.read_text())

@@ -39,8 +39,9 @@ IMAGE_SIZE = (28, 42)  # pixels: 2 x 3 merged tokens
 
 
 def sharpen(model: PreTrainedModel, opening_ids: frozenset[int], eos_id: int) -> None:
-    """Changes a tiny model in place so that its numbers react to every input, and spans and ends
-    are frequent.
+    """Scales a tiny model, in place, so that its numbers react to every input.
+
+    Spans and ends become frequent.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -138,7 +139,7 @@ class Case:
 
     @cached_property
     def recorded(self) -> Recorded:
-        """Made once; no check changes the model."""
+        """Rolls out the case's requests, once; no check changes the model."""
         return recorded(self.requests, self.generate(self.requests))
 
     def collate(
@@ -158,7 +159,7 @@ def recorded(requests: list[RolloutRequest], groups: list[list[Trajectory]]) -> 
 
 
 def build_case(cls: type[Mechanism], backbone: str, settings: dict) -> Case:
-    """A tiny model of `backbone` with the mechanism attached.
+    """Builds a tiny model of `backbone` with the mechanism attached.
 
     Raises:
         ConfigError: no such tiny model, or settings that the mechanism refuses.

@@ -29,7 +29,7 @@ def require(
 def rows_of(
     values_BT: Tensor, sequences: LatentSequences, trajectories: list[Trajectory]
 ) -> list[Tensor]:
-    """The completions' part of each row, [T] each, wherever the padding stands."""
+    """Cuts the completion out of each row, [T] each, wherever the padding stands."""
     return [
         values_BT[row][sequences.valid_BT[row]][len(trajectory.prompt_ids) :]
         for row, trajectory in enumerate(trajectories)
@@ -40,14 +40,14 @@ def rows_of(
 def replayed(
     case: Case, trajectories: list[Trajectory], sequences: LatentSequences
 ) -> list[Tensor]:
-    """Log-probs of each completion by replay, 0 where nothing was sampled."""
+    """Replays each completion's log-probs, 0 where nothing was sampled."""
     return rows_of(replay(case.adapter, sequences, TEMPERATURE)[0], sequences, trajectories)
 
 
 def require_replay(
     case: Case, trajectories: list[Trajectory], sequences: LatentSequences, what: str
 ) -> None:
-    """Rollout log-probs equal replayed ones at every action."""
+    """Requires that rollout log-probs equal replayed ones at every action."""
     for row, (trajectory, values_T) in enumerate(
         zip(trajectories, replayed(case, trajectories, sequences), strict=True)
     ):
@@ -65,7 +65,7 @@ def require_replay(
 def require_equal_rows(
     first: Trajectory, second: Trajectory, what: str, bound: float = ROW_BOUND
 ) -> None:
-    """The same tokens and kinds, log-probs and vectors up to rounding."""
+    """Requires the same tokens and kinds, and log-probs and vectors up to rounding."""
     same = torch.equal(first.token_ids, second.token_ids) and torch.equal(
         first.kinds, second.kinds
     )
@@ -86,12 +86,12 @@ def require_equal_rows(
 
 
 def relative(first: Tensor, second: Tensor) -> float:
-    """Largest difference, as a part of the largest number of `second`."""
+    """Largest difference, relative to the largest number of `second`."""
     return float((first - second).abs().max() / second.abs().max().clamp(min=1e-6))
 
 
 def first_positions(trajectory: Trajectory, length: int) -> Trajectory:
-    """The first `length` positions of a completion."""
+    """Cuts a completion after its first `length` positions."""
     cut = trajectory.kinds[:length]
     num_recorded = int(trajectory.recorded_mask[:length].sum())
     by_position = ("token_ids", "rollout_log_probs", "sampling_log_probs")
@@ -107,6 +107,6 @@ def first_positions(trajectory: Trajectory, length: int) -> Trajectory:
 
 
 def loss_of(adapter: ModelAdapter, sequences: LatentSequences) -> Tensor:
-    """One scalar that reacts to every action: the mean log-prob."""
+    """Makes one scalar that reacts to every action: the mean log-prob."""
     log_probs_BT, _ = replay(adapter, sequences, TEMPERATURE)
     return log_probs_BT.sum() / sequences.action_mask_BT().sum()

@@ -1,5 +1,4 @@
-"""`check_mechanism`: whether a mechanism keeps what rollout, replay, training and ablations rely
-on.
+"""`check_mechanism` says whether a mechanism keeps what rollout, replay and training rely on.
 
 class, settings ──build_case──▶ a tiny model with it ──CHECKS──▶ outcomes, or `ConformanceError`
 """

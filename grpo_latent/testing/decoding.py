@@ -28,8 +28,9 @@ from grpo_latent.trajectory import PositionKind, latent_mask
 
 
 def check_declares(case: Case) -> str | None:
-    """What a mechanism says of itself holds: ids lie in the vocabulary, `parameter_prefixes` cover
-    what `attach` makes.
+    """What a mechanism says of itself holds.
+
+    Ids lie in the vocabulary, `parameter_prefixes` cover what `attach` makes.
     """
     mechanism, vocab_size = case.mechanism, len(case.tokenizer)
     ids = {kind.name: mechanism.placeholder_id(kind) for kind in PositionKind}
@@ -76,9 +77,7 @@ def check_rollout_is_replay(case: Case) -> str | None:
 
 @torch.no_grad()
 def check_recorded_is_made(case: Case) -> str | None:
-    """While weights stay, what was recorded is what `make` makes of the hidden states at
-    `sources`.
-    """
+    """While weights stay, `make` makes what was recorded, of the hidden states at `sources`."""
     sequences = case.collate()
     sources = sequences.sources(case.mechanism)
     recorded_MH = sequences.latents_NH[sequences.is_made_N]
@@ -101,8 +100,9 @@ def check_recorded_is_made(case: Case) -> str | None:
 
 @torch.no_grad()
 def check_recompute(case: Case) -> str | None:
-    """While weights stay, a chain of the current model's own vectors gives what was recorded, in
-    both ways to run it.
+    """While weights stay, a chain of the model's own vectors gives what was recorded.
+
+    In both ways to run it.
     """
     sequences = case.collate(padding_side="both")
     most = int(sequences.recorded_mask_BT.sum(-1).max())
@@ -141,9 +141,7 @@ def check_batch(case: Case) -> str | None:
 
 
 def check_ragged(case: Case) -> str | None:
-    """Prompts and completions of different lengths, with images and without, replay alike however
-    they are padded.
-    """
+    """Rows of different lengths, with images and without, replay alike however padded."""
     made = case.recorded
     lengths = {len(trajectory.kinds) for trajectory in made.trajectories}
     require(
@@ -199,8 +197,9 @@ def check_longer_run(case: Case) -> str | None:
 
 @dataclass(frozen=True)
 class _Script:
-    """What a rollout put at each position behind prompt and slots; positions beyond a row's end
-    are idle text.
+    """What a rollout put at each position behind prompt and slots.
+
+    Positions beyond a row's end are idle text.
 
     Attributes:
         kinds_NT, ids_NT: int64.
@@ -280,7 +279,7 @@ def _columns(case: Case, state: RowStates, num_rows: int) -> tuple[Tensor, ...]:
 def _run(
     case: Case, script: _Script, packs: bool, keep: tuple[int, Tensor] | None = None
 ) -> list[dict[str, Tensor]]:
-    """What the state says at each position.
+    """Asks the rows' state what it says at each position.
 
     Args:
         packs: continue at each position in a state that knows only what `pack` gave.
@@ -321,8 +320,9 @@ def _require_same(first: list[dict], second: list[dict], what: str) -> None:
 
 
 def check_resume(case: Case) -> str | None:
-    """A batch that goes on after any step from what `pack` gave, or with some of its rows, says
-    what it would have said.
+    """A batch goes on, from what `pack` gave or with some rows, as it would have.
+
+    After any step.
     """
     script = _script(case)
     through = _run(case, script, packs=False)

@@ -35,8 +35,9 @@ GRADIENT_ROWS = 6
 
 
 def check_saves(case: Case) -> str | None:
-    """Settings and parameters come back from a folder, which loading leaves as it was; rollouts
-    are the same.
+    """Settings and parameters come back from a folder, and roll out the same.
+
+    Loading leaves the folder as it was.
     """
     mechanism = case.mechanism
     with tempfile.TemporaryDirectory() as name:
@@ -99,8 +100,9 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def check_gradients(case: Case) -> str | None:
-    """The parameters of `attach` get the gradient that finite differences give, through what is
-    composed and made.
+    """The parameters of `attach` get the gradient that finite differences give.
+
+    Through what is composed and made.
     """
     prefixes = case.mechanism.parameter_prefixes
     names = [
@@ -129,7 +131,7 @@ def check_gradients(case: Case) -> str | None:
 
 
 def _made_anew(adapter: ModelAdapter, sequences: LatentSequences) -> LatentSequences:
-    """With latents made by one forward over the recorded ones."""
+    """Makes latents by one forward over the recorded ones."""
     made_MH = adapter.make(replay_hidden(adapter, sequences)[sequences.sources(adapter.mechanism)])
     places_M = sequences.is_made_N.nonzero()[:, 0]
     return sequences.with_latents(sequences.latents_NH.index_copy(0, places_M, made_MH))
@@ -138,7 +140,7 @@ def _made_anew(adapter: ModelAdapter, sequences: LatentSequences) -> LatentSeque
 def _require_gradient(
     name: str, parameter: nn.Parameter, way: str, loss: Callable[[], Tensor]
 ) -> None:
-    """Along the gradient, or in a random direction where there is none."""
+    """Compares along the gradient, or in a random direction where there is none."""
     value = loss()
     gradient = None
     if value.requires_grad:
@@ -176,8 +178,9 @@ def _difference(
 
 
 def check_ablations(case: Case) -> str | None:
-    """Overridden vectors are fed, recorded and replayed, and matter; requests without latents have
-    none.
+    """Overridden vectors are fed, recorded and replayed, and matter.
+
+    Requests without latents have none.
     """
     own = case.recorded.trajectories
     donor = max(own, key=lambda trajectory: len(trajectory.latents))
@@ -224,7 +227,7 @@ def _generate(case: Case, fields: dict) -> Recorded:
 
 
 def _require_matter(case: Case) -> None:
-    """The recorded vectors are read: zeros in their place move a log-prob."""
+    """Requires that the recorded vectors are read: zeros in their place move a log-prob."""
     sequences, trajectories = case.collate(), case.recorded.trajectories
     zeroed = sequences.with_latents(torch.zeros_like(sequences.latents_NH))
     pairs = zip(

@@ -17,7 +17,7 @@ MAX_IMAGES = 4
 
 
 def parse(row: dict, where: str, file: Path) -> BenchmarkItem:
-    """One question; raises `DataError`, also for the test split, which hides its answers."""
+    """Reads one question; raises `DataError`, also for the test split, which hides its answers."""
     names = [f"image_{n}" for n in range(1, MAX_IMAGES + 1)]
     images = [
         stored_image(row[name], f"{where}: {name}") for name in names if row.get(name) is not None

@@ -55,21 +55,21 @@ def choice_item(
 
 
 def options_prompt(question: object, options: Sequence[object]) -> str:
-    """The question, its lettered options and `INSTRUCTION`, a line each."""
+    """Writes the question, its lettered options and `INSTRUCTION`, a line each."""
     # None, of a parquet's null, is left to `choice_item`, which names it
     lines = [f"({LETTERS[i]}) {option}" for i, option in enumerate(options or ())]
     return "\n".join([str(question).strip(), *lines, INSTRUCTION])
 
 
 def malformed(where: str, got: object, expected: str) -> DataError:
-    """The error of a row whose value at `where` is not as published."""
+    """Makes the error of a row whose value at `where` is not as published."""
     return DataError(
         "malformed row", where=where, got=got, expected=expected, fix="Download the file again."
     )
 
 
 def integer(value: object, where: str) -> int:
-    """The number that a column holds as text; raises `DataError` where it holds none."""
+    """Reads the number that a column holds as text; raises `DataError` where it holds none."""
     try:
         return int(str(value))
     except ValueError as error:
@@ -77,7 +77,7 @@ def integer(value: object, where: str) -> int:
 
 
 def image_file(folder: Path, places: tuple[str, ...], name: str, where: str) -> ImageRef:
-    """The image `name` in the first of `places` below `folder` that has it.
+    """Finds the image `name` in the first of `places` below `folder` that has it.
 
     Raises:
         DataError: none has.
@@ -95,7 +95,7 @@ def image_file(folder: Path, places: tuple[str, ...], name: str, where: str) -> 
 
 
 def stored_image(image: object, where: str) -> ImageRef:
-    """An image that a parquet file holds; raises `DataError` where there are no bytes."""
+    """Takes an image that a parquet file holds; raises `DataError` where there are no bytes."""
     if not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes):
         raise malformed(where, type(image).__name__, '{"bytes": <file content>, "path": ...}')
     return ImageRef(where, data=image["bytes"])

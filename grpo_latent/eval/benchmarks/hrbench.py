@@ -14,7 +14,7 @@ from grpo_latent.eval.benchmarks.registry import register
 
 
 def parse(row: dict, where: str, file: Path) -> BenchmarkItem:
-    """One rotation of a question; raises `DataError`."""
+    """Reads one rotation of a question; raises `DataError`."""
     try:
         data = base64.b64decode(row["image"] or "", validate=True)
     except (binascii.Error, ValueError, TypeError) as error:

@@ -14,7 +14,7 @@ from grpo_latent.eval.benchmarks.registry import find_benchmark
 
 
 def load_benchmark(name: str, path: str | Path, subset: str | None = None) -> list[BenchmarkItem]:
-    """The items of a benchmark, in file order.
+    """Reads the items of a benchmark, in file order.
 
     Args:
         name: key of `BENCHMARKS`, or package.module:NAME of a `Benchmark`.
@@ -63,7 +63,7 @@ def load_benchmark(name: str, path: str | Path, subset: str | None = None) -> li
 def first_items(
     items: Sequence[BenchmarkItem], max_rows: int | None, where: str = "data.max_rows"
 ) -> list[BenchmarkItem]:
-    """The first `max_rows` items, or all: asked before anything is decoded.
+    """Takes the first `max_rows` items, or all; it is asked before anything is decoded.
 
     Scores are of groups as a whole (both questions of an MMVP pair, all rotations of an HRBench
     question), so a cut must not go through one.

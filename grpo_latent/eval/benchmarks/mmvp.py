@@ -19,7 +19,7 @@ _OPTIONS = re.compile(r"\(([a-z])\)\s*(.*?)\s*(?=\([a-z]\)|\Z)", re.DOTALL)
 
 
 def parse(row: dict, where: str, file: Path) -> BenchmarkItem:
-    """One question of a pair; raises `DataError`."""
+    """Reads one question of a pair; raises `DataError`."""
     index = integer(row["Index"], f"{where}: Index")
     lettered = _OPTIONS.findall(row["Options"] or "")
     options = [text for _, text in lettered]

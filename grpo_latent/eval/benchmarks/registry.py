@@ -28,7 +28,7 @@ def register(benchmark: Benchmark) -> Benchmark:
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """The benchmark of a registered name, or a user's own of package.module:NAME.
+    """Finds the benchmark of a registered name, or a user's own of package.module:NAME.
 
     Raises:
         ConfigError: unknown, not importable, or no `Benchmark`.

@@ -15,7 +15,7 @@ from grpo_latent.eval.benchmarks.registry import register
 
 
 def parse_m3cot(row: dict, where: str, file: Path) -> BenchmarkItem:
-    """One question; raises `DataError`."""
+    """Reads one question; raises `DataError`."""
     if isinstance(row["image"], str):  # the jsonl names a file
         image = image_file(file.parent, ("images", "."), row["image"], where)
         row = row | {"image": {"bytes": image.read_bytes()}}
@@ -23,7 +23,7 @@ def parse_m3cot(row: dict, where: str, file: Path) -> BenchmarkItem:
 
 
 def parse_scienceqa(row: dict, where: str, file: Path) -> BenchmarkItem:
-    """One question; raises `DataError`."""
+    """Reads one question; raises `DataError`."""
     # the hub's parquet has no ids: the row's number in the file stands for one
     item_id = where.rsplit(" ", 1)[-1] if row.get("id") is None else str(row["id"])
     return _item("scienceqa", item_id, row.get("subject"), scienceqa_question(row, where))

@@ -14,7 +14,7 @@ _OPTION = re.compile(r"^\(([A-Z])\)\s*(.*?)\s*$", re.MULTILINE)
 
 
 def parse(row: dict, where: str, file: Path) -> BenchmarkItem:
-    """One question, its options taken from its text; raises `DataError`."""
+    """Reads one question, its options taken from its text; raises `DataError`."""
     options = _OPTION.findall(row["text"])
     if [letter for letter, _ in options] != list(LETTERS[: len(options)]) or len(options) < 2:
         raise malformed(f"{where}: text", row["text"], 'lines "(A) <option>", in order')

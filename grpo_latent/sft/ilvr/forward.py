@@ -43,8 +43,7 @@ def stage1_loss_sums(
 def stage2_loss_sums(
     adapter: ModelAdapter, batch: dict[str, Tensor], mechanism: Mechanism, gradient: str = "bptt"
 ) -> dict[str, Tensor]:
-    """Sums CE over labels (`ce`) of a batch of `collate_rows`, all latents fed by the model
-    itself.
+    """Sums CE over labels (`ce`) of a batch, all latents fed by the model itself.
 
     Args:
         gradient: through the latents, see `models.recompute`; the published stage 2 is `bptt`.
