@@ -15,7 +15,7 @@ import itertools
 import traceback
 import zlib
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import ray
 import torch
@@ -353,19 +353,22 @@ class LatentAgentLoopManager(AgentLoopManagerTQ):
         for uid in uids:
             self.order_of_uid.pop(uid, None)
 
+    @property
+    def _workers(self) -> list[ray.actor.ActorHandle]:
+        # ray's annotation adds the class itself, for editors
+        return cast("list[ray.actor.ActorHandle]", self.agent_loop_workers)
+
     def check_alive(self, timeout_s: float) -> None:
         """Raises Ray's error if a worker has died."""
-        ray.get([worker.ping.remote() for worker in self.agent_loop_workers], timeout=timeout_s)
+        ray.get([worker.ping.remote() for worker in self._workers], timeout=timeout_s)
 
     def raise_failure(self, partition_id: str, num_failed: int) -> None:
         """Raises what the first failed prompt failed with."""
-        failures = [
-            error
-            for errors in ray.get([w.failures.remote() for w in self.agent_loop_workers])
-            for error in errors
-        ]
+        failures: list[list[Exception]] = ray.get(
+            [worker.failures.remote() for worker in self._workers]
+        )
         # when one prompt fails, the others of its wave get the same error: the first is the cause
-        cause = failures[0] if failures else None
+        cause = next(itertools.chain.from_iterable(failures), None)
         raise cause or RolloutError(
             "rollouts failed",
             where=f"partition {partition_id}",

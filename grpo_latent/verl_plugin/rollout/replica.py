@@ -82,6 +82,8 @@ async def launch_server(
             attention if attention in ("sdpa", "eager") else "sdpa",
         )
     )
+    # ray's annotation adds the class itself, for editors
+    assert isinstance(server, ray.actor.ActorHandle)
     await server.wake_up.remote()
     return server
 

@@ -31,7 +31,8 @@ class LatentDataset(RLHFDataset):
     """
 
     def maybe_filter_out_long_prompts(self, dataframe=None):
-        files, seen = ", ".join(self.original_data_files), {}
+        files = ", ".join(self.original_data_files)
+        seen: dict[object, int] = {}  # an index ▸ its row
         for number, row in enumerate(dataframe):
             check_prompt(row, where=f"{files} row {number}")
             index = (row.get("extra_info") or {}).get("index")

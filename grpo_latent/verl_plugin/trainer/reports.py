@@ -52,6 +52,7 @@ class Reporter:
     """The trainer's end. Without a queue (stock `verl.trainer.main_ppo`) reports go nowhere."""
 
     def __init__(self):
+        self._queue: ray.actor.ActorHandle | None
         try:
             self._queue = ray.get_actor(QUEUE_NAME)
         except ValueError:

@@ -60,6 +60,9 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
 
     options = LatentOptions()
     freeze_vision = False
+    # of the forward that runs, None between two
+    batch: MicroBatch | None = None
+    sequences: LatentSequences | None = None
 
     def configure(self, options: LatentOptions, freeze_vision: bool = False) -> None:
         """To be called before `initialize`."""
@@ -69,6 +72,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
 
     def _build_module(self):
         folder = self.model_config.local_path
+        assert folder is not None, "verl's model config fetches it when it is made"
         self.mechanism: Mechanism = self.options.mechanism(folder, self.model_config.tokenizer)
         check_model(self.model_config.hf_config)
         check_layout(
@@ -189,6 +193,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         model_output = super().prepare_model_outputs(
             output, output_args, micro_batch, logits_processor_func
         )
+        assert self.batch is not None and self.sequences is not None, "kept with the inputs"
         self.treated.extend(model_output, output_args, self.batch, self.sequences, self.trains)
         self.choices.extend(model_output, self.batch)
         return model_output

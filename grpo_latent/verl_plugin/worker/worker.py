@@ -71,12 +71,10 @@ class LatentActorRolloutRefWorker(ActorRolloutRefWorker):
         # verl 0.9.1 has `freeze_vision_tower` in its config and reads it nowhere; the merger is
         # frozen with the tower
         freeze_vision = bool(config.actor.get("freeze_vision_tower", False))
-        self.actor_worker_cls = partial(
-            LatentTrainingWorker, options=options, freeze_vision=freeze_vision
-        )
-        self.ref_worker_cls = partial(
-            LatentTrainingWorker, options=options, freeze_vision=freeze_vision
-        )
+        make = partial(LatentTrainingWorker, options=options, freeze_vision=freeze_vision)
+        # verl calls them and asks nothing else of them: a class is not needed
+        self.actor_worker_cls = make  # type: ignore[assignment]
+        self.ref_worker_cls = make  # type: ignore[assignment]
         super().__init__(config, role, distillation_config, **kwargs)
         self.options = options
 
