@@ -40,7 +40,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -51,7 +50,7 @@ from transformers.utils.logging import disable_progress_bar
 from grpo_latent.common.command import config_command
 from grpo_latent.common.dtypes import parse_dtype
 from grpo_latent.common.files import write_text
-from grpo_latent.common.settings import build
+from grpo_latent.common.settings import build, section
 from grpo_latent.errors import ConfigError
 from grpo_latent.eval.benchmarks import load_benchmark
 from grpo_latent.eval.decode import Decoding
@@ -215,8 +214,8 @@ def make_scorer(config: DictConfig, loaded: LatentModel) -> Iterator[Scorer]:
     if config.data.benchmark.name is not None:
         yield GradeScorer(loaded)
         return
-    settings = _section(config.latent.reward, "latent.reward")
-    custom = _section(config.reward.custom_reward_function, "reward.custom_reward_function")
+    settings = section(config.latent.reward, "latent.reward")
+    custom = section(config.reward.custom_reward_function, "reward.custom_reward_function")
     functions = settings.pop("functions")
     if custom["path"]:
         functions = [
@@ -224,14 +223,6 @@ def make_scorer(config: DictConfig, loaded: LatentModel) -> Iterator[Scorer]:
         ]
     with RewardRunner(specs_from_config(functions), **settings) as runner:
         yield RewardScorer(runner, loaded)
-
-
-def _section(node: object, where: str) -> dict[str, Any]:
-    """Reads a config's section as plain values; raises `ConfigError` where it is none."""
-    values = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    if not isinstance(values, dict):
-        raise ConfigError("not a section", where=where, got=values, expected="keys and values")
-    return {str(key): value for key, value in values.items()}
 
 
 def weights_of(folder: str) -> list[list[object]]:

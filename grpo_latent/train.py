@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from grpo_latent.common.command import config_command
 from grpo_latent.common.paths import absolute, is_remote
+from grpo_latent.common.settings import section
 from grpo_latent.errors import CheckpointError, ConfigError, DataError
 
 LOG_FILE, METRICS_FILE, CONFIG_FILE = "train.log", "metrics.jsonl", "config.yaml"
@@ -310,12 +311,7 @@ def ray_arguments(config: DictConfig) -> dict:
     """Arguments of `ray.init`. On a running cluster its resources are not ours to state."""
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
-    node = OmegaConf.select(config, "ray_kwargs.ray_init")
-    given = {} if node is None else OmegaConf.to_container(node, resolve=True)
-    if not isinstance(given, dict):
-        raise ConfigError(
-            "not a group", where="ray_kwargs.ray_init", got=given, expected="arguments of ray.init"
-        )
+    given = section(OmegaConf.select(config, "ray_kwargs.ray_init"), "ray_kwargs.ray_init")
     runtime_env = get_ppo_ray_runtime_env(config)
     runtime_env.update(
         {k: v for k, v in (given.pop("runtime_env", None) or {}).items() if v is not None}

@@ -111,6 +111,25 @@ def check_keys(
         )
 
 
+def section(node: object, where: str) -> dict[str, Any]:
+    """A config's section as plain values, its references resolved.
+
+    Args:
+        node: plain or OmegaConf's; None counts as empty.
+
+    Raises:
+        ConfigError: a list or a single value.
+    """
+    from omegaconf import OmegaConf  # here: settings of plain values need no OmegaConf
+
+    values = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise ConfigError("not a section", where=where, got=values, expected="keys and values")
+    return {str(key): value for key, value in values.items()}
+
+
 def check_choice(value: object, allowed: Collection[str], where: str, note: str = "") -> None:
     """Raises `ConfigError` where `value` is none of `allowed`."""
     if value not in allowed:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import pytest
 from omegaconf import OmegaConf
 
-from grpo_latent.common.settings import build, check_choice
+from grpo_latent.common.settings import build, check_choice, section
 from grpo_latent.errors import CheckpointError, ConfigError
 
 
@@ -106,3 +106,12 @@ def test_choices():
         ConfigError, match="kind: unknown value; got z; expected one of .*'y'.* of m"
     ):
         check_choice("z", ("x", "y"), "kind", " of m")
+
+
+def test_a_section_is_resolved_and_nothing_else_passes_for_one():
+    config = OmegaConf.create({"a": {"b": "${c}", "d": [1]}, "c": 3, "e": [1], "f": None})
+    assert section(config.a, "a") == section({"b": 3, "d": [1]}, "a") == {"b": 3, "d": [1]}
+    assert section(config.f, "f") == {}
+    for values in (config.e, 5, "text"):
+        with pytest.raises(ConfigError, match="a.b: not a section; got .*keys and values"):
+            section(values, "a.b")

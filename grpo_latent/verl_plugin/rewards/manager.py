@@ -22,8 +22,8 @@ from verl import DataProto
 from verl.experimental.reward_loop.reward_manager import register
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
-from grpo_latent.common.settings import check_keys
-from grpo_latent.errors import ConfigError, PluginError
+from grpo_latent.common.settings import check_keys, section
+from grpo_latent.errors import PluginError
 from grpo_latent.rewards.functions import specs_from_config
 from grpo_latent.rewards.runner import DEFAULT_TIMEOUT_S, RewardItem, RewardRunner
 
@@ -88,12 +88,12 @@ def reward_settings(config: DictConfig) -> dict[str, Any]:
     node = OmegaConf.select(config, "latent.reward")
     if node is None:
         node = OmegaConf.select(config, "actor_rollout_ref.rollout.custom.latent.reward")
-    settings = {} if node is None else _plain(node)
+    settings = section(node, "latent.reward")
     check_keys(settings, SETTINGS, "latent.reward")
     settings = {key: value for key, value in settings.items() if value is not None}
     settings["functions"] = [dict(function) for function in settings.get("functions", [])]
-    custom_node = OmegaConf.select(config, "reward.custom_reward_function")
-    custom = {} if custom_node is None else _plain(custom_node)
+    name = "reward.custom_reward_function"
+    custom = section(OmegaConf.select(config, name), name)
     if custom.get("path"):
         if settings["functions"]:
             logger.warning(
@@ -162,15 +162,3 @@ def reward_item(row: Mapping[str, Any]) -> RewardItem:
         where=f"group {row.get('uid')}, trajectory {row.get('session_id')} "
         f"(data source {row['data_source']!r}, row {extra_info.get('index')})",
     )
-
-
-def _plain(node: Any) -> dict[str, Any]:
-    values = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    if not isinstance(values, Mapping):
-        raise ConfigError(
-            "not a group of settings",
-            where="latent.reward",
-            got=values,
-            expected="keys and values",
-        )
-    return {str(key): value for key, value in values.items()}

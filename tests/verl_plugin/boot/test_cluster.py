@@ -5,6 +5,7 @@ No Ray is started here.
 
 import pytest
 import ray
+from omegaconf import OmegaConf
 from tiny_run import make_config
 
 import grpo_latent
@@ -94,6 +95,14 @@ def test_resources_are_stated_for_a_ray_of_our_own_only(tmp_path, monkeypatch):
     assert own["runtime_env"]["env_vars"]["VERL_PLATFORM"] == "cpu"
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     assert set(ray_arguments(config)) == {"runtime_env", "log_to_driver"}
+
+
+@pytest.mark.parametrize("value", [5, ["num_cpus=16"]])
+def test_arguments_of_ray_are_a_section(tmp_path, value):
+    config = make_config(tmp_path, tmp_path)
+    OmegaConf.update(config, "ray_kwargs.ray_init", value, merge=False)
+    with pytest.raises(ConfigError, match="^ray_kwargs.ray_init: not a section; got"):
+        ray_arguments(config)
 
 
 def test_variables_of_the_submitted_job_are_not_set_again(tmp_path, monkeypatch):

@@ -6,8 +6,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from verl.plugin import platform
 
 from grpo_latent.errors import PluginError
 from grpo_latent.verl_plugin.boot import compat, registration
@@ -72,6 +74,15 @@ def test_another_device_is_named():
         PluginError, match="trainer: verl settled on another device; got c.*VERL_PLATFORM"
     ):
         registration.verify_device("trainer", "tpu")
+
+
+def test_a_platform_that_verl_lacks_is_named(monkeypatch):
+    monkeypatch.setattr(platform, "get_platform", lambda: SimpleNamespace(device_name="cpu"))
+    monkeypatch.setattr(platform.PlatformRegistry, "get", lambda name: None)
+    compat.select_platform("cpu")  # the one that runs is not asked for again
+    message = r"trainer.device=cuda: verl has no such platform; got \[.*'cpu'.*\]; expected nvidia"
+    with pytest.raises(PluginError, match=message):
+        compat.select_platform("cuda")
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,15 @@ def test_malformed_configs(reward, message):
         load(config(**reward))
 
 
+@pytest.mark.parametrize("name", ["latent.reward", "reward.custom_reward_function"])
+@pytest.mark.parametrize("value", [5, ["pkg://reward.digits"]])
+def test_what_is_no_section_is_named(name, value):
+    settings = config(functions=[{"path": "pkg://reward.digits"}])
+    OmegaConf.update(settings, name, value, merge=False)
+    with pytest.raises(ConfigError, match=f"^{name}: not a section; got .*keys and values"):
+        reward_manager.reward_settings(settings)
+
+
 def test_settings_may_travel_with_the_rollout_config():
     """As stock `verl.trainer.main_ppo` has them: its config has no top-level `latent`."""
     settings = OmegaConf.create(
