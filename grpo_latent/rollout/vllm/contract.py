@@ -1,4 +1,4 @@
-"""Every symbol of vLLM that this package relies on, checked in vLLM's source.
+"""Names every symbol of vLLM that this package relies on, and checks them in vLLM's source.
 
 Nothing of vLLM is imported, so that a release can be checked that cannot run here:
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from grpo_latent.common.command import command
 from grpo_latent.errors import PluginError
-from grpo_latent.rollout.vllm.compat import ENGINE_HF
+from grpo_latent.rollout.vllm.compat import ENGINE_HF, not_installed
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,18 @@ class Symbol:
     mentions: tuple[str, ...] = ()
 
 
-_V1, _V2 = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"
-_STATE, _SAMPLER = "vllm.v1.worker.gpu.model_states", "vllm.v1.worker.gpu.sample"
+_V1 = "vllm.v1.worker.gpu_model_runner"
+_V2 = "vllm.v1.worker.gpu.model_runner"
+_STATE = "vllm.v1.worker.gpu.model_states"
+_SAMPLER = "vllm.v1.worker.gpu.sample"
 COMMON = (
     Symbol("vllm.v1.worker.gpu_worker", "Worker.__init__", (), ("self.use_v2_model_runner =",)),
     Symbol("vllm.v1.worker.gpu_worker", "Worker.init_device", (), ("self.model_runner",)),
     Symbol(
         "vllm.v1.worker.gpu_worker", "Worker.load_model", (), ("_maybe_get_memory_pool_context",)
     ),
+    # our classes stand between vLLM's two: the CPU's must derive from the GPU's
+    Symbol("vllm.v1.worker.cpu_worker", "CPUWorker", (), ("class CPUWorker(Worker)",)),
     Symbol("vllm.v1.worker.cpu_worker", "CPUWorker.init_device", (), ("self.model_runner",)),
     Symbol("vllm.v1.outputs", "LogprobsTensors", ("logprob_token_ids", "logprobs")),
     Symbol(
@@ -57,7 +61,12 @@ COMMON = (
         ("num_scheduled_tokens", "finished_req_ids"),
     ),
     Symbol("vllm.v1.core.sched.scheduler", "Scheduler.__init__", (), ("self.kv_cache_manager",)),
-    Symbol("vllm.v1.core.sched.async_scheduler", "AsyncScheduler"),
+    Symbol(
+        "vllm.v1.core.sched.async_scheduler",
+        "AsyncScheduler",
+        (),
+        ("class AsyncScheduler(Scheduler)",),
+    ),
     Symbol("vllm.v1.core.kv_cache_manager", "KVCacheManager", (), ("coordinator.cache_blocks",)),
     Symbol(
         "vllm.v1.core.kv_cache_coordinator",
@@ -123,6 +132,12 @@ COMMON = (
 )
 V1_RUNNER = (
     Symbol(
+        "vllm.v1.worker.cpu_model_runner",
+        "CPUModelRunner",
+        (),
+        ("class CPUModelRunner(GPUModelRunner)",),
+    ),
+    Symbol(
         _V1,
         "GPUModelRunner.__init__",
         (),
@@ -167,6 +182,12 @@ V1_RUNNER = (
     Symbol("vllm.v1.outputs", "SamplerOutput", ("sampled_token_ids", "logprobs_tensors")),
 )
 V2_RUNNER = (
+    Symbol(
+        "vllm.v1.worker.cpu.model_runner",
+        "CPUModelRunner",
+        (),
+        ("class CPUModelRunner(GPUModelRunner)",),
+    ),
     Symbol(
         _V2, "GPUModelRunner.load_model", (), ("init_model_state(", "custom_sampler(self.sampler)")
     ),
@@ -247,8 +268,15 @@ def check_symbols(is_v2: bool, root: Path | None = None) -> None:
 
 
 def installed_root() -> Path:
-    """Folder that holds the installed `vllm/`, found without importing it."""
-    return Path(importlib.util.find_spec("vllm").origin).parents[1]
+    """Folder that holds the installed `vllm/`, found without importing it.
+
+    Raises:
+        PluginError: there is none.
+    """
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        raise not_installed()
+    return Path(spec.origin).parents[1]
 
 
 def check_symbol(symbol: Symbol, root: Path) -> None:
@@ -259,15 +287,18 @@ def check_symbol(symbol: Symbol, root: Path) -> None:
     if not path.is_file():
         raise _changed(where, f"no module {symbol.module}")
     tree, lines = _parsed(path)
-    node: ast.AST = tree
-    for part in symbol.name.split("."):
-        node = next((child for child in ast.iter_child_nodes(node) if _name(child) == part), None)
-        if node is None:
-            raise _changed(where, f"no {part}")
-    missing = [name for name in symbol.parameters if name not in _parameters(node)]
+    statement: ast.stmt | None = None
+    for name in symbol.name.split("."):
+        inside = tree.body if statement is None else _body(statement)
+        statement = next((child for child in inside if _name(child) == name), None)
+        if statement is None:
+            raise _changed(where, f"no {name}")
+    assert statement is not None  # a symbol's name is not empty
+    missing = [name for name in symbol.parameters if name not in _parameters(statement)]
     if missing:
         raise _changed(where, f"no parameter {missing}")
-    source = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+    # text, not meaning: what we rely on inside a function has no name that could be looked up
+    source = "\n".join(lines[statement.lineno - 1 : statement.end_lineno])
     missing = [text for text in symbol.mentions if text not in source]
     if missing:
         raise _changed(where, f"its source no longer mentions {missing}")
@@ -275,11 +306,19 @@ def check_symbol(symbol: Symbol, root: Path) -> None:
 
 @functools.lru_cache
 def _parsed(path: Path) -> tuple[ast.Module, list[str]]:
+    """A module's tree and its lines."""
+    # cached: most symbols share a module with others, of several thousand lines
     text = path.read_text()
     return ast.parse(text), text.splitlines()
 
 
-def _name(node: ast.AST) -> str | None:
+def _body(node: ast.stmt) -> list[ast.stmt]:
+    """The statements right inside a class or a function."""
+    return [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+
+
+def _name(node: ast.stmt) -> str | None:
+    """What a statement defines, by its first name."""
     if isinstance(node, ast.Assign):
         return getattr(node.targets[0], "id", None)
     if isinstance(node, ast.AnnAssign):
@@ -287,20 +326,22 @@ def _name(node: ast.AST) -> str | None:
     return getattr(node, "name", None)
 
 
-def _parameters(node: ast.AST) -> set[str]:
-    """Of a function; of a class, its annotated fields."""
+def _parameters(node: ast.stmt) -> set[str]:
+    """Names of a function's parameters; of a class, those of its annotated fields."""
     if isinstance(node, ast.ClassDef):
-        return {_name(child) for child in node.body if isinstance(child, ast.AnnAssign)}
-    arguments = getattr(node, "args", None)
-    if arguments is None:
+        names = (_name(child) for child in node.body if isinstance(child, ast.AnnAssign))
+        return {name for name in names if name is not None}
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return set()
+    arguments = node.args
     return {
         argument.arg
         for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
     }
 
 
-def _changed(where: str, got: str) -> PluginError:
+def _changed(where: str, got: str | None) -> PluginError:
+    """The error of a symbol that is not as expected."""
     return PluginError(
         "vLLM changed a symbol that latent rollouts rely on",
         where=where,
@@ -312,6 +353,7 @@ def _changed(where: str, got: str) -> PluginError:
 
 @command
 def main(folders: list[str] | None = None) -> None:
+    """Checks the vLLM of each folder, for both runners."""
     for folder in map(Path, sys.argv[1:] if folders is None else folders):
         for is_v2 in (False, True):
             try:

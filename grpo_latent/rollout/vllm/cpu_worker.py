@@ -1,7 +1,7 @@
-"""`worker_cls` of vLLM on CPU.
+"""Runs latents in vLLM's worker on CPU.
 
-A module of its own: vLLM's CPU worker, when imported, replaces CUDA streams, events and pinned
-memory in this process.
+A module of its own, since vLLM's CPU worker, when imported, replaces CUDA streams, events and
+pinned memory in this process.
 """
 
 from __future__ import annotations
@@ -12,4 +12,4 @@ from grpo_latent.rollout.vllm.worker import LatentWorker
 
 
 class LatentCPUWorker(LatentWorker, CPUWorker):
-    """`LatentWorker` over vLLM's."""
+    """`worker_cls` of vLLM on CPU; its hooks go before those of vLLM's CPU worker."""

@@ -12,6 +12,7 @@ import itertools
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.vllm.compat import check_options, check_version, pin_runner
 from grpo_latent.rollout.vllm.frontend import FrontEnd
 from grpo_latent.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput
 
 
 class VllmRolloutEngine:
@@ -54,13 +58,12 @@ class VllmRolloutEngine:
         **vllm_options,
     ):
         self.front = FrontEnd(folder, overrides, max_model_len, max_latents, banned_ids)
-        self.skeleton, self.mechanism, self.adapter = (
-            self.front.skeleton,
-            self.front.mechanism,
-            self.front.adapter,
-        )
+        self.skeleton = self.front.skeleton
+        self.mechanism = self.front.mechanism
+        self.adapter = self.front.adapter
         check_options(vllm_options)
         pin_runner()
+        # before vllm is imported: its models import torchvision
         torchvision_ops.install()
         # read when vllm is imported: the engine must live in this process, where its RPCs can take
         # tensors
@@ -72,7 +75,9 @@ class VllmRolloutEngine:
 
         from grpo_latent.rollout.vllm.model import register_latent_model
 
-        register_latent_model(self.adapter.model.config.architectures[0])
+        architectures = self.adapter.model.config.architectures
+        assert architectures  # `read_skeleton` asks for one
+        register_latent_model(architectures[0])
         # vLLM turns asynchronous scheduling off on CPU after this; the scheduler class must agree
         # with the result
         is_cpu = current_platform.is_cpu()
@@ -85,20 +90,24 @@ class VllmRolloutEngine:
             max_model_len=max_model_len,
             **arguments | vllm_options,
         )
-        self._request_ids, self._num_cached_tokens = itertools.count(), 0
+        self._request_ids = itertools.count()
+        self._num_cached_tokens = 0
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counters since the start: the worker's `latent_stats`, and `num_cached_tokens`,
-        prefix-cache hits.
+        """Counters since the start: the worker's `latent_stats` and `num_cached_tokens`.
+
+        The latter are prompt tokens whose keys and values the prefix cache had.
         """
         return self._rpc("latent_stats") | {"num_cached_tokens": self._num_cached_tokens}
 
     @property
     def policy_version(self) -> int:
+        """Of the weights that the engine holds."""
         return self.front.policy_version
 
     def _rpc(self, method: str, **kwargs):
+        """What the one worker answers."""
         return self._llm.collective_rpc(method, kwargs=kwargs)[0]
 
     def generate(
@@ -114,9 +123,11 @@ class VllmRolloutEngine:
                     self._llm.llm_engine.add_request(key, prompt, params)
             outputs = self._run()
         except BaseException:
+            # an interrupted batch must not go on beside the next one
             self._llm.llm_engine.abort_request([key for own_keys in keys for key in own_keys])
             raise
         finally:
+            # after a failure, too: records that no one pops would stay in the worker
             packed = self._rpc("latent_pop", keys=[key for own_keys in keys for key in own_keys])
         return [
             [
@@ -126,9 +137,10 @@ class VllmRolloutEngine:
             for request, own_keys in zip(requests, keys, strict=True)
         ]
 
-    def _run(self) -> dict:
+    def _run(self) -> dict[str, CompletionOutput]:
         """Steps until all requests are done: request id -> completion."""
-        engine, outputs = self._llm.llm_engine, {}
+        engine = self._llm.llm_engine
+        outputs = {}
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
@@ -148,7 +160,8 @@ class VllmRolloutEngine:
             RolloutError: the prefix cache could not be emptied.
         """
         own = self.adapter.model.state_dict(keep_vars=True)
-        missing, received = {id(tensor) for tensor in own.values()}, []
+        missing = {id(tensor) for tensor in own.values()}
+        received = []
         for name, tensor in weights:
             if name not in own or own[name].shape != tensor.shape:
                 expected = (
@@ -160,9 +173,8 @@ class VllmRolloutEngine:
                     got=f"shape {tuple(tensor.shape)}",
                     expected=str(expected),
                 )
-            missing.discard(
-                id(own[name])
-            )  # by identity: tied weights arrive under one of their names
+            # by identity: tied weights arrive under one of their names
+            missing.discard(id(own[name]))
             received.append((name, tensor))
         if missing:
             names = [name for name, tensor in own.items() if id(tensor) in missing]
@@ -173,6 +185,7 @@ class VllmRolloutEngine:
                 expected="all weights",
             )
         self._rpc("latent_reload", weights=self._under_embedding_name(received))
+        # encoded images and keys of the old weights
         self._llm.llm_engine.reset_encoder_cache()
         if not self._llm.llm_engine.reset_prefix_cache():
             raise RolloutError(
@@ -183,10 +196,8 @@ class VllmRolloutEngine:
     def _under_embedding_name(self, weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
         """Tied weights under the name that vLLM loads: it skips `lm_head.weight` there."""
         own = dict(self.adapter.model.named_parameters())
-        tied = (
-            self.adapter.model.get_output_embeddings().weight
-            is self.adapter.model.get_input_embeddings().weight
-        )
+        model = self.adapter.model
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         if not tied or any(
             name in own and name.endswith("embed_tokens.weight") for name, _ in weights
         ):

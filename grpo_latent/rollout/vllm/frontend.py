@@ -1,4 +1,4 @@
-"""What drives a vLLM engine with latents, whether the engine runs in this process or in another.
+"""Drives a vLLM engine with latents, whether the engine runs in this process or in another.
 
 request ──submissions──▶ (key, vLLM's prompt, vLLM's sampling params), one a trajectory
 vLLM's completion + the worker's record ──trajectory──▶ Trajectory
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,13 +16,17 @@ from torch import Tensor
 from grpo_latent.errors import LatentMismatchError, RolloutError
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.vllm.compat import ENGINE_HF, SCHEDULER_CLASSES, WORKER_CLASSES
+from grpo_latent.rollout.vllm.request import LatentRequest, RowSampling
 from grpo_latent.rollout.vllm.skeleton import CONFIG_KEY, WorkerOptions, read_skeleton
-from grpo_latent.rollout.vllm.wire import unpack
+from grpo_latent.rollout.vllm.wire import Packed, unpack
 from grpo_latent.trajectory import PositionKind, Trajectory
+
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput
 
 
 class FrontEnd:
-    """Of one checkpoint.
+    """Knows one checkpoint: what its engine is started with, is asked, and has answered.
 
     Args: as `VllmRolloutEngine`.
 
@@ -38,16 +43,19 @@ class FrontEnd:
         banned_ids: Iterable[int] = (),
     ):
         self.skeleton = read_skeleton(folder, overrides)
-        self.mechanism, self.adapter = self.skeleton.mechanism, self.skeleton.adapter
+        self.mechanism = self.skeleton.mechanism
+        self.adapter = self.skeleton.adapter
         self.options = WorkerOptions(
             self.mechanism, tuple(self.skeleton.banned_ids(banned_ids)), max_latents
         )
-        self.max_model_len, self.max_latents = max_model_len, self.options.room(max_model_len)
+        self.max_model_len = max_model_len
+        self.max_latents = self.options.room(max_model_len)
         self.policy_version = 0
 
     def engine_arguments(self, is_cpu: bool, is_async: bool) -> dict:
-        """Arguments of vLLM's engine that latents need, by the names of `vllm.LLM` and, as JSON,
-        of its command line.
+        """Arguments of vLLM's engine that latents need.
+
+        By the names of `vllm.LLM` and, as JSON, of its command line.
         """
         arguments = {
             "worker_cls": WORKER_CLASSES["cpu" if is_cpu else "cuda"],
@@ -72,11 +80,14 @@ class FrontEnd:
             raise RolloutError(
                 "engine vllm takes no latent_override and no other ablation",
                 where=where,
-                got=f"{request.latent_override}, steps {request.steps}, max_spans {request.max_spans}",
+                got=f"{request.latent_override}, steps {request.steps}, "
+                f"max_spans {request.max_spans}",
                 expected="None, steps >= 1",
                 fix=f"Run causal ablations on {ENGINE_HF}.",
             )
-        steps, max_spans = request.steps or self.mechanism.steps, self.mechanism.max_spans
+        steps = request.steps or self.mechanism.steps
+        max_spans = self.mechanism.max_spans
+        # without a bound of spans nobody knows before the end: `trajectory` finds that room ran out
         if (
             max_spans is not None
             and min(steps * max_spans, sampling.max_new_tokens) > self.max_latents
@@ -95,9 +106,8 @@ class FrontEnd:
     def submissions(
         self, request: RolloutRequest, keys: list[str], sampling: SamplingParams
     ) -> list[tuple]:
-        """(key, prompt, sampling params) of each trajectory, as `add_request` takes them. Only the
-        last output is sent.
-        """
+        """(key, prompt, sampling params) of each trajectory, as `add_request` takes them."""
+        # here, so that a front end can be made, and its requests checked, without vLLM
         from vllm import SamplingParams as VllmSamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -105,15 +115,9 @@ class FrontEnd:
 
         prompt = engine_input(request, self.adapter, self.policy_version)
         submissions = []
+        row_sampling = RowSampling(sampling.temperature, sampling.top_k, sampling.top_p)
         for key, seed in zip(keys, request.seeds, strict=True):
-            latent = {
-                "key": key,
-                "seed": seed,
-                "temperature": sampling.temperature,
-                "top_k": sampling.top_k,
-                "top_p": sampling.top_p,
-                "steps": request.steps,
-            }
+            latent = LatentRequest(key, request.steps, row_sampling, seed)
             # our sampler draws; vLLM's is told greedy so that it prepares nothing. Its own EOS
             # handling is replaced by the list of all EOS ids: none of them can stand inside a span
             params = VllmSamplingParams(
@@ -122,16 +126,21 @@ class FrontEnd:
                 ignore_eos=True,
                 stop_token_ids=list(self.skeleton.eos_ids),
                 detokenize=False,
+                # outputs on the way would be dropped
                 output_kind=RequestOutputKind.FINAL_ONLY,
-                extra_args={"latent": latent},
+                extra_args=latent.to_extra_args(),
             )
             submissions.append((key, prompt, params))
         return submissions
 
     def trajectory(
-        self, request: RolloutRequest, seed: int, completion, packed: dict[str, list]
+        self,
+        request: RolloutRequest,
+        seed: int,
+        completion: CompletionOutput,
+        packed: dict[str, Packed],
     ) -> Trajectory:
-        """Of vLLM's `CompletionOutput` and what `latent_pop` returned for the same key.
+        """The trajectory of vLLM's `CompletionOutput` and what `latent_pop` returned for the same key.
 
         Raises:
             LatentMismatchError: the two disagree.
@@ -150,6 +159,7 @@ class FrontEnd:
         num_latents = int((kinds == PositionKind.LATENT).sum())
         if record["latents"].shape[0] < num_latents:
             raise self._no_room(where, f"{num_latents} latent steps")
+        # the worker places the ids that vLLM returns, so they agree unless a step was lost
         if not torch.equal(
             token_ids == self.mechanism.placeholder_id(PositionKind.LATENT),
             kinds == PositionKind.LATENT,
@@ -174,10 +184,12 @@ class FrontEnd:
         )
 
     def _no_room(self, where: str, got: str) -> RolloutError:
+        """The error of more latents than the worker's table has room for."""
         return RolloutError(
             "more latent steps than the engine has room for",
             where=where,
             got=got,
             expected=f"<= max_latents = {self.max_latents} of a completion",
-            fix="Raise max_latents of the engine (under verl latent.max_latents), or set latent.max_spans.",
+            fix="Raise max_latents of the engine (under verl latent.max_latents), "
+            "or set latent.max_spans.",
         )

@@ -1,5 +1,6 @@
-"""Rollout requests as vLLM's engine inputs: ids and pixels as they are, so that no second image
-processor is involved.
+"""Makes vLLM's engine inputs of rollout requests: ids and pixels as they are.
+
+No second image processor is involved, so both engines see the same pixels.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def engine_input(request: RolloutRequest, adapter: ModelAdapter, policy_version:
     """What `LLMEngine.add_request` takes.
 
     Args:
-        policy_version: part of each image's hash, as vLLM keeps encoded images over a change of
+        policy_version: goes into each image's hash, as vLLM keeps encoded images over a change of
             weights.
     """
     token_ids = request.prompt_ids.tolist()
@@ -40,9 +41,9 @@ def engine_input(request: RolloutRequest, adapter: ModelAdapter, policy_version:
             "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
         },
     )
-    ranges = placeholder_ranges(
-        request.prompt_ids, adapter.image_token_id, num_tokens, request.group_id
-    )
+    image_token_id = adapter.image_token_id
+    assert image_token_id is not None  # `check_prompt` refuses images for a text-only model
+    ranges = placeholder_ranges(request.prompt_ids, image_token_id, num_tokens, request.group_id)
     return mm_input(
         token_ids,
         items,
@@ -60,8 +61,10 @@ def placeholder_ranges(
     [(1, 2), (4, 1)]
     """
     positions = (prompt_ids == image_token_id).nonzero()[:, 0].tolist()
-    ranges, done = [], 0
+    ranges = []
+    done = 0
     for length in num_tokens:
+        # by number, not by gaps: two images may stand side by side with nothing between
         own = positions[done : done + length]
         if len(own) != length or own[-1] - own[0] + 1 != length:
             raise RolloutError(
@@ -84,6 +87,7 @@ def image_hashes(images: ImageInputs, num_patches: list[int], policy_version: in
         digest = hashlib.blake2b(
             f"{policy_version}/{grid}/{pixels.dtype}".encode(), digest_size=16
         )
+        # float32 holds all that bfloat16 does, which numpy does not know
         digest.update(pixels.cpu().contiguous().float().numpy().tobytes())
         hashes.append(digest.hexdigest())
     return hashes

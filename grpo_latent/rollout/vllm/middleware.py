@@ -1,5 +1,4 @@
-"""What HTTP clients of a served latent model may ask: a middleware of vLLM's server
-(`--middleware`), plain ASGI.
+"""Refuses what HTTP clients of a served latent model may not ask: `--middleware` of vLLM's server.
 
 vLLM's workers cannot refuse a request, and some would be answered wrongly: beam search sends a
 beam's placeholders back as a prompt, without the latents that stood there.
@@ -8,23 +7,32 @@ beam's placeholders back as a prompt, without the latents that stood there.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
 
 STEPS_FIELD = "latent_steps"
+# ASGI's own types, as its specification has them
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class LatentRequests:
     """Answers 400 to what latents do not go through; passes everything else on, byte for byte.
+
+    Plain ASGI.
 
     `"vllm_xargs": {"latent_steps": 4}` in a request is its number of latent steps a span; at
     `/inference/v1/generate`, which takes vLLM's own sampling parameters, it is `"sampling_params":
     {"extra_args": {"latent_steps": 4}}`.
     """
 
-    def __init__(self, app):
+    def __init__(self, app: App):
         self.app = app
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
@@ -38,14 +46,16 @@ class LatentRequests:
             await _send_400(send, problem)
             return
 
-        async def replayed():
+        async def replayed() -> Message:
+            """The messages that were read here, then those that still come."""
+            # the server waits on `receive` for the client to hang up: it must not end
             return messages.pop(0) if messages else await receive()
 
         await self.app(scope, replayed, send)
 
 
-def _room(app) -> int:
-    """Latent steps that a completion of this server may hold."""
+def _room(app: Any) -> int:
+    """Latent steps that a completion of this server, a Starlette application, may hold."""
     # imports transformers
     from grpo_latent.rollout.vllm.skeleton import worker_options
 
@@ -84,6 +94,7 @@ def refusal(body: bytes, room: Callable[[], int]) -> str | None:
 
 
 def _extra_refusal(extra: dict, where: str, room: Callable[[], int]) -> str | None:
+    """Why the `extra_args` of a request are refused, None if they are not."""
     if "latent" in extra:
         return f"{where}.latent: reserved for rollouts; a request may set {where}.{STEPS_FIELD}"
     if STEPS_FIELD not in extra:
@@ -98,8 +109,8 @@ def _extra_refusal(extra: dict, where: str, room: Callable[[], int]) -> str | No
     return None
 
 
-async def _send_400(send, message: str) -> None:
-    """In the form of OpenAI's errors, which their client raises as `BadRequestError`."""
+async def _send_400(send: Send, message: str) -> None:
+    """Answers in the form of OpenAI's errors, which their client raises as `BadRequestError`."""
     error = {
         "message": message,
         "type": "BadRequestError",

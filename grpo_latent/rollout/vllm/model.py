@@ -1,4 +1,4 @@
-"""vLLM's own model class with the latent parameters kept beside it.
+"""Keeps the latent parameters beside vLLM's own model.
 
 A latent checkpoint holds a head and an end vector that vLLM's weight loader would refuse. They are
 taken out of the stream of weights here, at the first load and at every later one, and kept outside
@@ -8,9 +8,11 @@ the module tree: vLLM repacks, moves to meta and counts every parameter that it 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from vllm import ModelRegistry
 from vllm.model_executor.model_loader import utils as loader_utils
 
@@ -19,16 +21,25 @@ from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.rollout.vllm.compat import ENGINE_HF
 from grpo_latent.rollout.vllm.skeleton import worker_options
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
 
 class LatentParameters:
-    """What the mechanism adds to a model, in the model's dtype: `modules` stands in for a model
-    wherever it is asked.
+    """Holds what the mechanism adds to a model, in the model's dtype.
+
+    `modules` stands in for the model wherever a mechanism asks one for its parameters.
     """
 
     def __init__(
-        self, mechanism: Mechanism, text_config, dtype: torch.dtype, device: torch.device
+        self,
+        mechanism: Mechanism,
+        text_config: PretrainedConfig,
+        dtype: torch.dtype,
+        device: torch.device,
     ):
-        self.mechanism, self.modules = mechanism, nn.Module()
+        self.mechanism = mechanism
+        self.modules = nn.Module()
         for name, value in mechanism.new_parameters(text_config, dtype, device).items():
             setattr(self.modules, name, value)
         self.modules.requires_grad_(False)
@@ -47,7 +58,7 @@ class LatentParameters:
                 yield name, tensor
                 continue
             if name not in own:
-                continue  # a checkpoint may hold an end vector or head that its config does not use
+                continue  # of a head or end vector that the latent config does not use
             if own[name].shape != tensor.shape:
                 raise CheckpointError(
                     "weight does not fit",
@@ -59,8 +70,9 @@ class LatentParameters:
             self._never_loaded.discard(name)
 
     def check_loaded(self, where: str) -> None:
-        """Raises `CheckpointError` if the checkpoint lacked one of ours; a later load may come in
-        parts.
+        """Raises `CheckpointError` if the checkpoint lacked one of ours.
+
+        Asked after the first load only: later ones may come in pieces.
         """
         if self._never_loaded:
             raise CheckpointError(
@@ -71,17 +83,22 @@ class LatentParameters:
             )
 
 
-def latent_class(base: type[nn.Module]) -> type[nn.Module]:
-    """`base` with `latent_parameters` and the hidden states of this step; keeps its name, which
-    vLLM logs and hashes.
+def latent_class(base: Any) -> type[nn.Module]:
+    """A subclass of `base` with `latent_parameters` and the hidden states of this step.
+
+    Args:
+        base: vLLM's class of the model, known at run time only.
     """
 
     class LatentModelClass(base):
+        """vLLM's model; keeps its name, which vLLM logs and hashes."""
+
+        is_latent = True
         # [N, H] after the final norm: what the last `compute_logits` was given, a row a request
         # when a runner samples
         scored_hidden: Tensor | None = None
 
-        def __init__(self, *, vllm_config, prefix: str = ""):
+        def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
             model_config = vllm_config.model_config
             parameters = LatentParameters(
@@ -90,12 +107,13 @@ def latent_class(base: type[nn.Module]) -> type[nn.Module]:
                 model_config.dtype,
                 torch.get_default_device(),
             )
+            # past `nn.Module`, which would take their modules into its tree
             object.__setattr__(self, "latent_parameters", parameters)
 
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
             return super().load_weights(self.latent_parameters.take(weights))
 
-        def compute_logits(self, hidden_states, *args, **kwargs):
+        def compute_logits(self, hidden_states: Tensor, *args, **kwargs):
             self.scored_hidden = hidden_states
             return super().compute_logits(hidden_states, *args, **kwargs)
 
@@ -106,7 +124,8 @@ def latent_class(base: type[nn.Module]) -> type[nn.Module]:
 
             return LatentModelState
 
-    LatentModelClass.__name__, LatentModelClass.__qualname__ = base.__name__, base.__qualname__
+    LatentModelClass.__name__ = base.__name__
+    LatentModelClass.__qualname__ = base.__qualname__
     LatentModelClass.__module__ = base.__module__
     return LatentModelClass
 
@@ -129,7 +148,6 @@ def register_latent_model(architecture: str) -> None:
         )
     stock = registered.load_model_cls()
     if not getattr(stock, "is_latent", False):
-        latent = latent_class(stock)
-        latent.is_latent = True
-        ModelRegistry.register_model(architecture, latent)
+        ModelRegistry.register_model(architecture, latent_class(stock))
+        # the answer that was remembered is the stock class
         loader_utils._MODEL_ARCH_BY_HASH.clear()

@@ -1,18 +1,24 @@
-"""Hooks on vLLM's V1 model runner: recorded vectors go in before the forward, the next position is
-chosen after it.
-"""
+"""Hooks into vLLM's V1 model runner: vectors go in before the forward, positions are chosen after."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
+from torch import Tensor
 from vllm.v1.outputs import SamplerOutput
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from grpo_latent.rollout.vllm.steps import LatentSteps
 
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-class LatentRunner:
-    """Mixin over V1's `GPUModelRunner` (or its CPU subclass).
+
+class LatentRunner(GPUModelRunner):
+    """What a built runner's class becomes; over its CPU subclass, where it is one.
 
     `_update_states` knows who comes and goes, `_preprocess` owns the input vectors, `_sample` the
     next ids.
@@ -20,14 +26,17 @@ class LatentRunner:
 
     latent_steps: LatentSteps
 
-    def _update_states(self, scheduler_output):
+    def _update_states(self, scheduler_output: SchedulerOutput):
         self.latent_steps.finish(scheduler_output.finished_req_ids)
         for new in scheduler_output.scheduled_new_reqs:
             extra_args = None if new.sampling_params is None else new.sampling_params.extra_args
             self.latent_steps.add(new.req_id, len(new.prompt_token_ids), extra_args)
         return super()._update_states(scheduler_output)
 
-    def _preprocess(self, scheduler_output, num_input_tokens, *args, **kwargs):
+    def _preprocess(
+        self, scheduler_output: SchedulerOutput, num_input_tokens: int, *args, **kwargs
+    ):
+        # after vLLM's own, which fills the buffer of input vectors with embeddings of the ids
         outputs = super()._preprocess(scheduler_output, num_input_tokens, *args, **kwargs)
         num_reqs = self.input_batch.num_reqs
         request_ids = self.input_batch.req_ids[:num_reqs]
@@ -43,8 +52,11 @@ class LatentRunner:
         )
         return outputs
 
-    def _sample(self, logits, spec_decode_metadata):
+    def _sample(
+        self, logits: Tensor, spec_decode_metadata: SpecDecodeMetadata | None
+    ) -> SamplerOutput:
         steps = self.latent_steps
+        # vLLM's sampler, several passes over [N, V], only where someone reads what it draws
         if (
             steps.has_served_rows
             or self.input_batch.sampling_metadata.max_num_logprobs is not None

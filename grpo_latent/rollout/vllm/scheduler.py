@@ -1,4 +1,4 @@
-"""vLLM's schedulers, with no block that holds a latent position in the prefix cache.
+"""Keeps blocks that hold a latent position out of the prefix cache: vLLM's schedulers, otherwise.
 
 A block's hash covers token ids, and a latent position has a placeholder for one: two different
 latent histories would share their blocks. Caching therefore stops at a request's first latent
@@ -18,7 +18,9 @@ from grpo_latent.trajectory import PositionKind
 _SCAN_ATTRIBUTE = "_grpo_latent_scan"
 
 
-class _StopsAtLatents:
+class LatentScheduler(Scheduler):
+    """For `async_scheduling=False`."""
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         latent_id = worker_options(self.vllm_config).mechanism.placeholder_id(PositionKind.LATENT)
@@ -26,6 +28,7 @@ class _StopsAtLatents:
         cache_blocks = coordinator.cache_blocks
 
         def cache_text_blocks(request: Request, num_computed_tokens: int, *args, **kwargs):
+            """Caches as before, with no more tokens than stand in front of the first latent."""
             first = first_latent(request, latent_id)
             if first is not None:
                 num_computed_tokens = min(num_computed_tokens, first)
@@ -40,6 +43,8 @@ def first_latent(request: Request, latent_id: int) -> int | None:
 
     The id is exact evidence after the prompt: it is never drawn, only put there by a span.
     """
+    # how far it was scanned is kept on the request: a scan from the prompt at each step would cost
+    # the square of its length
     first, num_seen = getattr(request, _SCAN_ATTRIBUTE, (None, request.num_prompt_tokens))
     if first is None:
         token_ids = request.all_token_ids
@@ -51,9 +56,5 @@ def first_latent(request: Request, latent_id: int) -> int | None:
     return first
 
 
-class LatentScheduler(_StopsAtLatents, Scheduler):
-    """For `async_scheduling=False`."""
-
-
-class LatentAsyncScheduler(_StopsAtLatents, AsyncScheduler):
+class LatentAsyncScheduler(LatentScheduler, AsyncScheduler):
     """For `async_scheduling=True`."""

@@ -1,4 +1,4 @@
-"""A checkpoint without its weights: what front end, scheduler and worker need to know of it.
+"""Reads a checkpoint without its weights: what front end, scheduler and worker need to know of it.
 
 The Hugging Face model is built on the meta device, so names, shapes, vision ids and prompt checks
 are those of engine `hf` by construction, at no memory.
@@ -10,6 +10,7 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -22,19 +23,24 @@ from grpo_latent.models.loading import check_tokens, find_eos_ids, read_mechanis
 from grpo_latent.rollout.vllm.compat import ENGINE_HF
 from grpo_latent.trajectory import PositionKind
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
 # key of vLLM's `additional_config`
 CONFIG_KEY = "grpo_latent"
 # kinds of positions whose id the worker places
 PLACED = (PositionKind.LATENT, PositionKind.FORCED)
-# latents that a request has room for where neither `max_spans` nor the option `max_latents` bounds
-# them
+# latents that a request has room for where neither `max_spans` nor `max_latents` bounds them
 DEFAULT_MAX_LATENTS = 256
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """`adapter` wraps the model on the meta device; `eos_ids` are those of the generation config
-    and the tokenizer.
+    """What a checkpoint says besides its weights.
+
+    Attributes:
+        adapter: of the model on the meta device.
+        eos_ids: of the generation config and the tokenizer.
     """
 
     adapter: ModelAdapter
@@ -44,11 +50,13 @@ class Skeleton:
 
     @property
     def vocab_size(self) -> int:
+        """V, of the logits; a tokenizer may know fewer tokens."""
         return self.adapter.model.get_output_embeddings().weight.shape[0]
 
     def banned_ids(self, extra: Iterable[int] = ()) -> list[int]:
-        """Tokens that are never drawn: `extra`, image placeholders, latent tokens that open
-        nothing; EOS is never one.
+        """Tokens that are never drawn.
+
+        They are `extra`, image placeholders and latent tokens that open nothing; EOS is never one.
         """
         return sorted(
             (set(extra) | self.mechanism.banned_ids | self.adapter.vision_ids) - set(self.eos_ids)
@@ -62,7 +70,8 @@ def read_skeleton(folder: str | Path, overrides: dict | None = None) -> Skeleton
         overrides: settings of the mechanism to replace.
 
     Raises:
-        CheckpointError: the folder is missing, damaged, or disagrees with itself.
+        CheckpointError: the folder is missing, damaged, or disagrees with itself, or its
+            config.json does not name the model's class.
         ConfigError: a mechanism or a model that vLLM cannot run.
     """
     folder = Path(folder)
@@ -79,17 +88,28 @@ def read_skeleton(folder: str | Path, overrides: dict | None = None) -> Skeleton
     with reading("config.json", folder):
         hf_config, backbone = read_backbone(folder)
     backbone.check_vllm(hf_config, where=f"{folder}/config.json")
+    if not hf_config.architectures:
+        # Hugging Face goes by model_type, vLLM by this name
+        raise CheckpointError(
+            "vLLM is not told which model this is",
+            where=f"{folder}/config.json: architectures",
+            got=hf_config.architectures,
+            expected='the name of the model\'s class, such as ["Qwen2ForCausalLM"]',
+            fix="Add it, as `save_pretrained` of transformers does.",
+        )
     with torch.device("meta"):
         model = backbone.auto_class.from_config(hf_config)
     if (folder / "generation_config.json").is_file():
         with reading("generation config", folder):
             model.generation_config = GenerationConfig.from_pretrained(folder)
+    # attached before anyone asks for names: latent parameters are weights of a checkpoint, too
     mechanism.attach(model)
     skeleton = Skeleton(
         ModelAdapter(model, mechanism), tokenizer, mechanism, find_eos_ids(model, tokenizer)
     )
     forced = {mechanism.placeholder_id(kind) for kind in PLACED} & set(skeleton.eos_ids)
     if forced:
+        # vLLM is told to stop at EOS ids, and does so wherever they stand
         raise ConfigError(
             "a latent token also ends completions",
             where=str(folder),
@@ -134,11 +154,13 @@ class WorkerOptions:
             )
 
     def room(self, max_model_len: int) -> int:
-        """Latents that a request has room for: the option, what `max_spans` allows, or
-        `DEFAULT_MAX_LATENTS`.
+        """Latents that a request has room for.
+
+        The option, or what `max_spans` allows, or `DEFAULT_MAX_LATENTS`.
 
         >>> lvr = LVR("s", "l", "e", 0, 1, 2, steps=8, max_spans=2)
-        >>> WorkerOptions(lvr, ()).room(4096), WorkerOptions(lvr.replace(max_spans=None), ()).room(4096)
+        >>> unbounded = lvr.replace(max_spans=None)
+        >>> WorkerOptions(lvr, ()).room(4096), WorkerOptions(unbounded, ()).room(4096)
         (16, 256)
         """
         if self.max_latents is not None:
@@ -150,6 +172,7 @@ class WorkerOptions:
         return min(bound, max_model_len)
 
     def to_json(self) -> dict:
+        """What `worker_options` reads back in another process."""
         return {
             "mechanism": self.mechanism.to_dict(),
             "banned_ids": list(self.banned_ids),
@@ -157,13 +180,13 @@ class WorkerOptions:
         }
 
 
-def worker_options(vllm_config) -> WorkerOptions:
-    """Options that the engine sent, or, where vLLM was started without it, read from the model's
-    folder.
+def worker_options(vllm_config: VllmConfig) -> WorkerOptions:
+    """Options that the engine sent, or, where there is none, those of the model's folder.
 
-    There `--additional-config '{"grpo_latent": {"overrides": {"steps": 4}, "max_latents": 512}}'`
-    may change them. Unless it says otherwise there is room for `DEFAULT_MAX_LATENTS` at least:
-    clients may ask for more steps a span.
+    There is none under `vllm serve`, where an option may change them:
+    `--additional-config '{"grpo_latent": {"overrides": {"steps": 4}, "max_latents": 512}}'`. Unless
+    it says otherwise there is room for `DEFAULT_MAX_LATENTS` at least: clients may ask for more
+    steps a span.
     """
     values = (vllm_config.additional_config or {}).get(CONFIG_KEY) or {}
     unknown = sorted(set(values) - {"mechanism", "banned_ids", "max_latents", "overrides"})
@@ -179,12 +202,14 @@ def worker_options(vllm_config) -> WorkerOptions:
         return WorkerOptions(mechanism, tuple(values["banned_ids"]), values["max_latents"])
     overrides = tuple(sorted((values.get("overrides") or {}).items()))
     skeleton = _cached_skeleton(vllm_config.model_config.model, overrides)
-    max_latents, mechanism = values.get("max_latents"), skeleton.mechanism
+    max_latents = values.get("max_latents")
+    mechanism = skeleton.mechanism
     if max_latents is None:
         max_latents = max(DEFAULT_MAX_LATENTS, mechanism.steps * (mechanism.max_spans or 1))
     return WorkerOptions(mechanism, tuple(skeleton.banned_ids()), max_latents)
 
 
 @functools.lru_cache(maxsize=4)
-def _cached_skeleton(folder: str, overrides: tuple) -> Skeleton:
+def _cached_skeleton(folder: str, overrides: tuple[tuple[str, object], ...]) -> Skeleton:
+    """`read_skeleton`, once a process: model, scheduler and worker all ask."""
     return read_skeleton(folder, dict(overrides))

@@ -1,12 +1,17 @@
-"""Tensors as plain bytes, for vLLM's RPC."""
+"""Packs tensors as plain bytes, for vLLM's RPC.
+
+Nested in an answer, tensors come back from another process as lists.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+Packed = list  # [dtype name, shape, bytes]
 
-def pack(tensor: Tensor) -> list:
+
+def pack(tensor: Tensor) -> Packed:
     """[dtype name, shape, bytes] of a CPU tensor.
 
     >>> unpack(pack(torch.tensor([[1.0], [2.0]], dtype=torch.bfloat16)))
@@ -24,10 +29,11 @@ def pack(tensor: Tensor) -> list:
     ]
 
 
-def unpack(packed: list) -> Tensor:
+def unpack(packed: Packed) -> Tensor:
     """The tensor that `pack` was given."""
     name, shape, data = packed
     dtype = getattr(torch, name)
-    if not data:
+    if not data:  # which `frombuffer` refuses
         return torch.zeros(shape, dtype=dtype)
+    # a copy that may be written to; of bytes, torch would warn
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)

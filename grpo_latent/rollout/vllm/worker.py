@@ -1,6 +1,4 @@
-"""`worker_cls` of vLLM on CUDA: the stock worker, its model runner with the latent hooks. On CPU:
-`cpu_worker`.
-"""
+"""Runs latents in vLLM's worker: the stock one, with hooks in its model runner; on CPU `cpu_worker`."""
 
 from __future__ import annotations
 
@@ -17,10 +15,10 @@ from grpo_latent.rollout.vllm.steps import LatentSteps
 from grpo_latent.rollout.vllm.wire import pack
 
 
-class LatentWorker:
-    """Mixin over a worker of vLLM's."""
+class LatentWorker(Worker):
+    """vLLM's worker, which also gives out records and takes weights."""
 
-    def init_device(self):
+    def init_device(self) -> None:
         is_v2 = self.use_v2_model_runner
         check_version(vllm.__version__)
         check_symbols(is_v2)
@@ -42,9 +40,10 @@ class LatentWorker:
                 fix=f"Use stock vLLM on CPU or CUDA, or {ENGINE_HF}.",
             )
 
-    def load_model(self, *args, **kwargs):
+    def load_model(self, *args, **kwargs) -> None:
         super().load_model(*args, **kwargs)
-        model, runner = self.model_runner.get_model(), self.model_runner
+        runner = self.model_runner
+        model = runner.get_model()
         if not getattr(type(model), "is_latent", False):
             raise PluginError(
                 "vLLM built its own model class",
@@ -53,7 +52,8 @@ class LatentWorker:
                 expected="the class that register_latent_model registered",
                 fix="Leave model_impl and the registry of models as they are.",
             )
-        parameters, model_config = model.latent_parameters, self.vllm_config.model_config
+        parameters = model.latent_parameters
+        model_config = self.vllm_config.model_config
         parameters.check_loaded(model_config.model)
         # after the weights and outside their memory pool, which level 2 of sleep throws away
         self.latent_steps = LatentSteps(
@@ -61,7 +61,7 @@ class LatentWorker:
             parameters.modules,
             lambda ids: model.embed_input_ids(ids),
             vocab_size=model_config.get_vocab_size(),
-            num_slots=self.vllm_config.scheduler_config.max_num_seqs,
+            num_seats=self.vllm_config.scheduler_config.max_num_seqs,
             max_length=model_config.max_model_len,
             hidden_size=model_config.get_inputs_embeds_size(),
             dtype=model_config.dtype,
@@ -75,8 +75,9 @@ class LatentWorker:
         install(runner, self.latent_steps)
 
     def latent_pop(self, keys: list[str] | None = None) -> dict[str, dict]:
-        """Records of finished requests by key, as bytes: tensors inside an RPC's answer do not
-        survive multi-processing.
+        """Records of finished requests by key, as bytes.
+
+        Tensors inside an RPC's answer do not survive multi-processing.
         """
         records = self.latent_steps.table.pop(keys)
         return {
@@ -85,12 +86,15 @@ class LatentWorker:
         }
 
     def latent_stats(self) -> dict[str, int]:
-        """`num_replayed_rows`: completion positions fed again, after preemption or in chunks;
-        `num_slots` in use; `num_records` that no one has popped."""
+        """Counters and leftovers, for tests and for `VllmRolloutEngine.stats`.
+
+        `num_replayed_rows`: completion positions fed again, after preemption or in chunks;
+        `num_seats` in use; `num_records` that no one has popped.
+        """
         steps = self.latent_steps
         return {
             "num_replayed_rows": steps.num_replayed_rows,
-            "num_slots": len(steps.table.slots),
+            "num_seats": len(steps.table.seats),
             "num_records": len(steps.table.records),
         }
 
@@ -100,5 +104,5 @@ class LatentWorker:
         self.model_runner.reload_weights(weights_iterator=iter(weights))
 
 
-class LatentGPUWorker(LatentWorker, Worker):
-    """`LatentWorker` over vLLM's."""
+class LatentGPUWorker(LatentWorker):
+    """`worker_cls` of vLLM on CUDA."""

@@ -113,6 +113,12 @@ def test_a_changed_symbol_is_named(symbol, message, tmp_path):
 SYMBOLS = contract.COMMON + contract.V1_RUNNER + contract.V2_RUNNER
 
 
+def test_the_source_of_a_vllm_that_is_not_there_is_an_error(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PluginError, match="not installed.*make vllm"):
+        contract.check_symbols(is_v2=False)
+
+
 @pytest.mark.vllm
 @pytest.mark.parametrize("symbol", SYMBOLS, ids=lambda symbol: f"{symbol.module}.{symbol.name}")
 def test_the_installed_vllm_has_what_we_rely_on(symbol):
@@ -150,6 +156,16 @@ def test_mechanisms_that_need_engine_hf_are_refused(folder):
         read_skeleton(folder, {"visibility": "latents_only"})
     with pytest.raises(CheckpointError, match="no such folder"):
         read_skeleton(folder / "nowhere")
+
+
+def test_a_config_that_names_no_class_is_refused(folder):
+    """Hugging Face loads such a folder by its model_type; vLLM does not."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    del config["architectures"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="config.json: architectures.*Qwen2ForCausalLM"):
+        read_skeleton(folder)
 
 
 def test_qwen3_vl_without_interleaved_sections_is_refused(tmp_path):

@@ -43,7 +43,7 @@ def test_64_mixed_requests_with_images(vl, vl_engine):
         and result.num_latents > 128
         and result.stop_reasons == {"eos", "length"}
     )
-    assert vl_engine.stats["num_slots"] == 0  # nothing is left of finished requests
+    assert vl_engine.stats["num_seats"] == 0  # nothing is left of finished requests
 
 
 def test_sampled_groups_equal_their_replay(vl, vl_engine):
@@ -86,7 +86,7 @@ def check_under_pressure(case, engine):
         groups = engine.generate(requests, sampling(temperature=0.8, top_k=5))
         log_prob_gap, latent_gap = replay_gap(case.case, requests, groups, temperature=0.8)
         assert log_prob_gap <= BOUND and latent_gap <= BOUND
-        assert engine.stats["num_slots"] == engine.stats["num_records"] == 0
+        assert engine.stats["num_seats"] == engine.stats["num_records"] == 0
     finally:
         engine.close()
 

@@ -212,7 +212,7 @@ def test_what_clients_may_do(server, client, folder, reference):
     assert {len(run) for run in runs[:-1] if run} == {5}  # the last one may be cut
     stats = worker_stats(server)
     assert (
-        stats["num_records"] == 0 and stats["num_slots"] <= 1
+        stats["num_records"] == 0 and stats["num_seats"] <= 1
     )  # the last one's end is announced with the next step
 
 

@@ -1,4 +1,4 @@
-"""The worker's table without vLLM: positions asked for again, slots that are reused.
+"""The worker's table without vLLM: positions asked for again, seats that are reused.
 
 Rows of different sampling stand in one step.
 """
@@ -10,7 +10,8 @@ from torch import nn
 
 from grpo_latent.errors import RolloutError
 from grpo_latent.latent.mechanisms import LVR
-from grpo_latent.rollout.vllm.table import LatentRequest, LatentTable, RowSampling, StepRows
+from grpo_latent.rollout.vllm.request import LatentRequest, RowSampling
+from grpo_latent.rollout.vllm.table import LatentTable, StepRows
 from grpo_latent.trajectory import PositionKind
 
 START, LATENT, END, WORD = 0, 1, 2, 3
@@ -21,7 +22,7 @@ T, S, L, F = (
 )
 
 
-def table(num_slots=2, max_latents=8, **changes):
+def table(num_seats=2, max_latents=8, **changes):
     mechanism = LVR("s", "l", "e", START, LATENT, END, steps=2, **changes)
     banned = torch.zeros(VOCAB, dtype=torch.bool)
     banned[[LATENT, END]] = True
@@ -30,7 +31,7 @@ def table(num_slots=2, max_latents=8, **changes):
         nn.Module(),
         nn.Embedding(VOCAB, HIDDEN),
         banned,
-        num_slots,
+        num_seats,
         16,
         max_latents,
         HIDDEN,
@@ -44,8 +45,8 @@ def greedy(key, steps=None):
 
 def step(table, ids, positions, best, hidden=None, served=None):
     """One decision for the requests `ids`, whose best tokens are `best`."""
-    slots = np.array([table.slots[request_id] for request_id in ids])
-    rows = StepRows(np.arange(len(ids)), slots, np.array(positions))
+    seats = np.array([table.seats[request_id] for request_id in ids])
+    rows = StepRows(np.arange(len(ids)), seats, np.array(positions))
     logits = torch.zeros(len(ids), VOCAB)
     logits[torch.arange(len(ids)), torch.tensor(best)] = 5.0
     hidden = torch.full((len(ids), HIDDEN), float(positions[0])) if hidden is None else hidden
@@ -73,7 +74,7 @@ def test_a_span_then_the_same_positions_again_after_preemption():
     record = t.pop(["a"])["a"]
     assert record["kinds"].tolist() == [T, S, L, L, F]
     assert record["latents"][:, 0].tolist() == [102.0, 103.0]
-    assert t.pop(None) == {} and not t.slots
+    assert t.pop(None) == {} and not t.seats
 
 
 def test_feeding_replaces_latent_positions_only():
@@ -82,24 +83,24 @@ def test_feeding_replaces_latent_positions_only():
     for position, best in enumerate([START, 4, 4, 4, WORD]):
         step(t, ["a"], [position], [best])
     embeds = torch.full((6, HIDDEN), -1.0)
-    slot = t.slots["a"]
-    t.feed(embeds, np.arange(1, 6), np.full(5, slot), np.arange(5))
+    seat = t.seats["a"]
+    t.feed(embeds, np.arange(1, 6), np.full(5, seat), np.arange(5))
     assert embeds[:, 0].tolist() == [-1.0, -1.0, 1.0, 2.0, -1.0, -1.0]
 
 
-def test_slots_are_reused_and_grow():
-    t = table(num_slots=1)
+def test_seats_are_reused_and_grow():
+    t = table(num_seats=1)
     for idx in range(5):
         t.add(str(idx), greedy(str(idx)))
-    assert len(set(t.slots.values())) == 5
+    assert len(set(t.seats.values())) == 5
     step(t, ["3"], [0], [START])
     t.finish("3")
     t.add("new", greedy("new"))
-    assert step(t, ["new"], [0], [WORD])[0] == [WORD]  # nothing of the slot's former owner
+    assert step(t, ["new"], [0], [WORD])[0] == [WORD]  # nothing of the seat's former owner
 
 
 def test_rows_of_different_sampling_in_one_step():
-    t = table(num_slots=4)
+    t = table(num_seats=4)
     t.add("greedy", greedy("greedy"))
     t.add(
         "sampled",
@@ -126,11 +127,11 @@ def test_start_is_banned_after_the_last_span_and_where_a_served_request_has_no_r
     assert tokens[:4] == [START, LATENT, LATENT, END] and START not in tokens[4:]
     t = table(max_latents=3)
     t.add("b", LatentRequest())
-    rows = StepRows(np.array([0]), np.array([t.slots["b"]]), np.array([0]))
+    rows = StepRows(np.array([0]), np.array([t.seats["b"]]), np.array([0]))
     assert not t.banned(rows)[0, START]
     for position in range(4):
         step(t, ["b"], [position], [START], served=[START])
-    rows = StepRows(rows.rows_N, rows.slots_N, np.array([4]))
+    rows = StepRows(rows.rows_N, rows.seats_N, np.array([4]))
     assert t.banned(rows)[0, START]
 
 
@@ -170,3 +171,8 @@ def test_two_requests_with_one_key_are_refused():
 )
 def test_what_a_request_asks(extra_args, expected):
     assert LatentRequest.from_extra_args(extra_args) == expected
+
+
+def test_a_rollouts_request_reads_as_it_was_written():
+    request = LatentRequest("a", 3, RowSampling(0.5, 7, 0.9), seed=11)
+    assert LatentRequest.from_extra_args(request.to_extra_args()) == request

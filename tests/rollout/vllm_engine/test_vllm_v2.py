@@ -61,7 +61,7 @@ def test_images_chunks_preemption_and_asynchronous_scheduling(tmp_path):
     assert (
         answer["stats"]["num_replayed_rows"] > 50 and answer["stats"]["num_cached_tokens"] > 0
     ), answer
-    assert answer["stats"]["num_slots"] == answer["stats"]["num_records"] == 0
+    assert answer["stats"]["num_seats"] == answer["stats"]["num_records"] == 0
 
 
 def test_a_text_model_and_sampling(tmp_path):

@@ -98,7 +98,7 @@ def test_a_failed_batch_leaves_the_engine_usable(cases, engine, monkeypatch):
         engine.generate(requests, sampling())
     monkeypatch.undo()
     assert compare(engine.generate(requests, sampling()), expected).different == []
-    assert engine.stats["num_slots"] == 0
+    assert engine.stats["num_seats"] == 0
 
 
 def continuation(case, engine):
