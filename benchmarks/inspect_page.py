@@ -1,7 +1,7 @@
-"""Size and opening time of the inspector's page for 2,000 trajectories, in headless Chromium.
+"""Measures the inspector's page for 2,000 trajectories: its size, and how fast Chromium opens it.
 
-    python benchmarks/inspect_page.py outputs/<run> [--trajectories 2000] [--repeats 5] [--json
-    out.json]
+    python benchmarks/inspect_page.py outputs/<run> [--trajectories 2000] [--repeats 5]
+                                      [--json out.json]
 
 The run's rollout dumps are repeated under new step numbers until there are enough trajectories;
 checkpoint, data and metrics are the run's. "Open" is from navigation to a table that can be used
@@ -25,7 +25,7 @@ from grpo_latent.eval.dumps import dump_files
 
 
 def repeat_dumps(run: Path, target: Path, num_trajectories: int) -> int:
-    """Links the run's files into `target`, its dumps repeated; returns the number of trajectories."""
+    """Links the run's files into `target`, its dumps repeated; returns the trajectories in all."""
     target.mkdir()
     for entry in run.resolve().iterdir():
         if entry.name not in ("rollouts", "report.html"):
@@ -34,9 +34,11 @@ def repeat_dumps(run: Path, target: Path, num_trajectories: int) -> int:
     steps = dump_files(run / "rollouts")
     if not steps:
         sys.exit(f"{run} has no rollout dumps: train with latent.dump_every=<steps>")
-    total, step = 0, 0
+    total = 0
+    step = 0
     while total < num_trajectories:
-        source, step = steps[step % len(steps)], step + 1
+        source = steps[step % len(steps)]
+        step += 1
         records = [json.loads(line) | {"step": step} for line in source.read_text().splitlines()]
         target_file = target / "rollouts" / f"step_{step}.jsonl"
         target_file.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -78,6 +80,7 @@ def time_opening(page: Path, repeats: int) -> list[float]:
 
 
 def main() -> None:
+    """Makes the page of a run, opens it a few times, and prints what was measured."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -87,14 +90,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        run, page = Path(folder) / options.run.resolve().name, Path(folder) / "report.html"
+        run = Path(folder) / options.run.resolve().name
+        page = Path(folder) / "report.html"
         num_dumped = repeat_dumps(options.run, run, options.trajectories)
         start = time.perf_counter()
         command = [sys.executable, "-m", "grpo_latent.inspect", run, "--out", page]
         subprocess.run(
             [*command, "--trajectories", str(num_dumped)], check=True, stdout=subprocess.DEVNULL
         )
-        made_s, opened_s = time.perf_counter() - start, time_opening(page, options.repeats)
+        made_s = time.perf_counter() - start
+        opened_s = time_opening(page, options.repeats)
         result = {
             "trajectories": num_dumped,
             "page_megabytes": round(page.stat().st_size / 1e6, 2),

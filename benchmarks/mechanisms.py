@@ -1,4 +1,4 @@
-"""Decoding of the mechanisms beside LVR, each against the way of its published code, in one run.
+"""Times decoding of the mechanisms beside LVR, each against the way of its published code.
 
     python benchmarks/mechanisms.py [--sections ilvr ivt_lr] [--repeats 5] [--json out.json]
 
@@ -6,13 +6,13 @@ The embedded experiment's model (Qwen2.5-VL, 1.3 M parameters, random weights), 
 CPU-seconds (`time.process_time`), medians of repeats that interleave the paths, so that a busy
 machine slows all of them alike.
 
-    ilvr     32 prompts with an image each, spans that repeat between texts, 64 new positions: engine `hf` over all 32 rows,
-             engine `hf` one row at a time, and a plain loop over the Hugging Face model one row at
-             a time, as published
-    ivt_lr   8 prompts with an image of 256 tokens, 3 slots of 32 image embeddings, 16 text positions: engine `hf` over all
-             rows and one at a time (keys and values reused, last row of attention only), and the
-             published way: one row at a time, the whole prefix with full maps anew for each slot;
-             its text decoded over a cache, or like its slots
+    ilvr     32 prompts with an image each, spans that repeat between texts, 64 new positions:
+             engine `hf` over all 32 rows, engine `hf` one row at a time, and a plain loop over the
+             Hugging Face model one row at a time, as published
+    ivt_lr   8 prompts with an image of 256 tokens, 3 slots of 32 image embeddings, 16 text
+             positions: engine `hf` over all rows and one at a time (keys and values reused, last
+             row of attention only), and the published way: one row at a time, the whole prefix
+             with full maps anew for each slot; its text decoded over a cache, or like its slots
 
 Paths of a section draw the same tokens: `ilvr` checks it for the two engine paths, `ivt_lr` for
 all three.
@@ -44,11 +44,18 @@ from grpo_latent.models.adapter import ModelAdapter  # noqa: E402
 from grpo_latent.rollout.hf import HFRolloutEngine  # noqa: E402
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams  # noqa: E402
 
-NUM_ROWS, NEW_TOKENS = 32, 64
-SLOT_LAYERS = 8  # a visual token then costs about 0.4 as much in the tower as in the decoder, as in Qwen2-VL-7B
-SLOT_ROWS, SLOTS, TOP_K, TEXT_TOKENS, IMAGE_SIDE = 8, 3, 32, 16, 224  # 14 pixels a visual token
+NUM_ROWS = 32
+NEW_TOKENS = 64
+# a visual token then costs about 0.4 as much in the tower as in the decoder, as in Qwen2-VL-7B
+SLOT_LAYERS = 8
+SLOT_ROWS = 8
+SLOTS = 3
+TOP_K = 32
+TEXT_TOKENS = 16
+IMAGE_SIDE = 224  # 14 pixels a visual token
 SHARPER = 4.0  # random weights attend uniformly, and rounding would choose
-LIKELY, NEVER = 4.0, -1e4  # biases of the logits of `start` and EOS
+LIKELY = 4.0  # bias of the logit of `start`
+NEVER = -1e4  # of that of EOS
 
 
 def requests_of(processor, num: int, kinds: tuple[str, ...]) -> list[RolloutRequest]:
@@ -72,7 +79,8 @@ def ilvr() -> tuple[str, list[Contender]]:
     )
     ids = tokenizer.get_vocab()
     bias = torch.zeros(model.lm_head.out_features)
-    bias[ids[ILVR.published_tokens["start"]]], bias[tokenizer.eos_token_id] = LIKELY, NEVER
+    bias[ids[ILVR.published_tokens["start"]]] = LIKELY
+    bias[tokenizer.eos_token_id] = NEVER
     model.lm_head.bias = torch.nn.Parameter(bias)
     model.requires_grad_(False)
     mechanism = ILVR.from_tokens(ids)
@@ -164,7 +172,8 @@ def ivt_lr() -> tuple[str, list[Contender]]:
     )
     num = sampling.max_new_tokens * SLOT_ROWS
     return (
-        f"IVT-LR, {SLOT_ROWS} rows, {SLOTS} slots of {TOP_K} image embeddings, {TEXT_TOKENS} text positions",
+        f"IVT-LR, {SLOT_ROWS} rows, {SLOTS} slots of {TOP_K} image embeddings, "
+        f"{TEXT_TOKENS} text positions",
         [
             Contender(
                 f"engine hf, {SLOT_ROWS} rows at a time", lambda: len(decode([requests])) and num
@@ -182,21 +191,22 @@ def ivt_lr() -> tuple[str, list[Contender]]:
 def recomputed_slots(
     adapter: ModelAdapter, request: RolloutRequest, banned: list[int], caches_text: bool
 ) -> tuple[list[int], list[int]]:
-    """(text ids, chosen image positions), greedy: as published, the prefix is read anew, with full
-    maps, for each slot.
+    """(text ids, chosen image positions), greedy, in the published way.
+
+    The prefix is read anew, with full attention maps, for each slot.
     """
-    decoder, text_config = adapter.decoder, adapter.text_config
+    decoder = adapter.decoder
+    text_config = adapter.text_config
     is_image = request.prompt_ids == adapter.image_token_id
     visual_MH = adapter.encode_images(request.images)
     embeds_TH = adapter.embed(request.prompt_ids).masked_scatter(is_image[:, None], visual_MH)
-    columns, left, chosen = (
-        is_image.nonzero()[:, 0],
-        torch.ones(int(is_image.sum()), dtype=torch.bool),
-        [],
-    )
+    columns = is_image.nonzero()[:, 0]
+    left = torch.ones(int(is_image.sum()), dtype=torch.bool)
+    chosen = []
     cache = DynamicCache(config=text_config)
 
     def forward(embeds_LH: Tensor, start: int = 0, with_maps: bool = False, caches: bool = False):
+        # sdpa gives no maps
         text_config._attn_implementation = "eager" if with_maps else "sdpa"
         return decoder(
             inputs_embeds=embeds_LH[None],
@@ -232,6 +242,7 @@ SECTIONS: dict[str, Callable[[], tuple[str, list[Contender]]]] = {"ilvr": ilvr, 
 
 
 def main() -> None:
+    """Runs the sections that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--repeats", type=int, default=5)
@@ -239,7 +250,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    console, report = Console(width=120), {}
+    console = Console(width=120)
+    report = {}
     for name in options.sections:
         title, paths = SECTIONS[name]()
         report[name] = measure(paths, options.repeats)

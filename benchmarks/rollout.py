@@ -1,10 +1,9 @@
-"""Rollout throughput: engine `hf` with latents against Hugging Face `generate` without, a naive
-latent loop, and vLLM.
+"""Times rollouts: engine `hf` with latents against `generate` without, a naive loop, and vLLM.
 
-    python benchmarks/rollout.py [--new-tokens 11 64] [--text-positions 64] [--repeats 5] [--json
-    out.json]
+    python benchmarks/rollout.py [--new-tokens 11 64] [--text-positions 64] [--repeats 5]
+                                 [--json out.json]
 
-First part. The embedded experiment's model (Qwen2.5-VL, 1.3 M parameters, random weights), 16
+First section. The embedded experiment's model (Qwen2.5-VL, 1.3 M parameters, random weights), 16
 prompts with an image each, 8 trajectories a prompt, one thread. All three sample at temperature 1
 without truncation; EOS is never sampled, so that every trajectory has the same number of
 positions. The numbers are CPU-seconds (`time.process_time`), medians of repeats that interleave
@@ -16,7 +15,7 @@ trajectory) and returns log-probs and latents. The naive loop runs one trajector
 encodes the image for each, as the published code does; it is timed on the first 16 trajectories,
 since each costs the same.
 
-Second part (text_models.py), where vLLM is installed: text models of 3 M and 0.15 B parameters, 32
+Second section (text_models.py), where vLLM is installed: text models of 3 M and 0.15 B parameters, 32
 prompts. Engine `vllm` with latents against stock vLLM that samples text at all positions, compiled
 and eager; engine `hf` against engine `vllm`.
 """
@@ -32,6 +31,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+# before torch reads it: OpenMP's threads would spin on shared cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import text_models  # noqa: E402
@@ -50,18 +50,27 @@ from grpo_latent.rollout.hf import HFRolloutEngine  # noqa: E402
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams  # noqa: E402
 from grpo_latent.trajectory import PositionKind  # noqa: E402
 
-NUM_PROMPTS, GROUP_SIZE, STEPS = 16, 8, 4
+NUM_PROMPTS = 16
+GROUP_SIZE = 8
+STEPS = 4
 NUM_NAIVE = 16
-LIKELY, NEVER = 6.0, -1e4  # biases of the logits of `start` and EOS
+LIKELY = 6.0  # bias of the logit of `start`
+NEVER = -1e4  # of that of EOS
 
 
 @dataclass(frozen=True)
 class Setting:
+    """One model and the prompts that all contenders answer.
+
+    Attributes:
+        batch: the processor's output for all prompts, padded on the left.
+    """
+
     model: torch.nn.Module
     processor: object
     mechanism: LVR
     eos_id: int
-    batch: dict  # the processor's output for all prompts, padded left
+    batch: dict
     requests: list[RolloutRequest]
 
 
@@ -74,10 +83,12 @@ class Contender:
 
 
 def build() -> Setting:
+    """The experiment's model with random weights, which opens a span soon and never ends."""
     model, tokenizer, processor = tiny.tiny_qwen2_5_vl(digits.WORDS, tiny.EXPERIMENT_SIZES)
     ids = tokenizer.get_vocab()
     bias = torch.zeros(model.lm_head.out_features)
-    bias[ids["<|lvr_start|>"]], bias[tokenizer.eos_token_id] = LIKELY, NEVER
+    bias[ids["<|lvr_start|>"]] = LIKELY
+    bias[tokenizer.eos_token_id] = NEVER
     model.lm_head.bias = torch.nn.Parameter(bias)
     model.requires_grad_(False)
     names = {"start": "<|lvr_start|>", "latent": "<|lvr|>", "end": "<|lvr_end|>"}
@@ -88,7 +99,8 @@ def build() -> Setting:
         max_spans=1,
     )
     examples = digits.generate(NUM_PROMPTS, stream="dev", seed=0, kinds=("read", "sum"))
-    texts, images = [], []
+    texts = []
+    images = []
     for example in examples:
         content = [{"type": "text", "text": example.question}, {"type": "image"}]
         texts.append(
@@ -115,6 +127,7 @@ def build() -> Setting:
 def engine_path(
     setting: Setting, new_tokens: int, visibility: str, pack_linears: bool = True
 ) -> Contender:
+    """Engine `hf` on all prompts, latents and log-probs included."""
     mechanism = setting.mechanism.replace(visibility=visibility)
     engine = HFRolloutEngine(setting.model, mechanism, [setting.eos_id], pack_linears=pack_linears)
 
@@ -131,6 +144,8 @@ def engine_path(
 
 
 def generate_path(setting: Setting, new_tokens: int) -> Contender:
+    """Hugging Face's own sampling of text, which returns ids only."""
+
     def run() -> int:
         with torch.no_grad():
             ids = setting.model.generate(
@@ -148,6 +163,7 @@ def generate_path(setting: Setting, new_tokens: int) -> Contender:
 
 
 def naive_path(setting: Setting, new_tokens: int) -> Contender:
+    """One trajectory at a time, as the published code decodes."""
     generator = torch.Generator()
 
     def run() -> int:
@@ -165,8 +181,10 @@ def naive_trajectory(
     setting: Setting, request: RolloutRequest, new_tokens: int, generator
 ) -> list[int]:
     """Kinds of one trajectory: `DynamicCache`, the whole prompt and its image for itself."""
-    model, mechanism = setting.model, setting.mechanism
-    ids, cache = request.prompt_ids[None], DynamicCache(config=model.config.get_text_config())
+    model = setting.model
+    mechanism = setting.mechanism
+    ids = request.prompt_ids[None]
+    cache = DynamicCache(config=model.config.get_text_config())
     images = dict(image_grid_thw=request.images.image_grid_thw)
     token_types = (ids == model.config.image_token_id).int()
     position_ids, _ = model.model.get_rope_index(ids, mm_token_type_ids=token_types, **images)
@@ -179,7 +197,10 @@ def naive_trajectory(
         **images,
     ).last_hidden_state[:, -1]
     next_position = int(position_ids.max()) + 1
-    embed, kinds, steps_left, num_spans = model.get_input_embeddings(), [], None, 0
+    embed = model.get_input_embeddings()
+    kinds = []
+    steps_left = None  # of the span, None outside of one
+    num_spans = 0
     for position in range(new_tokens):
         if steps_left is None:
             logits = model.lm_head(hidden).float()
@@ -190,18 +211,18 @@ def naive_trajectory(
             if int(token) == setting.eos_id:
                 break
             if int(token) == mechanism.start_id:
-                kinds[-1], steps_left, num_spans = (
-                    PositionKind.START,
-                    mechanism.steps,
-                    num_spans + 1,
-                )
+                kinds[-1] = PositionKind.START
+                steps_left = mechanism.steps
+                num_spans += 1
             vector = embed(token)
         elif steps_left > 0:
             kinds.append(PositionKind.LATENT)
-            vector, steps_left = hidden[:, None], steps_left - 1
+            vector = hidden[:, None]
+            steps_left -= 1
         else:
             kinds.append(PositionKind.FORCED)
-            vector, steps_left = embed(torch.tensor([[mechanism.end_id]])), None
+            vector = embed(torch.tensor([[mechanism.end_id]]))
+            steps_left = None
         is_latent = kinds[-1] == PositionKind.LATENT
         hidden = model.model.language_model(
             inputs_embeds=vector,
@@ -219,9 +240,7 @@ def naive_trajectory(
 
 
 def measure(paths: list[Contender], repeats: int) -> dict[str, dict]:
-    """Median CPU-seconds and positions a CPU-second of each path; one warm-up each, then
-    interleaved repeats.
-    """
+    """Median CPU-seconds and positions a CPU-second of each path: one warm-up, then turns."""
     for path in paths:
         path.run()
     seconds: dict[str, list[float]] = {path.name: [] for path in paths}
@@ -243,6 +262,7 @@ def measure(paths: list[Contender], repeats: int) -> dict[str, dict]:
 
 
 def show(console: Console, title: str, results: dict[str, dict], base: str) -> None:
+    """Prints what `measure` found, and how many times as fast as each path `base` is."""
     table = Table(title=title)
     for column in ("path", "CPU s", "positions", "positions / CPU s", f"{base} is faster by"):
         table.add_column(column, justify="left" if column == "path" else "right")
@@ -258,14 +278,16 @@ def show(console: Console, title: str, results: dict[str, dict], base: str) -> N
 def text_report(
     console: Console, labels: list[str], new_tokens: int, repeats: int, folder: Path
 ) -> dict[str, dict]:
-    """Second part: a table and the ratios of each size. Ratios are medians over rounds, each of
-    neighbouring turns.
+    """Second section: prints and returns a table and the ratios of each size.
+
+    Ratios are medians over rounds, each of neighbouring turns.
 
     Args:
         folder: keeps the checkpoints, because vLLM's cache of compiled code knows a model by its
             path.
     """
-    version, report = text_models.vllm_version(), {}
+    version = text_models.vllm_version()
+    report = {}
     if version is None:
         console.print("rows of vLLM are left out: it is not installed here (make vllm)")
     for label in labels:
@@ -273,7 +295,8 @@ def text_report(
         num_parameters = text_models.write_checkpoint(checkpoint, text_models.SIZES[label])
         turns = text_models.compare(checkpoint, new_tokens, repeats, with_vllm=version is not None)
         table = Table(
-            title=f"text model, {num_parameters / 1e6:.1f} M parameters, fp32, {new_tokens} new positions"
+            title=f"text model, {num_parameters / 1e6:.1f} M parameters, fp32, "
+            f"{new_tokens} new positions"
         )
         for column in ("path", "CPU s", "wall s", "positions", "latents", "positions / CPU s"):
             table.add_column(column, justify="left" if column == "path" else "right")
@@ -302,6 +325,7 @@ def text_report(
 
 
 def median_turn(turns: list[text_models.Turn]) -> text_models.Turn:
+    """The first turn with the medians of the times of all; its counts are those of all."""
     cpu_s, wall_s = (
         statistics.median(getattr(turn, name) for turn in turns) for name in ("cpu_s", "wall_s")
     )
@@ -309,6 +333,7 @@ def median_turn(turns: list[text_models.Turn]) -> text_models.Turn:
 
 
 def main() -> None:
+    """Runs the sections that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[11, 64])
     parser.add_argument("--text-positions", type=int, default=64, help="of the text models")
@@ -318,7 +343,7 @@ def main() -> None:
         "--sizes", nargs="+", choices=sizes, default=sizes, help="of the text models"
     )
     parser.add_argument(
-        "--parts", nargs="+", choices=("images", "text"), default=["images", "text"]
+        "--sections", nargs="+", choices=("images", "text"), default=["images", "text"]
     )
     parser.add_argument(
         "--folder", type=Path, default=Path("outputs/benchmark_rollout"), help="of the text models"
@@ -328,9 +353,10 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     disable_progress_bar()  # transformers', for weights
-    console, report = Console(width=120), {}
+    console = Console(width=120)
+    report = {}
     setting = build()
-    for new_tokens in options.new_tokens if "images" in options.parts else []:
+    for new_tokens in options.new_tokens if "images" in options.sections else []:
         variants = (("full", True), ("latents_only", True), ("full", False))
         engines = [engine_path(setting, new_tokens, *variant) for variant in variants]
         paths = [*engines, generate_path(setting, new_tokens), naive_path(setting, new_tokens)]
@@ -342,7 +368,7 @@ def main() -> None:
             engines[0].name,
         )
         report[str(new_tokens)] = results
-    if "text" in options.parts:
+    if "text" in options.sections:
         folder = options.folder.resolve()
         report["text"] = text_report(
             console, options.sizes, options.text_positions, options.repeats, folder

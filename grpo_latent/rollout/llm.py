@@ -1,9 +1,10 @@
-"""Inference for users: a latent checkpoint on either engine, from text and images to trajectories."""
+"""Answers prompts with a latent checkpoint, on either engine: from text and images to trajectories."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -49,7 +50,7 @@ class LatentLLM:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         overrides: dict | None = None,
-        **engine_options,
+        **engine_options: Any,
     ):
         if engine not in ENGINES:
             raise ConfigError(

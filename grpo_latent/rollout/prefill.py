@@ -1,8 +1,8 @@
 """Prompts of different lengths, prefilled with little padding: those of about one length together.
 
 Padding costs a forward as much as prompt does, and a prompt's image makes lengths differ by
-hundreds. The buckets are put side by side afterwards, padded on the left, so that decoding sees one
-batch.
+hundreds. The buckets are put side by side afterwards, padded on the left, so that decoding sees
+one batch.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ def _take_layer(cache: Cache, layer_idx: int) -> tuple[Tensor, Tensor]:
     """Keys and values of a layer, which the cache gives up: the joined copy takes their room."""
     layer = cache.layers[layer_idx]
     assert isinstance(layer, CacheLayerMixin)  # backbones refuse what does not attend in full
-    keys, values = layer.keys, layer.values
+    keys = layer.keys
+    values = layer.values
     assert keys is not None and values is not None
     layer.keys = layer.values = None
     return keys, values

@@ -1,6 +1,6 @@
-"""Checks whether a checkpoint can start RL: finds now what would fail, or learn nothing, hours later.
+"""Checks whether a checkpoint can start RL, before a run fails, or learns nothing, for hours.
 
-    folder ──load──▶ tokens ▸ embeddings ▸ chat template ▸ end of sequence ──rollout of a few prompts──▶ emission rate
+    folder ──load──▶ tokens ▸ embeddings ▸ chat template ▸ EOS ──rollout of a few prompts──▶ emission
 
 `latents that are never emitted` is the quiet failure: reward and loss look well, and text-only
 GRPO is what runs.
@@ -67,7 +67,8 @@ class PreflightReport:
         if self.emission_rate is not None:
             clauses.append(
                 f"{self.emission_rate:.0%} of {self.num_trajectories} trajectories open a span, "
-                f"{self.num_latent_steps:.1f} latent steps each, {self.eos_rate:.0%} end by themselves"
+                f"{self.num_latent_steps:.1f} latent steps each, "
+                f"{self.eos_rate:.0%} end by themselves"
             )
         return "; ".join(clauses)
 
@@ -119,13 +120,14 @@ def preflight(
             where=str(folder),
             got=f"{report.emission_rate:.0%} of {report.num_trajectories} trajectories",
             expected=f"at least {min_emission_rate:.0%}",
-            fix="Train SFT longer, prompt as in SFT (system message, template), or lower the minimum.",
+            fix="Train SFT longer, prompt as in SFT (system message, template), "
+            "or lower the minimum.",
         )
     return report
 
 
 def check_tokenizer(loaded: LatentModel, where: str) -> None:
-    """Raises `CheckpointError` unless prompts can be made, and latent tokens are tokens with embeddings."""
+    """Raises `CheckpointError` unless prompts can be made, and latent tokens have embeddings."""
     tokenizer = loaded.tokenizer
     embedding = loaded.model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)  # as `Backbone` demands
@@ -138,7 +140,8 @@ def check_tokenizer(loaded: LatentModel, where: str) -> None:
                 where=where,
                 got=f"encoded as {encoded}",
                 expected=str([token_id]),
-                fix="Add it with tokenizer.add_special_tokens, or write the folder with grpo_latent.sft.",
+                fix="Add it with tokenizer.add_special_tokens, or write the folder with "
+                "grpo_latent.sft.",
             )
         if token_id >= num_rows:
             raise CheckpointError(

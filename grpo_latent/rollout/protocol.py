@@ -40,7 +40,7 @@ class SamplingParams:
     top_k: int = -1
     top_p: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         checks = (
             (
                 "max_new_tokens",
@@ -82,7 +82,7 @@ class LatentOverride:
     part: str = ALL
     selected_idx: Tensor | None = field(default=None, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_part(self.part, "latent_override.part")
 
 
@@ -131,7 +131,7 @@ class RolloutRequest:
     blind_after_span: bool = False
     latent_override: LatentOverride | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ids = self.prompt_ids
         where = f"request of group {self.group_id!r}"
         if ids.ndim != 1 or ids.shape[0] == 0 or ids.dtype != torch.int64:
@@ -156,7 +156,7 @@ class RolloutRequest:
 
 
 class RolloutEngine(Protocol):
-    """Turns requests into trajectories; the result depends on weights, requests and sampling only."""
+    """Turns requests into trajectories, by weights, requests and sampling alone."""
 
     def generate(
         self, requests: list[RolloutRequest], sampling: SamplingParams

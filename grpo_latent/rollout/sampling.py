@@ -41,7 +41,7 @@ def uniforms(seeds_N: np.ndarray, position: int | np.ndarray) -> Tensor:
 
 
 def latent_uniforms(seeds_M: np.ndarray, position: int, count: int) -> Tensor:
-    """float64 [M, count] in (0, 1): what a latent at `position` draws from, a stream of its own."""
+    """float64 [M, count] in (0, 1), a stream of its own: what a latent at `position` draws by."""
     counters = _LATENT_STREAM + position * count + np.arange(count)
     # half a step up from 0: quantiles of the normal and the Gumbel distribution are infinite there
     return uniforms(seeds_M[:, None], counters[None]) + 2.0**-54

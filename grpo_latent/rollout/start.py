@@ -1,7 +1,7 @@
-"""Begins the rows of a batch: prompts are prefilled once each, and their slots run, if there are any.
+"""Begins the rows of a batch: prefills prompts once each, and runs their slots if there are any.
 
-    prompt_start   B prompts ──one forward a length──▶ keys and values, shared by the rows of a prompt
-    slot_start     B prompts ──▶ slots ──▶ the same; with drawn image positions each row has slots of its own
+    prompt_start   B prompts ──a forward a length──▶ keys and values, shared by a prompt's rows
+    slot_start     B prompts ──▶ slots ──▶ the same; each row has its own if image positions are drawn
 
 The decoding loop goes on from either in the same way.
 
@@ -158,7 +158,8 @@ def _check_room(request: RolloutRequest, record: SlotRecord, sampling: SamplingP
         raise RolloutError(
             "no room for text after the slots",
             where=f"request of group {request.group_id!r}",
-            got=f"max_new_tokens {sampling.max_new_tokens}, slots of {record.kinds.shape[0]} positions",
+            got=f"max_new_tokens {sampling.max_new_tokens}, "
+            f"slots of {record.kinds.shape[0]} positions",
             expected="max_new_tokens beyond the slots",
             fix="Raise the response length, or lower latent.steps or latent.top_k_image.",
         )

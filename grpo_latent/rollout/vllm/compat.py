@@ -124,7 +124,7 @@ def name_the_cpu_build() -> None:
 def pin_runner() -> bool:
     """Pins vLLM's model runner for this process and its children; True for V2.
 
-    Runs before vLLM builds its config, which may choose another runner with no more than a warning.
+    Runs before vLLM builds its config, which may choose another runner with a warning at most.
     Unless the environment says otherwise it is the one that the installed vLLM selects for dense
     models: V2 on CUDA from 0.27 on; V1 in 0.24.0 (for Qwen2.5-VL) and in the CPU wheel, which has
     no Triton.

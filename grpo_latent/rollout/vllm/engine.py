@@ -12,7 +12,7 @@ import itertools
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class VllmRolloutEngine:
         dtype: torch.dtype = torch.float32,
         max_model_len: int = 4096,
         max_latents: int | None = None,
-        **vllm_options,
+        **vllm_options: Any,
     ):
         self.front = FrontEnd(folder, overrides, max_model_len, max_latents, banned_ids)
         self.skeleton = self.front.skeleton
@@ -106,7 +106,7 @@ class VllmRolloutEngine:
         """Of the weights that the engine holds."""
         return self.front.policy_version
 
-    def _rpc(self, method: str, **kwargs):
+    def _rpc(self, method: str, **kwargs: object) -> Any:
         """What the one worker answers."""
         return self._llm.collective_rpc(method, kwargs=kwargs)[0]
 

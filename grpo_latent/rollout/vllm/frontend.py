@@ -87,7 +87,7 @@ class FrontEnd:
             )
         steps = request.steps or self.mechanism.steps
         max_spans = self.mechanism.max_spans
-        # without a bound of spans nobody knows before the end: `trajectory` finds that room ran out
+        # without a bound of spans nobody knows yet: then `trajectory` finds that room ran out
         if (
             max_spans is not None
             and min(steps * max_spans, sampling.max_new_tokens) > self.max_latents
@@ -140,7 +140,7 @@ class FrontEnd:
         completion: CompletionOutput,
         packed: dict[str, Packed],
     ) -> Trajectory:
-        """The trajectory of vLLM's `CompletionOutput` and what `latent_pop` returned for the same key.
+        """The trajectory of a completion and of what `latent_pop` returned for the same key.
 
         Raises:
             LatentMismatchError: the two disagree.

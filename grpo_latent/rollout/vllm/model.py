@@ -24,6 +24,8 @@ from grpo_latent.rollout.vllm.skeleton import worker_options
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from grpo_latent.rollout.vllm.model_state import LatentModelState
+
 
 class LatentParameters:
     """Holds what the mechanism adds to a model, in the model's dtype.
@@ -113,12 +115,14 @@ def latent_class(base: Any) -> type[nn.Module]:
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
             return super().load_weights(self.latent_parameters.take(weights))
 
-        def compute_logits(self, hidden_states: Tensor, *args, **kwargs):
+        def compute_logits(
+            self, hidden_states: Tensor, *args: object, **kwargs: object
+        ) -> Tensor | None:
             self.scored_hidden = hidden_states
             return super().compute_logits(hidden_states, *args, **kwargs)
 
         @classmethod
-        def get_model_state_cls(cls):
+        def get_model_state_cls(cls) -> type[LatentModelState]:
             """Asked for by the V2 runner only."""
             from grpo_latent.rollout.vllm.model_state import LatentModelState
 

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
     from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
+    from vllm.v1.worker.gpu.sample.output import SamplerOutput
+    from vllm.v1.worker.gpu.sample.sampler import Sampler
+    from vllm.v1.worker.gpu.states import RequestState
 
 
 class LatentModelState(DefaultModelState):
@@ -29,7 +33,11 @@ class LatentModelState(DefaultModelState):
     latent_steps: LatentSteps | None = None
 
     def __init__(
-        self, vllm_config: VllmConfig, model: nn.Module, encoder_cache, device: torch.device
+        self,
+        vllm_config: VllmConfig,
+        model: nn.Module,
+        encoder_cache: EncoderCache | None,
+        device: torch.device,
     ):
         super().__init__(vllm_config, model, encoder_cache, device)
         self._embeds: Tensor | None = None
@@ -45,14 +53,17 @@ class LatentModelState(DefaultModelState):
         self.latent_steps.add(new_req_data.req_id, len(new_req_data.prompt_token_ids), extra_args)
 
     def get_mm_embeddings(
-        self, scheduled_encoder_inputs, input_batch: InputBatch, *args
+        self,
+        scheduled_encoder_inputs: dict[str, list[int]],
+        input_batch: InputBatch,
+        *args: object,
     ) -> Tensor:
         # a model with images: this runner makes its input vectors here
         embeds = super().get_mm_embeddings(scheduled_encoder_inputs, input_batch, *args)
         self._begin(embeds, input_batch)
         return embeds
 
-    def prepare_inputs(self, input_batch: InputBatch, req_states) -> dict[str, Any]:
+    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         inputs = super().prepare_inputs(input_batch, req_states)
         if self._embeds is None:
             return inputs
@@ -92,7 +103,7 @@ class LatentModelState(DefaultModelState):
             return None
         return steps
 
-    def custom_sampler(self, sampler) -> tuple[LatentSampler, None]:
+    def custom_sampler(self, sampler: Sampler) -> tuple[LatentSampler, None]:
         """Wraps vLLM's sampler; it has no other for speculative decoding, which is refused."""
         return LatentSampler(sampler, self), None
 
@@ -100,15 +111,17 @@ class LatentModelState(DefaultModelState):
 class LatentSampler:
     """vLLM's sampler, then our choice."""
 
-    def __init__(self, stock, state: LatentModelState):
+    def __init__(self, stock: Sampler, state: LatentModelState):
         self._stock = stock
         self._state = state
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         # the runner asks its sampler for more than a call: `add_request`, `sampling_states`, …
         return getattr(self._stock, name)
 
-    def __call__(self, logits: Tensor, input_batch: InputBatch, *args, **kwargs):
+    def __call__(
+        self, logits: Tensor, input_batch: InputBatch, *args: object, **kwargs: object
+    ) -> SamplerOutput:
         steps = self._state.steps_of(input_batch)
         if steps is None:
             return self._stock(logits, input_batch, *args, **kwargs)
@@ -129,13 +142,13 @@ class LatentRunnerV2(GPUModelRunner):
 
     latent_steps: LatentSteps
 
-    def finish_requests(self, scheduler_output: SchedulerOutput):
+    def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
         # here, not in the state's `remove_request`, which preempted requests go through as well
         self.latent_steps.finish(scheduler_output.finished_req_ids)
-        return super().finish_requests(scheduler_output)
+        super().finish_requests(scheduler_output)
 
 
-def install(runner, steps: LatentSteps) -> None:
+def install(runner: GPUModelRunner, steps: LatentSteps) -> None:
     """Gives a built runner and its model state our steps."""
     base = type(runner)
     runner.__class__ = type(f"Latent{base.__name__}", (LatentRunnerV2, base), {})

@@ -1,7 +1,8 @@
-"""Hooks into vLLM's V1 model runner: vectors go in before the forward, positions are chosen after."""
+"""Hooks into vLLM's V1 model runner, before its forward and after it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +27,7 @@ class LatentRunner(GPUModelRunner):
 
     latent_steps: LatentSteps
 
-    def _update_states(self, scheduler_output: SchedulerOutput):
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Callable | None:
         self.latent_steps.finish(scheduler_output.finished_req_ids)
         for new in scheduler_output.scheduled_new_reqs:
             extra_args = None if new.sampling_params is None else new.sampling_params.extra_args
@@ -34,8 +35,12 @@ class LatentRunner(GPUModelRunner):
         return super()._update_states(scheduler_output)
 
     def _preprocess(
-        self, scheduler_output: SchedulerOutput, num_input_tokens: int, *args, **kwargs
-    ):
+        self,
+        scheduler_output: SchedulerOutput,
+        num_input_tokens: int,
+        *args: object,
+        **kwargs: object,
+    ) -> tuple:
         # after vLLM's own, which fills the buffer of input vectors with embeddings of the ids
         outputs = super()._preprocess(scheduler_output, num_input_tokens, *args, **kwargs)
         num_reqs = self.input_batch.num_reqs
@@ -76,7 +81,7 @@ class LatentRunner(GPUModelRunner):
         return output
 
 
-def install(runner, steps: LatentSteps) -> None:
+def install(runner: GPUModelRunner, steps: LatentSteps) -> None:
     """Gives a built runner our hooks; its class keeps its own name in vLLM's logs."""
     base = type(runner)
     runner.__class__ = type(f"Latent{base.__name__}", (LatentRunner, base), {})

@@ -21,18 +21,20 @@ _SCAN_ATTRIBUTE = "_grpo_latent_scan"
 class LatentScheduler(Scheduler):
     """For `async_scheduling=False`."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         latent_id = worker_options(self.vllm_config).mechanism.placeholder_id(PositionKind.LATENT)
         coordinator = self.kv_cache_manager.coordinator
         cache_blocks = coordinator.cache_blocks
 
-        def cache_text_blocks(request: Request, num_computed_tokens: int, *args, **kwargs):
+        def cache_text_blocks(
+            request: Request, num_computed_tokens: int, *args: object, **kwargs: object
+        ) -> None:
             """Caches as before, with no more tokens than stand in front of the first latent."""
             first = first_latent(request, latent_id)
             if first is not None:
                 num_computed_tokens = min(num_computed_tokens, first)
-            return cache_blocks(request, num_computed_tokens, *args, **kwargs)
+            cache_blocks(request, num_computed_tokens, *args, **kwargs)
 
         # on this manager's own coordinator: whoever caches blocks goes through it
         coordinator.cache_blocks = cache_text_blocks

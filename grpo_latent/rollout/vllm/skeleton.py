@@ -143,7 +143,7 @@ class WorkerOptions:
     banned_ids: tuple[int, ...]
     max_latents: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_latents is not None and self.max_latents < self.mechanism.steps:
             raise ConfigError(
                 "no room for one latent span",
@@ -184,9 +184,9 @@ def worker_options(vllm_config: VllmConfig) -> WorkerOptions:
     """Options that the engine sent, or, where there is none, those of the model's folder.
 
     There is none under `vllm serve`, where an option may change them:
-    `--additional-config '{"grpo_latent": {"overrides": {"steps": 4}, "max_latents": 512}}'`. Unless
-    it says otherwise there is room for `DEFAULT_MAX_LATENTS` at least: clients may ask for more
-    steps a span.
+    `--additional-config '{"grpo_latent": {"overrides": {"steps": 4}, "max_latents": 512}}'`.
+    Unless it says otherwise there is room for `DEFAULT_MAX_LATENTS` at least: clients may ask for
+    more steps a span.
     """
     values = (vllm_config.additional_config or {}).get(CONFIG_KEY) or {}
     unknown = sorted(set(values) - {"mechanism", "banned_ids", "max_latents", "overrides"})

@@ -1,7 +1,7 @@
 """Runs one scheduler step of latent decoding, the same for both of vLLM's model runners.
 
     finish, add     who goes and who comes
-    begin           before the forward: recorded vectors go in, rows that choose a position are noted
+    begin           before the forward: recorded vectors go in, rows that choose are noted
     choose          after it: their next positions are decided and recorded
 
 All three read what the scheduler announced, on the CPU, and tensors on the device: nothing waits
@@ -146,8 +146,8 @@ class LatentSteps:
             self.table.feed(
                 embeds, rows_M, np.repeat(seats_N, counts_N)[rows_M], positions[rows_M]
             )
-        # beyond the one position that each decoding request feeds: replays after a preemption or in
-        # chunks, which a test wants to have happened
+        # beyond the one position that each decoding request feeds: replays after a preemption or
+        # in chunks, which a test wants to have happened
         self.num_replayed_rows += rows_M.size - int(((counts_N == 1) & (positions_N >= 0)).sum())
 
     @property

@@ -2,12 +2,12 @@
 
 A request has a *seat*, a row of the table, from its first step to its end. All that is remembered
 is addressed by (seat, completion position), so every step is a function of what the scheduler says
-it computes now. A request that was preempted, whose prompt is cut into chunks, or that loses a token
-in flight simply asks for a position again: nothing has to be rolled back, and no sampled id has to
-reach the CPU first.
+it computes now. A request that was preempted, whose prompt is cut into chunks, or that loses a
+token in flight simply asks for a position again: nothing has to be rolled back, and no sampled id
+has to reach the CPU first.
 
-Legend: S seats, L positions, C latents of a seat, T positions of one completion, N rows of a step, M
-some of them, H hidden, V vocabulary, D columns of state.
+Legend: S seats, L positions, C latents of a seat, T positions of one completion, N rows of a step,
+M some of them, H hidden, V vocabulary, D columns of state.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs latents in vLLM's worker: the stock one, with hooks in its model runner; on CPU `cpu_worker`."""
+"""Runs latents in vLLM's worker: the stock one, with hooks in its model runner."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LatentWorker(Worker):
                 fix=f"Use stock vLLM on CPU or CUDA, or {ENGINE_HF}.",
             )
 
-    def load_model(self, *args, **kwargs) -> None:
+    def load_model(self, *args: object, **kwargs: object) -> None:
         super().load_model(*args, **kwargs)
         runner = self.model_runner
         model = runner.get_model()
