@@ -15,8 +15,8 @@ trajectory) and returns log-probs and latents. The naive loop runs one trajector
 encodes the image for each, as the published code does; it is timed on the first 16 trajectories,
 since each costs the same.
 
-Second section (text_models.py), where vLLM is installed: text models of 3 M and 0.15 B parameters, 32
-prompts. Engine `vllm` with latents against stock vLLM that samples text at all positions, compiled
+Second section (text_models.py), where vLLM is installed: text models of 3 M and 0.15 B parameters,
+32 prompts. Engine `vllm` with latents against stock vLLM that samples text at all positions, compiled
 and eager; engine `hf` against engine `vllm`.
 """
 

@@ -1,4 +1,4 @@
-"""Answers prompts with a latent checkpoint, on either engine: from text and images to trajectories."""
+"""Answers prompts with a latent checkpoint on either engine: text and images to trajectories."""
 
 from __future__ import annotations
 

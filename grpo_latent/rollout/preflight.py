@@ -1,6 +1,6 @@
 """Checks whether a checkpoint can start RL, before a run fails, or learns nothing, for hours.
 
-    folder ──load──▶ tokens ▸ embeddings ▸ chat template ▸ EOS ──rollout of a few prompts──▶ emission
+    folder ──load──▶ tokens ▸ embeddings ▸ chat template ▸ EOS ──roll a few prompts out──▶ rates
 
 `latents that are never emitted` is the quiet failure: reward and loss look well, and text-only
 GRPO is what runs.

@@ -1,7 +1,7 @@
 """Begins the rows of a batch: prefills prompts once each, and runs their slots if there are any.
 
     prompt_start   B prompts ──a forward a length──▶ keys and values, shared by a prompt's rows
-    slot_start     B prompts ──▶ slots ──▶ the same; each row has its own if image positions are drawn
+    slot_start     B prompts ──▶ slots ──▶ the same; with drawn image positions, one a row
 
 The decoding loop goes on from either in the same way.
 

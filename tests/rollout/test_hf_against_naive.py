@@ -119,7 +119,7 @@ def assert_same(first, second, atol):
 def test_prompts_of_different_lengths_are_prefilled_apart_and_decode_as_together(
     monkeypatch, name, visibility
 ):
-    """A bucket a length, in another order than the requests', against one padded prefill of all."""
+    """A bucket a length, in another order than the requests', against one prefill of all."""
     c, shapes = case(name), []
     _, together = rollouts(c, visibility)
     monkeypatch.setattr(prefill, "MIN_POSITIONS", 1)
@@ -236,7 +236,7 @@ def test_a_prompt_of_one_token_beside_a_prompt_with_an_image():
 
 
 def test_start_with_id_zero():
-    """0 is also what stands at the positions of rows that have stopped: those must not open spans."""
+    """0 also stands at the positions of rows that have stopped: those must not open spans."""
     c = case("qwen2")
     config = c.mechanism().replace(start_id=0, start_token="<|endoftext|>")
     sampled = ("<|endoftext|>", "<|im_end|>", "7")

@@ -299,7 +299,7 @@ def test_blind_after_span_hides_the_image_from_what_follows():
 
 
 def test_head_is_applied_to_what_is_fed():
-    """With a head, the first latent is head(h(start)), h by a plain forward over prompt and start."""
+    """With a head, the first latent is head(h(start)), h by a forward over prompt and start."""
     c = build_case("qwen2", head="mlp")
     config = c.mechanism(steps=2, head="mlp")
     trajectory, _ = run(c, config, [START, EOS])

@@ -152,7 +152,7 @@ def nan_weight(folder):
 
 
 def drop_token(folder):
-    """The start token leaves the tokenizer: neither in the vocabulary nor among the added tokens."""
+    """The start token leaves the tokenizer: no more in the vocabulary or among added tokens."""
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
     content["added_tokens"] = [

@@ -125,7 +125,7 @@ def test_the_ends_of_the_unit_interval_give_allowed_tokens(u):
 
 
 def test_uniforms_are_splitmix64():
-    """The first outputs of Vigna's splitmix64.c from state 0 and from state 1234567, top 53 bits."""
+    """First outputs of Vigna's splitmix64.c from state 0 and state 1234567, top 53 bits."""
     known = {
         0: [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F],
         1234567: [6457827717110365317, 3203168211198807973, 9817491932198370423],

@@ -98,7 +98,8 @@ def test_a_changed_symbol_is_named(symbol, message, tmp_path):
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "up.py").write_text(
         "_CACHE = {}\nclass State:\n    hidden: int\n"
-        "class Runner:\n    def step(self, logits, *, mask=None):\n        return forward(logits)\n"
+        "class Runner:\n    def step(self, logits, *, mask=None):\n"
+        "        return forward(logits)\n"
         "def embed(): ...\n"
     )
     for present in (Symbol("made.up", "State", ("hidden",)), Symbol("made.up", "_CACHE")):

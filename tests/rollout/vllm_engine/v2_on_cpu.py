@@ -2,7 +2,9 @@
 
 A program, started by the tests.
 
-    python v2_on_cpu.py CASE FOLDER < options.json      prints the comparison with engine hf, and the engine's counters
+    python v2_on_cpu.py CASE FOLDER < options.json
+
+Prints the comparison with engine hf, and the engine's counters.
 
 Triton's interpreter must be chosen before Triton is imported, and vLLM decides at its import
 whether there is one: hence a process of its own. What it changes of vLLM is what a CPU lacks,
