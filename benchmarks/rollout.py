@@ -16,8 +16,8 @@ encodes the image for each, as the published code does; it is timed on the first
 since each costs the same.
 
 Second section (text_models.py), where vLLM is installed: text models of 3 M and 0.15 B parameters,
-32 prompts. Engine `vllm` with latents against stock vLLM that samples text at all positions, compiled
-and eager; engine `hf` against engine `vllm`.
+32 prompts. Engine `vllm` with latents against stock vLLM that samples text at all positions,
+compiled and eager; engine `hf` against engine `vllm`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a request asks of the worker, in `SamplingParams.extra_args` of vLLM.
 
-    rollouts      ──to_extra_args──▶ {"latent": {"key": …, "seed": …, …}} ──from_extra_args──▶ worker
-    HTTP clients  {"latent_steps": 4}, which `middleware` has checked     ──from_extra_args──▶ worker
+    rollouts      ──to_extra_args──▶ {"latent": {"key": …, "seed": …, …}} ─from_extra_args─▶ worker
+    HTTP clients  {"latent_steps": 4}, which `middleware` has checked     ─from_extra_args─▶ worker
 
 A request without a key is *served*: vLLM's own sampler draws its text, and no record of it is
 kept.
