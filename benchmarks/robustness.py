@@ -21,9 +21,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -253,16 +254,30 @@ def add_noise(model, noise: float, seed: int) -> None:
 
 
 def run_all(jobs: Sequence[Job], processes: int) -> Iterator[dict]:
-    """Results as they come; jobs that want other kernels run in processes of their own."""
-    for is_avx2 in (False, True):
-        own = [job for job in jobs if job.perturbation.is_avx2 == is_avx2]
-        if not own:
-            continue
-        with environment(AVX2 if is_avx2 else {}):
-            context = get_context("spawn")  # a fork would inherit loaded kernels
-            with ProcessPoolExecutor(min(processes, len(own)), mp_context=context) as pool:
-                for done in as_completed([pool.submit(run_job, job) for job in own]):
-                    yield done.result()
+    """Results as they come, `processes` jobs at once.
+
+    Processes stay, so that rows are read once; those with other kernels are others.
+    """
+    pools: list[ProcessPoolExecutor] = []
+    own, starting = threading.local(), threading.Lock()
+
+    def run(job: Job) -> dict:
+        name = "avx2" if job.perturbation.is_avx2 else "native"
+        if not hasattr(own, name):
+            # a fork would inherit loaded kernels, and a process starts with its first job
+            with starting, environment(AVX2 if job.perturbation.is_avx2 else {}):
+                pools.append(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+                pools[-1].submit(os.getpid).result()
+                setattr(own, name, pools[-1])
+        return getattr(own, name).submit(run_job, job).result()
+
+    try:
+        with ThreadPoolExecutor(processes) as threads:
+            for done in as_completed([threads.submit(run, job) for job in jobs]):
+                yield done.result()
+    finally:
+        for pool in pools:
+            pool.shutdown()
 
 
 @contextmanager
