@@ -149,11 +149,7 @@ RECIPES = {
         "latent.treatment.name=gaussian_head", f"{HEAD}.sigma=0.1", f"{HEAD}.per_dimension=true"
     ),
     "vmf": treated("latent.treatment.name=vmf", "latent.treatment.vmf.kappa=2000"),
-    "anchor": treated(
-        "latent.treatment.anchor_weight=0.1",
-        "actor_rollout_ref.actor.use_kl_loss=true",
-        "actor_rollout_ref.actor.kl_loss_coef=0",
-    ),
+    "anchor": treated("latent.treatment.anchor_weight=0.1"),
     "text_direct": text("direct"),
     "text_boxes": text("text_boxes"),
 }

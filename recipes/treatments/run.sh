@@ -46,7 +46,7 @@ overrides_of() {
     vmf) echo latent.treatment.name=vmf latent.treatment.vmf.kappa=2000 ;;
     gumbel_soft) echo latent.treatment.name=gumbel_soft ;;
     mask_anchor)
-      echo latent.treatment.anchor_weight=0.1 actor_rollout_ref.actor.use_kl_loss=true actor_rollout_ref.actor.kl_loss_coef=0 ;;
+      echo latent.treatment.anchor_weight=0.1 ;;
     *) echo "unknown treatment $1" >&2; exit 2 ;;
   esac
 }

@@ -185,16 +185,24 @@ def test_without_the_group_the_options_are_the_defaults():
         ("latent.treatment.name=vlpo", "unknown treatment"),
         ("latent.treatment.name=gaussian latent.treatment.gaussian.sigma=0", "gaussian.sigma"),
         ("+latent.treatment.gaussian.width=1", "treatment.gaussian: unknown key"),
-        ("latent.treatment.anchor_weight=1", "anchor_weight: there is no reference"),
         (
-            "latent.treatment.name=gaussian latent.treatment.kl_coef=1",
+            "latent.treatment.anchor_weight=1 actor_rollout_ref.actor.use_kl_loss=false",
+            "anchor_weight: there is no reference",
+        ),
+        (
+            "latent.treatment.name=gaussian latent.treatment.kl_coef=1 "
+            "actor_rollout_ref.actor.use_kl_loss=false",
             "kl_coef: there is no reference",
         ),
         (
             "latent.treatment.kl_coef=1 actor_rollout_ref.actor.use_kl_loss=true",
             "latents without a density",
         ),
-        ("latent.treatment.name=vmf latent.treatment.kl_coef=1", "kl_coef: there is no reference"),
+        (
+            "latent.treatment.name=vmf latent.treatment.kl_coef=1 "
+            "actor_rollout_ref.actor.use_kl_loss=false",
+            "kl_coef: there is no reference",
+        ),
         (
             "latent.treatment.name=gaussian_head actor_rollout_ref.model.lora_rank=4 "
             "actor_rollout_ref.model.lora.merge=true",
