@@ -21,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from grpo_latent.common.provenance import provenance
 from grpo_latent.eval.dumps import dump_files
 
 
@@ -102,6 +103,7 @@ def main() -> None:
         opened_s = time_opening(page, options.repeats)
         result = {
             "trajectories": num_dumped,
+            "provenance": provenance(None),
             "page_megabytes": round(page.stat().st_size / 1e6, 2),
             "made_s": round(made_s, 2),
             "open_median_s": round(statistics.median(opened_s), 3),

@@ -37,6 +37,7 @@ from torch import Tensor  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
 
 from grpo_latent.backbones.images import ImageInputs  # noqa: E402
+from grpo_latent.common.provenance import provenance  # noqa: E402
 from grpo_latent.data.embedded import digits  # noqa: E402
 from grpo_latent.latent.mechanisms import ILVR, IVTLR  # noqa: E402
 from grpo_latent.models import tiny  # noqa: E402
@@ -256,7 +257,7 @@ def main() -> None:
         title, paths = SECTIONS[name]()
         report[name] = measure(paths, options.repeats)
         show(console, title, report[name], paths[0].name)
-    text = json.dumps(report, indent=2)
+    text = json.dumps(report | {"provenance": provenance(None)}, indent=2)
     print(text)
     if options.json is not None:
         options.json.write_text(text + "\n")

@@ -36,6 +36,8 @@ from statistics import fmean, stdev
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parent))
 
+from grpo_latent.common.provenance import provenance  # noqa: E402
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 TRACK_ROWS, FINAL_ROWS = (
     128,
@@ -376,6 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "recipe": name,
                     "overrides": arguments.overrides,
                     "seconds": time.monotonic() - started,
+                    "provenance": provenance(None),
                     **summary,
                     "each": runs,
                 },

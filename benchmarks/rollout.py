@@ -43,6 +43,7 @@ from transformers.cache_utils import DynamicCache  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from grpo_latent.backbones.images import ImageInputs  # noqa: E402
+from grpo_latent.common.provenance import provenance  # noqa: E402
 from grpo_latent.data.embedded import digits  # noqa: E402
 from grpo_latent.latent.mechanisms import LVR  # noqa: E402
 from grpo_latent.models import tiny  # noqa: E402
@@ -373,7 +374,7 @@ def main() -> None:
         report["text"] = text_report(
             console, options.sizes, options.text_positions, options.repeats, folder
         )
-    text = json.dumps(report, indent=2)
+    text = json.dumps(report | {"provenance": provenance(None)}, indent=2)
     print(text)
     if options.json is not None:
         options.json.write_text(text + "\n")

@@ -50,6 +50,7 @@ from transformers.utils.logging import disable_progress_bar
 from grpo_latent.common.command import config_command
 from grpo_latent.common.dtypes import parse_dtype
 from grpo_latent.common.files import write_text
+from grpo_latent.common.provenance import provenance
 from grpo_latent.common.settings import build, section
 from grpo_latent.errors import ConfigError
 from grpo_latent.eval.benchmarks import load_benchmark
@@ -102,6 +103,7 @@ def run(config: DictConfig) -> dict:
     )
     for note in initialisation_notes(settings.treatment, config.model.path, settings.seed):
         print(note, file=sys.stderr)
+    record = provenance(config.seed)
     digest = PromptsDigest()
     prompts, data = read_data(
         config, loaded, digest.add if config.output is not None else lambda prompt: None
@@ -134,6 +136,7 @@ def run(config: DictConfig) -> dict:
         "data": data,
         "latent_config": loaded.mechanism.to_dict(),
         "seed": config.seed,
+        "provenance": record,
     }
     if journal is not None:
         write_report(Path(config.output), report)

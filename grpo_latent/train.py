@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from grpo_latent.common.command import config_command
 from grpo_latent.common.paths import absolute, is_remote
+from grpo_latent.common.provenance import append_provenance
 from grpo_latent.common.settings import section
 from grpo_latent.errors import CheckpointError, ConfigError, DataError
 
@@ -65,6 +66,7 @@ def train(config: DictConfig) -> None:
         for note in check(config):
             console.print(f"warning: {note}")
         OmegaConf.save(config, output_dir / CONFIG_FILE, resolve=True)
+        append_provenance(output_dir, config.latent.seed)
         console.print(f"output {output_dir}  log {LOG_FILE}")
         if config.trainer.device == "cpu":
             _report_preflight(check_checkpoint(config), console)

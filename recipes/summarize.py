@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib
@@ -25,21 +23,13 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from grpo_latent.common.provenance import provenance_line, read_provenance, versions
+
 ACCURACY, REWARD = (
     ("val-core/", "/acc/mean@1"),
     "critic/score/mean",
 )  # verl puts the data source between the two
 GAP, PROBS_DIFF = "latent/replay_logp_gap_max", "training/rollout_probs_diff_max"
-PACKAGES = (
-    "grpo_latent",
-    "torch",
-    "transformers",
-    "verl",
-    "ray",
-    "TransferQueue",
-    "tensordict",
-    "numpy",
-)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -75,6 +65,11 @@ def series(metrics: list[dict], key: str | tuple[str, str]) -> tuple[list[int], 
 def sft_entry(out: Path, stage: str) -> dict:
     report = json.loads((out / f"evaluation_{stage}.json").read_text())
     return {"heldout_accuracy": report["greedy"]["accuracy"], "ablations": report["ablations"]}
+
+
+def provenance_of(out: Path) -> dict | None:
+    """Says where the RL stage ran last; None for a run of before that was recorded."""
+    return next(reversed(read_provenance(out / "grpo")), None)
 
 
 def summarize(
@@ -114,10 +109,8 @@ def summarize(
         "seed": seed,
         "rollout_engine": config.actor_rollout_ref.rollout.name.split("_")[0],
         "seconds_total": seconds_total,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in PACKAGES},
-        },
+        "versions": versions(),
+        "provenance": provenance_of(out),
     }
 
 
@@ -176,6 +169,7 @@ def main() -> None:
         table.add_row("leak (nats)", f"{summary['leak']:g}")
     table.add_row("seconds", f"{args.seconds_total:.0f}")
     Console().print(table)
+    print(f"machine: {provenance_line(summary['provenance'])}")
     print(f"{args.out / 'summary.json'}\n{plot(args.out, summary)}")
 
 

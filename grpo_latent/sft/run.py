@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import transformers
 from transformers import TrainingArguments, set_seed
 
 from grpo_latent.common.files import write_json
+from grpo_latent.common.provenance import provenance
 from grpo_latent.common.step_folders import step_folders, step_of
 from grpo_latent.errors import ConfigError
 from grpo_latent.models.injection import LatentInjector
@@ -40,6 +42,7 @@ _FREE_ON_RESUME = {
     "save_total_limit",
     "output_dir",
 }
+_SUMMARISED = ("ce", "latent_loss", "latent_hit", "end_loss")
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,11 @@ def run_sft(settings: SFTSettings) -> SFTResult:
         )
     choose_parameters(latent, settings)
     dataset = build_dataset(latent, settings)
+    record = None
     if args.should_save:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / "settings.json", as_dict(settings))
+        record = provenance(args.seed)
     bar = ProgressBar()
     trainer = method.trainer(
         latent,
@@ -104,14 +109,6 @@ def run_sft(settings: SFTSettings) -> SFTResult:
     finally:
         bar.close()
         trainer.release()
-    metrics: dict[str, float] = {}
-    # the last value of each, from whichever line has it: a term may be missing from the last one
-    for line in trainer.state.log_history:
-        metrics |= {
-            name: line[name]
-            for name in ("ce", "latent_loss", "latent_hit", "end_loss")
-            if name in line
-        }
     trainer.accelerator.wait_for_everyone()
     # gathering shards is a collective: every process takes part
     state_dict = (
@@ -122,16 +119,30 @@ def run_sft(settings: SFTSettings) -> SFTResult:
     if args.should_save:
         merge_lora(latent.model)
         save_for_rl(save_path, latent, state_dict)
-    result = SFTResult(save_path, trainer.state.global_step, time.perf_counter() - start, metrics)
+    result = SFTResult(
+        save_path,
+        trainer.state.global_step,
+        time.perf_counter() - start,
+        last_metrics(trainer.state.log_history),
+    )
     if args.should_save:
         summary = {
             "model": str(save_path),
             "steps": result.steps,
             "seconds": round(result.seconds, 2),
-            **metrics,
+            **result.metrics,
+            "provenance": record,
         }
         write_json(output_dir / "summary.json", summary)
     return result
+
+
+def last_metrics(log_history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Picks the last value of each from whichever line has it: the last one may lack a term."""
+    metrics: dict[str, float] = {}
+    for line in log_history:
+        metrics |= {name: line[name] for name in _SUMMARISED if name in line}
+    return metrics
 
 
 def check_sharding(args: TrainingArguments, has_lora: bool) -> None:

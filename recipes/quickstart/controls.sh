@@ -31,6 +31,8 @@ SEED=$SEED VARIANTS=direct VISION="$OUT/vision" OUT="$OUT/control_text" bash rec
 python - "$OUT" "$SEED" <<'PYTHON'
 import json, pathlib, sys
 
+from grpo_latent.common.provenance import provenance
+
 out = pathlib.Path(sys.argv[1])
 accuracy = lambda path: json.loads((out / path).read_text())["greedy"]["accuracy"]
 controls = {
@@ -40,6 +42,7 @@ controls = {
         "sft": accuracy("control_text/direct/evaluation_sft.json"),
         "grpo": accuracy("control_text/direct/evaluation_grpo.json"),
     },
+    "provenance": provenance(int(sys.argv[2])),
 }
 (out / "controls.json").write_text(json.dumps(controls, indent=2) + "\n")
 print(json.dumps(controls, indent=2))

@@ -13,8 +13,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from grpo_latent.common.provenance import provenance_line
+
 sys.path.append(str(Path(__file__).parents[1]))  # recipes are scripts, not a package
-from summarize import read_metrics, series  # noqa: E402
+from summarize import provenance_of, read_metrics, series  # noqa: E402
 
 ORDER = (
     "mask",
@@ -60,6 +62,7 @@ def read_row(folder: Path) -> dict:
         "ablations": after["ablations"],
         "hit": after["hit"],
         **{name: max(values) for name, values in gaps.items() if values},
+        "provenance": provenance_of(folder),
         "last": {key: last[key] for key in LAST if key in last},
     }
 
@@ -103,6 +106,8 @@ def show(summary: dict) -> None:
     for name in summary["unfinished"]:
         table.add_row(name, *["failed"] * 2, *[""] * 7)
     Console(width=100).print(table)
+    for machine in dict.fromkeys(provenance_line(row["provenance"]) for row in summary["rows"]):
+        print(f"machine: {machine}")
 
 
 def main() -> None:

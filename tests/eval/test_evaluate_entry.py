@@ -119,6 +119,7 @@ def test_entry_point_writes_the_report(files, monkeypatch, request):
     )
     text = (folder / "report.json").read_text()
     assert json.loads(text) == json.loads(json.dumps(report))
+    assert report["provenance"]["seed"] == report["seed"] and report["provenance"]["processor"]
     assert report["num_prompts"] == 5 and report["latent_config"]["visibility"] == "latents_only"
     assert report["latents"]["frac_rollouts"] > 0 and report["leak"] in (0.0, None)
     assert not list(folder.glob("*.part*")), "no parts are left"

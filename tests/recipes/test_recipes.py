@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo_latent.common.provenance import append_provenance
 from grpo_latent.errors import ConfigError
 from grpo_latent.sft.common.parameters import LoraSettings
 
@@ -301,6 +302,10 @@ def test_the_quickstarts_summary_keeps_its_contract(tmp_path):
     )
     assert {"torch", "verl", "ray"} <= summary["versions"].keys() and summary["chance"] == 0.19
     json.dumps(summary)
+    assert summary["provenance"] is None, "a run of before it was recorded"
+    for seed in (3, 4):
+        append_provenance(tmp_path / "grpo", seed)
+    assert module.summarize(tmp_path, 3, 80.0, 240.0)["provenance"]["seed"] == 4
     (tmp_path / "evaluation_stage2.json").write_text(
         (tmp_path / "evaluation_grpo.json").read_text()
     )

@@ -218,6 +218,7 @@ def test_the_model_rolls_out_and_the_formats_agree(inputs, tmp_path):
         summary["steps"] == 2
         and {"ce", "latent_loss", "latent_hit", "seconds", "model"} <= summary.keys()
     )
+    assert summary["provenance"]["processor"]
 
 
 def test_sft_goes_on_from_its_own_output(inputs, tmp_path):

@@ -31,6 +31,7 @@ from transformers import ProcessorMixin
 
 from grpo_latent.common.command import command
 from grpo_latent.common.files import write_json
+from grpo_latent.common.provenance import provenance
 from grpo_latent.data.embedded import digits
 from grpo_latent.models.tiny import EXPERIMENT_SIZES, TinyModel, TinySizes, tiny_qwen2_5_vl
 
@@ -196,7 +197,9 @@ def write_experiment_model(
     report = pretrain_vision(tiny, seed=seed, **pretraining)
     tiny.model.save_pretrained(folder)
     _processor(tiny).save_pretrained(folder)
-    write_json(Path(folder) / REPORT_FILE, dataclasses.asdict(report))
+    write_json(
+        Path(folder) / REPORT_FILE, dataclasses.asdict(report) | {"provenance": provenance(seed)}
+    )
     return report
 
 

@@ -11,11 +11,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from grpo_latent.common.provenance import provenance
 from grpo_latent.errors import TrainingError
 from grpo_latent.verl_plugin.boot.options import LatentOptions
+
+if TYPE_CHECKING:
+    from wandb.sdk.wandb_run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +43,15 @@ class Board:
     """Logs into the wandb run that verl has begun in this process.
 
     What fails here is a warning: training goes on.
+
+    Args:
+        folder: of the run's dumps, config and metrics.
+        seed: of the run.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, seed: int):
         self.folder = folder
+        self.seed = seed
 
     def log_rollouts(self, step: int, records: list[dict], summaries: list[dict]) -> None:
         """`latent/rollouts`: the first trajectories of a dump.
@@ -61,8 +71,7 @@ class Board:
                 rows.append([found.get(name) for name in COLUMNS])
             table = wandb.Table(columns=list(COLUMNS), data=rows, allow_mixed_types=True)
             # under the step whose metrics verl logs next: wandb takes steps in order only
-            run = wandb.run
-            assert run is not None, "verl's logger has begun it"
+            run = self._run()
             run.log({"latent/rollouts": table}, step=step)
 
     def log_page(self, step: int) -> None:
@@ -70,11 +79,20 @@ class Board:
         with _warning_only(
             f"the page is not in wandb; python -m grpo_latent.inspect {self.folder} draws it"
         ):
-            import wandb
-
             from grpo_latent.inspect.wandb_log import log_page
 
-            log_page(wandb.run, *draw_apart(self.folder), step)
+            page, tables = draw_apart(self.folder)
+            log_page(self._run(), page, tables, step)
+
+    def _run(self) -> Run:
+        """Gives the run that verl's logger has begun, with its provenance in its summary."""
+        import wandb
+
+        run = wandb.run
+        assert run is not None, "verl's logger has begun it"
+        if run.summary.get("provenance") is None:
+            run.summary["provenance"] = provenance(self.seed)
+        return run
 
 
 def draw_apart(folder: Path, timeout_s: float = PAGE_TIMEOUT_S) -> tuple[str, dict[str, dict]]:
@@ -149,4 +167,4 @@ def make_board(config: DictConfig) -> Board | None:
         return None
     options = LatentOptions.from_rollout(config.actor_rollout_ref.rollout)
     folder = options.output_dir or Path(config.trainer.default_local_dir).parent
-    return Board(Path(folder))
+    return Board(Path(folder), options.seed)

@@ -138,6 +138,7 @@ def test_the_written_folder_loads(tmp_path, capsys):
     )
     assert "step 2/2 loss" in capsys.readouterr().out
     report = json.loads((tmp_path / "vision_pretrain.json").read_text())
+    assert report["provenance"]["seed"] == 5
     assert report["seed"] == 5 and set(report) >= {
         "digit_accuracy",
         "color_accuracy",

@@ -26,6 +26,7 @@ import tiny_run
 import torch
 from engine_helpers import SLOTS, free_port
 
+from grpo_latent.common.provenance import read_provenance
 from grpo_latent.errors import ReplayGapError, RewardError
 from grpo_latent.eval.dumps import read_dump
 from grpo_latent.models import tiny
@@ -449,6 +450,7 @@ def test_jobs_stock_trainer_and_own_ray_continue_each_other(ray_head, inputs, tm
         )
     assert checkpoint.read_tracker(job / "checkpoints") == 3
     assert (job / "train.log").stat().st_size > 1000
+    assert len(read_provenance(job)) == 1
 
     config = tiny_run.make_config(inputs, job, masked)
     from omegaconf import OmegaConf, open_dict

@@ -63,7 +63,7 @@ def test_a_page_that_cannot_be_drawn_is_a_warning(
     with pytest.raises(TrainingError, match=problem):
         draw_apart(run_folder, timeout_s=2)
     monkeypatch.setattr(wandb_board, "draw_apart", lambda folder: draw_apart(folder, timeout_s=2))
-    Board(run_folder).log_page(7)
+    Board(run_folder, seed=0).log_page(7)
     assert problem in caplog.text and f"python -m grpo_latent.inspect {run_folder}" in caplog.text
 
 
@@ -73,6 +73,17 @@ def test_wandbs_own_failures_are_warnings_too(run_folder, monkeypatch, caplog):
     def refuse(*args, **kwargs):
         raise RuntimeError("no space left")
 
-    monkeypatch.setattr("wandb.run", SimpleNamespace(log=refuse))
-    Board(run_folder).log_rollouts(1, [{"response_mask": [1], "text": "7"}], [{"num_spans": 1}])
+    monkeypatch.setattr("wandb.run", SimpleNamespace(log=refuse, summary={}))
+    board = Board(run_folder, seed=0)
+    board.log_rollouts(1, [{"response_mask": [1], "text": "7"}], [{"num_spans": 1}])
     assert "no space left" in caplog.text and "they are in the dump" in caplog.text
+
+
+def test_the_run_says_in_its_summary_where_it_ran(run_folder, monkeypatch):
+    pytest.importorskip("wandb")
+    run = SimpleNamespace(log=lambda *args, **kwargs: None, summary={})
+    monkeypatch.setattr("wandb.run", run)
+    board = Board(run_folder, seed=7)
+    for step in (1, 2):
+        board.log_rollouts(step, [{"response_mask": [1], "text": "7"}], [{"num_spans": 1}])
+    assert run.summary["provenance"]["seed"] == 7 and run.summary["provenance"]["processor"]
