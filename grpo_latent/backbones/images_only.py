@@ -12,13 +12,14 @@ written here loads as the stock processor.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils import is_torchvision_available
 
 from grpo_latent.errors import DataError
 
 if TYPE_CHECKING:
+    from transformers import BatchFeature, PreTrainedTokenizerBase
     from transformers import ProcessorMixin as _StockProcessor
 else:
     # a mixin: the stock class comes behind it in the bases of whoever uses it
@@ -36,10 +37,18 @@ class ImagesOnly(_StockProcessor):
     video_processor_type = ""
     _loaded_video_config: dict | None = None
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
 
-    def __call__(self, images=None, text=None, videos=None, **kwargs):
+    def __call__(
+        self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any
+    ) -> BatchFeature:
         """As the stock processor's.
 
         Raises:
@@ -56,7 +65,7 @@ class ImagesOnly(_StockProcessor):
         return super().__call__(images=images, text=text, **kwargs)
 
     @classmethod
-    def from_args_and_dict(cls, args, processor_dict, **kwargs):
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         loaded = super().from_args_and_dict(args, processor_dict, **kwargs)
         processor = loaded[0] if isinstance(loaded, tuple) else loaded
         processor._loaded_video_config = processor_dict.get("video_processor")

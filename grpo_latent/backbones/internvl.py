@@ -11,10 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.models.internvl.processing_internvl import (
     InternVLProcessor as StockInternVLProcessor,
 )
@@ -94,11 +100,11 @@ class InternVLProcessor(ImagesOnly, StockInternVLProcessor):
 
     def __init__(
         self,
-        image_processor=None,
-        tokenizer=None,
-        image_seq_length=256,
-        chat_template=None,
-        **kwargs,
+        image_processor: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        image_seq_length: int = 256,
+        chat_template: str | None = None,
+        **kwargs: Any,
     ):
         StockInternVLProcessor.__init__(
             self, image_processor, tokenizer, None, image_seq_length, chat_template

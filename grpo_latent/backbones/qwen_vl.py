@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_torchvision_available
 
@@ -123,7 +123,7 @@ class QwenImagesOnly(ImagesOnly):
 
 def build_qwen_processor(
     images_only: type[QwenImagesOnly],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     patch_size: int,
     merge_size: int,

@@ -7,11 +7,14 @@ dimension instead: the same products, no copy.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -26,7 +29,7 @@ def folded_sdpa(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Hugging Face attention interface; [B, heads, T, head dim] -> [B, T, heads, head dim]."""
     num_groups = getattr(module, "num_key_value_groups", 1)
@@ -65,7 +68,7 @@ ALL_ATTENTION_FUNCTIONS.register(FOLDED_SDPA, folded_sdpa)
 
 
 @contextmanager
-def folded_attention(text_config):
+def folded_attention(text_config: PreTrainedConfig) -> Iterator[None]:
     """Decodes with `folded_sdpa` within the block, where the model is configured for `sdpa`."""
     configured = text_config._attn_implementation
     if configured == "sdpa":

@@ -10,7 +10,7 @@ already: they enter behind that, in front of the decoder.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -28,7 +28,7 @@ _ATTRIBUTE = "_grpo_latent_injector"
 class LatentInjector:
     """Owns the hook of one model. Outside `inject(...)` it does nothing."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._mask_BT: Tensor | None = None
         self._latents_NH: Tensor | None = None
         self._num_uses = 0
@@ -54,7 +54,7 @@ class LatentInjector:
         return injector
 
     @contextmanager
-    def inject(self, mask_BT: Tensor, latents_NH: Tensor):
+    def inject(self, mask_BT: Tensor, latents_NH: Tensor) -> Iterator[LatentInjector]:
         """Within the block, the model's next forward reads `latents_NH` where `mask_BT` is True.
 
         Args:
@@ -91,7 +91,9 @@ class LatentInjector:
                 expected=f"a bool mask and latents of shape [{num_positions}, hidden]",
                 fix="The mask and the vectors must come from the same recorded trajectories.",
             )
-        self._mask_BT, self._latents_NH, self._num_uses = mask_BT, latents_NH, 0
+        self._mask_BT = mask_BT
+        self._latents_NH = latents_NH
+        self._num_uses = 0
 
     def embed(self, module: nn.Module, token_ids: Tensor) -> Tensor:
         """Token embeddings of any ids by the hooked module itself, while latents may be armed."""
@@ -144,7 +146,7 @@ class SelectionInjector:
 
     _ATTRIBUTE = "_grpo_latent_selection_injector"
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._places: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod

@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -121,7 +123,7 @@ def _recorded_sdpa(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Hugging Face attention interface; [B, heads, T, head dim] -> [B, T, heads, head dim]."""
     recorder = _recorder.get()
@@ -140,7 +142,9 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(RECORDED_SDPA, ALL_MASK_ATTENTION_FUNCTION
 
 
 @contextmanager
-def recording_last_row(text_config, keep_last_layer: bool = False) -> Iterator[RecordedAttention]:
+def recording_last_row(
+    text_config: PreTrainedConfig, keep_last_layer: bool = False
+) -> Iterator[RecordedAttention]:
     """Within the block, each forward of the decoder records its last row's attention.
 
     Give it an explicit 4-D mask.
@@ -159,11 +163,9 @@ def recording_last_row(text_config, keep_last_layer: bool = False) -> Iterator[R
 
 @contextmanager
 def recording_rows(
-    text_config, rows_BN: Tensor, allowed_BNS: Tensor
+    text_config: PreTrainedConfig, rows_BN: Tensor, allowed_BNS: Tensor
 ) -> Iterator[RecordedAttention]:
-    """Within the block, each forward without cache records the attention of `rows_BN`.
-
-    With its gradient.
+    """Within the block, each forward without cache records the attention of `rows_BN`, with gradient.
 
     Args:
         rows_BN: int64, queries.
@@ -175,7 +177,9 @@ def recording_rows(
 
 
 @contextmanager
-def _recording(text_config, recorder: RecordedAttention) -> Iterator[RecordedAttention]:
+def _recording(
+    text_config: PreTrainedConfig, recorder: RecordedAttention
+) -> Iterator[RecordedAttention]:
     configured = text_config._attn_implementation
     if "sdpa" not in configured and configured != "eager":
         raise ConfigError(

@@ -66,7 +66,7 @@ class LatentSequences:
     is_packed: bool = False
     following_kinds_B: Tensor | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_visibility(self.visibility)
         num_recorded = int(self.recorded_mask_BT.sum())
         if self.latents_NH.ndim != 2 or self.latents_NH.shape[0] != num_recorded:
@@ -260,7 +260,7 @@ def _padded(
     kinds_rows: Sequence[Tensor],
     starts: Sequence[int],
     length: int,
-    device,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, kinds and validity [B, T] of rows from `starts` on; padding is id 0, kind PROMPT."""
     # filled on the host: a device would launch three kernels a row
@@ -275,6 +275,6 @@ def _padded(
     return input_ids_BT.to(device), kinds_BT.to(device), valid_BT.to(device)
 
 
-def _on_device(images: Sequence[ImageInputs | None], device) -> ImageInputs | None:
+def _on_device(images: Sequence[ImageInputs | None], device: torch.device) -> ImageInputs | None:
     pixels = ImageInputs.concat(images)
     return None if pixels is None else pixels.to(device)

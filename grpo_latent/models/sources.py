@@ -8,7 +8,7 @@ source          h_{t-1}  ──▶ z_t (its mean, its density)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,13 @@ class Taken(NamedTuple):
     features_MF: Tensor | None
 
 
+class _CausalOutput(Protocol):
+    """What is asked of a model's output, whichever class of transformers' it is."""
+
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None
+
+
 class SourceTap:
     """Takes the sources out of a forward that is not ours (verl's, under FSDP).
 
@@ -95,7 +102,8 @@ class SourceTap:
         self._logits_MV: Tensor | None = None
         self._make_features: Callable[[nn.Module, Tensor], Tensor | None] | None = None
         self._features_MF: Tensor | None = None
-        self._wants_logits = self._is_sources_only = False
+        self._wants_logits = False
+        self._is_sources_only = False
 
     @classmethod
     def install(cls, model: PreTrainedModel, mechanism: Mechanism) -> SourceTap:
@@ -175,7 +183,9 @@ class SourceTap:
         embedding = self._model.get_input_embeddings()
         return LatentInjector.install(self._model).embed(embedding, token_ids)
 
-    def _after_forward(self, module: nn.Module, args: tuple, output):
+    def _after_forward(
+        self, module: nn.Module, args: tuple, output: _CausalOutput
+    ) -> _CausalOutput | None:
         if self._where is None:
             return None
         if self._wants_logits:

@@ -17,7 +17,12 @@ from typing import NamedTuple
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
 
 from grpo_latent.backbones.chameleon import DELIMITERS
@@ -293,7 +298,9 @@ def tiny_chameleon(
     )
 
 
-def _tiny_text(name: str, words, sizes: TinySizes, seed: int, latent_tokens) -> TinyModel:
+def _tiny_text(
+    name: str, words: Sequence[str], sizes: TinySizes, seed: int, latent_tokens: Sequence[str]
+) -> TinyModel:
     tokenizer = word_tokenizer(words, latent_tokens)
     config = getattr(transformers, f"{name}Config")(**_text_config(tokenizer, sizes))
     return TinyModel(
@@ -305,10 +312,10 @@ def _tiny_vl(
     processor_class: type[QwenImagesOnly],
     name: str,
     vision: dict,
-    words,
+    words: Sequence[str],
     sizes: TinySizes,
     seed: int,
-    latent_tokens,
+    latent_tokens: Sequence[str],
 ) -> TinyModel:
     tokenizer = word_tokenizer(words, latent_tokens)
     text = _text_config(tokenizer, sizes)
@@ -344,7 +351,7 @@ def _tiny_vl(
     return TinyModel(model, tokenizer, processor)
 
 
-def _text_config(tokenizer, sizes: TinySizes) -> dict:
+def _text_config(tokenizer: PreTrainedTokenizerFast, sizes: TinySizes) -> dict:
     return dict(
         vocab_size=len(tokenizer),
         hidden_size=sizes.hidden,
@@ -362,7 +369,9 @@ def _text_config(tokenizer, sizes: TinySizes) -> dict:
     )
 
 
-def _build(model_class, config, seed: int) -> PreTrainedModel:
+def _build(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, seed: int
+) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config)

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from grpo_latent.backbones.protocol import Backbone
 from grpo_latent.backbones.registry import backbone_of
@@ -65,7 +68,7 @@ class VisionCache:
         self._visual = visual
         self._forward_of_tower = visual.forward
         self._merge_area = merge_size**2
-        self._output_type: type | None = None
+        self._output_type: type[ModelOutput] | None = None
         self._entries: OrderedDict[bytes, _Encoded] = OrderedDict()
         self._num_bytes = 0
         self._state_of_entries: tuple | None = None
@@ -106,7 +109,7 @@ class VisionCache:
         return cache
 
     @contextmanager
-    def reuse(self):
+    def reuse(self) -> Iterator[VisionCache]:
         """Within the block, an image is encoded once while weights and autocast stay.
 
         A block within a block goes on with what the outer one has.
@@ -149,7 +152,7 @@ class VisionCache:
         )
         return autocast, tuple((tensor.data_ptr(), tensor._version) for tensor in local)
 
-    def _forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs):
+    def _forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> ModelOutput:
         asks_for_more = any(isinstance(value, Tensor) for value in kwargs.values()) or any(
             kwargs.get(name) for name in ("output_attentions", "output_hidden_states")
         )
