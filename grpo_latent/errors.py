@@ -30,17 +30,21 @@ class GrpoLatentError(Exception):
         expected: str | None = None,
         fix: str | None = None,
     ) -> None:
-        self.what, self.where, self.expected, self.fix = what, where, expected, fix
+        self.what = what
+        self.where = where
+        self.expected = expected
+        self.fix = fix
+        # its text: the value itself may not survive pickling
         self.got = None if got is None else _short(got, self.MAX_GOT_CHARS)
         super().__init__(self._message())
 
     def _message(self) -> str:
-        parts = [self.what if self.where is None else f"{self.where}: {self.what}"]
+        clauses = [self.what if self.where is None else f"{self.where}: {self.what}"]
         if self.got is not None:
-            parts.append(f"got {self.got}")
+            clauses.append(f"got {self.got}")
         if self.expected is not None:
-            parts.append(f"expected {self.expected}")
-        message = "; ".join(parts) + "."
+            clauses.append(f"expected {self.expected}")
+        message = "; ".join(clauses) + "."
         return message if self.fix is None else f"{message} {self.fix}"
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -143,6 +147,7 @@ class TrainingError(GrpoLatentError, RuntimeError):
 
 
 class ConformanceError(GrpoLatentError, RuntimeError):
-    """A mechanism breaks a promise that training relies on; `where` names the check (see
-    `grpo_latent.testing`).
+    """A mechanism breaks a promise that training relies on.
+
+    `where` names the check (see `grpo_latent.testing`).
     """

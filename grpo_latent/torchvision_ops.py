@@ -30,8 +30,9 @@ _libraries: list = []  # a torch Library takes its declarations with it when it 
 
 
 class _BeforeTorchvision(importlib.abc.MetaPathFinder):
-    """Declares the operators when torchvision is first imported, then leaves the import to the
-    other finders.
+    """Declares the operators when torchvision is first imported.
+
+    The import itself it leaves to the other finders.
     """
 
     def find_spec(
@@ -55,8 +56,9 @@ def install() -> None:
 
 
 def declare_operators() -> None:
-    """Schemas of `torchvision::nms` and `torchvision::qnms`, beside a torch without CUDA and only
-    where they are missing.
+    """Declares the schemas of `torchvision::nms` and `torchvision::qnms` where they are missing.
+
+    Only beside a torch without CUDA.
     """
     import torch
 

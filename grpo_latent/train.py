@@ -106,7 +106,7 @@ def resolve_paths(config: DictConfig) -> None:
 def environment(config: DictConfig, output_dir: Path) -> dict[str, str]:
     """Environment of the driver and of every worker; what the user has set stays.
 
-    It becomes part of Ray's runtime environment, which dashboards and logs show: no secret belongs
+    It goes into Ray's runtime environment, which dashboards and logs show: no secret belongs
     in it. A Ray of our own inherits the driver's environment; on a cluster, wandb's key comes from
     `wandb login` on its nodes or from the environment that the job is submitted with.
 
@@ -240,7 +240,8 @@ def check_checkpoint(config: DictConfig):
     Raises:
         CheckpointError, PreflightError: RL cannot start from it.
     """
-    settings, folder = config.latent.preflight, config.actor_rollout_ref.model.path
+    settings = config.latent.preflight
+    folder = config.actor_rollout_ref.model.path
     if settings.num_prompts == 0 or is_remote(folder):
         return None
     from grpo_latent.common.dtypes import parse_dtype
@@ -250,7 +251,8 @@ def check_checkpoint(config: DictConfig):
     from grpo_latent.rollout.protocol import SamplingParams
     from grpo_latent.verl_plugin.boot.options import CHECKPOINT_FIELDS
 
-    files, rollout = config.data.train_files, config.actor_rollout_ref.rollout
+    files = config.data.train_files
+    rollout = config.actor_rollout_ref.rollout
     prompts = []
     for row, where in islice(
         iter_verl_rows(files if isinstance(files, str) else files[0]), settings.num_prompts
@@ -328,9 +330,9 @@ def ray_arguments(config: DictConfig) -> dict:
     if is_attached():
         return arguments
     # loopback only (see `stay_on_loopback`); token authentication is Ray's default, it makes the
-    # token file itself `local`: without an address, Ray would join whatever cluster runs on this
-    # machine
+    # token file itself
     return {
+        # without an address, Ray would join whatever cluster runs on this machine
         "address": "local",
         "_node_ip_address": "127.0.0.1",
         "include_dashboard": False,

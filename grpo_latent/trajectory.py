@@ -31,8 +31,9 @@ from grpo_latent.recorded import Field, Wire
 
 
 class PositionKind(IntEnum):
-    """What a position of a sequence is. `PROMPT` and `VISION` occur in prompts, the others in
-    completions.
+    """What a position of a sequence is.
+
+    `PROMPT` and `VISION` occur in prompts, the others in completions.
     """
 
     PROMPT = 0  # text of the prompt
@@ -66,11 +67,12 @@ class LatentSpan:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One completion with all that replaying it needs. T completion positions, N latent steps, H
-    hidden size.
+    """One completion with all that replaying it needs.
 
-    `grpo_latent.recorded` says what each field is aligned to and where it travels; a field
-    declared there that is no attribute here is an entry of `extra`.
+    P prompt positions, T completion positions, N of them with a recorded vector, M of these made
+    by a hidden state, H hidden size, A aux. `grpo_latent.recorded` says what each field is aligned
+    to and where it travels; a field declared there that is no attribute here is an entry of
+    `extra`.
 
     Attributes:
         prompt_ids: int64 [P].
@@ -140,10 +142,10 @@ class Trajectory:
 
     @classmethod
     def of_fields(cls, fields: dict[str, Tensor | None], **changes: Any) -> Trajectory:
-        """A trajectory of its recorded fields by name, whether attributes or entries of `extra`;
-        None counts as absent.
+        """A trajectory of its recorded fields by name, whether attributes or entries of `extra`.
 
         Args:
+            fields: None counts as absent.
             changes: the attributes that no wire carries as tensors, such as `stop_reason`.
         """
         known = {field_.name for field_ in dataclasses.fields(cls)}
@@ -197,9 +199,8 @@ class Trajectory:
         return columns
 
     def __getstate__(self) -> dict:
-        """As numpy arrays, which pickle ten times as fast as tensors: a training step moves
-        thousands of them.
-        """
+        """The attributes as numpy arrays, which pickle ten times as fast as tensors."""
+        # worth it: a training step moves thousands of them
         return _as_arrays(vars(self)) | {"extra": _as_arrays(self.extra)}
 
     def __setstate__(self, state: dict) -> None:
@@ -274,8 +275,9 @@ def _completion_kinds_of() -> dict[str, tuple[int, ...]]:
 
 
 def to_column(field_: Field, values: Tensor, kinds_L: Tensor) -> Tensor:
-    """A field's values as its column has them: as they are or, with a `column_fill`, one a
-    position [L].
+    """A field's values as its column has them.
+
+    As they are or, with a `column_fill`, one a position [L].
     """
     if field_.column_fill is None:
         return values
@@ -304,8 +306,9 @@ def made_mask(kinds: Tensor) -> Tensor:
 
 
 def recorded_mask(kinds: Tensor) -> Tensor:
-    """bool, True where a vector is recorded, whether it is the input (LATENT, SELECTED) or a part
-    of it (MIXED).
+    """bool, True where a vector is recorded: LATENT, SELECTED and MIXED.
+
+    The first two are fed as they are, the third is composed with the token's embedding.
     """
     return latent_mask(kinds) | (kinds == PositionKind.MIXED)
 
@@ -316,11 +319,11 @@ def is_text(kinds: Tensor) -> Tensor:
 
 
 def response_mask(kinds: Tensor, start_is_action: bool = True) -> Tensor:
-    """bool, True where the policy acted: at sampled text and, if `start_is_action`, at emitted
-    span starts.
+    """bool, True where the policy acted: at sampled text, and at emitted span starts if asked.
 
     Args:
         kinds: integer tensor of any shape, values of `PositionKind`.
+        start_is_action: whether emitting the token that opens a span counts.
     """
     acted = is_text(kinds)
     return acted | (kinds == PositionKind.START) if start_is_action else acted

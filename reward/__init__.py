@@ -1,5 +1,4 @@
-"""Reward functions: each file is complete in itself, so that it can be copied as the start of
-one's own.
+"""Reward functions: a file each, complete in itself, to be copied as the start of one's own.
 
 Each is verl's `compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs)`.
 `solution_str` is the text of the completion with latent spans and their delimiters left out;

@@ -43,7 +43,9 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 def compute_score(
     data_source, solution_str, ground_truth, extra_info=None, variant="tags", **kwargs
 ) -> float:
-    """Args:
+    """1.0 where the answer equals the ground truth, else 0.0.
+
+    Args:
         data_source: name of the data set, used in errors.
         solution_str: completion without latent spans.
         ground_truth: the answer, text or number; `\\boxed{…}` is taken off.
@@ -91,14 +93,13 @@ def answer_text(solution_str: str) -> str | None:
 
 
 def stated_answer(solution_str: str) -> str | None:
-    """What the last statement of an answer says, without the sentence's full stop, bold and maths
-    marks.
+    """What the last statement of an answer says, without full stop, bold and maths marks.
 
     >>> stated_answer("The answer is not A. Final answer: **B**."), stated_answer("B")
     ('B', None)
     """
-    parts = STATED.split(solution_str)
-    return parts[-1].strip("*$ \n").removesuffix(".").strip("*$ \n") if len(parts) > 1 else None
+    before, *statements = STATED.split(solution_str)
+    return statements[-1].strip("*$ \n").removesuffix(".").strip("*$ \n") if statements else None
 
 
 def _equal_as_maths(gold: str, answer: str) -> bool:
@@ -129,8 +130,10 @@ def _digits(text: str) -> str:
 
 
 def _normalise(text: str) -> str:
-    """Without `\\boxed`, `$`, brackets around an option letter, a closing full stop, case and runs
-    of spaces.
+    """The text in the form in which two answers are compared.
+
+    Without `\\boxed`, `$`, brackets around an option letter, a closing full stop, case and runs of
+    spaces.
     """
     boxed = BOXED.fullmatch(text.strip())
     text = (boxed.group(1) if boxed else text).strip().strip("$").strip()

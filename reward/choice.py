@@ -1,9 +1,8 @@
-"""1.0 for the right letter in "Therefore, the answer is B", and 0.1 for that form, each also
-reported by its name.
+"""1.0 for the right letter in "Therefore, the answer is B", and 0.1 for that form.
 
-M3CoT and ScienceQA as IVT-LR is trained on them (arXiv 2510.12603): the sentence closes the
-completion. Case of the words, brackets around the letter and a full stop do not matter; text
-before the sentence is the rest of the rationale.
+Each is also reported by its name. M3CoT and ScienceQA as IVT-LR is trained on them (arXiv
+2510.12603): the sentence closes the completion. Case of the words, brackets around the letter and
+a full stop do not matter; text before the sentence is the rest of the rationale.
 """
 
 from __future__ import annotations
@@ -17,7 +16,9 @@ ANSWER = re.compile(r"the answer is:?\s*\(?([A-Z])\)?\.?\s*", re.IGNORECASE)
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> dict:
-    """Args:
+    """The reward of one completion: score, accuracy and form.
+
+    Args:
         solution_str: completion without latent spans.
         ground_truth: the letter of the right choice.
         extra_info: `index` of the row, used in errors; `latent`: {stop_reason, …}: a completion

@@ -29,7 +29,9 @@ OBJECT = re.compile(r"at\s+([a-z]+)\s+(\d+)\s*")
 def compute_score(
     data_source, solution_str, ground_truth, extra_info=None, variant="latent", **kwargs
 ) -> dict:
-    """Args:
+    """The reward of one completion: score, accuracy and form.
+
+    Args:
         solution_str: completion without latent spans.
         ground_truth: the digit, as text or int.
         extra_info: `latent`: {span_offsets, stop_reason, …}; `steps` of the row for variant
@@ -84,9 +86,7 @@ def compute_score(
 
 
 def _is_interleaved(solution_str: str, offsets: list[int], colors: list[str]) -> bool:
-    """Whether the text before the answer is each colour with its number, and each span stands
-    between the two.
-    """
+    """Whether the text before the answer is each colour, its span and its number, in order."""
     objects = list(OBJECT.finditer(solution_str, 0, solution_str.find("<answer>")))
     if [found.group(1) for found in objects] != colors or len(offsets) != len(colors):
         return False

@@ -23,7 +23,9 @@ VARIANTS = ("lvr", "ilvr", "text")
 def compute_score(
     data_source, solution_str, ground_truth, extra_info=None, variant="lvr", **kwargs
 ) -> float:
-    """Args:
+    """1.0 where the completion has the form of `variant`, else 0.0.
+
+    Args:
         solution_str: completion without latent spans.
         extra_info: `latent`: {num_spans, span_offsets, stop_reason, …}.
         variant: `lvr`, `ilvr` or `text`.
@@ -57,9 +59,7 @@ def compute_score(
 
 
 def _answer_start(solution_str: str) -> int | None:
-    """Character at which the only answer begins, None if there is not exactly one, or text follows
-    it.
-    """
+    """Character at which the answer begins, None unless it is the only one and ends the text."""
     if not isinstance(solution_str, str):
         raise RewardError("solution_str is no text", kind="type", got=solution_str, expected="str")
     if solution_str.count("<answer>") != 1 or solution_str.count("</answer>") != 1:

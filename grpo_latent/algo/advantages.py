@@ -1,5 +1,4 @@
-"""Group-relative advantages: one scalar a trajectory, measured against the other trajectories of
-its prompt row.
+"""Group-relative advantages: a trajectory is measured against the others of its prompt row.
 
 Legend: N trajectories, M groups.
 """
@@ -71,7 +70,7 @@ def group_advantages(
     weight_N = valid_N.double()
     size_M = weight_N.new_zeros(num_groups).index_add(0, group_N, weight_N)
     values_N = torch.where(valid_N, rewards_N.double(), 0.0)
-    # Shifting by the group's maximum makes equal rewards exactly 0 before anything is rounded.
+    # shifted by the group's maximum, equal rewards are exactly 0 before anything is rounded
     shift_M = values_N.new_full((num_groups,), -torch.inf).scatter_reduce(
         0, group_N, torch.where(valid_N, values_N, -torch.inf), "amax"
     )

@@ -1,6 +1,4 @@
-"""The latent anchor: how far the current model's prediction of a latent has moved from the
-reference's.
-"""
+"""The latent anchor: how far the prediction of a latent has moved from the reference's."""
 
 from __future__ import annotations
 
@@ -14,6 +12,10 @@ def anchor_distances(means_MH: Tensor, ref_means_MH: Tensor) -> Tensor:
 
     The variance is that of the reference's own vector over its dimensions: scale-free, and
     independent of the batch.
+
+    Args:
+        means_MH: float, of the current model.
+        ref_means_MH: float, of the reference; no gradient flows there.
 
     >>> import torch
     >>> anchor_distances(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, -1.0]]))

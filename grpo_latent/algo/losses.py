@@ -26,8 +26,7 @@ LOG_RATIO_BOUND = 20.0  # verl's: keeps exp() finite when a policy has moved abs
 
 @dataclass(frozen=True)
 class Denominators:
-    """What the reductions divide by: counts over the whole batch, not over the micro-batch at
-    hand.
+    """What the reductions divide by: counts over the whole batch, not over a micro-batch.
 
     Attributes:
         num_tokens: positions where the policy acted.
@@ -48,12 +47,14 @@ class Denominators:
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """Attributes:
-    loss: scalar with gradient.
-    clipfrac: share of actions whose ratio was clipped, detached scalar, per token of this
-        micro-batch.
-    clipfrac_lower: share of actions that the dual clip bounded.
-    approx_kl: mean of old - new log-prob over the actions (k1 estimate of KL(old || new)).
+    """What `policy_loss` returns, with what is reported beside it.
+
+    Attributes:
+        loss: scalar with gradient.
+        clipfrac: share of actions whose ratio was clipped, detached scalar, per token of this
+            micro-batch.
+        clipfrac_lower: share of actions that the dual clip bounded.
+        approx_kl: mean of old - new log-prob over the actions (k1 estimate of KL(old || new)).
     """
 
     loss: Tensor
@@ -116,8 +117,7 @@ def kl_penalty(
     kind: str = "k3",
     log_ratio_bound: float = LOG_RATIO_BOUND,
 ) -> Tensor:
-    """Per-token estimate of KL(policy || reference) at tokens that the policy sampled; 0 where it
-    did not act.
+    """Per-token estimate of KL(policy || reference) at tokens that the policy sampled.
 
     With d = ref - log_prob:  k1 = -d,  k2 = d² / 2,  k3 = e^d - d - 1.
 
@@ -129,7 +129,7 @@ def kl_penalty(
         log_probs_BT, ref_log_probs_BT: float, nats, same temperature and same latents.
 
     Returns:
-        float [B, T], with gradient to `log_probs_BT`.
+        float [B, T], with gradient to `log_probs_BT`; 0 where the policy did not act.
     """
     mask_BT = _bool_mask(response_mask_BT, log_probs_BT)
     d_BT = torch.where(mask_BT, ref_log_probs_BT.detach(), 0.0) - torch.where(
@@ -188,8 +188,7 @@ def policy_loss(
     advantages_BT = (
         advantages[:, None].expand_as(log_probs_BT) if advantages.ndim == 1 else advantages
     )
-    # Masking comes before any arithmetic: masking a NaN afterwards would still send 0 · NaN
-    # backwards.
+    # masked before any arithmetic: masking a NaN afterwards would still send 0 · NaN backwards
     clipped = clipped_losses(
         torch.where(mask_BT, log_probs_BT, 0.0),
         torch.where(mask_BT, old_log_probs_BT.detach(), 0.0),
@@ -274,8 +273,11 @@ def clipped_losses(
 
 
 def check_latents_do_not_act(response_mask_BT: Tensor, latent_mask_BT: Tensor) -> None:
-    """Raises `LatentMismatchError` where a latent position is marked as an action of the text: its
-    log-prob would be that of a placeholder id, or a log-density clipped with the text's bounds."""
+    """Raises `LatentMismatchError` where a latent position is marked as an action of the text.
+
+    Its log-prob would be that of a placeholder id, or a log-density clipped with the text's
+    bounds.
+    """
     both_BT = _bool_mask(response_mask_BT, latent_mask_BT) & latent_mask_BT.bool()
     if bool(both_BT.any()):
         b, t = both_BT.nonzero()[0].tolist()

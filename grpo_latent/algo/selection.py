@@ -1,5 +1,4 @@
-"""Choosing K image positions by their attention: the deterministic rule of IVT-LR, and
-Plackett–Luce as its random form.
+"""Choosing K image positions by their attention: by IVT-LR's rule, or at random (Plackett–Luce).
 
     scores, candidates ──top_k_candidates──▶ the K best, best first           (2510.12603 section 3)
     log-weights + Gumbel noise ──same rule──▶ K draws without replacement     (Plackett–Luce; Kool et al. 2019)
@@ -21,10 +20,10 @@ NOT_CHOSEN = -1  # fills the places of a row that has fewer than K candidates
 
 
 def top_k_candidates(scores_BS: Tensor, candidates_BS: Tensor, num: int) -> Tensor:
-    """Positions of the `num` largest scores among the candidates, best first; equal scores in
-    order of position.
+    """Positions of the `num` largest scores among the candidates, best first.
 
-    A row with fewer candidates than `num` gets all of them, then `NOT_CHOSEN`.
+    Equal scores stand in order of position. A row with fewer candidates than `num` gets all of
+    them, then `NOT_CHOSEN`.
 
     Args:
         scores_BS: float, finite at the candidates.
@@ -50,8 +49,9 @@ def top_k_candidates(scores_BS: Tensor, candidates_BS: Tensor, num: int) -> Tens
 
 
 def gumbel_noise(uniforms: Tensor) -> Tensor:
-    """Standard Gumbel noise -log(-log u) of uniforms in [0, 1); a u of 0 counts as the smallest
-    positive number.
+    """Standard Gumbel noise -log(-log u) of uniforms u in [0, 1).
+
+    A u of 0 counts as the smallest positive number.
     """
     return -(-uniforms.clamp(min=torch.finfo(uniforms.dtype).tiny).log()).log()
 
@@ -59,11 +59,10 @@ def gumbel_noise(uniforms: Tensor) -> Tensor:
 def sample_candidates(
     log_weights_BS: Tensor, candidates_BS: Tensor, num: int, uniforms_BS: Tensor
 ) -> Tensor:
-    """`num` draws without replacement, each in proportion to exp(log-weight), in order of drawing;
-    int64 [B, K].
+    """`num` draws without replacement, each in proportion to exp(log-weight), as they were drawn.
 
-    Shape and `NOT_CHOSEN` as in `top_k_candidates`. Source: the Gumbel top-k trick (Kool et al.
-    2019, 1903.06059).
+    Shape, dtype and `NOT_CHOSEN` as in `top_k_candidates`. Source: the Gumbel top-k trick (Kool et
+    al. 2019, 1903.06059).
     """
     perturbed_BS = log_weights_BS.to(uniforms_BS.dtype) + gumbel_noise(uniforms_BS)
     return top_k_candidates(perturbed_BS, candidates_BS, num)
@@ -72,8 +71,7 @@ def sample_candidates(
 def selection_log_probs(
     log_weights_BS: Tensor, candidates_BS: Tensor, chosen_BK: Tensor
 ) -> Tensor:
-    """Plackett–Luce log-probability of each place of an ordered choice, nats; float [B, K], 0 at
-    `NOT_CHOSEN`.
+    """Plackett–Luce log-probability of each place of an ordered choice.
 
         log P(c_k | c_1..c_{k-1}) = w(c_k) - log sum over candidates not in c_1..c_{k-1} of exp w
 
@@ -84,6 +82,9 @@ def selection_log_probs(
         chosen_BK: int64, distinct candidates in order; `NOT_CHOSEN` anywhere is a place without a
             draw.
 
+    Returns:
+        float [B, K], nats, 0 at `NOT_CHOSEN`.
+
     Raises:
         LatentMismatchError: a chosen position is no candidate, or is chosen twice.
 
@@ -92,7 +93,8 @@ def selection_log_probs(
     tensor([[0.5000, 0.3333]])
     """
     is_chosen_BK = chosen_BK != NOT_CHOSEN
-    index_BK, num_places = chosen_BK.clamp(min=0), chosen_BK.shape[1]
+    index_BK = chosen_BK.clamp(min=0)
+    num_places = chosen_BK.shape[1]
     times_BS = torch.zeros_like(candidates_BS, dtype=torch.long).scatter_add_(
         1, index_BK, is_chosen_BK.long()
     )
@@ -104,9 +106,8 @@ def selection_log_probs(
             expected="distinct candidates",
         )
     places_K = torch.arange(num_places, device=chosen_BK.device)
-    place_BS = torch.full_like(
-        times_BS, num_places
-    )  # of each position; a chosen one stands in the way until its own
+    # the place at which each position was chosen: until then it could have been chosen instead
+    place_BS = torch.full_like(times_BS, num_places)
     place_BS.scatter_reduce_(
         1, index_BK, places_K.expand_as(index_BK).masked_fill(~is_chosen_BK, num_places), "amin"
     )

@@ -31,12 +31,12 @@ class ImageInputs:
         return ImageInputs(self.pixel_values.to(device), self.image_grid_thw.to(device))
 
     @staticmethod
-    def concat(parts: Sequence[ImageInputs | None]) -> ImageInputs | None:
+    def concat(images: Sequence[ImageInputs | None]) -> ImageInputs | None:
         """One batch of all images in order; None if there are none."""
-        present = [part for part in parts if part is not None]
+        present = [each for each in images if each is not None]
         if not present:
             return None
         return ImageInputs(
-            torch.cat([part.pixel_values for part in present]),
-            torch.cat([part.image_grid_thw for part in present]),
+            torch.cat([each.pixel_values for each in present]),
+            torch.cat([each.image_grid_thw for each in present]),
         )

@@ -64,7 +64,7 @@ class InternVL(Backbone):
             tiles = [int(count) for count in batch["num_patches"]]
         else:
             is_image = (batch["input_ids"].flatten() == processor.image_token_id).int()
-            # delimiters part the placeholders of two images: each run of placeholders is one image
+            # delimiters stand between two images: each run of placeholders is one image
             nothing = torch.zeros(1)
             edges = torch.diff(is_image, prepend=nothing, append=nothing).nonzero()[:, 0]
             tiles = [length // tokens_of_tile for length in (edges[1::2] - edges[::2]).tolist()]

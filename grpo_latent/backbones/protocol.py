@@ -62,7 +62,7 @@ class Backbone:
         config, text_config: of the model, and of its decoder.
         embedding: the token embeddings.
         base: the model without its head.
-        decoder: the part that takes `inputs_embeds` only.
+        decoder: the module that takes `inputs_embeds` only.
         image_token_id: the placeholder of one image embedding; None without images.
         vision_ids: placeholders and delimiters, which are no words; never sampled.
         unpredicted_ids: tokens that the model's own forward gives no probability.

@@ -1,5 +1,4 @@
-"""How every `python -m grpo_latent.…` ends: one line that a user can act on, and one meaning for
-each exit code.
+"""How every `python -m grpo_latent.…` ends: a line to act on, one meaning for each exit code.
 
     0    done
     1    something broke that is no fault of what was given: a traceback of ours
@@ -31,11 +30,10 @@ Args = ParamSpec("Args")
 
 
 def command(main: Callable[Args, int | None]) -> Callable[Args, int]:
-    """Wraps the `main` of an entry point: it returns the exit code, 0 where `main` returns
-    nothing.
+    """Wraps the `main` of an entry point: it then returns the exit code.
 
-    What is no error of this package, of hydra or of omegaconf leaves as it came: Python prints the
-    traceback and ends with 1.
+    That is 0 where `main` returns nothing. What is no error of this package, of hydra or of
+    omegaconf leaves as it came: Python prints the traceback and ends with 1.
 
         @command
         def main(argv=None): ...
@@ -66,11 +64,10 @@ def command(main: Callable[Args, int | None]) -> Callable[Args, int]:
 def config_command(
     config_name: str,
 ) -> Callable[[Callable[[DictConfig], int | None]], Callable[..., int]]:
-    """Wraps a `main(config)` whose config hydra composes: `grpo_latent/config/<config_name>.yaml`
-    and the command line.
+    """Wraps a `main(config)` whose config hydra composes.
 
-    The wrapped function is a `command`. Called with a config, it runs on that one and hydra has no
-    part in it.
+    Of `grpo_latent/config/<config_name>.yaml` and the command line. The wrapped function is a
+    `command`. Called with a config, it runs on that one and hydra has no say in it.
     """
 
     def decorate(task: Callable[[DictConfig], int | None]) -> Callable[..., int]:
@@ -110,8 +107,9 @@ def _with_hydra(task: Callable[[DictConfig], int | None], config_name: str) -> N
 
 @contextmanager
 def _hydra_raising() -> Iterator[None]:
-    """hydra raises what is wrong with a command line or config, in place of printing it and ending
-    with 1.
+    """Makes hydra raise what is wrong with a command line or config.
+
+    Left to itself it prints that and ends with 1.
     """
     before = os.environ.get(_HYDRA_RAISES)
     os.environ[_HYDRA_RAISES] = "1"
@@ -124,8 +122,9 @@ def _hydra_raising() -> Iterator[None]:
 
 
 def print_error(error: GrpoLatentError | OSError) -> None:
-    """Prints `ErrorType: message` to stderr: the form of every message that ends a command, or
-    that a command survives.
+    """Prints `ErrorType: message` to stderr.
+
+    Every message that ends a command, or that a command survives, has this form.
     """
     print(f"{type(error).__name__}: {error}", file=sys.stderr)
 
@@ -136,9 +135,8 @@ def _is_of_config_library(error: Exception) -> bool:
 
 
 def _as_config_error(error: Exception) -> ConfigError:
-    """`error` of hydra or omegaconf, whose messages take several lines, the first of which says
-    most.
-    """
+    """An error of hydra or omegaconf as one of ours."""
+    # their messages take several lines, the first of which says most
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     what = lines[0].rstrip(".;") if lines else type(error).__name__
     return ConfigError(what, where="config", fix=" ".join(lines[1:3]) or None)

@@ -1,5 +1,4 @@
-"""Writes that survive a kill: whoever opens a path finds the whole old content or the whole new
-one, never half of either.
+"""Writes that survive a kill: a path has the whole old content or the whole new, never half.
 
 All writers of the package go through here. Each writes beside the target, so that the rename stays
 within one file system; syncs the content before the rename, because some file systems order the
@@ -25,11 +24,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def replacing_file(path: str | Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` when the block ends, and vanishes if the block
-    raises.
+    """A path to write to, which becomes `path` when the block ends.
 
-    Of several in one `with`, the last one named becomes visible first: name the file that makes
-    the others count first.
+    It vanishes if the block raises. Of several in one `with`, the last one named becomes visible
+    first: name the file that makes the others count first.
 
         with replacing_file(index) as new_index, replacing_file(data) as new_data:
             ...
@@ -41,49 +39,50 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # a name of its own for each writer: two that share one would rename each other's half-written
     # file
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        yield part
-        sync(part)
-        os.replace(part, path)
+        yield unfinished
+        sync(unfinished)
+        os.replace(unfinished, path)
     finally:
-        part.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     sync(path.parent)
 
 
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
-    """A new, empty folder to fill, which becomes `folder` when the block ends, and vanishes if the
-    block raises.
+    """A new, empty folder to fill, which becomes `folder` when the block ends.
 
-    A folder cannot be renamed over a full one, so for an instant there is none. A process that
-    dies in that instant leaves the old one beside it as `.<name>.old`; the next call puts it back
-    before it begins.
+    It vanishes if the block raises. A folder cannot be renamed over a full one, so for an instant
+    there is none. A process that dies in that instant leaves the old one beside it as
+    `.<name>.old`; the next call puts it back before it begins.
     """
     folder = Path(folder)
-    part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    # fixed names, where files have random ones: what a killed process left is found again
+    unfinished = folder.with_name(f".{folder.name}.part")
+    old = folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():
         os.replace(old, folder)
-    for leftover in (part, old):
+    for leftover in (unfinished, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    part.mkdir(parents=True)
+    unfinished.mkdir(parents=True)
     try:
-        yield part
-        for path in [*part.rglob("*"), part]:
+        yield unfinished
+        for path in [*unfinished.rglob("*"), unfinished]:
             sync(path)
         if folder.exists():
             os.replace(folder, old)
-        os.replace(part, folder)
+        os.replace(unfinished, folder)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Writes `content` as the whole of `path`, atomically."""
-    with replacing_file(path) as part:
-        part.write_bytes(content)
+    with replacing_file(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -99,15 +98,16 @@ def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes `tensors`, of any shape and dtype, as one safetensors file, atomically; they need not
-    be contiguous.
-    """
-    from safetensors.torch import (
-        save_file,
-    )  # here: it imports torch, which processes that only write text go without
+    """Writes `tensors` as one safetensors file, atomically.
 
-    with replacing_file(path) as part:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
+    They may have any shape and dtype, and need not be contiguous.
+    """
+    # here: it imports torch, which processes that only write text go without
+    from safetensors.torch import save_file
+
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with replacing_file(path) as unfinished:
+        save_file(contiguous, unfinished, metadata)
 
 
 def sync(path: Path) -> None:

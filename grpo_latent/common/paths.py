@@ -22,8 +22,9 @@ def is_remote(path: str | Path) -> bool:
 
 
 def absolute(path: str) -> str:
-    """A local path without `~`, from the root: another process may have another working directory.
-    Remote ones stay.
+    """A local path without `~`, from the root; a remote one as it is.
+
+    Another process may have another working directory.
 
     >>> absolute("s3://bucket/x"), absolute("/data/x")
     ('s3://bucket/x', '/data/x')

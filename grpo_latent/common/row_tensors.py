@@ -1,6 +1,4 @@
-"""Tensors that share their first dimension, the rows of a batch, as one struct: rows are dropped
-in one place.
-"""
+"""Tensors that share their first dimension, as one struct: rows are dropped in one place."""
 
 from __future__ import annotations
 
@@ -14,8 +12,9 @@ Rows = TypeVar("Rows", bound="RowTensors")
 
 @dataclasses.dataclass
 class RowTensors:
-    """Base of dataclasses whose fields are tensors [N, …], or None where a batch has no such
-    thing.
+    """Base of dataclasses whose fields are tensors [N, …], N the rows of a batch.
+
+    A field is None where a batch has no such thing.
 
     >>> import torch
     >>> @dataclasses.dataclass

@@ -1,9 +1,8 @@
-"""A settings dataclass out of a config's mapping, strictly: no key is ignored, no value is taken
-for another type.
+"""A settings dataclass out of a config's mapping, strictly.
 
-The dataclass is the schema: its fields are the keys, their annotations the types, a field without
-a default is a value that the user must give. What a value may be beyond its type, the class checks
-itself in `__post_init__`.
+No key is ignored, no value is taken for another type. The dataclass is the schema: its fields are
+the keys, their annotations the types, a field without a default is a value that the user must
+give. What a value may be beyond its type, the class checks itself in `__post_init__`.
 """
 
 from __future__ import annotations
@@ -85,8 +84,9 @@ def check_keys(
     note: str = "",
     error: type[GrpoLatentError] = ConfigError,
 ) -> None:
-    """Refuses what is not a mapping, keys that are not `known`, and `required` ones that are
-    absent or `???`.
+    """Refuses what is no mapping, keys that are not `known`, and `required` ones that are missing.
+
+    `???` counts as missing.
 
     Raises:
         error: the first of the three that is found; an unknown key is shown with the known ones
@@ -147,8 +147,9 @@ def _is_absent(values: Mapping[str, Any], name: str) -> bool:
 
 
 def _hints(kind: type) -> dict[str, Any]:
-    """Types of the fields. A class of the user's may name types that exist for a type checker
-    only: those go unchecked.
+    """Types of the fields; {} where they are not to be had.
+
+    A class of the user's may name types that exist for a type checker only: it goes unchecked.
     """
     try:
         return typing.get_type_hints(kind)

@@ -79,8 +79,7 @@ def box_to_visual_tokens(
 def box_to_prompt_tokens(
     box_normalised: Sequence[float], image_idx: int, images: ImageInputs, backbone: Backbone
 ) -> list[int]:
-    """As `box_to_visual_tokens`, as indices among all image tokens of a prompt with several
-    images.
+    """As `box_to_visual_tokens`, as indices among the tokens of all images of a prompt.
 
     Args:
         image_idx: of the image that the box lies in.

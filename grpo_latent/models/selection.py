@@ -60,7 +60,9 @@ class RecordedAttention:
             )
             mean = rows_attention(query.gather(2, index_BAND), key, self.allowed_BNS, scaling)
         if self.keep_last_layer:
-            self.queries_BATD, self.keys_BASD, self.scaling = query, key, scaling
+            self.queries_BATD = query
+            self.keys_BASD = key
+            self.scaling = scaling
         self._sum = mean if self._sum is None else self._sum + mean
         self._num_layers += 1
 
@@ -82,7 +84,8 @@ class RecordedAttention:
                 "layers, must be off.",
             )
         mean = self._sum / self._num_layers
-        self._sum, self._num_layers = None, 0
+        self._sum = None
+        self._num_layers = 0
         return mean
 
 

@@ -136,7 +136,7 @@ class LatentSequences:
         return response_mask(self.kinds_BT, start_is_action) & self.valid_BT
 
     def attention_bias(self, dtype: torch.dtype) -> Tensor:
-        """[B, 1, T, T], for whoever runs a part of the columns or records attention."""
+        """[B, 1, T, T], for whoever runs some of the columns or records attention."""
         return attention_bias(
             self.kinds_BT,
             self.valid_BT,

@@ -3,8 +3,8 @@
 Chosen positions are left out from then on, so that a prompt's slots look at ever more of its image
 (IVT-LR 2510.12603 section 3).
 
-Legend: B rows, P prompt columns, K chosen before a slot, M image embeddings of all prompts, H hidden, F recorded
-positions of a row, S slots, N rows of `SlotDraws`.
+Legend: B rows, P prompt columns, K chosen before a slot, M image embeddings of all prompts (in
+draws, of one), H hidden, F recorded positions of a row, S slots, N rows of `SlotDraws`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from grpo_latent.models.selection import RecordedAttention
 
 @dataclass(frozen=True)
 class SlotDraws:
-    """Plackett–Luce selection: image positions drawn without replacement, in proportion to
-    attention^(1 / temperature).
+    """Plackett–Luce selection: image positions are drawn without replacement.
+
+    In proportion to attention^(1 / temperature).
 
     Attributes:
         row_to_prompt_N: int64, the prompt of each row: slots then differ within a group, and run

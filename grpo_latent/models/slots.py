@@ -46,8 +46,9 @@ FeedHook: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SlotRecord:
-    """The slots of one row, as they stand at the beginning of its trajectories: of all of a
-    prompt's, or of one.
+    """The slots of one row, as they stand at the beginning of its trajectories.
+
+    These are all of a prompt's, or with `SlotDraws` one.
 
     Attributes:
         kinds: int64 [L], SELECTED and LATENT.

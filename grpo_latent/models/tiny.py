@@ -111,12 +111,11 @@ class TinyModel(NamedTuple):
 def word_tokenizer(
     words: Sequence[str] = (), latent_tokens: Sequence[str] = LVR_TOKENS
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer with one id a word: special tokens, `<answer>`, `</answer>`, 0..18, then
-    `words`.
+    """A tokenizer with one id a word.
 
-    Text splits at whitespace and at special and answer tokens; decoding joins with one space, so
-    that `decode(encode(text)) == text` for space-separated known words. Other words become
-    `<unk>`.
+    Special tokens come first, then `<answer>`, `</answer>`, 0..18 and `words`. Text splits at
+    whitespace and at special and answer tokens; decoding joins with one space, so that
+    `decode(encode(text)) == text` for space-separated known words. Other words become `<unk>`.
 
     Args:
         latent_tokens: special tokens of the latent mechanism; `()` gives the tokenizer of a model

@@ -117,7 +117,8 @@ class VisionCache:
         if self._block is not None:
             yield self
             return
-        self._block, self._last_call = [], None
+        self._block = []
+        self._last_call = None
         try:
             yield self
         finally:

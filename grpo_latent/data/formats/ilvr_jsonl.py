@@ -79,8 +79,9 @@ class InterleavedExample:
 def read_ilvr_jsonl(
     path: str | Path, image_folder: str | Path | None = None, reads_plan: bool = True
 ) -> Iterator[InterleavedExample]:
-    """Yields checked examples of a file, line by line; the file is never held in memory as a
-    whole.
+    """Yields checked examples of a file, line by line.
+
+    The file is never held in memory as a whole.
 
     Args:
         image_folder: what image paths are relative to; by default the file's folder.

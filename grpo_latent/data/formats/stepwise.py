@@ -74,25 +74,24 @@ class StepwiseExample:
 
 
 def rationale_steps(rationale: str, max_steps: int = MAX_STEPS) -> tuple[str, ...]:
-    """Splits the rationale at ". " and merges the sentences, in order, into `max_steps` steps at
-    most.
+    """Splits the rationale at ". " and merges the sentences into `max_steps` steps at most.
 
-    The steps have nearly equal numbers of sentences.
+    They keep their order; the steps have nearly equal numbers of sentences.
 
     >>> rationale_steps("Red is at r1. It is a 7. Blue is a 2. 7 and 2 make 9.", 3)
     ('Red is at r1. It is a 7.', 'Blue is a 2.', '7 and 2 make 9.')
     >>> rationale_steps("Only one")
     ('Only one',)
     """
-    sentences = [
-        part.strip() for part in rationale.strip().split(SENTENCE_END) if part.strip(" .")
-    ]
+    pieces = rationale.strip().split(SENTENCE_END)
+    sentences = [piece.strip() for piece in pieces if piece.strip(" .")]
     # the split took the full stop of all but the last sentence
     sentences = [
-        part if part.endswith(".") else f"{part}." for part in sentences[:-1]
+        sentence if sentence.endswith(".") else f"{sentence}." for sentence in sentences[:-1]
     ] + sentences[-1:]
     num_steps = min(max_steps, len(sentences))
-    steps, start = [], 0
+    steps = []
+    start = 0
     for step_idx in range(num_steps):
         size = len(sentences) // num_steps + (step_idx < len(sentences) % num_steps)
         steps.append(" ".join(sentences[start : start + size]))
@@ -268,7 +267,8 @@ def _read(path: str | Path, parse) -> Iterator[StepwiseExample]:
 def _example(
     question: ChoiceQuestion, rationale: str, data_source: str, where: str
 ) -> StepwiseExample:
-    steps, closing = rationale_steps(rationale), f"Therefore, the answer is {question.answer}"
+    steps = rationale_steps(rationale)
+    closing = f"Therefore, the answer is {question.answer}"
     return StepwiseExample(
         question.messages, question.images, steps, question.answer, closing, data_source, where
     )

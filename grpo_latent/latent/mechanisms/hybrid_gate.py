@@ -1,5 +1,7 @@
-"""HRPO (2505.18454 section 3.1): while the model thinks, each sampled token is fed as itself and,
-in part, as the distribution that it was drawn from. The part is a gate's, learned by RL alone.
+"""HRPO (2505.18454 section 3.1): tokens mixed by a gate with what they were drawn from.
+
+While the model thinks, each sampled token is fed as itself and, by a share that a gate says, as
+the distribution that it was drawn from. The gate is learned by RL alone.
 
     position   …   t                      t + 1
     kind           MIXED (a token x)      MIXED … MIXED (the delimiter), then TEXT
@@ -123,8 +125,9 @@ class HybridGate(Mechanism):
     def new_parameters(
         self, text_config: PretrainedConfig, dtype: torch.dtype, device: torch.device
     ) -> dict[str, nn.Module | nn.Parameter]:
-        bounds, std = (self.initial_min, self.initial_max), text_config.initializer_range
-        return {GATE_ATTRIBUTE: Gate(text_config.hidden_size, bounds, std).to(device, dtype)}
+        bounds = (self.initial_min, self.initial_max)
+        gate = Gate(text_config.hidden_size, bounds, text_config.initializer_range)
+        return {GATE_ATTRIBUTE: gate.to(device, dtype)}
 
     def check_model(self, model: nn.Module) -> None:
         if not hasattr(model, GATE_ATTRIBUTE):
