@@ -1,5 +1,6 @@
-"""What is recorded of a trajectory, each field declared once. Every wire derives its columns and
-names from this table:
+"""What is recorded of a trajectory, each field declared once.
+
+Every wire derives its columns and names from this table:
 
     rollout ─ Trajectory ─┬─ agent loop ─ TransferQueue ─┬─ worker      `MicroBatch`, of columns that workers fetch
                           │                              └─ dump        rollouts/step_<n>.{jsonl,safetensors} ─ inspector

@@ -16,8 +16,9 @@ class RewardView:
         solution_str: text of the completion; no latent, delimiter or EOS in it, whatever the
             tokenizer calls special.
         latent: {"num_spans", "num_steps", "num_forced_ends", "span_offsets", "stop_reason"}, the
-            `extra_info["latent"]` of reward functions; `span_offsets` are characters of
-            `solution_str`.
+            `extra_info["latent"]` of reward functions: a summary of what the text leaves out.
+            `span_offsets` are characters of `solution_str`. MIXED tokens count nowhere: they are
+            sampled text, all of it in `solution_str`, and so is the delimiter that ends them.
     """
 
     solution_str: str

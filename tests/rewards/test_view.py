@@ -38,7 +38,7 @@ def tokenizer(special):
 def trajectory(ids_kinds, stop_reason="eos"):
     ids, kinds = (torch.tensor(x) for x in zip(*ids_kinds, strict=True))
     zeros = torch.zeros(len(ids))
-    latents = torch.zeros(int((kinds == K.LATENT).sum()), 4)
+    latents = torch.zeros(int(torch.isin(kinds, torch.tensor([K.LATENT, K.MIXED])).sum()), 4)
     return Trajectory(torch.tensor([1]), ids, kinds, latents, zeros, zeros, stop_reason)
 
 
@@ -64,6 +64,15 @@ def test_hand_example():
         "span_offsets": [len("look"), len("look <answer> 7 </answer>")],
         "stop_reason": "eos",
     }
+
+
+def test_mixed_tokens_are_text_of_which_nothing_is_left_out():
+    """HRPO: fed with a vector beside it, but sampled, and read by the reward, like any other."""
+    mixed = [(token, K.MIXED) for token, _ in [(LOOK, K.TEXT), *ANSWER]]
+    seen = view(trajectory([*mixed, (LOOK, K.TEXT), *STOP]))
+    assert seen.solution_str == "look <answer> 7 </answer> look"
+    counts = {"num_spans": 0, "num_steps": 0, "num_forced_ends": 0, "span_offsets": []}
+    assert seen.latent == counts | {"stop_reason": "eos"}
 
 
 @pytest.mark.parametrize("placeholder", range(9))
