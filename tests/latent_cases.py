@@ -21,6 +21,7 @@ from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
+from grpo_latent.testing.cases import sharpen
 
 VL_NAMES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 TEXT_NAMES = ("qwen2", "qwen3")
@@ -124,20 +125,9 @@ def build_case(name: str, head: str = "none", seed: int = 0) -> Case:
 def sharpened(name: str, built: tiny.TinyModel, head: str = "none", seed: int = 0) -> Case:
     """A tiny model, changed in place so that its numbers react to every input."""
     model, tokenizer, processor = built
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if "lm_head" in parameter_name:
-                parameter.mul_(20.0)
-            elif "embed_tokens" in parameter_name:
-                parameter.mul_(40.0)
-            elif parameter.ndim >= 2:
-                parameter.mul_(10.0)
-        # spans frequent, ends rare: short rollouts then hold several spans, and rows of one batch
-        # differ
-        bias = torch.zeros(len(tokenizer))
-        bias[tokenizer.get_vocab()["<|lvr_start|>"]] = 3.0
-        bias[tokenizer.eos_token_id] = -0.5
-        model.lm_head.bias = torch.nn.Parameter(bias)
+    # spans frequent, ends rare: short rollouts hold several spans, and the rows of a batch differ
+    start_id = tokenizer.get_vocab()["<|lvr_start|>"]
+    sharpen(model, frozenset({start_id}), tokenizer.eos_token_id, eos_bias=-0.5)
     case = Case(name, model, tokenizer, processor, ModelAdapter(model))
     mechanism = case.mechanism(head=head)
     with torch.random.fork_rng(devices=[]):

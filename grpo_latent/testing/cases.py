@@ -38,10 +38,14 @@ GROUP_SIZE = 6
 IMAGE_SIZE = (28, 42)  # pixels: 2 x 3 merged tokens
 
 
-def sharpen(model: PreTrainedModel, opening_ids: frozenset[int], eos_id: int) -> None:
-    """Scales a tiny model, in place, so that its numbers react to every input.
+def sharpen(
+    model: PreTrainedModel, opening_ids: frozenset[int], eos_id: int, eos_bias: float = 1.0
+) -> None:
+    """Changes a tiny model in place so that its numbers react to every input.
 
-    Spans and ends become frequent.
+    Args:
+        opening_ids: get a bias of 3, so that spans are frequent.
+        eos_bias: how frequent ends are.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -54,7 +58,7 @@ def sharpen(model: PreTrainedModel, opening_ids: frozenset[int], eos_id: int) ->
     head = model.get_output_embeddings()
     bias_V = torch.zeros(head.weight.shape[0])
     bias_V[sorted(opening_ids)] = 3.0
-    bias_V[eos_id] = 1.0
+    bias_V[eos_id] = eos_bias
     head.bias = torch.nn.Parameter(bias_V)
 
 

@@ -13,6 +13,8 @@ import torch
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.mechanisms import UNBOUNDED, HiddenSource, HybridGate
 from grpo_latent.latent.mechanisms.hybrid_gate import Gate
+from grpo_latent.testing.cases import build_case
+from grpo_latent.testing.compare import replayed
 from grpo_latent.trajectory import PositionKind as K
 
 MECHANISM = HybridGate(answer_token="####", answer_id=5, mixture_temperature=0.5)
@@ -87,3 +89,30 @@ def test_the_delimiter_may_be_sampled_and_a_model_needs_the_gate():
 def test_settings_that_cannot_run(changes):
     with pytest.raises(ConfigError, match="latent.(mixture_temperature|initial_min)"):
         MECHANISM.replace(**changes)
+
+
+def worst_gap(case, sequences):
+    """Between the log-probs of a rollout and of its replay, in nats, over all actions."""
+    trajectories = case.recorded.trajectories
+    return max(
+        float(((replayed_T - t.rollout_log_probs).abs() * t.response_mask()).max())
+        for t, replayed_T in zip(
+            trajectories, replayed(case, trajectories, sequences), strict=True
+        )
+    )
+
+
+@pytest.mark.parametrize("backbone", ["qwen3", "qwen2_5_vl"])
+def test_a_bf16_rollout_is_replayed(backbone):
+    """The rollout decodes over a cache, the replay reads whole rows: two orders of rounding.
+
+    The bound is a fifth of `device=cuda`'s `replay_logp_gap_bound`, and eight times what was seen.
+    The gate lets in much, so that r shows: without it the run would stop.
+    """
+    settings = dict(answer_token="<answer>", initial_min=0.2, initial_max=0.6)
+    case = build_case(HybridGate, backbone, settings)
+    case.model.to(torch.bfloat16)
+    sequences = case.collate()
+    assert bool((sequences.kinds_BT == K.MIXED).any())
+    assert 0 < worst_gap(case, sequences) < 0.1
+    assert worst_gap(case, sequences.with_latents(sequences.latents_NH * 0)) > 0.5
