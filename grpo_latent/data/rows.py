@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,10 +65,14 @@ def verl_row(
     response: str | None = None,
     kind: str | None = None,
     steps: Sequence[str] | None = None,
+    marks: Mapping[str, bool] | None = None,
 ) -> dict:
     """Makes a row of verl's schema.
 
     `answer` None means unknown: the ground truth is empty and `has_answer` False.
+
+    Args:
+        marks: further switches of `extra_info`, which `write_verl_parquet` is told of.
     """
     return {
         "data_source": data_source,
@@ -85,11 +89,12 @@ def verl_row(
             "response": response_template(len(bboxes), answer) if response is None else response,
             "kind": kind,
             "steps": None if steps is None else list(steps),
+            **(marks or {}),
         },
     }
 
 
-def _schema():
+def _schema(marks: Sequence[str]):
     import pyarrow as pa
 
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -103,6 +108,7 @@ def _schema():
             ("response", pa.string()),
             ("kind", pa.string()),
             ("steps", pa.list_(pa.string())),
+            *((name, pa.bool_()) for name in marks),
         ]
     )
     return pa.schema(
@@ -117,23 +123,26 @@ def _schema():
     )
 
 
-def write_verl_parquet(path: str | Path, rows: Iterable[dict]) -> int:
+def write_verl_parquet(path: str | Path, rows: Iterable[dict], marks: Sequence[str] = ()) -> int:
     """Writes rows of `verl_row`, streaming, and returns their number.
 
-    The schema is fixed, so that files concatenate.
+    The schema is fixed but for the marks, so that files concatenate.
 
     A failed write leaves no file.
+
+    Args:
+        marks: names of the rows' `marks`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    num_rows, rows = 0, iter(rows)
+    num_rows, rows, schema = 0, iter(rows), _schema(marks)
     with (
         replacing_file(path) as part,
-        pq.ParquetWriter(part, _schema(), compression="zstd") as writer,
+        pq.ParquetWriter(part, schema, compression="zstd") as writer,
     ):
         while group := list(itertools.islice(rows, ROWS_PER_GROUP)):
-            writer.write_table(pa.Table.from_pylist(group, schema=_schema()))
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
             num_rows += len(group)
     return num_rows
 

@@ -9,6 +9,9 @@ LVR (boxes), ILVR (helper images) and IVT-LR (step texts):
     boxes     [(0.518, 0.25, 0.732, 0.464)]   steps   ["red at r1 c2 is 7"]
 
     python -m grpo_latent.data.embedded.digits --out data --seed 0
+
+With `--wrong-boxes 3` SFT's boxes for three colours are those of the next colour in the image; no
+answer and no other file's box changes; `extra_info.box_is_wrong` marks what asks for the three.
 """
 
 from __future__ import annotations
@@ -68,6 +71,7 @@ STREAMS = {
 }
 NUM_OBJECTS = 6  # of different colours, those that the question asks for among them
 FORMS = ("latent", "direct", "text_boxes")
+WRONG_BOX = "box_is_wrong"  # mark of rows
 EVAL_SEED = 4242  # of dev and held-out rows, whatever the run's seed: runs stay comparable
 
 
@@ -124,6 +128,16 @@ class DigitExample:
     def boxes(self) -> list[tuple[float, float, float, float]]:
         """Normalised boxes of the objects asked for."""
         return [item.box_normalised for item in self.asked]
+
+    def boxed(self, wrong_colors: Sequence[str]) -> list[DigitObject]:
+        """As `asked`; for an object of a wrong colour, that of the next colour in the image."""
+        return [self._next(item) if item.color in wrong_colors else item for item in self.asked]
+
+    def _next(self, asked: DigitObject) -> DigitObject:
+        """The object whose colour follows in `COLOR_NAMES`, the first one after the last."""
+        others = [item for item in self.objects if item is not asked]
+        start = COLOR_NAMES.index(asked.color)
+        return min(others, key=lambda item: (COLOR_NAMES.index(item.color) - start) % len(COLORS))
 
     @property
     def steps(self) -> list[str]:
@@ -244,14 +258,14 @@ def scarce_labels(examples: Sequence[DigitExample], per_answer: int | None) -> l
     return keep
 
 
-def text_response(example: DigitExample, has_answer: bool) -> str:
+def text_response(example: DigitExample, has_answer: bool, misled: Sequence[str] = ()) -> str:
     """Writes the response that says its boxes in words, as far as it is known.
 
     >>> (example,) = generate(1, stream="sft", seed=0)
     >>> text_response(example, True), text_response(example, False)
     ('r2 c3 <answer> 0 </answer>', 'r2 c3 <answer>')
     """
-    words = [f"r{item.row} c{item.column}" for item in example.asked]
+    words = [f"r{item.row} c{item.column}" for item in example.boxed(misled)]
     if len(words) == 1:
         return f"{words[0]} {response_template(0, example.answer if has_answer else None)}"
     # two digits lead to one answer: labels say them too, as ILVR's do
@@ -275,6 +289,7 @@ def to_rows(
     has_answer: Sequence[bool] | None = None,
     form: str = "latent",
     steps: str = "full",
+    wrong_colors: Sequence[str] = (),
 ) -> list[dict]:
     """Makes verl rows; one without its answer has no ground truth that a stage could read.
 
@@ -283,24 +298,34 @@ def to_rows(
             `direct` (the answer alone) or `text_boxes` (row and column in words, then the answer).
         steps: of the rationale: `full`, `short` (no places), or `none` (the control that answers
             directly).
+        wrong_colors: rows that ask for one of them are marked, and get its wrong box in split
+            `sft`; empty marks none.
     """
     if form not in FORMS:
         raise ConfigError(
             "unknown value", where="digits.form", got=form, expected=f"one of {FORMS}"
         )
     has_answer = [True] * len(examples) if has_answer is None else has_answer
+    misled = wrong_colors if split == "sft" else ()
     return [
         verl_row(
             data_source=DATA_SOURCE,
             prompt=f"{example.question}<image>",
             images=[encode_png(example.image)],
             answer=example.answer if keeps_answer else None,
-            bboxes=example.boxes if form == "latent" else [],
-            response=text_response(example, keeps_answer) if form == "text_boxes" else None,
+            bboxes=[item.box_normalised for item in example.boxed(misled)]
+            if form == "latent"
+            else [],
+            response=text_response(example, keeps_answer, misled)
+            if form == "text_boxes"
+            else None,
             index=index,
             split=split,
             kind=example.kind,
             steps=STEPS[steps](example) if keeps_answer else None,
+            marks={WRONG_BOX: any(item.color in wrong_colors for item in example.asked)}
+            if wrong_colors
+            else None,
         )
         for index, (example, keeps_answer) in enumerate(zip(examples, has_answer, strict=True))
     ]
@@ -341,7 +366,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default="full",
         help="rationales: with places, without, none",
     )
+    parser.add_argument(
+        "--wrong-boxes",
+        type=int,
+        choices=range(len(COLOR_NAMES) + 1),
+        default=0,
+        help="colours whose boxes are another object's in train_sft; rows of all files are marked",
+    )
     options = parser.parse_args(arguments)
+    wrong_colors = COLOR_NAMES[: options.wrong_boxes]
     sizes = {"sft": options.sft, "rl": options.rl, "dev": options.dev, "heldout": options.heldout}
     for stream, num in sizes.items():
         if num == 0:
@@ -355,7 +388,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         has_answer = scarce_labels(examples, per_answer)
         path = options.out / (f"train_{stream}.parquet" if training else f"{stream}.parquet")
         write_verl_parquet(
-            path, to_rows(examples, stream, has_answer, options.form, options.steps)
+            path,
+            to_rows(examples, stream, has_answer, options.form, options.steps, wrong_colors),
+            marks=(WRONG_BOX,) if wrong_colors else (),
         )
         print(f"{path}: {num} rows, {sum(has_answer)} with an answer")
 

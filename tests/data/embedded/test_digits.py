@@ -214,3 +214,45 @@ def test_prompt_of_a_row_through_the_processor():
     words = tokenizer.convert_ids_to_tokens(ids)
     assert words[:2] == ["<|im_start|>", "read"] and words[3:5] == ["?", "<|vision_start|>"]
     assert words[5:21] == ["<|image_pad|>"] * 16 and words[21:] == ["<|vision_end|>", "<|im_end|>"]
+
+
+def test_wrong_boxes_are_of_the_next_colour_in_sft_alone(tmp_path):
+    sizes = ["--sft", "200", "--rl", "60", "--dev", "5", "--heldout", "60"]
+    for name, options in (("plain", []), ("wrong", ["--wrong-boxes", "3"])):
+        digits.main(["--out", str(tmp_path / name), *sizes, *options])
+    wrong_colors = digits.COLOR_NAMES[:3]
+    for stream in ("train_sft", "train_rl", "heldout"):
+        plain, wrong = (
+            pq.read_table(tmp_path / name / f"{stream}.parquet").to_pylist()
+            for name in ("plain", "wrong")
+        )
+        name = stream.removeprefix("train_")
+        seed = digits.EVAL_SEED if name == "heldout" else 0
+        examples = digits.generate(len(plain), stream=name, seed=seed)
+        for one, other, example in zip(plain, wrong, examples, strict=True):
+            is_wrong = other["extra_info"].pop(digits.WRONG_BOX)
+            boxes = other["extra_info"].pop("bboxes")
+            right = one["extra_info"].pop("bboxes")
+            assert one == other, "answers, images and all else stay, and plain rows have no mark"
+            assert is_wrong == (example.asked[0].color in wrong_colors)
+            if not (is_wrong and name == "sft"):
+                assert boxes == right
+                continue
+            place = digits.COLOR_NAMES.index(example.asked[0].color)
+            following = [*digits.COLOR_NAMES[place + 1 :], *digits.COLOR_NAMES[:place]]
+            shown = {item.color: item for item in example.objects}
+            neighbour = next(shown[color] for color in following if color in shown)
+            assert boxes == [list(neighbour.box_normalised)] != right
+
+
+def test_the_next_colour_after_the_last_is_the_first():
+    example = next(
+        example
+        for example in digits.generate(200, stream="sft", seed=0)
+        if example.asked[0].color == digits.COLOR_NAMES[-1]
+    )
+    shown = {item.color: item for item in example.objects}
+    first = next(shown[color] for color in digits.COLOR_NAMES if color in shown)
+    assert example.boxed(digits.COLOR_NAMES) == [first]
+    words = digits.text_response(example, False, digits.COLOR_NAMES)
+    assert words == f"r{first.row} c{first.column} <answer>"
