@@ -207,6 +207,7 @@ def save_latent_model(
     check_tokens(mechanism, tokenizer, where=str(folder))
     model.save_pretrained(folder, state_dict=state_dict)
     (processor or tokenizer).save_pretrained(folder)
+    # after the processor, which writes a tokenizer of its own that may lack the latent tokens
     tokenizer.save_pretrained(folder)
     mechanism.save(folder)
 

@@ -49,6 +49,7 @@ def load_plain(
             it says.
         ConfigError: a family that no backbone serves.
     """
+    # transformers would take a folder that is missing for a name on the hub
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise CheckpointError(
             "no such folder",
@@ -100,7 +101,8 @@ def add_latents(
         CheckpointError: the folder cannot be read.
         ConfigError: it has latents already, `output` is taken, or the settings cannot run.
     """
-    output, settings = Path(output), dict(settings or {})
+    output = Path(output)
+    settings = dict(settings or {})
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(
             "the output exists",

@@ -143,7 +143,8 @@ def _chain_over_cache(adapter: ModelAdapter, sequences: LatentSequences) -> Tens
     Raises:
         LatentMismatchError: an image behind the first recorded column.
     """
-    recorded_BT, kinds_BT = sequences.recorded_mask_BT, sequences.kinds_BT
+    recorded_BT = sequences.recorded_mask_BT
+    kinds_BT = sequences.kinds_BT
     columns = recorded_BT.any(0).nonzero()[:, 0]
     if columns.numel() == 0:
         return sequences.latents_NH
@@ -155,7 +156,8 @@ def _chain_over_cache(adapter: ModelAdapter, sequences: LatentSequences) -> Tens
             expected="completions aligned to one column",
             fix="Collate with padding_side='both'.",
         )
-    input_ids_BT, position_ids = sequences.fed_ids_BT, sequences.position_ids
+    input_ids_BT = sequences.fed_ids_BT
+    position_ids = sequences.position_ids
     bias = sequences.attention_bias(adapter.dtype)
     cache = DynamicCache(config=adapter.text_config)
     is_made_BT = made_mask(kinds_BT) & sequences.valid_BT

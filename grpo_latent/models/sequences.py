@@ -90,6 +90,7 @@ class LatentSequences:
         latent_aux_MA: Tensor | None = None,
     ) -> LatentSequences:
         """Sequences with the adapter's positions, whatever ids stand at latent positions."""
+        # an image's id at a latent position would be numbered as an image
         ids_BT = input_ids_BT.masked_fill(latent_mask(kinds_BT), 0)
         position_ids = adapter.position_ids(ids_BT, valid_BT, images)
         return LatentSequences(

@@ -207,6 +207,7 @@ class _SlotFeeder:
         if self.chooser is not None:
             choice = self.chooser.choose(active_B, top_k)
             log_probs_BL = torch.cat([choice.log_probs_BK, log_probs_BL], 1)
+            # h last: the next slot, or the text, goes on from its hidden state
             block_BLH = torch.cat([choice.embeddings_BKH.to(block_BLH.dtype), block_BLH], 1)
             selected_BL = torch.cat([choice.own_idx_BK, selected_BL], 1)
             is_used_BL = torch.cat([choice.is_chosen_BK, is_used_BL], 1)

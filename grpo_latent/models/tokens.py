@@ -27,6 +27,7 @@ def add_latent_tokens(
         )
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
+    # published vocabularies are often padded: there may be rows for the new tokens already
     if len(tokenizer) > weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
     vocab = tokenizer.get_vocab()
