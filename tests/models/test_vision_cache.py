@@ -88,7 +88,9 @@ def test_whole_forward_is_the_same(name):
     with torch.no_grad():
         got, want = model(**inputs).logits, plain(**inputs).logits
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    assert not torch.equal(got[0], got[1]) and torch.equal(got[0], got[2])
+    # equal up to rounding: without AVX-512 a row's place in the batch moves its last digits
+    torch.testing.assert_close(got[0], got[2], rtol=1e-5, atol=1e-5)
+    assert float((got[0] - got[1]).abs().max()) > 1e-2, "another image is seen"
 
 
 def test_gradients_of_shared_images_add_up():
