@@ -114,7 +114,7 @@ def test_commands_with_a_hydra_config(tmp_path, body, arguments, code, message):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == code, done.stderr
     assert re.search(message, done.stderr, re.DOTALL), done.stderr

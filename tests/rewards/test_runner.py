@@ -206,7 +206,7 @@ if {text!r} != "idle":
 os.kill(os.getpid(), signal.SIGKILL)
 """
     parent = subprocess.run(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=600
     )
     assert _gone(int(parent.stdout), within_s=10.0)
 

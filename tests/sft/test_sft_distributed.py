@@ -5,7 +5,6 @@ Not covered: FSDP and DeepSpeed, which need accelerators.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -33,19 +32,17 @@ COMMON = [
     "+trainer.optim=sgd",
     "+trainer.use_cpu=true",
 ]
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+# against a deadlock only: three interpreters that import torch share what cores there are
+TIMEOUT_S = 1800
 
 
 def launch(folder, name, num_processes, *overrides):
     command = [sys.executable, "-m", "grpo_latent.sft"]
     if num_processes > 1:
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={num_processes}"]
-        launcher += ["--master-addr=127.0.0.1", f"--master-port={free_port()}", "-m"]
+        # the launcher's own store takes a free port and keeps it; one chosen out here may be
+        # another's by the time that the launcher has imported torch
+        launcher += ["--standalone", "--local-addr=127.0.0.1", "-m"]
         command = [sys.executable, *launcher, "grpo_latent.sft"]
     paths = [
         f"model.path={folder / 'base'}",
@@ -57,7 +54,7 @@ def launch(folder, name, num_processes, *overrides):
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=TIMEOUT_S,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     log = [json.loads(line) for line in (folder / name / "metrics.jsonl").open()]

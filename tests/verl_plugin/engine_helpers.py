@@ -14,6 +14,7 @@ from grpo_latent.backbones.registry import backbone_of_processor
 from grpo_latent.latent.mechanisms import LVR, MECHANISMS, Mechanism
 from grpo_latent.models import tiny
 from grpo_latent.models.loading import load_latent_model, save_latent_model
+from grpo_latent.models.plain import add_latents
 from grpo_latent.models.replay import replay
 from grpo_latent.models.sequences import collate
 from grpo_latent.models.sources import latent_log_densities
@@ -52,6 +53,20 @@ def make_checkpoint(folder, build=tiny.tiny_qwen2_5_vl, **changes) -> str:
         head[mechanism.start_id] = 2 * head.abs().mean(0)
     save_latent_model(folder, model, tokenizer, processor, mechanism)
     return str(folder)
+
+
+def make_gate_checkpoint(folder, build=tiny.tiny_qwen2_5_vl, **settings) -> str:
+    """A plain model with steeper logits that was given HRPO's gate, as RL is begun with it."""
+    model, tokenizer, processor = build(WORDS, latent_tokens=())
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(4.0)
+        model.get_input_embeddings().weight.mul_(4.0)
+    plain = folder / "plain"
+    for part in (model, processor or tokenizer, tokenizer):
+        part.save_pretrained(plain)
+    settings = dict(answer_token="<answer>") | settings
+    add_latents(str(plain), folder / "model", "hybrid_gate", settings)
+    return str(folder / "model")
 
 
 def make_requests(loaded, num_prompts=3, group_size=2, seed=0) -> list[RolloutRequest]:
@@ -172,14 +187,20 @@ def make_batch(trajectories, images, positions, adapter, **meta):
     return batch
 
 
-def start_process_group(rank=0, world_size=1, port=None):
+def start_process_group(rank=0, world_size=1, store=None):
+    """Lets the ranks meet over gloo.
+
+    Args:
+        store: path of a file that is not there yet; None for one rank. A port would have to be
+            chosen before the ranks have imported torch, and may be another's by then.
+    """
     if dist.is_initialized():
         return
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1"
     )
-    os.environ["MASTER_PORT"] = str(port or free_port())
-    dist.init_process_group("cpu:gloo", rank=rank, world_size=world_size)
+    meeting = dist.HashStore() if store is None else dist.FileStore(store, world_size)
+    dist.init_process_group("cpu:gloo", store=meeting, rank=rank, world_size=world_size)
 
 
 def free_port() -> int:

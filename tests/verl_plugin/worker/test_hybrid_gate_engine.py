@@ -3,7 +3,7 @@
 The engine's log-probs are the rollout's, its gradients are what finite differences say, and GRPO
 steps move it.
 
-Not covered: several ranks, the packed layout of a model with images.
+Several ranks: test_two_ranks.py. Not covered: the packed layout of a model with images.
 """
 
 import dataclasses
@@ -18,25 +18,10 @@ from verl.utils import tensordict_utils as tu
 from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model
-from grpo_latent.models.plain import add_latents
 from grpo_latent.trajectory import PositionKind
 from grpo_latent.verl_plugin.worker.treated_forward import STATE_ERRORS
 
 CASES = {"padded": (tiny.tiny_qwen2_5_vl, False), "packed": (tiny.tiny_qwen3, True)}
-
-
-def make_folder(folder, build, **settings):
-    """A plain model with steeper logits, and then its latent folder."""
-    model, tokenizer, processor = build(helpers.WORDS, latent_tokens=())
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(4.0)
-        model.get_input_embeddings().weight.mul_(4.0)
-    plain = folder / "plain"
-    for part in (model, processor or tokenizer, tokenizer):
-        part.save_pretrained(plain)
-    settings = dict(answer_token="<answer>") | settings
-    add_latents(str(plain), folder / "model", "hybrid_gate", settings)
-    return str(folder / "model")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +30,7 @@ def recorded(tmp_path_factory):
     cases = {}
     for name, (build, _) in CASES.items():
         folder = tmp_path_factory.mktemp(name)
-        folder = make_folder(folder, build, initial_min=0.2, initial_max=0.6)
+        folder = helpers.make_gate_checkpoint(folder, build, initial_min=0.2, initial_max=0.6)
         cases[name] = (folder, *helpers.roll_out(folder))
     return cases
 
@@ -131,7 +116,7 @@ def test_grpo_steps_train_the_gate(local_ray, tmp_path, monkeypatch):
     """Two steps on verl's trainer, from a plain model without any SFT."""
     inputs, output = tiny_run.write_inputs(tmp_path), tmp_path / "out"
     shutil.rmtree(inputs / "model")
-    make_folder(inputs, tiny.tiny_qwen2_5_vl)
+    helpers.make_gate_checkpoint(inputs, tiny.tiny_qwen2_5_vl)
     sizes = ("trainer.total_training_steps=2", "trainer.save_freq=2", "trainer.test_freq=2")
     config = tiny_run.make_config(inputs, output, *sizes)
     tiny_run.train_here(config, monkeypatch)

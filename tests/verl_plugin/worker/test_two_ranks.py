@@ -107,10 +107,10 @@ def actor_loss():
     return partial(ppo_loss, config=config)
 
 
-def train_one_step(rank, world_size, port, folder, out):
+def train_one_step(rank, world_size, store, folder, out):
     sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))
     torch.set_num_threads(1)
-    helpers.start_process_group(rank, world_size, port)
+    helpers.start_process_group(rank, world_size, store)
     batch = rank_batch(folder, rank, world_size)
     engine = helpers.make_engine(folder, micro=2)
     with engine.train_mode(disable_auto_offload=True):
@@ -137,11 +137,11 @@ def train_one_step(rank, world_size, port, folder, out):
     torch.distributed.destroy_process_group()
 
 
-def treated_gradients(rank, world_size, port, folder, out):
+def treated_gradients(rank, world_size, store, folder, out):
     """The gradients of one update with each treatment."""
     sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))
     torch.set_num_threads(1)
-    helpers.start_process_group(rank, world_size, port)
+    helpers.start_process_group(rank, world_size, store)
     batches = {
         n: rank_batch(folder, rank, world_size, values, WITHOUT_LATENTS)
         for n, values in TREATMENTS.items()
@@ -180,7 +180,7 @@ def test_treatments_on_two_ranks_are_those_on_one(tmp_path):
     for world_size in (1, 2):
         mp.spawn(
             treated_gradients,
-            (world_size, helpers.free_port(), folder, str(tmp_path)),
+            (world_size, str(tmp_path / f"store{world_size}"), folder, str(tmp_path)),
             nprocs=world_size,
         )
     one, two = (torch.load(tmp_path / f"treated{world_size}.pt") for world_size in (1, 2))
@@ -198,14 +198,29 @@ def test_treatments_on_two_ranks_are_those_on_one(tmp_path):
     assert any((one["bptt"][n] - one["one_hop"][n]).abs().max() > 1e-3 for n in one["bptt"])
 
 
+def lvr_folder(folder):
+    return helpers.make_checkpoint(folder / "model", head="mlp")
+
+
+def gate_folder(folder):
+    """The gate lets in much, so that it shows."""
+    return helpers.make_gate_checkpoint(folder, initial_min=0.2, initial_max=0.6)
+
+
 @pytest.mark.slow
-def test_two_ranks_train_as_one(tmp_path):
-    folder = helpers.make_checkpoint(tmp_path / "model", head="mlp")
+@pytest.mark.parametrize(
+    ("make", "prefix", "trains"),
+    [(lvr_folder, "lvr_head.", False), (gate_folder, "hybrid_gate.", True)],
+    ids=["lvr", "hybrid_gate"],
+)
+def test_two_ranks_train_as_one(make, prefix, trains, tmp_path):
+    """Recorded latents give LVR's head no gradient; the gate's parameters get one each."""
+    folder = make(tmp_path)
     results = {}
     for world_size in (1, 2):
         out = tmp_path / f"world{world_size}"
         out.mkdir()
-        arguments = (world_size, helpers.free_port(), folder, str(out))
+        arguments = (world_size, str(out / "store"), folder, str(out))
         if world_size == 1:  # no process more than needed
             train_one_step(0, *arguments)
         else:
@@ -217,10 +232,12 @@ def test_two_ranks_train_as_one(tmp_path):
     for name, grad in one["grads"].items():
         torch.testing.assert_close(two["grads"][name], grad, rtol=0, atol=1e-5, msg=name)
     assert max(grad.abs().max() for grad in one["grads"].values()) > 1e-2  # the tolerance is one
+    own = [grad for name, grad in one["grads"].items() if name.startswith(prefix)]
+    assert bool(own) == trains and all(grad.abs().max() > 1e-4 for grad in own)
     moved = load_latent_model(folder).model.state_dict()
     assert any(not torch.equal(moved[name], tensor) for name, tensor in two["weights"].items())
     saved = load_latent_model(
         tmp_path / "world2" / "checkpoint" / "huggingface"
     ).model.state_dict()
     assert all(torch.equal(saved[name], tensor) for name, tensor in two["weights"].items())
-    assert any(name.startswith("lvr_head.") for name in saved)
+    assert any(name.startswith(prefix) for name in saved)
