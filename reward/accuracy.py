@@ -1,4 +1,4 @@
-"""1.0 where the answer equals the ground truth, else 0.0: math-verify first, then as text.
+"""1.0 where the answer equals the ground truth, else 0.0: as text, as quantity, by math-verify.
 
 The answer is
 
@@ -8,32 +8,36 @@ The answer is
 
 As LVR's accuracy reward (arXiv 2509.24251), with two differences. The answer is read where the
 system was trained to write it, where LVR lets math-verify search the whole completion. And
-math-verify decides only where it read *all* digits of both texts: it stops at the first number
-that it finds, so it takes `12:45` for `12:30`, and `4 or 5` for `4`. Thousands that are set apart
-(`1\\,200`) are joined before: math-verify 0.9.0 adds such groups up, as the parts of a mixed
-number, to 201.
+`grpo_latent.answers`, which evaluation's graders ask too, compares first: words beside a number
+(units, names, directions, a negation), dates and scores, texts of letters. math-verify decides on
+formulas alone, and only where it read *all* digits of both: it stops at the first number that it
+finds, so it takes `12:45` for `12:30`, `10 m` for `10 km` and, letters being a product of symbols,
+`\\boxed{felt}` for `\\boxed{left}`.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import re
 import threading
 
 from math_verify import parse, verify
 
+from grpo_latent.answers import peel, same_answer, unmark
 from grpo_latent.errors import ConfigError, DataError, RewardError
 
 VARIANTS = ("tags", "stated")
 MATH_TIMEOUT_S = 2
-MAX_MATH_CHARS = 1000  # no published answer is longer; a policy's endless one is compared as text
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 STATED = re.compile(r"answer(?:\s+is\b\s*:?|\s*:)", re.IGNORECASE)
-# what typesetting puts between thousands: LaTeX's spaces and {,}, no-break and thin spaces, the
-# Swiss apostrophe
-THOUSANDS = re.compile(r"(?<=\d)(?:\\[,;:! ]|\{,\}|[~'\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
-MINUS_SIGN = "\u2212"  # typographic; math-verify reads "−5" as no number at all
-BOXED = re.compile(r"\\boxed\{(.*)\}", re.DOTALL)
+# greater exponents and factorials make integers that take minutes and gigabytes
+MAX_EXPONENT = 1000
+_GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}|\([^()]*\)|\d+|[^\s{(]"
+POWER = re.compile(rf"(?:\^|\*\*)\s*({_GROUP})")
+TOWER = re.compile(rf"(?:\^|\*\*)\s*-?(?:{_GROUP})\s*(?:\^|\*\*)")
+PLAIN_NUMBER = re.compile(r"[-\d.]+")
+FACTORIAL = re.compile(r"\d{4,}\s*!|!\s*!|\)\s*!")
 
 # it warns that its time-out is off, which is the caller's business here: the reward runner has its
 # own
@@ -76,7 +80,7 @@ def compute_score(
         answer = stated_answer(solution_str) if latent.get("stop_reason", "eos") == "eos" else None
     if answer is None:
         return 0.0
-    return float(_equal_as_maths(gold, answer) or _normalise(gold) == _normalise(answer))
+    return float(same_answer(gold, answer, equal_as_maths))
 
 
 def answer_text(solution_str: str) -> str | None:
@@ -93,59 +97,61 @@ def answer_text(solution_str: str) -> str | None:
 
 
 def stated_answer(solution_str: str) -> str | None:
-    """What the last statement of an answer says, without full stop, bold and maths marks.
+    """What the last statement of an answer says, without marks.
 
     >>> stated_answer("The answer is not A. Final answer: **B**."), stated_answer("B")
     ('B', None)
     """
-    before, *statements = STATED.split(solution_str)
-    return statements[-1].strip("*$ \n").removesuffix(".").strip("*$ \n") if statements else None
+    parts = STATED.split("\n".join(map(unmark, solution_str.split("\n"))))
+    return peel(parts[-1]) if len(parts) > 1 else None
 
 
-def _equal_as_maths(gold: str, answer: str) -> bool:
-    if max(len(gold), len(answer)) > MAX_MATH_CHARS:
+def equal_as_maths(gold: str, answer: str) -> bool:
+    r"""Whether math-verify reads both formulas to their last digit, and takes them for equal.
+
+    >>> equal_as_maths(r"\frac{\sqrt{4}}{3}", "2/3"), equal_as_maths("2^{10}", "2")
+    (True, False)
+    """
+    if any(map(_has_huge_power, (gold, answer))):
         return False
-    gold, answer = _plain_numbers(gold), _plain_numbers(answer)
     # its time-outs are signals, which only the main thread may set; elsewhere the caller must be
     # able to kill
     timeout_s = MATH_TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
-    parsed = [parse(text, parsing_timeout=timeout_s) for text in (gold, answer)]
-    for text, found in zip((gold, answer), parsed, strict=True):
+    # outside marks of maths it takes the first number for the whole, 5 of 5x; inside it rewrites
+    # 0.5 alone to a fraction of other digits
+    texts = [text if PLAIN_NUMBER.fullmatch(text) else f"${text}$" for text in (gold, answer)]
+    parsed = [parse(text, parsing_timeout=timeout_s) for text in texts]
+    for text, found in zip(texts, parsed, strict=True):
         if not found or _digits(str(found[-1])) != _digits(text):
             return False
-    return verify(*parsed, timeout_seconds=timeout_s)
+    # which of the two is the truth matters to it for relations and sets, not here
+    return verify(*parsed, timeout_seconds=timeout_s) or verify(
+        *reversed(parsed), timeout_seconds=timeout_s
+    )
 
 
-def _plain_numbers(text: str) -> str:
-    r"""Numbers as math-verify reads them right.
-
-    >>> _plain_numbers(r"$1\,234\,567$"), _plain_numbers("\u22125 or 0,5")
-    ('$1234567$', '-5 or 0,5')
-    """
-    return THOUSANDS.sub("", text.replace(MINUS_SIGN, "-"))
+def _has_huge_power(text: str) -> bool:
+    exponents = POWER.findall(text)
+    if TOWER.search(text) or FACTORIAL.search(text) or any("^" in part for part in exponents):
+        return True
+    if len(exponents) != text.count("^") + text.count("**"):
+        return True  # one nests deeper than the pattern sees
+    digits = [number for part in exponents for number in re.findall(r"\d+", part)]
+    if any(len(number) > len(str(MAX_EXPONENT)) for number in digits):
+        return True
+    is_of_bracket = re.search(r"[)}\]]\s*(?:\^|\*\*)", text) is not None
+    sizes = [max(int(number), 1) for number in digits]
+    return (math.prod(sizes) if is_of_bracket else max(sizes, default=1)) > MAX_EXPONENT
 
 
 def _digits(text: str) -> str:
     return re.sub(r"\D", "", text)
 
 
-def _normalise(text: str) -> str:
-    """The text in the form in which two answers are compared.
-
-    Without `\\boxed`, `$`, brackets around an option letter, a closing full stop, case and runs of
-    spaces.
-    """
-    boxed = BOXED.fullmatch(text.strip())
-    text = (boxed.group(1) if boxed else text).strip().strip("$").strip()
-    option = re.fullmatch(r"\(?([A-Za-z])[).]?", text)
-    text = option.group(1) if option else text.removesuffix(".")
-    return " ".join(text.split()).casefold()
-
-
 def _ground_truth_text(ground_truth, data_source, extra_info) -> str:
     is_number = isinstance(ground_truth, int | float) and not isinstance(ground_truth, bool)
     text = str(ground_truth) if is_number or isinstance(ground_truth, str) else ""
-    if not _normalise(text) or text in ("nan", "inf", "-inf"):
+    if not peel(text) or text in ("nan", "inf", "-inf"):
         raise DataError(
             "the ground truth is no answer",
             where=f"data source {data_source!r}, row {(extra_info or {}).get('index')}, "

@@ -1,18 +1,20 @@
 """1.0 for the right letter in "Therefore, the answer is B", and 0.1 for that form.
 
 Each is also reported by its name. M3CoT and ScienceQA as IVT-LR is trained on them (arXiv
-2510.12603): the sentence closes the completion. Case of the words, brackets around the letter and
-a full stop do not matter; text before the sentence is the rest of the rationale.
+2510.12603): the sentence closes the completion. Case of the words, a full stop, and brackets, bold
+or maths marks around the letter do not matter; text before the sentence is the rest of the
+rationale.
 """
 
 from __future__ import annotations
 
 import re
 
+from grpo_latent.answers import peel, unmark
 from grpo_latent.errors import DataError, RewardError
 
 FORMAT_WEIGHT = 0.1
-ANSWER = re.compile(r"the answer is:?\s*\(?([A-Z])\)?\.?\s*", re.IGNORECASE)
+STATEMENT = re.compile(r"\bthe answer is\b:?", re.IGNORECASE)
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> dict:
@@ -45,13 +47,14 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
         )
     if not isinstance(solution_str, str):
         raise RewardError("solution_str is no text", kind="type", got=solution_str, expected="str")
-    found = list(ANSWER.finditer(solution_str))
+    _, *stated = STATEMENT.split(solution_str)
+    letters = [peel(unmark(text.strip())).upper() for text in stated]
     latent = (extra_info or {}).get("latent") or {}
-    ends = (
-        bool(found)
-        and found[-1].end() == len(solution_str)
+    has_form = (
+        len(letters) == 1
+        and re.fullmatch("[A-Z]", letters[0]) is not None
         and latent.get("stop_reason", "eos") == "eos"
     )
-    form = float(ends and len(found) == 1)
-    accuracy = float(form and found[-1].group(1).upper() == truth)
+    form = float(has_form)
+    accuracy = float(has_form and letters[0] == truth)
     return {"score": accuracy + FORMAT_WEIGHT * form, "accuracy": accuracy, "format": form}

@@ -20,6 +20,7 @@ _MODELS = _CORE | {"backbones", "models"}
 ALLOWED = {
     "errors": set(),
     "common": {"errors"},  # atomic writes, strict settings, the command wrapper, dtype names
+    "answers": _BASE,  # when two answers are one: rewards and graders both ask
     "recorded": _BASE,
     "trajectory": _BASE | {"recorded"},
     "algo": _TYPES,
@@ -31,7 +32,7 @@ ALLOWED = {
     "rollout": _MODELS | {"torchvision_ops"},
     "data": _MODELS,  # rows, and the tiny models' vision pretraining
     "sft": _MODELS | {"data"},
-    "eval": _MODELS | {"data", "rewards", "rollout"},
+    "eval": _MODELS | {"answers", "data", "rewards", "rollout"},
     "inspect": _MODELS | {"data", "rewards", "rollout", "eval"},
     "testing": _MODELS | {"rollout", "eval"},  # checks that users run on their own plug-ins
     # the page of a run, for wandb; torchvision, which vLLM imports
@@ -195,13 +196,13 @@ def test_no_two_modules_import_each_other():
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "reward").glob("*.py")), ids=lambda path: path.name
 )
-def test_reward_functions_use_types_and_errors_only(path):
+def test_reward_functions_use_types_errors_and_answers_only(path):
     own = {
         name
         for name in imported_modules(path.read_text(), module_name(path))
         if name.startswith("grpo_latent")
     }
-    assert own <= {"grpo_latent.errors", "grpo_latent.trajectory"}
+    assert own <= {"grpo_latent.errors", "grpo_latent.trajectory", "grpo_latent.answers"}
 
 
 @pytest.mark.parametrize(

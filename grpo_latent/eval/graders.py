@@ -15,12 +15,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from grpo_latent.answers import peel, same_answer, unmark
 from grpo_latent.errors import DataError
 
 MAX_LINE_CHARS = 2000  # no answer takes more; the search is quadratic in it
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\\text\{[^{}]*\})*)\}")
+_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 _STATED = re.compile(
     r"(?:\A|(?<=[.!?;,:]))[ \t]*(?:(?:so|thus|therefore|hence)[ \t]*,?[ \t]*)?"
     r"(?:the |my )?(?:final |correct )?"
@@ -55,7 +56,7 @@ def committed_answer(completion: str) -> str | None:
 
     >>> completions = ["It is red. <answer> B </answer>", "The answer is (B).", "A B"]
     >>> [committed_answer(completion) for completion in completions]
-    ['B', '(B)', 'A B']
+    ['B', 'B', 'A B']
     """
     text = re.sub(r"<\|[^|>]*\|>", " ", completion).strip()
     if "<answer>" in text or "</answer>" in text:
@@ -66,10 +67,11 @@ def committed_answer(completion: str) -> str | None:
         if pair is None:
             return None
         text = pair[1].strip()
+    text = unmark(text)
     boxed = {_tidy(found) for found in _BOXED.findall(text)}
     if boxed:
         return boxed.pop() if len(boxed) == 1 else None
-    last_line = text.rsplit("\n", 1)[-1]
+    last_line = unmark(peel(text.rsplit("\n", 1)[-1]))
     stated = _STATED.search(last_line) if len(last_line) <= MAX_LINE_CHARS else None
     return _tidy(stated["answer"] if stated else text)
 
@@ -77,7 +79,8 @@ def committed_answer(completion: str) -> str | None:
 def parse_option(answer: str | None, options: Sequence[str]) -> str | None:
     """Finds the letter that an answer names, or None.
 
-    It may be `B`, `(b)`, `B.`, `option B`, `(B) its text`, or exactly its text.
+    It may be `B`, `(b)`, `B.`, `option B`, `(B) its text`, or what `same_answer` takes for the text
+    of one option alone (`50%` and `0.5`, `1 m` and `100 cm`).
 
     >>> options = ["Open", "Closed"]
     >>> parse_option("(b) Closed", options), parse_option("(a) Closed", options)
@@ -85,8 +88,11 @@ def parse_option(answer: str | None, options: Sequence[str]) -> str | None:
     """
     if answer is None:
         return None
-    texts = [_normalise(option) for option in options]
-    named = {LETTERS[i] for i, text in enumerate(texts) if text == _normalise(answer)}
+    text = _normalise(answer)
+    same = [_normalise(option) == text for option in options]
+    # units may differ by their case alone
+    same = [is_same and same_answer(options[i], answer) for i, is_same in enumerate(same)]
+    named = {LETTERS[i] for i, is_same in enumerate(same) if is_same}
     # an option whose text is itself a letter must not be mistaken for the option of that letter
     letter = _LETTER.fullmatch(answer)
     if letter is not None and letter[1].upper() in LETTERS[: len(options)]:
@@ -94,8 +100,10 @@ def parse_option(answer: str | None, options: Sequence[str]) -> str | None:
     both = _LETTER_AND_TEXT.fullmatch(answer)
     if both is not None and not named:
         idx = LETTERS.find(both[1].upper())
-        if 0 <= idx < len(texts) and texts[idx] == _normalise(both[2]):
+        if 0 <= idx < len(options) and same_answer(options[idx], both[2]):
             named = {LETTERS[idx]}
+    elif not named:
+        named = {LETTERS[i] for i, option in enumerate(options) if same_answer(option, answer)}
     return named.pop() if len(named) == 1 else None
 
 
@@ -129,6 +137,7 @@ def grade_number(completion: str, truth: str) -> Grade:
             "the truth is no integer", where="grade_number", got=truth, expected="digits"
         )
     answer = committed_answer(completion)
+    answer = None if answer is None else answer.replace("\u2212", "-")  # typographic
     if answer is None or _NUMBER.fullmatch(answer) is None:
         return Grade(False, None, "unparsed: the completion commits to no single number")
     return Grade(
@@ -174,11 +183,8 @@ def pair_accuracy(correct: Sequence[bool | float], pair_ids: Sequence[str]) -> f
 
 
 def _tidy(text: str) -> str | None:
-    """Strips white space, bold or maths marks and the closing full stop; None if all is gone."""
-    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip().strip("*$ \n").strip()
-    text = re.sub(r"(?<=[^.])\.\Z", "", text)
-    return text or None
+    return peel(text) or None
 
 
 def _normalise(text: str) -> str:
-    return " ".join(text.split()).casefold().removesuffix(".")
+    return " ".join(peel(text).split()).casefold()

@@ -11,7 +11,11 @@ from reward.choice import compute_score
     [
         ("Therefore, the answer is B", 1, 1),
         ("It is red. Therefore, The answer is: (b). ", 1, 1),
+        ("Therefore, the answer is **B**.", 1, 1),
+        ("**Therefore, the answer is B.**", 1, 1),
+        ("Therefore, the answer is $\\boxed{\\text{B}}$.", 1, 1),
         ("Therefore, the answer is A", 0, 1),
+        ("the answer is not shown. the answer is B", 0, 0),
         ("Therefore, the answer is B because it is red", 0, 0),
         ("the answer is B. the answer is B", 0, 0),
         ("the answer is Blue", 0, 0),
