@@ -12,6 +12,8 @@ from omegaconf import OmegaConf
 from ray.exceptions import RayTaskError
 from tiny_run import make_config
 
+from grpo_latent import train
+from grpo_latent.common.provenance import read_provenance
 from grpo_latent.errors import CheckpointError, ConfigError, PreflightError
 from grpo_latent.inspect.payload import SECRET
 from grpo_latent.train import check, environment, ray_arguments, resolve_paths, set_environment
@@ -166,6 +168,19 @@ def test_a_platform_of_another_device_is_refused(tmp_path, clean, device, given)
     with pytest.raises(ConfigError, match=f"VERL_PLATFORM.* got {given}"):
         set_environment(make_config(tmp_path, tmp_path, f"device={device}"), tmp_path)
     assert os.environ["VERL_PLATFORM"] == given
+
+
+def test_each_start_of_a_run_says_where_it_was(tmp_path, monkeypatch):
+    """A resumed run may be on another machine than it was begun on."""
+    for name in ("set_environment", "check_checkpoint", "_report_preflight", "_run"):
+        monkeypatch.setattr(train, name, lambda *args: None)
+    monkeypatch.setattr(train, "check", lambda config: [])
+    config = make_config(tmp_path, tmp_path / "out")
+    for seed in (3, 4):
+        config.latent.seed = seed
+        train.train(config)
+    records = read_provenance(tmp_path / "out")
+    assert [record["seed"] for record in records] == [3, 4] and records[0]["processor"]
 
 
 OLD = (
