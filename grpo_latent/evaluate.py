@@ -52,6 +52,7 @@ from grpo_latent.common.dtypes import parse_dtype
 from grpo_latent.common.files import write_text
 from grpo_latent.common.provenance import provenance
 from grpo_latent.common.settings import build, section
+from grpo_latent.data.files import RowKeys
 from grpo_latent.errors import ConfigError
 from grpo_latent.eval.benchmarks import load_benchmark
 from grpo_latent.eval.decode import Decoding
@@ -206,9 +207,9 @@ def read_data(
         )
     files = config.data.val_files
     files = list(files) if isinstance(files, ListConfig) else [files]
-    return read_prompts(files, loaded, config.data.max_rows, store, seen), [
-        str(path) for path in files
-    ]
+    keys = RowKeys.of(config.data)
+    prompts = read_prompts(files, loaded, config.data.max_rows, store, seen, keys)
+    return prompts, [str(path) for path in files]
 
 
 @contextmanager

@@ -61,9 +61,10 @@ def train(config: DictConfig) -> None:
     set_environment(config, output_dir)
     # after the environment: this imports verl
     from grpo_latent.verl_plugin.trainer.console import output_to_file
+    from grpo_latent.verl_plugin.trainer.data_check import check_data
 
     with output_to_file(output_dir / LOG_FILE) as console:
-        for note in check(config):
+        for note in [*check(config), *check_data(config, console)]:
             console.print(f"warning: {note}")
         OmegaConf.save(config, output_dir / CONFIG_FILE, resolve=True)
         append_provenance(output_dir, config.latent.seed)
@@ -245,7 +246,8 @@ def check_checkpoint(config: DictConfig):
     if settings.num_prompts == 0 or is_remote(folder):
         return None
     from grpo_latent.common.dtypes import parse_dtype
-    from grpo_latent.data.rows import check_prompt, iter_verl_rows
+    from grpo_latent.data.files import RowKeys, iter_verl_rows
+    from grpo_latent.data.rows import check_prompt
     from grpo_latent.latent.treatments import parse_treatment
     from grpo_latent.rollout.preflight import PreflightPrompt, preflight
     from grpo_latent.rollout.protocol import SamplingParams
@@ -254,9 +256,9 @@ def check_checkpoint(config: DictConfig):
     files = config.data.train_files
     rollout = config.actor_rollout_ref.rollout
     prompts = []
-    for row, where in islice(
-        iter_verl_rows(files if isinstance(files, str) else files[0]), settings.num_prompts
-    ):
+    first = files if isinstance(files, str) else files[0]
+    rows = iter_verl_rows(first, RowKeys.of(config.data))
+    for row, where in islice(rows, settings.num_prompts):
         messages, images = check_prompt(row, where)
         prompts.append(PreflightPrompt(messages, [image.open() for image in images], where))
     return preflight(

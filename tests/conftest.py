@@ -1,6 +1,8 @@
 """Lets tests share helper modules: pytest puts a conftest.py's folder on sys.path."""
 
 import importlib.metadata
+import os
+import tempfile
 
 import pytest
 from hypothesis import settings
@@ -8,6 +10,11 @@ from hypothesis import settings
 # no test fails because the machine is slow or busy: hypothesis' own limit is 200 ms an example
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+# verdicts on rows are kept there: a test neither leaves some in the user's home nor finds some
+_cache = tempfile.TemporaryDirectory(prefix="grpo_latent_cache_")  # goes with the process
+os.environ["XDG_CACHE_HOME"] = _cache.name
 
 
 def has_vllm() -> bool:

@@ -44,7 +44,13 @@ ALLOWED = {
 # package -> its rooms in order; a module imports its own room and earlier ones, rooms in one pair
 # of brackets not each other
 ROOMS = {
-    "data": (("boxes",), ("examples",), ("rows",), ("formats", "embedded")),
+    "data": (
+        ("boxes",),
+        ("examples", "files"),
+        ("rows",),
+        ("checks",),
+        ("formats", "embedded"),
+    ),
     "sft": (
         ("common",),
         ("lvr", "ilvr", "stepwise"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from grpo_latent.backbones.images import check_pixels, is_turned, to_rgb
 from grpo_latent.data.boxes import check_box
 from grpo_latent.errors import DataError
 
@@ -58,50 +60,69 @@ class ImageRef:
         return self.path
 
     def open(self) -> Image.Image:
-        """Decodes the RGB image; transparency over white.
+        """Decodes the picture as `to_rgb` makes it.
 
         Raises:
-            DataError: missing file, or bytes that are no image.
+            DataError: missing file, bytes that are no image, or one that `to_rgb` refuses.
         """
         data = self.read_bytes()
-        try:
-            return to_rgb(Image.open(io.BytesIO(data)))
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise self._unreadable(data, error) from error
+        with self._reading(data):
+            return to_rgb(Image.open(io.BytesIO(data)), self.where)
 
     def check(self) -> None:
         """Raises `DataError` unless the file exists, or the bytes in memory are an image.
 
         By header and checksums: it decodes no pixels and reads no file, which would take hours
-        over a large data set.
+        over a large data set, and misses a JPEG, GIF, BMP or TIFF that was cut.
         """
         if self.data is None:
             self._existing_path()
             return
-        try:
+        with self._reading(self.data):
             Image.open(io.BytesIO(self.data)).verify()
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise self._unreadable(self.data, error) from error
 
-    def _unreadable(self, data: bytes, error: Exception) -> DataError:
-        return DataError(
-            "not a readable image",
-            where=self.where,
-            got=f"{self.path or ''} {len(data)} bytes that start with {data[:8]!r}: "
-            f"{type(error).__name__}".strip(),
-            expected="a PNG, JPEG or other file that Pillow decodes",
-            fix="Write the file's bytes as they are, or drop the row.",
-        )
+    def decoded_size(self) -> tuple[int, int]:
+        """(height, width) of the upright picture, after decoding all of it once.
 
+        Raises:
+            DataError: as `open`.
+        """
+        data = self.read_bytes()
+        with self._reading(data):
+            Image.open(io.BytesIO(data)).verify()  # which decoding leaves out for PNG
+            image = Image.open(io.BytesIO(data))
+            width, height = image.size
+            image.draft(
+                None, (1, 1)
+            )  # a JPEG at an eighth: all of it is read, few pixels are made
+            check_pixels(image, self.where)
+        return (width, height) if is_turned(image) else (height, width)
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts to RGB; transparent images over white, as verl's image loader does it."""
-    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
-        return image.convert("RGB")
-    image = image.convert("RGBA")  # a palette's transparency becomes a channel
-    white = Image.new("RGB", image.size, (255, 255, 255))
-    white.paste(image, mask=image.getchannel("A"))
-    return white
+    @contextmanager
+    def _reading(self, data: bytes) -> Iterator[None]:
+        try:
+            yield
+        except DataError:
+            raise
+        except Image.DecompressionBombError as error:
+            raise DataError(
+                "an image of too many pixels",
+                where=self.where,
+                got=str(error).partition(",")[0],
+                expected=f"at most {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels",
+                fix="Scale the image down (the model's processor would anyway), or drop the row.",
+            ) from error
+        # a damaged header makes Pillow's readers raise whatever their arithmetic does: KeyError,
+        # struct.error, ZeroDivisionError, …
+        except Exception as error:
+            raise DataError(
+                "not a readable image",
+                where=self.where,
+                got=f"{self.path or ''} {len(data)} bytes that start with {data[:8]!r}: "
+                f"{type(error).__name__}: {error}".strip(),
+                expected="a PNG, JPEG or other file that Pillow decodes to its end",
+                fix="Write the file's bytes as they are, or drop the row.",
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -176,6 +197,17 @@ def check_images(messages: Sequence[dict], images: Sequence[ImageRef], where: st
     Raises:
         DataError: they do not match, an image is missing or malformed, or there is video or audio.
     """
+    check_placeholders(messages, images, where)
+    for image in images:
+        image.check()
+
+
+def check_placeholders(messages: Sequence[dict], images: Sequence[ImageRef], where: str) -> None:
+    """Checks that the messages have one placeholder per image, and no video or audio.
+
+    Raises:
+        DataError: they have not.
+    """
 
     def problem(what: str, got: str, expected: str, fix: str) -> DataError:
         return DataError(what, where=where, got=got, expected=expected, fix=fix)
@@ -204,8 +236,6 @@ def check_images(messages: Sequence[dict], images: Sequence[ImageRef], where: st
             f"one {IMAGE_PLACEHOLDER} per image",
             "Put one where each image belongs.",
         )
-    for image in images:
-        image.check()
 
 
 def build_example(

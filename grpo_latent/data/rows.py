@@ -28,13 +28,13 @@ from grpo_latent.data.examples import (
     LvrExample,
     build_example,
     check_images,
+    check_placeholders,
     response_template,
     split_content,
 )
+from grpo_latent.data.files import ROWS_PER_GROUP, iter_verl_rows
 from grpo_latent.errors import DataError
 
-REQUIRED_COLUMNS = ("data_source", "prompt", "reward_model")
-ROWS_PER_GROUP = 1024
 _FIELDS = {
     "messages": "prompt",
     "bboxes": "extra_info.bboxes",
@@ -157,49 +157,6 @@ def read_verl_parquet(path: str | Path) -> Iterator[LvrExample]:
         yield parse_verl_row(row, where)
 
 
-def iter_verl_rows(path: str | Path) -> Iterator[tuple[dict, str]]:
-    """(row as it is stored, file and row for messages) of a file; the rows are not checked.
-
-    Raises:
-        DataError: not a parquet file, columns missing, or no rows.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path = Path(path)
-    try:
-        file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(
-            "not a readable parquet file",
-            where=str(path),
-            got=str(error),
-            expected="a file in verl's schema",
-            fix="Check the path; `python -m grpo_latent.data.formats.lvr_json to-parquet` "
-            "converts LVR JSON.",
-        ) from error
-    missing = [name for name in REQUIRED_COLUMNS if name not in file.schema_arrow.names]
-    if missing or file.metadata.num_rows == 0:
-        raise DataError(
-            f"columns {missing} are missing" if missing else "no rows",
-            where=str(path),
-            got=f"columns {file.schema_arrow.names}, {file.metadata.num_rows} rows",
-            expected=f"columns {list(REQUIRED_COLUMNS)}, and images and extra_info where they "
-            "apply",
-            fix="Rename or add the columns; see the schema in grpo_latent/data/rows.py.",
-        )
-    columns = [
-        name
-        for name in (*REQUIRED_COLUMNS, "images", "extra_info")
-        if name in file.schema_arrow.names
-    ]
-    index = 0
-    for batch in file.iter_batches(ROWS_PER_GROUP, columns=columns):
-        for row in batch.to_pylist():
-            yield row, f"{path} row {index}"
-            index += 1
-
-
 def check_prompt(row: dict, where: str) -> tuple[list[dict], list[ImageRef]]:
     """Checks a row as far as RL needs it, where any ground truth will do.
 
@@ -214,8 +171,14 @@ def check_prompt(row: dict, where: str) -> tuple[list[dict], list[ImageRef]]:
     return messages, images
 
 
+def parse_prompt(row: dict, where: str) -> tuple[list[dict], list[ImageRef]]:
+    """As `check_prompt`, without a look at the images themselves."""
+    messages, images = _parse_prompt(row, where)
+    check_placeholders(messages, images, f"{where}: prompt")
+    return messages, images
+
+
 def _parse_prompt(row: dict, where: str) -> tuple[list[dict], list[ImageRef]]:
-    """As `check_prompt`, the images themselves unchecked."""
     problem = _problem(where)
     data_source = row.get("data_source")
     if not isinstance(data_source, str) or not data_source:
@@ -275,8 +238,9 @@ def parse_verl_row(row: dict, where: str) -> LvrExample:
 
 def _problem(where: str):
     def problem(field: str, got: object, expected: str, fix: str) -> DataError:
+        shown = "None" if got is None else got  # the message would leave None out
         return DataError(
-            "malformed row", where=f"{where}: {field}", got=got, expected=expected, fix=fix
+            "malformed row", where=f"{where}: {field}", got=shown, expected=expected, fix=fix
         )
 
     return problem

@@ -13,7 +13,8 @@ from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.backbones.registry import backbone_of
 from grpo_latent.data.boxes import box_to_prompt_tokens, check_box
 from grpo_latent.data.examples import ImageRef
-from grpo_latent.data.rows import check_prompt, iter_verl_rows
+from grpo_latent.data.files import RowKeys, iter_verl_rows
+from grpo_latent.data.rows import check_prompt
 from grpo_latent.errors import DataError
 from grpo_latent.eval.benchmarks import BenchmarkItem, check_max_rows, first_items
 from grpo_latent.eval.pixels import PixelStore
@@ -61,12 +62,14 @@ def read_prompts(
     max_rows: int | None = None,
     store: PixelStore | None = None,
     seen: Callable[[EvalPrompt], None] = lambda prompt: None,
+    keys: RowKeys | None = None,
 ) -> list[EvalPrompt]:
     """Reads the rows of all files in order, at most `max_rows`.
 
     Args:
         store: of their pixels; None makes one.
         seen: called with each prompt while its pixels are at hand.
+        keys: names of the columns of prompts and images.
 
     Raises:
         ConfigError: `max_rows` is no count.
@@ -75,7 +78,7 @@ def read_prompts(
     check_max_rows(max_rows)
     store = store or PixelStore()
     prompts: list[EvalPrompt] = []
-    rows = islice((row for path in files for row in iter_verl_rows(path)), max_rows)
+    rows = islice((row for path in files for row in iter_verl_rows(path, keys)), max_rows)
     for index, (row, where) in enumerate(rows):
         prompts.append(encode_row(row, where, loaded, str(index), store))
         seen(prompts[-1])

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from grpo_latent import recorded
+from grpo_latent.backbones.images import to_rgb
 from grpo_latent.eval.dumps import DumpedTrajectory
 from grpo_latent.eval.geometry import geometry
 from grpo_latent.inspect.evaluation import ablation_rows
@@ -291,8 +292,10 @@ def _latent_probe(group: GroupData, index: int, latent_idx: int) -> dict:
 def image_entry(image: Image.Image, grid: tuple[int, int]) -> dict:
     """Encodes an image as a data URI: PNG where it is small, else JPEG, shrunk."""
     small = max(image.size) <= SMALL_IMAGE_SIDE
-    picture = image.convert("RGB")
+    picture = to_rgb(image)
+    width, height = picture.size
     if not small:
+        picture = picture.copy()  # it may be the caller's
         picture.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
     buffer = io.BytesIO()
     picture.save(
@@ -304,8 +307,8 @@ def image_entry(image: Image.Image, grid: tuple[int, int]) -> dict:
     source = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return {
         "src": source,
-        "width": image.width,
-        "height": image.height,
+        "width": width,
+        "height": height,
         "rows": grid[0],
         "columns": grid[1],
     }

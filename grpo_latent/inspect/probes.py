@@ -21,8 +21,9 @@ from torch.nn.functional import normalize
 from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.data.boxes import box_to_prompt_tokens
 from grpo_latent.data.examples import ImageRef
+from grpo_latent.data.files import RowKeys, iter_verl_rows
 from grpo_latent.data.rows import check_prompt
-from grpo_latent.errors import DataError, LatentMismatchError
+from grpo_latent.errors import LatentMismatchError
 from grpo_latent.eval.dumps import DumpedTrajectory
 from grpo_latent.latent.treatments import Treatment
 from grpo_latent.models.adapter import ModelAdapter
@@ -93,34 +94,24 @@ class GroupProbe:
     probes: list[Probe]
 
 
-def find_rows(files: Iterable[Path], indices: Iterable[str]) -> dict[str, PromptRow]:
-    """Reads those wanted of verl's parquet rows, by `extra_info.index`.
+def find_rows(
+    files: Iterable[Path], indices: Iterable[str], keys: RowKeys | None = None
+) -> dict[str, PromptRow]:
+    """Rows of verl's files by `extra_info.index`, those wanted only.
+
+    Args:
+        keys: names of the columns of prompts and images.
 
     Raises:
-        DataError: a file is missing, no parquet, or a wanted row malformed.
+        DataError: a file is missing, cannot be read, or a wanted row is malformed.
     """
-    import pyarrow.parquet as pq
-
     wanted = set(indices)
     rows: dict[str, PromptRow] = {}
     for file in files:
-        try:
-            batches = pq.ParquetFile(file).iter_batches(256)
-            for batch in batches:
-                for row in batch.to_pylist():
-                    index = str((row.get("extra_info") or {}).get("index"))
-                    if index in wanted and index not in rows:
-                        rows[index] = _prompt_row(row, f"{file} row with index {index}")
-        except (OSError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(
-                "not a readable parquet file",
-                where=str(file),
-                got=str(error),
-                expected="the file that the run trained on",
-                fix="Pass its place now with --data.",
-            ) from error
+        for row, _ in iter_verl_rows(file, keys, rows_per_batch=256):
+            index = str((row.get("extra_info") or {}).get("index"))
+            if index in wanted and index not in rows:
+                rows[index] = _prompt_row(row, f"{file} row with index {index}")
     return rows
 
 

@@ -173,7 +173,7 @@ def probe_groups(
             token_texts(loaded, dumped.trajectory.token_ids.tolist())
             for dumped in group.trajectories
         ]
-    rows = find_rows(run.data_files, {group.group_id for group in shown})
+    rows = find_rows(run.data_files, {group.group_id for group in shown}, run.keys)
     for group in shown:
         group.row = rows.get(group.group_id)
     temperature = lookup(run.config, "actor_rollout_ref.rollout.temperature") or 1.0

@@ -15,6 +15,7 @@ from typing import TypeVar
 from omegaconf import OmegaConf
 
 from grpo_latent.common.step_folders import read_tracker, step_folders
+from grpo_latent.data.files import RowKeys
 from grpo_latent.errors import CheckpointError, DataError, GrpoLatentError
 from grpo_latent.eval.dumps import Dump, read_dump
 from grpo_latent.inspect.evaluation import ablation_rows
@@ -51,6 +52,12 @@ class Run:
     checkpoint: Path | None
     data_files: list[Path]
     problems: list[GrpoLatentError | OSError]
+
+    @property
+    def keys(self) -> RowKeys:
+        """Names of the columns of prompts and images in `data_files`."""
+        section = lookup(self.config, "data")
+        return RowKeys.of(section if isinstance(section, dict) else {})
 
 
 def label_runs(runs: Sequence[Run]) -> list[tuple[str, str]]:

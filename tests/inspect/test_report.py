@@ -134,7 +134,9 @@ def test_a_run_without_data_names_the_file(folder, tmp_path):
 
 def test_data_that_lack_a_row_are_named(folder, tmp_path):
     copy = copy_without(folder, tmp_path)
-    run_folder.write_verl_parquet(copy / "train.parquet", run_folder.digits.to_rows([], "rl"))
+    (other,) = run_folder.digits.to_rows(run_folder.digits.generate(1, stream="rl", seed=0), "rl")
+    other["extra_info"]["index"] = 10_000
+    run_folder.write_verl_parquet(copy / "train.parquet", [other])
     (copy / "config.yaml").write_text(f"data:\n  train_files: [{copy}/train.parquet]\n")
     (problem,) = build_report([read_run(copy)], Limits()).overview["runs"][0]["problems"]
     assert "extra_info.index" in problem and "--data" in problem

@@ -32,6 +32,7 @@ from grpo_latent.data.examples import (
     join_content,
     split_content,
 )
+from grpo_latent.data.files import iter_verl_rows
 from grpo_latent.data.formats.choice_questions import (
     ChoiceQuestion,
     bad_field,
@@ -40,7 +41,7 @@ from grpo_latent.data.formats.choice_questions import (
     scienceqa_question,
     text_field,
 )
-from grpo_latent.data.rows import check_prompt, iter_verl_rows, verl_row, write_verl_parquet
+from grpo_latent.data.rows import check_prompt, verl_row, write_verl_parquet
 from grpo_latent.errors import DataError
 
 MAX_STEPS = 3  # 2510.12603: a rationale becomes at most three steps

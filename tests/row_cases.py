@@ -1,0 +1,42 @@
+"""A row of verl's schema with a picture, and ways to spoil it."""
+
+import copy
+import io
+import json
+
+import numpy as np
+from PIL import Image
+
+from grpo_latent.data.rows import verl_row
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 56, 3), dtype=np.uint8))
+
+
+def encoded(image=PICTURE, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def half(data):
+    return data[: len(data) // 2]
+
+
+PNG = encoded()
+ROW = verl_row(
+    data_source="digits", prompt="read red ?<image>", images=[PNG], answer="7", index=1, split="rl"
+)
+GOOD = copy.deepcopy(ROW) | {"extra_info": ROW["extra_info"] | {"index": 0}}
+
+
+def changed(row, path, value):
+    row = copy.deepcopy(row)
+    item = row
+    for key in path[:-1]:
+        item = item[key]
+    item[path[-1]] = value
+    return row
+
+
+def write_lines(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
