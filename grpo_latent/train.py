@@ -23,7 +23,7 @@ from grpo_latent.common.command import config_command
 from grpo_latent.common.paths import absolute, is_remote
 from grpo_latent.common.provenance import append_provenance
 from grpo_latent.common.settings import section
-from grpo_latent.errors import CheckpointError, ConfigError, DataError
+from grpo_latent.errors import ConfigError, DataError
 
 LOG_FILE, METRICS_FILE, CONFIG_FILE = "train.log", "metrics.jsonl", "config.yaml"
 PLUGIN = "grpo_latent.verl_plugin"
@@ -211,6 +211,8 @@ def _notes_on_wandb(config: DictConfig) -> list[str]:
 
 
 def _check_files(config: DictConfig) -> None:
+    from grpo_latent.models.loading import check_is_model_folder
+
     for key in ("train_files", "val_files"):
         files = config.data[key]
         for path in [files] if isinstance(files, str) else files:
@@ -222,14 +224,8 @@ def _check_files(config: DictConfig) -> None:
                     expected="a parquet or json file",
                 )
     folder = config.actor_rollout_ref.model.path
-    if not is_remote(folder) and not (Path(folder) / "config.json").is_file():
-        raise CheckpointError(
-            "not a Hugging Face folder",
-            where="actor_rollout_ref.model.path",
-            got=folder,
-            expected="a folder with config.json and latent_config.json",
-            fix="Run python -m grpo_latent.sft first.",
-        )
+    if not is_remote(folder):
+        check_is_model_folder(folder)
 
 
 def check_checkpoint(config: DictConfig):

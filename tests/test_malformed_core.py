@@ -148,7 +148,7 @@ def unlink(*names):
     ("damage", "got", "expected"),
     [
         (shutil.rmtree, None, "a folder written by"),
-        (unlink("config.json"), "model_type", "Hugging Face folder"),
+        (unlink("config.json"), "tokenizer.json", "Hugging Face folder"),
         (
             lambda folder: (folder / "config.json").write_text("{"),
             "not a valid JSON",

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from grpo_latent.backbones.images import check_pixels, is_turned, to_rgb
 from grpo_latent.data.boxes import check_box
@@ -115,11 +115,14 @@ class ImageRef:
         # a damaged header makes Pillow's readers raise whatever their arithmetic does: KeyError,
         # struct.error, ZeroDivisionError, …
         except Exception as error:
+            # Pillow's own word for a file of no kind that it knows names an object by its address
+            is_unknown = isinstance(error, UnidentifiedImageError)
+            said = "" if is_unknown else f": {error}"
             raise DataError(
                 "not a readable image",
                 where=self.where,
                 got=f"{self.path or ''} {len(data)} bytes that start with {data[:8]!r}: "
-                f"{type(error).__name__}: {error}".strip(),
+                f"{type(error).__name__}{said}".strip(),
                 expected="a PNG, JPEG or other file that Pillow decodes to its end",
                 fix="Write the file's bytes as they are, or drop the row.",
             ) from error

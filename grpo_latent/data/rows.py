@@ -132,18 +132,30 @@ def write_verl_parquet(path: str | Path, rows: Iterable[dict], marks: Sequence[s
 
     Args:
         marks: names of the rows' `marks`.
+
+    Raises:
+        DataError: the file cannot be written.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     num_rows, rows, schema = 0, iter(rows), _schema(marks)
-    with (
-        replacing_file(path) as part,
-        pq.ParquetWriter(part, schema, compression="zstd") as writer,
-    ):
-        while group := list(itertools.islice(rows, ROWS_PER_GROUP)):
-            writer.write_table(pa.Table.from_pylist(group, schema=schema))
-            num_rows += len(group)
+    try:
+        with (
+            replacing_file(path) as part,
+            pq.ParquetWriter(part, schema, compression="zstd") as writer,
+        ):
+            while group := list(itertools.islice(rows, ROWS_PER_GROUP)):
+                writer.write_table(pa.Table.from_pylist(group, schema=schema))
+                num_rows += len(group)
+    except OSError as error:
+        raise DataError(
+            "the file cannot be written",
+            where=str(path),
+            got=f"{type(error).__name__}: {error}",
+            expected="a place with room, where this user may write",
+            fix="Write to another place.",
+        ) from error
     return num_rows
 
 

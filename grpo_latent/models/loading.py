@@ -82,6 +82,7 @@ def load_latent_model(
         raise CheckpointError(
             "no such folder", where=str(folder), expected="a folder written by grpo_latent.sft"
         )
+    check_is_model_folder(folder)
     with reading("tokenizer", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     mechanism = None
@@ -151,6 +152,32 @@ def _load_weights(
 def _without_spans(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Mechanism:
     tokens = {role: token for role, token in LVR.published_tokens.items() if role != "latent_end"}
     return LVR.from_tokens(add_latent_tokens(model, tokenizer, tokens.values()), max_spans=0)
+
+
+# where a run keeps the folder that one means, below those that one may name in its place
+_MODEL_FOLDERS = ("", "huggingface", "actor/huggingface", "model")
+
+
+def check_is_model_folder(folder: str | Path) -> None:
+    """Raises `CheckpointError` without config.json, naming the model's folder if it is near."""
+    folder = Path(folder)
+    if (folder / "config.json").is_file():
+        return
+    near = [
+        base / name
+        for base in (folder, *list(folder.absolute().parents)[:3])
+        for name in _MODEL_FOLDERS
+    ]
+    found = next((place for place in near if (place / "config.json").is_file()), None)
+    raise CheckpointError(
+        "no model in this folder",
+        where=str(folder),
+        got=sorted(path.name for path in folder.iterdir())[:10]
+        if folder.is_dir()
+        else "no folder",
+        expected="a Hugging Face folder: config.json with its model_type, weights, tokenizer",
+        fix=f"Did you mean {found}?" if found else "Run python -m grpo_latent.sft first.",
+    )
 
 
 @contextmanager

@@ -186,6 +186,7 @@ def _load_module(path: str):
                 got=f"nothing at {file.absolute()}",
                 expected="a Python file, or pkg://package.module",
             )
+        _find_neighbours(file)
         name = f"grpo_latent_reward_{file.stem}"
         module_spec = importlib.util.spec_from_file_location(name, file)
         if module_spec is None or module_spec.loader is None:
@@ -206,3 +207,32 @@ def _load_module(path: str):
             expected="a file that imports",
             fix="Run it with python to see the whole traceback.",
         ) from error
+
+
+_neighbourhoods: list[Path] = []
+
+
+def _find_neighbours(file: Path) -> None:
+    """Lets a reward file import the files beside it, as it may where Python runs it.
+
+    Installed packages come first: a neighbour must not stand in for one.
+
+    Raises:
+        ConfigError: a file beside it has the name of one that another reward imported.
+    """
+    folder = file.absolute().parent
+    if folder in _neighbourhoods:
+        return
+    for other in _neighbourhoods:
+        for path in sorted(folder.glob("*.py")):
+            imported = getattr(sys.modules.get(path.stem), "__file__", None)
+            if imported is not None and Path(imported).parent == other:
+                raise ConfigError(
+                    "two reward files have neighbours of one name",
+                    where=str(file),
+                    got=f"{path} beside it, and {imported} is imported already",
+                    expected="names that differ",
+                    fix="Rename one of them, or put the reward files into one folder.",
+                )
+    _neighbourhoods.append(folder)
+    sys.path.append(str(folder))

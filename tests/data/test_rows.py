@@ -464,3 +464,9 @@ def test_written_json_keeps_the_images_format(folder):
     (record,) = json.loads((folder / "out.json").read_text())
     assert record["image"] == ["out_images/000000_0.jpeg"]
     assert (folder / record["image"][0]).read_bytes() == (folder / "a.jpg").read_bytes()
+
+
+def test_a_file_that_cannot_be_written_is_said(folder):
+    (folder / "file").touch()
+    with pytest.raises(DataError, match="the file cannot be written"):
+        digits.write_verl_parquet(folder / "file" / "out.parquet", [ROW])

@@ -12,6 +12,7 @@ import torch
 from latent_cases import build_case, sampling
 from safetensors.torch import load_file, save_file
 
+from grpo_latent.errors import CheckpointError
 from grpo_latent.latent.mechanisms import LATENT_CONFIG_FILE
 from grpo_latent.latent.mechanisms.fed_back import GLUHead, MLPHead
 from grpo_latent.latent.mechanisms.lvr import END_VECTOR_ATTRIBUTE
@@ -208,3 +209,22 @@ def test_add_latent_tokens_grows_what_is_missing_in_the_published_order():
     assert add_latent_tokens(model, tokenizer, LVR_TOKENS) == ids and len(tokenizer) == size + 4, (
         "idempotent"
     )
+
+
+@pytest.mark.parametrize("place", ["", "actor", "actor/huggingface/original", "deep/er"])
+def test_a_folder_beside_the_model_points_to_it(place, tmp_path):
+    """transformers speaks of sentencepiece there."""
+    model = tmp_path / "global_step_3" / "actor" / "huggingface"
+    (model / "original").mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    folder = tmp_path / "global_step_3" / place
+    folder.mkdir(parents=True, exist_ok=True)
+    with pytest.raises(CheckpointError, match="no model in this folder") as caught:
+        load_latent_model(folder)
+    assert str(model) in caught.value.fix
+
+
+def test_a_folder_far_from_any_model(tmp_path):
+    (tmp_path / "a/b/c/d/e").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="Run python -m grpo_latent.sft first"):
+        load_latent_model(tmp_path / "a/b/c/d/e")

@@ -1,10 +1,12 @@
 """Loading reward functions: what is wrong with a file is said before the run starts."""
 
+import sys
 import textwrap
 
 import pytest
 
 from grpo_latent.errors import ConfigError
+from grpo_latent.rewards import functions
 from grpo_latent.rewards.functions import (
     FunctionSpec,
     load_function,
@@ -141,3 +143,23 @@ def test_malformed_configs(entries, message):
 def test_a_module_without_a_file_has_no_digest():
     with pytest.raises(ConfigError, match="pkg://sys: a reward function without a file"):
         source_digest(FunctionSpec("pkg://sys", "exit"))
+
+
+def test_a_reward_file_imports_its_neighbours(tmp_path, monkeypatch):
+    """As it may where Python runs it; two neighbours of one name would be one module."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(functions, "_neighbourhoods", [])
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "neighbour_of_reward.py").write_text(f"VALUE = {value}")
+        (tmp_path / name / "reward.py").write_text(
+            "from neighbour_of_reward import VALUE\n"
+            "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+            "    return VALUE\n"
+        )
+    function = load_function(FunctionSpec(str(tmp_path / "a/reward.py")))
+    assert function("", "", "") == 1.0
+    load_function(FunctionSpec(str(tmp_path / "a/reward.py")))
+    with pytest.raises(ConfigError, match="b/reward.py: two reward files have neighbours of one"):
+        load_function(FunctionSpec(str(tmp_path / "b/reward.py")))
+    del sys.modules["neighbour_of_reward"]
