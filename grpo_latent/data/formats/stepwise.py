@@ -41,11 +41,12 @@ from grpo_latent.data.formats.choice_questions import (
     scienceqa_question,
     text_field,
 )
+from grpo_latent.data.formats.sentences import split_sentences
 from grpo_latent.data.rows import check_prompt, verl_row, write_verl_parquet
 from grpo_latent.errors import DataError
 
 MAX_STEPS = 3  # 2510.12603: a rationale becomes at most three steps
-SENTENCE_END = ". "
+CLOSING = (".", "!", "?", ":", ";", ",")
 ROWS_PER_BATCH = 256
 
 
@@ -75,24 +76,22 @@ class StepwiseExample:
 
 
 def rationale_steps(rationale: str, max_steps: int = MAX_STEPS) -> tuple[str, ...]:
-    """Splits the rationale at ". " and merges the sentences into `max_steps` steps at most.
+    """Merges the sentences of the rationale, in order, into `max_steps` steps at most.
 
-    They keep their order; the steps have nearly equal numbers of sentences.
+    The steps have nearly equal numbers of sentences.
 
     >>> rationale_steps("Red is at r1. It is a 7. Blue is a 2. 7 and 2 make 9.", 3)
     ('Red is at r1. It is a 7.', 'Blue is a 2.', '7 and 2 make 9.')
     >>> rationale_steps("Only one")
     ('Only one',)
     """
-    pieces = rationale.strip().split(SENTENCE_END)
-    sentences = [piece.strip() for piece in pieces if piece.strip(" .")]
-    # the split took the full stop of all but the last sentence
+    sentences = split_sentences(rationale)
+    # merged ones stand in one line, where an item of a list or a heading needs an end
     sentences = [
-        sentence if sentence.endswith(".") else f"{sentence}." for sentence in sentences[:-1]
+        part if part.endswith(CLOSING) else f"{part}." for part in sentences[:-1]
     ] + sentences[-1:]
     num_steps = min(max_steps, len(sentences))
-    steps = []
-    start = 0
+    steps, start = [], 0
     for step_idx in range(num_steps):
         size = len(sentences) // num_steps + (step_idx < len(sentences) % num_steps)
         steps.append(" ".join(sentences[start : start + size]))

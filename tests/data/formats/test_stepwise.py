@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from grpo_latent.data.formats.sentences import split_sentences
 from grpo_latent.data.formats.stepwise import (
     main,
     parse_coconut_record,
@@ -141,6 +142,63 @@ def test_steps_keep_every_sentence_in_order(num):
     assert " ".join(steps) == " ".join(sentences) and len(steps) == min(num, 3)
     sizes = [step.count("Sentence") for step in steps]
     assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+
+
+SENTENCES = [
+    # IVT-LR's own: ". " after the line breaks became spaces
+    ("It is red. It is 7. So B.", ["It is red.", "It is 7.", "So B."]),
+    ("It is red.\nIt is 7.\nSo B.", ["It is red.", "It is 7.", "So B."]),
+    ("It is red.\r\n\r\nIt is 7.", ["It is red.", "It is 7."]),
+    ("It is red. \n It is 7.  So B", ["It is red.", "It is 7.", "So B"]),
+    ("It is red.\tIt is 7.", ["It is red.", "It is 7."]),
+    ("there are 7. blue is 2.", ["there are 7.", "blue is 2."]),
+    # line breaks
+    ("Red is 7\nBlue is 2", ["Red is 7", "Blue is 2"]),
+    ("The cube on the\nleft is red. So B.", ["The cube on the left is red.", "So B."]),
+    ("Look at this figure:\nThe cube is red.", ["Look at this figure:", "The cube is red."]),
+    # lists
+    ("1. It is red.\n2. It is 7.", ["1. It is red.", "2. It is 7."]),
+    ("1. It is red. 2. It is 7.", ["1. It is red.", "2. It is 7."]),
+    ("- red\n- blue\n- green", ["- red", "- blue", "- green"]),
+    ("* red\n\u2022 blue", ["* red", "\u2022 blue"]),
+    ("(1) red\n(2) blue", ["(1) red", "(2) blue"]),
+    ("A. north\nB. south", ["A. north", "B. south"]),
+    ("Step 1. Add. Step 2. Stop.", ["Step 1. Add.", "Step 2. Stop."]),
+    # decimals, abbreviations, initials
+    ("It is 3.5 m. So B.", ["It is 3.5 m.", "So B."]),
+    ("Acids, e.g. vinegar, are sour. So B.", ["Acids, e.g. vinegar, are sour.", "So B."]),
+    ("That is, i.e. Boston. So B.", ["That is, i.e. Boston.", "So B."]),
+    ("See Fig. 3. Then go.", ["See Fig. 3.", "Then go."]),
+    ("Dr. King and Mr. Lee spoke. So B.", ["Dr. King and Mr. Lee spoke.", "So B."]),
+    ("Cats vs. dogs. So B.", ["Cats vs. dogs.", "So B."]),
+    ("Plant No. 5 grew. Is it red? No. So B.", ["Plant No. 5 grew.", "Is it red? No.", "So B."]),
+    ("Iron, copper, etc. are metals. So B.", ["Iron, copper, etc. are metals.", "So B."]),
+    ("Iron, copper, etc. Wood is none.", ["Iron, copper, etc.", "Wood is none."]),
+    ("At 5 p.m. it rained. So B.", ["At 5 p.m. it rained.", "So B."]),
+    ("J. K. Rowling wrote. So B.", ["J. K. Rowling wrote.", "So B."]),
+    ("The answer is B. The rest is wrong.", ["The answer is B.", "The rest is wrong."]),
+    ("It is Option B. The rest is wrong.", ["It is Option B.", "The rest is wrong."]),
+    ("Magnet A. Magnet B", ["Magnet A.", "Magnet B"]),
+]
+
+
+@pytest.mark.parametrize(("text", "sentences"), SENTENCES)
+def test_sentences(text, sentences):
+    assert split_sentences(text) == sentences
+
+
+def test_a_rationale_in_lines_has_as_many_steps_as_one_in_a_row():
+    """M3CoT's and ScienceQA's rationales break the line after the full stop."""
+    rationale = "There is no air.\nSo nothing slows them.\nBoth fall alike."
+    steps = tuple(rationale.split("\n"))
+    assert parse_m3cot_record(M3COT | {"rationale": rationale}, "row 0").steps == steps
+    record = SCIENCEQA | {"lecture": rationale, "solution": ""}
+    assert parse_scienceqa_record(record, "row 0").steps == steps
+    assert rationale_steps("- red\n- blue\n- green\n- so B.") == (
+        "- red. - blue.",
+        "- green.",
+        "- so B.",
+    )
 
 
 @pytest.mark.parametrize("text", ["", "  ", " . ", ". . ."])
