@@ -291,7 +291,39 @@ MALFORMED = [
     ("scienceqa", {"answer": None}, ""),
     ("blink", {"choices": None}, "choices"),
     ("hrbench", {"image": None}, "base64"),
+    # null cells, which become the text None, or a list's characters
+    ("mmvp", {"Question": ""}, "Question"),
+    ("vstar", {"question_id": None}, "question_id"),
+    ("vstar", {"label": None}, "answer"),
+    ("vstar", {"text": "  "}, "text"),
+    ("blink", {"question": None}, "question"),
+    ("blink", {"idx": None}, "idx"),
+    ("blink", {"answer": None}, "answer"),
+    ("blink", {"choices": ["1", None]}, "choices: option B"),
+    ("blink", {"choices": "one or two"}, "choices"),
+    ("blink", {"choices": "123"}, "choices"),
+    ("hrbench", {"question": ""}, "question"),
+    ("hrbench", {"C": ""}, "C"),
+    ("hrbench", {"index": ""}, "index"),
+    ("m3cot", {"question": None}, "question"),
+    ("m3cot", {"id": None}, "id"),
+    ("m3cot", {"choices": ["north", None]}, "choices"),
+    ("scienceqa", {"question": None}, "question"),
 ]
+
+
+@pytest.mark.parametrize("index", ["lndex", "Index", " index ", "\ufeffIndex"])
+def test_mmvps_header_in_its_published_spellings(index, tmp_path):
+    write_mmvp(tmp_path)
+    file = tmp_path / "Questions.csv"
+    file.write_text(file.read_text().replace("Index", index, 1), encoding="utf-8")
+    assert [item.item_id for item in load_benchmark("mmvp", tmp_path)] == ["1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("choices", ["['1', '2', '3']", '["1", "2", "3"]', "(1, 2, 3)"])
+def test_choices_that_are_written_as_text(choices, tmp_path):
+    write_blink(tmp_path, choices=choices)
+    assert load_benchmark("blink", tmp_path)[0].options == ("1", "2", "3")
 
 
 @pytest.mark.parametrize(("name", "changes", "named"), MALFORMED)
@@ -458,4 +490,4 @@ def test_a_row_without_a_category_is_sorted_among_the_others(tmp_path):
     """The report sorts categories, after everything has been decoded."""
     write_vstar(tmp_path, category=None)
     (item, *_) = load_benchmark("vstar", tmp_path)
-    assert item.category == ""
+    assert (item.category, item.item_id) == ("", "/0")

@@ -7,7 +7,9 @@ from pathlib import Path
 from grpo_latent.eval.benchmarks.choices import (
     choice_item,
     malformed,
+    option_texts,
     options_prompt,
+    required,
     stored_image,
 )
 from grpo_latent.eval.benchmarks.protocol import HUB, Benchmark, BenchmarkItem
@@ -25,13 +27,14 @@ def parse(row: dict, where: str, file: Path) -> BenchmarkItem:
     if "hidden" in str(row["answer"]).lower():
         expected = "a letter; the test split's answers are not public, use val"
         raise malformed(f"{where}: answer", row["answer"], expected)
+    options = option_texts(row["choices"], where)
     return choice_item(
         "blink",
-        str(row["idx"]),
+        required(row["idx"], f"{where}: idx"),
         category=row.get("sub_task") or file.parent.name,
-        prompt=options_prompt(row["question"], row["choices"]),
+        prompt=options_prompt(required(row["question"], f"{where}: question"), options),
         images=images,
-        options=row["choices"],
+        options=options,
         answer=row["answer"],
         where=where,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +21,7 @@ def choice_item(
     *,
     prompt: str,
     images: Sequence[ImageRef],
-    options: Sequence[object],
+    options: Sequence[str],
     answer: object,
     where: str,
     category: object = None,
@@ -34,7 +36,7 @@ def choice_item(
     Raises:
         DataError: fewer than two options, or an answer that names none.
     """
-    texts = tuple(str(option) for option in options or ())
+    texts = tuple(options)
     letter = str(answer).strip().strip("()").upper()
     if len(texts) < 2:
         raise malformed(f"{where}: choices", list(texts), "two options or more")
@@ -54,11 +56,42 @@ def choice_item(
     )
 
 
-def options_prompt(question: object, options: Sequence[object]) -> str:
+def options_prompt(question: str, options: Sequence[str]) -> str:
     """Writes the question, its lettered options and `INSTRUCTION`, a line each."""
-    # None, of a parquet's null, is left to `choice_item`, which names it
-    lines = [f"({LETTERS[i]}) {option}" for i, option in enumerate(options or ())]
-    return "\n".join([str(question).strip(), *lines, INSTRUCTION])
+    lines = [f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)]
+    return "\n".join([question.strip(), *lines, INSTRUCTION])
+
+
+def option_texts(choices: object, where: str) -> tuple[str, ...]:
+    """Reads a cell of options: a list, or one written as text (`["1", "2"]`, `['1', '2']`).
+
+    >>> option_texts("['one', 'two']", "row 0")
+    ('one', 'two')
+
+    Raises:
+        DataError: it is none, or an option is null or blank.
+    """
+    given = choices
+    if isinstance(choices, str):
+        try:
+            choices = ast.literal_eval(choices.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            choices = None
+    if not isinstance(choices, list | tuple) or len(choices) > len(LETTERS):
+        raise malformed(f"{where}: choices", given, "a list of up to 26 options")
+    return tuple(
+        required(choice, f"{where}: choices: option {letter}")
+        for letter, choice in zip(LETTERS, choices, strict=False)
+    )
+
+
+def required(value: object, where: str) -> str:
+    """Reads a cell as text; raises `DataError` where it is null, not a number, or blank."""
+    is_plain = isinstance(value, str | int | float) and not isinstance(value, bool)
+    is_nan = isinstance(value, float) and math.isnan(value)  # pandas writes a null so
+    if not is_plain or is_nan or not str(value).strip():
+        raise malformed(where, repr(value), "a text that is not blank, or a number")
+    return str(value)
 
 
 def malformed(where: str, got: object, expected: str) -> DataError:

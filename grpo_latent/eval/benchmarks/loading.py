@@ -134,6 +134,7 @@ def _read_file(benchmark: Benchmark, file: Path) -> Iterator[BenchmarkItem]:
     try:
         for index, row in enumerate(_rows(file)):
             where = f"{file} row {index}"
+            row = _as_columns(row, benchmark)
             missing = [column for column in benchmark.columns if column not in row]
             if missing:
                 raise _problem(
@@ -153,6 +154,19 @@ def _read_file(benchmark: Benchmark, file: Path) -> Iterator[BenchmarkItem]:
     except (TypeError, AttributeError, LookupError) as error:  # a value of another type, or none
         got = f"{type(error).__name__}: {error}"
         raise _problem(benchmark, f"{file} row {index}", "malformed row", got) from error
+
+
+def _as_columns(row: dict, benchmark: Benchmark) -> dict:
+    """Names the row's cells as `columns` does, whatever the case and spaces of the header."""
+    names = {column.lower(): column for column in benchmark.columns}
+    names |= {name.lower(): column for name, column in benchmark.spellings.items()}
+    named: dict[str, object] = {}
+    for name, value in row.items():
+        # csv keeps the cells beyond the header under None
+        key = " ".join(name.split()) if isinstance(name, str) else name
+        column = name if name in benchmark.columns else names.get(str(key).lower(), key)
+        named.setdefault(column, value)
+    return named
 
 
 def _rows(file: Path) -> Iterable[dict]:

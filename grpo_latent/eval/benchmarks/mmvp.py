@@ -11,6 +11,7 @@ from grpo_latent.eval.benchmarks.choices import (
     integer,
     malformed,
     options_prompt,
+    required,
 )
 from grpo_latent.eval.benchmarks.protocol import HUB, Benchmark, BenchmarkItem
 from grpo_latent.eval.benchmarks.registry import register
@@ -29,7 +30,7 @@ def parse(row: dict, where: str, file: Path) -> BenchmarkItem:
         "mmvp",
         str(index),
         group_id=f"pair {(index + 1) // 2}",  # rows 1 and 2 ask one question about two images, …
-        prompt=options_prompt(row["Question"], options),
+        prompt=options_prompt(required(row["Question"], f"{where}: Question"), options),
         images=[image_file(file.parent, ("MMVP Images", "images", "."), f"{index}.jpg", where)],
         options=options,
         answer=row["Correct Answer"],
@@ -45,5 +46,6 @@ MMVP = register(
         columns=("Index", "Question", "Options", "Correct Answer"),
         parse=parse,
         group_size=2,
+        spellings={"lndex": "Index"},  # with a small L, as published readers ask for it
     )
 )

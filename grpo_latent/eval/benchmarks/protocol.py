@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from grpo_latent.data.examples import ImageRef
@@ -57,6 +57,7 @@ class Benchmark:
         source: the command that gets its files, for messages.
         files: globs below its folder, the first that finds something counts.
         columns: which each row must have.
+        spellings: other published names of columns -> the one of `columns`.
         parse: (row, where, file) -> item, of a row of a .parquet, .jsonl, .csv or .tsv file; what
             it raises at a value of another type is reported as a malformed row.
         read: file -> items, for files whose reader checks them itself.
@@ -74,6 +75,7 @@ class Benchmark:
     parse: Callable[[dict, str, Path], BenchmarkItem] | None = None
     read: Callable[[Path], Iterator[BenchmarkItem]] | None = None
     group_size: int | None = None
+    spellings: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         given = [name for name in ("parse", "read") if getattr(self, name) is not None]

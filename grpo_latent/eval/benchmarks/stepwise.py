@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from grpo_latent.data.formats.stepwise import ChoiceQuestion, m3cot_question, scienceqa_question
-from grpo_latent.eval.benchmarks.choices import image_file
+from grpo_latent.eval.benchmarks.choices import image_file, required
 from grpo_latent.eval.benchmarks.protocol import HUB, Benchmark, BenchmarkItem
 from grpo_latent.eval.benchmarks.registry import register
 
@@ -19,7 +19,9 @@ def parse_m3cot(row: dict, where: str, file: Path) -> BenchmarkItem:
     if isinstance(row["image"], str):  # the jsonl names a file
         image = image_file(file.parent, ("images", "."), row["image"], where)
         row = row | {"image": {"bytes": image.read_bytes()}}
-    return _item("m3cot", str(row["id"]), row.get("domain"), m3cot_question(row, where))
+    return _item(
+        "m3cot", required(row["id"], f"{where}: id"), row.get("domain"), m3cot_question(row, where)
+    )
 
 
 def parse_scienceqa(row: dict, where: str, file: Path) -> BenchmarkItem:

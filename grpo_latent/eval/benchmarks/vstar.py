@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from grpo_latent.eval.benchmarks.choices import choice_item, image_file, malformed
+from grpo_latent.eval.benchmarks.choices import choice_item, image_file, malformed, required
 from grpo_latent.eval.benchmarks.protocol import HUB, Benchmark, BenchmarkItem
 from grpo_latent.eval.benchmarks.registry import register
 from grpo_latent.eval.graders import LETTERS
@@ -15,15 +15,18 @@ _OPTION = re.compile(r"^\(([A-Z])\)\s*(.*?)\s*$", re.MULTILINE)
 
 def parse(row: dict, where: str, file: Path) -> BenchmarkItem:
     """Reads one question, its options taken from its text; raises `DataError`."""
-    options = _OPTION.findall(row["text"])
+    text, image = (required(row[name], f"{where}: {name}") for name in ("text", "image"))
+    question_id = required(row["question_id"], f"{where}: question_id")
+    category = row["category"] or ""
+    options = _OPTION.findall(text)
     if [letter for letter, _ in options] != list(LETTERS[: len(options)]) or len(options) < 2:
-        raise malformed(f"{where}: text", row["text"], 'lines "(A) <option>", in order')
+        raise malformed(f"{where}: text", text, 'lines "(A) <option>", in order')
     return choice_item(
         "vstar",
-        f"{row['category']}/{row['question_id']}",
-        category=row["category"],
-        prompt=row["text"],  # it ends in options and instruction already
-        images=[image_file(file.parent, (".",), row["image"], where)],
+        f"{category}/{question_id}",
+        category=category,
+        prompt=text,  # it ends in options and instruction already
+        images=[image_file(file.parent, (".",), image, where)],
         options=[text for _, text in options],
         answer=row["label"],
         where=where,
