@@ -11,6 +11,7 @@ import torch
 from hydra import compose, initialize_config_module
 
 from grpo_latent.data.embedded import digits
+from grpo_latent.data.files import RowKeys
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.eval.benchmarks import load_benchmark
 from grpo_latent.eval.decode import Evaluator
@@ -65,6 +66,35 @@ def test_prompts_of_the_embedded_task(files):
         assert prompt.roi == tuple(4 * item.row + item.column for item in example.asked)
         assert int((prompt.prompt_ids == loaded.model.config.image_token_id).sum()) == 16
         assert prompt.extra_info["index"] == index
+
+
+def test_data_as_others_write_it(files, tmp_path):
+    """JSON lines with columns of other names and structs as text give the prompts of parquet."""
+    folder, rows, loaded = files
+    records = []
+    for number, row in enumerate(rows):
+        picture = tmp_path / f"{number}.png"
+        picture.write_bytes(row["images"][0]["bytes"])
+        record = {name: value for name, value in row.items() if name != "images"}
+        record |= {"prompt": "not this one", "question": row["prompt"], "pictures": [str(picture)]}
+        record["extra_info"] = json.dumps(row["extra_info"])
+        records.append(json.dumps(record))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(records))
+    expected = read_prompts([folder / "sum.parquet"], loaded)
+    prompts = read_prompts([path], loaded, keys=RowKeys("question", "pictures"))
+    for prompt, other in zip(prompts, expected, strict=True):
+        assert torch.equal(prompt.prompt_ids, other.prompt_ids) and prompt.roi == other.roi
+        assert prompt.images is not None and other.images is not None
+        assert torch.equal(prompt.images.pixel_values, other.images.pixel_values)
+        assert prompt.ground_truth == other.ground_truth
+
+
+def test_an_evaluation_reads_the_columns_that_it_is_told(files):
+    folder, _, _ = files
+    config = config_for(folder, "data.prompt_key=question")
+    with pytest.raises(DataError, match=r"columns \['question'\] are missing"):
+        run(config)
 
 
 def test_roi_of_the_second_image_is_offset_and_bad_boxes_are_named(files):
