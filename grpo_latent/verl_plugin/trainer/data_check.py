@@ -99,7 +99,9 @@ def _fitting(
             got=f"{too_long[0][1]} tokens, image tokens included; {len(too_long)} of {num_all} "
             f"rows are too long, {where} has most, {longest}",
             expected=f"<= data.max_prompt_length={limit}",
-            fix=f"{fix}; data.filter_overlong_prompts=true leaves such rows out.",
+            fix=f"{fix}; data.filter_overlong_prompts=true leaves such rows out."
+            if num_left
+            else f"{fix}.",
         )
     return num_left, [
         f"data.{key}: {len(too_long)} of {num_all} rows are left out, longer than "

@@ -96,6 +96,12 @@ def test_an_image_larger_than_the_prompt(model, tmp_path):
         "data.train_files: 1 of 4 rows are left out",
         "data.val_files: 1 of 4 rows are left out",
     ]
+    for filter_overlong in (False, True):
+        config = config_of(model, path, filter_overlong_prompts=filter_overlong)
+        config.data.max_prompt_length = 3
+        with pytest.raises(DataError, match="4 of 4 rows are too long") as caught:
+            check_data(config)
+        assert "filter_overlong" not in caught.value.fix
 
 
 def test_fewer_rows_than_a_batch(model, tmp_path):
