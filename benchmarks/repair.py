@@ -213,7 +213,7 @@ def summarize(runs: Sequence[dict]) -> dict[str, dict]:
             row[share] = {measure: fmean(values[measure]) for measure in MEASURES}
             row[share]["each"] = values
             for other in (START, BASELINE):
-                if other in by_name and other != name:
+                if other in by_name and name not in (START, other):
                     others = [by_name[other][seed][share]["accuracy"] for seed in seeds]
                     differences = [a - b for a, b in zip(values["accuracy"], others, strict=True)]
                     row[share][f"to_{other}"] = asdict(interval(differences))
