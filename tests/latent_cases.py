@@ -74,7 +74,7 @@ class Case:
     def engine(
         self, mechanism: Mechanism | None = None, sampled: tuple[str, ...] = SAMPLED, **kwargs
     ):
-        """An engine that draws only the tokens of `sampled`, so that spans and ends are frequent."""
+        """Makes an engine that draws tokens of `sampled` only: spans and ends are frequent."""
         allowed = {self.token_id(token) for token in sampled}
         banned = set(range(len(self.tokenizer))) - allowed
         return HFRolloutEngine(

@@ -114,7 +114,7 @@ def test_finite_differences(aggregation, kl_kind):
 
 
 def test_first_update_is_reinforce():
-    """At ratio 1 the gradient is -A / num_tokens at every action: clip and dual clip have no say."""
+    """At ratio 1 the gradient is -A / num_tokens at every action: no clip has a say."""
     log_probs_BT, _, _, advantages_B, mask_BT = random_batch()
     log_probs_BT.requires_grad_()
     result = policy_loss(

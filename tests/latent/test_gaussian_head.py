@@ -80,7 +80,7 @@ def test_draws_have_the_learned_width():
 
 
 def test_the_start_and_the_bounds():
-    """Fresh, the width is that of the option; whatever the head says, it stays within the range."""
+    """Fresh, the width is the option's; whatever the head says, it stays within the range."""
     treatment = GaussianHead(sigma=0.5, sigma_range=4.0)
     torch.manual_seed(0)
     module = treatment.build(CONFIG)

@@ -1,4 +1,4 @@
-"""The published settings of each mechanism, what they share, and the combinations that cannot run."""
+"""The published settings of each mechanism, what they share, and what cannot run."""
 
 import pytest
 import torch

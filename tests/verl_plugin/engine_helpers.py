@@ -1,4 +1,4 @@
-"""Tiny checkpoints, recorded trajectories and engine batches, shared by the tests of this folder."""
+"""Tiny checkpoints, recorded trajectories and engine batches, shared by this folder's tests."""
 
 import os
 import socket

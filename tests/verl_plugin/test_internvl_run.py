@@ -42,7 +42,7 @@ def test_log_probs_are_those_of_rollout_and_replay(folder, visibility, gloo):
 
 @pytest.mark.slow
 def test_grpo_steps_train(local_ray, tmp_path, monkeypatch):
-    """Two steps on verl's trainer; the first has no difference between policy and reference yet."""
+    """Two steps on verl's trainer; in the first, policy and reference do not differ yet."""
     inputs, output = tiny_run.write_inputs(tmp_path, build=tiny_internvl), tmp_path / "out"
     sizes = ("trainer.total_training_steps=2", "trainer.save_freq=2", "trainer.test_freq=-1")
     config = tiny_run.make_config(inputs, output, "trainer.val_before_train=false", *sizes)

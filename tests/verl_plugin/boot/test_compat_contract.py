@@ -32,7 +32,7 @@ def test_a_changed_seam_names_the_symbol():
 
 
 def test_trainer_mode_is_compared_with_the_literal_that_we_set():
-    """The base class branches on the string "sync" in several places; `latent_sync` poses as it."""
+    """The base class branches on the string "sync" in places; `latent_sync` poses as it."""
     import inspect
 
     from verl.trainer.ppo.v1 import trainer_base

@@ -1,4 +1,4 @@
-"""Paths, environment and old names in a config, before any worker starts. No Ray is started here."""
+"""Paths, environment and old names in a config, before any worker starts; without Ray."""
 
 import json
 import os

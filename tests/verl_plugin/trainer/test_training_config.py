@@ -63,7 +63,7 @@ def test_wandbs_page_is_not_missed_after_training_only(monkeypatch):
 
 
 def test_options_reach_every_process():
-    """Workers only get `actor_rollout_ref`: `latent:` must be in there, with the user's overrides."""
+    """Workers get `actor_rollout_ref` only: `latent:` is in there, with the user's overrides."""
     config = composed(
         "latent.seed=5", "latent.visibility=latents_only", "latent.reward.timeout_s=3"
     )

@@ -127,7 +127,7 @@ def test_placeholder_ids_change_nothing(recorded, gloo):
 
 
 def test_equal_lengths_and_text_only_rows(recorded, gloo):
-    """Two verl 0.9.1 bugs: rows of equal length, and a vision model's micro-batch without images."""
+    """Two bugs of verl 0.9.1: rows of equal length, and no images for a vision model."""
     folder, loaded, trajectories, images, expected, positions = recorded["qwen2.5-vl padded"]
     engine, adapter = helpers.make_engine(folder), ModelAdapter(loaded.model, loaded.mechanism)
     batch = helpers.make_batch(trajectories[:1] * 2, images[:1] * 2, positions[:1] * 2, adapter)
@@ -243,7 +243,7 @@ def test_freezing_reaches_tower_and_merger(recorded, gloo):
 
 @pytest.mark.parametrize("head", ["mlp", "glu"])
 def test_the_head_is_loaded_sent_and_saved(head, tmp_path, gloo):
-    """With a head the replay still holds, and checkpoint and weight stream carry it, to the bit."""
+    """A head is in the replay, and checkpoint and weight stream carry it, to the bit."""
     folder = helpers.make_checkpoint(tmp_path / "in", head=head)
     loaded, trajectories, images, expected, positions = helpers.roll_out(folder)
     engine = helpers.make_engine(folder)

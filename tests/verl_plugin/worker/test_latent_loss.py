@@ -88,7 +88,7 @@ def expected_terms(new, old, ref, means, ref_means):
 
 @pytest.mark.parametrize("dp_size", [1, 2])
 def test_by_hand(dp_size):
-    """With two ranks the same rows are half of the batch: FSDP's average makes up for the factor."""
+    """On two ranks the same rows are half of the batch: FSDP's average makes up for that."""
     data, output, values = make_case(dp_size)
     loss = LatentLoss(
         lambda **_: (torch.tensor(5.0), {"text": 1}),
@@ -183,7 +183,7 @@ def own_loss(treatment, mode="token-mean"):
 
 
 def test_a_component_of_a_users_own():
-    """The loss knows its weight and its values, not what it is; dropped rows have no part in it."""
+    """The loss knows its weight and its values, not what it is; dropped rows are left out."""
     data, output, (_, _, _, means, _) = make_case()
     norms = [[float(row.norm()) for row in rows] for rows in means[:2]]
     total, metrics = own_loss(Own(penalty=0.5))(output, data)
