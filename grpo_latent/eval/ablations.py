@@ -71,7 +71,8 @@ class Places:
     def __init__(self, trajectory: Trajectory, part: str):
         kinds_N = trajectory.kinds[trajectory.recorded_mask]
         is_part_N = torch.isin(kinds_N, torch.tensor(part_kinds(part)))
-        span_number, latent_number = part_number(part, "span"), part_number(part, "latent")
+        span_number = part_number(part, "span")
+        latent_number = part_number(part, "latent")
         if span_number is not None:
             lengths = torch.tensor([span.length for span in trajectory.spans], dtype=torch.long)
             is_part_N &= (
@@ -108,7 +109,8 @@ class Places:
             return source(kinds[0])
         vectors_KH = self.latents_KH.clone()
         for kind in LATENT_KINDS:
-            table_RH, is_kind_K = source(kind), self.kinds_K == kind
+            table_RH = source(kind)
+            is_kind_K = self.kinds_K == kind
             if len(table_RH):
                 vectors_KH[is_kind_K] = table_RH[self.rank_K[is_kind_K] % len(table_RH)].to(
                     vectors_KH.dtype
@@ -135,6 +137,7 @@ def _noise(inputs: PartInputs) -> Vectors:
     """Draws Gaussian directions, each scaled to the norm of the latent that it replaces."""
     vectors: Vectors = []
     for index, own in enumerate(inputs.own):
+        # a stream a prompt: its noise does not depend on how many latents stand before it
         generator = torch.Generator().manual_seed(
             trajectory_seed(inputs.seed, 0, f"noise/{index}", 0)
         )
@@ -302,6 +305,7 @@ def make_changes(name: str, inputs: AblationInputs) -> Changes:
             changes.append(REQUESTS[base](inputs.mechanism) if applies else None)
         return changes
     for own, vectors_KH in zip(inputs.own, make_vectors(base, part, inputs), strict=True):
+        # the own choice of image positions: what differs is to be the vectors alone
         selected_idx = own.selected_idx if len(own.selected_idx) else None
         override = None if vectors_KH is None else LatentOverride(vectors_KH, part, selected_idx)
         changes.append(None if override is None else {"latent_override": override})
@@ -315,6 +319,7 @@ def make_vectors(base: str, part: str, inputs: AblationInputs) -> Vectors:
     ]
     places = [Places(trajectory, part) for trajectory in inputs.own]
     clusters = [prompt.cluster for prompt in inputs.prompts]
+    # what is the same anyway is no change: prompts that it does not change would thin out the gap
     vectors = VECTORS[base](PartInputs(places, inputs.ideal, inputs.seed, swapped, clusters))
     return [
         None

@@ -109,13 +109,12 @@ class Evaluator:
         max_batch_rows: int = 512,
         treatment: Treatment | None = None,
     ):
+        self.loaded = loaded
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
+        self.max_batch_rows = max_batch_rows
         self.treatment = treatment
-        self.loaded, self.max_new_tokens, self.seed, self.max_batch_rows = (
-            loaded,
-            max_new_tokens,
-            seed,
-            max_batch_rows,
-        )
+        # by what decodings change of the latents; sampling settings are a call's
         self._engines: dict[tuple, HFRolloutEngine] = {}
         self.adapter = self.engine(GREEDY).adapter
 
@@ -127,11 +126,10 @@ class Evaluator:
         """
         if decoding.latent not in self._engines:
             mechanism = self.loaded.mechanism.replace(**dict(decoding.latent))
-            model, eos_ids = self.loaded.model, self.loaded.eos_ids
             self._engines[decoding.latent] = HFRolloutEngine(
-                model,
+                self.loaded.model,
                 mechanism,
-                eos_ids,
+                self.loaded.eos_ids,
                 max_batch_rows=self.max_batch_rows,
                 treatment=self.treatment,
             )
@@ -151,6 +149,7 @@ class Evaluator:
         """
         requests = []
         for prompt, change in zip(prompts, changes or [None] * len(prompts), strict=True):
+            # of the row, not of its place: batches and `max_rows` change no draw
             seeds = [
                 trajectory_seed(self.seed, 0, prompt.row_id, j)
                 for j in range(max(decoding.num_sampled, 1))
@@ -190,10 +189,10 @@ class Evaluator:
         image_token_id = self.adapter.image_token_id
         assert image_token_id is not None, "`check_prompt` refuses images of a text model"
         counts = [int(p.prompt_ids.eq(image_token_id).sum()) for p in prompts]
-        parts = visual_MH.float().split(counts)
+        # a prompt without images has a split of zero rows, which is no embedding of it
         return [
-            None if prompt.images is None else part
-            for prompt, part in zip(prompts, parts, strict=True)
+            None if prompt.images is None else own_MH
+            for prompt, own_MH in zip(prompts, visual_MH.float().split(counts), strict=True)
         ]
 
 

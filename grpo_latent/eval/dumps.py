@@ -99,7 +99,8 @@ def split_columns(
     Args:
         columns: by column of TransferQueue, those of the wire `dump` that there are.
     """
-    line, tensors = {}, {}
+    line: dict[str, list] = {}
+    tensors: dict[str, Tensor] = {}
     for field in recorded.on(Wire.DUMP):
         values = columns.get(field.column)
         if values is None:

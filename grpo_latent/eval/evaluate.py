@@ -192,7 +192,7 @@ class Evaluation:
         return [[next(outcomes) for _ in group] for group in groups]
 
     def _decode_all(self, findings: Findings) -> tuple[list[Trajectory], list[Tensor | None]]:
-        """Runs all decodings; returns greedy trajectories and the embeddings of each row's boxes."""
+        """Runs all decodings; returns greedy trajectories and embeddings of each row's boxes."""
         settings = self.settings
         others = ([settings.sampled] if settings.num_sampled else []) + list(settings.decodings)
         own: list[Trajectory] = []
@@ -227,6 +227,7 @@ class Evaluation:
             seconds = time.perf_counter() - started
             num_tokens = sum(len(trajectory.token_ids) for group in groups for trajectory in group)
             first = [group[0] for group in groups] if decoding is GREEDY else []
+            # behind the clock: `seconds` is what decoding takes, not the reward
             outcomes = self._scored(prompts, groups)
             return PhaseBatch(outcomes, num_tokens, seconds, trajectories=first)
 
@@ -304,6 +305,7 @@ class PromptsDigest:
     def add(self, prompt: EvalPrompt) -> None:
         text = json.dumps([prompt.row_id, prompt.prompt_ids.tolist(), str(prompt.ground_truth)])
         self._digest.update(text.encode())
+        # the pixels too: the file that a path names may be another one next time
         if prompt.images is not None:
             self._digest.update(prompt.images.pixel_values.float().numpy().tobytes())
 
@@ -317,7 +319,9 @@ def fingerprint(loaded: LatentModel, prompts: PromptsDigest, settings: EvalSetti
     That is settings, latents and prompts.
     """
     return {
+        # as the journal's file has them: tuples become lists
         "settings": json.loads(json.dumps(asdict(settings)))
+        # its class as well, of which `asdict` keeps the fields only
         | {"treatment": repr(settings.treatment)},
         "latent_config": loaded.mechanism.to_dict(),
         "prompts": prompts.hexdigest(),

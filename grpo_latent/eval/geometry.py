@@ -21,15 +21,15 @@ def geometry(groups: Sequence[Sequence[Tensor]]) -> dict[str, float]:
         groups: for each group its trajectories' latents [N, H].
 
     Returns:
-        `norm_mean`, `norm_std`; `cosine_step_to_step` between consecutive latents of a trajectory;
-            `cosine_across_groups`
-        between first latents of groups (1: collapsed, every prompt gets one latent);
-            `cosine_within_group` between the first
-        latents of a group's trajectories (1: deterministic, the group explores text only);
-            `effective_rank` of the
-        first latents, exp of the entropy of the normalised singular values (Roy & Vetterli 2007).
-            What cannot be
-        computed is left out.
+        norm_mean, norm_std: of all latents.
+        cosine_step_to_step: between consecutive latents of a trajectory.
+        cosine_across_groups: between first latents of groups (1: collapsed, every prompt gets one
+            latent).
+        cosine_within_group: between the first latents of a group's trajectories (1: deterministic,
+            the group explores text only).
+        effective_rank: of the first latents, exp of the entropy of the normalised singular values
+            (Roy & Vetterli 2007).
+        What cannot be computed is left out.
     """
     groups = [[latents.float() for latents in group if len(latents)] for group in groups]
     groups = [group for group in groups if group]
@@ -66,7 +66,9 @@ def _mean_cosine(vectors_NH: Tensor) -> float:
 
     It is (|sum of directions|² - sum of |direction|²) / (N (N - 1)).
     """
-    directions, num = normalize(vectors_NH.double(), dim=-1), len(vectors_NH)
+    # in float64: for latents that point everywhere the two sums nearly cancel
+    directions = normalize(vectors_NH.double(), dim=-1)
+    num = len(vectors_NH)
     return float(
         (directions.sum(0).square().sum() - directions.square().sum()) / (num * (num - 1))
     )

@@ -29,6 +29,7 @@ class PixelStore:
         self.max_bytes = max_bytes
         self._kept: OrderedDict[int, Tensor] = OrderedDict()
         self._num_bytes = 0
+        # one set for each open block; blocks nest, and the innermost ends first
         self._held: list[frozenset[int]] = []
         self._new_key = itertools.count()
 
@@ -63,6 +64,7 @@ class PixelStore:
 
     def _drop(self) -> None:
         held = frozenset().union(*self._held)
+        # least recently used ones stand first: `get` moves what it finds to the end
         for key in list(self._kept):
             if self._num_bytes <= self.max_bytes:
                 return

@@ -173,6 +173,7 @@ def _roi(
     extra_info: dict, images: ImageInputs | None, loaded: LatentModel, where: str
 ) -> tuple[int, ...]:
     boxes = extra_info.get("bboxes") or []
+    # rows of one image need not say whose boxes they are
     owners = extra_info.get("bbox_images") or [0] * len(boxes)
     if not boxes:
         return ()

@@ -173,7 +173,7 @@ def decoding_report(
     groups: list[list[Outcome]],
     settings: VerdictSettings,
 ) -> dict:
-    """Reports accuracy with its interval, pass@k, and accuracy by trajectory index, over questions.
+    """Reports accuracy, its interval, pass@k, and accuracy by trajectory index, over questions.
 
     An index stands for a seed of its own. Trajectories of a row, then rows of a question are
     averaged first (`by_cluster`).
@@ -193,6 +193,7 @@ def decoding_report(
         for cluster, group in zip(clusters, correct_PG, strict=True)
         if None not in group
     ]
+    # pass@k counts right ones, which a reward between 0 and 1 does not tell
     if (
         decoding.num_sampled
         and known
@@ -246,6 +247,7 @@ def _by_item(
     report: dict[str, object] = {}
     groups: dict[str, list[float]] = {}
     for item, value in zip(items, means_P, strict=True):
+        # a row whose trajectories were all dropped is not right, nor is its group
         groups.setdefault(item.group_id, []).append(float(value or 0.0))
     whole = [float(min(values) == 1.0) for values in groups.values()]
     if len(groups) < len(items):
@@ -289,6 +291,7 @@ def usage_report(findings: Findings) -> dict[str, dict]:
     settings = findings.verdict
     own_P = findings.outcomes[OWN]
     clusters = [prompt.cluster for prompt in findings.prompts]
+    # counted before any is tested: each one's level depends on how many there are
     tested = [
         name
         for name, changed in findings.changed.items()

@@ -56,7 +56,8 @@ class RewardScorer:
     """
 
     def __init__(self, runner: RewardRunner, loaded: LatentModel):
-        self.runner, self.view = runner, _Views(loaded)
+        self.runner = runner
+        self.view = _Views(loaded)
 
     def __call__(
         self, prompts: Sequence[EvalPrompt], trajectories: Sequence[Trajectory]

@@ -17,7 +17,7 @@ from grpo_latent.errors import ConfigError, DataError
 
 USED, NOT_USED, UNDECIDED = "used", "not used", "undecided at this n"
 DEFAULT_MARGIN = 0.05
-_CHUNK_ELEMENTS = 4_000_000
+_CHUNK_ELEMENTS = 4_000_000  # numbers that are drawn at a time, which bounds the memory
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,10 @@ def mcnemar_exact(
             expected="0 or 1 a prompt",
             fix="Use bootstrap_difference for means over several trajectories.",
         )
-    only_own, only_other = int((own_P > other_P).sum()), int((own_P < other_P).sum())
-    discordant, smaller = only_own + only_other, min(only_own, only_other)
+    only_own = int((own_P > other_P).sum())
+    only_other = int((own_P < other_P).sum())
+    discordant = only_own + only_other
+    smaller = min(only_own, only_other)
     # integers, because 2.0**-discordant underflows beyond 1074 pairs
     tail = 2 * sum(math.comb(discordant, i) for i in range(smaller + 1))
     return McNemar(only_own, only_other, min(1.0, tail / 2**discordant))
@@ -225,7 +227,8 @@ def usage_verdict(
     level = 1 - (1 - level) / num_tests
     options = dict(level=level, num_resamples=num_resamples, seed=seed)
     gap = bootstrap_difference(own_P, ablated_P, **options)
-    own_mean, ablated_mean, num_prompts = own_P.mean(), ablated_P.mean(), own_P.shape[0]
+    own_mean, ablated_mean = own_P.mean(), ablated_P.mean()
+    num_prompts = own_P.shape[0]
     mcnemar = mcnemar_exact(own_P, ablated_P) if _is_binary(own_P, ablated_P) else None
     p_value = None if mcnemar is None else mcnemar.p_value
     numbers = (
@@ -235,6 +238,7 @@ def usage_verdict(
     if p_value is not None:
         numbers += f", McNemar p = {p_value:.2g}"
     is_significant = gap.low > 0 and (p_value is None or p_value < 1 - level)
+    # asked first: a model that guesses loses nothing without its latents, used or not
     if own_mean - chance < margin:
         verdict, reason = UNDECIDED, f"own accuracy is within {margin:g} of chance ({chance:g})"
     elif is_significant and gap.estimate >= margin:

@@ -22,7 +22,8 @@ def ablation_rows(name: str, report: dict) -> dict:
             "verdict", "sentence"}; `own`
         comes first. What a report does not have is None.
     """
-    outcomes, usage = report.get("outcomes") or {}, report.get("usage") or {}
+    outcomes = report.get("outcomes") or {}
+    usage = report.get("usage") or {}
     rows = []
     for ablation, accuracy in report["ablations"].items():
         if not isinstance(accuracy, int | float):

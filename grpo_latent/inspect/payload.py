@@ -236,7 +236,8 @@ def recorded_beside(trajectory: Trajectory) -> list[dict]:
     kinds_N = trajectory.kinds[positions_of(trajectory.kinds, "N")]
     found: list[dict] = [{} for _ in kinds_N]
     for shown in recorded.of_trajectory(Wire.INSPECTOR):
-        values, letter = trajectory.value(shown), shown.dims[0]
+        values = trajectory.value(shown)
+        letter = shown.dims[0]
         if shown.name == "latents" or letter not in "NMS" or values is None:
             continue
         for latent_idx, row in zip(

@@ -34,7 +34,7 @@ from grpo_latent.models.sequences import LatentSequences, collate
 from grpo_latent.models.sources import source_of_latents
 from grpo_latent.trajectory import Trajectory
 
-NUM_TOKENS = 5
+NUM_TOKENS = 5  # of the logit lens and of the nearest embeddings
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,7 @@ class Prober:
         )
         expected_NH = self._expected_latents(sequences, hidden_BTH).float().cpu()
         counts = [len(t.latents) for t in trajectories]
+        # padded on both sides, all completions begin in one column
         start = max(len(t.prompt_ids) for t in trajectories)
         probes = []
         for row_idx, (trajectory, expected) in enumerate(
@@ -228,7 +229,7 @@ class Prober:
             )
 
     def _check_vocabulary(self, trajectories: Sequence[Trajectory], where: str) -> None:
-        """Checks all ids but those at latent positions, placeholders that no embedding is read for."""
+        """Checks the ids that an embedding is read for: all but placeholders at latents."""
         size = len(self._directions_VH)
         ids = torch.cat(
             [ids for t in trajectories for ids in (t.prompt_ids, t.token_ids[~t.latent_mask])]

@@ -68,10 +68,10 @@ def label_runs(runs: Sequence[Run]) -> list[tuple[str, str]]:
     A run without a config is judged by its name.
     """
     names = [run.name for run in runs]
-    for parts in range(2, 6):  # folders of one name, such as seed1/grpo and seed2/grpo
+    for depth in range(2, 6):  # folders of one name, such as seed1/grpo and seed2/grpo
         if len(set(names)) == len(names):
             break
-        names = ["/".join(run.folder.resolve().parts[-parts:]) for run in runs]
+        names = ["/".join(run.folder.resolve().parts[-depth:]) for run in runs]
     stems = [_without_seed(name) for name in names]
     families: dict[str, str] = {}
     for run, stem in zip(runs, stems, strict=True):
@@ -88,8 +88,10 @@ def label_runs(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 def _without_seed(name: str) -> str:
     """Strips seeds: `seed1/grpo` -> `grpo`, `lvr_s0` -> `lvr`; the name where nothing is left."""
-    parts = [re.sub(r"(?:^|[-_.])(?:seed|s)[-_=]?\d+$", "", part) for part in name.split("/")]
-    return "/".join(part for part in parts if part) or name
+    folders = [
+        re.sub(r"(?:^|[-_.])(?:seed|s)[-_=]?\d+$", "", folder) for folder in name.split("/")
+    ]
+    return "/".join(folder for folder in folders if folder) or name
 
 
 def _without_seeds(config: dict, prefix: str = "") -> str:
@@ -182,7 +184,8 @@ def read_metrics(path: Path) -> Metrics:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            step, values = int(record["step"]), numbers_of(record["data"])
+            step = int(record["step"])
+            values = numbers_of(record["data"])
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             if number == len(lines):
                 break
@@ -288,8 +291,8 @@ def find_file(file: str, folder: Path) -> Path:
 def lookup(config: dict, key: str) -> object:
     """Looks up the value at a dotted key; None where there is none."""
     value: object = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
     return value
 
 

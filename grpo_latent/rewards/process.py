@@ -58,7 +58,9 @@ class RewardProcess:
         timeout_s: float,
         start_timeout_s: float = START_TIMEOUT_S,
     ):
-        self.specs, self.timeout_s, self.start_timeout_s = list(specs), timeout_s, start_timeout_s
+        self.specs = list(specs)
+        self.timeout_s = timeout_s
+        self.start_timeout_s = start_timeout_s
         self.num_starts = 0
         self._child: subprocess.Popen | None = None
         self._connection: Connection | None = None
@@ -84,7 +86,8 @@ class RewardProcess:
         self._end(grace_s=0.0)
 
     def _end(self, grace_s: float) -> int | None:
-        """Waits `grace_s` for the child to end by itself, kills its group; returns its exit code."""
+        """Gives the child `grace_s` to end by itself, kills its group; returns its exit code."""
+        # taken at once: closing again finds nothing to end
         child, self._child = self._child, None
         if self._connection is not None:
             self._connection.close()
@@ -95,6 +98,7 @@ class RewardProcess:
             child.wait(grace_s)
         except subprocess.TimeoutExpired:
             pass
+        # also where the child has ended: functions may have started processes that live on
         try:
             os.killpg(child.pid, signal.SIGKILL)
         except ProcessLookupError:

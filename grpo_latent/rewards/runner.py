@@ -96,8 +96,10 @@ class RewardRunner:
         num_processes: int = 1,
     ):
         _check_settings(timeout_s, on_error, error_score, num_processes)
-        self.functions, self.timeout_s = list(functions), float(timeout_s)
-        self.on_error, self.error_score = on_error, float(error_score)
+        self.functions = list(functions)
+        self.timeout_s = float(timeout_s)
+        self.on_error = on_error
+        self.error_score = float(error_score)
         self.errors: Counter[str] = Counter({kind: 0 for kind in RewardError.KINDS})
         self.num_dropped = 0
         self._processes = [

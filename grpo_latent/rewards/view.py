@@ -34,7 +34,8 @@ def reward_view(
         decode: ids to text *without* skipping special tokens: `<answer>` may be one.
         eos_ids: dropped where they end the completion.
     """
-    kinds, is_text_T = trajectory.kinds, is_text(trajectory.kinds)
+    kinds = trajectory.kinds
+    is_text_T = is_text(kinds)
     text_ids = trajectory.text_ids
     if text_ids and text_ids[-1] in eos_ids:
         text_ids = text_ids[:-1]

@@ -58,9 +58,8 @@ def main(fd: int) -> None:
 
 def call(function, arguments: dict, kwargs: dict, probe: bool = False) -> Outcome:
     """Calls a function on its own copy of the arguments; whatever happens becomes an `Outcome`."""
-    arguments = copy.deepcopy(
-        arguments
-    )  # several functions see the same row: none may edit it for the next
+    # several functions see the same row: none may edit it for the next
+    arguments = copy.deepcopy(arguments)
     before = pickle.dumps(arguments["extra_info"]) if probe else b""
     start = time.perf_counter()
     try:
@@ -68,9 +67,8 @@ def call(function, arguments: dict, kwargs: dict, probe: bool = False) -> Outcom
         if inspect.isawaitable(result):
             result = _event_loop().run(_await(result))
         outcome = normalise(result, time.perf_counter() - start)
-    except (
-        BaseException
-    ):  # foreign code may raise anything, SystemExit too; none of it may end the worker
+    # foreign code may raise anything, SystemExit too; none of it may end the worker
+    except BaseException:
         detail = traceback.format_exc()[-MAX_TRACEBACK_CHARS:]
         return Outcome(
             "exception", detail=_last_line_first(detail), seconds=time.perf_counter() - start

@@ -32,7 +32,8 @@ def check_declares(case: Case) -> str | None:
 
     Ids lie in the vocabulary, `parameter_prefixes` cover what `attach` makes.
     """
-    mechanism, vocab_size = case.mechanism, len(case.tokenizer)
+    mechanism = case.mechanism
+    vocab_size = len(case.tokenizer)
     ids = {kind.name: mechanism.placeholder_id(kind) for kind in PositionKind}
     require(
         all(0 <= i < vocab_size for i in ids.values()),
@@ -107,9 +108,10 @@ def check_recompute(case: Case) -> str | None:
     sequences = case.collate(padding_side="both")
     most = int(sequences.recorded_mask_BT.sum(-1).max())
 
-    def make(part: LatentSequences, rows_M: Tensor, columns_M: Tensor) -> Tensor:
-        return case.adapter.make(replay_hidden(case.adapter, part)[rows_M, columns_M])
+    def make(sequences: LatentSequences, rows_M: Tensor, columns_M: Tensor) -> Tensor:
+        return case.adapter.make(replay_hidden(case.adapter, sequences)[rows_M, columns_M])
 
+    # without what was recorded: a chain that read it would find it again in any case
     spoiled = sequences.with_latents(
         torch.where(sequences.is_made_N[:, None], 0.0, sequences.latents_NH)
     )
@@ -129,7 +131,8 @@ def check_recompute(case: Case) -> str | None:
 
 def check_batch(case: Case) -> str | None:
     """A row is the same alone, beside others, and in another order."""
-    groups, requests = case.generate(case.requests), case.requests
+    requests = case.requests
+    groups = case.generate(requests)
     turned = case.generate(requests[::-1])[::-1]
     for request, group, other in zip(requests, groups, turned, strict=True):
         for first, second in zip(group, other, strict=True):
@@ -192,7 +195,6 @@ def check_longer_run(case: Case) -> str | None:
 
 
 # ---- the rows' state
-# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -217,17 +219,16 @@ class _Script:
 
 @torch.no_grad()
 def _script(case: Case) -> _Script:
-    trajectories, sequences = case.recorded.trajectories, case.collate()
+    trajectories = case.recorded.trajectories
+    sequences = case.collate()
     hidden_BTH = replay_hidden(case.adapter, sequences)
     num_slots = [
         int((~latent_mask(t.kinds)).long().argmax()) if case.mechanism.has_slots else 0
         for t in trajectories
     ]
     lengths = [len(t.kinds) - skipped for t, skipped in zip(trajectories, num_slots, strict=True)]
-    shape, idle_id = (
-        (len(trajectories), max(lengths)),
-        case.mechanism.placeholder_id(PositionKind.TEXT),
-    )
+    shape = (len(trajectories), max(lengths))
+    idle_id = case.mechanism.placeholder_id(PositionKind.TEXT)
     script = _Script(
         torch.full(shape, int(PositionKind.TEXT)),
         torch.full(shape, idle_id),
@@ -253,10 +254,8 @@ def _script(case: Case) -> _Script:
 
 def _begin(case: Case, num_rows: int) -> RowStates:
     max_spans = UNBOUNDED if case.mechanism.max_spans is None else case.mechanism.max_spans
-    steps_N, max_spans_N = (
-        torch.full((num_rows,), case.mechanism.steps),
-        torch.full((num_rows,), max_spans),
-    )
+    steps_N = torch.full((num_rows,), case.mechanism.steps)
+    max_spans_N = torch.full((num_rows,), max_spans)
     return case.mechanism.begin(case.model, steps_N, max_spans_N)
 
 
@@ -285,8 +284,10 @@ def _run(
         packs: continue at each position in a state that knows only what `pack` gave.
         keep: (position, rows) from which on only these rows go on.
     """
-    mechanism, num_rows = case.mechanism, script.kinds_NT.shape[0]
-    state, said = _begin(case, num_rows), []
+    mechanism = case.mechanism
+    num_rows = script.kinds_NT.shape[0]
+    state = _begin(case, num_rows)
+    said: list[dict[str, Tensor]] = []
     for position in range(script.kinds_NT.shape[1]):
         if keep is not None and position == keep[0]:
             state.keep_rows(keep[1])

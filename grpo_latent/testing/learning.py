@@ -31,7 +31,7 @@ from grpo_latent.testing.compare import (
 )
 from grpo_latent.trajectory import PositionKind, Trajectory
 
-GRADIENT_ROWS = 6
+GRADIENT_ROWS = 6  # each parameter costs six forwards over them, in float64
 
 
 def check_saves(case: Case) -> str | None:
@@ -228,7 +228,8 @@ def _generate(case: Case, fields: dict) -> Recorded:
 
 def _require_matter(case: Case) -> None:
     """Requires that the recorded vectors are read: zeros in their place move a log-prob."""
-    sequences, trajectories = case.collate(), case.recorded.trajectories
+    sequences = case.collate()
+    trajectories = case.recorded.trajectories
     zeroed = sequences.with_latents(torch.zeros_like(sequences.latents_NH))
     pairs = zip(
         replayed(case, trajectories, sequences), replayed(case, trajectories, zeroed), strict=True

@@ -75,7 +75,9 @@ def first_items(
     if max_rows is None or max_rows >= len(items):
         return list(items)
     last = {item.group_id: index for index, item in enumerate(items)}
-    whole, end = [], 0  # numbers of rows that cut no group
+    whole = []  # numbers of rows that cut no group
+    end = 0
+    # rows of a group need not stand together: a cut is whole where all groups before it have ended
     for index, item in enumerate(items):
         end = max(end, last[item.group_id])
         if end == index:

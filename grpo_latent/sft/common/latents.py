@@ -53,6 +53,7 @@ class LatentSettings:
             field.name for field in dataclasses.fields(self.mechanism) if field.default is None
         }
         optional &= {f"{role}_token" for role in self.mechanism.published_tokens}
+        # a role that is not always in use counts as used once it has a token
         settings = {name: value for name, value in vars(self).items() if name not in optional}
         return self.mechanism.from_tokens(ids, **settings | more)
 

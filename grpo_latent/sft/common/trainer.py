@@ -199,6 +199,7 @@ class LatentSFTTrainer(Trainer):
             self._totals[name] = self._totals.get(name, 0.0) + value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # not for the summary at the end of training, which is of no step
         if "loss" in logs and self._totals:
             totals = torch.stack([self._totals[name] for name in self.summed])
             if self.args.world_size > 1:

@@ -85,9 +85,9 @@ def span_query(question_H: Tensor, text_hidden_TH: Tensor, selected_NH: Tensor) 
             empty.
         selected_NH: targets of all earlier spans; empty for the first.
     """
-    parts = [question_H.float()]
-    parts += [rows.float().mean(0) for rows in (text_hidden_TH, selected_NH) if rows.shape[0]]
-    return torch.stack(parts).mean(0)
+    means = [question_H.float()]
+    means += [rows.float().mean(0) for rows in (text_hidden_TH, selected_NH) if rows.shape[0]]
+    return torch.stack(means).mean(0)
 
 
 def select_candidates(

@@ -92,7 +92,8 @@ class LVREncoder(RowEncoder[LvrExample, LVRRow]):
                 for box, image_idx in zip(example.boxes, example.box_images, strict=True)
             ]
         ids, kinds, roi = self._response(example, spans)
-        response_ids, response_kinds = torch.tensor(ids), torch.tensor(kinds)
+        response_ids = torch.tensor(ids)
+        response_kinds = torch.tensor(kinds)
         labels = torch.where(response_kinds == PositionKind.LATENT, IGNORED, response_ids)
         input_ids = torch.cat([prompt.ids, response_ids])
         made_of = f"{num_visual_tokens} of them image", f"{len(roi)} latent"
