@@ -35,6 +35,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
+from verl.trainer.ppo.core_algos import kl_penalty  # noqa: E402
 from verl.utils.torch_functional import (  # noqa: E402
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
@@ -42,12 +43,7 @@ from verl.utils.torch_functional import (  # noqa: E402
 
 import grpo_latent.train  # noqa: E402, F401  lets hydra find verl's configs
 from grpo_latent.algo.advantages import group_advantages  # noqa: E402
-from grpo_latent.algo.losses import (  # noqa: E402
-    Denominators,
-    aggregate,
-    kl_penalty,
-    policy_loss,
-)
+from grpo_latent.algo.losses import Denominators, aggregate, policy_loss  # noqa: E402
 from grpo_latent.backbones.images import ImageInputs  # noqa: E402
 from grpo_latent.errors import ConfigError  # noqa: E402
 from grpo_latent.eval.decode import Evaluator  # noqa: E402
@@ -73,7 +69,6 @@ from grpo_latent.verl_plugin.rewards.manager import reward_settings  # noqa: E40
 
 VISION_BYTES = 1 << 28  # of a frozen tower's features, kept over all steps
 AGGREGATIONS = {"token-mean": "token_mean", "seq-mean-token-mean": "grpo"}
-KL_KINDS = {"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
 
 
 class ProductConfigs(SearchPathPlugin):
@@ -404,8 +399,8 @@ class OneProcess:
         loss = loss - actor.entropy_coeff * entropy
         kl = torch.zeros(())
         if actor.use_kl_loss and reference is not None:
-            kind = KL_KINDS[actor.kl_loss_type]
-            kl_BT = kl_penalty(forward.log_probs_BT, reference.log_probs_BT, mask_BT, kind)
+            # verl's own, as in training: its k3 is clamped at 10, algo.losses.kl_penalty's is not
+            kl_BT = kl_penalty(forward.log_probs_BT, reference.log_probs_BT, actor.kl_loss_type)
             kl = aggregate(kl_BT, mask_BT, aggregation, denominators)
             loss = loss + actor.kl_loss_coef * kl
         loss = loss + self._latent_loss(forward, reference, sequences, advantages_B)
@@ -517,17 +512,13 @@ def check_config(config: DictConfig) -> None:
         got = OmegaConf.select(config, key)
         if got != expected:
             raise ConfigError("not in the one-process loop", where=key, got=got, expected=expected)
-    for key, value, known in (
-        ("loss_agg_mode", actor.loss_agg_mode, AGGREGATIONS),
-        ("kl_loss_type", actor.kl_loss_type, KL_KINDS),
-    ):
-        if value not in known:
-            raise ConfigError(
-                "not in the one-process loop",
-                where=f"actor_rollout_ref.actor.{key}",
-                got=value,
-                expected=f"one of {tuple(known)}",
-            )
+    if actor.loss_agg_mode not in AGGREGATIONS:
+        raise ConfigError(
+            "not in the one-process loop",
+            where="actor_rollout_ref.actor.loss_agg_mode",
+            got=actor.loss_agg_mode,
+            expected=f"one of {tuple(AGGREGATIONS)}",
+        )
 
 
 def make_optimizer(parameters: list, config: DictConfig):

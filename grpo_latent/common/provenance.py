@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -181,10 +181,10 @@ def accelerators() -> list[str]:
     return (_output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "").splitlines()
 
 
-def versions() -> dict[str, str]:
-    """Lists versions of Python and of the packages that numbers depend on, if installed."""
+def versions(packages: Iterable[str] | None = None) -> dict[str, str]:
+    """Lists versions of Python and of `packages` (None: those that numbers depend on), if installed."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in PACKAGES if packages is None else packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from grpo_latent.common.provenance import versions
 from grpo_latent.errors import ConfigError, DataError, GrpoLatentError
 from grpo_latent.inspect.payload import GroupData, group_block, overview
 from grpo_latent.inspect.probes import Prober, draws, find_rows
@@ -17,6 +16,7 @@ from grpo_latent.inspect.run import Run, label_runs, lookup
 from grpo_latent.latent.treatments import Treatment, parse_treatment
 from grpo_latent.models.loading import LatentModel, load_latent_model
 
+# of this environment, which need not be the run's
 PACKAGES = ("grpo_latent", "torch", "transformers", "verl", "ray", "plotly")
 
 
@@ -85,7 +85,7 @@ def build_report(
             f"{left_out} groups have a row but no trajectories here, to keep the page small "
             "(--megabytes)."
         )
-    summary = overview(runs, groups, notes, versions())
+    summary = overview(runs, groups, notes, versions(PACKAGES))
     for index, row in enumerate(summary["groups"]):
         row["open"] = index in blocks
     return Report(summary, blocks)
@@ -219,14 +219,3 @@ def pack(groups: Sequence[GroupData], max_bytes: int) -> tuple[dict[int, str], i
         used += len(text)
         blocks[index] = text
     return blocks, len(groups) - len(blocks)
-
-
-def versions() -> dict[str, str]:
-    """Lists versions of this environment, which need not be the run's."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
