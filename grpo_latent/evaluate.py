@@ -60,9 +60,9 @@ from grpo_latent.eval.evaluate import EvalSettings, Evaluation, PromptsDigest, f
 from grpo_latent.eval.journal import Journal
 from grpo_latent.eval.pixels import PixelStore
 from grpo_latent.eval.prompts import EvalPrompt, benchmark_prompts, read_prompts
-from grpo_latent.eval.report import VerdictSettings
 from grpo_latent.eval.scoring import GradeScorer, RewardScorer, Scorer
 from grpo_latent.eval.table import report_table
+from grpo_latent.eval.verdict import VerdictSettings
 from grpo_latent.latent.treatments import parse_treatment
 from grpo_latent.models.loading import LatentModel, load_latent_model
 from grpo_latent.models.treated import initialisation_notes

@@ -33,8 +33,9 @@ from grpo_latent.eval.donors import donors, with_truth_of
 from grpo_latent.eval.journal import Journal, PhaseBatch
 from grpo_latent.eval.leak import leak, nearest_token_hits
 from grpo_latent.eval.prompts import EvalPrompt
-from grpo_latent.eval.report import Findings, VerdictSettings, build_report
+from grpo_latent.eval.report import Findings, build_report
 from grpo_latent.eval.scoring import Outcome, Scorer
+from grpo_latent.eval.verdict import VerdictSettings
 from grpo_latent.latent.treatments import Mask, Treatment
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.trajectory import Trajectory

@@ -1,80 +1,35 @@
-"""From outcomes to the report: intervals, pass@k, paired tests, and the verdict on the latents.
+"""From outcomes to the report: accuracies, paired tests, and the verdict on the latents.
 
 Every accuracy is over questions, as its interval is: rows that share one are averaged first, and
-it counts once.
+it counts once (`eval.accuracies`).
 
-Legend: P prompts (rows), Q questions, G trajectories of a prompt.
+Legend: P prompts (rows).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import fmean, pstdev
+from statistics import fmean
 
-from grpo_latent.errors import ConfigError
-from grpo_latent.eval.ablations import BLIND, ORACLE, SHUFFLE, check_decides, parse_name
-from grpo_latent.eval.benchmarks import find_benchmark
+from grpo_latent.eval.ablations import ORACLE, parse_name
+from grpo_latent.eval.accuracies import decoding_report
 from grpo_latent.eval.decode import GREEDY, Decoding
 from grpo_latent.eval.geometry import geometry
-from grpo_latent.eval.graders import pair_accuracy
 from grpo_latent.eval.journal import PhaseBatch
 from grpo_latent.eval.prompts import EvalPrompt
-from grpo_latent.eval.scoring import Outcome, accuracy
+from grpo_latent.eval.scoring import accuracy
 from grpo_latent.eval.statistics import (
-    DEFAULT_MARGIN,
     NOT_USED,
     UNDECIDED,
-    Interval,
     UsageVerdict,
-    bootstrap_interval,
     by_cluster,
-    pass_at_k,
     usage_verdict,
 )
+from grpo_latent.eval.verdict import LATENTS, SUBJECTS, VerdictSettings
 from grpo_latent.trajectory import Trajectory
 
-OWN, LATENTS = "own", "the latents"
-SUBJECTS = {BLIND: "the image after the span", "no_span": "opening a span"}
-
-
-@dataclass(frozen=True)
-class VerdictSettings:
-    """When an ablation says that latents are used (`statistics.usage_verdict`).
-
-    Attributes:
-        margin: smallest loss of accuracy that counts as use.
-        level: of all intervals and tests of a report together (Bonferroni over its ablations).
-        chance: accuracy of guessing; a benchmark with options brings its own.
-        primary: the ablation whose verdict is the report's; one that `ablations.check_decides`
-            lets decide.
-    """
-
-    margin: float = DEFAULT_MARGIN
-    level: float = 0.95
-    chance: float = 0.0
-    primary: str = SHUFFLE
-    num_resamples: int = 10_000
-
-    def __post_init__(self):
-        for name, holds in (
-            ("margin", 0 < self.margin < 1),
-            ("level", 0 < self.level < 1),
-            ("chance", 0 <= self.chance < 1),
-        ):
-            if not holds:
-                raise ConfigError(
-                    "not usable",
-                    where=f"verdict.{name}",
-                    got=getattr(self, name),
-                    expected="in (0, 1)",
-                )
-        if type(self.num_resamples) is not int or self.num_resamples < 1:
-            got = self.num_resamples
-            raise ConfigError(
-                "not a count", where="verdict.num_resamples", got=got, expected="int >= 1"
-            )
-        check_decides(self.primary, "verdict.primary")
+OWN = "own"
 
 
 @dataclass
@@ -167,112 +122,6 @@ def build_report(findings: Findings) -> dict:
     }
 
 
-def decoding_report(
-    prompts: Sequence[EvalPrompt],
-    decoding: Decoding,
-    groups: list[list[Outcome]],
-    settings: VerdictSettings,
-) -> dict:
-    """Reports accuracy, its interval, pass@k, and accuracy by trajectory index, over questions.
-
-    An index stands for a seed of its own. Trajectories of a row, then rows of a question are
-    averaged first (`by_cluster`).
-    """
-    correct_PG = [[outcome.correct for outcome in group] for group in groups]
-    means_P = [accuracy(values) for values in correct_PG]
-    clusters = [prompt.cluster for prompt in prompts]
-    means_Q = by_cluster(clusters, means_P)
-    report: dict[str, object] = {
-        "accuracy": accuracy(means_Q),
-        "interval": _interval(means_Q, settings),
-        "n": decoding.num_sampled or 1,
-    }
-    report |= _by_item(prompts, means_P, settings)
-    known = [
-        (cluster, group)
-        for cluster, group in zip(clusters, correct_PG, strict=True)
-        if None not in group
-    ]
-    # pass@k counts right ones, which a reward between 0 and 1 does not tell
-    if (
-        decoding.num_sampled
-        and known
-        and all(value in (0.0, 1.0) for _, group in known for value in group)
-    ):
-        ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < decoding.num_sampled] + [
-            decoding.num_sampled
-        ]
-        known_clusters, known_PG = zip(*known, strict=True)
-        at_k = {
-            k: [pass_at_k(len(values), int(sum(values)), k) for values in known_PG] for k in ks
-        }
-        at_k = {k: by_cluster(known_clusters, values) for k, values in at_k.items()}
-        report["pass_at_k"] = {
-            str(k): {"estimate": fmean(values_Q), "interval": _interval(values_Q, settings)}
-            for k, values_Q in at_k.items()
-        }
-    if decoding.num_sampled > 1:
-        seeds = range(decoding.num_sampled)
-        by_seed = [
-            accuracy(by_cluster(clusters, [values[j] for values in correct_PG])) for j in seeds
-        ]
-        spread = [value for value in by_seed if value is not None]
-        report |= {"accuracy_by_seed": by_seed, "seed_std": pstdev(spread) if spread else None}
-    return report
-
-
-def _interval(values: Sequence[float], settings: VerdictSettings) -> list[float] | None:
-    if not values:
-        return None
-    # a reward that is no accuracy has no known range to widen the interval to
-    bounds = (0.0, 1.0) if min(values) >= 0 and max(values) <= 1 else None
-    return _bounds(
-        bootstrap_interval(
-            values, level=settings.level, num_resamples=settings.num_resamples, bounds=bounds
-        )
-    )
-
-
-def _by_item(
-    prompts: Sequence[EvalPrompt], means_P: Sequence[float | None], settings: VerdictSettings
-) -> dict:
-    """Reports a benchmark's own measures; none where some prompt is of no benchmark.
-
-    They are plain accuracy over rows where some share a question, pairs or groups that are right
-    as a whole, and accuracy by category, over questions.
-    """
-    items = [prompt.item for prompt in prompts if prompt.item is not None]
-    if len(items) < len(prompts):
-        return {}
-    report: dict[str, object] = {}
-    groups: dict[str, list[float]] = {}
-    for item, value in zip(items, means_P, strict=True):
-        # a row whose trajectories were all dropped is not right, nor is its group
-        groups.setdefault(item.group_id, []).append(float(value or 0.0))
-    whole = [float(min(values) == 1.0) for values in groups.values()]
-    if len(groups) < len(items):
-        report["row_accuracy"] = accuracy(means_P)
-    if find_benchmark(items[0].benchmark).group_size == 2:
-        report["pair_accuracy"] = pair_accuracy(
-            [float(value or 0) for value in means_P], [i.group_id for i in items]
-        )
-        report["pair_interval"] = _interval(whole, settings)
-    elif len(groups) < len(items):
-        report |= {"group_accuracy": fmean(whole), "group_interval": _interval(whole, settings)}
-    categories = sorted({item.category for item in items})
-    if len(categories) > 1:
-        by_category: dict[str, float | None] = {}
-        for category in categories:
-            rows = [
-                (item.group_id, v)
-                for item, v in zip(items, means_P, strict=True)
-                if item.category == category
-            ]
-            by_category[category] = accuracy(by_cluster(*zip(*rows, strict=True)))
-        report["by_category"] = by_category
-    return report
-
-
 def chance(findings: Findings) -> float:
     """Says how often guessing is right: as configured, or of the benchmark."""
     chances = [prompt.item.chance for prompt in findings.prompts if prompt.item is not None]
@@ -344,14 +193,10 @@ def _verdict_dict(verdict: UsageVerdict) -> dict:
         "verdict": verdict.verdict,
         "sentence": verdict.sentence,
         "gap": verdict.gap.estimate,
-        "gap_interval": _bounds(verdict.gap),
+        "gap_interval": [verdict.gap.low, verdict.gap.high],
         "p_value": verdict.p_value,
         "mcnemar": None if verdict.mcnemar is None else asdict(verdict.mcnemar),
     }
-
-
-def _bounds(interval: Interval) -> list[float]:
-    return [interval.low, interval.high]
 
 
 def overall_verdict(findings: Findings, usage: dict[str, dict]) -> dict:

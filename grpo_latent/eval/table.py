@@ -6,7 +6,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from grpo_latent.eval.report import LATENTS
+from grpo_latent.eval.verdict import LATENTS
 
 HELD = {"used": "bold green", "not used": "yellow", "undecided at this n": "dim"}
 

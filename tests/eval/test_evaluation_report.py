@@ -5,19 +5,14 @@ import torch
 from latent_cases import build_case
 
 from grpo_latent.errors import RewardError
+from grpo_latent.eval.accuracies import decoding_report
 from grpo_latent.eval.benchmarks import BenchmarkItem
 from grpo_latent.eval.decode import GREEDY, Decoding
 from grpo_latent.eval.prompts import EvalPrompt
-from grpo_latent.eval.report import (
-    Findings,
-    VerdictSettings,
-    chance,
-    decoding_report,
-    latent_statistics,
-    usage_report,
-)
+from grpo_latent.eval.report import Findings, chance, latent_statistics, usage_report
 from grpo_latent.eval.scoring import Outcome, accuracy, as_outcome
 from grpo_latent.eval.statistics import bootstrap_difference, bootstrap_interval
+from grpo_latent.eval.verdict import VerdictSettings
 from grpo_latent.rewards.runner import RewardResult
 from grpo_latent.rollout.protocol import SamplingParams
 

@@ -17,8 +17,9 @@ from grpo_latent.data.rows import write_verl_parquet
 from grpo_latent.eval.dumps import read_dump
 from grpo_latent.eval.journal import PhaseBatch
 from grpo_latent.eval.prompts import EvalPrompt
-from grpo_latent.eval.report import Findings, VerdictSettings, build_report
+from grpo_latent.eval.report import Findings, build_report
 from grpo_latent.eval.scoring import Outcome
+from grpo_latent.eval.verdict import VerdictSettings
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import save_latent_model
 from grpo_latent.models.prompts import encode_prompt
