@@ -9,7 +9,10 @@ own; what verl adds is done here in a few lines: workers, FSDP, micro-batches, t
 trajectory's seed is made as in training. Not here: resume, several devices, drawn selections,
 rollout correction, several updates a rollout, policy losses other than `grpo_latent`.
 
-Legend: B trajectories, T positions, M latents or actions, S statistics of a latent, V vocabulary.
+Beside it: one_process_inputs.py (config, policy, rows, rewards) and one_process_forward.py.
+
+Legend: B trajectories, G of a group, P prompts, T positions, M latents or actions, N vectors of the
+batch, H hidden size.
 """
 
 from __future__ import annotations
@@ -18,180 +21,68 @@ import copy
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean
 
+# before torch and verl are imported, which read them then
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("VERL_PLATFORM", "cpu")
 
 import torch  # noqa: E402
-from hydra import compose, initialize_config_dir  # noqa: E402
-from hydra.core.config_search_path import ConfigSearchPath  # noqa: E402
-from hydra.core.plugins import Plugins  # noqa: E402
-from hydra.plugins.search_path_plugin import SearchPathPlugin  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
+from one_process_forward import Forward, run_forward  # noqa: E402
+from one_process_inputs import (  # noqa: E402
+    Batch,
+    Group,
+    compose_config,
+    endless,
+    in_training_order,
+    load,
+    read_rows,
+    rewards_of,
+    score_groups,
+)
 from torch import Tensor  # noqa: E402
-from transformers.cache_utils import DynamicCache  # noqa: E402
 from verl.trainer.ppo.core_algos import kl_penalty  # noqa: E402
 from verl.utils.torch_functional import (  # noqa: E402
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
 )
 
-import grpo_latent.train  # noqa: E402, F401  lets hydra find verl's configs
 from grpo_latent.algo.advantages import group_advantages  # noqa: E402
 from grpo_latent.algo.losses import Denominators, aggregate, policy_loss  # noqa: E402
-from grpo_latent.backbones.images import ImageInputs  # noqa: E402
 from grpo_latent.errors import ConfigError  # noqa: E402
 from grpo_latent.eval.decode import Evaluator  # noqa: E402
-from grpo_latent.eval.prompts import EvalPrompt, read_prompts  # noqa: E402
+from grpo_latent.eval.prompts import EvalPrompt  # noqa: E402
 from grpo_latent.eval.scoring import RewardScorer, accuracy  # noqa: E402
-from grpo_latent.latent.treatments import LatentSource, Treatment, parse_treatment  # noqa: E402
+from grpo_latent.latent.treatments import parse_treatment  # noqa: E402
 from grpo_latent.latent.treatments.components import Acts, LatentView  # noqa: E402
 from grpo_latent.models.adapter import ModelAdapter  # noqa: E402
-from grpo_latent.models.kv_cache import caching_layers  # noqa: E402
-from grpo_latent.models.loading import LatentModel, load_latent_model  # noqa: E402
+from grpo_latent.models.loading import LatentModel  # noqa: E402
 from grpo_latent.models.recompute import recompute_latents  # noqa: E402
-from grpo_latent.models.replay import replay_hidden  # noqa: E402
 from grpo_latent.models.sequences import LatentSequences, collate  # noqa: E402
-from grpo_latent.models.shift import token_sources  # noqa: E402
 from grpo_latent.models.vision_cache import VisionCache  # noqa: E402
-from grpo_latent.rewards.functions import specs_from_config  # noqa: E402
-from grpo_latent.rewards.runner import RewardRunner  # noqa: E402
 from grpo_latent.rollout.hf import HFRolloutEngine  # noqa: E402
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams  # noqa: E402
 from grpo_latent.rollout.sampling import trajectory_seed  # noqa: E402
-from grpo_latent.trajectory import PositionKind, Trajectory  # noqa: E402
-from grpo_latent.verl_plugin.rewards.manager import reward_settings  # noqa: E402
+
+# what scripts ask this module for
+__all__ = [
+    "OneProcess",
+    "Record",
+    "StepLog",
+    "check_config",
+    "compose_config",
+    "endless",
+    "in_training_order",
+    "load",
+    "read_rows",
+    "rewards_of",
+]
 
 VISION_BYTES = 1 << 28  # of a frozen tower's features, kept over all steps
 AGGREGATIONS = {"token-mean": "token_mean", "seq-mean-token-mean": "grpo"}
-
-
-class ProductConfigs(SearchPathPlugin):
-    """Lets recipes find `grpo.yaml`, as the entry point's own config path does."""
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        search_path.append("grpo_latent", "pkg://grpo_latent.config")
-
-
-Plugins.instance().register(ProductConfigs)
-
-
-def compose_config(folder: str | Path, name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """A recipe's config, as `grpo_latent.train --config-dir folder --config-name name` has it."""
-    with initialize_config_dir(str(Path(folder).resolve()), version_base=None):
-        return compose(name, list(overrides))
-
-
-@dataclass
-class Forward:
-    """One forward over a batch: nats, 0 where the policy did not act.
-
-    Attributes:
-        log_probs_BT, entropies_BT: of text, at the sampling temperature.
-        density_M: log-densities of latents, where they act.
-        statistics_MS: `Treatment.statistics`, where the loss reads them.
-    """
-
-    log_probs_BT: Tensor
-    entropies_BT: Tensor
-    density_M: Tensor | None = None
-    statistics_MS: Tensor | None = None
-
-
-def run_forward(
-    adapter: ModelAdapter,
-    sequences: LatentSequences,
-    recorded_MH: Tensor,
-    treatment: Treatment,
-    reads_statistics: bool,
-    temperature: float,
-    group_size: int,
-) -> Forward:
-    """Scores recorded trajectories by the adapter's model.
-
-    Args:
-        sequences: latents as they are fed: recorded, or made anew.
-        recorded_MH: what the rollout recorded where a hidden state made it.
-    """
-    hidden_BTH = hidden_states(adapter, sequences, group_size)
-    mask_BT = sequences.action_mask_BT(adapter.mechanism.start_is_action)
-    logits_MV = adapter.logits(hidden_BTH[token_sources(mask_BT)]).float() / temperature
-    log_probs_MV = logits_MV.log_softmax(-1)
-    picked_M = log_probs_MV.gather(1, sequences.input_ids_BT[mask_BT][:, None])[:, 0]
-    entropies_M = -(log_probs_MV.exp() * log_probs_MV).sum(-1)
-    blank_BT = torch.zeros(mask_BT.shape)
-    forward = Forward(
-        blank_BT.masked_scatter(mask_BT, picked_M), blank_BT.masked_scatter(mask_BT, entropies_M)
-    )
-    if not (treatment.is_action or reads_statistics):
-        return forward
-    hidden_MH = hidden_BTH[sequences.sources(adapter.mechanism)]
-    source = LatentSource(
-        adapter.make(hidden_MH),
-        lambda: adapter.logits(hidden_MH).float() / temperature,
-        treatment.features(adapter.model, hidden_MH),
-    )
-    if treatment.is_action:
-        forward.density_M = treatment.log_density(source, recorded_MH, sequences.latent_aux_MA)
-    if reads_statistics:
-        forward.statistics_MS = treatment.statistics(source).float()
-    return forward
-
-
-def hidden_states(adapter: ModelAdapter, sequences: LatentSequences, group_size: int) -> Tensor:
-    """`replay_hidden` [B, T, H] of whole groups, each group's prompt once.
-
-    Args:
-        sequences: `padding_side="both"`, the rows of a group one after the other, images of each
-            prompt once.
-    """
-    first = int((sequences.kinds_BT >= PositionKind.TEXT).any(0).nonzero()[0])
-    if adapter.mechanism.composes:  # each token's input is composed: the injector knows how
-        return replay_hidden(adapter, sequences)
-    bias, position_ids = sequences.attention_bias(adapter.dtype), sequences.position_ids
-    cache = DynamicCache(config=adapter.text_config)
-    with caching_layers(adapter.model):
-        prompt_PTH = adapter.forward_hidden(
-            sequences.fed_ids_BT[::group_size, :first],
-            bias[::group_size, :, :first, :first],
-            position_ids[..., ::group_size, :first],
-            images_of_prompts(sequences, group_size),
-            cache,
-        )
-        cache.batch_repeat_interleave(group_size)
-        recorded_BT = sequences.recorded_mask_BT[:, first:]
-        embeds_BTH = adapter.embed(sequences.fed_ids_BT[:, first:])
-        embeds_BTH = embeds_BTH.masked_scatter(recorded_BT[..., None], sequences.latents_NH)
-        completion_BTH = adapter.decoder(
-            inputs_embeds=embeds_BTH,
-            attention_mask=bias[:, :, first:],
-            position_ids=position_ids[..., first:],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-    return torch.cat([prompt_PTH.repeat_interleave(group_size, 0), completion_BTH], 1)
-
-
-def images_of_prompts(sequences: LatentSequences, group_size: int) -> ImageInputs | None:
-    """Those of the first row of each group: one image a row, as the embedded tasks have."""
-    images = sequences.images
-    if images is None:
-        return None
-    num_rows, num_images = sequences.kinds_BT.shape[0], len(images.image_grid_thw)
-    if num_images != num_rows:
-        raise ConfigError(
-            "not in the one-process loop",
-            where="data.train_files",
-            got=f"{num_images} images in {num_rows} rows",
-            expected="one image a row, or none",
-        )
-    patches = images.pixel_values.split(images.image_grid_thw.prod(-1).tolist())[::group_size]
-    return ImageInputs(torch.cat(patches), images.image_grid_thw[::group_size])
 
 
 @dataclass(frozen=True)
@@ -446,57 +337,6 @@ class OneProcess:
         return loss
 
 
-@dataclass(frozen=True)
-class Group:
-    """The trajectories of one row, their rewards [G] and whether each is right."""
-
-    prompt: EvalPrompt
-    trajectories: list[Trajectory]
-    rewards_G: Tensor
-    correct: list[float]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Groups of one step, in the order of their rows."""
-
-    groups: list[Group]
-
-    @property
-    def trajectories(self) -> list[Trajectory]:
-        return [trajectory for group in self.groups for trajectory in group.trajectories]
-
-    @property
-    def images(self) -> list:
-        return [group.prompt.images for group in self.groups for _ in group.trajectories]
-
-    @property
-    def group_ids(self) -> list[str]:
-        return [str(i) for i, group in enumerate(self.groups) for _ in group.trajectories]
-
-    @property
-    def rewards_B(self) -> Tensor:
-        return torch.cat([group.rewards_G for group in self.groups])
-
-    @property
-    def correct(self) -> list[float]:
-        return [value for group in self.groups for value in group.correct]
-
-
-def score_groups(
-    prompts: Sequence[EvalPrompt], groups: Sequence[list[Trajectory]], scorer: RewardScorer
-) -> list[Group]:
-    """All in one call: the reward process answers once."""
-    rows = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
-    outcomes = iter(scorer(rows, [trajectory for group in groups for trajectory in group]))
-    scored = []
-    for prompt, group in zip(prompts, groups, strict=True):
-        own = [next(outcomes) for _ in group]
-        rewards_G = torch.tensor([outcome.score for outcome in own])
-        scored.append(Group(prompt, group, rewards_G, [outcome.correct or 0.0 for outcome in own]))
-    return scored
-
-
 def check_config(config: DictConfig) -> None:
     """Raises `ConfigError` at settings that this loop would pass over in silence."""
     actor, batch_size = config.actor_rollout_ref.actor, config.data.train_batch_size
@@ -537,47 +377,3 @@ def make_optimizer(parameters: list, config: DictConfig):
     else:
         schedule = get_constant_schedule_with_warmup(optimizer, warmup)
     return optimizer, schedule
-
-
-def in_training_order(
-    rows: Sequence[EvalPrompt], seed: int, permutation: int = 0
-) -> list[EvalPrompt]:
-    """The rows in the order in which verl's sampler draws them in the first epoch.
-
-    Args:
-        permutation: 0 for that one; others take further draws of the same generator.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(permutation + 1):
-        order = torch.randperm(len(rows), generator=generator).tolist()
-    return [rows[i] for i in order]
-
-
-def endless(rows: Sequence[EvalPrompt]) -> Iterator[EvalPrompt]:
-    while True:
-        yield from rows
-
-
-@contextmanager
-def rewards_of(config: DictConfig, loaded: LatentModel) -> Iterator[RewardScorer]:
-    """The config's reward functions, in their process."""
-    entries = reward_settings(config)["functions"]
-    with RewardRunner(specs_from_config(entries)) as runner:
-        yield RewardScorer(runner, loaded)
-
-
-def load(config: DictConfig, folder: str | Path) -> LatentModel:
-    """The policy at its start, with the config's treatment."""
-    treatment, _ = parse_treatment(OmegaConf.to_container(config.latent.treatment, resolve=True))
-    overrides = {
-        name: config.latent[name]
-        for name in ("visibility", "steps", "exit", "max_spans", "start_is_action")
-        if config.latent[name] is not None
-    }
-    return load_latent_model(
-        folder, overrides=overrides, treatment=treatment, seed=config.latent.seed
-    )
-
-
-def read_rows(folder: str | Path, name: str, loaded: LatentModel, max_rows: int | None = None):
-    return read_prompts([Path(folder) / f"{name}.parquet"], loaded, max_rows)
