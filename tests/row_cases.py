@@ -29,13 +29,20 @@ ROW = verl_row(
 GOOD = copy.deepcopy(ROW) | {"extra_info": ROW["extra_info"] | {"index": 0}}
 
 
-def changed(row, path, value):
-    row = copy.deepcopy(row)
-    item = row
+def changed(value, path, new):
+    """A deep copy of nested `value` with one item, at `path`, replaced.
+
+    It is removed where `new` is KeyError.
+    """
+    value = copy.deepcopy(value)
+    item = value
     for key in path[:-1]:
         item = item[key]
-    item[path[-1]] = value
-    return row
+    if new is KeyError:
+        del item[path[-1]]
+    else:
+        item[path[-1]] = new
+    return value
 
 
 def write_lines(path, *records):

@@ -3,12 +3,12 @@
 Input folders are never written to.
 """
 
-import hashlib
 import json
 import shutil
 
 import pytest
 import torch
+from folder_cases import digests
 from latent_cases import build_case, sampling
 from safetensors.torch import load_file, save_file
 
@@ -21,13 +21,6 @@ from grpo_latent.models.loading import load_latent_model, save_latent_model
 from grpo_latent.models.tiny import LVR_TOKENS
 from grpo_latent.models.tokens import add_latent_tokens
 from grpo_latent.rollout.hf import HFRolloutEngine
-
-
-def digests(folder):
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.iterdir())
-    }
 
 
 def saved(folder, name="qwen2", **changes):

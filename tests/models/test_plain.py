@@ -1,10 +1,10 @@
 """A plain model gets latents without SFT: in its own folder, reproducibly, by command too."""
 
-import hashlib
 import json
 
 import pytest
 import torch
+from folder_cases import digests
 from safetensors.torch import load_file
 
 from grpo_latent.add_latents import main, parse_setting
@@ -20,10 +20,6 @@ def plain_folder(path, build=tiny.tiny_qwen3):
     (processor or tokenizer).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
-
-
-def digests(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("build", [tiny.tiny_qwen3, tiny.tiny_qwen2_5_vl])

@@ -3,12 +3,12 @@
 Folders are only read.
 """
 
-import hashlib
 import json
 import shutil
 
 import pytest
 import torch
+from folder_cases import digests
 from latent_cases import build_case
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -26,13 +26,6 @@ PROMPTS = [
     for color in ("red", "blue")
 ]
 SAMPLING = SamplingParams(max_new_tokens=8)
-
-
-def digests(folder):
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.iterdir())
-    }
 
 
 def write_checkpoint(folder, start_logit):

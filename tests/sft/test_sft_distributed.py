@@ -10,10 +10,9 @@ import sys
 
 import pytest
 import torch
+from run_cases import WORDS, write_boxed_rows
 from safetensors.torch import load_file
-from sft_cases import examples
 
-from grpo_latent.data.rows import verl_row, write_verl_parquet
 from grpo_latent.models import tiny
 
 COMMON = [
@@ -63,24 +62,10 @@ def launch(folder, name, num_processes, *overrides):
 
 @pytest.mark.slow
 def test_two_processes_are_one_that_accumulates(tmp_path):
-    model, _, processor = tiny.tiny_qwen2_5_vl(
-        ("read", "red", "blue", "green", "?"), latent_tokens=()
-    )
+    model, _, processor = tiny.tiny_qwen2_5_vl(WORDS, latent_tokens=())
     model.save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
-    rows = [
-        verl_row(
-            data_source="test",
-            prompt=f"{item.messages[0]['content'][0]['text']}<image>",
-            images=[image.data for image in item.images],
-            answer=item.answer or None,
-            index=index,
-            split="train",
-            bboxes=item.boxes,
-        )
-        for index, item in enumerate(examples(12))
-    ]
-    write_verl_parquet(tmp_path / "rows.parquet", rows)
+    write_boxed_rows(tmp_path / "rows.parquet", 12)
     one, log_one = launch(tmp_path, "one", 1, "trainer.gradient_accumulation_steps=2")
     two, log_two = launch(
         tmp_path, "two", 2, "trainer.gradient_accumulation_steps=1", "+trainer.ddp_backend=gloo"

@@ -1,129 +1,27 @@
 """Whole runs: `run_sft` and the config of `python -m grpo_latent.sft`.
 
-Resume to the bit, inputs only read, exit codes.
+Resume to the bit, inputs only read.
 
 Not covered: resuming on another number of processes.
 """
 
-import hashlib
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from folder_cases import digests, same_nested
 from latent_cases import build_case, sampling
-from omegaconf import OmegaConf
+from lvr_run_cases import run
 from safetensors.torch import load_file, save_file
-from sft_cases import examples
 
-import grpo_latent.config
-from grpo_latent.data.formats.lvr_json import write_lvr_json
-from grpo_latent.data.rows import read_verl_parquet, verl_row, write_verl_parquet
-from grpo_latent.errors import CheckpointError, ConfigError, DataError
+from grpo_latent.data.rows import read_verl_parquet
+from grpo_latent.errors import ConfigError
 from grpo_latent.latent.mechanisms import LATENT_CONFIG_FILE
-from grpo_latent.models import tiny
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.models.prompts import encode_prompt
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import RolloutRequest
-from grpo_latent.sft.__main__ import main as run_config
-from grpo_latent.sft.run import run_sft
-from grpo_latent.sft.settings import SFTSettings
-
-CONFIG_DIR = str(Path(grpo_latent.config.__file__).parent)
-WORDS = ("read", "red", "blue", "green", "?")
-SMALL = {
-    "data.format": "parquet",
-    "data.min_image_tokens": None,
-    "data.max_image_tokens": None,
-    "model.vision_cache_bytes": 1 << 20,
-    "latent.head": "mlp",
-    "latent.steps": 2,
-    "trainer.max_steps": 6,
-    "trainer.per_device_train_batch_size": 4,
-    "trainer.gradient_accumulation_steps": 1,
-    "trainer.learning_rate": 1e-2,
-    "trainer.warmup_steps": 2,
-    "trainer.save_steps": 3,
-    "trainer.save_total_limit": None,
-    "schedule.horizon_steps": 10,
-}
-
-
-def digests(folder):
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-    }
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """A base model without latent tokens, and rows in both formats. Unchanged at the end."""
-    folder = tmp_path_factory.mktemp("inputs")
-    model, tokenizer, processor = tiny.tiny_qwen2_5_vl(WORDS, latent_tokens=())
-    model.save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
-    rows = [
-        verl_row(
-            data_source="test",
-            prompt="".join(part.get("text", "<image>") for part in item.messages[0]["content"]),
-            images=[image.data for image in item.images],
-            answer=item.answer or None,
-            index=index,
-            split="train",
-            bboxes=item.boxes,
-        )
-        for index, item in enumerate(examples(10))
-    ]
-    write_verl_parquet(folder / "rows.parquet", rows)
-    write_lvr_json(folder / "rows.json", read_verl_parquet(folder / "rows.parquet"))
-    before = digests(folder)
-    yield folder
-    assert digests(folder) == before, "a run wrote to its inputs"
-
-
-def config_of(inputs, output_dir, name="sft", **overrides):
-    values = {
-        "model.path": str(inputs / "base"),
-        "data.train_files": str(inputs / "rows.parquet"),
-        "trainer.output_dir": str(output_dir),
-    }
-    with initialize_config_dir(CONFIG_DIR, version_base=None):
-        config = compose(name)
-    OmegaConf.set_struct(config, False)
-    for key, value in (values | SMALL | overrides).items():
-        OmegaConf.update(config, key, value)
-    return config
-
-
-def settings_of(inputs, output_dir, **overrides):
-    return SFTSettings.from_dict(
-        OmegaConf.to_container(config_of(inputs, output_dir, **overrides), resolve=True)
-    )
-
-
-def run(inputs, output_dir, **overrides):
-    return run_sft(settings_of(inputs, output_dir, **overrides))
-
-
-def same_tensors(a, b):
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[name], b[name]) for name in a)
-
-
-def same_nested(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_nested(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same_nested(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
 
 LORA = {"model.lora.enabled": True, "model.lora.r": 2, "model.lora.dropout": 0.3}
 
@@ -144,7 +42,7 @@ def test_three_steps_and_three_more_are_six(inputs, tmp_path, options):
         file.write('{"step": 4, "loss": 9.0}\n{"step": 5, "lo')
     result = run(inputs, halves, **options)
     assert result.steps == 6
-    assert same_tensors(
+    assert same_nested(
         load_file(whole / "model/model.safetensors"), load_file(halves / "model/model.safetensors")
     )
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
@@ -175,7 +73,7 @@ def test_a_seed_decides_everything(inputs, tmp_path):
         )
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
     )
-    assert same_tensors(first, second)
+    assert same_nested(first, second)
     assert not torch.equal(first["lvr_head.mlp.0.weight"], other["lvr_head.mlp.0.weight"])
 
 
@@ -193,7 +91,7 @@ def test_the_model_rolls_out_and_the_formats_agree(inputs, tmp_path):
     weights = [
         load_file(result.model_path / "model.safetensors") for result in (parquet, published)
     ]
-    assert same_tensors(*weights)
+    assert same_nested(*weights)
     loaded = load_latent_model(parquet.model_path)
     assert (
         loaded.mechanism.steps == 2
@@ -322,125 +220,3 @@ def test_lora_writes_a_plain_folder(inputs, tmp_path, options, dtype):
     assert not [name for name in weights if "lora" in name or "base_layer" in name]
     assert {tensor.dtype for tensor in weights.values()} == {dtype}
     load_latent_model(result.model_path)
-
-
-def test_a_run_with_other_settings_is_not_resumed(inputs, tmp_path):
-    run(inputs, tmp_path, **{"trainer.max_steps": 3})
-    with pytest.raises(ConfigError, match="other settings.*loss.latent_weight"):
-        run(inputs, tmp_path, **{"loss.latent_weight": 0.7})
-    assert (
-        run(
-            inputs, tmp_path, **{"loss.latent_weight": 0.7, "trainer.resume_from_checkpoint": None}
-        ).steps
-        == 6
-    )
-    with pytest.raises(ConfigError, match="not a complete checkpoint"):
-        run(inputs, tmp_path, **{"trainer.resume_from_checkpoint": str(tmp_path / "checkpoint-9")})
-
-
-def test_resuming_from_a_damaged_checkpoint_is_refused(inputs, tmp_path):
-    run(inputs, tmp_path, **{"trainer.max_steps": 3})
-    path = tmp_path / "checkpoint-3" / "model.safetensors"
-    tensors = load_file(path)
-    del tensors["lvr_head.mlp.0.weight"]
-    save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="weights are missing.*lvr_head.mlp.0.weight"):
-        run(inputs, tmp_path)
-
-
-def test_output_over_the_input_is_refused(inputs, tmp_path):
-    for key in ("trainer.output_dir", "model.save_path"):
-        with pytest.raises(ConfigError, match="would be overwritten"):
-            run(inputs, tmp_path, **{key: str(inputs / "base")})
-
-
-def remove(name):
-    def change(folder):
-        (folder / name).unlink()
-
-    return change
-
-
-def edit(name, **values):
-    def change(folder):
-        path = folder / name
-        content = json.loads(path.read_text()) | values
-        path.write_text(json.dumps(content))
-
-    return change
-
-
-def write(name, text):
-    def change(folder):
-        (folder / name).write_text(text)
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (remove("config.json"), "config.json"),
-        (remove("model.safetensors"), "weights"),
-        (remove("tokenizer.json"), "tokenizer"),
-        (remove("chat_template.jinja"), "chat template"),
-        (write("config.json", "{"), "JSON|config.json"),
-        (write("model.safetensors", "no weights"), "weights"),
-    ],
-    ids=["config", "weights", "tokenizer", "template", "json", "damaged"],
-)
-def test_malformed_base_models(inputs, tmp_path, change, message):
-    shutil.copytree(inputs / "base", tmp_path / "base")
-    change(tmp_path / "base")
-    with pytest.raises(CheckpointError, match=message):
-        run(inputs, tmp_path / "run", **{"model.path": str(tmp_path / "base")})
-
-
-def test_a_text_model_has_no_visual_targets(inputs, tmp_path):
-    model, tokenizer, _ = tiny.tiny_qwen2(WORDS)
-    model.save_pretrained(tmp_path / "text")
-    tokenizer.save_pretrained(tmp_path / "text")
-    with pytest.raises(CheckpointError, match="vision tower"):
-        run(inputs, tmp_path / "run", **{"model.path": str(tmp_path / "text")})
-
-
-@pytest.mark.parametrize(
-    ("overrides", "error", "message"),
-    [
-        ({"data.train_files": "nowhere.parquet"}, DataError, "nowhere.parquet"),
-        ({"data.format": "csv"}, ConfigError, "data.format"),
-        ({"data.rows": 3}, ConfigError, r"data: unknown key.*max_rows"),
-        ({"trainer.max_step": 3}, ConfigError, r"trainer: unknown key.*max_steps"),
-        ({"trainer.optim": "adamv"}, ConfigError, "adamv"),
-        ({"model.path": None}, ConfigError, "model.path: wrong type"),
-        ({"model.path": "a/b/c"}, CheckpointError, "no such folder"),
-        ({"model.dtype": "float8"}, ConfigError, "model.dtype"),
-        ({"model.lora.rank": 3}, ConfigError, "model.lora: unknown key"),
-        ({"latent.steps": "many"}, ConfigError, "latent.steps: wrong type"),
-        ({"latent.steps": 0}, ConfigError, "latent.steps"),
-        ({"latent.head": "conv"}, ConfigError, "latent.head"),
-        ({"latent.exit": "latent_end"}, ConfigError, "loss.end"),
-        ({"latent.exit": "end_token"}, ConfigError, "loss.end"),
-        ({"loss.latent_loss": "l2"}, ConfigError, "loss.latent_loss"),
-        ({"loss.latent_weight": "0.1"}, ConfigError, "loss.latent_weight: wrong type"),
-        ({"schedule.steps": 3}, ConfigError, "schedule: unknown key"),
-        ({"data.labelled_per_batch": 4}, ConfigError, "labelled_per_batch"),
-        ({"data.max_length": 5}, DataError, "row too long"),
-        ({"model.freeze_merger": False}, ConfigError, "frozen"),
-        ({"trainer.use_cpu": True, "trainer.fsdp": "full_shard"}, ConfigError, "FSDP on the CPU"),
-    ],
-)
-def test_malformed_configs(inputs, tmp_path, overrides, error, message):
-    with pytest.raises(error, match=message):
-        run(inputs, tmp_path / "run", **overrides)
-
-
-def test_exit_codes(inputs, tmp_path, capsys):
-    assert run_config(config_of(inputs, tmp_path / "a", **{"trainer.max_steps": 1})) == 0
-    assert "sft: 1 steps" in capsys.readouterr().out
-    assert run_config(config_of(inputs, tmp_path / "b", **{"data.format": "csv"})) == 2
-    assert capsys.readouterr().err.startswith("ConfigError: data.format")
-    unset = config_of(inputs, tmp_path / "c")
-    unset.trainer.output_dir = "???"
-    assert run_config(unset) == 2
-    assert "trainer.output_dir" in capsys.readouterr().err

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from folder_cases import same_nested
 from ilvr_cases import PLANS, record, write_images
 from latent_cases import sampling
-from omegaconf import OmegaConf
+from run_cases import CONFIG_DIR, compose_sft, settings_from
 from safetensors.torch import load_file
 
-import grpo_latent.config
 from grpo_latent.data.formats.ilvr_jsonl import read_ilvr_jsonl
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.latent.mechanisms import ILVR
@@ -28,9 +27,7 @@ from grpo_latent.rollout.protocol import RolloutRequest
 from grpo_latent.sft.common.parameters import merge_lora
 from grpo_latent.sft.methods import METHODS
 from grpo_latent.sft.run import run_sft
-from grpo_latent.sft.settings import SFTSettings
 
-CONFIG_DIR = Path(grpo_latent.config.__file__).parent
 SMALL = {
     "data.min_image_tokens": None,
     "data.max_image_tokens": None,
@@ -69,16 +66,8 @@ def run(inputs, output_dir, method, /, **overrides):
         "data.train_files": str(inputs / "rows.jsonl"),
         "trainer.output_dir": str(output_dir),
     }
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        config = compose("sft", overrides=[f"method={method}"])
-    OmegaConf.set_struct(config, False)
-    for key, value in (values | SMALL | overrides).items():
-        OmegaConf.update(config, key, value)
-    return run_sft(SFTSettings.from_dict(OmegaConf.to_container(config, resolve=True)))
-
-
-def same_tensors(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    config = compose_sft(values | SMALL | overrides, overrides=[f"method={method}"])
+    return run_sft(settings_from(config))
 
 
 def test_stage_1_resumes_student_and_teacher_and_stage_2_goes_on_from_it(inputs, tmp_path):
@@ -87,7 +76,7 @@ def test_stage_1_resumes_student_and_teacher_and_stage_2_goes_on_from_it(inputs,
     run(inputs, halves, "ilvr_stage1", **STAGE1, **{"trainer.max_steps": 2})
     run(inputs, halves, "ilvr_stage1", **STAGE1)
     for name in ("model/model.safetensors", "checkpoint-4/teacher/ema.safetensors"):
-        assert same_tensors(load_file(whole / name), load_file(halves / name)), name
+        assert same_nested(load_file(whole / name), load_file(halves / name)), name
     teacher, student = (
         load_file(whole / "checkpoint-4" / name)
         for name in ("teacher/ema.safetensors", "model.safetensors")
@@ -212,12 +201,10 @@ def test_what_does_not_belong_to_the_method_is_an_error(
 
 
 def test_each_method_has_a_config_and_its_defaults_are_those_of_the_code():
-    files = {path.stem for path in (CONFIG_DIR / "method").glob("[!_]*.yaml")}
+    files = {path.stem for path in Path(CONFIG_DIR, "method").glob("[!_]*.yaml")}
     assert files == METHODS.keys()
     required = ["model.path=a", "data.train_files=b", "trainer.output_dir=c"]
     for name, method in METHODS.items():
-        with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-            config = compose("sft", overrides=[f"method={name}", *required])
-        settings = SFTSettings.from_dict(OmegaConf.to_container(config, resolve=True))
+        settings = settings_from(compose_sft({}, overrides=[f"method={name}", *required]))
         assert settings.method == name
         assert settings.latent == method.latent() and settings.loss == method.loss()

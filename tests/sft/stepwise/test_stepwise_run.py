@@ -3,25 +3,19 @@
 From published records and from verl rows.
 """
 
-from pathlib import Path
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from run_cases import compose_sft, settings_from
 from sft_cases import png
 
-import grpo_latent.config
 from grpo_latent.data.formats.stepwise import main, read_stepwise_rows
 from grpo_latent.data.rows import read_verl_parquet, verl_row, write_verl_parquet
 from grpo_latent.errors import CheckpointError, ConfigError, DataError
 from grpo_latent.models import tiny
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.sft.run import run_sft
-from grpo_latent.sft.settings import SFTSettings
 
-CONFIG_DIR = Path(grpo_latent.config.__file__).parent
 WORDS = (
     "read",
     "red",
@@ -94,12 +88,8 @@ def run(output_dir, method, model, file, **overrides):
         "data.train_files": str(file),
         "trainer.output_dir": str(output_dir),
     }
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        config = compose("sft", overrides=[f"method={method}"])
-    OmegaConf.set_struct(config, False)
-    for key, value in (paths | SMALL | overrides).items():
-        OmegaConf.update(config, key, value)
-    return run_sft(SFTSettings.from_dict(OmegaConf.to_container(config, resolve=True)))
+    config = compose_sft(paths | SMALL | overrides, overrides=[f"method={method}"])
+    return run_sft(settings_from(config))
 
 
 def test_published_records_through_the_curriculum_with_lora(inputs, tmp_path):
