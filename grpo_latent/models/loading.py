@@ -296,6 +296,8 @@ def load_latent_parameters(model: nn.Module, mechanism: Mechanism, folder: str |
                     got=tuple(tensor.shape),
                     expected=str(own[name].shape),
                 )
+            # `state_dict` gives the parameters' own memory, detached: gradients do not see the
+            # copy
             own.pop(name).copy_(tensor)
     if own:
         raise CheckpointError(
@@ -313,6 +315,47 @@ def read_tensors(folder: str | Path, prefixes: tuple[str, ...]) -> Iterable[tupl
             for name in file.keys():
                 if name.startswith(prefixes):
                     yield name, file.get_tensor(name)
+
+
+def fitting_weights(
+    model: nn.Module, weights: Iterable[tuple[str, Tensor]], where: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Passes weights on that are to replace all of a model's, by the names of its `state_dict`.
+
+    Each is checked when it is asked for, and at the end that none was left out.
+
+    Raises:
+        CheckpointError: an unknown name, another shape, or a weight that was not given.
+    """
+    own = model.state_dict(keep_vars=True)
+    missing = {id(tensor) for tensor in own.values()}
+    for name, tensor in weights:
+        if name not in own or own[name].shape != tensor.shape:
+            expected = (
+                tuple(own[name].shape) if name in own else "a name of the model's state_dict"
+            )
+            raise CheckpointError(
+                "weight does not fit",
+                where=f"{where}: {name}",
+                got=f"shape {tuple(tensor.shape)}",
+                expected=str(expected),
+            )
+        # by identity: tied weights arrive under one of their names
+        missing.discard(id(own[name]))
+        yield name, tensor
+    if missing:
+        names = sorted(name for name, tensor in own.items() if id(tensor) in missing)
+        raise CheckpointError(
+            "weights are missing", where=where, got=names[:5], expected="all weights"
+        )
+
+
+@torch.no_grad()
+def copy_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """Copies all weights of a model in place; arguments and errors as `fitting_weights`."""
+    own = model.state_dict(keep_vars=True)
+    for name, tensor in fitting_weights(model, weights, where):
+        own[name].copy_(tensor)
 
 
 def find_eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

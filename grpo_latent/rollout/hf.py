@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grpo_latent.errors import CheckpointError, ConfigError, RolloutError
+from grpo_latent.errors import ConfigError, RolloutError
 from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.latent.treatments import Mask, Treatment
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.attention import folded_attention
+from grpo_latent.models.loading import copy_weights
 from grpo_latent.models.packed_linears import packed_linears
 from grpo_latent.rollout.decoding import DecodingBatch, TokenRules
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
@@ -153,37 +154,13 @@ class HFRolloutEngine:
         finally:
             self.model.train(was_training)
 
-    @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """Copies every parameter in place.
 
         Raises:
             CheckpointError: an unknown name, a wrong shape, or a parameter that was not given.
         """
-        own = self.model.state_dict(keep_vars=True)
-        missing = {tensor.data_ptr() for tensor in own.values()}
-        for name, tensor in weights:
-            if name not in own or own[name].shape != tensor.shape:
-                expected = (
-                    tuple(own[name].shape) if name in own else "a name of the model's state_dict"
-                )
-                raise CheckpointError(
-                    "weight does not fit",
-                    where=name,
-                    got=f"shape {tuple(tensor.shape)}",
-                    expected=str(expected),
-                )
-            own[name].copy_(tensor)
-            # by address: tied weights arrive under one of their names
-            missing.discard(own[name].data_ptr())
-        if missing:
-            names = [name for name, tensor in own.items() if tensor.data_ptr() in missing]
-            raise CheckpointError(
-                "weights were not sent",
-                where="load_weights",
-                got=names[:5],
-                expected="all weights",
-            )
+        copy_weights(self.model, weights, "load_weights")
         self.policy_version = policy_version
 
     def move_to(self, device: str | torch.device) -> None:

@@ -79,7 +79,7 @@ def test_the_head_is_a_weight_like_any_other():
     [
         (
             lambda w: w.pop("model.norm.weight"),
-            r"weights were not sent; got \['model.norm.weight'\]",
+            r"weights are missing; got \['model.norm.weight'\]",
         ),
         (
             lambda w: w.update(surprise=torch.zeros(1)),

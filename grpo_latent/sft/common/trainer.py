@@ -32,13 +32,12 @@ from transformers import (
 
 from grpo_latent.errors import TrainingError
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.loading import LatentModel
+from grpo_latent.models.loading import LatentModel, copy_weights, read_tensors
 from grpo_latent.models.vision_cache import VisionCache
 from grpo_latent.sft.common.dataset import SFTDataset
 from grpo_latent.sft.common.parameters import NO_DECAY, has_lora
 from grpo_latent.sft.common.routing import SFT_KEYWORD, route_sft_batches
 from grpo_latent.sft.common.sampler import SeededBatchSampler
-from grpo_latent.sft.common.saving import load_all_weights
 
 
 class LatentSFTTrainer(Trainer):
@@ -249,7 +248,8 @@ class LatentSFTTrainer(Trainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            load_all_weights(self.latent.model, resume_from_checkpoint)
+            weights = read_tensors(resume_from_checkpoint, ("",))
+            copy_weights(self.latent.model, weights, resume_from_checkpoint)
 
 
 class _TellEpoch(TrainerCallback):
