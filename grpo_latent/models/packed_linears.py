@@ -52,6 +52,8 @@ def packed_linears(modules: Iterable[nn.Module]) -> Iterator[int]:
     layers = [layer for layer in found.values() if "forward" not in vars(layer)]
     try:
         for layer in layers:
+            # in the instance, where it hides the class's own: `module(…)` looks there first, and
+            # nothing else of the layer changes
             vars(layer)["forward"] = _packed_forward(layer)
         yield len(layers)
     finally:

@@ -85,8 +85,9 @@ def render_text(
     num_images: int,
     where: str,
 ) -> str:
-    """The chat template's text, one placeholder an image; arguments and errors as
-    `encode_prompt`.
+    """The chat template's text, one placeholder an image.
+
+    Arguments and errors are those of `encode_prompt`.
     """
     num_parts = sum(part["type"] == "image" for message in messages for part in message["content"])
     if num_parts != num_images:

@@ -252,6 +252,7 @@ class _SlotFeeder:
 
         def rows_of(blocks: list[Tensor], nothing: Tensor) -> tuple[Tensor, ...]:
             """What each row uses of the slots' columns."""
+            # a boolean index goes row by row, so that `split` gives each row its own
             values = torch.cat(blocks, 1)[used_BL] if blocks else nothing
             return values.split(counts)
 

@@ -194,6 +194,7 @@ class VisionCache:
     ) -> list[_Encoded]:
         """Each image from the entries, or encoded on its own."""
         self._check_frozen()
+        # without the first, whether gradients are on: kept features have none
         if state[1:] != self._state_of_entries:
             self.clear()
             self._state_of_entries = state[1:]

@@ -105,6 +105,7 @@ def loss_sums(
         latent_distances(predicted_NH, targets_NH, loss_config.latent_loss).sum() / target_variance
     )
     if loss_config.end == "mode_switch":
+        # every span ends with its end token, so that there is a column behind each latent
         is_last_N = batch["kinds"][row_N, column_N + 1] != PositionKind.LATENT
         sums["end"] = end_bce_sum(
             adapter.logits(hidden_BTH[row_N, column_N]), is_last_N, mechanism.end_id

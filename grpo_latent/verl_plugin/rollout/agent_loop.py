@@ -127,6 +127,7 @@ class LatentAgentLoop(AgentLoopBase):
             raise DataError(
                 "videos and audio are not supported", where=where(row), expected="images and text"
             )
+        # in a thread: the other prompts of this worker go on meanwhile
         prompt = await self.loop.run_in_executor(
             None,
             render_prompt,
@@ -168,6 +169,7 @@ class LatentAgentLoop(AgentLoopBase):
             response_ids=trajectory.token_ids.tolist(),
             response_mask=acted.long().tolist(),
             response_logprobs=trajectory.rollout_log_probs.tolist(),
+            # as verl counts a question and its answer
             num_turns=2,
             metrics=AgentLoopMetrics(**metrics),
             extra_fields={
@@ -220,6 +222,8 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ign
             status = "failure"
             traceback.print_exc()
             self._failures.append(portable(error))
+            # the wave will never be complete: without this its other rows would wait for the
+            # timeout
             await self.llm_client.fail_wave(ticket.wave_id, portable(error))
         await tq.async_kv_put(key=uid, partition_id=partition_id, tag={"status": status})
 
@@ -263,6 +267,8 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ign
             return
         timing: dict[str, float] = {}
         with simple_timer("compute_score", timing):
+            # not `hash`, which Python salts anew in each process: a resumed run asks the same
+            # worker
             worker = workers[zlib.crc32(row_index(prompt).encode()) % len(workers)]
             results = await worker.compute_score_batch.remote(reward_input(outputs, prompt))
         for output, result in zip(outputs, results, strict=True):

@@ -62,6 +62,7 @@ async def launch_server(
         # the server shares the worker's device and must not have Ray hide it from an actor with
         # num_gpus=0
         env_vars |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+    # engine hf adds a bias to the scores, which flash kernels do not take: training may have them
     attention = (model_config.get("override_config", None) or {}).get(
         "attn_implementation", "sdpa"
     )

@@ -74,6 +74,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         folder = self.model_config.local_path
         assert folder is not None, "verl's model config fetches it when it is made"
         self.mechanism: Mechanism = self.options.mechanism(folder, self.model_config.tokenizer)
+        # before verl reads the weights: a refusal need not wait for that
         check_model(self.model_config.hf_config)
         check_layout(
             self.model_config, self.mechanism.visibility, self.options.draw_temperature is not None
@@ -81,6 +82,8 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         check_trains_treatment(self.model_config, self.options.treatment)
         check_packed(self.model_config)
         module = super()._build_module()
+        # all that has parameters joins before FSDP wraps the module: so it is sharded, trained,
+        # saved and sent to rollouts as the model's own
         self.mechanism.attach(module)
         if (
             not module.get_input_embeddings().weight.is_meta
@@ -98,6 +101,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         # collectives unequally often
         caches = self.backbone.caches_tower and self.options.share_images
         self.vision_cache = VisionCache.install(module) if caches else None
+        # a hook, since verl's patched forward of vision models overwrites `inputs_embeds`
         self.injector = LatentInjector.install(module, self.mechanism)
         self.input_gradients = InputGradients(
             module
@@ -119,6 +123,8 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
 
     def forward_backward_batch(self, data: TensorDict, loss_function, forward_only=False):
         if isinstance(loss_function, LatentLoss) and not forward_only:
+            # before verl cuts the mini-batch: every micro-batch divides by the counts of all of
+            # them
             counts = loss_function.count(data).to(get_device_id())
             torch.distributed.all_reduce(counts, group=self.get_data_parallel_group())
             tu.assign_non_tensor(
@@ -152,9 +158,12 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
             sequences.visibility != "full"
         ):  # otherwise verl's own mask stays, and with it its fastest kernel
             model_inputs["attention_mask"] = sequences.attention_bias(self._autocast_dtype)
+        # for all forwards: passes that recompute latents read chosen image embeddings, too
         self.choices.feed(batch)
         sequences = self.treated.prepare(model_inputs, sequences, batch, self.trains)
+        # after those passes: the attention that scores a choice is that of verl's forward alone
         self.choices.prepare(sequences, batch)
+        # last, since each pass has armed it with what it fed
         self.injector.arm(sequences.recorded_mask_BT, sequences.latents_NH)
         self.input_gradients.watch(
             sequences.kinds_BT

@@ -24,8 +24,11 @@ ONE_TO_ALL: int = Dispatch.ONE_TO_ALL  # type: ignore[attr-defined]
 
 def prepare_process(options: LatentOptions) -> None:
     """Selects the latent engine and, on CPU, limits threads and starts gloo; idempotent."""
+    # verl looks an engine up by (device, vendor) before it does by device: so ours is taken on
+    # GPUs, too, where verl has one of its own
     os.environ["VERL_ENGINE_VENDOR"] = NAME
     if compat.is_cpu():
+        # OpenMP's threads spin while they wait: on shared cores runs were ten times slower
         torch.set_num_threads(options.cpu_threads)
         compat.init_cpu_process_group()
 
