@@ -1,6 +1,4 @@
-"""Leaves modules that import vllm out of the doctests where vLLM is not installed (`make vllm`
-installs it).
-"""
+"""Leaves modules that import vllm out of the doctests where vLLM is missing (see `make vllm`)."""
 
 import importlib.metadata
 

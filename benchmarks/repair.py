@@ -19,13 +19,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -35,6 +33,7 @@ import torch  # noqa: E402
 from scipy import stats  # noqa: E402
 
 from grpo_latent.common.files import write_json  # noqa: E402
+from grpo_latent.common.provenance import provenance  # noqa: E402
 from grpo_latent.data.embedded.digits import WRONG_BOX  # noqa: E402
 from grpo_latent.errors import DataError  # noqa: E402
 from grpo_latent.eval.decode import Evaluator  # noqa: E402
@@ -130,7 +129,7 @@ def run(seed: int, treatment: str, folder: Path, overrides: Sequence[str]) -> di
         "overrides": list(overrides),
         **measured,
         "cpu_s": time.process_time() - started,
-        "machine": machine(),
+        "provenance": provenance(seed),
         "steps": steps,
     }
 
@@ -155,22 +154,6 @@ def measure(
             "questions": len(chosen),
         }
     return measured
-
-
-def machine() -> dict[str, str]:
-    """Processor, versions, commit and day: rounding moves a run."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    return {
-        "processor": models[0] if models else platform.machine(),
-        "kernels": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "commit": git.stdout.strip(),
-        "date": date.today().isoformat(),
-    }
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> Interval:
@@ -272,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             print(f"seed {seed} {name}: {shares}  {runs[-1]['cpu_s']:.0f} s", flush=True)
     summary = summarize(runs)
-    write_json(outputs / "summary.json", {"machine": machine(), "treatments": summary})
+    write_json(outputs / "summary.json", {"provenance": provenance(None), "treatments": summary})
     print(markdown(summary))
     return 0
 

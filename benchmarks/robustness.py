@@ -39,10 +39,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from grpo_latent.common.provenance import provenance  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-TRACK_ROWS, FINAL_ROWS = (
-    128,
-    1024,
-)  # of dev.parquet while it trains, of heldout.parquet at its ends
+TRACK_ROWS = 128  # of dev.parquet, while it trains
+FINAL_ROWS = 1024  # of heldout.parquet, at its start and end
 TRACK_EVERY = 10  # steps
 COLLAPSED = 0.5  # of the start's accuracy
 
@@ -88,14 +86,16 @@ PERTURBATIONS = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """Attributes:
-    folder, config: of its GRPO stage.
-    checkpoint: of SFT, below the recipe's output folder.
-    overrides: what run.sh adds to the config.
-    script: makes all stages; `ONLY_SFT=1` ends it before GRPO.
-    environment: of the script, besides SEED and OUT.
-    output: its folder below --outputs is <output>_seed<seed>; empty for the recipe's own name.
-        Recipes that start from one checkpoint share it.
+    """The RL stage of a recipe, and what makes the checkpoint that it starts from.
+
+    Attributes:
+        folder, config: of its GRPO stage.
+        checkpoint: of SFT, below the recipe's output folder.
+        overrides: what run.sh adds to the config.
+        script: makes all stages; `ONLY_SFT=1` ends it before GRPO.
+        environment: of the script, besides SEED and OUT.
+        output: its folder below --outputs is <output>_seed<seed>; empty for the recipe's own name.
+            Recipes that start from one checkpoint share it.
     """
 
     folder: str

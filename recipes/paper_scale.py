@@ -1,6 +1,4 @@
-"""What recipes' validate.py share: configs that compose, and shapes of a published model on the
-meta device.
-"""
+"""What recipes' validate.py share: configs that compose, shapes of a published model on meta."""
 
 from __future__ import annotations
 
@@ -52,10 +50,9 @@ def check_sft(folder: Path, name: str) -> SFTSettings:
 
 
 def check_slots(sft: SFTSettings, grpo) -> None:
-    """Raises `ConfigError` where SFT and RL differ in their slots, or the slots leave no room for
-    text.
-    """
-    slots, length = sft.latent.steps, grpo.data.max_response_length
+    """Raises `ConfigError` where SFT and RL differ in their slots, or these leave text no room."""
+    slots = sft.latent.steps
+    length = grpo.data.max_response_length
     if grpo.latent.steps != slots:
         got = f"{slots} in SFT, {grpo.latent.steps} in RL"
         raise ConfigError(
@@ -74,8 +71,9 @@ def check_slots(sft: SFTSettings, grpo) -> None:
 def validate_curriculum(
     folder: Path, name: str, model_json: Path, first_free_id: int, overrides: list[str]
 ) -> None:
-    """Checks <name>_sft and <name>_grpo of a recipe whose SFT is a curriculum of slots, on one
-    model; prints what it found.
+    """Checks <name>_sft and <name>_grpo of a recipe whose SFT is a curriculum of slots.
+
+    Prints what it found.
 
     Args:
         model_json, first_free_id: as for `check_shapes`.
@@ -106,10 +104,9 @@ def meta_model(model_json: Path, dtype: torch.dtype):
 
 
 def check_memory(model_json: Path, settings: SFTSettings, gpu_gb: float = 80) -> dict[str, float]:
-    """GB that a rank of DistributedDataParallel needs for SFT of one row of the longest length,
-    counted on the meta device.
+    """GB that a rank of DistributedDataParallel needs for SFT of a row of the longest length.
 
-    Weights, and of those that train: gradients, DDP's copy of them, AdamW's two moments,
+    Counted on the meta device: weights, and of those that train: gradients, DDP's copy of them, AdamW's two moments,
     autocast's bfloat16 copies of float32 linear layers (kept until the forward ends), and ILVR's
     teacher. Activations are those that a decoder layer keeps for its backward (a rough count:
     norms, projections, MLP), or its input alone with gradient checkpointing, beside one layer that
@@ -178,8 +175,9 @@ def check_shapes(
     make_mechanism: Callable[[dict[str, int]], Mechanism],
     response_length: int,
 ) -> dict[str, tuple[int, ...]]:
-    """Builds the model on the meta device and runs one latent forward: hidden states, logits,
-    feedback; of a vision model also the merger.
+    """Builds the model on the meta device and runs one latent forward; shapes by name.
+
+    They are those of hidden states, logits and feedback, and of a vision model's merger.
 
     Args:
         model_json: its config.json.
@@ -235,9 +233,8 @@ def check_shapes(
 def vision_shapes(model) -> dict[str, tuple[int, ...]]:
     """Of a patch, and of 32 visual tokens after the merger."""
     vision = model.config.vision_config
-    tower_size = getattr(
-        vision, "embed_dim", vision.hidden_size
-    )  # Qwen2-VL's hidden_size is the decoder's
+    # Qwen2-VL's hidden_size is the decoder's
+    tower_size = getattr(vision, "embed_dim", vision.hidden_size)
     patch_size = vision.in_chans * vision.temporal_patch_size * vision.patch_size**2
     patches = torch.empty(
         32 * vision.spatial_merge_size**2, tower_size, dtype=torch.bfloat16, device="meta"

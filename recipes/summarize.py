@@ -25,17 +25,14 @@ from rich.table import Table
 
 from grpo_latent.common.provenance import provenance_line, read_provenance, versions
 
-ACCURACY, REWARD = (
-    ("val-core/", "/acc/mean@1"),
-    "critic/score/mean",
-)  # verl puts the data source between the two
-GAP, PROBS_DIFF = "latent/replay_logp_gap_max", "training/rollout_probs_diff_max"
+ACCURACY = ("val-core/", "/acc/mean@1")  # verl puts the data source between the two
+REWARD = "critic/score/mean"
+GAP = "latent/replay_logp_gap_max"
+PROBS_DIFF = "training/rollout_probs_diff_max"
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """One dict a step; a step that was logged twice, before and after a resume, counts once, the
-    later one.
-    """
+    """One dict a step; of a step that was logged twice, around a resume, the later one."""
     steps: dict[int, dict] = {}
     for line in path.read_text().splitlines():
         entry = json.loads(line)

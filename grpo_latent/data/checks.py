@@ -1,5 +1,6 @@
-"""A pass over all rows of all files before anything starts: what one of them would break later, or
-what verl's filter would drop without a word.
+"""A pass over all rows of all files before anything starts.
+
+It finds what one of them would break later, and what verl's filter would drop without a word.
 
     file ──digest──▶ known? ──no──▶ rows ▸ structure ▸ images decoded (threads) ▸ prompt length ──▶ CheckedFile
 

@@ -1,5 +1,6 @@
-"""Files of rows in verl's schema, parquet or JSON, as one kind of row: what columns are called and
-how a cell is spelled ends here.
+"""Files of rows in verl's schema, parquet or JSON, as one kind of row.
+
+What columns are called and how a cell is spelled ends here.
 
     file ──iter_verl_rows──▶ ({"data_source", "prompt", "images", "reward_model", "extra_info", …}, "file row 7")
 

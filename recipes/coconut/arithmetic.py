@@ -1,5 +1,4 @@
-"""The text-only task: chains of additions and multiplications modulo 7, with their running totals
-as the rationale.
+"""The text-only task: sums and products modulo 7, their running totals as the rationale.
 
     3 +4 *2 +6 *5 ?      steps  0 | 0 | 6 | 2      answer  2
 

@@ -1,5 +1,6 @@
-"""Checks the paper-scale configs of recipes/coconut without weights or GPU: they compose, options
-agree, shapes hold.
+"""Checks recipes/coconut at paper scale without weights or GPU.
+
+Its configs compose, their options agree, and shapes hold on the meta device.
 
 python recipes/coconut/validate.py [hydra overrides of GRPO]
 """
@@ -14,9 +15,8 @@ import paper_scale  # noqa: E402
 
 HERE = Path(__file__).parent
 MODEL_JSON = HERE / "models" / "qwen3_0_6b.json"
-FIRST_FREE_ID = (
-    151669  # after the tokens of Qwen3's tokenizer; its embedding table has rows to spare
-)
+# after the tokens of Qwen3's tokenizer; its embedding table has rows to spare
+FIRST_FREE_ID = 151669
 
 
 def main(overrides: list[str]) -> None:

@@ -1,5 +1,6 @@
-"""Checks recipes/ilvr at paper scale without weights or GPU: the three configs compose and agree,
-and shapes hold on meta.
+"""Checks recipes/ilvr at paper scale without weights or GPU.
+
+The three configs compose and agree, and shapes hold on the meta device.
 
 python recipes/ilvr/validate.py [hydra overrides of GRPO]
 """

@@ -1,5 +1,6 @@
-"""Checks recipes/lvr without weights or GPU: configs compose, options agree, every shape holds and
-memory suffices.
+"""Checks recipes/lvr at paper scale without weights or GPU.
+
+Its configs compose, options agree, every shape holds and memory suffices.
 
 python recipes/lvr/validate.py [hydra overrides of GRPO]
 """
@@ -18,8 +19,6 @@ from grpo_latent.verl_plugin.trainer.config_check import check_latents  # noqa: 
 
 HERE = Path(__file__).parent
 FIRST_FREE_ID = 151665  # after the tokens of Qwen2.5-VL's tokenizer
-
-
 LVR_TOKENS = tuple(LVR.published_tokens.values())
 
 

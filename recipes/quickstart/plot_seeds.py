@@ -1,5 +1,4 @@
-"""Draws the learning curves of several quickstart runs and their controls into one picture:
-README's.
+"""Draws README's picture: learning curves of several quickstart runs, and of their controls.
 
 python recipes/quickstart/plot_seeds.py expected.png outputs/seed0 outputs/seed1 outputs/seed2
 """

@@ -1,5 +1,6 @@
-"""The random-reward control: what still improves under a reward that no completion can earn is not
-learned from it.
+"""The control of random rewards: no completion can earn them.
+
+What still improves is not learned from the reward.
 
 Accuracy and form are reported as they are, so that the run's held-out curve shows them.
 """

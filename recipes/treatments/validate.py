@@ -1,5 +1,6 @@
-"""Checks recipes/treatments without weights or GPU: the paper-scale config composes and agrees,
-with each treatment in turn.
+"""Checks recipes/treatments at paper scale without weights or GPU.
+
+The config composes and agrees with each treatment in turn.
 
 python recipes/treatments/validate.py [hydra overrides]
 """

@@ -1,5 +1,6 @@
-"""The pass over all rows: each malformed row and image is named by file and row, before anything
-starts; data as others write it is read; a file that has passed is not read again.
+"""The pass over all rows: each malformed row and image is named by file and row.
+
+Data as others write it is read; a file that has passed is not read again.
 """
 
 import json
