@@ -135,7 +135,8 @@ class OneProcess:
         check_config(config)
         group = OmegaConf.to_container(config.latent.treatment, resolve=True)
         self.treatment, self.terms = parse_treatment(group)
-        self.advantages, self.keeps = advantages or self._config_advantages, keeps
+        self.advantages = advantages or self._config_advantages
+        self.keeps = keeps
         self.engine = HFRolloutEngine(
             loaded.model,
             loaded.mechanism,
@@ -183,7 +184,8 @@ class OneProcess:
         Args:
             stop: asked after each validation.
         """
-        record, started = Record(), time.monotonic()
+        record = Record()
+        started = time.monotonic()
         rows = endless(train)
         record.held_out.append((0, self.validate(held_out, scorer)))
         for step in range(1, num_steps + 1):
@@ -339,7 +341,8 @@ class OneProcess:
 
 def check_config(config: DictConfig) -> None:
     """Raises `ConfigError` at settings that this loop would pass over in silence."""
-    actor, batch_size = config.actor_rollout_ref.actor, config.data.train_batch_size
+    actor = config.actor_rollout_ref.actor
+    batch_size = config.data.train_batch_size
     wanted = {
         "actor_rollout_ref.actor.policy_loss.loss_mode": "grpo_latent",
         "actor_rollout_ref.actor.ppo_mini_batch_size": batch_size,
@@ -367,7 +370,8 @@ def make_optimizer(parameters: list, config: DictConfig):
     optimizer = torch.optim.AdamW(
         parameters, lr=optim.lr, betas=tuple(optim.betas), weight_decay=optim.weight_decay
     )
-    warmup, total = optim.lr_warmup_steps, config.trainer.total_training_steps
+    warmup = optim.lr_warmup_steps
+    total = config.trainer.total_training_steps
     if warmup is None or warmup < 0:
         warmup = int(optim.lr_warmup_steps_ratio * total)
     if optim.lr_scheduler_type == "cosine":

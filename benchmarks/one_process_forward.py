@@ -118,7 +118,8 @@ def images_of_prompts(sequences: LatentSequences, group_size: int) -> ImageInput
     images = sequences.images
     if images is None:
         return None
-    num_rows, num_images = sequences.kinds_BT.shape[0], len(images.image_grid_thw)
+    num_rows = sequences.kinds_BT.shape[0]
+    num_images = len(images.image_grid_thw)
     if num_images != num_rows:
         raise ConfigError(
             "not in the one-process loop",

@@ -115,7 +115,8 @@ def run(seed: int, treatment: str, folder: Path, overrides: Sequence[str]) -> di
     train, held_out = (
         loop.read_rows(folder / "data", name, loaded) for name in ("train_rl", "heldout")
     )
-    started, steps = time.process_time(), []
+    started = time.process_time()
+    steps = []
     with loop.rewards_of(config, loaded) as scorer:
         if treatment != START:
             training = loop.OneProcess(config, loaded)
@@ -237,7 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if len(arguments.seeds) < 2:
         parser.error("--seeds: an interval over seeds needs at least two")
-    outputs, runs = arguments.outputs.resolve(), []
+    outputs = arguments.outputs.resolve()
+    runs = []
     os.chdir(REPOSITORY)  # recipes name their reward files from here
     torch.set_num_threads(1)
     for seed in arguments.seeds:

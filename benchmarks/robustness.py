@@ -347,7 +347,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown recipes {sorted(unknown)}; known: {', '.join(RECIPES)}")
     for name in arguments.recipes:
-        recipe, started = RECIPES[name], time.monotonic()
+        recipe = RECIPES[name]
+        started = time.monotonic()
         jobs = [
             Job(
                 recipe,

@@ -150,7 +150,8 @@ def read_unassigned(text: str) -> Reading:
 def _one_value(found: re.Match[str]) -> Reading | None:
     after = [word.strip(",.") for word in found["after"].split()]
     words = _words(found["names"])
-    core, scale = found["value"].strip(), 1
+    core = found["value"].strip()
+    scale = 1
     number = read_value(core)
     while number is not None and after and after[0].lower() in _SCALES:
         scale *= _SCALES[after.pop(0).lower()]

@@ -139,7 +139,9 @@ def write_verl_parquet(path: str | Path, rows: Iterable[dict], marks: Sequence[s
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    num_rows, rows, schema = 0, iter(rows), _schema(marks)
+    num_rows = 0
+    rows = iter(rows)
+    schema = _schema(marks)
     try:
         with (
             replacing_file(path) as part,

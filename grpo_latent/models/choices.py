@@ -95,7 +95,8 @@ def slot_choices(
     starts_BT = is_selected_BT & ~torch.nn.functional.pad(is_selected_BT[:, :-1], (1, 0))
     row_S, column_S, _ = chosen_columns(kinds_BT, valid_BT, is_image_BT, selected_idx_M)
     num_images_B = is_image_BT.sum(-1)
-    batch_size, device = kinds_BT.shape[0], kinds_BT.device
+    batch_size = kinds_BT.shape[0]
+    device = kinds_BT.device
     slot_S = starts_BT.cumsum(-1)[row_S, column_S] - 1
     columns_T = torch.arange(kinds_BT.shape[1], device=device).expand_as(kinds_BT)
     start_S = columns_T.masked_fill(~starts_BT, 0).cummax(-1).values[row_S, column_S]

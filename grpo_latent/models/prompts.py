@@ -225,7 +225,9 @@ class PromptLength:
 
     def _measure(self) -> tuple[int, int]:
         """Tokens that each image, and a prompt with images, adds to those of images and text."""
-        side, where, extra = 56, "the measuring image", []
+        side = 56
+        where = "the measuring image"
+        extra = []
         for num_images in (1, 2):
             messages = [{"role": "user", "content": [{"type": "image"}] * num_images}]
             pictures = [Image.new("RGB", (side, side))] * num_images

@@ -76,7 +76,8 @@ def attention_bias(
         [B, 1, T - query_start, T].
     """
     check_visibility(visibility)
-    length, device = kinds_BT.shape[1], kinds_BT.device
+    length = kinds_BT.shape[1]
+    device = kinds_BT.device
     causal = torch.ones(length - query_start, length, dtype=torch.bool, device=device).tril(
         diagonal=query_start
     )

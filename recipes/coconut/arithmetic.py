@@ -48,7 +48,8 @@ class Chain:
     @property
     def totals(self) -> list[int]:
         """After each operation."""
-        totals, total = [], self.start
+        totals = []
+        total = self.start
         for sign, *digits in self.operations:
             number = int("".join(digits))
             total = (total + number if sign == "+" else total * number) % MODULUS

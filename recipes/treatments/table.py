@@ -48,7 +48,8 @@ def read_row(folder: Path) -> dict:
         json.loads((folder / f"evaluation_{name}.json").read_text()) for name in ("sft", "grpo")
     )
     metrics = read_metrics(folder / "grpo" / "metrics.jsonl")
-    last, gaps = metrics[-1], {name: series(metrics, key)[1] for name, key in GAPS.items()}
+    last = metrics[-1]
+    gaps = {name: series(metrics, key)[1] for name, key in GAPS.items()}
     return {
         "treatment": run["treatment"],
         "overrides": run["overrides"],

@@ -91,7 +91,8 @@ def rationale_steps(rationale: str, max_steps: int = MAX_STEPS) -> tuple[str, ..
         part if part.endswith(CLOSING) else f"{part}." for part in sentences[:-1]
     ] + sentences[-1:]
     num_steps = min(max_steps, len(sentences))
-    steps, start = [], 0
+    steps = []
+    start = 0
     for step_idx in range(num_steps):
         size = len(sentences) // num_steps + (step_idx < len(sentences) % num_steps)
         steps.append(" ".join(sentences[start : start + size]))

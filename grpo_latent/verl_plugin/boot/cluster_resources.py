@@ -22,7 +22,8 @@ def cpus_needed(config: DictConfig) -> int:
 
 def check_cpus(config: DictConfig) -> None:
     """Raises `ConfigError` if the cluster cannot hold the actors: Ray would wait in silence."""
-    needed, available = cpus_needed(config), ray.cluster_resources().get("CPU", 0)
+    needed = cpus_needed(config)
+    available = ray.cluster_resources().get("CPU", 0)
     if available < needed:
         raise ConfigError(
             "the Ray cluster has too few CPUs",

@@ -210,7 +210,8 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ign
     async def _run_prompt(
         self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False
     ) -> None:
-        uid, partition_id = prompt["uid"], "val" if trajectory["validate"] else "train"
+        uid = prompt["uid"]
+        partition_id = "val" if trajectory["validate"] else "train"
         ticket: Ticket = prompt.pop(TICKET)
         await tq.async_kv_put(key=uid, partition_id=partition_id, tag={"status": "running"})
         status = "finished"
@@ -341,7 +342,8 @@ class LatentAgentLoopManager(AgentLoopManagerTQ):
 
     def generate_sequences(self, prompts: TensorDict) -> None:
         wave_id = f"wave-{next(self._waves)}"
-        num_rows, num_replicas = len(prompts), max(1, len(self.llm_client.servers))
+        num_rows = len(prompts)
+        num_replicas = max(1, len(self.llm_client.servers))
         for uid in prompts["uid"]:
             self.order_of_uid[str(uid)] = next(self._dispatched)
         rows_of = [

@@ -97,7 +97,8 @@ class LatentRolloutServer:
             treatment=self.options.treatment,
             seed=self.options.seed,
         )
-        self.device, self.eos_ids = torch.device(device), loaded.eos_ids
+        self.device = torch.device(device)
+        self.eos_ids = loaded.eos_ids
         self.engine = HFRolloutEngine(
             loaded.model,
             loaded.mechanism,

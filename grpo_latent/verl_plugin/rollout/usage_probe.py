@@ -41,14 +41,17 @@ class ServerUsage:
     def __init__(
         self, loaded: LatentModel, max_batch_rows: int, treatment: Treatment | None = None
     ):
-        self.loaded, self.max_batch_rows, self.treatment = loaded, max_batch_rows, treatment
+        self.loaded = loaded
+        self.max_batch_rows = max_batch_rows
+        self.treatment = treatment
         self._probe: UsageProbe | None = None
 
     def measure(self, request: UsageRequest, is_start: bool) -> Usage:
         if self._probe is None:
             settings = dict(request.reward)
             runner = RewardRunner(specs_from_config(settings.pop("functions")), **settings)
-            store, rows = PixelStore(), enumerate(ray.get(request.rows))
+            store = PixelStore()
+            rows = enumerate(ray.get(request.rows))
             self._probe = UsageProbe(
                 self.loaded,
                 [encode_row(row, where, self.loaded, str(i), store) for i, (row, where) in rows],

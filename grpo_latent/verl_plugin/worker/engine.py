@@ -66,7 +66,8 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
 
     def configure(self, options: LatentOptions, freeze_vision: bool = False) -> None:
         """To be called before `initialize`."""
-        self.options, self.freeze_vision = options, freeze_vision
+        self.options = options
+        self.freeze_vision = freeze_vision
 
     # ---- building -------------------------------------------------------------------------------
 

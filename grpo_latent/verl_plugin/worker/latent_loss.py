@@ -89,7 +89,8 @@ class LatentLoss:
     def _view(self, model_output: dict, batch: MicroBatch, masks: dict[str, Tensor]) -> LatentView:
         acts = None
         if self.act_kinds:
-            acts_BT, ref_BT = masks["acts"], batch.ref_log_probs_BT
+            acts_BT = masks["acts"]
+            ref_BT = batch.ref_log_probs_BT
             acts = Acts(
                 no_padding_2_padding(model_output["log_probs"], batch.data)[acts_BT],
                 batch.old_log_probs_BT[acts_BT],
@@ -101,7 +102,8 @@ class LatentLoss:
         # statistics have a row for every LATENT position; those of dropped trajectories are left
         # out
         is_latent_BT = batch.response_kinds_BT == PositionKind.LATENT
-        is_live_M, ref_MS = masks["latents"][is_latent_BT], batch.ref_latent_means_MH
+        is_live_M = masks["latents"][is_latent_BT]
+        ref_MS = batch.ref_latent_means_MH
         return LatentView(
             acts,
             model_output[MEANS].values()[is_live_M],

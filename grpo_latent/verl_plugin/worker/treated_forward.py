@@ -44,7 +44,9 @@ class TreatedForward:
     def __init__(
         self, engine, module, injector: LatentInjector, treatment: Treatment, terms: LatentTerms
     ):
-        self.engine, self.injector, self.treatment = engine, injector, treatment
+        self.engine = engine
+        self.injector = injector
+        self.treatment = treatment
         self.gives_statistics = treatment.reads_statistics(terms)
         self.taps = treatment.is_action or self.gives_statistics
         # the reference's means are not what was recorded; neither is a latent that was drawn
