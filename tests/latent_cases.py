@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
 
 from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.latent.mechanisms import MECHANISMS, Mechanism
@@ -144,3 +146,17 @@ def case(name: str, head: str = "none") -> Case:
 
 def sampling(max_new_tokens: int = 14, **kwargs) -> SamplingParams:
     return SamplingParams(max_new_tokens=max_new_tokens, **kwargs)
+
+
+def norms_in_double(monkeypatch):
+    """Lets transformers' norms compute in the model's dtype.
+
+    They are float32 otherwise, which drowns a finite difference in rounding.
+    """
+
+    def forward(norm, hidden_BTH):
+        scale_BT1 = torch.rsqrt(hidden_BTH.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+        return norm.weight * hidden_BTH * scale_BT1
+
+    for norm_class in (Qwen2RMSNorm, Qwen2VLRMSNorm):
+        monkeypatch.setattr(norm_class, "forward", forward)

@@ -25,6 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo_latent.errors import ConfigError, LatentMismatchError
+from grpo_latent.latent.treatments.values import at_least_float
 
 RECORDED_SDPA = "grpo_latent_recorded_sdpa"
 
@@ -95,7 +96,9 @@ _recorder: ContextVar[RecordedAttention | None] = ContextVar(
 
 
 def rows_attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """softmax(q · Kᵀ · scaling + mask) averaged over the heads; float32 [B, N, S].
+    """softmax(q · Kᵀ · scaling + mask) averaged over the heads, [B, N, S].
+
+    float32; float64 of a model that computes in it.
 
     Args:
         query: [B, heads, N, D].
@@ -106,14 +109,14 @@ def rows_attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling: flo
     num_kv_heads = key.shape[1]
     # the heads of a group one after the other: keys are not repeated
     folded = query.reshape(batch_size, num_kv_heads, -1, head_dim)
-    scores = (folded @ key.transpose(2, 3)).float() * scaling
+    scores = at_least_float(folded @ key.transpose(2, 3)) * scaling
     scores = scores.view(batch_size, num_kv_heads, num_heads // num_kv_heads, num_rows, -1)
     if mask is not None:
         mask = mask[:, None, None]
         scores = (
             scores.masked_fill(~mask, -torch.inf)
             if mask.dtype == torch.bool
-            else scores + mask.float()
+            else scores + at_least_float(mask)
         )
     return scores.softmax(-1).mean((1, 2))
 

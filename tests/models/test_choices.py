@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from latent_cases import build_case, case
+from latent_cases import build_case, case, norms_in_double
 from slot_cases import scored
 from test_slots import as_batch, padded, prompts
 
@@ -98,8 +98,9 @@ def test_a_rows_draws_do_not_depend_on_its_batch_and_follow_the_stated_probabili
         )
 
 
-def test_the_gradient_reaches_the_weights_and_is_numerically_right():
-    """d log P / d weight by central differences, in float64."""
+def test_the_gradient_reaches_the_weights_and_is_numerically_right(monkeypatch):
+    """d log P / d weight by central differences, all of it in float64."""
+    norms_in_double(monkeypatch)
     c = build_case("qwen2_vl")
     c.model.double()
     requests, adapter = prompts(c)[:2], ModelAdapter(c.model, c.mechanism("coconut"))

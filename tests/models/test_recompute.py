@@ -10,7 +10,7 @@ import functools
 
 import pytest
 import torch
-from latent_cases import build_case, sampling
+from latent_cases import build_case, norms_in_double, sampling
 
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.mechanisms import Mechanism
@@ -21,7 +21,6 @@ from grpo_latent.models.sequences import collate
 from grpo_latent.trajectory import PositionKind as K
 
 
-@functools.cache
 def double_case():
     c = build_case("qwen2")
     group = c.engine(c.mechanism(steps=4)).generate([c.request(seeds=range(6))], sampling(14))[0]
@@ -77,7 +76,8 @@ def derivatives():
     return found
 
 
-def test_gradients_equal_central_differences_and_differ_from_each_other():
+def test_gradients_equal_central_differences_and_differ_from_each_other(monkeypatch):
+    norms_in_double(monkeypatch)
     found = derivatives()
     for gradient, (analytic, numeric) in found.items():
         assert analytic == pytest.approx(numeric, rel=1e-3), gradient

@@ -9,8 +9,7 @@ import functools
 import pytest
 import slow_reading
 import torch
-from latent_cases import ALL_NAMES, TEXT_NAMES, build_case, case, sampling
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from latent_cases import ALL_NAMES, TEXT_NAMES, build_case, case, norms_in_double, sampling
 
 from grpo_latent.errors import LatentMismatchError
 from grpo_latent.models.recompute import recompute_latents
@@ -234,21 +233,9 @@ def test_start_is_an_action_by_choice():
     assert torch.equal(with_start[~is_start], without[~is_start])
 
 
-def double_norm(norm, hidden_BTH):
-    """Lets transformers' norms compute in the model's dtype.
-
-    They are float32 otherwise, which drowns a finite difference in rounding.
-    """
-    return (
-        norm.weight
-        * hidden_BTH
-        * torch.rsqrt(hidden_BTH.square().mean(-1, keepdim=True) + norm.variance_epsilon)
-    )
-
-
 def test_gradients_reach_the_latents(monkeypatch):
     """Against a central difference, all of it in float64."""
-    monkeypatch.setattr(Qwen2RMSNorm, "forward", double_norm)
+    norms_in_double(monkeypatch)
     c = build_case("qwen2")
     group = c.engine().generate([c.request(seeds=range(4))], sampling(12))[0]
     c.model.double()

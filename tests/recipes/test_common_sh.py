@@ -14,7 +14,7 @@ def bash(script: str, folder: Path, **env) -> subprocess.CompletedProcess:
     lines = f"set -euo pipefail\nsource recipes/common.sh\n{script}"
     env = {**os.environ, "OUT": str(folder), "SEED": "0", **env}
     return subprocess.run(
-        ["bash", "-c", lines], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+        ["bash", "-c", lines], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
     )
 
 
@@ -31,12 +31,12 @@ def test_a_script_that_fails_takes_down_what_runs_beside_it(tmp_path):
     That id is the subshell's.
     """
     script = (
-        'run() { sleep 60 & echo $! > "$OUT/pid"; wait; }\n'
-        'beside "$OUT/log" run\nsleep 0.5\nexit 3'
+        'run() { sleep 600 & echo $! > "$OUT/pid"; wait; }\n'
+        'beside "$OUT/log" run\nuntil [ -s "$OUT/pid" ]; do sleep 0.1; done\nexit 3'
     )
     assert bash(script, tmp_path).returncode == 3
     pid = int((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while is_alive(pid):
         assert time.monotonic() < deadline, f"process {pid} outlives the script"
         time.sleep(0.05)
