@@ -32,7 +32,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
-from rollout import Contender, Setting, measure, naive_trajectory, show  # noqa: E402
+from rollout import (  # noqa: E402
+    Contender,
+    Setting,
+    measure,
+    naive_trajectory,
+    show,
+    tiny_model,
+)
 from torch import Tensor  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
 
@@ -56,7 +63,6 @@ TEXT_TOKENS = 16
 IMAGE_SIDE = 224  # 14 pixels a visual token
 SHARPER = 4.0  # random weights attend uniformly, and rounding would choose
 LIKELY = 4.0  # bias of the logit of `start`
-NEVER = -1e4  # of that of EOS
 
 
 def requests_of(processor, num: int, kinds: tuple[str, ...]) -> list[RolloutRequest]:
@@ -75,19 +81,15 @@ def requests_of(processor, num: int, kinds: tuple[str, ...]) -> list[RolloutRequ
 
 def ilvr() -> tuple[str, list[Contender]]:
     """(title, paths); the first one is what the others are compared with."""
-    model, tokenizer, processor = tiny.tiny_qwen2_5_vl(
-        digits.WORDS, tiny.EXPERIMENT_SIZES, latent_tokens=tuple(ILVR.published_tokens.values())
+    model, tokenizer, processor, eos_id = tiny_model(
+        {ILVR.published_tokens["start"]: LIKELY},
+        tiny.EXPERIMENT_SIZES,
+        tuple(ILVR.published_tokens.values()),
     )
-    ids = tokenizer.get_vocab()
-    bias = torch.zeros(model.lm_head.out_features)
-    bias[ids[ILVR.published_tokens["start"]]] = LIKELY
-    bias[tokenizer.eos_token_id] = NEVER
-    model.lm_head.bias = torch.nn.Parameter(bias)
-    model.requires_grad_(False)
-    mechanism = ILVR.from_tokens(ids)
+    mechanism = ILVR.from_tokens(tokenizer.get_vocab())
     requests = requests_of(processor, NUM_ROWS, ("max", "sum"))
-    engine = HFRolloutEngine(model, mechanism, [tokenizer.eos_token_id])
-    setting = Setting(model, processor, mechanism, tokenizer.eos_token_id, {}, requests)
+    engine = HFRolloutEngine(model, mechanism, [eos_id])
+    setting = Setting(model, processor, mechanism, eos_id, {}, requests)
     generator = torch.Generator()
 
     def decode(batches: list[list[RolloutRequest]]) -> list[list[int]]:
@@ -118,15 +120,11 @@ def ilvr() -> tuple[str, list[Contender]]:
 
 def ivt_lr() -> tuple[str, list[Contender]]:
     """(title, paths); the first one is what the others are compared with."""
-    model, tokenizer, processor = tiny.tiny_qwen2_5_vl(
-        digits.WORDS,
+    model, tokenizer, processor, eos_id = tiny_model(
+        {},
         replace(tiny.EXPERIMENT_SIZES, layers=SLOT_LAYERS, max_positions=1024),
-        latent_tokens=tuple(IVTLR.published_tokens.values()),
+        tuple(IVTLR.published_tokens.values()),
     )
-    bias = torch.zeros(model.lm_head.out_features)
-    bias[tokenizer.eos_token_id] = NEVER
-    model.lm_head.bias = torch.nn.Parameter(bias)
-    model.requires_grad_(False)
     for name, parameter in model.model.language_model.named_parameters():
         if "q_proj.weight" in name or "k_proj.weight" in name:
             parameter.mul_(SHARPER)
@@ -151,7 +149,7 @@ def ivt_lr() -> tuple[str, list[Contender]]:
                 images=ImageInputs(batch["pixel_values"], batch["image_grid_thw"]),
             )
         )
-    engine = HFRolloutEngine(model, mechanism, [tokenizer.eos_token_id])
+    engine = HFRolloutEngine(model, mechanism, [eos_id])
     sampling = SamplingParams(SLOTS * (TOP_K + 1) + TEXT_TOKENS, temperature=0)
 
     def decode(batches: list[list[RolloutRequest]]) -> list[tuple[list[int], list[int]]]:
@@ -203,7 +201,7 @@ def recomputed_slots(
     embeds_TH = adapter.embed(request.prompt_ids).masked_scatter(is_image[:, None], visual_MH)
     columns = is_image.nonzero()[:, 0]
     left = torch.ones(int(is_image.sum()), dtype=torch.bool)
-    chosen = []
+    chosen: list[int] = []
     cache = DynamicCache(config=text_config)
 
     def forward(embeds_LH: Tensor, start: int = 0, with_maps: bool = False, caches: bool = False):
@@ -244,7 +242,7 @@ SECTIONS: dict[str, Callable[[], tuple[str, list[Contender]]]] = {"ilvr": ilvr, 
 
 def main() -> None:
     """Runs the sections that were asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the numbers there")
@@ -252,7 +250,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     console = Console(width=120)
-    report = {}
+    report: dict[str, dict] = {}
     for name in options.sections:
         title, paths = SECTIONS[name]()
         report[name] = measure(paths, options.repeats)

@@ -332,7 +332,7 @@ def show(name: str, summary: dict) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("recipes", nargs="*", default=["quickstart", "ilvr", "ivt_lr", "coconut"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--outputs", type=Path, default=REPOSITORY / "outputs" / "robustness")

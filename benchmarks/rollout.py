@@ -27,9 +27,10 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 # before torch reads it: OpenMP's threads would spin on shared cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,13 +40,18 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch import Tensor  # noqa: E402
+from transformers import (  # noqa: E402
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    Qwen2_5_VLForConditionalGeneration,
+)
 from transformers.cache_utils import DynamicCache  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from grpo_latent.backbones.images import ImageInputs  # noqa: E402
 from grpo_latent.common.provenance import provenance  # noqa: E402
 from grpo_latent.data.embedded import digits  # noqa: E402
-from grpo_latent.latent.mechanisms import LVR  # noqa: E402
+from grpo_latent.latent.mechanisms import LVR, SpanMechanism  # noqa: E402
 from grpo_latent.models import tiny  # noqa: E402
 from grpo_latent.rollout.hf import HFRolloutEngine  # noqa: E402
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams  # noqa: E402
@@ -67,9 +73,9 @@ class Setting:
         batch: the processor's output for all prompts, padded on the left.
     """
 
-    model: torch.nn.Module
-    processor: object
-    mechanism: LVR
+    model: Qwen2_5_VLForConditionalGeneration
+    processor: ProcessorMixin
+    mechanism: SpanMechanism
     eos_id: int
     batch: dict
     requests: list[RolloutRequest]
@@ -83,22 +89,40 @@ class Contender:
     run: Callable[[], int]
 
 
-def build() -> Setting:
-    """The experiment's model with random weights, which opens a span soon and never ends."""
-    model, tokenizer, processor = tiny.tiny_qwen2_5_vl(digits.WORDS, tiny.EXPERIMENT_SIZES)
+class TinyModel(NamedTuple):
+    """The experiment's, whatever its sizes and tokens."""
+
+    model: Qwen2_5_VLForConditionalGeneration
+    tokenizer: PreTrainedTokenizerFast
+    processor: ProcessorMixin
+    eos_id: int
+
+
+def tiny_model(
+    logits: dict[str, float], sizes: tiny.TinySizes, latent_tokens: Sequence[str]
+) -> TinyModel:
+    """The experiment's model with random weights; `logits` are added to those of some tokens."""
+    model, tokenizer, processor = tiny.tiny_qwen2_5_vl(
+        digits.WORDS, sizes, latent_tokens=latent_tokens
+    )
+    assert isinstance(model, Qwen2_5_VLForConditionalGeneration) and processor is not None
     ids = tokenizer.get_vocab()
+    eos_id = ids[str(tokenizer.eos_token)]
     bias = torch.zeros(model.lm_head.out_features)
-    bias[ids["<|lvr_start|>"]] = LIKELY
-    bias[tokenizer.eos_token_id] = NEVER
+    for token, logit in logits.items():
+        bias[ids[token]] = logit
+    bias[eos_id] = NEVER
     model.lm_head.bias = torch.nn.Parameter(bias)
     model.requires_grad_(False)
-    names = {"start": "<|lvr_start|>", "latent": "<|lvr|>", "end": "<|lvr_end|>"}
-    mechanism = LVR(
-        **{f"{role}_token": token for role, token in names.items()},
-        **{f"{role}_id": ids[token] for role, token in names.items()},
-        steps=STEPS,
-        max_spans=1,
+    return TinyModel(model, tokenizer, processor, eos_id)
+
+
+def build() -> Setting:
+    """The experiment's model with random weights, which opens a span soon and never ends."""
+    model, tokenizer, processor, eos_id = tiny_model(
+        {"<|lvr_start|>": LIKELY}, tiny.EXPERIMENT_SIZES, tiny.LVR_TOKENS
     )
+    mechanism = LVR.from_tokens(tokenizer.get_vocab(), steps=STEPS, max_spans=1)
     examples = digits.generate(NUM_PROMPTS, stream="dev", seed=0, kinds=("read", "sum"))
     texts = []
     images = []
@@ -122,7 +146,7 @@ def build() -> Setting:
                 images=ImageInputs(pixels[row], batch["image_grid_thw"][row : row + 1]),
             )
         )
-    return Setting(model, processor, mechanism, tokenizer.eos_token_id, batch, requests)
+    return Setting(model, processor, mechanism, eos_id, batch, requests)
 
 
 def engine_path(
@@ -179,11 +203,12 @@ def naive_path(setting: Setting, new_tokens: int) -> Contender:
 
 @torch.no_grad()
 def naive_trajectory(
-    setting: Setting, request: RolloutRequest, new_tokens: int, generator
-) -> list[int]:
+    setting: Setting, request: RolloutRequest, new_tokens: int, generator: torch.Generator
+) -> list[PositionKind]:
     """Kinds of one trajectory: `DynamicCache`, the whole prompt and its image for itself."""
     model = setting.model
     mechanism = setting.mechanism
+    assert request.images is not None, "each prompt has an image"
     ids = request.prompt_ids[None]
     cache = DynamicCache(config=model.config.get_text_config())
     images = dict(image_grid_thw=request.images.image_grid_thw)
@@ -199,8 +224,8 @@ def naive_trajectory(
     ).last_hidden_state[:, -1]
     next_position = int(position_ids.max()) + 1
     embed = model.get_input_embeddings()
-    kinds = []
-    steps_left = None  # of the span, None outside of one
+    kinds: list[PositionKind] = []
+    steps_left: int | None = None  # of the span, None outside of one
     num_spans = 0
     for position in range(new_tokens):
         if steps_left is None:
@@ -335,7 +360,7 @@ def median_turn(turns: list[text_models.Turn]) -> text_models.Turn:
 
 def main() -> None:
     """Runs the sections that were asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[11, 64])
     parser.add_argument("--text-positions", type=int, default=64, help="of the text models")
     parser.add_argument("--repeats", type=int, default=5)
@@ -355,7 +380,7 @@ def main() -> None:
     torch.manual_seed(0)
     disable_progress_bar()  # transformers', for weights
     console = Console(width=120)
-    report = {}
+    report: dict[str, dict] = {}
     setting = build()
     for new_tokens in options.new_tokens if "images" in options.sections else []:
         variants = (("full", True), ("latents_only", True), ("full", False))

@@ -97,11 +97,7 @@ def write_checkpoint(folder: Path, sizes: tiny.TinySizes) -> int:
             row = model.lm_head.weight[token_id]
             row.zero_()
             row[0] = logit / level
-    names = {"start": "<|lvr_start|>", "latent": "<|lvr|>", "end": "<|lvr_end|>"}
-    ids = {f"{role}_id": tokenizer.convert_tokens_to_ids(token) for role, token in names.items()}
-    mechanism = LVR(
-        **{f"{role}_token": token for role, token in names.items()}, **ids, steps=STEPS
-    )
+    mechanism = LVR.from_tokens(tokenizer.get_vocab(), steps=STEPS)
     save_latent_model(folder, model, tokenizer, None, mechanism)
     return sum(parameter.numel() for parameter in model.parameters())
 
