@@ -36,8 +36,8 @@ from grpo_latent.common.files import write_json  # noqa: E402
 from grpo_latent.common.provenance import provenance  # noqa: E402
 from grpo_latent.data.embedded.digits import WRONG_BOX  # noqa: E402
 from grpo_latent.errors import DataError  # noqa: E402
+from grpo_latent.eval.alignment import nearest_token_hits  # noqa: E402
 from grpo_latent.eval.decode import Evaluator  # noqa: E402
-from grpo_latent.eval.leak import nearest_token_hits  # noqa: E402
 from grpo_latent.eval.prompts import EvalPrompt  # noqa: E402
 from grpo_latent.eval.scoring import RewardScorer  # noqa: E402
 from grpo_latent.eval.statistics import Interval  # noqa: E402

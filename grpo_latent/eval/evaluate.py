@@ -28,10 +28,11 @@ from grpo_latent.eval.ablations import (
     make_changes,
     parse_name,
 )
+from grpo_latent.eval.alignment import nearest_token_hits
 from grpo_latent.eval.decode import GREEDY, Decoding, Evaluator, with_partners_images
 from grpo_latent.eval.donors import donors, with_truth_of
 from grpo_latent.eval.journal import Journal, PhaseBatch
-from grpo_latent.eval.leak import leak, nearest_token_hits
+from grpo_latent.eval.leak import leak
 from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.eval.report import Findings, build_report
 from grpo_latent.eval.scoring import Outcome, Scorer

@@ -1,4 +1,4 @@
-"""Looks at recorded latents without decoding anew: for leaks past them, and at the boxes."""
+"""Looks for leaks past the latents: an image is swapped under recorded ones."""
 
 from __future__ import annotations
 
@@ -49,19 +49,6 @@ def leak(
         change = float(change_BT[_post_span(batch.kinds_BT)].max())
         largest = change if largest is None else max(largest, change)
     return largest
-
-
-def nearest_token_hits(
-    trajectory: Trajectory, roi: Sequence[int], visual_MH: Tensor
-) -> list[bool]:
-    """Says of the first latents whether the nearest visual token (L2) is the ideal one.
-
-    Says how well latents are *aligned* with the boxes, not whether they are used.
-    """
-    pairs = zip(trajectory.latents, roi, strict=False)
-    return [
-        int((visual_MH - latent).square().sum(-1).argmin()) == token for latent, token in pairs
-    ]
 
 
 def _post_span(kinds: Tensor) -> Tensor:

@@ -26,10 +26,10 @@ from grpo_latent.eval.ablations import (
     make_changes,
     parse_name,
 )
+from grpo_latent.eval.alignment import nearest_token_hits
 from grpo_latent.eval.decode import Evaluator, with_partners_images
 from grpo_latent.eval.geometry import geometry
 from grpo_latent.eval.journal import UNREADABLE, pack, unpack
-from grpo_latent.eval.leak import nearest_token_hits
 from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.eval.scoring import Scorer, accuracy
 from grpo_latent.eval.statistics import usage_verdict

@@ -9,8 +9,8 @@ from latent_cases import case
 
 from grpo_latent.errors import ConfigError
 from grpo_latent.eval.ablations import ABLATIONS, AblationInputs, check_decides, make_changes
+from grpo_latent.eval.alignment import nearest_token_hits
 from grpo_latent.eval.donors import donors, image_partners, with_truth_of
-from grpo_latent.eval.leak import nearest_token_hits
 from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.trajectory import Trajectory
