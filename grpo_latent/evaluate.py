@@ -65,7 +65,7 @@ from grpo_latent.eval.table import report_table
 from grpo_latent.eval.verdict import VerdictSettings
 from grpo_latent.latent.treatments import parse_treatment
 from grpo_latent.models.loading import LatentModel, load_latent_model
-from grpo_latent.models.treated import initialisation_notes
+from grpo_latent.models.treatment_parameters import initialisation_notes
 from grpo_latent.rewards.functions import source_digest, specs_from_config
 from grpo_latent.rewards.runner import RewardRunner
 

@@ -165,7 +165,7 @@ def check(config: DictConfig) -> list[str]:
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
 
-    from grpo_latent.models.treated import initialisation_notes
+    from grpo_latent.models.treatment_parameters import initialisation_notes
     from grpo_latent.rollout.vllm.compat import check_installed
     from grpo_latent.verl_plugin.boot import compat
     from grpo_latent.verl_plugin.boot.registration import VLLM_ROLLOUT_NAME, verify, verify_device

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.choices import SlotChoices, choice_log_probs, slot_choices
+from grpo_latent.models.attention_rows import recording_rows
 from grpo_latent.models.replay import replay_hidden
-from grpo_latent.models.selection import recording_rows
 from grpo_latent.models.sequences import LatentSequences
+from grpo_latent.models.slot_choice_scores import SlotChoices, choice_log_probs, slot_choices
 from grpo_latent.trajectory import PositionKind as K
 
 

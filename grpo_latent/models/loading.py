@@ -38,7 +38,7 @@ from grpo_latent.latent.mechanisms import (
 from grpo_latent.latent.treatments import Treatment
 from grpo_latent.latent.treatments.protocol import PARAMETERS_ATTRIBUTE
 from grpo_latent.models.tokens import add_latent_tokens
-from grpo_latent.models.treated import attach_treatment
+from grpo_latent.models.treatment_parameters import attach_treatment
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from grpo_latent.algo.selection import (
 from grpo_latent.common.row_tensors import RowTensors
 from grpo_latent.errors import LatentMismatchError
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.choices import log_weights
-from grpo_latent.models.selection import RecordedAttention
+from grpo_latent.models.attention_rows import RecordedAttention
+from grpo_latent.models.slot_choice_scores import log_weights
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ from grpo_latent.algo.selection import NOT_CHOSEN
 from grpo_latent.common.row_tensors import RowTensors
 from grpo_latent.errors import ConfigError
 from grpo_latent.models.adapter import ModelAdapter
+from grpo_latent.models.attention_rows import recording_last_row
 from grpo_latent.models.kv_cache import caching_layers
 from grpo_latent.models.positions import count_on, next_positions, with_components
-from grpo_latent.models.selection import recording_last_row
 from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.models.slot_choice import SlotChooser, SlotDraws
 from grpo_latent.models.visibility import attention_bias

@@ -12,11 +12,11 @@ from latent_cases import case, sampling
 from slot_cases import scored
 
 from grpo_latent.errors import ConfigError, LatentMismatchError, RolloutError
-from grpo_latent.models.choices import chosen_columns
 from grpo_latent.models.injection import SelectionInjector
 from grpo_latent.models.recompute import recompute_latents
 from grpo_latent.models.replay import replay
 from grpo_latent.models.sequences import collate
+from grpo_latent.models.slot_choice_scores import chosen_columns
 from grpo_latent.rollout.protocol import LatentOverride
 from grpo_latent.trajectory import PositionKind as K
 

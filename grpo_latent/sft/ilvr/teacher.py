@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grpo_latent.errors import LatentMismatchError
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.selection import RecordedAttention, recording_last_row
+from grpo_latent.models.attention_rows import RecordedAttention, recording_last_row
 from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.sft.common.images import batch_images, visual_embeddings
 from grpo_latent.sft.ilvr.distillation import (

@@ -15,10 +15,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from grpo_latent.models.choices import SlotChoices, choice_log_probs, chosen_columns, slot_choices
+from grpo_latent.models.attention_rows import RecordedAttention, recording_rows
 from grpo_latent.models.injection import SelectionInjector
-from grpo_latent.models.selection import RecordedAttention, recording_rows
 from grpo_latent.models.sequences import LatentSequences
+from grpo_latent.models.slot_choice_scores import (
+    SlotChoices,
+    choice_log_probs,
+    chosen_columns,
+    slot_choices,
+)
 from grpo_latent.trajectory import PositionKind
 from grpo_latent.verl_plugin.boot.compat import offsets_of
 from grpo_latent.verl_plugin.worker.micro_batch import MicroBatch

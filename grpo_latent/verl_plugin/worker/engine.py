@@ -32,7 +32,7 @@ from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models.injection import LatentInjector
 from grpo_latent.models.loading import load_latent_parameters
 from grpo_latent.models.sequences import LatentSequences
-from grpo_latent.models.treated import attach_treatment, initialisation_notes
+from grpo_latent.models.treatment_parameters import attach_treatment, initialisation_notes
 from grpo_latent.models.vision_cache import VisionCache
 from grpo_latent.trajectory import PositionKind
 from grpo_latent.verl_plugin.boot import compat

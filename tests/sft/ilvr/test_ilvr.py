@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from grpo_latent.data.formats import ilvr_jsonl
 from grpo_latent.data.formats.ilvr_jsonl import parse_ilvr_record
 from grpo_latent.errors import DataError, LatentMismatchError
-from grpo_latent.models.selection import recording_last_row
+from grpo_latent.models.attention_rows import recording_last_row
 from grpo_latent.models.tiny import word_tokenizer
 from grpo_latent.models.visibility import attention_bias
 from grpo_latent.rewards.functions import load_function, specs_from_config

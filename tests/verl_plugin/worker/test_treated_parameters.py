@@ -24,7 +24,7 @@ from grpo_latent.models.loading import load_latent_model
 from grpo_latent.models.replay import replay
 from grpo_latent.models.sequences import collate
 from grpo_latent.models.sources import latent_log_densities
-from grpo_latent.models.treated import attach_treatment, initialisation_notes
+from grpo_latent.models.treatment_parameters import attach_treatment, initialisation_notes
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.verl_plugin.worker.latent_loss import LatentLoss

@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicCache
 from grpo_latent.algo.selection import top_k_candidates
 from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.selection import recording_last_row
+from grpo_latent.models.attention_rows import recording_last_row
 from grpo_latent.models.visibility import attention_bias
 
 

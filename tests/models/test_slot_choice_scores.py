@@ -15,8 +15,8 @@ from test_slots import as_batch, padded, prompts
 from grpo_latent.algo.selection import NOT_CHOSEN
 from grpo_latent.errors import LatentMismatchError
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.choices import choice_log_probs, slot_choices
 from grpo_latent.models.slot_choice import SlotDraws
+from grpo_latent.models.slot_choice_scores import choice_log_probs, slot_choices
 from grpo_latent.models.slots import prefill_with_slots
 from grpo_latent.trajectory import PositionKind as K
 
