@@ -36,6 +36,8 @@ class PositionKind(IntEnum):
     `PROMPT` and `VISION` occur in prompts, the others in completions.
     """
 
+    # not told by ids: a trained model's most probable token at a latent position is often the
+    # span's end, so masks that look for tokens would change inside a span
     PROMPT = 0  # text of the prompt
     VISION = 1  # image placeholders of the prompt and their delimiters
     TEXT = 2  # sampled token, fed as its embedding

@@ -92,6 +92,7 @@ class Gaussian(Treatment):
     ) -> tuple[Tensor, None]:
         if uniforms_MU is None or self.noise == 0:
             return source.mean_MH, None
+        # by inversion, of the trajectory's own numbers: a generator's would depend on the batch
         noise_MH = self.noise * torch.special.ndtri(uniforms_MU).float()
         return (source.mean_MH.float() + noise_MH).to(source.mean_MH.dtype), None
 

@@ -9,4 +9,8 @@ from grpo_latent.latent.treatments.protocol import Treatment
 
 @dataclass(frozen=True)
 class Mask(Treatment):
-    """Feeds h as it is, replays it as recorded, gives it no density: the protocol's defaults."""
+    """Feeds h as it is, replays it as recorded, gives it no density: the protocol's defaults.
+
+    Trajectories of a group with the same tokens before a latent then share it: they explore text
+    alone, and RL can reward a right answer that was read off a wrong latent.
+    """

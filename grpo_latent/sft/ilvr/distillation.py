@@ -32,6 +32,7 @@ def pool_candidates(tokens_MH: Tensor, max_candidates: int = MAX_CANDIDATES) -> 
     num_tokens = tokens_MH.shape[0]
     if num_tokens <= max_candidates:
         return tokens_MH
+    # the published code cuts groups of one size, and so drops the last M mod G tokens
     # group g holds the tokens from floor(g * M / G) on
     starts_G = (
         torch.arange(1, max_candidates, device=tokens_MH.device) * num_tokens // max_candidates
@@ -59,6 +60,8 @@ def question_weights(queries_AQD: Tensor, keys_AMD: Tensor, scaling: float) -> T
     """
     num_groups = queries_AQD.shape[0] // keys_AMD.shape[0]
     keys_AMD = keys_AMD.repeat_interleave(num_groups, 0)
+    # of what the layer's attention read, positions included; the published code takes them of the
+    # final hidden states, without rotary positions
     scores_AQM = torch.einsum("aqd,amd->aqm", queries_AQD.float(), keys_AMD.float()) * scaling
     return scores_AQM.softmax(-1).mean((0, 1))
 

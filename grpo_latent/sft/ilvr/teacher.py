@@ -135,6 +135,7 @@ def _targets_of_row(
         is_text_T[:end_of_last] = False
         is_text_T[start:] = False
         # of this row only: a query knows what its own response has shown so far
+        # of all earlier spans, as the paper has it; the published code keeps the last span's alone
         earlier_NH = torch.cat(targets) if targets else hidden_TH[:0]
         query_H = span_query(question_H, hidden_TH[is_text_T], earlier_NH)
         chosen = select_candidates(query_H, candidates[number], min(top_k, len(columns)), top_p)

@@ -80,6 +80,7 @@ class LatentAgentLoopOutput(AgentLoopOutput):
         del fields["metrics"]
         fields["loss_mask"] = fields["response_mask"]
         fields["input_ids"] = torch.cat([fields["prompts"], fields["responses"]])
+        # beside verl's columns: what stays in `extra_fields` never reaches the engine as a tensor
         return fields | self.recorded
 
 
