@@ -44,7 +44,6 @@ from one_process_inputs import (  # noqa: E402
     score_groups,
 )
 from torch import Tensor  # noqa: E402
-from verl.trainer.ppo.core_algos import kl_penalty  # noqa: E402
 from verl.utils.torch_functional import (  # noqa: E402
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
@@ -66,6 +65,7 @@ from grpo_latent.models.vision_cache import VisionCache  # noqa: E402
 from grpo_latent.rollout.hf import HFRolloutEngine  # noqa: E402
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams  # noqa: E402
 from grpo_latent.rollout.sampling import trajectory_seed  # noqa: E402
+from grpo_latent.verl_plugin.worker.algo import text_kl  # noqa: E402
 
 # what scripts ask this module for
 __all__ = [
@@ -292,8 +292,7 @@ class OneProcess:
         loss = loss - actor.entropy_coeff * entropy
         kl = torch.zeros(())
         if actor.use_kl_loss and reference is not None:
-            # verl's own, as in training: its k3 is clamped at 10, algo.losses.kl_penalty's is not
-            kl_BT = kl_penalty(forward.log_probs_BT, reference.log_probs_BT, actor.kl_loss_type)
+            kl_BT = text_kl(forward.log_probs_BT, reference.log_probs_BT, actor.kl_loss_type)
             kl = aggregate(kl_BT, mask_BT, aggregation, denominators)
             loss = loss + actor.kl_loss_coef * kl
         loss = loss + self._latent_loss(forward, reference, sequences, advantages_B)

@@ -57,7 +57,7 @@ SETTINGS = (
     f"{ACTOR}.optim.lr=4.5e-4",
     f"{ACTOR}.use_kl_loss=true",
     f"{ACTOR}.kl_loss_coef=0.03",
-    f"{ACTOR}.kl_loss_type=low_var_kl",
+    f"{ACTOR}.kl_loss_type=low_var_kl_unclamped",
 )
 GAUSSIAN = "latent.treatment.gaussian"
 HEAD = "latent.treatment.gaussian_head"

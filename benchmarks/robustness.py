@@ -10,7 +10,8 @@ the order of rows; a run that ends elsewhere does so by luck. Prints and writes 
 distribution of final held-out accuracy, the share of runs below their start, and where runs fell.
 
 What a seed lacks of its recipe (data, vision tower, SFT) is made first, below --outputs, by the
-commands of the recipe. Training is `one_process.py`'s: the product's rollouts, losses and rewards,
+commands of the recipe. `--grpo-defaults` takes grpo.yaml's algorithm and optimizer in place of the
+recipe's. Training is `one_process.py`'s: the product's rollouts, losses and rewards,
 no Ray, so that a run takes a minute of one core. `--set key=value` changes the config of all runs.
 """
 
@@ -130,6 +131,25 @@ def treated(*overrides: str) -> Recipe:
     )
 
 
+# of a recipe's config: what --grpo-defaults takes from grpo.yaml; the rest is the task's
+ALGORITHM_KEYS = (
+    "algorithm",
+    *(
+        f"actor_rollout_ref.actor.{name}"
+        for name in (
+            "optim",
+            "clip_ratio",
+            "entropy_coeff",
+            "loss_agg_mode",
+            "use_kl_loss",
+            "kl_loss_coef",
+            "kl_loss_type",
+        )
+    ),
+    "actor_rollout_ref.rollout.n",
+    "actor_rollout_ref.rollout.temperature",
+    "data.train_batch_size",
+)
 GAUSSIAN = "latent.treatment.gaussian"
 HEAD = "latent.treatment.gaussian_head"
 RECIPES = {
@@ -186,12 +206,14 @@ class Job:
     folder: str
     perturbation: Perturbation
     overrides: tuple[str, ...]
+    has_grpo_defaults: bool = False
 
 
 def run_job(job: Job) -> dict:
     """Trains once, in a worker process."""
     import one_process as loop
     import torch
+    from omegaconf import OmegaConf
 
     os.chdir(REPOSITORY)  # recipes name their reward files from here
     change = job.perturbation
@@ -200,6 +222,10 @@ def run_job(job: Job) -> dict:
     if change.max_batch_rows:
         overrides.append(f"latent.max_batch_rows={change.max_batch_rows}")
     config = loop.compose_config(job.recipe.folder, job.recipe.config, overrides)
+    if job.has_grpo_defaults:
+        defaults = loop.compose_config(REPOSITORY / "grpo_latent/config", "grpo", job.overrides)
+        for key in ALGORITHM_KEYS:
+            OmegaConf.update(config, key, OmegaConf.select(defaults, key), merge=False)
     loaded = loop.load(config, Path(job.folder, job.recipe.checkpoint))
     if change.noise:
         add_noise(loaded.model, change.noise, change.noise_seed)
@@ -341,6 +367,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--perturbations", type=int, nargs="+", default=[*range(len(PERTURBATIONS))]
     )
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="key=value")
+    parser.add_argument(
+        "--grpo-defaults", action="store_true", help="grpo.yaml's algorithm and optimizer"
+    )
     parser.add_argument("--json", type=Path, help="default: <outputs>/<recipe>.json")
     arguments = parser.parse_args(argv)
     unknown = set(arguments.recipes) - set(RECIPES)
@@ -356,6 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 str(prepare(recipe, name, seed, arguments.outputs)),
                 PERTURBATIONS[i],
                 tuple(arguments.overrides),
+                arguments.grpo_defaults,
             )
             for seed in arguments.seeds
             for i in arguments.perturbations
@@ -378,6 +408,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 {
                     "recipe": name,
                     "overrides": arguments.overrides,
+                    "has_grpo_defaults": arguments.grpo_defaults,
                     "seconds": time.monotonic() - started,
                     "provenance": provenance(None),
                     **summary,

@@ -165,6 +165,12 @@ SEAMS = (
         ("self", "loss_fn"),
     ),
     Seam(
+        "text's KL",
+        "verl.workers.utils.losses:kl_penalty",
+        "replaced: one estimate more, `low_var_kl_unclamped`",
+        ("logprob", "ref_logprob", "kl_penalty"),
+    ),
+    Seam(
         "actor's models",
         f"{_WORKERS}:ActorRolloutRefWorker.init_model",
         "the loss is set after it",

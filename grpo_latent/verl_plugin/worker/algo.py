@@ -6,11 +6,14 @@
     algorithm.adv_eps=1e-4                      eps of the std, LVR's 1e-4 where it is not set
     actor_rollout_ref.actor.policy_loss.loss_mode=grpo_latent
                                                 verl's `vanilla`, made safe at masked positions
+    actor_rollout_ref.actor.kl_loss_type=low_var_kl_unclamped
+                                                verl's `low_var_kl` without the clamp of its value
 
 verl's `gspo` and `cispo` are used as they are: a test shows that they give masked positions
 neither loss nor gradient. They multiply by the mask instead of selecting with it, so they do need
-finite log-probs at latent positions, which the replay gives. The KL penalty to the reference and
-the entropy bonus are verl's (`workers/utils/losses.py`), over the same mask.
+finite log-probs at latent positions, which the replay gives. The entropy bonus and the sum of the
+KL penalty over the same mask are verl's (`workers/utils/losses.py`); it has no register for
+estimates of the KL, so `text_kl` stands where its loss looks one up.
 """
 
 from __future__ import annotations
@@ -20,14 +23,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from verl.trainer.ppo.core_algos import kl_penalty as verl_kl_penalty
 from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
+from verl.workers.utils import losses as verl_losses
 
 from grpo_latent.algo.advantages import DEFAULT_EPS, group_advantages
 from grpo_latent.algo.losses import Denominators, policy_loss
+from grpo_latent.algo.losses import kl_penalty as our_kl_penalty
 from grpo_latent.errors import ConfigError
 
 NAME = "grpo_latent"
 RLOO_NAME = "grpo_latent_rloo"
+UNCLAMPED_KL = "low_var_kl_unclamped"
 # verl's loss_agg_mode -> ours; the two plain sums are our means over a denominator of 1
 AGGREGATION_OF_MODE = {
     "token-mean": "token_mean",
@@ -126,6 +133,25 @@ def grpo_latent_policy_loss(
     # FSDP averages the gradients of its ranks; each rank's share of the global sum is scaled up
     # for that
     return result.loss * info.get("dp_size", 1), metrics
+
+
+def text_kl(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
+    """Per-token KL to the reference for `actor.kl_loss_type`: verl's own names, and ours.
+
+    verl clamps the value of `low_var_kl` at 10, and a clamped value has no gradient: a token that
+    drifted further than 2.6 nats below its reference is no longer pulled back, and those are the
+    tokens that end a run. `low_var_kl_unclamped` bounds the exponent only.
+
+    Args, results: as those of `verl.trainer.ppo.core_algos.kl_penalty`, whose names are these.
+    """
+    if kl_penalty == UNCLAMPED_KL:
+        everywhere = torch.ones_like(logprob, dtype=torch.bool)  # verl masks the sum
+        return our_kl_penalty(logprob, ref_logprob, everywhere, "k3")
+    return verl_kl_penalty(logprob, ref_logprob, kl_penalty)  # type: ignore[arg-type]  # as above
+
+
+# verl annotates FloatTensor, which no operation of torch is annotated to return
+verl_losses.kl_penalty = text_kl  # type: ignore[assignment]
 
 
 def _broadcast(

@@ -1,5 +1,7 @@
 """Our registered functions against verl's own, where verl's are right and where not."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -13,11 +15,13 @@ from verl.trainer.ppo.core_algos import (
 from verl.trainer.ppo.core_algos import (
     kl_penalty as verl_kl_penalty,
 )
-from verl.workers.config import FSDPActorConfig
+from verl.utils import tensordict_utils as tu
+from verl.workers.config import FSDPActorConfig, PolicyLossConfig
+from verl.workers.utils.losses import ppo_loss
 
 from grpo_latent.algo.losses import kl_penalty
 from grpo_latent.errors import ConfigError, RewardError
-from grpo_latent.verl_plugin.worker import algo  # noqa: F401, registers
+from grpo_latent.verl_plugin.worker import algo  # registers
 
 MODES = [
     "token-mean",
@@ -135,6 +139,54 @@ def test_kl_equals_verls_while_the_policy_is_near_its_reference(kind):
     torch.testing.assert_close(
         ours[mask], verl_kl_penalty(log_prob, old_log_prob, kind)[mask], rtol=1e-6, atol=1e-6
     )
+
+
+def ragged(rows):
+    return tu.nested_tensor_from_tensor_list([torch.as_tensor(row) for row in rows])
+
+
+@pytest.mark.parametrize("below", [0.5, 4.0, 12.0])  # nats under the reference, the first token
+def test_a_token_far_below_its_reference_is_pulled_back_by_ours_and_not_by_verls(below):
+    """In verl's own `ppo_loss`: d KL / d log_prob = 1 - e^(ref - log_prob)."""
+    lengths = (3, 2)
+    gradients = {}
+    for kind in ("low_var_kl", algo.UNCLAMPED_KL):
+        config = actor_config(
+            LOCAL,
+            use_kl_loss=True,
+            kl_loss_coef=0.5,
+            kl_loss_type=kind,
+            policy_loss=PolicyLossConfig(loss_mode="grpo_latent"),
+        )
+        # a prompt of one token: the score of token t stands at t, the last value is nobody's
+        log_probs = torch.full((sum(lengths) + 2,), -1.0)
+        log_probs[0] -= below
+        log_probs.requires_grad_(True)
+        rows = [[-1.0] * length for length in lengths]
+        fields = {
+            "prompts": ragged([[0]] * 2),
+            "responses": ragged([[0] * length for length in lengths]),
+            "response_mask": ragged([[1] * length for length in lengths]),
+            "old_log_probs": ragged(rows),
+            "advantages": ragged([[0.0] * length for length in lengths]),
+            "ref_log_prob": ragged(rows),
+        }
+        data = tu.get_tensordict(
+            fields, {"dp_size": 1, "batch_num_tokens": sum(lengths), "global_batch_size": 2}
+        )
+        output = {
+            "log_probs": torch.nested.nested_tensor_from_jagged(log_probs, torch.tensor([0, 4, 7]))
+        }
+        loss, _ = ppo_loss(config, output, data)
+        loss.backward()
+        gradients[kind] = log_probs.grad
+    own, verls = gradients[algo.UNCLAMPED_KL], gradients["low_var_kl"]
+    assert own[0].item() == pytest.approx(0.5 * (1 - math.exp(below)) / sum(lengths), rel=1e-5)
+    assert torch.count_nonzero(own) == 1
+    if below < 2.6:
+        torch.testing.assert_close(own, verls)
+    else:
+        assert torch.count_nonzero(verls) == 0, "verl clamps no more: ours has no reason to be"
 
 
 def advantage_inputs():
