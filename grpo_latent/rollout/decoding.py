@@ -26,7 +26,7 @@ from grpo_latent.models.visibility import GrowingVisibility
 from grpo_latent.rollout.override import OverrideTable
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.recorder import Recorder, with_slots
-from grpo_latent.rollout.sampling import latent_uniforms, sample, uniforms
+from grpo_latent.rollout.sampling import Bans, latent_uniforms, sample, uniforms
 from grpo_latent.rollout.start import Start, rows_of_prompts
 from grpo_latent.trajectory import PositionKind, Trajectory, is_text, made_mask
 
@@ -36,15 +36,14 @@ class TokenRules:
     """What token ids and kinds mean while decoding.
 
     Attributes:
-        banned_2V: bool [2, V], never sampled; the second row is for trajectories that may not open
-            another span.
+        bans_2: never sampled; the second row is for trajectories that may not open another span.
         is_eos_V: bool [V].
         placeholder_ids_K: int64, by `PositionKind`: the id that stands where nothing is sampled.
         is_text_K, is_made_K: bool, by `PositionKind`: a token is sampled there; a vector is made
             there.
     """
 
-    banned_2V: Tensor
+    bans_2: Bans
     is_eos_V: Tensor
     placeholder_ids_K: Tensor
     is_text_K: Tensor
@@ -60,15 +59,12 @@ class TokenRules:
         device: torch.device,
     ) -> TokenRules:
         """The rules of a mechanism, whose `opening_ids` are banned where no span may open."""
-        banned_2V = torch.zeros(2, vocab_size, dtype=torch.bool, device=device)
-        banned_2V[:, sorted(banned_ids)] = True
-        banned_2V[1, sorted(mechanism.opening_ids)] = True
         is_eos_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
         is_eos_V[sorted(eos_ids)] = True
         kinds_K = torch.arange(len(PositionKind), device=device)
         placeholder_ids = [mechanism.placeholder_id(kind) for kind in PositionKind]
         return cls(
-            banned_2V,
+            Bans.build(banned_ids, mechanism.opening_ids, device),
             is_eos_V,
             torch.tensor(placeholder_ids, device=device),
             is_text(kinds_K),
@@ -223,13 +219,14 @@ class DecodingBatch:
             logits_MV = self.adapter.logits(self.hidden_NH if is_all else self.hidden_NH[rows_M])
         else:
             logits_MV = logits_NV if is_all else logits_NV[rows_M]
-        banned_MV = self.rules.banned_2V[:1]
-        if self.state.is_bounded:  # otherwise one row of rules serves all, without [M, V] of them
-            banned_MV = self.rules.banned_2V[(~self.state.may_open_N[rows_M]).long()]
+        may_not_open_M = torch.zeros_like(rows_M[:1])
+        if self.state.is_bounded:  # otherwise one row of rules serves all
+            may_not_open_M = (~self.state.may_open_N[rows_M]).long()
+        bans = self.rules.bans_2.rows(may_not_open_M)
         sampling = self.sampling
         draws_M = self.rows.uniforms_NT[rows_M, position]
         picked = sample(
-            logits_MV, draws_M, sampling.temperature, sampling.top_k, sampling.top_p, banned_MV
+            logits_MV, draws_M, sampling.temperature, sampling.top_k, sampling.top_p, bans
         )
         if is_all:
             return picked

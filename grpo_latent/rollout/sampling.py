@@ -8,6 +8,8 @@ batch composition draws the same numbers, and no generator state has to be saved
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _LATENT_STREAM = 1 << 40  # counters of latents begin here, far beyond those of text positions
 _SLOT_STREAM = 1 << 50  # counters of slots, beyond those of everything else
+_BLOCK = 256  # tokens that are summed at once in float32
+_BELOW_ONE = 1 - 2.0**-52
 _MAX_IMAGE_POSITIONS = 1 << 32  # counters that one slot has to itself
 
 
@@ -71,20 +75,96 @@ def truncate(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits_NV
 
 
+@dataclass(frozen=True)
+class Bans:
+    """Tokens that must not be drawn.
+
+    By id: a mask over the vocabulary would cost a pass over all logits, and their mass another.
+
+    Attributes:
+        ids_K: int64, distinct.
+        is_banned_NK: bool [N, K], or [1, K] for all rows.
+    """
+
+    ids_K: Tensor
+    is_banned_NK: Tensor
+
+    @classmethod
+    def build(cls, always: Iterable[int], sometimes: Iterable[int], device: torch.device) -> Bans:
+        """Two rows to choose from: one bans `always`, the next `sometimes` besides."""
+        banned = set(always)
+        ids = sorted(banned | set(sometimes))
+        is_always_K = torch.tensor([token_id in banned for token_id in ids], dtype=torch.bool)
+        is_banned_2K = torch.stack((is_always_K, torch.ones_like(is_always_K)))
+        return cls(torch.tensor(ids, dtype=torch.long, device=device), is_banned_2K.to(device))
+
+    def of(self, logits_NV: Tensor) -> Tensor:
+        """float [N, K]: the banned logits, -inf where a row bans no such token."""
+        return logits_NV[:, self.ids_K].masked_fill(~self.is_banned_NK, -torch.inf)
+
+    def without(self, logits_NV: Tensor) -> Tensor:
+        """A copy of the logits with -inf at the banned."""
+        kept_NK = logits_NV[:, self.ids_K].masked_fill(self.is_banned_NK, -torch.inf)
+        return logits_NV.index_copy(1, self.ids_K, kept_NK)
+
+    def rows(self, index_M: Tensor) -> Bans:
+        """Those of a selection of rows."""
+        if self.is_banned_NK.shape[0] == 1:
+            return self
+        return Bans(self.ids_K, self.is_banned_NK[index_M])
+
+
+def invert(weights_NV: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the cumulative sum of each row's weights passes a share of its total.
+
+    In two levels, blocks of the vocabulary and then one block, so that float64, which a rare
+    token's share needs, is summed over V / 256 + 256 numbers and not over V.
+
+    Args:
+        weights_NV: float32 >= 0, any scale, a positive sum.
+        uniforms_N: float64 in [0, 1), the shares.
+
+    Returns:
+        int64 [N], a position of positive weight; float64 [N], the total.
+    """
+    vocab_size = weights_NV.shape[-1]
+    in_blocks = vocab_size - vocab_size % _BLOCK
+    sums_NG = weights_NV[:, :in_blocks].unflatten(-1, (-1, _BLOCK)).sum(-1)
+    if in_blocks < vocab_size:
+        rest_N1 = weights_NV[:, in_blocks:].sum(-1, keepdim=True)
+        sums_NG = torch.cat((sums_NG, rest_N1), -1)
+    ends_NG = sums_NG.double().cumsum(-1)
+    total_N1 = ends_NG[:, -1:]
+    # the product may round up to the total, where no block is left
+    targets_N1 = (uniforms_N.to(total_N1.device)[:, None] * total_N1).minimum(
+        total_N1 * _BELOW_ONE
+    )
+    blocks_N1 = torch.searchsorted(ends_NG, targets_N1, right=True)
+    sum_N1 = sums_NG.gather(1, blocks_N1).double()
+    share_N1 = (targets_N1 - (ends_NG.gather(1, blocks_N1) - sum_N1)) / sum_N1
+    tokens_NB = blocks_N1 * _BLOCK + torch.arange(_BLOCK, device=weights_NV.device)
+    inside_NB = weights_NV.gather(1, tokens_NB.clamp(max=vocab_size - 1)).double()
+    inside_NB = inside_NB.masked_fill(tokens_NB >= vocab_size, 0.0).cumsum(-1)
+    # a share, not a remainder: the block's sum was rounded to float32, its parts' is not
+    within_N1 = torch.searchsorted(
+        inside_NB, share_N1.clamp(0.0, _BELOW_ONE) * inside_NB[:, -1:], right=True
+    )
+    return (blocks_N1 * _BLOCK + within_N1)[:, 0], total_N1[:, 0]
+
+
 def sample(
     logits_NV: Tensor,
     uniforms_N: Tensor,
     temperature: float,
     top_k: int = -1,
     top_p: float = 1.0,
-    banned_NV: Tensor | None = None,
+    bans: Bans | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draws one token a row; temperature 0 takes the arg-max of the allowed tokens.
 
     Args:
         logits_NV: float [N, V].
         uniforms_N: float64 [N] in [0, 1).
-        banned_NV: bool [N, V] or [1, V], tokens that must not be drawn.
 
     Returns:
         token ids int64 [N]; log-probs float32 [N] under the full distribution at `temperature`
@@ -92,26 +172,26 @@ def sample(
         greedy). The full one knows no ban and no truncation: it is what a replay can recompute.
     """
     greedy = temperature == 0
-    scaled_NV = (
-        logits_NV.float() if greedy or temperature == 1 else logits_NV.float() / temperature
-    )
-    full_NV = scaled_NV.log_softmax(-1)
-    allowed_NV = scaled_NV if banned_NV is None else scaled_NV.masked_fill(banned_NV, -torch.inf)
+    scaled_NV = logits_NV.float()
+    if not greedy and temperature != 1:
+        scaled_NV = scaled_NV / temperature
+    allowed_NV = scaled_NV if bans is None else bans.without(scaled_NV)
+    max_N1 = allowed_NV.amax(-1, keepdim=True)
+    weights_NV = (allowed_NV - max_N1).exp_()
     if greedy:
-        tokens_N = allowed_NV.argmax(-1)
-        return (
-            tokens_N,
-            full_NV.gather(1, tokens_N[:, None])[:, 0],
-            torch.zeros_like(full_NV[:, 0]),
-        )
-    drawn_NV = truncate(allowed_NV, top_k, top_p).log_softmax(-1)
-    # in float64: a float32 sum over the vocabulary would round a rare token's share away
-    cumulative_NV = drawn_NV.double().exp().cumsum(-1)
-    # rounding may leave the last cumulative value below 1: scale the uniform instead of running
-    # past the end
-    target_N1 = uniforms_N.to(cumulative_NV.device)[:, None] * cumulative_NV[:, -1:]
-    tokens_N = torch.searchsorted(cumulative_NV, target_N1, right=True)[:, 0].clamp_(
-        max=logits_NV.shape[-1] - 1
-    )
-    pick = tokens_N[:, None]
-    return tokens_N, full_NV.gather(1, pick)[:, 0], drawn_NV.gather(1, pick)[:, 0]
+        tokens_N, total_N = allowed_NV.argmax(-1), weights_NV.sum(-1)
+    else:
+        tokens_N, total_N = invert(weights_NV, uniforms_N)
+    max_N = max_N1[:, 0]
+    allowed_N = max_N + total_N.log().float()
+    full_N = allowed_N
+    if bans is not None:
+        full_N = torch.logaddexp(full_N, bans.of(scaled_NV).logsumexp(-1))
+    if not greedy and (0 < top_k < logits_NV.shape[-1] or top_p < 1):
+        truncated_NV = truncate(allowed_NV, top_k, top_p)
+        weights_NV.masked_fill_(truncated_NV == -torch.inf, 0.0)
+        tokens_N, total_N = invert(weights_NV, uniforms_N)
+    picked_N = scaled_NV.gather(1, tokens_N[:, None])[:, 0]
+    if greedy:
+        return tokens_N, picked_N - full_N, torch.zeros_like(picked_N)
+    return tokens_N, picked_N - full_N, picked_N - (max_N + total_N.log().float())

@@ -8,6 +8,8 @@ import slow_reading
 import torch
 
 from grpo_latent.rollout.sampling import (
+    Bans,
+    invert,
     latent_uniforms,
     sample,
     trajectory_seed,
@@ -32,6 +34,11 @@ def test_latents_draw_from_a_stream_of_their_own():
         ((numbers > 0) & (numbers < 1)).all()
     )
     assert torch.equal(latent_uniforms(seeds[1:2], 2, 5), latents[2][1:2])
+
+
+def bans(mask):
+    """Of a mask over the vocabulary, bool [N, V]."""
+    return Bans(torch.arange(mask.shape[1]), mask)
 
 
 def chi_square(counts, probs):
@@ -91,7 +98,7 @@ def test_token_by_token_against_brute_force(temperature, top_k, top_p):
     banned = torch.rand(200, 11, generator=generator) < 0.3
     banned[:, 4] = False
     u = draws(200, position=3)
-    tokens, _, _ = sample(logits, u, temperature, top_k, top_p, banned)
+    tokens, _, _ = sample(logits, u, temperature, top_k, top_p, bans(banned))
     for row in range(200):
         allowed = {i for i in range(11) if not banned[row, i]}
         assert int(tokens[row]) == slow_reading.draw(
@@ -111,7 +118,7 @@ def test_truncate_keeps_ties_at_the_kth_and_the_first_of_the_nucleus():
 def test_greedy_reports_the_full_log_prob_at_temperature_one_and_avoids_banned():
     banned = torch.zeros(1, 7, dtype=torch.bool)
     banned[0, 2] = True
-    token, full, drawn = sample(LOGITS, draws(1), 0.0, banned_NV=banned)
+    token, full, drawn = sample(LOGITS, draws(1), 0.0, bans=bans(banned))
     assert token.item() == 5 and drawn.item() == 0
     log_sum = math.log(sum(math.exp(x) for x in LOGITS[0].tolist()))
     assert full.item() == pytest.approx(1.0001 - log_sum, abs=1e-6)
@@ -120,8 +127,43 @@ def test_greedy_reports_the_full_log_prob_at_temperature_one_and_avoids_banned()
 @pytest.mark.parametrize("u", [0.0, np.nextafter(1.0, 0.0)])
 def test_the_ends_of_the_unit_interval_give_allowed_tokens(u):
     banned = torch.tensor([[True, False, False, False, False, False, True]])
-    token, _, drawn = sample(LOGITS, torch.tensor([u], dtype=torch.float64), 1.0, banned_NV=banned)
+    token, _, drawn = sample(
+        LOGITS, torch.tensor([u], dtype=torch.float64), 1.0, bans=bans(banned)
+    )
     assert token.item() == (1 if u == 0 else 5) and torch.isfinite(drawn).all()
+
+
+@pytest.mark.parametrize("vocab_size", [3, 256, 257, 1000])
+@pytest.mark.parametrize("scale", [1.0, 40.0])
+def test_two_levels_find_what_one_cumulative_sum_finds(vocab_size, scale):
+    """In float64 over the whole row, also where most weights are 0 in float32."""
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits_NV = torch.randn(500, vocab_size, generator=generator) * scale
+    weights_NV = (logits_NV - logits_NV.amax(-1, keepdim=True)).exp()
+    u_N = draws(500, position=1)
+    tokens_N, total_N = invert(weights_NV, u_N)
+    whole_NV = weights_NV.double().cumsum(-1)
+    torch.testing.assert_close(total_N, whole_NV[:, -1], rtol=1e-6, atol=0)
+    expected_N = torch.searchsorted(whole_NV, u_N[:, None] * whole_NV[:, -1:], right=True)[:, 0]
+    assert (tokens_N != expected_N).sum() <= 1, "rounding moves a boundary once in 10^5"
+    assert (weights_NV.gather(1, tokens_N[:, None]) > 0).all()
+
+
+def test_a_banned_token_of_all_the_mass_is_in_the_full_distribution_only():
+    """e^200 times the others' mass: weights relative to it would all be 0."""
+    logits = torch.tensor([[200.0, 0.0, 0.0]])
+    only_first = Bans(torch.tensor([0]), torch.ones(1, 1, dtype=torch.bool))
+    token, full, drawn = sample(logits, torch.tensor([0.6]).double(), 1.0, bans=only_first)
+    assert token.item() == 2 and drawn.item() == pytest.approx(-math.log(2))
+    assert full.item() == pytest.approx(-200)
+
+
+def test_no_bans_at_all():
+    none = Bans.build([], [], torch.device("cpu")).rows(torch.zeros(1, dtype=torch.long))
+    for mine, plain in zip(
+        sample(LOGITS, draws(1), 1.0, bans=none), sample(LOGITS, draws(1), 1.0), strict=True
+    ):
+        assert torch.equal(mine, plain)
 
 
 def test_uniforms_are_splitmix64():

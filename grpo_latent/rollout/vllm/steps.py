@@ -45,25 +45,23 @@ class LatentSteps:
         modules: nn.Module,
         embed: Callable[[Tensor], Tensor],
         *,
-        vocab_size: int,
         num_seats: int,
         max_length: int,
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ):
-        banned_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        banned_V[list(options.banned_ids)] = True
         self.table = LatentTable(
             options.mechanism,
             modules,
             embed,
-            banned_V,
+            options.banned_ids,
             num_seats,
             max_length,
             options.room(max_length),
             hidden_size,
             dtype,
+            device,
         )
         self.prompt_lengths: dict[str, int] = {}
         self.num_replayed_rows = 0
@@ -160,7 +158,7 @@ class LatentSteps:
         masked = logits_NV.clone()
         if self.rows.rows_N.size:
             rows_M = self._row_tensor(logits_NV)
-            masked[rows_M] = masked[rows_M].masked_fill(self.table.banned(self.rows), -torch.inf)
+            masked[rows_M] = self.table.bans(self.rows).without(masked[rows_M])
         return masked
 
     def choose(

@@ -12,7 +12,7 @@ M some of them, H hidden, V vocabulary, D columns of state.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from grpo_latent.errors import RolloutError
 from grpo_latent.latent.mechanisms import HiddenSource, Mechanism, RowStates
-from grpo_latent.rollout.sampling import sample, uniforms
+from grpo_latent.rollout.sampling import Bans, sample, uniforms
 from grpo_latent.rollout.vllm.request import LatentRequest, RowSampling
 from grpo_latent.trajectory import PositionKind
 
@@ -100,7 +100,7 @@ class LatentTable:
     Args:
         modules: has what the mechanism's `attach` makes.
         embed: token embeddings of ids.
-        banned_V: bool, tokens that are never drawn.
+        banned_ids: tokens that are never drawn.
         num_seats: to begin with.
         max_length: longest completion.
         max_latents: C, latents that a completion may hold.
@@ -112,19 +112,19 @@ class LatentTable:
         mechanism: Mechanism,
         modules: nn.Module,
         embed: Callable[[Tensor], Tensor],
-        banned_V: Tensor,
+        banned_ids: Iterable[int],
         num_seats: int,
         max_length: int,
         max_latents: int,
         hidden_size: int,
         dtype: torch.dtype,
+        device: torch.device,
     ):
         self.mechanism = mechanism
         self.modules = modules
         self.embed = embed
-        self.banned_V = banned_V
-        self.device = banned_V.device
-        self.opening_ids = sorted(mechanism.opening_ids)
+        self.bans_2 = Bans.build(banned_ids, mechanism.opening_ids, device)
+        self.device = device
         self.max_latents = max_latents
         self.seats: dict[str, int] = {}
         self.keys: dict[str, str] = {}  # of the recorded requests, by request
@@ -137,7 +137,6 @@ class LatentTable:
             np.zeros(num_seats, np.int64),
             np.zeros((num_seats, max_length)),
         )
-        device = self.device
         state_size = mechanism.state_size + 2
         self.on_device = _DeviceSeats(
             torch.zeros(num_seats, dtype=torch.long, device=device),
@@ -255,13 +254,13 @@ class LatentTable:
         """bool [N], rows whose text vLLM's sampler draws."""
         return self.host.sampling_S[rows.seats_N] == _SERVED
 
-    def banned(self, rows: StepRows) -> Tensor:
-        """Tokens that no row may draw, bool [N, V] or [1, V].
+    def bans(self, rows: StepRows) -> Bans:
+        """Tokens that no row may draw.
 
         Where a span may not open, the tokens that open one are among them.
         """
         seats, _, state_ND = self._state_of(rows)
-        return self._banned(rows, seats, self._begin(seats, state_ND), state_ND[:, _NUM_LATENTS])
+        return self._bans(rows, seats, self._begin(seats, state_ND), state_ND[:, _NUM_LATENTS])
 
     def _state_of(self, rows: StepRows) -> tuple[Tensor, Tensor, Tensor]:
         """Seats and positions, int64 [N], and the state there, int64 [N, D]."""
@@ -275,21 +274,19 @@ class LatentTable:
         state.unpack(state_ND[:, :_NUM_LATENTS].unbind(-1))
         return state
 
-    def _banned(
+    def _bans(
         self, rows: StepRows, seats: Tensor, state: RowStates, num_latents_N: Tensor
-    ) -> Tensor:
+    ) -> Bans:
         is_served_N = self.is_served(rows)
         if not state.is_bounded and not is_served_N.any():
-            return self.banned_V[None]
+            return self.bans_2.rows(torch.zeros_like(seats[:1]))
         room_N = state.may_open_N
         if is_served_N.any():
             # a served request must not run out of room for its latents; a recorded one that does
             # is reported by `pop`
             has_room_N = num_latents_N + self.on_device.steps_S[seats] <= self.max_latents
             room_N = room_N & (has_room_N | ~self._to_device(is_served_N))
-        banned_NV = self.banned_V.repeat(len(seats), 1)
-        banned_NV[:, self.opening_ids] |= ~room_N[:, None]
-        return banned_NV
+        return self.bans_2.rows((~room_N).long())
 
     def choose(
         self, rows: StepRows, hidden_NH: Tensor, logits_NV: Tensor, served_tokens_N: Tensor
@@ -308,13 +305,13 @@ class LatentTable:
         seats, positions, state_ND = self._state_of(rows)
         state = self._begin(seats, state_ND)
         num_latents_N = state_ND[:, _NUM_LATENTS]
-        banned_NV = self._banned(rows, seats, state, num_latents_N)
+        bans = self._bans(rows, seats, state, num_latents_N)
         planned_N = state.plan(logits_NV if self.mechanism.reads_logits else None)
         is_latent_N = planned_N == int(PositionKind.LATENT)
         is_text_N = planned_N == int(PositionKind.TEXT)
         # every row draws and makes a vector, and what is not wanted is overwritten: which rows are
         # in a span, the CPU does not know, and must not wait for
-        tokens_N, log_probs_N2 = self._draw(rows, logits_NV, banned_NV, served_tokens_N)
+        tokens_N, log_probs_N2 = self._draw(rows, logits_NV, bans, served_tokens_N)
         tokens_N = torch.where(
             is_latent_N, self.mechanism.placeholder_id(PositionKind.LATENT), tokens_N
         )
@@ -340,7 +337,7 @@ class LatentTable:
         return tokens_N, log_probs_N2[:, 0], ~is_text_N
 
     def _draw(
-        self, rows: StepRows, logits_NV: Tensor, banned_NV: Tensor, served_tokens_N: Tensor
+        self, rows: StepRows, logits_NV: Tensor, bans: Bans, served_tokens_N: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Token ids [N], full and drawn log-probs [N, 2].
 
@@ -351,29 +348,28 @@ class LatentTable:
         ways = set(ways_N.tolist()) - {_SERVED}
         # as in a training run: one way for all, and no rows to pick
         if len(ways) == 1 and ways_N.all():
-            tokens_N, *log_probs = self._draw_alike(ways.pop(), logits_NV, draws_N, banned_NV)
+            tokens_N, *log_probs = self._draw_alike(ways.pop(), logits_NV, draws_N, bans)
             return tokens_N, torch.stack(log_probs, -1)
         tokens_N = served_tokens_N.clone()
         log_probs_N2 = torch.zeros(len(ways_N), 2, device=self.device)
         for way in ways:
             members = np.nonzero(ways_N == way)[0]
             picked = self._to_device(members)
-            banned_MV = banned_NV if banned_NV.shape[0] == 1 else banned_NV[picked]
             tokens_M, *log_probs = self._draw_alike(
-                way, logits_NV[picked], draws_N[members], banned_MV
+                way, logits_NV[picked], draws_N[members], bans.rows(picked)
             )
             tokens_N[picked] = tokens_M
             log_probs_N2[picked] = torch.stack(log_probs, -1)
         return tokens_N, log_probs_N2
 
     def _draw_alike(
-        self, way: int, logits_MV: Tensor, draws_M: Tensor, banned_MV: Tensor
+        self, way: int, logits_MV: Tensor, draws_M: Tensor, bans: Bans
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids, full and drawn log-probs, each [M], of rows with one sampling."""
         sampling = self.samplings[way]
         assert sampling is not None  # way `_SERVED` draws nothing here
         return sample(
-            logits_MV, draws_M, sampling.temperature, sampling.top_k, sampling.top_p, banned_MV
+            logits_MV, draws_M, sampling.temperature, sampling.top_k, sampling.top_p, bans
         )
 
     def note_chosen(self, rows: StepRows) -> None:

@@ -60,7 +60,6 @@ class LatentWorker(Worker):
             worker_options(self.vllm_config),
             parameters.modules,
             lambda ids: model.embed_input_ids(ids),
-            vocab_size=model_config.get_vocab_size(),
             num_seats=self.vllm_config.scheduler_config.max_num_seqs,
             max_length=model_config.max_model_len,
             hidden_size=model_config.get_inputs_embeds_size(),

@@ -18,7 +18,7 @@ HIDDEN, VOCAB = 4, 6
 
 def steps():
     options = WorkerOptions(LVR("s", "l", "e", START, LATENT, END, steps=2), (LATENT, END), 8)
-    sizes = dict(vocab_size=VOCAB, num_seats=2, max_length=16, hidden_size=HIDDEN)
+    sizes = dict(num_seats=2, max_length=16, hidden_size=HIDDEN)
     return LatentSteps(
         options,
         nn.Module(),
