@@ -169,6 +169,8 @@ class SourceTap:
         hidden_MH = hidden_BTH[rows_M, columns_M]
         source = HiddenSource(hidden_MH, lambda: self._logits(module, hidden_MH), self._embed)
         self._means_MH = self.mechanism.make(self._model, source)
+        if self._wants_logits:
+            self._logits_MV = self._logits(module, hidden_MH)
         if self._make_features is not None:
             self._features_MF = self._make_features(self._model, hidden_MH)
         return (hidden_BTH[:, -1:],) if self._is_sources_only else None
@@ -188,8 +190,6 @@ class SourceTap:
     ) -> _CausalOutput | None:
         if self._where is None:
             return None
-        if self._wants_logits:
-            self._logits_MV = output.logits[self._where]
         made = (self._means_MH, self._logits_MV, self._features_MF)
         output.hidden_states = tuple(values for values in made if values is not None)
         return output

@@ -47,6 +47,8 @@ class LatentOptions:
         max_latents: room for latent steps of a completion in engine `vllm`; None takes what
             `max_spans` allows, or 256.
         share_images: encode an image that several rows of a micro-batch have only once.
+        score_in_head: log-probs and entropies are made within `lm_head`, in chunks, of the tokens
+            of completions; False makes logits of all positions, as verl does.
         rollout_timeout_s: a rollout wave that is incomplete for so long fails the run.
         output_dir: of train.log; None where the driver does not collect logs.
         preflight: of the checkpoint, before workers start.
@@ -73,6 +75,7 @@ class LatentOptions:
     max_batch_rows: int = 512
     max_latents: int | None = None
     share_images: bool = True
+    score_in_head: bool = True
     rollout_timeout_s: float = 1800.0
     output_dir: str | None = None
     preflight: Mapping[str, Any] = field(default_factory=dict)

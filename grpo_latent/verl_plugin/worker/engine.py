@@ -34,7 +34,7 @@ from grpo_latent.models.loading import load_latent_parameters
 from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.models.treatment_parameters import attach_treatment, initialisation_notes
 from grpo_latent.models.vision_cache import VisionCache
-from grpo_latent.trajectory import PositionKind
+from grpo_latent.trajectory import PositionKind, latent_mask
 from grpo_latent.verl_plugin.boot import compat
 from grpo_latent.verl_plugin.boot.layout import (
     check_layout,
@@ -49,6 +49,7 @@ from grpo_latent.verl_plugin.worker.gradients import InputGradients
 from grpo_latent.verl_plugin.worker.hf_folder import complete_hf_folder
 from grpo_latent.verl_plugin.worker.latent_loss import NUM_ACTS, NUM_LATENTS, LatentLoss
 from grpo_latent.verl_plugin.worker.micro_batch import MicroBatch
+from grpo_latent.verl_plugin.worker.scored_head import ScoredHead, Wanted
 from grpo_latent.verl_plugin.worker.treated_forward import TreatedForward
 
 
@@ -107,6 +108,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         self.input_gradients = InputGradients(
             module
         )  # after the injector: it watches what the model is fed
+        self.head = ScoredHead.install(module) if self.options.score_in_head else None
         self.options.treatment.check(self.mechanism)
         self.treated = TreatedForward(
             self, module, self.injector, self.options.treatment, self.options.terms
@@ -144,6 +146,8 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
             self.injector.disarm()
             self.treated.disarm()
             self.choices.disarm()
+            if self.head is not None:
+                self.head.disarm()
             self.batch = self.sequences = None
 
     def prepare_model_inputs(self, micro_batch: TensorDict):
@@ -170,7 +174,57 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
             sequences.kinds_BT
         )  # of verl's forward, not of those that recomputed the latents
         self.sequences = sequences
+        if self._scores_in_head(micro_batch):
+            self._arm_head(micro_batch, output_args, sequences)
         return model_inputs, output_args
+
+    def _scores_in_head(self, micro_batch: TensorDict) -> bool:
+        """False where verl is asked for what needs the logits of all positions."""
+        flags = ("use_fused_kernels", "calculate_sum_pi_squared", "distillation_use_topk")
+        return self.head is not None and not any(
+            tu.get_non_tensor_data(data=micro_batch, key=flag, default=False) for flag in flags
+        )
+
+    def _arm_head(
+        self, micro_batch: TensorDict, output_args: dict, sequences: LatentSequences
+    ) -> None:
+        """Has the tokens of completions scored; a latent position has none."""
+        assert self.head is not None
+        kinds_BT = sequences.kinds_BT
+        is_token_BT = (kinds_BT >= PositionKind.TEXT) & ~latent_mask(kinds_BT)
+        is_token_BT[:, 0] = False  # of a packed row's first: the roll would bring it to the last
+        if sequences.is_packed:
+            temperatures_BT = output_args["temperature_rmpad"][None]
+        else:
+            temperatures_BT = output_args["temperature"][:, None]
+        self.head.arm(
+            Wanted(
+                is_scored_BT=is_token_BT.roll(-1, dims=1),
+                targets_BT=sequences.input_ids_BT.roll(-1, dims=1),
+                temperatures_BT=temperatures_BT,
+                has_entropy=tu.get_non_tensor_data(
+                    data=micro_batch, key="calculate_entropy", default=False
+                ),
+            )
+        )
+
+    def _model_output(self, output, output_args: dict, micro_batch: TensorDict) -> dict:
+        """What verl makes of logits, of the head's scores."""
+        assert self.head is not None
+        scores_BT2 = self.head.take(output.logits)
+        offsets = micro_batch["input_ids"].offsets()
+        if "pad_size" in output_args:
+            scores_L2 = self._gather_and_unpad_packed(scores_BT2[0], output_args["pad_size"])
+        else:
+            columns_T = torch.arange(scores_BT2.shape[1], device=scores_BT2.device)
+            scores_L2 = scores_BT2[columns_T < offsets.diff()[:, None]]
+        names = ["log_probs"]
+        if tu.get_non_tensor_data(data=micro_batch, key="calculate_entropy", default=False):
+            names.append("entropy")
+        return {
+            name: torch.nested.nested_tensor_from_jagged(values_L, offsets)
+            for name, values_L in zip(names, scores_L2.unbind(-1), strict=False)
+        }
 
     def _keep_image_arguments(self, model_inputs: dict) -> None:
         """Drops what is of the rollout's images, but no argument of this family's forward.
@@ -200,9 +254,12 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
     def prepare_model_outputs(
         self, output, output_args, micro_batch: TensorDict, logits_processor_func
     ):
-        model_output = super().prepare_model_outputs(
-            output, output_args, micro_batch, logits_processor_func
-        )
+        if self._scores_in_head(micro_batch):
+            model_output = self._model_output(output, output_args, micro_batch)
+        else:
+            model_output = super().prepare_model_outputs(
+                output, output_args, micro_batch, logits_processor_func
+            )
         assert self.batch is not None and self.sequences is not None, "kept with the inputs"
         self.treated.extend(model_output, output_args, self.batch, self.sequences, self.trains)
         self.choices.extend(model_output, self.batch)
