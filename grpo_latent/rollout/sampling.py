@@ -139,7 +139,11 @@ def invert(weights_NV: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
     targets_N1 = (uniforms_N.to(total_N1.device)[:, None] * total_N1).minimum(
         total_N1 * _BELOW_ONE
     )
-    blocks_N1 = torch.searchsorted(ends_NG, targets_N1, right=True)
+    # clamped for NaN, which is past every end: it is found by its log-prob, and must not be an
+    # index out of bounds, which ends a CUDA process without a word on the cause
+    blocks_N1 = torch.searchsorted(ends_NG, targets_N1, right=True).clamp_(
+        max=sums_NG.shape[1] - 1
+    )
     sum_N1 = sums_NG.gather(1, blocks_N1).double()
     share_N1 = (targets_N1 - (ends_NG.gather(1, blocks_N1) - sum_N1)) / sum_N1
     tokens_NB = blocks_N1 * _BLOCK + torch.arange(_BLOCK, device=weights_NV.device)
@@ -149,7 +153,8 @@ def invert(weights_NV: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
     within_N1 = torch.searchsorted(
         inside_NB, share_N1.clamp(0.0, _BELOW_ONE) * inside_NB[:, -1:], right=True
     )
-    return (blocks_N1 * _BLOCK + within_N1)[:, 0], total_N1[:, 0]
+    tokens_N1 = (blocks_N1 * _BLOCK + within_N1).clamp_(max=vocab_size - 1)
+    return tokens_N1[:, 0], total_N1[:, 0]
 
 
 def sample(

@@ -158,6 +158,16 @@ def test_a_banned_token_of_all_the_mass_is_in_the_full_distribution_only():
     assert full.item() == pytest.approx(-200)
 
 
+@pytest.mark.parametrize("vocab_size", [7, 256, 600])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nan_logits_give_an_id_and_a_log_prob_that_tells(vocab_size, temperature):
+    logits_NV = torch.zeros(2, vocab_size)
+    logits_NV[0, 3] = torch.nan
+    tokens_N, full_N, _ = sample(logits_NV, draws(2), temperature)
+    assert ((tokens_N >= 0) & (tokens_N < vocab_size)).all()
+    assert full_N.isnan().tolist() == [True, False]
+
+
 def test_no_bans_at_all():
     none = Bans.build([], [], torch.device("cpu")).rows(torch.zeros(1, dtype=torch.long))
     for mine, plain in zip(
