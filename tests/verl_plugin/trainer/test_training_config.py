@@ -41,6 +41,14 @@ def test_defaults_are_usable(device):
     )
 
 
+@pytest.mark.parametrize("num_gpus", [1, 4])
+def test_helpers_are_as_many_as_gpus(num_gpus):
+    config = composed("device=cuda", f"trainer.n_gpus_per_node={num_gpus}")
+    storage = config.transfer_queue.backend.SimpleStorage
+    assert config.actor_rollout_ref.rollout.agent.num_workers == num_gpus
+    assert config.reward.num_workers == storage.num_data_storage_units == num_gpus
+
+
 @pytest.mark.parametrize("pinned", ["cpu", "cuda"])
 def test_the_pinned_sets_have_what_the_loggers_need(pinned):
     lines = (Path(__file__).parents[3] / "requirements" / f"{pinned}.txt").read_text().splitlines()
