@@ -35,6 +35,16 @@ evaluate() { # config, checkpoint, name: writes $OUT/evaluation_<name>.json
     data.val_files="$DATA/heldout.parquet" output="$OUT/evaluation_$3.json" seed="$SEED" "${@:4}"
 }
 
+evaluate_rl() { # config: the last checkpoint of $OUT/grpo and, greedily, the best one where that is another
+  local last best
+  last=$(last_checkpoint "$OUT/grpo")
+  evaluate "$1" "$last" grpo "${@:2}"
+  best=$(best_checkpoint "$OUT/grpo")
+  if [ -n "$best" ] && ! [ "$best" -ef "$last" ]; then
+    evaluate "$1" "$best" best "${@:2}" 'ablations=[]' rollout.n=0 leak_prompts=0
+  fi
+}
+
 summarize() { # arguments of summarize.py
   python recipes/summarize.py "$OUT" --seed "$SEED" --grpo-seconds "$GRPO_SECONDS" \
     --seconds-total $(($(date +%s) - STARTED)) "$@"

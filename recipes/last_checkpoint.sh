@@ -9,3 +9,13 @@ last_checkpoint() { # folder of a GRPO run
   fi
   echo "$folder/actor/huggingface"
 }
+
+best_checkpoint() { # folder of a GRPO run; prints nothing where none is named
+  python - "$1/checkpoints" << 'PYTHON'
+import sys
+from grpo_latent.common.best_checkpoint import read_best
+
+best = read_best(sys.argv[1])
+print("" if best is None else best.model_folder(sys.argv[1]))
+PYTHON
+}

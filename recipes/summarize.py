@@ -4,7 +4,8 @@ python recipes/summarize.py outputs/quickstart --seed 0 --grpo-seconds 90 --seco
 python recipes/summarize.py outputs/ilvr --name ilvr --stages stage1 stage2 --seed 0 --grpo-seconds
 90 --seconds-total 300
 
-It reads evaluation_<stage>.json of each SFT stage, evaluation_grpo.json, and the folder grpo/.
+It reads evaluation_<stage>.json of each SFT stage, evaluation_grpo.json, evaluation_best.json where
+the best checkpoint is not the last one, and the folder grpo/.
 With one stage `sft` is one entry, with several a list of them.
 """
 
@@ -23,7 +24,9 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from grpo_latent.common.best_checkpoint import read_best
 from grpo_latent.common.provenance import provenance_line, read_provenance, versions
+from grpo_latent.common.step_folders import read_tracker
 
 ACCURACY = ("val-core/", "/acc/mean@1")  # verl puts the data source between the two
 REWARD = "critic/score/mean"
@@ -64,6 +67,20 @@ def sft_entry(out: Path, stage: str) -> dict:
     return {"heldout_accuracy": report["greedy"]["accuracy"], "ablations": report["ablations"]}
 
 
+def best_entry(out: Path, last_accuracy: float) -> dict | None:
+    """The checkpoint of the best validation; None where training has named none."""
+    root = out / "grpo" / "checkpoints"
+    best = read_best(root)
+    if best is None:
+        return None
+    if best.step == read_tracker(root):
+        accuracy = last_accuracy
+    else:
+        report = json.loads((out / "evaluation_best.json").read_text())
+        accuracy = report["greedy"]["accuracy"]
+    return {"step": best.step, "dev_score": best.score, "heldout_accuracy": accuracy}
+
+
 def provenance_of(out: Path) -> dict | None:
     """Says where the RL stage ran last; None for a run of before that was recorded."""
     return next(reversed(read_provenance(out / "grpo")), None)
@@ -88,8 +105,10 @@ def summarize(
             "heldout_accuracy": grpo["greedy"]["accuracy"],
             "sampled_accuracy": grpo["sampled"]["accuracy"],
             "steps": metrics[-1]["step"],
+            "silent_steps": metrics[-1].get("actor/silent_steps"),
             "seconds": grpo_seconds,
         },
+        "best": best_entry(out, grpo["greedy"]["accuracy"]),
         **(
             {"controls": {name: sft_entry(out, name)["heldout_accuracy"] for name in controls}}
             if controls
@@ -158,6 +177,12 @@ def main() -> None:
     for name, accuracy in summary.get("controls", {}).items():
         table.add_row(f"control: {name}", f"{accuracy:.3f}")
     table.add_row("held-out accuracy after GRPO", f"{summary['grpo']['heldout_accuracy']:.3f}")
+    best = summary["best"]
+    if best is not None:
+        where = f"best validation, step {best['step']}"
+        table.add_row(f"  of the {where}", f"{best['heldout_accuracy']:.3f}")
+    if summary["grpo"]["silent_steps"]:
+        table.add_row("steps without signal", f"{summary['grpo']['silent_steps']:.0f}")
     for name, value in summary["ablations"].items():
         table.add_row(f"  latents: {name}", "-" if value is None else f"{value:.3f}")
     table.add_row("  the latents are", summary["latents"].split(":")[0])

@@ -42,6 +42,6 @@ evaluate chains_evaluate "$OUT/sft/model" stage4
 
 echo "== GRPO over latent trajectories"
 grpo chains_grpo "$OUT/sft/model" "$@"
-evaluate chains_evaluate "$(last_checkpoint "$OUT/grpo")" grpo
+evaluate_rl chains_evaluate
 join
 summarize --name coconut --stages stage0 stage1 stage2 stage3 stage4 --controls direct

@@ -34,5 +34,5 @@ beside "$OUT/evaluation_stage2.log" evaluate digits_evaluate "$OUT/stage2/model"
 echo "== GRPO over latent trajectories"
 grpo digits_grpo "$OUT/stage2/model" "$@"
 join
-evaluate digits_evaluate "$(last_checkpoint "$OUT/grpo")" grpo
+evaluate_rl digits_evaluate
 summarize --name ilvr --stages stage1 stage2

@@ -42,6 +42,6 @@ evaluate digits_evaluate "$OUT/sft/model" stage2
 
 echo "== GRPO over latent trajectories"
 grpo digits_grpo "$OUT/sft/model" "$@"
-evaluate digits_evaluate "$(last_checkpoint "$OUT/grpo")" grpo
+evaluate_rl digits_evaluate
 join
 summarize --name ivt_lr --stages stage0 stage1 stage2 --controls direct

@@ -38,5 +38,5 @@ beside "$OUT/evaluation_sft.log" \
 echo "== GRPO over latent trajectories"
 grpo digits_grpo "$OUT/sft/model" "${GRPO_OVERRIDES[@]}" "$@"
 join
-evaluate digits_evaluate "$(last_checkpoint "$OUT/grpo")" grpo
+evaluate_rl digits_evaluate
 summarize

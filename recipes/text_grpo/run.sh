@@ -48,7 +48,7 @@ run() { # variant, overrides of GRPO
   echo "== $1: GRPO"
   grpo digits_grpo "$OUT/sft/model" data.max_response_length=$LENGTH trainer.experiment_name="text_$1" \
     "${NO_LATENTS[@]}" "$REWARD" "${@:2}"
-  evaluate digits_evaluate "$(last_checkpoint "$OUT/grpo")" grpo "${TEXT[@]}"
+  evaluate_rl digits_evaluate "${TEXT[@]}"
   summarize --name "text_grpo, $1"
 }
 

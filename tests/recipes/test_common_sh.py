@@ -1,5 +1,6 @@
 """The shell functions that run.sh scripts share, without the stages that they start."""
 
+import json
 import os
 import subprocess
 import time
@@ -71,3 +72,44 @@ def test_a_run_without_a_last_checkpoint_ends_the_script(tmp_path, tracker):
         1,
         "",
     ) and "latest_checkpointed_iteration.txt" in done.stderr
+
+
+def write_checkpoints(root: Path, last: int, best: int | None, start: Path | None = None) -> Path:
+    """Folders of both, the tracker and the file that names the best one."""
+    for step in {last, best or last}:
+        (root / "checkpoints" / f"global_step_{step}" / "actor" / "huggingface").mkdir(
+            parents=True
+        )
+    (root / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(last))
+    if best is not None:
+        folder = f"global_step_{best}" if best else str(start)
+        values = {"step": best, "score": 0.5, "metric": "m", "folder": folder}
+        (root / "checkpoints" / "best_checkpoint.json").write_text(json.dumps(values))
+    return root
+
+
+def evaluated(folder: Path) -> list[str]:
+    """What `evaluate_rl` evaluates below `folder`, as step, name and number of overrides."""
+    script = 'evaluate() { echo "$2 $3 $(($# - 3))"; }\nevaluate_rl digits_evaluate a=1 b=2'
+    done = bash(script, folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.replace(f"{folder}/grpo/checkpoints/global_step_", "").splitlines()
+
+
+def test_the_best_checkpoint_is_evaluated_where_it_is_another_one(tmp_path):
+    write_checkpoints(tmp_path / "a" / "grpo", last=60, best=40)
+    expected = ["60/actor/huggingface grpo 2", "40/actor/huggingface best 5"]
+    assert evaluated(tmp_path / "a") == expected
+    write_checkpoints(tmp_path / "b" / "grpo", last=60, best=60)
+    write_checkpoints(tmp_path / "c" / "grpo", last=60, best=None)
+    assert evaluated(tmp_path / "b") == evaluated(tmp_path / "c") == expected[:1]
+    write_checkpoints(tmp_path / "d" / "grpo", last=60, best=0, start=tmp_path / "sft")
+    assert evaluated(tmp_path / "d") == [expected[0], f"{tmp_path}/sft best 5"]
+
+
+def test_a_best_checkpoint_that_cannot_be_read_ends_the_script(tmp_path):
+    root = write_checkpoints(tmp_path / "grpo", last=60, best=40)
+    (root / "checkpoints" / "best_checkpoint.json").write_text("{")
+    done = bash("evaluate() { true; }\nevaluate_rl digits_evaluate\necho on", tmp_path)
+    assert done.returncode != 0 and "on" not in done.stdout.splitlines()
+    assert "best_checkpoint.json" in done.stderr

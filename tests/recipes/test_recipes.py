@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from grpo_latent.common.best_checkpoint import Best, write_best
 from grpo_latent.common.provenance import append_provenance
+from grpo_latent.common.step_folders import TRACKER_FILE
 from grpo_latent.errors import ConfigError
 from grpo_latent.sft.common.parameters import LoraSettings
 
@@ -260,6 +262,7 @@ def write_run(out):
                 "critic/score/mean": 0.9,
                 "latent/replay_logp_gap_max": 1e-6,
                 "training/rollout_probs_diff_max": 3e-6,
+                "actor/silent_steps": 1.0,
             },
         ),
     ]
@@ -318,4 +321,24 @@ def test_the_quickstarts_summary_keeps_its_contract(tmp_path):
     assert "controls" not in both
     controlled = module.summarize(tmp_path, 3, 80.0, 240.0, controls=("stage2",))
     assert controlled["controls"] == {"stage2": 0.95}
+    assert summary["best"] is None, "a run of before it was kept"
     assert module.plot(tmp_path, summary).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_summary_names_the_best_checkpoint(tmp_path):
+    """Where it is the last one, that one's evaluation is its own."""
+    module = load(RECIPES / "summarize.py")
+    write_run(tmp_path)
+    root = tmp_path / "grpo" / "checkpoints"
+    for step in (1, 2):
+        (root / f"global_step_{step}").mkdir(parents=True)
+    (root / TRACKER_FILE).write_text("2")
+    write_best(root, Best.of_step(2, 0.9, "m"))
+    summary = module.summarize(tmp_path, 3, 80.0, 240.0)
+    assert summary["best"] == {"step": 2, "dev_score": 0.9, "heldout_accuracy": 0.95}
+    assert summary["grpo"]["silent_steps"] == 1
+    write_best(root, Best.of_step(1, 0.97, "m"))
+    report = {"greedy": {"accuracy": 0.96}}
+    (tmp_path / "evaluation_best.json").write_text(json.dumps(report))
+    best = module.summarize(tmp_path, 3, 80.0, 240.0)["best"]
+    assert best == {"step": 1, "dev_score": 0.97, "heldout_accuracy": 0.96}

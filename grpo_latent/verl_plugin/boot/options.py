@@ -53,7 +53,8 @@ class LatentOptions:
         output_dir: of train.log; None where the driver does not collect logs.
         preflight: of the checkpoint, before workers start.
         usage: `eval.usage.UsageSettings`, of the measurement at each validation.
-        alarm: `usage.AlarmSettings`.
+        alarm: `trainer.alarm_settings.AlarmSettings`.
+        keep_best: keep the checkpoint with the best held-out score, beside the last one.
         reward: settings of the reward manager.
         treatment: what the update makes of latents, and
         terms: the loss terms at their positions; the two halves of the group `latent.treatment`.
@@ -81,6 +82,7 @@ class LatentOptions:
     preflight: Mapping[str, Any] = field(default_factory=dict)
     usage: Mapping[str, Any] = field(default_factory=dict)
     alarm: Mapping[str, Any] = field(default_factory=dict)
+    keep_best: bool = True
     reward: Mapping[str, Any] = field(default_factory=dict)
     treatment: Treatment = field(default_factory=Mask)
     terms: LatentTerms = field(default_factory=LatentTerms)

@@ -30,7 +30,7 @@ class AlarmSettings:
     Attributes:
         patience: training steps in a row that have to be bad, for `unused` measurements in a row;
             `held_out` takes one validation, whose rows are fixed.
-        off: kinds that are not watched.
+        ignored: kinds that are not watched.
         min_frac_rollouts: `vanished` below this share of trajectories with latents.
         start_steps: a run's start is the mean over so many first steps.
         z: `reward` and `held_out` below their start by more than so many standard errors.
@@ -51,7 +51,7 @@ class AlarmSettings:
     """
 
     patience: int = 2
-    off: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
     min_frac_rollouts: float = 0.05
     start_steps: int = 3
     z: float = 3.0
@@ -88,7 +88,7 @@ class AlarmSettings:
         value = self.rollback_lr_factor
         _require(0 < value < 1, "not a smaller step", "rollback_lr_factor", value, "in (0, 1)")
         for name, known in (
-            ("off", FAULTS),
+            ("ignored", FAULTS),
             ("stop_on", (*FAULTS, SOLVED)),
             ("rollback_on", FAULTS),
         ):

@@ -2,9 +2,10 @@
 
 <default_local_dir>/
   latest_checkpointed_iteration.txt   written last, atomically: the newest *complete* checkpoint
+  best_checkpoint.json                the one with the best held-out score
   global_step_N/
     data.pt                           position in the data
-    latent_watch.json                 counters of the alarm
+    guards.json                       alarms, rollbacks, the best checkpoint: their state
     actor/                            shards of model, optimizer, scheduler and generator states
     actor/huggingface/                what `load_latent_model` and stage-2 runs read
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -64,8 +66,8 @@ def make_room(root: str | Path, step: int, resumed_from: int) -> None:
     shutil.rmtree(folder)
 
 
-def prune(root: str | Path, keep: int | None) -> None:
-    """Removes the oldest checkpoints until `keep` are left; never the tracker's own."""
+def prune(root: str | Path, keep: int | None, pinned: Collection[int] = ()) -> None:
+    """Removes the oldest checkpoints but for the newest `keep`, `pinned` steps and the tracker's."""
     if not keep or keep < 1:
         return
     latest = read_tracker(root)
@@ -73,7 +75,8 @@ def prune(root: str | Path, keep: int | None) -> None:
     # a later step than the tracker's is no older branch: it is what a kill left of a save
     removable = [step for step in folders if latest is None or step < latest]
     for step in removable[: max(0, len(folders) - keep)]:
-        shutil.rmtree(folders[step])
+        if step not in pinned:
+            shutil.rmtree(folders[step])
 
 
 def resume_folder(trainer: DictConfig) -> Path | None:

@@ -31,7 +31,7 @@ from grpo_latent.verl_plugin.boot.registration import (
     VLLM_ROLLOUT_NAME,
 )
 from grpo_latent.verl_plugin.rewards.manager import reward_settings
-from grpo_latent.verl_plugin.trainer.latent_watch import AlarmSettings
+from grpo_latent.verl_plugin.trainer.guards import check_guards
 from grpo_latent.verl_plugin.trainer.wandb_board import check_board
 
 REWARD_MANAGER = "grpo_latent"
@@ -56,7 +56,7 @@ def check_config(config: DictConfig) -> LatentOptions:
     _check_treatment(config, options)
     check_board(config)
     build(UsageSettings, options.usage, "latent.usage")
-    build(AlarmSettings, options.alarm, "latent.alarm")
+    check_guards(config, options)
     if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT_NAME:
         _check_vllm(config, options)
     return options

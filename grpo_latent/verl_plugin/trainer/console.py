@@ -77,5 +77,6 @@ class StepPrinter:
             self._task = self._progress.add_task("steps", total=report.total_steps)
         self._progress.update(self._task, completed=report.step, total=report.total_steps)
         # a step's own line carries its validation; this one is for validation outside of training
-        if report.kind in ("step", "alarm") or (report.kind == "validation" and report.step == 0):
+        is_start = report.kind == "validation" and report.step == 0
+        if report.kind in ("step", "alarm", "event") or is_start:
             self.console.print(short_line(report))

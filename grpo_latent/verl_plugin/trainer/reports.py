@@ -7,12 +7,17 @@ from dataclasses import dataclass, field
 
 import ray
 
+from grpo_latent.verl_plugin.trainer.alarms import Line
+
 QUEUE_NAME = "grpo_latent_progress"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What happened last: `kind` is start, step, validation or alarm (with a line of text)."""
+    """What happened last.
+
+    `kind` is start, step, validation, or alarm or event (with a line of text).
+    """
 
     kind: str
     step: int
@@ -62,13 +67,14 @@ class Reporter:
         if self._queue is not None:
             self._queue.put.remote((kind, step, total_steps, metrics))
 
-    def alarm(self, text: str | None, step: int, total_steps: int) -> None:
-        """A line that must be seen; None is silence."""
-        if text is not None:
+    def say(self, lines: list[Line], step: int, total_steps: int) -> None:
+        """Lines that must be seen."""
+        for line in lines:
+            kind = "alarm" if line.is_alarm else "event"
             # for the log, and for runs without a queue
-            print(f"ALARM at step {step}: {text}", flush=True)
-        if text is not None and self._queue is not None:
-            self._queue.put.remote(("alarm", step, total_steps, {}, text))
+            print(short_line(Report(kind, step, total_steps, text=str(line))), flush=True)
+            if self._queue is not None:
+                self._queue.put.remote((kind, step, total_steps, {}, str(line)))
 
 
 SHORT_NAMES = {
@@ -77,17 +83,19 @@ SHORT_NAMES = {
     "entropy": ("actor/entropy",),
     "latent": ("latent/steps_mean",),
     "used": ("latent/usage_gap/shuffle",),
+    "silent": ("actor/silent_steps",),
     "gap": ("latent/replay_logp_gap_max",),
 }
 
 
+def held_out_names(metrics: dict[str, float]) -> list[str]:
+    """verl's main validation metric, one a data source: no best-of-n, no spread."""
+    return [name for name in metrics if name.startswith("val-core/") and "/mean@" in name]
+
+
 def held_out(metrics: dict[str, float]) -> float | None:
-    """verl's main validation metric as a mean over data sources, without best-of-n and spread."""
-    values = [
-        value
-        for name, value in metrics.items()
-        if name.startswith("val-core/") and "/mean@" in name
-    ]
+    """Their mean over data sources, None without a validation."""
+    values = [metrics[name] for name in held_out_names(metrics)]
     return sum(values) / len(values) if values else None
 
 
@@ -100,8 +108,8 @@ def short_line(report: Report, seconds: float | None = None) -> str:
     """
     metrics = report.metrics
     position = f"step {report.step}/{report.total_steps}"
-    if report.kind == "alarm":
-        return f"{position}  ALARM  {report.text}"
+    if report.kind in ("alarm", "event"):
+        return f"{position}  {'ALARM  ' if report.kind == 'alarm' else ''}{report.text}"
     if report.kind == "validation":
         value = held_out(metrics)
         return f"{position}  held-out {'none' if value is None else f'{value:.3f}'}"
@@ -112,11 +120,12 @@ def short_line(report: Report, seconds: float | None = None) -> str:
         "entropy": "{:.3f}",
         "latent": "{:.1f}",
         "used": "{:+.2f}",
+        "silent": "{:.0f}",
         "gap": "{:.1e}",
     }
     for name, keys in SHORT_NAMES.items():
         value = next((metrics[key] for key in keys if key in metrics), None)
-        if value is not None:
+        if value is not None and (value or name != "silent"):  # no step without signal: no news
             columns.append(f"{name} {formats[name].format(value)}")
         if name == "reward" and held_out(metrics) is not None:
             columns.append(f"held-out {held_out(metrics):.3f}")

@@ -12,6 +12,7 @@ from grpo_latent import recorded
 from grpo_latent.errors import RewardError
 from grpo_latent.eval.geometry import geometry
 from grpo_latent.verl_plugin.trainer.dropped import is_dropped
+from grpo_latent.verl_plugin.trainer.spread import reward_spread
 from grpo_latent.verl_plugin.trainer.step_rows import StepRows, group_of
 
 # of reward_extra_info: bookkeeping, no reward terms
@@ -98,7 +99,7 @@ def latent_geometry(
 def reward_metrics(
     extra_fields: list[dict], rewards_N: Tensor, group_ids: list[str]
 ) -> dict[str, float]:
-    """`rewards/<name>/{mean,std}` of numeric reward terms; the share of groups without signal."""
+    """`rewards/<name>/{mean,std}` of numeric reward terms; `reward_spread`; what was dropped."""
     terms: dict[str, list[float]] = {}
     kept = [not is_dropped(fields) for fields in extra_fields]
     for fields, keep in zip(extra_fields, kept, strict=True):
@@ -111,13 +112,12 @@ def reward_metrics(
         values_N = torch.tensor(values, dtype=torch.float64)
         metrics[f"rewards/{name}/mean"] = float(values_N.mean())
         metrics[f"rewards/{name}/std"] = float(values_N.std(correction=0))
-    groups: dict[str, set[float]] = {}
-    for reward, group_id, keep in zip(rewards_N.tolist(), group_ids, kept, strict=True):
-        if keep:
-            groups.setdefault(group_id, set()).add(reward)
-    metrics["frac_reward_zero_std"] = sum(len(v) == 1 for v in groups.values()) / max(
-        len(groups), 1
-    )
+    counted = [
+        (reward, group_id)
+        for reward, group_id, keep in zip(rewards_N.tolist(), group_ids, kept, strict=True)
+        if keep
+    ]
+    metrics |= reward_spread([reward for reward, _ in counted], [group for _, group in counted])
     metrics["rewards/dropped_frac"] = 1 - sum(kept) / len(kept)
     kinds = [fields.get("reward_extra_info", {}).get("reward_error") for fields in extra_fields]
     return metrics | {

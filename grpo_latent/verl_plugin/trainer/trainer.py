@@ -10,8 +10,9 @@ right:
     advantages, update      `grpo_latent`
     save                    tracker written last, atomically
     weights to rollout
-    validate, log           latent and reward metrics, usage, rollout dump, report to the driver;
-                            callbacks of the save
+    validate, log           latent and reward metrics, usage, rollout dump; alarms, back to a good
+                            checkpoint or the best one kept; report to the driver; callbacks of
+                            the save
 """
 
 from __future__ import annotations
@@ -24,17 +25,22 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
+from grpo_latent.common.best_checkpoint import Best
+from grpo_latent.common.step_folders import step_of
 from grpo_latent.verl_plugin.boot import compat, metrics_file
 from grpo_latent.verl_plugin.boot.registration import TRAINER_MODE, verify, verify_device
 from grpo_latent.verl_plugin.boot.renamed import take_new_names
 from grpo_latent.verl_plugin.trainer import checkpoint
+from grpo_latent.verl_plugin.trainer.alarms import Line
 from grpo_latent.verl_plugin.trainer.config_check import check_config
 from grpo_latent.verl_plugin.trainer.dropped import mask_dropped, without_dropped
-from grpo_latent.verl_plugin.trainer.latent_watch import LatentWatch
+from grpo_latent.verl_plugin.trainer.guards import Guards
+from grpo_latent.verl_plugin.trainer.latent_watch import LatentWatch, as_metrics
 from grpo_latent.verl_plugin.trainer.replay_buffer import LatentReplayBuffer
 from grpo_latent.verl_plugin.trainer.replay_gap import check_replay, replay_columns
-from grpo_latent.verl_plugin.trainer.reports import Reporter
+from grpo_latent.verl_plugin.trainer.reports import Reporter, held_out, held_out_names
 from grpo_latent.verl_plugin.trainer.rollout_dump import dump_step
+from grpo_latent.verl_plugin.trainer.spread import held_out_error
 from grpo_latent.verl_plugin.trainer.step_metrics import step_metrics
 from grpo_latent.verl_plugin.trainer.step_rows import StepRows, for_workers
 from grpo_latent.verl_plugin.trainer.usage_server import UsageServer
@@ -61,9 +67,12 @@ class LatentPPOTrainer(PPOTrainerSync):
         super().__init__(config)
         self.reporter = Reporter()
         self.watch = LatentWatch(config, self.options)
+        self.guards = Guards(self.options, config.trainer)
         self.board = make_board(config)
         self.usage_server: UsageServer | None = None
         self.resumed_from = 0
+        self.is_resumed = False
+        self._saved_step: int | None = None
         self._unannounced: Path | None = None  # the checkpoint whose step is not yet logged
 
     # ---- parts ----------------------------------------------------------------------------------
@@ -132,24 +141,69 @@ class LatentPPOTrainer(PPOTrainerSync):
         gradients.rename(metrics)
         if self.options.dump_every and global_steps % self.options.dump_every == 0:
             self._dump(batch, global_steps)
-        line = self.watch.after_step(metrics)
+        lines = self.guards.after_step(metrics)
+        if self.guards.wants_rollback:
+            lines.append(self._roll_back(metrics))
+        elif self.guards.is_best(held_out(metrics)):
+            self._keep_best(metrics)
+        self.guards.complete_save()
         self._announce_save()
         self.reporter.report("step", global_steps, self.total_training_steps, scalars(metrics))
-        self.reporter.alarm(line, global_steps, self.total_training_steps)
-        if self.watch.should_stop:
+        self.reporter.say(lines, global_steps, self.total_training_steps)
+        if self.guards.should_stop:
             self._stop_early()
 
     def _stop_early(self) -> None:
         """Ends training after this step, with a checkpoint of it."""
-        trainer, is_last = self.config.trainer, self.global_steps >= self.total_training_steps
-        is_saved = trainer.save_freq > 0 and (
-            is_last or self.global_steps % trainer.save_freq == 0
-        )
-        if not is_saved:
-            self._save_checkpoint()
-            self.watch.complete_save()  # this step is counted already
+        if self._saved_step != self.global_steps:
+            self._save_between()
+            self.guards.complete_save()  # this step is counted already
             self._announce_save()
         self.total_training_steps = self.global_steps  # the base class loops up to it
+
+    def _keep_best(self, metrics: dict) -> None:
+        """Names this step's checkpoint as the best one; saves it where verl has not."""
+        is_extra = self._saved_step != self.global_steps
+        if is_extra:
+            self._save_between()
+        score, names = float(held_out(metrics) or 0.0), ", ".join(held_out_names(metrics))
+        self.guards.keep(Best.of_step(self.global_steps, score, names), is_extra)
+
+    def _save_between(self) -> None:
+        """Saves after the weights went to the rollout: it sleeps meanwhile, as in verl's save."""
+        self.checkpoint_manager.sleep_replicas()
+        self._save_checkpoint()
+        self.checkpoint_manager.update_weights(self.global_steps)
+
+    def _roll_back(self, metrics: dict) -> Line:
+        """Goes back to the last good weights and optimizer, with smaller learning rates.
+
+        Step counter and data go on: a run takes its number of steps, its log has each once, and
+        the rows that it fell on are not the next ones again (as PaLM's restarts, 2204.02311,
+        section 5.1). What it went back to is saved as this step, so resuming is the ordinary one.
+        """
+        kinds = self.guards.alarms.sounding(self.guards.settings.rollback_on)
+        folder = self.guards.last_good
+        if folder is None:
+            return self.guards.give_up()
+        step, root = step_of(folder), Path(self.config.trainer.default_local_dir)
+        assert step is not None, "good checkpoints are named after steps"
+        if folder.resolve().parent == root.resolve():
+            # a run that is killed from here on takes the steps since then again, and goes back alike
+            checkpoint.write_tracker(root, step)
+        self.checkpoint_manager.sleep_replicas()
+        self.actor_rollout_wg.load_checkpoint(
+            local_path=str(folder / "actor"), del_local_after_load=False
+        )
+        self.actor_rollout_wg.scale_learning_rate(self.guards.go_back(folder))
+        self._save_checkpoint()
+        self.checkpoint_manager.update_weights(self.global_steps)
+        metrics |= {
+            "latent/rolled_back_to": float(step),
+            "latent/rollbacks": float(self.guards.rollbacks),
+            "latent/lr_factor": self.guards.lr_factor,
+        }
+        return self.guards.rollback_line(step, kinds)
 
     def _measure_usage(self) -> dict[str, float]:
         if self.usage_server is None:
@@ -157,12 +211,22 @@ class LatentPPOTrainer(PPOTrainerSync):
             self.usage_server = UsageServer(self.config, self.actor_rollout_wg, servers)
         holding, is_start = self.usage_server.holding(self.global_steps), self.global_steps == 0
         router = self.reward_loop_manager.reward_router_address
-        metrics, line = self.watch.measure(holding, self.val_dataset.dataframe, is_start, router)
-        self.reporter.alarm(line, self.global_steps, self.total_training_steps)
-        return metrics
+        usage = self.watch.measure(holding, self.val_dataset.dataframe, is_start, router)
+        if usage is None:
+            return {}
+        lines = self.guards.alarms.after_usage(usage)
+        self.reporter.say(lines, self.global_steps, self.total_training_steps)
+        return as_metrics(usage)
 
     def _validate(self) -> dict[str, float]:
         metrics = super()._validate()
+        score = held_out(metrics)
+        lines = self.guards.alarms.after_validation(score, metrics["val-aux/standard_error"])
+        self.reporter.say(lines, self.global_steps, self.total_training_steps)
+        if self.global_steps == 0 and self.guards.is_best(score):
+            start = self.config.actor_rollout_ref.model.path
+            names = ", ".join(held_out_names(metrics))
+            self.guards.keep(Best(0, float(score or 0.0), names, start))
         metrics |= self._measure_usage()
         self.reporter.report(
             "validation", self.global_steps, self.total_training_steps, scalars(metrics)
@@ -178,7 +242,11 @@ class LatentPPOTrainer(PPOTrainerSync):
         metrics = super()._val_metrics_update(
             *kept.columns, expected_acc_counts=kept.expected_acc_counts
         )
-        return metrics | {"val-aux/dropped_frac": kept.dropped_frac}
+        sources, uids, infos, _ = kept.columns
+        return metrics | {
+            "val-aux/dropped_frac": kept.dropped_frac,
+            "val-aux/standard_error": held_out_error(sources, uids, infos),
+        }
 
     def _dump(self, batch: KVBatchMeta, step: int) -> None:
         folder = self.options.dump_dir or Path(self.config.trainer.default_local_dir) / "rollouts"
@@ -188,22 +256,33 @@ class LatentPPOTrainer(PPOTrainerSync):
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
+    def on_train_begin(self) -> None:
+        super().on_train_begin()
+        if self.guards.settings.rollback and self.global_steps == 1 and not self.is_resumed:
+            self._save_step(0)  # what a run falls back to before its first save
+            self.guards.complete_save()
+            self._announce_save()
+
     def _save_checkpoint(self) -> None:
+        self._save_step(self.global_steps)
+
+    def _save_step(self, step: int) -> None:
         """verl's layout; the tracker names a checkpoint only once all of it is on disk."""
         trainer = self.config.trainer
         root = Path(trainer.default_local_dir)
-        checkpoint.make_room(root, self.global_steps, self.resumed_from)
-        folder = root / f"{checkpoint.STEP_PREFIX}{self.global_steps}"
+        checkpoint.make_room(root, step, self.resumed_from)
+        folder = root / f"{checkpoint.STEP_PREFIX}{step}"
         remote = trainer.default_hdfs_dir and f"{trainer.default_hdfs_dir}/{folder.name}/actor"
         self.actor_rollout_wg.save_checkpoint(
-            str(folder / "actor"), remote, self.global_steps, max_ckpt_to_keep=None
+            str(folder / "actor"), remote, step, max_ckpt_to_keep=None
         )
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(self.train_dataloader.state_dict(), folder / "data.pt")
-        self.watch.save(folder)
-        checkpoint.write_tracker(root, self.global_steps)
-        checkpoint.prune(root, trainer.get("max_actor_ckpt_to_keep", None))
-        self._unannounced = folder
+        self.guards.save(folder)
+        checkpoint.write_tracker(root, step)
+        keep = trainer.get("max_actor_ckpt_to_keep", None)
+        checkpoint.prune(root, keep, self.guards.pinned)
+        self._unannounced, self._saved_step = folder, step
 
     def _announce_save(self) -> None:
         """Calls verl's `on_save` for the step's checkpoint, if it has one.
@@ -212,10 +291,10 @@ class LatentPPOTrainer(PPOTrainerSync):
         calls it, would keep counters of the alarm without this step.
         """
         folder, self._unannounced = self._unannounced, None
-        if folder is not None:
+        if folder is not None and self._saved_step is not None:
             self.checkpoint_callback.on_save(
                 trainer=self,
-                global_step=self.global_steps,
+                global_step=self._saved_step,
                 checkpoint_dir=str(folder),
                 async_save=False,
             )
@@ -228,9 +307,12 @@ class LatentPPOTrainer(PPOTrainerSync):
             if trainer.resume_mode == "resume_path":  # verl would choke on a slash at its end
                 trainer.resume_from_path = str(folder)
         super()._load_checkpoint()
-        self.resumed_from = self.global_steps
-        for note in self.watch.load(folder) if folder is not None else []:
-            print(f"resume: {note}", flush=True)
+        self.resumed_from, self.is_resumed = self.global_steps, folder is not None
+        if folder is not None:
+            for note in self.guards.load(folder):
+                print(f"resume: {note}", flush=True)
+        elif not trainer.val_only:
+            self.guards.begin()
 
 
 def scalars(metrics: dict) -> dict[str, float]:

@@ -17,6 +17,7 @@ from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import NAME, verify
 from grpo_latent.verl_plugin.worker.engine import LatentFSDPEngine
 from grpo_latent.verl_plugin.worker.latent_loss import LatentLoss
+from grpo_latent.verl_plugin.worker.learning_rate import scale_learning_rate
 
 # verl's dispatch modes are attributes that it adds when it is imported
 ONE_TO_ALL: int = Dispatch.ONE_TO_ALL  # type: ignore[attr-defined]
@@ -93,6 +94,14 @@ class LatentActorRolloutRefWorker(ActorRolloutRefWorker):
         else:
             for _ in weights:
                 pass
+
+    @register(dispatch_mode=ONE_TO_ALL)
+    def scale_learning_rate(self, factor: float) -> None:
+        """Multiplies the actor's learning rates, those of its schedule too."""
+        assert self.actor is not None, "the trainer asks the actor's workers only"
+        engine = self.actor.engine
+        assert isinstance(engine, LatentFSDPEngine), "checked when it was built"
+        scale_learning_rate(engine.optimizer, engine.lr_scheduler, factor)
 
     @register(dispatch_mode=ONE_TO_ALL)
     def init_model(self):

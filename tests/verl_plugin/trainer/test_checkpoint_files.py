@@ -9,11 +9,12 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from grpo_latent.common import files
+from grpo_latent.common.best_checkpoint import Best, read_best
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.trainer import checkpoint
 from grpo_latent.verl_plugin.trainer import trainer as trainer_module
-from grpo_latent.verl_plugin.trainer.latent_watch import STATE_FILE, AlarmSettings, LatentWatch
+from grpo_latent.verl_plugin.trainer.guards import STATE_FILE, Guards
 from grpo_latent.verl_plugin.trainer.trainer import LatentPPOTrainer
 
 
@@ -129,28 +130,109 @@ def test_resuming_from_what_is_no_steps_folder_is_refused(tmp_path, name):
 )
 def test_callbacks_get_a_checkpoint_whose_step_is_counted(tmp_path, monkeypatch, stops):
     """A callback that copies the folder copies the counters that a resumed run needs."""
-    trainer = stub_trainer(tmp_path, save_freq=-1 if stops else 1)
+    alarm = {"patience": 1, "stop": stops}
+    trainer = stub_trainer(tmp_path, -1 if stops else 1, alarm, monkeypatch)
     copied = []
 
     def on_save(trainer, global_step, checkpoint_dir, async_save):
         state = json.loads((Path(checkpoint_dir) / STATE_FILE).read_text())
-        copied.append((global_step, state["bad_in_a_row"]["vanished"], state["is_step_counted"]))
+        bad = state["alarms"]["bad_in_a_row"]
+        copied.append((global_step, bad["vanished"], state["is_step_counted"]))
 
     trainer.checkpoint_callback = SimpleNamespace(on_save=on_save)
-    trainer.watch.alarm = AlarmSettings(patience=1, stop=stops)
-    for name in ("step_metrics", "scalars"):
-        monkeypatch.setattr(trainer_module, name, lambda values: {})
-    monkeypatch.setattr(PPOTrainerSync, "_compute_metrics", lambda *args: None)
     if not stops:
         trainer._save_checkpoint()
         assert copied == [] and checkpoint.read_tracker(tmp_path) == 3, "not logged yet"
     trainer._compute_metrics(None, {"latent/frac_rollouts": 0.0}, {}, 3, 0)
-    trainer._compute_metrics(None, {"latent/frac_rollouts": 0.0}, {}, 3, 0)
-    assert copied == [(3, 1, True)] + [(3, 2, True)] * stops, "each save once"
+    trainer.global_steps = 4
+    trainer._compute_metrics(None, {"latent/frac_rollouts": 0.0}, {}, 4, 0)
+    assert copied == ([(3, 1, True), (4, 2, True)] if stops else [(3, 1, True)]), "each save once"
+    assert trainer.total_training_steps == (4 if stops else 9)
 
 
-def stub_trainer(root, save_freq):
-    """A trainer at step 3 with all that saves and logs, and nothing that trains."""
+SCORE = "val-core/x/acc/mean@1"
+
+
+def test_a_better_validation_between_saves_is_saved_while_the_rollout_sleeps(
+    tmp_path, monkeypatch
+):
+    trainer = stub_trainer(tmp_path, 9, {}, monkeypatch)
+    for step, score in ((3, 0.5), (4, 0.4), (5, 0.6)):
+        trainer.global_steps = step
+        trainer._compute_metrics(None, {"latent/frac_rollouts": 1.0, SCORE: score}, {}, step, 0)
+    assert trainer.asked == ["sleep", "save 3", "update 3", "sleep", "save 5", "update 5"]
+    assert read_best(tmp_path) == Best(5, 0.6, SCORE, "global_step_5")
+    assert [path.name for path in tmp_path.glob("global_step_*")] == ["global_step_5"]
+    assert trainer.said == []
+
+
+def collapse(trainer, steps):
+    """Steps of verl's loop, each saved, whose reward is gone from step 5 on."""
+    logged = {}
+    for step in steps:
+        trainer.global_steps = step
+        trainer._save_checkpoint()
+        reward = 0.6 if step < 5 else 0.0
+        metrics = {"critic/score/mean": reward, "rewards/standard_error": 0.02}
+        trainer._compute_metrics(None, metrics, {}, step, 0)
+        logged[step] = metrics
+    return logged
+
+
+def test_a_rollback_loads_the_last_good_step_and_saves_it_as_this_one(tmp_path, monkeypatch):
+    alarm = {"patience": 2, "start_steps": 1, "rollback": True, "rollback_lr_factor": 0.25}
+    trainer = stub_trainer(tmp_path, 1, alarm, monkeypatch)
+    tracked = []
+    trainer.actor_rollout_wg.load_checkpoint = lambda local_path, del_local_after_load: (
+        tracked.append(checkpoint.read_tracker(tmp_path)),
+        trainer.asked.append(f"load {Path(local_path).parent.name}"),
+    )
+    logged = collapse(trainer, range(3, 7))
+    expected = ["sleep", "load global_step_4", "scale 0.25", "save 6", "update 6"]
+    assert trainer.asked == ["save 3", "save 4", "save 5", "save 6", *expected]
+    assert tracked == [4], "a kill while it goes back resumes from the good step"
+    assert checkpoint.read_tracker(tmp_path) == 6
+    assert logged[6]["latent/rolled_back_to"] == 4.0 and logged[6]["latent/lr_factor"] == 0.25
+    assert "latent/rolled_back_to" not in logged[5] and logged[5]["latent/rollbacks"] == 0.0
+    assert [(step, line.kind) for step, line in trainer.said] == [(6, "reward"), (6, "rollback")]
+    state = json.loads((tmp_path / "global_step_6" / STATE_FILE).read_text())
+    assert state["good_steps"] == [3, 4, 6] and state["rollbacks"] == 1
+    assert trainer.total_training_steps == 9, "training goes on"
+
+
+def test_a_run_that_has_nothing_to_go_back_to_ends(tmp_path, monkeypatch):
+    alarm = {"patience": 2, "start_steps": 1, "rollback": True}
+    trainer = stub_trainer(tmp_path, 9, alarm, monkeypatch)
+    metrics = {"critic/score/mean": 0.6, "rewards/standard_error": 0.02}
+    for step, reward in ((3, 0.6), (4, 0.0), (5, 0.0)):
+        trainer.global_steps = step
+        trainer._compute_metrics(None, metrics | {"critic/score/mean": reward}, {}, step, 0)
+    assert trainer.asked == ["sleep", "save 5", "update 5"] and trainer.total_training_steps == 5
+    assert "no good checkpoint" in str(trainer.said[-1][1])
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_a_run_that_may_go_back_saves_its_start(tmp_path, monkeypatch, is_resumed):
+    trainer = stub_trainer(tmp_path, 9, {"rollback": True}, monkeypatch)
+    trainer.global_steps, trainer.is_resumed = 1, is_resumed
+    announced = []
+    trainer.checkpoint_callback = SimpleNamespace(
+        on_save=lambda trainer, global_step, **kwargs: announced.append(global_step)
+    )
+    trainer.on_train_begin()
+    assert trainer.asked == ([] if is_resumed else ["save 0"])
+    if not is_resumed:
+        assert announced == [0] and trainer.guards.last_good.name == "global_step_0"
+        assert checkpoint.read_tracker(tmp_path) == 0
+
+
+def stub_trainer(root, save_freq, alarm, monkeypatch):
+    """A trainer at step 3 with all that saves and logs, and nothing that trains.
+
+    `asked` is what it has asked of workers and rollout, `said` the lines with their steps.
+    """
+    monkeypatch.setattr(trainer_module, "step_metrics", lambda batch: {})
+    monkeypatch.setattr(PPOTrainerSync, "_compute_metrics", lambda *args: None)
     trainer = LatentPPOTrainer.__new__(LatentPPOTrainer)
     settings = {
         "default_local_dir": str(root),
@@ -158,11 +240,25 @@ def stub_trainer(root, save_freq):
         "save_freq": save_freq,
     }
     trainer.config = OmegaConf.create({"trainer": settings})
-    trainer.options = LatentOptions(output_dir=str(root))
-    trainer.watch = LatentWatch(trainer.config, trainer.options)
+    trainer.options = LatentOptions(output_dir=str(root), alarm=alarm)
+    trainer.guards = Guards(trainer.options, trainer.config.trainer)
     trainer.global_steps, trainer.total_training_steps, trainer.resumed_from = 3, 9, 0
-    trainer.actor_rollout_wg = SimpleNamespace(save_checkpoint=lambda *args, **kwargs: None)
+    trainer.is_resumed = False
+    asked = trainer.asked = []
+    trainer.actor_rollout_wg = SimpleNamespace(
+        save_checkpoint=lambda folder, remote, step, **kwargs: asked.append(f"save {step}"),
+        scale_learning_rate=lambda factor: asked.append(f"scale {factor:g}"),
+    )
+    trainer.checkpoint_manager = SimpleNamespace(
+        sleep_replicas=lambda: asked.append("sleep"),
+        update_weights=lambda step: asked.append(f"update {step}"),
+    )
+    trainer.checkpoint_callback = SimpleNamespace(on_save=lambda **kwargs: None)
     trainer.train_dataloader = SimpleNamespace(state_dict=dict)
-    trainer.reporter = SimpleNamespace(report=lambda *args: None, alarm=lambda *args: None)
-    trainer._unannounced = None
+    said = trainer.said = []
+    trainer.reporter = SimpleNamespace(
+        report=lambda *args: None,
+        say=lambda lines, step, total: said.extend((step, line) for line in lines),
+    )
+    trainer._unannounced = trainer._saved_step = None
     return trainer

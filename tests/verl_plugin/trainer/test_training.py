@@ -33,7 +33,8 @@ from grpo_latent.models import tiny
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.verl_plugin.trainer import checkpoint
-from grpo_latent.verl_plugin.trainer.latent_watch import STATE_FILE
+from grpo_latent.verl_plugin.trainer.alarms import Alarms, Line
+from grpo_latent.verl_plugin.trainer.guards import STATE_FILE
 from grpo_latent.verl_plugin.trainer.reports import Reporter, drain, short_line, start_report_queue
 
 pytestmark = pytest.mark.slow
@@ -49,11 +50,15 @@ def test_reports_and_alarms_reach_the_driver(local_ray):
     queue, lines = start_report_queue(), []
     reporter = Reporter()
     reporter.report("step", 1, 4, {"critic/score/mean": 0.5})
-    reporter.alarm("latents vanish", 1, 4)
-    reporter.alarm(None, 2, 4)
+    reporter.say([Line("vanished", "no latents"), Line("solved", "all right")], 1, 4)
+    reporter.say([], 2, 4)
     drain(queue, ray.put(None), lambda report: lines.append(short_line(report)))
     ray.kill(queue)
-    assert lines == ["step 1/4  reward 0.500", "step 1/4  ALARM  latents vanish"]
+    assert lines == [
+        "step 1/4  reward 0.500",
+        "step 1/4  ALARM  vanished: no latents",
+        "step 1/4  solved: all right",
+    ]
 
 
 def test_a_killed_save_and_resume_at_world_size_2(local_ray, inputs, tmp_path, monkeypatch):
@@ -129,8 +134,8 @@ def test_prompt_slots_train(local_ray, tmp_path, monkeypatch):
     alarm = ("latent.alarm.stop=true", "latent.alarm.patience=1")
 
     def sound_at_step_2(trainer):
-        sounds = trainer.watch._sounds
-        trainer.watch._sounds = lambda kind: sounds(kind) or trainer.global_steps == 2
+        alarms = trainer.guards.alarms
+        alarms.sounds = lambda kind: trainer.global_steps == 2 or Alarms.sounds(alarms, kind)
 
     config = tiny_run.make_config(
         inputs, output, "trainer.val_before_train=false", *drawn, *sizes, *alarm

@@ -1,6 +1,7 @@
 """The composed config is accepted as it is, and every unusable change of it is refused by name."""
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from engine_helpers import SLOTS, make_checkpoint
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf, open_dict
 
+from grpo_latent.common.settings import build
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.mechanisms import LVR, MECHANISMS
 from grpo_latent.latent.treatments import LatentTerms, Mask
@@ -17,6 +19,7 @@ from grpo_latent.models import tiny
 from grpo_latent.train import check  # imported, it lets hydra find verl's configs
 from grpo_latent.trajectory import PositionKind
 from grpo_latent.verl_plugin.boot.options import LatentOptions
+from grpo_latent.verl_plugin.trainer.alarm_settings import AlarmSettings
 from grpo_latent.verl_plugin.trainer.config_check import check_config, check_latents
 
 BASE = (
@@ -47,6 +50,14 @@ def test_helpers_are_as_many_as_gpus(num_gpus):
     storage = config.transfer_queue.backend.SimpleStorage
     assert config.actor_rollout_ref.rollout.agent.num_workers == num_gpus
     assert config.reward.num_workers == storage.num_data_storage_units == num_gpus
+
+
+def test_the_config_file_has_the_guards_own_defaults():
+    """YAML takes a key `off` or `on` for a truth value: each has to arrive by its name."""
+    options = LatentOptions.from_rollout(composed().actor_rollout_ref.rollout)
+    assert dict(options.alarm).keys() == asdict(AlarmSettings()).keys()
+    assert build(AlarmSettings, options.alarm, "latent.alarm") == AlarmSettings()
+    assert options.keep_best == LatentOptions().keep_best
 
 
 @pytest.mark.parametrize("pinned", ["cpu", "cuda"])
@@ -189,6 +200,14 @@ def test_without_the_group_the_options_are_the_defaults():
         ("latent.usage.ablations=[zero,shuffle]", "latent.usage.ablations"),
         ("latent.usage.prompts_per_batch=0", "latent.usage.prompts_per_batch"),
         ("+latent.alarm.patients=3", "latent.alarm: unknown key"),
+        ("latent.alarm.rollback_on=[solved]", "latent.alarm.rollback_on: unknown value"),
+        ("latent.alarm.rollback=true", "trainer.save_freq: there are no checkpoints to go back"),
+        (
+            "latent.alarm.rollback=true trainer.save_freq=5 "
+            "actor_rollout_ref.actor.checkpoint.save_contents=[model,hf_model]",
+            "checkpoint.save_contents: .*Add optimizer, extra",
+        ),
+        ("latent.keep_best=best", "latent.keep_best: wrong type"),
         ("+latent.vizibility=full", "vizibility"),
         ("latent.treatment.name=vlpo", "unknown treatment"),
         ("latent.treatment.name=gaussian latent.treatment.gaussian.sigma=0", "gaussian.sigma"),

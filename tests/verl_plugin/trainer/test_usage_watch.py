@@ -1,4 +1,4 @@
-"""Alarm lines of the trainer's watch, with a server that answers what it is told.
+"""The trainer's measurement of use, with a server that answers what it is told.
 
 Gradient norms against autograd.
 """
@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from grpo_latent.common.settings import build
-from grpo_latent.errors import CheckpointError, ConfigError
+from grpo_latent.errors import ConfigError
 from grpo_latent.eval.prompts import encode_row
 from grpo_latent.eval.scoring import RewardScorer
 from grpo_latent.eval.usage import Usage, UsageProbe, UsageSettings
@@ -31,7 +31,7 @@ from grpo_latent.verl_plugin.boot.registration import VLLM_ROLLOUT_NAME
 from grpo_latent.verl_plugin.rollout.server import LatentRolloutServer
 from grpo_latent.verl_plugin.trainer import latent_watch as usage
 from grpo_latent.verl_plugin.trainer import usage_server
-from grpo_latent.verl_plugin.trainer.latent_watch import AlarmSettings, LatentWatch, as_metrics
+from grpo_latent.verl_plugin.trainer.latent_watch import LatentWatch, as_metrics
 from grpo_latent.verl_plugin.worker import gradients
 from grpo_latent.verl_plugin.worker.gradients import InputGradients
 
@@ -49,7 +49,7 @@ class Server:
         return Usage({"gap/shuffle": 0.01, "own_accuracy": 0.9}, verdict, f"{verdict}: because")
 
 
-def make_watch(monkeypatch, **alarm):
+def make_watch(monkeypatch):
     monkeypatch.setattr(usage.ray, "get", lambda reference: reference)
     monkeypatch.setattr(usage.ray, "put", lambda value: value)
     monkeypatch.setattr(usage, "reward_settings", lambda config: {"functions": []})
@@ -57,110 +57,22 @@ def make_watch(monkeypatch, **alarm):
         SimpleNamespace(default_local_dir="x"),
         SimpleNamespace(max_response_length=8),
     )
-    options = SimpleNamespace(
-        usage={"num_prompts": 4, "ablations": ["shuffle"]}, alarm=alarm, output_dir="out"
-    )
+    options = SimpleNamespace(usage={"num_prompts": 4, "ablations": ["shuffle"]}, output_dir="out")
     return LatentWatch(SimpleNamespace(data=data, trainer=trainer), options)
 
 
-def test_unused_latents_sound_once_after_patience_and_again_after_they_got_better(monkeypatch):
-    watch = make_watch(monkeypatch, patience=2, stop=True)
-    server = Server(
-        ["used", "not used", "not used", "not used", "undecided at this n", "not used", "not used"]
-    )
+def test_the_same_rows_are_measured_each_time(monkeypatch):
+    watch, server = make_watch(monkeypatch), Server(["used", "not used", "used"])
     rows = [{"row": i} for i in range(9)]
-    lines = [watch.measure(nullcontext(server), rows, is_start=i == 0)[1] for i in range(7)]
-    assert [line is not None for line in lines] == [False, False, True, False, False, False, True]
-    assert lines[2] == "latents are not used: because" and watch.should_stop
-    assert server.asked == [(i == 0, rows[:4]) for i in range(7)], "the same rows each time"
-
-
-def test_vanishing_latents_sound_and_are_logged(monkeypatch):
-    watch = make_watch(monkeypatch, min_frac_rollouts=0.2, patience=3)
-    lines, logged = [], []
-    for share in (0.9, 0.1, 0.0, 0.1, 0.05, 0.5):
-        metrics = {"latent/frac_rollouts": share}
-        lines.append(watch.after_step(metrics))
-        logged.append(metrics["latent/alarm_vanished"])
-    assert [line is not None for line in lines] == [False, False, False, True, False, False]
-    assert (
-        "10.0% of the trajectories" in lines[3]
-        and logged == [0, 0, 0, 1, 1, 0]
-        and not watch.should_stop
-    )
-
-
-def watch_run(monkeypatch, shares, verdicts, folder=None, saved_after=None, is_resumed=False):
-    """Alarm lines and stops of steps in verl's order: save, validate, count.
-
-    Returns them with the watch.
-    """
-    watch = make_watch(monkeypatch, min_frac_rollouts=0.2, patience=3, stop=True)
-    notes = watch.load(folder) if is_resumed else []
-    server, seen = Server(verdicts), []
-    for step, share in enumerate(shares):
-        if step == saved_after:
-            folder.mkdir()
-            watch.save(folder)
-        lines = [
-            watch.measure(nullcontext(server), [{}], False)[1],
-            watch.after_step({"latent/frac_rollouts": share}),
-        ]
-        seen.append((lines, watch.should_stop))
-    return seen, notes, watch
-
-
-@pytest.mark.parametrize("step", range(5))
-def test_a_resumed_run_alarms_as_an_uninterrupted_one(monkeypatch, tmp_path, step):
-    """Bad steps on both sides of the checkpoint count together.
-
-    The step's own too, which is counted after the save.
-    """
-    shares = (0.9, 0.1, 0.1, 0.1, 0.9, 0.1)
-    verdicts = ("used", "used", "not used", "not used", "not used", "not used")
-    whole, _, _ = watch_run(monkeypatch, shares, verdicts, tmp_path / "saved", saved_after=step)
-    assert [stops for _, stops in whole] == [False, False, False, True, True, True]
-    rest, notes, _ = watch_run(
-        monkeypatch, shares[step + 1 :], verdicts[step + 1 :], tmp_path / "saved", is_resumed=True
-    )
-    assert rest == whole[step + 1 :]
-    assert [("still sounds" in note) for note in notes] == [True] * (step >= 3)
-
-
-def test_a_run_that_was_killed_before_it_counted_its_last_step_says_so(monkeypatch, tmp_path):
-    watch = make_watch(monkeypatch)
-    watch.after_step({"latent/frac_rollouts": 0.0})
-    watch.save(tmp_path)
-    resumed = make_watch(monkeypatch)
-    assert "before it had counted its last step" in resumed.load(tmp_path)[0]
-    assert resumed._bad == {"vanished": 1, "unused": 0}
-
-
-def test_a_checkpoint_of_an_older_release_has_no_counters(monkeypatch, tmp_path):
-    watch = make_watch(monkeypatch)
-    assert "the alarm counts from zero" in watch.load(tmp_path)[0]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{",
-        "[]",
-        '{"bad_in_a_row": {"vanished": 1}, "is_step_counted": true}',
-        '{"bad_in_a_row": {"vanished": -1, "unused": 0}, "is_step_counted": true}',
-        '{"bad_in_a_row": {"vanished": 0, "unused": 0}}',
-    ],
-)
-def test_counters_that_cannot_be_read_are_named(monkeypatch, tmp_path, text):
-    (tmp_path / usage.STATE_FILE).write_text(text)
-    with pytest.raises(CheckpointError, match="latent_watch.json: not the alarm's counters"):
-        make_watch(monkeypatch).load(tmp_path)
+    found = [watch.measure(nullcontext(server), rows, is_start=i == 0) for i in range(3)]
+    assert [usage.verdict for usage in found] == ["used", "not used", "used"]
+    assert server.asked == [(i == 0, rows[:4]) for i in range(3)]
 
 
 def test_nothing_is_measured_without_prompts(monkeypatch):
     watch = make_watch(monkeypatch)
     watch.settings = UsageSettings(num_prompts=0)
-    assert watch.measure(nullcontext(Server([])), [], False) == ({}, None)
+    assert watch.measure(nullcontext(Server([])), [], False) is None
 
 
 def test_names_in_the_log():
@@ -177,8 +89,6 @@ def test_names_in_the_log():
         (UsageSettings, {"ablations": ["lobotomy"]}, "unknown ablation"),
         (UsageSettings, {"prompts_per_batch": 0}, "latent.usage.prompts_per_batch"),
         (UsageSettings, {"prompts": 3}, "latent.x: unknown key"),
-        (AlarmSettings, {"patience": 0}, "latent.alarm.patience"),
-        (AlarmSettings, {"min_frac_rollouts": 2}, "latent.alarm.min_frac_rollouts"),
     ],
 )
 def test_unusable_settings_are_named(kind, values, message):
@@ -305,15 +215,15 @@ def test_the_probes_rewards_reach_the_judge_as_trainings_do(tmp_path, monkeypatc
     config = OmegaConf.create({"reward": reward, "data": data, "trainer": trainer})
     monkeypatch.setattr(usage.ray, "get", lambda value: value)
     monkeypatch.setattr(usage.ray, "put", lambda value: value)
-    options = SimpleNamespace(usage={"num_prompts": 2}, alarm={}, output_dir=tmp_path)
+    options = SimpleNamespace(usage={"num_prompts": 2}, output_dir=tmp_path)
     server = LatentRolloutServer(
         folder, {"dtype": "float32", "custom": {"latent": {}}}, 0, "cpu", "sdpa"
     )
     measure = SimpleNamespace(remote=lambda *args: asyncio.run(server.measure_usage(*args)))
     holding = nullcontext(SimpleNamespace(measure_usage=measure))
     rows = [row | {"extra_info": {"index": i}} for i, row in enumerate(tiny_rows(2))]
-    metrics, _ = LatentWatch(config, options).measure(holding, rows, True, "10.0.0.1:8000")
-    assert metrics["latent/usage_own_accuracy"] == 1.0
+    found = LatentWatch(config, options).measure(holding, rows, True, "10.0.0.1:8000")
+    assert as_metrics(found)["latent/usage_own_accuracy"] == 1.0
 
 
 class OwnServer:
