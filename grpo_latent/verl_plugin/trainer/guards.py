@@ -49,7 +49,7 @@ class Guards:
     def __init__(self, options: LatentOptions, trainer: DictConfig):
         self.settings = build(AlarmSettings, options.alarm, "latent.alarm")
         self.root = Path(trainer.default_local_dir)
-        self.keeps_best = options.keep_best and trainer.save_freq > 0
+        self.keeps_best = options.keep_best and trainer.save_freq > 0 and not trainer.val_only
         self.alarms = Alarms(self.settings)
         self.best: Best | None = None
         self.rollbacks = 0

@@ -311,7 +311,7 @@ class LatentPPOTrainer(PPOTrainerSync):
         if folder is not None:
             for note in self.guards.load(folder):
                 print(f"resume: {note}", flush=True)
-        elif not trainer.val_only:
+        else:
             self.guards.begin()
 
 

@@ -238,6 +238,7 @@ def stub_trainer(root, save_freq, alarm, monkeypatch):
         "default_local_dir": str(root),
         "default_hdfs_dir": None,
         "save_freq": save_freq,
+        "val_only": False,
     }
     trainer.config = OmegaConf.create({"trainer": settings})
     trainer.options = LatentOptions(output_dir=str(root), alarm=alarm)

@@ -19,9 +19,9 @@ from grpo_latent.verl_plugin.trainer.guards import STATE_FILE, Guards, check_gua
 START = "/models/sft"
 
 
-def make_guards(root, save_freq=1, keep_best=True, **alarm):
+def make_guards(root, save_freq=1, keep_best=True, val_only=False, **alarm):
     options = LatentOptions(alarm=alarm, keep_best=keep_best)
-    trainer = SimpleNamespace(default_local_dir=str(root), save_freq=save_freq)
+    trainer = SimpleNamespace(default_local_dir=str(root), save_freq=save_freq, val_only=val_only)
     return Guards(options, trainer)
 
 
@@ -309,7 +309,7 @@ def test_the_best_score_is_kept_the_first_of_equal_ones(tmp_path):
     assert read_best(tmp_path).model_folder(tmp_path) == expected
 
 
-@pytest.mark.parametrize("settings", [{"keep_best": False}, {"save_freq": -1}])
+@pytest.mark.parametrize("settings", [{"keep_best": False}, {"save_freq": -1}, {"val_only": True}])
 def test_no_best_where_it_is_not_asked_for(tmp_path, settings):
     guards = make_guards(tmp_path, **settings)
     assert not guards.is_best(0.9)
