@@ -146,8 +146,7 @@ class LatentPPOTrainer(PPOTrainerSync):
             lines.append(self._roll_back(metrics))
         elif self.guards.is_best(held_out(metrics)):
             self._keep_best(metrics)
-        self.guards.complete_save()
-        self._announce_save()
+        self._complete_save()
         self.reporter.report("step", global_steps, self.total_training_steps, scalars(metrics))
         self.reporter.say(lines, global_steps, self.total_training_steps)
         if self.guards.should_stop:
@@ -157,8 +156,7 @@ class LatentPPOTrainer(PPOTrainerSync):
         """Ends training after this step, with a checkpoint of it."""
         if self._saved_step != self.global_steps:
             self._save_between()
-            self.guards.complete_save()  # this step is counted already
-            self._announce_save()
+            self._complete_save()  # this step is counted already
         self.total_training_steps = self.global_steps  # the base class loops up to it
 
     def _keep_best(self, metrics: dict) -> None:
@@ -260,8 +258,7 @@ class LatentPPOTrainer(PPOTrainerSync):
         super().on_train_begin()
         if self.guards.settings.rollback and self.global_steps == 1 and not self.is_resumed:
             self._save_step(0)  # what a run falls back to before its first save
-            self.guards.complete_save()
-            self._announce_save()
+            self._complete_save()
 
     def _save_checkpoint(self) -> None:
         self._save_step(self.global_steps)
@@ -280,24 +277,27 @@ class LatentPPOTrainer(PPOTrainerSync):
         torch.save(self.train_dataloader.state_dict(), folder / "data.pt")
         self.guards.save(folder)
         checkpoint.write_tracker(root, step)
-        keep = trainer.get("max_actor_ckpt_to_keep", None)
-        checkpoint.prune(root, keep, self.guards.pinned)
         self._unannounced, self._saved_step = folder, step
 
-    def _announce_save(self) -> None:
-        """Calls verl's `on_save` for the step's checkpoint, if it has one.
+    def _complete_save(self) -> None:
+        """Completes the step's checkpoint, if it has one, now that the step is judged.
 
-        Only here is the folder final: a callback that copies it right after the save, as verl
+        Its state is written anew, older checkpoints are pruned, and verl's `on_save` is called:
+        only here is the folder final. A callback that copies it right after the save, as verl
         calls it, would keep counters of the alarm without this step.
         """
+        self.guards.complete_save()
         folder, self._unannounced = self._unannounced, None
-        if folder is not None and self._saved_step is not None:
-            self.checkpoint_callback.on_save(
-                trainer=self,
-                global_step=self._saved_step,
-                checkpoint_dir=str(folder),
-                async_save=False,
-            )
+        if folder is None or self._saved_step is None:
+            return
+        keep = self.config.trainer.get("max_actor_ckpt_to_keep", None)
+        checkpoint.prune(self.guards.root, keep, self.guards.pinned)
+        self.checkpoint_callback.on_save(
+            trainer=self,
+            global_step=self._saved_step,
+            checkpoint_dir=str(folder),
+            async_save=False,
+        )
 
     def _load_checkpoint(self) -> None:
         trainer = self.config.trainer
