@@ -24,7 +24,7 @@ from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.verl_plugin.boot import compat
 from grpo_latent.verl_plugin.boot.registration import ROLLOUT_NAME, VLLM_ROLLOUT_NAME
 from grpo_latent.verl_plugin.rollout.server import GroupResult, LatentRolloutServer, whereabouts
-from grpo_latent.verl_plugin.rollout.waves import Ticket
+from grpo_latent.verl_plugin.rollout.waves import MAX_CALLS, Ticket
 
 
 def server_name(replica_rank: int) -> str:
@@ -70,7 +70,7 @@ async def launch_server(
         ray.remote(LatentRolloutServer)
         .options(
             num_cpus=0,
-            max_concurrency=max(1000, rollout_config.max_num_seqs),
+            max_concurrency=MAX_CALLS,
             name=name,
             runtime_env={"env_vars": env_vars},
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),

@@ -33,7 +33,7 @@ from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import VLLM_ROLLOUT_NAME, verify
 from grpo_latent.verl_plugin.rollout import vllm_compat  # noqa: F401  (before verl's own modules, which ask for a `vllm`)
 from grpo_latent.verl_plugin.rollout.server import GroupResult, group_result, whereabouts
-from grpo_latent.verl_plugin.rollout.waves import Ticket, Waves
+from grpo_latent.verl_plugin.rollout.waves import MAX_CALLS, Ticket, Waves
 
 # isort: split
 import vllm
@@ -164,6 +164,10 @@ class LatentVllmReplica(vLLMReplica):
     def _get_server_name_prefix(self) -> str:
         # verl's adapter in the training workers makes it of the backend's name
         return f"{VLLM_ROLLOUT_NAME}_"
+
+    @property
+    def max_concurrency(self) -> int:
+        return MAX_CALLS
 
     def rollout_worker_use_gpu(self) -> bool:
         return get_device_name() != "cpu"

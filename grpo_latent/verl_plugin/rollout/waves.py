@@ -19,6 +19,9 @@ from typing import Any
 from grpo_latent.errors import RolloutError
 
 NUM_NAMED = 8  # rows that a message lists
+# of a server at a time. Every request of a wave is a call that waits at the barrier: with Ray's own
+# limit of 1000 a larger wave, such as the rows of a validation, would never become complete
+MAX_CALLS = 1_000_000
 
 
 @dataclass(frozen=True)
