@@ -21,7 +21,6 @@ all three.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,6 +36,7 @@ from rollout import (  # noqa: E402
     Setting,
     measure,
     naive_trajectory,
+    report_results,
     show,
     tiny_model,
 )
@@ -44,9 +44,8 @@ from torch import Tensor  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
 
 from grpo_latent.backbones.images import ImageInputs  # noqa: E402
-from grpo_latent.common.provenance import provenance  # noqa: E402
 from grpo_latent.data.embedded import digits  # noqa: E402
-from grpo_latent.latent.mechanisms import ILVR, IVTLR  # noqa: E402
+from grpo_latent.latent.mechanisms import ILVR, IVTLR, SpanMechanism  # noqa: E402
 from grpo_latent.models import tiny  # noqa: E402
 from grpo_latent.models.adapter import ModelAdapter  # noqa: E402
 from grpo_latent.rollout.hf import HFRolloutEngine  # noqa: E402
@@ -87,6 +86,7 @@ def ilvr() -> tuple[str, list[Contender]]:
         tuple(ILVR.published_tokens.values()),
     )
     mechanism = ILVR.from_tokens(tokenizer.get_vocab())
+    assert isinstance(mechanism, SpanMechanism)
     requests = requests_of(processor, NUM_ROWS, ("max", "sum"))
     engine = HFRolloutEngine(model, mechanism, [eos_id])
     setting = Setting(model, processor, mechanism, eos_id, {}, requests)
@@ -196,7 +196,8 @@ def recomputed_slots(
     """
     decoder = adapter.decoder
     text_config = adapter.text_config
-    is_image = request.prompt_ids == adapter.image_token_id
+    assert request.images is not None, "each prompt has an image"
+    is_image = adapter.backbone.is_image_token(request.prompt_ids)
     visual_MH = adapter.encode_images(request.images)
     embeds_TH = adapter.embed(request.prompt_ids).masked_scatter(is_image[:, None], visual_MH)
     columns = is_image.nonzero()[:, 0]
@@ -255,10 +256,7 @@ def main() -> None:
         title, paths = SECTIONS[name]()
         report[name] = measure(paths, options.repeats)
         show(console, title, report[name], paths[0].name)
-    text = json.dumps(report | {"provenance": provenance(None)}, indent=2)
-    print(text)
-    if options.json is not None:
-        options.json.write_text(text + "\n")
+    report_results(report, options.json)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ from verl.utils.torch_functional import (  # noqa: E402
 
 from grpo_latent.algo.advantages import group_advantages  # noqa: E402
 from grpo_latent.algo.losses import Denominators, aggregate, policy_loss  # noqa: E402
+from grpo_latent.common.settings import section  # noqa: E402
 from grpo_latent.errors import ConfigError  # noqa: E402
 from grpo_latent.eval.decode import Evaluator  # noqa: E402
 from grpo_latent.eval.prompts import EvalPrompt  # noqa: E402
@@ -133,7 +134,7 @@ class OneProcess:
         self.config, self.loaded = config, loaded
         self.actor, self.rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
         check_config(config)
-        group = OmegaConf.to_container(config.latent.treatment, resolve=True)
+        group = section(config.latent.treatment, "latent.treatment")
         self.treatment, self.terms = parse_treatment(group)
         self.advantages = advantages or self._config_advantages
         self.keeps = keeps
@@ -246,8 +247,12 @@ class OneProcess:
             requests = [self._request(step, prompt) for prompt in prompts]
             drawn = self.engine.generate(requests, sampling)
             scored = score_groups(prompts, drawn, scorer)
-            is_last = self.keeps is None or draw == 2
-            groups += [group for group in scored if is_last or self.keeps(group.rewards_G)]
+            is_last = draw == 2
+            groups += [
+                group
+                for group in scored
+                if self.keeps is None or is_last or self.keeps(group.rewards_G)
+            ]
         return Batch(groups)
 
     def _request(self, step: int, prompt: EvalPrompt) -> RolloutRequest:

@@ -15,10 +15,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 import grpo_latent.train  # noqa: F401  lets hydra find verl's configs
+from grpo_latent.common.settings import section
 from grpo_latent.eval.prompts import EvalPrompt, read_prompts
 from grpo_latent.eval.scoring import RewardScorer
 from grpo_latent.latent.treatments import parse_treatment
@@ -74,7 +75,7 @@ def rewards_of(config: DictConfig, loaded: LatentModel) -> Iterator[RewardScorer
 
 def load(config: DictConfig, folder: str | Path) -> LatentModel:
     """The policy at its start, with the config's treatment."""
-    treatment, _ = parse_treatment(OmegaConf.to_container(config.latent.treatment, resolve=True))
+    treatment, _ = parse_treatment(section(config.latent.treatment, "latent.treatment"))
     overrides = {
         name: config.latent[name]
         for name in ("visibility", "steps", "exit", "max_spans", "start_is_action")

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import one_process as loop  # noqa: E402
@@ -148,7 +149,11 @@ def measure(
         chosen = [
             i for i, prompt in enumerate(prompts) if prompt.extra_info[WRONG_BOX] == is_wrong
         ]
-        hits = [nearest_token_hits(own[i], prompts[i].roi, visual[i]) == [True] for i in chosen]
+        hits = []
+        for i in chosen:
+            visual_MH = visual[i]
+            assert visual_MH is not None, "each row of the embedded task has an image"
+            hits.append(nearest_token_hits(own[i], prompts[i].roi, visual_MH) == [True])
         measured[share] = {
             "accuracy": fmean(outcomes[i].correct or 0.0 for i in chosen),
             "hit": fmean(hits),
@@ -189,7 +194,10 @@ def summarize(runs: Sequence[dict]) -> dict[str, dict]:
             )
     summary: dict[str, dict] = {}
     for name, of_seed in by_name.items():
-        row = {"seeds": seeds, "cpu_s": fmean(done["cpu_s"] for done in of_seed.values())}
+        row: dict[str, Any] = {
+            "seeds": seeds,
+            "cpu_s": fmean(done["cpu_s"] for done in of_seed.values()),
+        }
         for share in SHARES:
             values = {
                 measure: [of_seed[seed][share][measure] for seed in seeds] for measure in MEASURES

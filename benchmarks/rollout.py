@@ -123,14 +123,14 @@ def build() -> Setting:
         {"<|lvr_start|>": LIKELY}, tiny.EXPERIMENT_SIZES, tiny.LVR_TOKENS
     )
     mechanism = LVR.from_tokens(tokenizer.get_vocab(), steps=STEPS, max_spans=1)
+    assert isinstance(mechanism, SpanMechanism)
     examples = digits.generate(NUM_PROMPTS, stream="dev", seed=0, kinds=("read", "sum"))
     texts = []
     images = []
     for example in examples:
         content = [{"type": "text", "text": example.question}, {"type": "image"}]
-        texts.append(
-            processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-        )
+        messages: list[dict] = [{"role": "user", "content": content}]
+        texts.append(processor.apply_chat_template(messages, tokenize=False))
         images.append(example.image)
     tokenizer.padding_side = "left"
     batch = dict(processor(text=texts, images=images, padding=True, return_tensors="pt"))
@@ -173,7 +173,7 @@ def generate_path(setting: Setting, new_tokens: int) -> Contender:
 
     def run() -> int:
         with torch.no_grad():
-            ids = setting.model.generate(
+            ids = setting.model.generate(  # type: ignore[misc]  # its `self` is narrower than its class
                 **setting.batch,
                 do_sample=True,
                 temperature=1.0,
@@ -313,7 +313,7 @@ def text_report(
             path.
     """
     version = text_models.vllm_version()
-    report = {}
+    report: dict[str, dict] = {}
     if version is None:
         console.print("rows of vLLM are left out: it is not installed here (make vllm)")
     for label in labels:
@@ -345,8 +345,12 @@ def text_report(
         }
         for name, ratio in ratios.items():
             console.print(f"  {ratio:.2f} x  {name}")
-        report[label] = {"vllm": version, "parameters": num_parameters, "ratios": ratios}
-        report[label]["paths"] = {name: asdict(turn) for name, turn in rows.items()}
+        report[label] = {
+            "vllm": version,
+            "parameters": num_parameters,
+            "ratios": ratios,
+            "paths": {name: asdict(turn) for name, turn in rows.items()},
+        }
     return report
 
 
@@ -399,10 +403,15 @@ def main() -> None:
         report["text"] = text_report(
             console, options.sizes, options.text_positions, options.repeats, folder
         )
+    report_results(report, options.json)
+
+
+def report_results(report: dict[str, dict], path: Path | None) -> None:
+    """Prints what was measured with the machine that it was measured on, and writes it."""
     text = json.dumps(report | {"provenance": provenance(None)}, indent=2)
     print(text)
-    if options.json is not None:
-        options.json.write_text(text + "\n")
+    if path is not None:
+        path.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -85,16 +85,15 @@ def write_checkpoint(folder: Path, sizes: tiny.TinySizes) -> int:
     model, tokenizer, _ = tiny.tiny_qwen2([f"w{i}" for i in range(NUM_WORDS)], sizes)
     start_id = tokenizer.convert_tokens_to_ids("<|lvr_start|>")
     with torch.no_grad():
-        model.get_input_embeddings().weight[:, 0] = (
-            model.config.initializer_range * sizes.hidden**0.5
-        )
+        embeddings = model.get_input_embeddings().get_parameter("weight")
+        embeddings[:, 0] = model.config.initializer_range * sizes.hidden**0.5
         ids = torch.tensor(prompts(len(tokenizer), length=MAX_PROMPT)[:4])
-        level = float(model.model(input_ids=ids).last_hidden_state[..., 0].mean())
+        level = float(model.base_model(input_ids=ids).last_hidden_state[..., 0].mean())
         for token_id, logit in (
             (start_id, float(torch.tensor(START_ODDS).log())),
             (tokenizer.eos_token_id, EOS_LOGIT),
         ):
-            row = model.lm_head.weight[token_id]
+            row = model.get_output_embeddings().get_parameter("weight")[token_id]
             row.zero_()
             row[0] = logit / level
     mechanism = LVR.from_tokens(tokenizer.get_vocab(), steps=STEPS)
@@ -122,12 +121,15 @@ def hf_runner(folder: str, new_tokens: int, pack_linears: bool) -> Callable[[], 
 
 def vllm_runner(folder: str, new_tokens: int, eager: bool) -> Callable[[], tuple[int, int]]:
     """Engine `vllm`, latents on."""
-    options = dict(
+    llm = LatentLLM(
+        folder,
+        "vllm",
+        enforce_eager=eager,
         max_model_len=MAX_PROMPT + new_tokens,
         max_num_seqs=NUM_PROMPTS,
         enable_prefix_caching=False,
     )
-    return _latent_runner(LatentLLM(folder, "vllm", enforce_eager=eager, **options), new_tokens)
+    return _latent_runner(llm, new_tokens)
 
 
 def _latent_runner(llm: LatentLLM, new_tokens: int) -> Callable[[], tuple[int, int]]:
@@ -183,7 +185,11 @@ def stock_vllm_runner(folder: str, new_tokens: int, eager: bool) -> Callable[[],
     return run
 
 
-RUNNERS = {"hf": hf_runner, "vllm": vllm_runner, "stock_vllm": stock_vllm_runner}
+RUNNERS: dict[str, Callable[..., Callable[[], tuple[int, int]]]] = {
+    "hf": hf_runner,
+    "vllm": vllm_runner,
+    "stock_vllm": stock_vllm_runner,
+}
 
 
 def _serve(connection, kind: str, arguments: dict) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 import grpo_latent.train  # noqa: F401  (puts verl's configs on hydra's search path)
 from grpo_latent.backbones.qwen_vl import QwenVL
 from grpo_latent.backbones.registry import read_backbone
 from grpo_latent.common.dtypes import parse_dtype
+from grpo_latent.common.settings import section
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models.adapter import ModelAdapter
@@ -46,12 +46,12 @@ def check_grpo(folder: Path, name: str, overrides: list[str]):
 def check_sft(folder: Path, name: str) -> SFTSettings:
     """The settings of an SFT stage. Raises `ConfigError`."""
     config = compose_config(folder, name, SFT_PLACEHOLDERS)
-    return SFTSettings.from_dict(OmegaConf.to_container(config, resolve=True))
+    return SFTSettings.from_dict(section(config, name))
 
 
 def check_slots(sft: SFTSettings, grpo) -> None:
     """Raises `ConfigError` where SFT and RL differ in their slots, or these leave text no room."""
-    slots = sft.latent.steps
+    slots = sft.latent.rules["steps"]
     length = grpo.data.max_response_length
     if grpo.latent.steps != slots:
         got = f"{slots} in SFT, {grpo.latent.steps} in RL"
@@ -81,7 +81,7 @@ def validate_curriculum(
     """
     sft, grpo = check_sft(folder, f"{name}_sft"), check_grpo(folder, f"{name}_grpo", overrides)
     check_slots(sft, grpo)
-    slots = ", ".join(str(stage.num_slots) for stage in sft.loss.stages(sft.latent.steps))
+    slots = ", ".join(str(stage.num_slots) for stage in sft.loss.stages(sft.latent.rules["steps"]))
     print(
         f"{name}_sft and {name}_grpo: valid ({grpo.trainer.n_gpus_per_node} GPUs a node), "
         f"slots by stage {slots}"

@@ -50,9 +50,9 @@ class Chain:
         """After each operation."""
         totals = []
         total = self.start
-        for sign, *digits in self.operations:
-            number = int("".join(digits))
-            total = (total + number if sign == "+" else total * number) % MODULUS
+        for operation in self.operations:
+            number = int(operation[1:])
+            total = (total + number if operation[0] == "+" else total * number) % MODULUS
             totals.append(total)
         return totals
 
@@ -106,7 +106,8 @@ def to_rows(chains: list[Chain], split: str, steps: bool = True) -> list[dict]:
 def write_model(folder: Path, seed: int) -> None:
     model, tokenizer, _ = tiny_qwen3(WORDS, SIZES, seed=seed, latent_tokens=())
     with torch.no_grad():
-        inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        inputs = model.get_input_embeddings().get_parameter("weight")
+        outputs = model.get_output_embeddings().get_parameter("weight")
         outputs.copy_(inputs)
         inputs.div_(model.config.initializer_range)
     model.save_pretrained(folder)
@@ -114,7 +115,7 @@ def write_model(folder: Path, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--out",
         type=Path,

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))  # recipes are scripts, not a package
 import paper_scale  # noqa: E402
 
+from grpo_latent.common.settings import build  # noqa: E402
 from grpo_latent.latent.mechanisms import LVR, Mechanism  # noqa: E402
 from grpo_latent.sft.common.latents import LVRLatents  # noqa: E402
 from grpo_latent.verl_plugin.trainer.config_check import check_latents  # noqa: E402
@@ -23,8 +24,8 @@ LVR_TOKENS = tuple(LVR.published_tokens.values())
 
 
 def make_mechanism(ids: dict[str, int]) -> Mechanism:
-    latents = LVRLatents(head="glu")
-    return latents.make(ids, latent_end_token=latents.latent_end_token)
+    latents = build(LVRLatents, {"head": "glu"}, "latent")
+    return latents.make(ids, latent_end_token=latents.token_of("latent_end"))
 
 
 def model_json(model_name: str) -> Path:
