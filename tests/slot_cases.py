@@ -1,13 +1,15 @@
-"""Recorded choices of image positions, scored by one forward of the plain model."""
+"""Slots of the prompt: their rollout against replay; recorded choices scored by one forward."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.attention_rows import recording_rows
-from grpo_latent.models.replay import replay_hidden
-from grpo_latent.models.sequences import LatentSequences
+from grpo_latent.models.recompute import recompute_latents
+from grpo_latent.models.replay import replay, replay_hidden
+from grpo_latent.models.sequences import LatentSequences, collate
 from grpo_latent.models.slot_choice_scores import SlotChoices, choice_log_probs, slot_choices
 from grpo_latent.trajectory import PositionKind as K
 
@@ -28,3 +30,23 @@ def scored(
         replay_hidden(adapter, batch)
         attention_BNT = recorder.take(adapter.text_config.num_hidden_layers)
     return choices, choice_log_probs(choices, attention_BNT, temperature)
+
+
+def check_replay(requests, groups, engine, temperature: float) -> LatentSequences:
+    """Rollout's log-probs are the replay's, and its latents what recomputing makes.
+
+    Returns the trajectories with their completions in one column.
+    """
+    trajectories = [trajectory for group in groups for trajectory in group]
+    images = [
+        request.images for request, group in zip(requests, groups, strict=True) for _ in group
+    ]
+    for padding_side in ("left", "right", "both"):
+        batch = collate(trajectories, images, engine.adapter, "full", padding_side)
+        log_probs_BT, _ = replay(engine.adapter, batch, temperature)
+        for row, t in enumerate(trajectories):
+            values = log_probs_BT[row][batch.valid_BT[row]][len(t.prompt_ids) :]
+            torch.testing.assert_close(values, t.rollout_log_probs, rtol=0, atol=1e-4)
+    made_NH = recompute_latents(engine.adapter, batch)
+    torch.testing.assert_close(made_NH, batch.latents_NH, rtol=0, atol=1e-4)
+    return batch

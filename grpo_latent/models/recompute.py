@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from grpo_latent.errors import ConfigError, LatentMismatchError
+from grpo_latent.common.settings import check_choice
+from grpo_latent.errors import LatentMismatchError
 from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.latent.treatments import GRADIENTS
 from grpo_latent.models.adapter import ModelAdapter
@@ -109,10 +110,7 @@ def _with_gradient(
         chain: makes the current model's latents [N, H].
         made_from: makes each of them anew from given ones before it, by one forward.
     """
-    if gradient not in GRADIENTS:
-        raise ConfigError(
-            "unknown value", where="latent gradient", got=gradient, expected=f"one of {GRADIENTS}"
-        )
+    check_choice(gradient, GRADIENTS, "latent gradient")
     with nullcontext() if gradient == "bptt" else torch.no_grad():
         latents_NH = chain()
     # without any latents, too: under FSDP every rank must run the forward that another rank runs

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from grpo_latent.backbones.images import ImageInputs
-from grpo_latent.errors import ConfigError, LatentMismatchError
+from grpo_latent.common.settings import check_choice
+from grpo_latent.errors import LatentMismatchError
 from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.visibility import attention_bias, check_visibility
@@ -198,10 +199,7 @@ def collate(
         LatentMismatchError: nothing to collate, or an entry of images too many or too few.
         RolloutError: a prompt that does not fit its images.
     """
-    if padding_side not in PADDING_SIDES:
-        raise ConfigError(
-            "unknown value", where="padding_side", got=padding_side, expected="left, right or both"
-        )
+    check_choice(padding_side, PADDING_SIDES, "padding_side")
     if not trajectories or len(trajectories) != len(images):
         got = f"{len(trajectories)} trajectories, {len(images)} entries of images"
         raise LatentMismatchError(

@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_latent.errors import ConfigError
+from grpo_latent.common.settings import check_choice
 from grpo_latent.latent.mechanisms import VISIBILITIES
 from grpo_latent.trajectory import PositionKind
 
@@ -44,13 +44,7 @@ def is_sighted(kinds: Tensor, is_before_latent: Tensor) -> Tensor:
 
 def check_visibility(visibility: str) -> None:
     """Raises `ConfigError` unless it is one of `VISIBILITIES`."""
-    if visibility not in VISIBILITIES:
-        raise ConfigError(
-            "unknown value",
-            where="latent.visibility",
-            got=visibility,
-            expected=f"one of {VISIBILITIES}",
-        )
+    check_choice(visibility, VISIBILITIES, "latent.visibility")
 
 
 def attention_bias(

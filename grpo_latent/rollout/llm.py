@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from grpo_latent.errors import ConfigError, DataError
+from grpo_latent.common.settings import check_choice
+from grpo_latent.errors import DataError
 from grpo_latent.models.loading import load_latent_model, reading
 from grpo_latent.models.prompts import encode_prompt
 from grpo_latent.rollout.hf import HFRolloutEngine
@@ -52,10 +53,7 @@ class LatentLLM:
         overrides: dict | None = None,
         **engine_options: Any,
     ):
-        if engine not in ENGINES:
-            raise ConfigError(
-                "unknown value", where="engine", got=engine, expected=f"one of {ENGINES}"
-            )
+        check_choice(engine, ENGINES, "engine")
         if engine == "hf":
             loaded = load_latent_model(folder, dtype, device, overrides=overrides)
             self.tokenizer = loaded.tokenizer

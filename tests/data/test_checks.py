@@ -14,7 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from row_cases import GOOD, PICTURE, PNG, ROW, changed, encoded, half, write_lines
+from row_cases import (
+    GOOD,
+    PNG,
+    ROW,
+    changed,
+    encoded,
+    half,
+    write_like_geo3k,
+    write_lines,
+)
 
 from grpo_latent.data import checks
 from grpo_latent.data.checks import check_files
@@ -296,22 +305,9 @@ def test_structs_as_json_text_and_columns_of_other_names(length, tmp_path):
 
 
 def test_a_column_that_datasets_types_as_image(length, tmp_path):
-    datasets = pytest.importorskip("datasets")
-    features = datasets.Features({"images": [datasets.Image()]})
-    images = datasets.Dataset.from_dict({"images": [[PICTURE], [PICTURE]]}, features=features)
-    rest = [
-        {
-            "data_source": "hiyouga/geometry3k",
-            "prompt": ROW["prompt"],
-            "ability": "math",
-            "reward_model": ROW["reward_model"],
-            "extra_info": {"split": "train", "index": index},
-        }
-        for index in range(2)
-    ]
+    pytest.importorskip("datasets")
     path = tmp_path / "rows.parquet"
-    together = datasets.concatenate_datasets([images, datasets.Dataset.from_list(rest)], axis=1)
-    together.to_parquet(str(path))
+    write_like_geo3k(path)
     (file,) = check_files([path], length)
     assert file.indices == ["0", "1"]
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from latent_cases import Case, sampling
 from PIL import Image
+from slot_cases import check_replay
 
 from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.errors import RolloutError
@@ -19,7 +20,6 @@ from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model, save_latent_model
 from grpo_latent.models.prompts import encode_prompt
-from grpo_latent.models.recompute import recompute_latents
 from grpo_latent.models.replay import replay
 from grpo_latent.models.sequences import collate
 from grpo_latent.rollout.protocol import RolloutRequest
@@ -96,28 +96,13 @@ def test_the_adapters_forward_is_hugging_faces():
 @torch.no_grad()
 def test_rollout_equals_replay_and_recompute():
     requests, groups, engine = recorded()
-    trajectories = [t for group in groups for t in group]
-    images = [
-        request.images for request, group in zip(requests, groups, strict=True) for _ in group
-    ]
-    for padding_side in ("both", "right"):
-        batch = collate(trajectories, images, engine.adapter, "full", padding_side)
-        log_probs_BT, _ = replay(engine.adapter, batch, 2.0)
-        for row, t in enumerate(trajectories):
-            values = log_probs_BT[row][batch.valid_BT[row]][len(t.prompt_ids) :]
-            torch.testing.assert_close(values, t.rollout_log_probs, rtol=0, atol=1e-4)
-    batch = collate(trajectories, images, engine.adapter, "full", "both")
-    torch.testing.assert_close(
-        recompute_latents(engine.adapter, batch), batch.latents_NH, rtol=0, atol=1e-4
-    )
-    for t, image in zip(trajectories, images, strict=True):
-        is_selected_N = t.kinds[t.latent_mask] == K.SELECTED
-        if (
-            image is not None
-        ):  # what slots are fed is what stands at the image positions that they chose
-            assert torch.equal(
-                t.latents[is_selected_N], engine.adapter.encode_images(image)[t.selected_idx]
-            )
+    check_replay(requests, groups, engine, 2.0)
+    for request, group in zip(requests, groups, strict=True):
+        for t in group if request.images is not None else []:
+            # what slots are fed is what stands at the image positions that they chose
+            is_selected_N = t.kinds[t.latent_mask] == K.SELECTED
+            chosen_SH = engine.adapter.encode_images(request.images)[t.selected_idx]
+            assert torch.equal(t.latents[is_selected_N], chosen_SH)
 
 
 def test_slots_take_what_is_left_and_the_policy_never_draws_an_image_token():

@@ -9,7 +9,7 @@ import functools
 import pytest
 import torch
 from latent_cases import case, sampling
-from slot_cases import scored
+from slot_cases import check_replay, scored
 
 from grpo_latent.errors import ConfigError, LatentMismatchError, RolloutError
 from grpo_latent.models.injection import SelectionInjector
@@ -73,20 +73,7 @@ def replay_by_index(adapter, batch):
 @torch.no_grad()
 def test_rollout_equals_replay_recompute_and_replay_by_index(name):
     requests, groups, engine = recorded(name)
-    trajectories = [t for group in groups for t in group]
-    images = [
-        request.images for request, group in zip(requests, groups, strict=True) for _ in group
-    ]
-    for padding_side in ("both", "left", "right"):
-        batch = collate(trajectories, images, engine.adapter, "full", padding_side)
-        log_probs_BT, _ = replay(engine.adapter, batch, TEMPERATURE)
-        for row, t in enumerate(trajectories):
-            values = log_probs_BT[row][batch.valid_BT[row]][len(t.prompt_ids) :]
-            torch.testing.assert_close(values, t.rollout_log_probs, rtol=0, atol=1e-4)
-    batch = collate(trajectories, images, engine.adapter, "full", "both")
-    torch.testing.assert_close(
-        recompute_latents(engine.adapter, batch), batch.latents_NH, rtol=0, atol=1e-4
-    )
+    batch = check_replay(requests, groups, engine, TEMPERATURE)
     if name == "qwen3":
         return
     right_BT, _ = replay(engine.adapter, batch, TEMPERATURE)

@@ -118,6 +118,21 @@ def batch_of(
     return collate_rows([encode(row) for row in rows])
 
 
+def cpu_arguments(folder, **values) -> TrainingArguments:
+    """Arguments of a short run on the CPU that logs each step and saves every second."""
+    common = dict(
+        learning_rate=3e-3,
+        lr_scheduler_type="constant",
+        save_steps=2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=1,
+    )
+    return TrainingArguments(str(folder), **common | values)
+
+
 def trainer(
     latent: LatentModel,
     rows: list[LvrExample],

@@ -258,15 +258,22 @@ def make_engine(
     return engine
 
 
-def infer(engine, batch, packed=False, micro=2):
-    """Log-probs of each row, label-aligned over its completion."""
+def lay_out(batch, packed=False, micro=2, **settings):
+    """Tells the engine how to cut the batch; further settings of a batch, such as its size."""
     tu.assign_non_tensor(
         batch,
         use_remove_padding=packed,
         use_dynamic_bsz=False,
         micro_batch_size_per_gpu=micro,
         use_fused_kernels=False,
+        **settings,
     )
+    return batch
+
+
+def infer(engine, batch, packed=False, micro=2):
+    """Log-probs of each row, label-aligned over its completion."""
+    lay_out(batch, packed, micro)
     with engine.eval_mode(disable_auto_offload=True):
         output = engine.infer_batch(batch)
     rows = output["model_output"]["log_probs"].unbind()

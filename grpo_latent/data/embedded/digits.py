@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from grpo_latent.common.command import command
+from grpo_latent.common.settings import check_choice
 from grpo_latent.data.embedded.drawing import (
     CELL,
     COLOR_NAMES,
@@ -41,7 +42,6 @@ from grpo_latent.data.embedded.drawing import (
 )
 from grpo_latent.data.examples import response_template
 from grpo_latent.data.rows import encode_png, verl_row, write_verl_parquet
-from grpo_latent.errors import ConfigError
 
 DATA_SOURCE = "digits"
 # kind -> (number of objects asked for, answer from their digits)
@@ -181,13 +181,7 @@ def generate(
         *(("kinds", kind, KINDS) for kind in kinds),
     ]
     for name, value, allowed in choices:
-        if value not in allowed:
-            raise ConfigError(
-                "unknown value",
-                where=f"digits.{name}",
-                got=value,
-                expected=f"one of {tuple(allowed)}",
-            )
+        check_choice(value, allowed, f"digits.{name}")
     rng = stream_rng(stream, seed)
     labels = digit_images()[1]
     rows_N1 = np.arange(num)[:, None]
@@ -301,10 +295,7 @@ def to_rows(
         wrong_colors: rows that ask for one of them are marked, and get its wrong box in split
             `sft`; empty marks none.
     """
-    if form not in FORMS:
-        raise ConfigError(
-            "unknown value", where="digits.form", got=form, expected=f"one of {FORMS}"
-        )
+    check_choice(form, FORMS, "digits.form")
     has_answer = [True] * len(examples) if has_answer is None else has_answer
     misled = wrong_colors if split == "sft" else ()
     return [

@@ -40,6 +40,7 @@ from grpo_latent.data.examples import (
     join_content,
     split_content,
 )
+from grpo_latent.data.formats.json_records import read_json_records
 from grpo_latent.data.rows import read_verl_parquet, verl_row, write_verl_parquet
 from grpo_latent.errors import DataError
 
@@ -68,35 +69,8 @@ def read_lvr_json(
     """
     path = Path(path)
     image_folder = path.parent if image_folder is None else Path(image_folder)
-    for index, record in enumerate(_load_records(path)):
+    for index, record in enumerate(read_json_records(path, "records")):
         yield parse_record(record, f"{path} row {index}", image_folder, prepend_images)
-
-
-def _load_records(path: Path) -> list:
-    expected = "a JSON list of records (.json), or one record a line (.jsonl)"
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            records = json.loads(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(
-            "not a readable JSON file",
-            where=str(path),
-            got=str(error),
-            expected=expected,
-            fix="Check path and syntax.",
-        ) from error
-    if not isinstance(records, list) or not records:
-        raise DataError(
-            "no list of records",
-            where=str(path),
-            got=type(records).__name__ if not isinstance(records, list) else "an empty list",
-            expected=expected,
-            fix="Wrap the records in [ ... ].",
-        )
-    return records
 
 
 def parse_record(

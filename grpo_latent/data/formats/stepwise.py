@@ -16,7 +16,6 @@ All become a `StepwiseExample`, whose prompt `to_verl_rows` writes down for RL:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ from grpo_latent.data.formats.choice_questions import (
     scienceqa_question,
     text_field,
 )
+from grpo_latent.data.formats.json_records import read_json_records
 from grpo_latent.data.formats.sentences import split_sentences
 from grpo_latent.data.rows import check_prompt, verl_row, write_verl_parquet
 from grpo_latent.errors import DataError
@@ -123,21 +123,7 @@ def read_scienceqa(path: str | Path) -> Iterator[StepwiseExample]:
 
 def read_coconut_json(path: str | Path) -> Iterator[StepwiseExample]:
     """Yields checked examples of a JSON file in Coconut's form. Raises `DataError`."""
-    expected = 'a list of {"question", "answer", "steps"}'
-    try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(
-            "not a readable JSON file",
-            where=str(path),
-            got=str(error),
-            expected=expected,
-            fix="Check path and syntax.",
-        ) from error
-    if not isinstance(records, list) or not records:
-        raise DataError(
-            "no records", where=str(path), got=type(records).__name__, expected=expected
-        )
+    records = read_json_records(path, '{"question", "answer", "steps"}')
     for index, record in enumerate(records):
         yield parse_coconut_record(record, f"{path} row {index}")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grpo_latent.errors import ConfigError
+from grpo_latent.common.settings import check_choice
 from grpo_latent.latent.treatments.protocol import GRADIENTS, Treatment
 
 
@@ -26,10 +26,4 @@ class Recompute(Treatment):
     gradient: str = "cut"
 
     def __post_init__(self) -> None:
-        if self.gradient not in GRADIENTS:
-            raise ConfigError(
-                "unknown value",
-                where="latent.treatment.recompute.gradient",
-                got=self.gradient,
-                expected=f"one of {GRADIENTS}",
-            )
+        check_choice(self.gradient, GRADIENTS, "latent.treatment.recompute.gradient")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
+from grpo_latent.common.settings import check_choice
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.mechanisms import SpanMechanism
 from grpo_latent.models.adapter import ModelAdapter
@@ -79,13 +80,7 @@ class SelfFedConfig:
     trains_end_vector: ClassVar[bool] = False
 
     def __post_init__(self):
-        if self.gradient not in GRADIENTS:
-            raise ConfigError(
-                "unknown value",
-                where="loss.gradient",
-                got=self.gradient,
-                expected=f"one of {GRADIENTS}",
-            )
+        check_choice(self.gradient, GRADIENTS, "loss.gradient")
 
 
 class ILVRTrainer(LatentSFTTrainer):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grpo_latent.common.settings import check_choice
 from grpo_latent.errors import ConfigError
 
 LATENT_LOSSES = ("mse", "mae", "cosine")
@@ -58,13 +59,7 @@ class LVRLossConfig:
             "inputs": INPUTS,
         }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    "unknown value",
-                    where=f"loss.{name}",
-                    got=getattr(self, name),
-                    expected=f"one of {allowed}",
-                )
+            check_choice(getattr(self, name), allowed, f"loss.{name}")
         for name in ("latent_weight", "end_weight"):
             if not getattr(self, name) >= 0:  # refuses NaN too
                 raise ConfigError(
@@ -88,17 +83,14 @@ def latent_distances(predicted_NH: Tensor, target_NH: Tensor, kind: str) -> Tens
     Raises:
         ConfigError: another `kind`.
     """
+    check_choice(kind, LATENT_LOSSES, "loss.latent_loss")
     # half precision would lose small differences between large vectors
     predicted_NH, target_NH = predicted_NH.float(), target_NH.float()
     if kind == "mse":
         return (predicted_NH - target_NH).square().mean(-1)
     if kind == "mae":
         return (predicted_NH - target_NH).abs().mean(-1)
-    if kind == "cosine":
-        return 1 - F.cosine_similarity(predicted_NH, target_NH, dim=-1)
-    raise ConfigError(
-        "unknown value", where="loss.latent_loss", got=kind, expected=f"one of {LATENT_LOSSES}"
-    )
+    return 1 - F.cosine_similarity(predicted_NH, target_NH, dim=-1)
 
 
 def end_bce_sum(logits_NV: Tensor, is_last_N: Tensor, end_id: int) -> Tensor:

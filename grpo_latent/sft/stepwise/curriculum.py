@@ -17,6 +17,7 @@ from typing import ClassVar
 
 from transformers import TrainerCallback
 
+from grpo_latent.common.settings import check_choice
 from grpo_latent.errors import ConfigError
 
 
@@ -58,10 +59,7 @@ class CurriculumConfig:
     trains_end_vector: ClassVar[bool] = False
 
     def __post_init__(self):
-        if self.gradient not in ("cut", "bptt"):
-            raise ConfigError(
-                "unknown value", where="loss.gradient", got=self.gradient, expected="cut or bptt"
-            )
+        check_choice(self.gradient, ("cut", "bptt"), "loss.gradient")
         typed = {
             "slots_per_step": (int, self.slots_per_step),
             "answers_only": (bool, self.answers_only),

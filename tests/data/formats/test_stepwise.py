@@ -127,7 +127,11 @@ def test_coconut_json_in_sft_and_rl(tmp_path):
 
 @pytest.mark.parametrize(
     "content, message",
-    [("[", "not a readable JSON file"), ("{}", "no records"), ("[]", "no records")],
+    [
+        ("[", "not a readable JSON file"),
+        ("{}", "no list of records"),
+        ("[]", "no list of records"),
+    ],
 )
 def test_unreadable_coconut_json(tmp_path, content, message):
     (tmp_path / "gsm.json").write_text(content)

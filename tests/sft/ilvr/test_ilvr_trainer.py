@@ -6,7 +6,7 @@ A resume changes no bit.
 import pytest
 import torch
 from ilvr_cases import PLANS, record, write_images
-from sft_cases import latent_model
+from sft_cases import cpu_arguments, latent_model
 from transformers import TrainingArguments
 
 from grpo_latent.data.formats.ilvr_jsonl import parse_ilvr_record
@@ -33,20 +33,7 @@ def dataset(latent, folder, plans=PLANS * 2):
 def train(folder, trainer_class, steps, config, resume=None, **rows):
     latent = latent_model(exit="end_token", steps=3)
     freeze_vision(latent.model)
-    arguments = TrainingArguments(
-        str(folder / "out"),
-        max_steps=steps,
-        per_device_train_batch_size=3,
-        gradient_accumulation_steps=1,
-        learning_rate=3e-3,
-        lr_scheduler_type="constant",
-        save_steps=2,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=1,
-    )
+    arguments = cpu_arguments(folder / "out", max_steps=steps, per_device_train_batch_size=3)
     trainer = trainer_class(latent, arguments, dataset(latent, folder, **rows), config)
     calls = []
     if trainer_class is ILVRStage1Trainer:

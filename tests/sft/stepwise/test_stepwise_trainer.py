@@ -6,7 +6,7 @@ A resume changes no bit.
 import pytest
 import torch
 from latent_cases import build_case
-from sft_cases import latent_model, png
+from sft_cases import cpu_arguments, latent_model, png
 from transformers import TrainingArguments
 
 from grpo_latent.data.examples import ImageRef
@@ -58,20 +58,8 @@ def trainer(folder, steps, mechanism="ivt_lr", loss=None, lora=False, **argument
     encoder = StepwiseEncoder.of_model(
         latent, image_token_id=adapter.image_token_id, curriculum=loss or CurriculumConfig()
     )
-    values = dict(
-        max_steps=steps,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        learning_rate=3e-3,
-        lr_scheduler_type="constant",
-        save_steps=2,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=1,
-    )
-    args = TrainingArguments(str(folder), **values | arguments)
+    values = dict(max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    args = cpu_arguments(folder, **values | arguments)
     return StepwiseTrainer(latent, args, SFTDataset(examples(8, not is_text), encoder), loss)
 
 
@@ -144,13 +132,16 @@ def test_the_loss_is_that_of_the_stage(tmp_path):
             batch = collate_rows([run.train_dataset[i] for i in range(8)], stage)
             sums = loss_sums(run.adapter, batch, stage, True)
             expected.append(float(sums["ce"]) / int(batch["response_valid"].sum()))
+    check_logged(run, expected)
+
+
+def check_logged(run, expected):
+    """Each stage logs its own cross-entropy, and they differ."""
     run.train()
     run.release()
     logged = [entry["ce"] for entry in run.state.log_history if "ce" in entry]
-    assert (
-        logged == pytest.approx(expected, rel=1e-5)
-        and len({round(value, 3) for value in expected}) == 3
-    )
+    assert logged == pytest.approx(expected, rel=1e-5)
+    assert len({round(value, 3) for value in expected}) == 3
 
 
 def test_several_slots_a_step_and_a_last_stage_of_answers_alone(tmp_path):
@@ -175,13 +166,7 @@ def test_several_slots_a_step_and_a_last_stage_of_answers_alone(tmp_path):
         with torch.no_grad():
             sums = loss_sums(run.adapter, batch, num_slots, False)
         expected.append(float(sums["ce"]) / int(batch["response_valid"].sum()))
-    run.train()
-    run.release()
-    logged = [entry["ce"] for entry in run.state.log_history if "ce" in entry]
-    assert (
-        logged == pytest.approx(expected, rel=1e-5)
-        and len({round(value, 3) for value in expected}) == 3
-    )
+    check_logged(run, expected)
     assert [
         load_latent_model(tmp_path / f"stage_{stage}").mechanism.steps for stage in (0, 1)
     ] == [0, 2]

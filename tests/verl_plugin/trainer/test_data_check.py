@@ -8,7 +8,17 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
-from row_cases import GOOD, PICTURE, PNG, ROW, changed, encoded, half, write_lines
+from row_cases import (
+    GOOD,
+    PICTURE,
+    PNG,
+    ROW,
+    changed,
+    encoded,
+    half,
+    write_like_geo3k,
+    write_lines,
+)
 from verl.utils.tokenizer import hf_processor, hf_tokenizer
 
 from grpo_latent.data.rows import write_verl_parquet
@@ -151,24 +161,6 @@ def test_steps_that_are_taken(total, epochs, message, model, tmp_path):
 
 
 # ---- what the data set gives verl -----------------------------------------------------------
-
-
-def write_like_geo3k(path, count=2):
-    """As verl's preprocessing of geometry3k ends: `datasets` types the images."""
-    features = datasets.Features({"images": [datasets.Image()]})
-    images = datasets.Dataset.from_dict({"images": [[PICTURE]] * count}, features=features)
-    rest = [
-        {
-            "data_source": "hiyouga/geometry3k",
-            "prompt": ROW["prompt"],
-            "ability": "math",
-            "reward_model": ROW["reward_model"],
-            "extra_info": {"split": "train", "index": index},
-        }
-        for index in range(count)
-    ]
-    together = datasets.concatenate_datasets([images, datasets.Dataset.from_list(rest)], axis=1)
-    together.to_parquet(str(path))
 
 
 def test_images_that_datasets_types(model, tmp_path):

@@ -10,7 +10,6 @@ from functools import partial
 import engine_helpers as helpers
 import pytest
 import torch
-from verl.utils import tensordict_utils as tu
 from verl.workers.utils.padding import no_padding_2_padding
 
 from grpo_latent.errors import ConfigError, LatentMismatchError
@@ -112,16 +111,7 @@ def batch_of(case, packed, micro=2, **changes):
     batch = helpers.make_batch(
         trajectories, images, positions, ModelAdapter(loaded.model, loaded.mechanism)
     )
-    tu.assign_non_tensor(
-        batch,
-        use_remove_padding=packed,
-        use_dynamic_bsz=False,
-        micro_batch_size_per_gpu=micro,
-        use_fused_kernels=False,
-        global_batch_size=len(trajectories),
-        **changes,
-    )
-    return batch
+    return helpers.lay_out(batch, packed, micro, global_batch_size=len(trajectories), **changes)
 
 
 def gradients(engine, batch, loss):
