@@ -31,15 +31,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
-from rollout import (  # noqa: E402
-    Contender,
-    Setting,
-    measure,
-    naive_trajectory,
-    report_results,
-    show,
-    tiny_model,
-)
+from rollout import Contender, measure, report_results, show  # noqa: E402
+from tiny_setting import Setting, naive_trajectory, tiny_model  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
 

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,9 @@ def measure(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device
     bans = Bans.build(ids, (), device).rows(torch.zeros(1, dtype=torch.long, device=device))
     full_NV = logits_NV.double().log_softmax(-1)
     exact_NV = bans.without(logits_NV.double()).softmax(-1).cumsum(-1)
-    found = {name: {"seconds": [], "other_draws": 0, "log_prob_gap": 0.0} for name in WAYS}
+    found: dict[str, dict[str, Any]] = {}
+    for name in WAYS:
+        found[name] = {"seconds": [], "other_draws": 0, "log_prob_gap": 0.0}
     for _ in range(repeats):
         uniforms_N = torch.rand(rows, generator=generator, dtype=torch.float64).to(device)
         targets_N1 = uniforms_N[:, None] * exact_NV[:, -1:]

@@ -28,6 +28,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
 from grpo_latent.common.provenance import provenance  # noqa: E402
@@ -104,7 +105,7 @@ def engine_batch(rows: Sequence[Trajectory]):
                 "position_ids": torch.arange(len(ids)),
             }
         )
-    fields = {
+    fields: dict[str, Tensor | list] = {
         name: torch.nested.as_nested_tensor([row[name] for row in columns], layout=torch.jagged)
         for name in columns[0]
     }
