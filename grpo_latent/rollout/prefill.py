@@ -111,6 +111,7 @@ def join_prefills(prefills: Sequence[Prefill], buckets: Sequence[Sequence[int]])
         return torch.cat(list(tensors))[place_B]
 
     cache = DynamicCache()
+    # a layer at a time: its parts are given up before the next is copied
     for layer_idx in range(len(prefills[0].cache.layers)):
         pairs = [_take_layer(prefill.cache, layer_idx) for prefill in prefills]
         keys, values = zip(*pairs, strict=True)

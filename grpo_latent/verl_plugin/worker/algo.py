@@ -181,6 +181,8 @@ def denominators(response_mask: Tensor, mode: str, info: dict) -> Denominators:
     local = Denominators.of(response_mask.bool())
     num_tokens, num_trajectories = info.get("batch_num_tokens"), info.get("global_batch_size")
     needed = num_tokens if mode == "token-mean" else num_trajectories
+    # each rank would divide by its own count, and the mean over ranks would then weigh the actions
+    # of a rank with few of them more
     if needed is None and info.get("dp_size", 1) > 1 and mode != "token-sum":
         raise ConfigError(
             "several ranks need a common denominator",
