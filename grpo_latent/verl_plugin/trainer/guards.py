@@ -101,7 +101,7 @@ class Guards:
         return self.root / f"{STEP_PREFIX}{step}"
 
     def go_back(self, folder: Path) -> float:
-        """Takes the state of a good checkpoint, but counts go on.
+        """Takes the alarms' state of a good checkpoint; what is counted over the run goes on.
 
         Returns:
             what the learning rates of that checkpoint are to be multiplied by.
@@ -112,7 +112,6 @@ class Guards:
         values, num_silent = self._read(folder), self.alarms.silent.memory["steps"]
         self._restore_alarms(values, folder)
         self.alarms.silent.memory["steps"] = num_silent
-        self.good_steps = list(values["good_steps"])
         self.rollbacks += 1
         self.lr_factor *= self.settings.rollback_lr_factor
         return self.lr_factor / values["lr_factor"]

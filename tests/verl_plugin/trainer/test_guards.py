@@ -100,6 +100,7 @@ def test_each_rollback_makes_the_rate_smaller_and_counts_go_on(tmp_path):
 
     take_step(guards, 5, 0.0)
     assert go_back(guards, 5) == ("global_step_4", 0.5), "which has half the rate already"
+    assert not guards.should_stop, "as many as allowed"
     for step in (4, 5):
         (tmp_path / f"global_step_{step}" / STATE_FILE).unlink()
         (tmp_path / f"global_step_{step}").rmdir()
