@@ -189,8 +189,8 @@ class Guards:
         step = step_of(checkpoint)
         assert step is not None, "checkpoints are named after steps"
         if self.alarms.is_good:
-            known = [good for good in self.good_steps if good < step]
-            self.good_steps = [good for good in known if self._folder(good).is_dir()] + [step]
+            there = [good for good in self.good_steps if self._folder(good).is_dir()]
+            self.good_steps = [*there, step]
         self._write(checkpoint, is_counted=True)
         self._remove_superseded(step)
 

@@ -12,6 +12,7 @@ from test_alarms import FINE
 
 from grpo_latent.common.best_checkpoint import BEST_FILE, Best, read_best, write_best
 from grpo_latent.errors import CheckpointError, ConfigError
+from grpo_latent.eval.usage import Usage
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.trainer import checkpoint
 from grpo_latent.verl_plugin.trainer.guards import STATE_FILE, Guards, check_guards
@@ -205,14 +206,20 @@ def test_a_run_may_go_back_to_what_it_resumed_from_elsewhere(tmp_path):
 def test_a_run_that_resumes_at_its_start_begins_anew(tmp_path):
     """Step 0 is validated and measured again, which must not count twice."""
     guards = make_guards(tmp_path, rollback=True)
-    guards.alarms.after_validation(0.6, 0.01)
+    unused = Usage({}, "not used", "not used")
+
+    def begin(guards):
+        guards.alarms.after_validation(0.6, 0.01)
+        guards.alarms.after_usage(unused)
+
+    begin(guards)
     (tmp_path / "global_step_0").mkdir()
     guards.save(tmp_path / "global_step_0")
     guards.complete_save()
     resumed = make_guards(tmp_path, rollback=True)
     assert resumed.load(tmp_path / "global_step_0") == []
     assert resumed.last_good.name == "global_step_0"
-    resumed.alarms.after_validation(0.6, 0.01)
+    begin(resumed)
     assert resumed.alarms.state() == guards.alarms.state()
 
 
@@ -298,6 +305,7 @@ def test_the_state_of_that_test_is_readable_without_damage(tmp_path):
 
 def test_the_best_score_is_kept_the_first_of_equal_ones(tmp_path):
     guards = make_guards(tmp_path)
+    assert not guards.is_best(float("nan")) and not guards.is_best(None)
     guards.keep(Best(0, 0.5, "m", START))
     assert read_best(tmp_path).model_folder(tmp_path).as_posix() == START
     best = []
