@@ -200,6 +200,18 @@ def test_a_rollback_loads_the_last_good_step_and_saves_it_as_this_one(tmp_path, 
     assert trainer.total_training_steps == 9, "training goes on"
 
 
+@pytest.mark.parametrize("last_step, kept", [(4, [4]), (5, [4, 5]), (6, [6]), (7, [6, 7])])
+def test_what_may_be_gone_back_to_is_not_pruned(tmp_path, monkeypatch, last_step, kept):
+    """One checkpoint is to be kept: the last, and the good one while the last is bad."""
+    alarm = {"patience": 2, "start_steps": 1, "rollback": True}
+    trainer = stub_trainer(tmp_path, 1, alarm, monkeypatch)
+    trainer.config.trainer.max_actor_ckpt_to_keep = 1
+    trainer.actor_rollout_wg.load_checkpoint = lambda **kwargs: None
+    collapse(trainer, range(3, last_step + 1))
+    names = {path.name for path in tmp_path.glob("global_step_*")}
+    assert names == {f"global_step_{step}" for step in kept}
+
+
 def test_a_run_that_has_nothing_to_go_back_to_ends(tmp_path, monkeypatch):
     alarm = {"patience": 2, "start_steps": 1, "rollback": True}
     trainer = stub_trainer(tmp_path, 9, alarm, monkeypatch)

@@ -339,6 +339,10 @@ def test_a_checkpoint_for_its_score_only_goes_when_a_better_one_comes(tmp_path):
         take_step(guards, step, score=score, is_saved=step == 3)
     assert folders(tmp_path) == [3, 4], "3 was saved by the run's own plan"
     assert guards.extras == [4]
+    resumed = make_guards(tmp_path)
+    resumed.load(tmp_path / "global_step_4")
+    take_step(resumed, 5, score=0.8, is_saved=False)
+    assert folders(tmp_path) == [3, 5], "a resumed run knows which it was"
 
 
 def test_one_that_is_the_last_good_stays_until_there_is_another(tmp_path):
