@@ -32,7 +32,8 @@ def test_a_scaled_schedule_goes_on_as_one_of_the_smaller_rate(step):
     rates(*scaled, step)
     rates(*smaller, step)
     scale_learning_rate(*scaled, 0.25)
-    assert scaled[0].param_groups[0]["lr"] == smaller[0].param_groups[0]["lr"]
+    for name in ("lr", "initial_lr"):
+        assert scaled[0].param_groups[0][name] == smaller[0].param_groups[0][name]
     assert scaled[1].get_last_lr() == smaller[1].get_last_lr()
     assert rates(*scaled, 8) == pytest.approx(rates(*smaller, 8), abs=0.0)
 
