@@ -51,13 +51,15 @@ from grpo_latent.common.command import config_command
 from grpo_latent.common.dtypes import parse_dtype
 from grpo_latent.common.files import write_text
 from grpo_latent.common.provenance import provenance
-from grpo_latent.common.settings import build, section
+from grpo_latent.common.schema import resolved
+from grpo_latent.common.settings import MISSING, build, section
 from grpo_latent.data.files import RowKeys
 from grpo_latent.errors import ConfigError
 from grpo_latent.eval.benchmarks import load_benchmark
 from grpo_latent.eval.decode import Decoding
 from grpo_latent.eval.evaluate import EvalSettings, Evaluation, PromptsDigest, fingerprint
 from grpo_latent.eval.journal import Journal
+from grpo_latent.eval.keys import evaluate_schema
 from grpo_latent.eval.pixels import PixelStore
 from grpo_latent.eval.prompts import EvalPrompt, benchmark_prompts, read_prompts
 from grpo_latent.eval.scoring import GradeScorer, RewardScorer, Scorer
@@ -85,6 +87,7 @@ def run(config: DictConfig) -> dict:
     Raises:
         GrpoLatentError: config, checkpoint, data or reward cannot be used.
     """
+    check_values(config)
     if not torch.cuda.is_available():
         torch.set_num_threads(config.latent.cpu_threads)
     settings = read_settings(config)
@@ -144,6 +147,21 @@ def run(config: DictConfig) -> dict:
         # last: without a report on disk the finished batches are all that there is
         journal.discard()
     return report
+
+
+def check_values(config: DictConfig) -> None:
+    """Raises `ConfigError` at an unknown key, or a value of another type, range or name."""
+    shipped = OmegaConf.load(Path(__file__).parent / "config" / "evaluate.yaml")
+    assert isinstance(shipped, DictConfig), "the file holds sections"
+    for name in ("defaults", "hydra"):
+        del shipped[name]
+    values = resolved(config)
+    data = values.get("data")
+    # a benchmark may stand for the files, which `read_data` asks
+    if isinstance(data, dict) and data.get("val_files") in (MISSING, None):
+        if data["val_files"] == MISSING or OmegaConf.select(config, "data.benchmark.name"):
+            del data["val_files"]
+    evaluate_schema(resolved(shipped)).check(values)
 
 
 def read_settings(config: DictConfig) -> EvalSettings:

@@ -20,7 +20,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
 from grpo_latent.common.command import config_command
-from grpo_latent.common.paths import absolute, is_remote
+from grpo_latent.common.paths import absolute, check_output_folder, is_remote
 from grpo_latent.common.provenance import append_provenance
 from grpo_latent.common.settings import section
 from grpo_latent.errors import ConfigError, DataError
@@ -55,17 +55,20 @@ def train(config: DictConfig) -> None:
             on a typed error.
         RuntimeError: training failed otherwise; the log has the traceback.
     """
+    check_output_folder(OmegaConf.select(config, "latent.output_dir"), "latent.output_dir")
     resolve_paths(config)
     output_dir = Path(config.latent.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     set_environment(config, output_dir)
     # after the environment: this imports verl
+    from grpo_latent.verl_plugin.rewards.start_check import check_rewards
     from grpo_latent.verl_plugin.trainer.console import output_to_file
     from grpo_latent.verl_plugin.trainer.data_check import check_data
 
     with output_to_file(output_dir / LOG_FILE) as console:
         for note in [*check(config), *check_data(config, console)]:
             console.print(f"warning: {note}")
+        check_rewards(config)
         OmegaConf.save(config, output_dir / CONFIG_FILE, resolve=True)
         append_provenance(output_dir, config.latent.seed)
         console.print(f"output {output_dir}  log {LOG_FILE}")
@@ -171,7 +174,9 @@ def check(config: DictConfig) -> list[str]:
     from grpo_latent.verl_plugin.boot.registration import VLLM_ROLLOUT_NAME, verify, verify_device
     from grpo_latent.verl_plugin.boot.renamed import take_new_names
     from grpo_latent.verl_plugin.trainer.config_check import check_config, check_folder
+    from grpo_latent.verl_plugin.trainer.config_schema import check_schema
 
+    check_schema(config)  # before anything reads a value of it
     compat.select_platform(config.trainer.device)
     verify("driver")
     verify_device("driver", config.trainer.device)

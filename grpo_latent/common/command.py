@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from grpo_latent.errors import ConfigError, GrpoLatentError
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 _HYDRA_RAISES = "HYDRA_FULL_ERROR"
+_NO_KEY = re.compile(r"Could not override '([^']+)'")
 
 Args = ParamSpec("Args")
 
@@ -76,7 +78,13 @@ def config_command(
         def main(config: DictConfig | None = None) -> int | None:
             if config is not None:
                 return task(config)
-            _with_hydra(task, config_name)
+            try:
+                _with_hydra(task, config_name)
+            except Exception as error:
+                misspelt = _misspelt(error, config_name)
+                if misspelt is None:
+                    raise
+                raise misspelt from error
             return DONE
 
         return main
@@ -103,6 +111,34 @@ def _with_hydra(task: Callable[[DictConfig], int | None], config_name: str) -> N
         )(job)()
     if raised:
         raise raised[0]
+
+
+def _misspelt(error: Exception, config_name: str) -> ConfigError | None:
+    """An override of a key that is not there, with the nearest one that is; None for other errors.
+
+    hydra itself says to add the key, misspelt as it is.
+    """
+    found = _NO_KEY.search(str(error)) if _is_of_config_library(error) else None
+    if found is None:
+        return None
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    from grpo_latent.common.schema import leaves, nearest_keys
+
+    GlobalHydra.instance().clear()
+    with initialize_config_module("grpo_latent.config", version_base=None):
+        shipped: Any = OmegaConf.to_container(compose(config_name), resolve=False)
+    key = found.group(1)
+    near = nearest_keys(key, list(leaves(shipped)))
+    return ConfigError(
+        "unknown key",
+        where=key.rpartition(".")[0] or "the config",
+        got=key,
+        expected=" or ".join(near) if near else "a key of the config",
+        fix=f"Write {near[0]}, the nearest spelling." if near else "Take it out.",
+    )
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from grpo_latent.errors import ConfigError
+
 SCHEME = "://"
 
 
@@ -30,3 +32,29 @@ def absolute(path: str) -> str:
     ('s3://bucket/x', '/data/x')
     """
     return path if is_remote(path) else str(Path(path).expanduser().absolute())
+
+
+def check_output_folder(path: object, where: str) -> None:
+    """Raises `ConfigError` where a folder cannot be made at `path`; nothing is made."""
+    if not isinstance(path, str) or not path.strip():
+        raise ConfigError(
+            "not a folder",
+            where=where,
+            got=repr(path),
+            expected="a path",
+            fix=f"Set {where}=<folder>.",
+        )
+    if is_remote(path):
+        return
+    folder = Path(path).expanduser()
+    for place in (folder, *folder.parents):
+        if place.is_dir():
+            return
+        if place.exists():
+            raise ConfigError(
+                "a file is where a folder should be",
+                where=where,
+                got=str(place),
+                expected="a folder, or nothing yet",
+                fix=f"Choose another {where}, or move the file.",
+            )

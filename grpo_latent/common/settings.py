@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -46,9 +47,9 @@ def build(
     ...     names: tuple[str, ...] = ()
     >>> build(Sizes, {"rows": 3, "names": "a"}, "sizes")
     Sizes(rows=3, names=('a',))
-    >>> build(Sizes, {"row": 3}, "sizes")
+    >>> build(Sizes, {"row": 3}, "sizes")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    grpo_latent.errors.ConfigError: sizes: unknown key; got ['row']; expected among ['rows'].
+    grpo_latent.errors.ConfigError: sizes: unknown key; got ['row']; expected among ['rows']. ...
 
     Args:
         values: keys and values of a config section, plain or OmegaConf's; None counts as empty.
@@ -98,7 +99,14 @@ def check_keys(
     if unknown:
         near = [name for key in unknown for name in difflib.get_close_matches(key, known)]
         shown = list(dict.fromkeys(near)) or sorted(known)[:SHOWN_KEYS]
-        raise error("unknown key", where=where, got=unknown, expected=f"among {shown}{note}")
+        nearest = f"Write {where}.{shown[0]}, the nearest spelling."
+        raise error(
+            "unknown key",
+            where=where,
+            got=unknown,
+            expected=f"among {shown}{note}",
+            fix=nearest if near and error is ConfigError else None,
+        )
     absent = sorted(name for name in required if _is_absent(values, name))
     if absent:
         fix = f"Set {where}.{absent[0]}=… on the command line." if error is ConfigError else None
@@ -109,6 +117,17 @@ def check_keys(
             expected="a value",
             fix=fix,
         )
+
+
+def check_types(kind: type, values: Mapping[str, Any], where: str) -> None:
+    """Refuses values of another type than the field's of a dataclass that is somebody else's.
+
+    Raises:
+        ConfigError: the first of them.
+    """
+    hints = _hints(kind)
+    for name, value in values.items():
+        _convert(hints.get(name, Any), value, f"{where}.{name}", ConfigError)
 
 
 def section(node: object, where: str) -> dict[str, Any]:
@@ -133,8 +152,13 @@ def section(node: object, where: str) -> dict[str, Any]:
 def check_choice(value: object, allowed: Collection[str], where: str, note: str = "") -> None:
     """Raises `ConfigError` where `value` is none of `allowed`."""
     if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, 1)
         raise ConfigError(
-            "unknown value", where=where, got=value, expected=f"one of {tuple(allowed)}{note}"
+            "unknown value",
+            where=where,
+            got=value,
+            expected=f"one of {tuple(allowed)}{note}",
+            fix=f"Set {where}={near[0]}, the nearest spelling." if near else None,
         )
 
 
@@ -167,6 +191,8 @@ def _convert(hint: Any, value: Any, where: str, error: type[GrpoLatentError]) ->
             return value if isinstance(value, option) else build(option, value, where, error=error)
         if typing.get_origin(option) is tuple:
             return _tuple(option, value, where, error)
+    if isinstance(value, float) and math.isnan(value):
+        raise error("not a number", where=where, got="nan", expected=_names(options))
     if not any(_fits(option, value) for option in options):
         raise error("wrong type", where=where, got=repr(value), expected=_names(options))
     return value

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from grpo_latent.common.settings import build, check_choice, check_keys
+from grpo_latent.common.settings import build, check_choice, check_keys, check_types
 from grpo_latent.errors import ConfigError
+from grpo_latent.sft.common.keys import SFT
 from grpo_latent.sft.common.latents import LatentSettings
 from grpo_latent.sft.common.settings import DTYPES, DataSettings, ModelSettings
 from grpo_latent.sft.methods import METHODS, Method
@@ -45,6 +46,7 @@ class SFTSettings:
         check_keys(config, sections, "config", required=sections)
         name = config["method"]
         check_choice(name, tuple(METHODS), "method")
+        SFT.check(config)
         method = METHODS[name]
         trainer = dict(config["trainer"])
         schedule = dict(config["schedule"] or {})
@@ -74,6 +76,7 @@ class SFTSettings:
         """Raises `ConfigError` where transformers refuses an argument."""
         known = {item.name for item in dataclasses.fields(TrainingArguments)}
         check_keys(self.trainer, known, "trainer", required=["output_dir"])
+        check_types(TrainingArguments, self.trainer, "trainer")
         values = {"report_to": [], "use_cpu": not torch.cuda.is_available(), **self.trainer}
         # our own bar replaces the Trainer's, and a loss that is not finite stops the run
         values |= {"disable_tqdm": True, "logging_nan_inf_filter": False}

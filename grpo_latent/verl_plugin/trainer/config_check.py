@@ -31,6 +31,8 @@ from grpo_latent.verl_plugin.boot.registration import (
     VLLM_ROLLOUT_NAME,
 )
 from grpo_latent.verl_plugin.rewards.manager import reward_settings
+from grpo_latent.verl_plugin.trainer.config_relations import check_relations, check_room
+from grpo_latent.verl_plugin.trainer.config_schema import check_schema
 from grpo_latent.verl_plugin.trainer.guards import check_guards
 from grpo_latent.verl_plugin.trainer.wandb_board import check_board
 
@@ -44,6 +46,7 @@ def check_config(config: DictConfig) -> LatentOptions:
     Returns:
         the `latent:` group, parsed.
     """
+    check_schema(config)
     options = LatentOptions.from_rollout(config.actor_rollout_ref.rollout)
     _check_components(config)
     _check_dropping(config)
@@ -54,6 +57,7 @@ def check_config(config: DictConfig) -> LatentOptions:
         config.actor_rollout_ref.model, options.visibility, options.draw_temperature is not None
     )
     _check_treatment(config, options)
+    check_relations(config)
     check_board(config)
     build(UsageSettings, options.usage, "latent.usage")
     check_guards(config, options)
@@ -68,6 +72,7 @@ def check_latents(config: DictConfig, latent: Mechanism) -> None:
     Raises:
         ConfigError: one of the two cannot run them.
     """
+    check_room(config, latent)
     check_padding(latent.visibility, config.actor_rollout_ref.model.use_remove_padding)
     if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT_NAME:
         check_mechanism(latent)

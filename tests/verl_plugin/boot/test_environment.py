@@ -19,6 +19,7 @@ from grpo_latent.inspect.payload import SECRET
 from grpo_latent.train import check, environment, ray_arguments, resolve_paths, set_environment
 from grpo_latent.verl_plugin.boot import remote_errors, renamed
 from grpo_latent.verl_plugin.boot.options import LatentOptions
+from grpo_latent.verl_plugin.rewards import start_check
 from grpo_latent.verl_plugin.trainer import data_check
 from grpo_latent.verl_plugin.trainer.config_check import MANAGER, check_config, check_folder
 
@@ -177,6 +178,7 @@ def test_each_start_of_a_run_says_where_it_was(tmp_path, monkeypatch):
         monkeypatch.setattr(train, name, lambda *args: None)
     monkeypatch.setattr(train, "check", lambda config: [])
     monkeypatch.setattr(data_check, "check_data", lambda config, console: [])
+    monkeypatch.setattr(start_check, "check_rewards", lambda config: None)
     config = make_config(tmp_path, tmp_path / "out")
     for seed in (3, 4):
         config.latent.seed = seed
