@@ -1,0 +1,204 @@
+"""Training by the commands that a user gives, with the tiniest model. Slow.
+
+world size 1, a Ray head on loopback with token authentication:
+    D  `ray job submit -- python -m grpo_latent.train`, steps 1-3, wandb offline
+    E  stock `python -m verl.trainer.main_ppo`, resumed from D, steps 4-6
+    F  `python -m grpo_latent.train` on a Ray of its own, steps 1-6: equal to D + E
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import tiny_run
+from engine_helpers import free_port
+
+from grpo_latent.common.provenance import read_provenance
+from grpo_latent.verl_plugin.trainer import checkpoint
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return tiny_run.write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def clean_environment() -> dict[str, str]:
+    clean = {
+        name: value for name, value in os.environ.items() if not name.startswith(("VERL_", "RAY_"))
+    }
+    return {**clean, "OMP_NUM_THREADS": "1"}
+
+
+def run_command(command, cwd, **env):
+    env = {**clean_environment(), **env}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def wait_for_jobs(
+    script: str, dashboard: str, folder: Path, auth: dict, timeout_s: float = 180
+) -> None:
+    """Waits until the cluster takes jobs, some seconds after its head answers.
+
+    ("No available agent to submit job".)
+    """
+    deadline = time.monotonic() + timeout_s
+    command = [script, "job", "submit", "--address", dashboard, "--", "true"]
+    while True:
+        done = subprocess.run(
+            command, cwd=folder, env={**os.environ, **auth}, capture_output=True, text=True
+        )
+        if done.returncode == 0:
+            return
+        assert time.monotonic() < deadline, done.stdout + done.stderr
+        time.sleep(1)
+
+
+class RayHead:
+    """A Ray head on loopback, with its own token, in the foreground of a process of ours.
+
+    `ray stop` would not do: it ends every Ray of this user on this machine.
+    """
+
+    def __init__(self, folder: Path):
+        token = folder / "token"
+        token.write_text("f00d" * 16)
+        self.auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        self.script = str(Path(sys.executable).parent / "ray")
+        port, dashboard, agent = free_port(), free_port(), free_port()
+        self.address, self.dashboard = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
+        self.process = subprocess.Popen(
+            [
+                self.script,
+                "start",
+                "--head",
+                "--block",
+                "--node-ip-address=127.0.0.1",
+                f"--port={port}",
+                "--num-cpus=4",
+            ]
+            + [
+                f"--dashboard-port={dashboard}",
+                "--dashboard-host=127.0.0.1",
+                "--disable-usage-stats",
+            ]
+            + [f"--dashboard-agent-listen-port={agent}"],
+            cwd=folder,
+            env={**clean_environment(), **self.auth},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            wait_for_jobs(self.script, self.dashboard, folder, self.auth)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        self.process.terminate()  # the command then ends the processes that it has started
+        try:
+            self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+@pytest.fixture
+def ray_head(tmp_path, local_ray):
+    ray.shutdown()  # the other one: two at a time are too much for two cores
+    head = RayHead(tmp_path)
+    yield head
+    head.stop()
+
+
+def test_jobs_stock_trainer_and_own_ray_continue_each_other(ray_head, inputs, tmp_path):
+    script, dashboard, auth = ray_head.script, ray_head.dashboard, ray_head.auth
+    job, own = tmp_path / "job", tmp_path / "own"
+    (tmp_path / "cwd").mkdir()
+    # the gap bound then also says that rollout and replay have the same attention
+    masked = "latent.visibility=latents_only"
+    logger = "trainer.logger=[file,wandb]"
+    arguments = tiny_run.overrides(inputs, job, masked, "trainer.total_training_steps=3", logger)
+    submit = [
+        script,
+        "job",
+        "submit",
+        "--address",
+        dashboard,
+        "--",
+        sys.executable,
+        "-m",
+        "grpo_latent.train",
+    ]
+    denied = subprocess.run(
+        [*submit, *arguments],
+        env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "beef" * 16},
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        denied.returncode != 0 and "uth" in denied.stdout + denied.stderr
+    )  # 401/403, whatever ray calls it
+    runtime_env = json.dumps({"env_vars": {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}})
+    submit[submit.index("--") : submit.index("--")] = ["--runtime-env-json", runtime_env]
+    out = run_command([*submit, *arguments], tmp_path / "cwd", **auth)
+    assert "succeeded" in out and out.count("step 3/3") == 1 and "TaskRunner" not in out
+    (board,) = (job / "wandb").glob("offline-run-*")
+    logged = [
+        path.relative_to(board / "files" / "media").parts[:3]
+        for path in board.rglob("media/**/*.*")
+    ]
+    for kind, name in (("table", "rollouts"), ("table", "groups"), ("html", "inspector")):
+        assert any(parts[0] == kind and name in str(parts) for parts in logged), (
+            kind,
+            name,
+            logged,
+        )
+    assert checkpoint.read_tracker(job / "checkpoints") == 3
+    assert (job / "train.log").stat().st_size > 1000
+    assert len(read_provenance(job)) == 1
+
+    config = tiny_run.make_config(inputs, job, masked)
+    from omegaconf import OmegaConf, open_dict
+
+    env = {
+        "VERL_USE_EXTERNAL_MODULES": "grpo_latent.verl_plugin",
+        "VERL_PLATFORM": "cpu",
+        "VERL_FILE_LOGGER_PATH": str(job / "metrics.jsonl"),
+    }
+    with open_dict(config):
+        config.ray_kwargs.ray_init = {
+            "address": ray_head.address,
+            "runtime_env": {"env_vars": dict(env)},
+        }
+    OmegaConf.save(config, tmp_path / "cwd" / "stock.yaml")
+    stock = [
+        sys.executable,
+        "-m",
+        "verl.trainer.main_ppo",
+        "--config-dir",
+        ".",
+        "--config-name",
+        "stock",
+    ]
+    run_command(stock, tmp_path / "cwd", **env, **auth)
+    ray_head.stop()
+
+    own_args = tiny_run.overrides(inputs, own, masked)
+    out = run_command([sys.executable, "-m", "grpo_latent.train", *own_args], tmp_path / "cwd")
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("step")] == [
+        f"{s}/6" for s in range(7)
+    ]
+    tiny_run.assert_equal_runs(own, job, range(1, 7), checkpoint=6)
+    shutil.rmtree(own)
