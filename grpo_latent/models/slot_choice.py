@@ -178,8 +178,6 @@ class SlotChooser:
         `NOT_CHOSEN`, where a row has fewer left, stands in front.
         """
         candidates_BP = self.columns.candidates_BP & active_B[:, None]
-        # best first; the published order is whatever an unsorted `topk` gives, which differs by
-        # device and moves logits by 1e-3
         chosen_BK = self._ranked(candidates_BP, active_B, top_k)
         is_missing_BK = chosen_BK == NOT_CHOSEN
         chosen_BK = chosen_BK.gather(

@@ -129,7 +129,7 @@ def test_the_gradient_reaches_the_weights_and_is_numerically_right(monkeypatch):
                 numbers.append(float(total()))
                 weight[row, column] -= sign * 1e-4
         expected = (numbers[0] - numbers[1]) / 2e-4
-        assert weight.grad[row, column].item() == pytest.approx(expected, rel=2e-2, abs=2e-3)
+        assert weight.grad[row, column].item() == pytest.approx(expected, rel=1e-5, abs=1e-8)
     assert float(weight.grad.abs().max()) > 1e-2
 
 
