@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         console.print(
             f"{report.node}: Python {report.python}, grpo_latent {report.version}: ready",
             highlight=False,
+            soft_wrap=True,
         )
 
 

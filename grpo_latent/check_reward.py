@@ -17,6 +17,8 @@ from grpo_latent.common.command import DONE, REFUSED, command
 from grpo_latent.rewards.check import CheckReport, check_function
 from grpo_latent.rewards.functions import DEFAULT_NAME, FunctionSpec
 
+WIDTH_OF_FILES = 10_000
+
 
 @command
 def main(arguments: list[str] | None = None) -> int:
@@ -54,7 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def show(report: CheckReport, spec: FunctionSpec) -> None:
-    console = Console()
+    # a file has no width to keep to: whoever looks for a problem's text finds it in one line
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES)
     if report.rows:
         table = Table(title=escape(f"{spec.path}: {spec.name}"))
         for column in ("completion", "score", "ms", "problem"):

@@ -80,7 +80,7 @@ def test_gradients_equal_central_differences_and_differ_from_each_other(monkeypa
     norms_in_double(monkeypatch)
     found = derivatives()
     for gradient, (analytic, numeric) in found.items():
-        assert analytic == pytest.approx(numeric, rel=1e-5), gradient
+        assert analytic == pytest.approx(numeric, rel=1e-3), gradient
     values = [analytic for analytic, _ in found.values()]
     for first, second in ((0, 1), (0, 2), (1, 2)):
         assert abs(values[first] - values[second]) > 0.02 * abs(values[second])
