@@ -198,7 +198,7 @@ def check_dropped_rows(output: Path, metrics: dict[int, dict]) -> None:
 def test_latents_that_act(local_ray, inputs, tmp_path, monkeypatch, treatment):
     """What the rollout drew, perturbed logits included, is what the engine scores.
 
-    Two steps with a KL and an anchor, of a rate that takes the policy far from its reference.
+    Two steps with a KL and an anchor.
     """
     changes = [
         f"latent.treatment.name={treatment.split('.')[2]}",
@@ -207,7 +207,6 @@ def test_latents_that_act(local_ray, inputs, tmp_path, monkeypatch, treatment):
     ]
     changes += [
         "latent.treatment.anchor_weight=0.1",
-        "actor_rollout_ref.actor.optim.lr=0.3",
         "trainer.total_training_steps=2",
         "trainer.save_freq=-1",
     ]
@@ -219,7 +218,6 @@ def test_latents_that_act(local_ray, inputs, tmp_path, monkeypatch, treatment):
         assert metrics[step]["latent/replay_density_gap_max"] < 1e-4
         assert metrics[step]["latent/ratio_mean"] == pytest.approx(1, abs=1e-3)
         assert metrics[step]["latent/log_density"] < -1
-    assert metrics[2]["actor/kl_loss"] > 0.5
     assert metrics[1]["latent/kl"] == 0 and metrics[1]["latent/anchor"] < 1e-8
     assert metrics[2]["latent/kl"] > 0 and metrics[2]["latent/anchor"] > 1e-6
     lines = (tmp_path / "rollouts" / "step_1.jsonl").read_text().splitlines()
