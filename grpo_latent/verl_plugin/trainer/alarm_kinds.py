@@ -135,13 +135,17 @@ class BelowStart(Alarm):
             math.sqrt(squares) / len(seen), max(error, math.sqrt(squares / len(seen)))
         )
         # no checkpoint to go back to: one standard error is no alarm, but it is no good sign
-        self.memory["is_doubtful"] = mean < start - noise
+        self.memory["is_doubtful"] = mean < self.good(start, mean) - noise
         if mean >= start - self.settings.z * noise:
             return ""
         return (
             f"{self.what} {mean:.3f} is below its start, {start:.3f}, by more than noise "
             f"({self.settings.z:g} x {noise:.3f})"
         )
+
+    def good(self, start: float, mean: float) -> float:
+        """What a good checkpoint is not below."""
+        return start
 
     @property
     def is_doubtful(self) -> bool:
@@ -161,12 +165,24 @@ class RewardBelowStart(BelowStart):
 
 
 class HeldOutBelowStart(BelowStart):
-    """The start is the first validation, the noise is from the spread over its rows."""
+    """The start is the first validation, the noise is from the spread over its rows.
+
+    A checkpoint is good where the score is not below the best so far either: on the way down from
+    it a run passes its start once more, and would fall again from there.
+    """
 
     kind = "held_out"
     num_start = 1
     names = (HELD_OUT, HELD_OUT_ERROR)
     what = "held-out score"
+
+    def fresh(self) -> dict[str, Any]:
+        return super().fresh() | {"best": []}
+
+    def good(self, start: float, mean: float) -> float:
+        best = max(start, mean, *self.memory["best"])
+        self.memory["best"] = [best]
+        return best
 
 
 class SilentGroups(Alarm):

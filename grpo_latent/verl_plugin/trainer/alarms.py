@@ -128,8 +128,8 @@ class Alarms:
     def is_good(self) -> bool:
         """Whether a checkpoint of now is one to go back to.
 
-        Then nothing is bad, not even for the first time, and reward and validation are not below
-        their start.
+        Then nothing is bad, not even for the first time, the reward is not below its start and the
+        validation not below the best.
         """
         watched = [kind for kind in self.settings.rollback_on if kind not in self.settings.ignored]
         doubtful = {a.kind for a in (*self.of_steps, self.held_out) if a.is_doubtful}

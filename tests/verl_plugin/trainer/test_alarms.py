@@ -240,6 +240,15 @@ def test_a_validation_below_the_start_is_no_good_sign():
         assert alarms.is_good == is_good, score
 
 
+def test_a_checkpoint_on_the_way_down_from_the_best_is_no_good_one():
+    """Above the start, and yet below the best by more than one error of the difference, 0.042."""
+    alarms = Alarms(AlarmSettings())
+    scores = ((0.62, True), (0.75, True), (0.72, True), (0.68, False), (0.66, False), (0.74, True))
+    for score, is_good in scores:
+        assert alarms.after_validation(score, 0.03) == []
+        assert alarms.is_good == is_good, score
+
+
 def a_run():
     """Validations, measurements and steps of a collapse, one tuple a step."""
     collapse = [

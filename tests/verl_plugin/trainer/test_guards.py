@@ -356,7 +356,7 @@ def test_one_that_is_the_last_good_stays_until_there_is_another(tmp_path):
 
 def test_what_is_pinned_outlives_pruning(tmp_path):
     guards = make_guards(tmp_path, rollback=True, start_steps=1)
-    for step, (reward, score) in enumerate([(0.6, 0.5), (0.6, 0.9), (0.6, 0.6), (0.5, 0.55)], 1):
+    for step, (reward, score) in enumerate([(0.6, 0.5), (0.6, 0.9), (0.6, None), (0.5, None)], 1):
         take_step(guards, step, reward, score)
     take_step(guards, 5, 0.5)
     assert guards.pinned == {2, 3}
