@@ -76,6 +76,10 @@ class DataError(GrpoLatentError, ValueError):
     """A row or file of a data set is malformed."""
 
 
+class BadBoxError(DataError):
+    """A box of a data set lies outside its image, or has no area."""
+
+
 class CheckpointError(GrpoLatentError, ValueError):
     """A checkpoint folder lacks something, or disagrees with itself."""
 

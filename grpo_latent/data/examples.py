@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from grpo_latent.backbones.images import check_pixels, is_turned, to_rgb
-from grpo_latent.data.boxes import check_box
+from grpo_latent.data.boxes import BadBoxes
 from grpo_latent.errors import DataError
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -253,6 +253,7 @@ def build_example(
     data_source: str,
     where: str,
     fields: dict[str, str],
+    bad_boxes: BadBoxes | None = None,
 ) -> LvrExample:
     """Checks what all formats share, and builds the example.
 
@@ -263,6 +264,7 @@ def build_example(
         answer: "" if unknown.
         fields: how the format calls messages, bboxes, bbox_images, response, has_answer and
             answer.
+        bad_boxes: what becomes of them; None refuses.
 
     Raises:
         DataError: see the messages.
@@ -274,7 +276,7 @@ def build_example(
         )
 
     check_images(messages, images, f"{where}: {fields['messages']}")
-    boxes = _check_boxes(bboxes, where, fields["bboxes"], problem)
+    boxes = _check_boxes(bboxes, f"{where}: {fields['bboxes']}", bad_boxes or BadBoxes(), problem)
     box_images = _check_box_images(bbox_images, len(boxes), len(images), problem)
     if not isinstance(has_answer, bool):
         raise problem(
@@ -309,7 +311,7 @@ def build_example(
 
 
 def _check_boxes(
-    bboxes: object, where: str, field: str, problem
+    bboxes: object, where: str, bad_boxes: BadBoxes, problem
 ) -> tuple[tuple[float, float, float, float], ...]:
     if bboxes is None:
         return ()
@@ -321,7 +323,7 @@ def _check_boxes(
             "[[x0, y0, x1, y1], ...]",
             "Write a list of lists.",
         )
-    return tuple(check_box(box, f"{where}: {field}[{index}]") for index, box in enumerate(bboxes))
+    return tuple(bad_boxes.check(box, f"{where}[{index}]") for index, box in enumerate(bboxes))
 
 
 def _check_box_images(

@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from grpo_latent.common.files import replacing_file
+from grpo_latent.data.boxes import BadBoxes
 from grpo_latent.data.examples import (
     ImageRef,
     LvrExample,
@@ -33,7 +34,7 @@ from grpo_latent.data.examples import (
     split_content,
 )
 from grpo_latent.data.files import ROWS_PER_GROUP, iter_verl_rows
-from grpo_latent.errors import DataError
+from grpo_latent.errors import BadBoxError, DataError
 
 _FIELDS = {
     "messages": "prompt",
@@ -161,14 +162,23 @@ def write_verl_parquet(path: str | Path, rows: Iterable[dict], marks: Sequence[s
     return num_rows
 
 
-def read_verl_parquet(path: str | Path) -> Iterator[LvrExample]:
+def read_verl_parquet(path: str | Path, bad_boxes: BadBoxes | None = None) -> Iterator[LvrExample]:
     """Yields checked examples of a file, row by row.
+
+    Args:
+        bad_boxes: what becomes of them, and where they are counted; None refuses.
 
     Raises:
         DataError: as `iter_verl_rows`, or a malformed row (see `parse_verl_row`).
     """
+    bad_boxes = bad_boxes or BadBoxes()
     for row, where in iter_verl_rows(path):
-        yield parse_verl_row(row, where)
+        try:
+            example = parse_verl_row(row, where, bad_boxes)
+        except BadBoxError as error:
+            bad_boxes.drop(error)
+        else:
+            yield example
 
 
 def check_prompt(row: dict, where: str) -> tuple[list[dict], list[ImageRef]]:
@@ -220,8 +230,11 @@ def _parse_prompt(row: dict, where: str) -> tuple[list[dict], list[ImageRef]]:
     return _messages(row.get("prompt"), problem), _images(row.get("images"), where, problem)
 
 
-def parse_verl_row(row: dict, where: str) -> LvrExample:
+def parse_verl_row(row: dict, where: str, bad_boxes: BadBoxes | None = None) -> LvrExample:
     """Checks one row as SFT needs it, and makes an example of it.
+
+    Args:
+        bad_boxes: what becomes of them; None refuses.
 
     Raises:
         DataError: names row, field, what was got and expected, and a fix.
@@ -247,6 +260,7 @@ def parse_verl_row(row: dict, where: str) -> LvrExample:
         data_source=row["data_source"],
         where=where,
         fields=_FIELDS,
+        bad_boxes=bad_boxes,
     )
 
 

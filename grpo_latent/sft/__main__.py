@@ -31,6 +31,8 @@ def main(config: DictConfig) -> None:
     assert isinstance(resolved, dict), "a DictConfig resolves to a dict"
     settings = SFTSettings.from_dict({str(key): value for key, value in resolved.items()})
     result = run_sft(settings)
+    if result.bad_boxes.report():
+        print(result.bad_boxes.report())
     metrics = "  ".join(f"{name} {value:.3g}" for name, value in result.metrics.items())
     print(
         f"sft: {result.steps} steps in {result.seconds:.1f} s  {metrics}\n"

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from grpo_latent.backbones.registry import backbone_of
+from grpo_latent.data.boxes import BadBoxes
 from grpo_latent.data.formats.ilvr_jsonl import read_ilvr_jsonl
 from grpo_latent.data.formats.lvr_json import read_lvr_json
 from grpo_latent.data.formats.stepwise import READERS as STEPWISE_READERS
@@ -47,6 +48,8 @@ from grpo_latent.sft.stepwise.curriculum import CoconutConfig, CurriculumConfig
 from grpo_latent.sft.stepwise.rows import StepwiseEncoder
 from grpo_latent.sft.stepwise.trainer import StepwiseTrainer
 
+Reader: TypeAlias = Callable[[str, str | None, BadBoxes], Iterator]
+
 
 @dataclass(frozen=True)
 class Method:
@@ -55,7 +58,7 @@ class Method:
     Attributes:
         latent, loss: types of the config's sections; a key that the type lacks is refused.
         readers: `data.format` -> checked examples of a file, given the folder that image paths are
-            relative to.
+            relative to, and what becomes of bad boxes.
         make_encoder: (model, `loss`, longest row) -> from an example to what the trainer's
             `collate_rows` takes.
         trainer: its arguments are those of `LatentSFTTrainer`, with a `loss` of the type above.
@@ -64,7 +67,7 @@ class Method:
 
     latent: type[LatentSettings]
     loss: type
-    readers: dict[str, Callable[[str, str | None], Iterator]]
+    readers: dict[str, Reader]
     make_encoder: Callable[[LatentModel, Any, int | None], RowEncoder]
     trainer: type[LatentSFTTrainer]
     needs_vision: bool = True
@@ -100,9 +103,21 @@ def _stepwise_encoder(
     )
 
 
-def _stored(read: Callable[[str], Iterator]) -> Callable[[str, str | None], Iterator]:
-    """A reader of files that hold their images."""
-    return lambda path, image_folder: read(path)
+def _lvr_json(path: str, image_folder: str | None, bad_boxes: BadBoxes) -> Iterator:
+    return read_lvr_json(path, image_folder, bad_boxes=bad_boxes)
+
+
+def _boxed_parquet(path: str, image_folder: str | None, bad_boxes: BadBoxes) -> Iterator:
+    return read_verl_parquet(path, bad_boxes)
+
+
+def _ilvr_jsonl(path: str, image_folder: str | None, bad_boxes: BadBoxes) -> Iterator:
+    return read_ilvr_jsonl(path, image_folder)
+
+
+def _stored(read: Callable[[str], Iterator]) -> Reader:
+    """A reader of files that hold their images, and no boxes."""
+    return lambda path, image_folder, bad_boxes: read(path)
 
 
 _STEPWISE_READERS = {name: _stored(read) for name, read in STEPWISE_READERS.items()}
@@ -111,21 +126,21 @@ METHODS: dict[str, Method] = {
     "lvr": Method(
         latent=LVRLatents,
         loss=LVRLossConfig,
-        readers={"lvr_json": read_lvr_json, "parquet": _stored(read_verl_parquet)},
+        readers={"lvr_json": _lvr_json, "parquet": _boxed_parquet},
         make_encoder=_lvr_encoder,
         trainer=LVRTrainer,
     ),
     "ilvr_stage1": Method(
         latent=ILVRLatents,
         loss=TeacherConfig,
-        readers={"ilvr_jsonl": read_ilvr_jsonl},
+        readers={"ilvr_jsonl": _ilvr_jsonl},
         make_encoder=_stage1_encoder,
         trainer=ILVRStage1Trainer,
     ),
     "ilvr_stage2": Method(
         latent=ILVRLatents,
         loss=SelfFedConfig,
-        readers={"ilvr_jsonl": read_ilvr_jsonl},
+        readers={"ilvr_jsonl": _ilvr_jsonl},
         make_encoder=_stage2_encoder,
         trainer=ILVRStage2Trainer,
     ),

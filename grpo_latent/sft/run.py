@@ -22,6 +22,7 @@ from transformers import TrainingArguments, set_seed
 from grpo_latent.common.files import write_json
 from grpo_latent.common.provenance import provenance
 from grpo_latent.common.step_folders import step_folders, step_of
+from grpo_latent.data.boxes import BadBoxes
 from grpo_latent.errors import ConfigError
 from grpo_latent.models.injection import LatentInjector
 from grpo_latent.models.loading import LatentModel
@@ -47,12 +48,13 @@ _SUMMARISED = ("ce", "latent_loss", "latent_hit", "end_loss")
 
 @dataclass(frozen=True)
 class SFTResult:
-    """`metrics` are the last that were logged."""
+    """`metrics` are the last that were logged, `bad_boxes` those of the rows that were read."""
 
     model_path: Path
     steps: int
     seconds: float
     metrics: dict[str, float]
+    bad_boxes: BadBoxes
 
 
 def run_sft(settings: SFTSettings) -> SFTResult:
@@ -87,7 +89,8 @@ def run_sft(settings: SFTSettings) -> SFTResult:
             latent.processor, settings.data.min_image_tokens, settings.data.max_image_tokens
         )
     choose_parameters(latent, settings)
-    dataset = build_dataset(latent, settings)
+    bad_boxes = BadBoxes(settings.data.on_bad_box)
+    dataset = build_dataset(latent, settings, bad_boxes)
     record = None
     if args.should_save:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -124,6 +127,7 @@ def run_sft(settings: SFTSettings) -> SFTResult:
         trainer.state.global_step,
         time.perf_counter() - start,
         last_metrics(trainer.state.log_history),
+        bad_boxes,
     )
     if args.should_save:
         summary = {
@@ -131,6 +135,7 @@ def run_sft(settings: SFTSettings) -> SFTResult:
             "steps": result.steps,
             "seconds": round(result.seconds, 2),
             **result.metrics,
+            "bad_boxes": dataclasses.asdict(bad_boxes),
             "provenance": record,
         }
         write_json(output_dir / "summary.json", summary)
@@ -184,13 +189,20 @@ def choose_parameters(latent: LatentModel, settings: SFTSettings) -> None:
     LatentInjector.install(model)
 
 
-def build_dataset(latent: LatentModel, settings: SFTSettings) -> SFTDataset:
-    """Reads and checks the rows of all files; their images are decoded when a batch is made."""
+def build_dataset(
+    latent: LatentModel, settings: SFTSettings, bad_boxes: BadBoxes | None = None
+) -> SFTDataset:
+    """Reads and checks the rows of all files; their images are decoded when a batch is made.
+
+    Args:
+        bad_boxes: counts them.
+    """
+    bad_boxes = bad_boxes or BadBoxes(settings.data.on_bad_box)
     data = settings.data
     method = settings.method_row
     read = method.readers[data.format]
     examples = itertools.chain.from_iterable(
-        read(path, data.image_folder) for path in data.train_files
+        read(path, data.image_folder, bad_boxes) for path in data.train_files
     )
     encoder = method.make_encoder(latent, settings.loss, data.max_length)
     return SFTDataset(list(itertools.islice(examples, data.max_rows)), encoder, data.cache_bytes)

@@ -1,13 +1,14 @@
 """Boxes to visual tokens, against exact rational overlap."""
 
+import math
 from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_latent.data.boxes import box_to_visual_tokens, check_box
-from grpo_latent.errors import DataError
+from grpo_latent.data.boxes import BadBoxes, box_to_visual_tokens, check_box
+from grpo_latent.errors import BadBoxError, ConfigError, DataError
 
 
 def brute_force(x0, y0, x1, y1, rows, columns):
@@ -93,6 +94,82 @@ def test_bad_boxes_are_typed_errors(box, what):
     assert (
         error.where == "a.json row 3: bboxes[0]" and error.expected.startswith("[x0") and error.fix
     )
+
+
+def published_tokens(box, rows, columns):
+    """The published rule, on patches of a grid of 2 x 2 merges: every index is clamped."""
+    x0, y0, x1, y1 = box
+
+    def side(low, high, size):
+        first = max(0, min(math.floor(low * size), size - 1))
+        end = max(0, min(math.ceil(high * size), size))
+        return range(first // 2, (end + 1) // 2)
+
+    return [
+        row * (columns // 2) + column
+        for row in side(y0, y1, rows)
+        for column in side(x0, x1, columns)
+    ]
+
+
+coordinate = st.floats(-0.2, 1.2, allow_nan=False, allow_infinity=False).map(
+    lambda value: round(value, 3)
+)
+
+
+@given(coordinate, coordinate, coordinate, coordinate, st.integers(1, 12), st.integers(1, 12))
+def test_clamped_boxes_take_the_published_tokens(x0, y0, x1, y1, rows, columns):
+    """Where that rule takes any: for a box without width on a line of the grid it takes none."""
+    box = (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
+    bad_boxes = BadBoxes("clamp")
+    clamped = bad_boxes.check(box, "row 0")
+    tokens = box_to_visual_tokens(clamped, (1, 2 * rows, 2 * columns), 2)
+    # 0.28 * 50 is above 14 in floating point, and there the published rule has a token more
+    exact = [Fraction(str(value)) for value in box]
+    expected = published_tokens(exact, 2 * rows, 2 * columns)
+    assert tokens and (tokens == expected or not expected)
+    is_bad = min(box) < 0 or max(box) > 1 or box[0] == box[2] or box[1] == box[3]
+    assert bad_boxes.num_clamped == is_bad
+
+
+def test_worked_examples_of_boxes_just_outside():
+    """By hand, on 2 x 2 tokens: one coordinate of 1.001; no width off the grid, on it, at the edge."""
+    bad_boxes = BadBoxes("clamp")
+    grid = (1, 4, 4)
+    for box, tokens in (
+        ((0.5, 0.5, 1.001, 1.0), [3]),
+        ((-0.2, 0.0, 0.25, 1.0), [0, 2]),
+        ((0.3, 0.0, 0.3, 1.0), [0, 2]),
+        ((0.5, 0.0, 0.5, 1.0), [1, 3]),
+        ((1.0, 0.0, 1.0, 1.0), [1, 3]),
+        ((1.2, 0.6, 1.4, 0.7), [3]),
+    ):
+        assert box_to_visual_tokens(bad_boxes.check(box, "row 7"), grid, 2) == tokens
+    assert bad_boxes.num_clamped == 6 and bad_boxes.num_dropped == 0
+    assert bad_boxes.check((0.0, 0.0, 0.5, 0.5), "row 8") == (0.0, 0.0, 0.5, 0.5)
+    assert bad_boxes.report() == ("data.on_bad_box=clamp: 6 boxes clamped, the first at row 7")
+
+
+@pytest.mark.parametrize(
+    ("box", "what"),
+    [
+        ((0.5, 0.1, 0.4, 0.5), "no area"),
+        ((0.5, 0.1, -0.4, 0.5), "outside"),
+        ((float("nan"), 0.1, 0.2, 0.5), "not finite"),
+        ((0.1, 0.1, 0.5), "four numbers"),
+    ],
+)
+def test_what_no_clamp_mends(box, what):
+    with pytest.raises(DataError, match=what):
+        BadBoxes("clamp").check(box, "row 0")
+
+
+def test_rules():
+    with pytest.raises(BadBoxError, match="outside the image"):
+        BadBoxes().check((0.0, 0.0, 1.001, 1.0), "row 0")
+    with pytest.raises(ConfigError, match="data.on_bad_box"):
+        BadBoxes("ignore")
+    assert BadBoxes().report() == BadBoxes("drop").report() == ""
 
 
 @pytest.mark.parametrize("grid_thw", [(2, 4, 4), (1, 3, 4), (1, 4, 0)])

@@ -16,7 +16,7 @@ from lvr_run_cases import run
 from safetensors.torch import load_file, save_file
 
 from grpo_latent.data.rows import read_verl_parquet
-from grpo_latent.errors import ConfigError
+from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.latent.mechanisms import LATENT_CONFIG_FILE
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.models.prompts import encode_prompt
@@ -220,3 +220,23 @@ def test_lora_writes_a_plain_folder(inputs, tmp_path, options, dtype):
     assert not [name for name in weights if "lora" in name or "base_layer" in name]
     assert {tensor.dtype for tensor in weights.values()} == {dtype}
     load_latent_model(result.model_path)
+
+
+def test_bad_boxes_are_counted_and_reported(inputs, tmp_path):
+    rows = json.loads((inputs / "rows.json").read_text())
+    rows[3]["bboxes"][0][2] = 1.001
+    for record in rows:
+        record["image"] = [str(inputs / name) for name in record["image"]]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    overrides = {
+        "data.format": "lvr_json",
+        "data.train_files": str(tmp_path / "rows.json"),
+        "trainer.max_steps": 1,
+    }
+    with pytest.raises(DataError, match="on_bad_box=clamp"):
+        run(inputs, tmp_path / "refused", **overrides)
+    for rule, found in (("clamp", (1, 0)), ("drop", (0, 1))):
+        result = run(inputs, tmp_path / rule, **overrides, **{"data.on_bad_box": rule})
+        assert (result.bad_boxes.num_clamped, result.bad_boxes.num_dropped) == found
+        summary = json.loads((tmp_path / rule / "summary.json").read_text())
+        assert summary["bad_boxes"]["first"].endswith("row 3: bboxes[0]")

@@ -30,6 +30,7 @@ from PIL import Image
 
 from grpo_latent.common.command import command
 from grpo_latent.common.files import write_text
+from grpo_latent.data.boxes import BadBoxes
 from grpo_latent.data.examples import (
     IMAGE_PLACEHOLDER,
     LVR_PLACEHOLDER,
@@ -42,7 +43,7 @@ from grpo_latent.data.examples import (
 )
 from grpo_latent.data.formats.json_records import read_json_records
 from grpo_latent.data.rows import read_verl_parquet, verl_row, write_verl_parquet
-from grpo_latent.errors import DataError
+from grpo_latent.errors import BadBoxError, DataError
 
 _FIELDS = {
     "messages": "conversations",
@@ -55,7 +56,10 @@ _FIELDS = {
 
 
 def read_lvr_json(
-    path: str | Path, image_folder: str | Path | None = None, prepend_images: bool = False
+    path: str | Path,
+    image_folder: str | Path | None = None,
+    prepend_images: bool = False,
+    bad_boxes: BadBoxes | None = None,
 ) -> Iterator[LvrExample]:
     """Yields checked examples of a `.json` (one list) or `.jsonl` file, row by row.
 
@@ -63,18 +67,30 @@ def read_lvr_json(
         image_folder: what image paths are relative to; by default the file's folder.
         prepend_images: put `<image>` placeholders in front of the first message of records that
             have none (stage 2).
+        bad_boxes: what becomes of them, and where they are counted; None refuses.
 
     Raises:
         DataError: not JSON, no records, or a malformed record.
     """
     path = Path(path)
     image_folder = path.parent if image_folder is None else Path(image_folder)
+    bad_boxes = bad_boxes or BadBoxes()
     for index, record in enumerate(read_json_records(path, "records")):
-        yield parse_record(record, f"{path} row {index}", image_folder, prepend_images)
+        where = f"{path} row {index}"
+        try:
+            example = parse_record(record, where, image_folder, prepend_images, bad_boxes)
+        except BadBoxError as error:
+            bad_boxes.drop(error)
+        else:
+            yield example
 
 
 def parse_record(
-    record: object, where: str, image_folder: Path, prepend_images: bool = False
+    record: object,
+    where: str,
+    image_folder: Path,
+    prepend_images: bool = False,
+    bad_boxes: BadBoxes | None = None,
 ) -> LvrExample:
     """Checks one published record and makes an example of it.
 
@@ -134,6 +150,7 @@ def parse_record(
         data_source=str(record.get("dataset") or "lvr"),
         where=where,
         fields=_FIELDS,
+        bad_boxes=bad_boxes,
     )
 
 

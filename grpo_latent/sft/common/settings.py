@@ -43,6 +43,9 @@ class DataSettings:
             checkpoint's.
         labelled_per_batch: rows with an answer in each batch; None mixes all rows.
         cache_bytes: pixels kept in memory after their first use.
+        on_bad_box: what becomes of boxes outside their image or without area: `refuse` stops the
+            run, `clamp` takes what is inside (as published), `drop` leaves the row out. Counted
+            and reported. Only rows of method lvr have boxes.
     """
 
     train_files: tuple[str, ...]
@@ -54,3 +57,4 @@ class DataSettings:
     max_image_tokens: int | None = None
     labelled_per_batch: int | None = None
     cache_bytes: int = 0
+    on_bad_box: str = "refuse"
