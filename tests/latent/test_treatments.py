@@ -197,7 +197,7 @@ def test_the_config_group():
         ({"gumbel_soft": {"clamp": [1.0, 0.0]}}, "clamp: not bounds"),
         ({"clip_low": -0.1}, "clip_low: not usable"),
         ({"clip_ratio_c": 1.0}, "clip_ratio_c: not usable"),
-        ({"weight": "much"}, "latent.treatment.weight: wrong type"),
+        ({"weight": "much"}, "latent.treatment.weight: not usable"),
         ({"kl_kind": "k4"}, "kl_kind: not usable"),
         ({"density_gap_bound": 0}, "density_gap_bound: not usable"),
         ({"options": {"a": 1}}, "options of no treatment"),

@@ -41,12 +41,15 @@ class Component:
             weight.
         over: `acts`, positions that act and are no text, or `latents`, LATENT ones; of
             trajectories that were not dropped.
+        is_shared: whether it belongs to the mean that text and latents share with weight
+            `by_count`.
     """
 
     name: str
     weight: float | None
     values: Tensor
     over: Literal["acts", "latents"] = "latents"
+    is_shared: bool = True
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def clipped_ratio(acts: Acts, terms: LatentTerms) -> list[Component]:
         "log_density": acts.log_probs_A,
     }
     return [
-        Component("pg_loss", terms.weight, clipped.losses, "acts"),
+        Component("pg_loss", terms.policy_weight, clipped.losses, "acts"),
         *(
             Component(name, None, values.detach().float(), "acts")
             for name, values in logged.items()
@@ -149,4 +152,4 @@ def anchor(
         return []
     statistics_MS, ref_MS = view.with_reference("the latent anchor")
     distances_M = anchor_distances(statistics_MS[:, :hidden_size], ref_MS[:, :hidden_size])
-    return [Component("anchor", terms.anchor_weight, distances_M)]
+    return [Component("anchor", terms.anchor_weight, distances_M, is_shared=False)]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.treatments.values import is_number
 
+BY_COUNT = "by_count"
+
 
 @dataclass(frozen=True)
 class LatentTerms:
@@ -17,7 +19,9 @@ class LatentTerms:
             + kl_coef · KL to the reference + anchor_weight · anchor
 
     Attributes:
-        weight: of the policy term, for treatments that act.
+        weight: of the policy term, for treatments that act. `by_count`: text and latents share
+            one mean, over all positions that act (Monet's VLPO; loss_agg_mode token-mean). Each
+            then weighs by its number, the KL with it.
         clip_low, clip_high: of the latent ratio (Monet: 0.2 and 0.3).
         clip_ratio_c: dual clip of the latent ratio where the advantage is negative, as the text's;
             None for none.
@@ -29,7 +33,7 @@ class LatentTerms:
         density_gap_bound: as latent.replay_logp_gap_bound, of log-densities; None takes that one.
     """
 
-    weight: float = 1.0
+    weight: float | str = 1.0
     clip_low: float = 0.2
     clip_high: float = 0.2
     clip_ratio_c: float | None = 3.0
@@ -40,7 +44,12 @@ class LatentTerms:
     density_gap_bound: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("weight", "clip_low", "clip_high", "kl_coef", "anchor_weight"):
+        self._check(
+            "weight",
+            self.is_by_count or is_number(self.weight) and 0 <= self.policy_weight < math.inf,
+            f"finite, >= 0, or {BY_COUNT}",
+        )
+        for name in ("clip_low", "clip_high", "kl_coef", "anchor_weight"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "finite, >= 0")
         self._check(
             "clip_ratio_c",
@@ -55,11 +64,19 @@ class LatentTerms:
             "> 0 or null",
         )
 
+    @property
+    def is_by_count(self) -> bool:
+        """Whether text and latents share one mean."""
+        return self.weight == BY_COUNT
+
+    @property
+    def policy_weight(self) -> float:
+        """Of the policy term, before it is weighed by count."""
+        return 1.0 if isinstance(self.weight, str) else self.weight
+
     def _check(self, name: str, holds: bool, expected: str) -> None:
         value = getattr(self, name)
-        is_typed = (
-            isinstance(value, str) if name == "kl_kind" else value is None or is_number(value)
-        )
+        is_typed = value is None or is_number(value) or name in ("kl_kind", "weight")
         if not (is_typed and holds):
             raise ConfigError(
                 "not usable", where=f"latent.treatment.{name}", got=value, expected=expected

@@ -7,7 +7,10 @@
 
 Log-densities arrive in `log_probs`, `old_log_probs` and `ref_log_prob`, at positions where
 response_mask is False, so the two cannot touch. Each component is reduced as the text's loss
-is (`loss_agg_mode`), over the whole mini-batch.
+is (`loss_agg_mode`), over the whole mini-batch. With weight `by_count` both share one mean over
+all positions that act, as if latents were tokens:
+
+    (sum over text + sum over latents) / (N + A)  =  N / (N + A) mean of text + A / (N + A) mean of latents
 
 Legend: B trajectories, T positions of completions, A acts, M latents, S statistics.
 """
@@ -24,7 +27,7 @@ from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.padding import no_padding_2_padding
 
 from grpo_latent.algo.losses import Denominators, aggregate, check_latents_do_not_act
-from grpo_latent.errors import LatentMismatchError
+from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.latent.treatments import LatentTerms, Mask, Treatment
 from grpo_latent.latent.treatments.components import Acts, Component, LatentView
 from grpo_latent.trajectory import PositionKind, latent_mask
@@ -52,6 +55,15 @@ class LatentLoss:
     loss_scale_factor: float | None = None
     treatment: Treatment = field(default_factory=Mask)
 
+    def __post_init__(self) -> None:
+        if self.terms.is_by_count and self.loss_agg_mode != "token-mean":
+            raise ConfigError(
+                "one mean over text and latents is a mean over positions",
+                where="latent.treatment.weight",
+                got=f"{self.terms.weight} with loss_agg_mode {self.loss_agg_mode}",
+                expected="actor_rollout_ref.actor.loss_agg_mode=token-mean",
+            )
+
     def __call__(self, model_output: dict, data: TensorDict, dp_group=None) -> tuple[Tensor, dict]:
         batch = MicroBatch(data)
         check_latents_do_not_act(batch.response_mask_BT, latent_mask(batch.response_kinds_BT))
@@ -61,14 +73,25 @@ class LatentLoss:
         check_components(components, masks)
         # FSDP averages over ranks: each rank's share of the global sum is scaled up for that
         scale = data["dp_size"]
+        share = self._share(data)
         added = loss.new_zeros(())
         for component in components:
             value = self._reduced(component, masks[component.over], data)
             if component.weight:
-                added = added + component.weight * value
+                weight = component.weight * (share if component.is_shared else 1.0)
+                added = added + weight * value
             name = f"latent/{component.name}"
             metrics[name] = Metric(value=value.detach() * scale, aggregation=AggregationType.SUM)
+        if self.terms.is_by_count:
+            loss = (1 - share) * loss
         return loss + added * scale, metrics
+
+    def _share(self, data: TensorDict) -> float:
+        """What latents' mean is weighed by: their part of all positions that act, or 1."""
+        if not self.terms.is_by_count:
+            return 1.0
+        num_acts, num_tokens = data[NUM_ACTS], data["batch_num_tokens"]
+        return num_acts / max(num_acts + num_tokens, 1)
 
     def count(self, data: TensorDict) -> Tensor:
         """int64 [2], of the live rows in the order of `COUNTS`.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from verl.utils import tensordict_utils as tu
 
-from grpo_latent.errors import LatentMismatchError
+from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.latent.treatments import LatentTerms, Mask, Treatment
 from grpo_latent.latent.treatments.components import Component
 from grpo_latent.trajectory import PositionKind as K
@@ -111,6 +111,42 @@ def test_by_hand(dp_size):
     ] == pytest.approx(anchor, rel=1e-5)
     assert logged["latent/ratio_mean"] == pytest.approx(ratio, rel=1e-5)
     assert logged["latent/clipfrac_lower"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("dp_size", [1, 2])
+def test_one_mean_over_text_and_latents_by_count(dp_size):
+    """VLPO's: (sum over 5 tokens + sum over 3 latents) / 8, KL with it; the anchor stays its own.
+
+    The text's loss of 5.0 is a mean over 5 tokens, so its sum is 25.
+    """
+    data, output, values = make_case(dp_size)
+    tu.assign_non_tensor(data, batch_num_tokens=5)
+    terms = dataclasses.replace(TERMS, weight="by_count")
+    loss = LatentLoss(
+        lambda **_: (torch.tensor(5.0 * dp_size), {}),
+        terms,
+        frozenset({int(K.LATENT)}),
+        "token-mean",
+    )
+    total, metrics = loss(output, data)
+    policy, kl, anchor, _ = expected_terms(*values)
+    summed = 5 * 5.0 + 3 * (policy + 0.4 * kl)
+    assert float(total) == pytest.approx(dp_size * (summed / 8 + 0.2 * anchor), rel=1e-5)
+    assert metrics["latent/pg_loss"].aggregate() == pytest.approx(dp_size * policy, rel=1e-5)
+
+
+def test_by_count_by_hand():
+    """Four tokens of loss .01 and two latents of .09: .22 / 6, not .01 + .09; no text, no latents."""
+    share = lambda acts, tokens: LatentLoss(  # noqa: E731
+        None, LatentTerms(weight="by_count"), frozenset(), "token-mean"
+    )._share({NUM_ACTS: acts, "batch_num_tokens": tokens})
+    assert (1 - share(2, 4)) * 0.01 + share(2, 4) * 0.09 == pytest.approx(0.22 / 6)
+    assert share(0, 4) == 0 and share(2, 0) == 1 and share(0, 0) == 0
+    with pytest.raises(ConfigError, match="latent.treatment.weight"):
+        LatentLoss(None, LatentTerms(weight="by_count"), frozenset(), "seq-mean-token-mean")
+    for wrong in ("by_hand", -1.0, True):
+        with pytest.raises(ConfigError, match="latent.treatment.weight"):
+            LatentTerms(weight=wrong)
 
 
 def test_nothing_but_live_latents_gets_a_gradient():
