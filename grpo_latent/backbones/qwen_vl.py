@@ -18,6 +18,7 @@ from transformers.utils import is_torchvision_available
 from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.backbones.images_only import ImagesOnly
 from grpo_latent.backbones.protocol import Backbone
+from grpo_latent.backbones.published_configs import read_as_published
 from grpo_latent.errors import ConfigError
 
 _MERGERS = ("merger.", "deepstack_merger_list.")
@@ -157,3 +158,7 @@ def build_qwen_processor(
     return stock(
         image_processor, tokenizer, video_processor, chat_template=tokenizer.chat_template
     )
+
+
+for _model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+    read_as_published(_model_type)
