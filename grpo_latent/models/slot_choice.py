@@ -97,6 +97,7 @@ class SlotChooser:
         valid_BP: Tensor,
     ):
         self.num_layers = adapter.text_config.num_hidden_layers
+        self.is_by_index = adapter.mechanism.selection_order == "index"
         self.recorder = recorder
         self.embeddings_MH = embeddings_MH
         self.prompt_length = input_ids_BP.shape[1]
@@ -173,7 +174,7 @@ class SlotChooser:
         return self.recorder.take(self.num_layers)[:, : self.prompt_length]
 
     def _choose(self, active_B: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """Columns of the prompt [B, K], best or drawn first, and the log-probs of draws [B, K].
+        """Columns of the prompt [B, K] in their order, and the log-probs of draws [B, K].
 
         `NOT_CHOSEN`, where a row has fewer left, stands in front.
         """
@@ -195,7 +196,8 @@ class SlotChooser:
 
     def _ranked(self, candidates_BP: Tensor, active_B: Tensor, top_k: int) -> Tensor:
         if self._draws is None or self._draws.uniforms_NSM is None:
-            return top_k_candidates(self.columns.attention_BP, candidates_BP, top_k)
+            best_BK = top_k_candidates(self.columns.attention_BP, candidates_BP, top_k)
+            return best_BK.sort(dim=-1).values if self.is_by_index else best_BK
         assert self._num_drawn_N is not None, "`draw` sets both"
         # a number a slot and image position: the same ones whatever the row is padded to
         uniforms_NSM = self._draws.uniforms_NSM

@@ -6,6 +6,7 @@ import pytest
 import torch
 from latent_cases import build_case, case
 
+from grpo_latent.errors import ConfigError
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.recompute import recompute_latents
 from grpo_latent.models.replay import replay_hidden
@@ -38,7 +39,7 @@ def padded(adapter, requests):
 
 
 @torch.no_grad()
-def slow_slots(c, request, num_slots, top_k):
+def slow_slots(c, request, num_slots, top_k, order="index"):
     """Computes one prompt's slots without cache, by full maps and 1-D positions.
 
     Returns kinds, vectors, chosen positions, last hidden state and length.
@@ -78,6 +79,7 @@ def slow_slots(c, request, num_slots, top_k):
                 column for column in image_columns if image_columns.index(column) not in chosen
             ]
             best = sorted(left, key=lambda column: (-float(weights[column]), column))[:top_k]
+            best = sorted(best) if order == "index" else best
             chosen += [image_columns.index(column) for column in best]
             vectors = [*(prompt_TH[column] for column in best), output.last_hidden_state[0, -1]]
             kinds += [int(K.SELECTED)] * len(best) + [int(K.LATENT)]
@@ -88,20 +90,21 @@ def slow_slots(c, request, num_slots, top_k):
     return kinds, fed, chosen, output.last_hidden_state[0, -1], len(embeds_TH)
 
 
-def fast_slots(c, requests, num_slots, top_k):
-    adapter = ModelAdapter(c.model, c.mechanism("coconut"))
+def fast_slots(c, requests, num_slots, top_k, order="index"):
+    adapter = ModelAdapter(c.model, c.mechanism("ivt_lr", selection_order=order))
     return prefill_with_slots(adapter, padded(adapter, requests), torch.tensor(num_slots), top_k)
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize("num_slots", [(3, 3, 3), (2, 3, 1), (0, 1, 2)])
+@pytest.mark.parametrize("order", ["index", "attention"])
 @torch.no_grad()
-def test_cached_slots_equal_a_recomputed_prefix(name, num_slots):
+def test_cached_slots_equal_a_recomputed_prefix(name, num_slots, order):
     c = case(name)
     requests = prompts(c)
-    prefill = fast_slots(c, requests, num_slots, TOP_K)
+    prefill = fast_slots(c, requests, num_slots, TOP_K, order)
     for row, request in enumerate(requests):
-        kinds, fed, chosen, hidden_H, length = slow_slots(c, request, num_slots[row], TOP_K)
+        kinds, fed, chosen, hidden_H, length = slow_slots(c, request, num_slots[row], TOP_K, order)
         record = prefill.records[row]
         assert record.kinds.tolist() == kinds and record.selected_idx.tolist() == chosen
         assert len(set(chosen)) == len(chosen), "disjoint"
@@ -112,6 +115,29 @@ def test_cached_slots_equal_a_recomputed_prefix(name, num_slots):
     if num_slots == (3, 3, 3):
         counts = [(record.kinds == K.SELECTED).sum().item() for record in prefill.records]
         assert counts == [12, 6, 0], "what is left is taken, and no more"
+
+
+@torch.no_grad()
+def test_the_order_of_chosen_positions():
+    """By index unless asked; one slot's set is the same either way, and recorded ones stay put."""
+    c, mechanism = case("qwen2_vl"), case("qwen2_vl").mechanism("ivt_lr")
+    assert mechanism.selection_order == "index"
+    requests = prompts(c)[:2]
+    by_index, by_attention = (
+        [record.selected_idx for record in fast_slots(c, requests, (1, 1), TOP_K, order).records]
+        for order in ("index", "attention")
+    )
+    for first, second in zip(by_index, by_attention, strict=True):
+        assert first.tolist() == sorted(second.tolist())
+    assert any(a.tolist() != b.tolist() for a, b in zip(by_index, by_attention, strict=True))
+    adapter = ModelAdapter(c.model, mechanism)
+    given = [torch.tensor([5, 0, 3, 1]), torch.tensor([2, 4, 0, 1])]
+    recorded = prefill_with_slots(
+        adapter, padded(adapter, requests), torch.tensor([1, 1]), TOP_K, selected_idx=given
+    )
+    assert [r.selected_idx.tolist() for r in recorded.records] == [g.tolist() for g in given]
+    with pytest.raises(ConfigError, match="latent.selection_order"):
+        c.mechanism("ivt_lr", selection_order="best")
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ POSITIONS = ("text_style", "1d")
 UNBOUNDED = 2**62  # spans of a row without a bound
 LATENT_CONFIG_FILE = "latent_config.json"
 VERSION = 2  # of that file: see `stored`
+OF_CHECKPOINT = {"of_checkpoint": True}  # metadata of a field that no section of a config sets
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,12 @@ class Mechanism:
         max_spans: spans that a completion may open; None for no bound.
         visibility: `full` (published by all) or `latents_only` (text sees question and latents
             only).
-        start_is_action: whether emitting the token that opens a span counts as an action of the
-            policy.
+        start_is_action, end_is_action: whether emitting the token that opens a span, or a sampled
+            one that closes it, counts as an action of the policy.
         has_slots: whether completions begin with `num_slots` latent steps, which run right after
             the prompt.
         top_k_image: image embeddings inserted before each slot, chosen by attention; 0 for none.
+        selection_order: of those: `index`, as they stand in the image, or `attention`, best first.
         positions: `text_style` (the model's own for the prompt, latents count on as text) or `1d`
             (0, 1, 2, … for everything, images included).
         reads_logits, reads_latents: whether `RowStates.plan` needs logits, and `advance` the
@@ -108,11 +110,13 @@ class Mechanism:
     structural: ClassVar[tuple[str, ...]] = ()
     state_size: ClassVar[int] = 0
     has_slots: ClassVar[bool] = False
-    # no annotation below: a subclass that annotates one makes it a setting
+    # not annotated: a subclass that annotates one makes it a setting
     steps = 0
     visibility = "full"
     start_is_action = True
+    end_is_action = True
     top_k_image = 0
+    selection_order = "index"
     positions = "text_style"
 
     # properties, since the settings decide in some systems
@@ -147,12 +151,22 @@ class Mechanism:
     @property
     def banned_ids(self) -> frozenset[int]:
         """Latent tokens that are never sampled."""
-        return frozenset(self.token_ids.values()) - self.opening_ids
+        return frozenset(self.token_ids.values()) - self.opening_ids - self.closing_ids
 
     @property
     def opening_ids(self) -> frozenset[int]:
         """Tokens that open a span when they are sampled; banned in rows that may not open one."""
         return frozenset()
+
+    @property
+    def closing_ids(self) -> frozenset[int]:
+        """Tokens that close a span where they are sampled, and are no text; banned elsewhere."""
+        return frozenset()
+
+    @property
+    def feeds_start(self) -> bool:
+        """Whether a sampled token that opens a span is fed as a vector (FED_START)."""
+        return False
 
     def placeholder_id(self, kind: PositionKind) -> int:
         """The id at positions of `kind` where nothing is sampled; 0 for kinds that it lacks."""
@@ -228,11 +242,8 @@ class Mechanism:
     def compose(self, model: nn.Module, embeds_MH: Tensor, recorded_MH: Tensor) -> Tensor:
         """The input vectors [M, H] where `recorded_MH` was recorded: by itself those vectors.
 
-        A mechanism whose sampled tokens are MIXED overrides this, with gradient to whatever it
-        mixes by.
-
-        Args:
-            embeds_MH: token embeddings at the same positions.
+        A mechanism whose sampled tokens are MIXED overrides this, with gradient to what it mixes
+        by. `embeds_MH` are the token embeddings at the same positions.
         """
         return recorded_MH
 
@@ -355,8 +366,7 @@ class Mechanism:
         What is fixed for this mechanism may be "set" to the value that it has.
 
         Raises:
-            ConfigError: not a setting of this mechanism, or a value or combination that cannot
-                run.
+            ConfigError: not a setting, or a value or combination that cannot run.
         """
         known = {field.name for field in dataclasses.fields(self)}
         for name in sorted(set(changes) - known):
@@ -381,6 +391,7 @@ _FIXABLE = (
     "max_spans",
     "visibility",
     "start_is_action",
+    "end_is_action",
     "top_k_image",
     "positions",
     "exit",
