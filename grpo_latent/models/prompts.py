@@ -127,6 +127,44 @@ def render_text(
     return text
 
 
+def assistant_header(
+    tokenizer: PreTrainedTokenizerBase, processor: ProcessorMixin | None, prompt_ids: Tensor
+) -> int:
+    """Number of positions at the end of a prompt that open the assistant's turn.
+
+    They are what the chat template adds if it is asked for a generation prompt; 0 where it adds
+    nothing.
+
+    Args:
+        prompt_ids: int64 [P], of `encode_prompt`.
+
+    Raises:
+        CheckpointError: the prompt does not end by them.
+    """
+    has_own = processor is not None and bool(getattr(processor, "chat_template", None))
+    template_owner = processor if processor is not None and has_own else tokenizer
+    content: Any = "?" if processor is None else [{"type": "text", "text": "?"}]
+    messages = [{"role": "user", "content": content}]
+    closed, opened = (
+        template_owner.apply_chat_template(messages, add_generation_prompt=asked, tokenize=False)
+        for asked in (False, True)
+    )
+    assert isinstance(closed, str) and isinstance(opened, str)
+    header_ids = tokenizer(opened.removeprefix(closed), add_special_tokens=False).input_ids
+    length = len(header_ids)
+    if not opened.startswith(closed) or prompt_ids[len(prompt_ids) - length :].tolist() != list(
+        header_ids
+    ):
+        raise CheckpointError(
+            "the chat template does not end prompts by a header of their own",
+            where=str(getattr(tokenizer, "name_or_path", "") or "the tokenizer"),
+            got=opened,
+            expected=f"{closed!r} and what opens the assistant's turn",
+            fix="Use the chat template of the model that this one comes from.",
+        )
+    return length
+
+
 def _check_texts(
     tokenizer: PreTrainedTokenizerBase,
     processor: ProcessorMixin | None,

@@ -25,6 +25,7 @@ from grpo_latent.backbones.registry import backbone_of_processor
 from grpo_latent.data.formats.ilvr_jsonl import InterleavedExample
 from grpo_latent.errors import LatentMismatchError
 from grpo_latent.latent.mechanisms import SpanMechanism
+from grpo_latent.models.prompts import assistant_header
 from grpo_latent.sft.common.images import batch_images, image_columns
 from grpo_latent.sft.common.rows import IGNORED, RowEncoder
 from grpo_latent.trajectory import PositionKind, prompt_kinds
@@ -41,6 +42,7 @@ class ILVRRow:
             scored.
         images: of the question, or None.
         helper_images: one per span, in order, or None.
+        header_length: last prompt positions that open the assistant's turn; they ask nothing.
     """
 
     input_ids: Tensor
@@ -48,6 +50,7 @@ class ILVRRow:
     labels: Tensor
     images: ImageInputs | None
     helper_images: ImageInputs | None
+    header_length: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,7 @@ class ILVREncoder(RowEncoder[InterleavedExample, ILVRRow]):
             labels=torch.cat([torch.full_like(prompt.ids, IGNORED), labels]),
             images=prompt.images,
             helper_images=self._helper_images(example) if self.reads_helpers else None,
+            header_length=assistant_header(self.tokenizer, self.processor, prompt.ids),
         )
 
     def _response(self, example: InterleavedExample) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,7 +103,7 @@ class ILVREncoder(RowEncoder[InterleavedExample, ILVRRow]):
                 token_kinds += [
                     PositionKind.START,
                     *[PositionKind.LATENT] * mechanism.steps,
-                    PositionKind.FORCED,
+                    mechanism.end_kind,
                 ]
                 continue
             fix = 'Make it an item of type "latent", or take the token out.'
@@ -136,6 +140,7 @@ def collate_rows(rows: Sequence[ILVRRow]) -> dict[str, Tensor]:
 
     Returns:
         input_ids, kinds, labels: int64 [B, T]; valid: bool [B, T].
+        header_lengths: int64 [B].
         pixel_values, image_grid_thw: of the questions' images in order; absent if there are none.
         helper_pixel_values, helper_image_grid_thw: of the spans' helper images in order; absent if
             there are none.
@@ -154,6 +159,7 @@ def collate_rows(rows: Sequence[ILVRRow]) -> dict[str, Tensor]:
         for name in fills:
             batch[name][row_idx, columns] = getattr(row, name)
         batch["valid"][row_idx, columns] = True
+    batch["header_lengths"] = torch.tensor([row.header_length for row in rows])
     batch |= image_columns(ImageInputs.concat([row.images for row in rows]))
     return batch | image_columns(ImageInputs.concat([row.helper_images for row in rows]), _HELPER)
 

@@ -4,6 +4,12 @@
     helper images ──teacher's vision──▶ candidates of each span
     span by span: query ──select──▶ targets [K*, H]      (pure functions of `distillation.py`)
 
+The header that opens the assistant's turn asks nothing and answers nothing: it is neither part of
+the question nor of the first span's text. The published code differs in four places, of which a
+checkpoint of its own carries the effect: it counts the header as the first span's text, pools
+without the last P mod 256 tokens, weighs image positions by final hidden states without rotary
+positions, and takes the choice of the last span only for "previously selected".
+
 A later span's query looks at the targets of earlier ones, but needs no forward of its own: the
 published recipe's choice depends on earlier targets through their mean only.
 
@@ -111,6 +117,10 @@ def _targets_of_row(
     """Chooses the targets of the spans of one row, in order."""
     kinds_T, valid_T = batch["kinds"][row], batch["valid"][row]
     is_question_T = (kinds_T == PositionKind.PROMPT) & valid_T
+    header_length = int(batch["header_lengths"][row])
+    if header_length:
+        prompt_columns = ((kinds_T <= PositionKind.VISION) & valid_T).nonzero()[:, 0]
+        is_question_T[prompt_columns[-header_length:]] = False
     image_token_id = teacher.image_token_id
     assert image_token_id is not None, "loading for this method refuses a text-only model"
     is_image_T = (

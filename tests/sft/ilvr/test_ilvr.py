@@ -14,13 +14,15 @@ from omegaconf import OmegaConf
 
 from grpo_latent.data.formats import ilvr_jsonl
 from grpo_latent.data.formats.ilvr_jsonl import parse_ilvr_record
-from grpo_latent.errors import DataError, LatentMismatchError
+from grpo_latent.errors import CheckpointError, DataError, LatentMismatchError
 from grpo_latent.models.attention_rows import recording_last_row
+from grpo_latent.models.prompts import assistant_header
 from grpo_latent.models.tiny import word_tokenizer
 from grpo_latent.models.visibility import attention_bias
 from grpo_latent.rewards.functions import load_function, specs_from_config
 from grpo_latent.rewards.view import reward_view
 from grpo_latent.sft.common.rows import IGNORED
+from grpo_latent.sft.ilvr import teacher
 from grpo_latent.sft.ilvr.forward import stage1_loss_sums, stage2_loss_sums
 from grpo_latent.sft.ilvr.rows import ILVREncoder, collate_rows, with_targets
 from grpo_latent.sft.ilvr.teacher import teacher_targets
@@ -224,6 +226,64 @@ def test_targets_against_a_slow_reading(rows):
         teacher_targets(c.adapter, batch, "full"), (first, second), strict=True
     ):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+HEADED = "{%- if add_generation_prompt -%}<|im_start|> read {%- endif -%}"
+
+
+@torch.no_grad()
+def test_the_assistants_header_is_no_question_and_no_text(tmp_path, monkeypatch):
+    """With a header of two tokens: the same query as by hand, over what stands before it."""
+    c = case("qwen2_5_vl")
+    example = examples(tmp_path)[0]
+    template = (c.tokenizer.chat_template or c.processor.chat_template) + HEADED
+    monkeypatch.setattr(c.tokenizer, "chat_template", template)
+    monkeypatch.setattr(c.processor, "chat_template", template)
+    row = encoder(c)(example)
+    prompt_length = int((row.kinds <= K.VISION).sum())
+    header = c.tokenizer.convert_ids_to_tokens(row.input_ids[prompt_length - 2 : prompt_length])
+    assert header == ["<|im_start|>", "read"] and row.header_length == 2
+    asked = []
+    monkeypatch.setattr(
+        teacher,
+        "question_vector",
+        lambda text_QH, image_MH, weights_M: asked.append(text_QH) or text_QH.mean(0),
+    )
+    texts = []
+    monkeypatch.setattr(
+        teacher,
+        "span_query",
+        lambda question_H, text_TH, selected_NH: texts.append(text_TH) or question_H,
+    )
+    # a longer prompt beside it: the columns of padding are no header
+    longer = dataclasses.replace(
+        row,
+        input_ids=torch.cat([row.input_ids[:1], row.input_ids]),
+        kinds=torch.cat([row.kinds[:1], row.kinds]),
+        labels=torch.cat([row.labels[:1], row.labels]),
+    )
+    batch = collate_rows([row, longer])
+    assert batch["header_lengths"].tolist() == [2, 2]
+    teacher_targets(c.adapter, batch, "full")
+    hidden_TH = plain_hidden(c, row)
+    is_question = row.kinds == K.PROMPT
+    is_question[prompt_length - 2 : prompt_length] = False
+    torch.testing.assert_close(asked[0], hidden_TH[is_question], rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        texts[0], hidden_TH[prompt_length : prompt_length + 2], rtol=0, atol=1e-4
+    )
+    assert len(asked[1]) == len(asked[0]) + 1
+
+
+def test_a_template_that_ends_otherwise_is_an_error(monkeypatch):
+    c = case("qwen2_5_vl")
+    ids = c.tokenizer("read red ?", return_tensors="pt").input_ids[0]
+    assert assistant_header(c.tokenizer, c.processor, ids) == 0
+    template = (c.tokenizer.chat_template or c.processor.chat_template) + HEADED
+    monkeypatch.setattr(c.tokenizer, "chat_template", template)
+    monkeypatch.setattr(c.processor, "chat_template", template)
+    with pytest.raises(CheckpointError, match="does not end prompts by a header"):
+        assistant_header(c.tokenizer, c.processor, ids)
 
 
 def targets_by_hand(query, tokens):
