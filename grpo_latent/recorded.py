@@ -15,7 +15,7 @@ and hands the values to `Trajectory.extra["gate"]`; no other module has to know.
 
 Legend of `dims`; the first letter says what a row of the field stands for: P prompt positions, T
 completion positions, L both, N positions with a recorded vector, M those of them that a hidden
-state made (LATENT, MIXED), S SELECTED positions; further ones are sizes: H hidden, A aux.
+state made (LATENT, MIXED, FED_START), S SELECTED positions; further ones are sizes: H hidden, A aux.
 """
 
 from __future__ import annotations

@@ -46,9 +46,15 @@ class PositionKind(IntEnum):
     FORCED = 5  # token that the mechanism appended, such as the end of a span
     SELECTED = 6  # latent step whose vector is an image embedding that attention chose (IVT-LR)
     MIXED = 7  # sampled token whose input is composed of its embedding and a recorded vector (HRPO's gate)
+    END = 8  # sampled token that closes a latent span, fed as its embedding (published LVR)
+    FED_START = (
+        9  # sampled token that opens a latent span, fed as that span's first latent (Monet)
+    )
 
 
 COMPLETION_KINDS = frozenset(int(kind) for kind in PositionKind if kind >= PositionKind.TEXT)
+# kinds of planned positions at which a mechanism puts a token of its own
+PLACED_KINDS = (PositionKind.LATENT, PositionKind.FORCED, PositionKind.START)
 STOP_REASONS = ("eos", "length")
 _POSITIONS_OF = {
     "T": "completion positions",
@@ -219,9 +225,9 @@ class Trajectory:
         """bool [T], True where `latents` holds a vector."""
         return recorded_mask(self.kinds)
 
-    def response_mask(self, start_is_action: bool = True) -> Tensor:
+    def response_mask(self, start_is_action: bool = True, end_is_action: bool = True) -> Tensor:
         """bool [T], True where the policy acted."""
-        return response_mask(self.kinds, start_is_action)
+        return response_mask(self.kinds, start_is_action, end_is_action)
 
     @property
     def spans(self) -> list[LatentSpan]:
@@ -302,17 +308,23 @@ def latent_mask(kinds: Tensor) -> Tensor:
     return (kinds == PositionKind.LATENT) | (kinds == PositionKind.SELECTED)
 
 
+def fed_mask(kinds: Tensor) -> Tensor:
+    """bool, True where a recorded vector is fed as it is: latent steps and FED_START."""
+    return latent_mask(kinds) | (kinds == PositionKind.FED_START)
+
+
 def made_mask(kinds: Tensor) -> Tensor:
-    """bool, True where a hidden state made the recorded vector: LATENT and MIXED."""
-    return (kinds == PositionKind.LATENT) | (kinds == PositionKind.MIXED)
+    """bool, True where a hidden state made the recorded vector: LATENT, MIXED and FED_START."""
+    is_own = (kinds == PositionKind.LATENT) | (kinds == PositionKind.FED_START)
+    return is_own | (kinds == PositionKind.MIXED)
 
 
 def recorded_mask(kinds: Tensor) -> Tensor:
-    """bool, True where a vector is recorded: LATENT, SELECTED and MIXED.
+    """bool, True where a vector is recorded: LATENT, SELECTED, FED_START and MIXED.
 
-    The first two are fed as they are, the third is composed with the token's embedding.
+    The first three are fed as they are, the last is composed with the token's embedding.
     """
-    return latent_mask(kinds) | (kinds == PositionKind.MIXED)
+    return fed_mask(kinds) | (kinds == PositionKind.MIXED)
 
 
 def is_text(kinds: Tensor) -> Tensor:
@@ -320,25 +332,39 @@ def is_text(kinds: Tensor) -> Tensor:
     return (kinds == PositionKind.TEXT) | (kinds == PositionKind.MIXED)
 
 
-def response_mask(kinds: Tensor, start_is_action: bool = True) -> Tensor:
-    """bool, True where the policy acted: at sampled text, and at emitted span starts if asked.
+def is_start(kinds: Tensor) -> Tensor:
+    """bool, True at tokens that open a span: START and FED_START."""
+    return (kinds == PositionKind.START) | (kinds == PositionKind.FED_START)
+
+
+def is_sampled_delimiter(kinds: Tensor) -> Tensor:
+    """bool, True at sampled tokens that open or close a span: START, FED_START and END."""
+    return is_start(kinds) | (kinds == PositionKind.END)
+
+
+def response_mask(
+    kinds: Tensor, start_is_action: bool = True, end_is_action: bool = True
+) -> Tensor:
+    """bool, True where the policy acted: at sampled text, and at sampled delimiters if asked.
 
     Args:
         kinds: integer tensor of any shape, values of `PositionKind`.
         start_is_action: whether emitting the token that opens a span counts.
+        end_is_action: whether a sampled token that closes one does.
     """
     acted = is_text(kinds)
-    return acted | (kinds == PositionKind.START) if start_is_action else acted
+    acted = acted | is_start(kinds) if start_is_action else acted
+    return acted | (kinds == PositionKind.END) if end_is_action else acted
 
 
 def latent_spans(kinds: Tensor) -> list[LatentSpan]:
-    """Maximal runs of latent positions of one sequence, `kinds` [T].
+    """Maximal runs of vectors that are fed as they are, of one sequence, `kinds` [T].
 
     >>> K = PositionKind
     >>> latent_spans(torch.tensor([K.START, K.LATENT, K.LATENT, K.FORCED, K.TEXT]))
     [LatentSpan(start=1, length=2)]
     """
-    is_latent = torch.nn.functional.pad(latent_mask(kinds).long(), (1, 1))
+    is_latent = torch.nn.functional.pad(fed_mask(kinds).long(), (1, 1))
     edges = is_latent.diff()
     starts, ends = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
     return [LatentSpan(s, e - s) for s, e in zip(starts, ends, strict=True)]

@@ -12,7 +12,7 @@ from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.replay import replay
 from grpo_latent.models.sequences import collate
-from grpo_latent.trajectory import PositionKind, Trajectory, is_text
+from grpo_latent.trajectory import Trajectory, is_start, is_text
 
 ROWS_PER_FORWARD = 16
 
@@ -53,4 +53,5 @@ def leak(
 
 def _post_span(kinds: Tensor) -> Tensor:
     """Marks sampled text after the end of a span: bool, same shape."""
-    return ((kinds == PositionKind.FORCED).cumsum(-1) > 0) & is_text(kinds)
+    # no text stands inside a span, and a sampled end need not be there at all
+    return (is_start(kinds).cumsum(-1) > 0) & is_text(kinds)

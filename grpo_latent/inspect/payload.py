@@ -35,6 +35,8 @@ KIND_LETTERS = {
     PositionKind.FORCED: "F",
     PositionKind.SELECTED: "V",
     PositionKind.MIXED: "M",
+    PositionKind.END: "E",
+    PositionKind.FED_START: "S",
 }
 SECRET = re.compile(r"api_?key|password|secret|credential", re.IGNORECASE)
 MAX_POINTS = 500  # of one curve

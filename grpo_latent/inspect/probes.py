@@ -174,7 +174,11 @@ class Prober:
             trajectories, images, self.adapter, mechanism.visibility, padding_side="both"
         )
         log_probs_BT, hidden_BTH = replay(
-            self.adapter, sequences, self.temperature, mechanism.start_is_action
+            self.adapter,
+            sequences,
+            self.temperature,
+            mechanism.start_is_action,
+            mechanism.end_is_action,
         )
         expected_NH = self._expected_latents(sequences, hidden_BTH).float().cpu()
         counts = [len(t.latents) for t in trajectories]

@@ -35,6 +35,11 @@ from grpo_latent.latent.mechanisms import (
     Mechanism,
     load_mechanism,
 )
+from grpo_latent.latent.mechanisms.published import (
+    TARGET_MODULES,
+    published_mechanism,
+    refuse_look_alikes,
+)
 from grpo_latent.latent.treatments import Treatment
 from grpo_latent.latent.treatments.protocol import PARAMETERS_ATTRIBUTE
 from grpo_latent.models.tokens import add_latent_tokens
@@ -163,6 +168,7 @@ def check_is_model_folder(folder: str | Path) -> None:
     folder = Path(folder)
     if (folder / "config.json").is_file():
         return
+    refuse_look_alikes(folder, {}, {})
     near = [
         base / name
         for base in (folder, *list(folder.absolute().parents)[:3])
@@ -206,7 +212,7 @@ def _latent_parameters_expected(
     `load_latent_parameters` reads the mechanism's; only a run with a treatment needs that one's.
     """
     known = model_class._keys_to_ignore_on_load_unexpected
-    ours = (*mechanism.parameter_prefixes, f"{PARAMETERS_ATTRIBUTE}.")
+    ours = (*mechanism.parameter_prefixes, f"{PARAMETERS_ATTRIBUTE}.", *TARGET_MODULES)
     own = [f"^{re.escape(prefix)}" for prefix in ours]
     model_class._keys_to_ignore_on_load_unexpected = [*(known or []), *own]
     try:
@@ -255,11 +261,12 @@ def find_mechanism(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> Me
     if not config_path.is_file():
         return None
     fields = json.loads(config_path.read_text())
+    refuse_look_alikes(folder, fields, tokenizer.get_vocab())
     for mechanism_class in MECHANISMS.values():
         found = mechanism_class.official_layout(fields, tokenizer, where=str(config_path))
         if found is not None:
             return found
-    return None
+    return published_mechanism(fields, tokenizer, where=str(config_path))
 
 
 def check_tokens(mechanism: Mechanism, tokenizer: PreTrainedTokenizerBase, where: str) -> None:

@@ -78,8 +78,9 @@ def replay(
     sequences: LatentSequences,
     temperature: float = 1.0,
     start_is_action: bool = True,
+    end_is_action: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [B, T] of the actions (0 elsewhere), and hidden states [B, T, H]."""
     hidden_BTH = replay_hidden(adapter, sequences)
-    mask_BT = sequences.action_mask_BT(start_is_action)
+    mask_BT = sequences.action_mask_BT(start_is_action, end_is_action)
     return token_log_probs(adapter, sequences, hidden_BTH, temperature, mask_BT), hidden_BTH

@@ -133,9 +133,9 @@ class LatentSequences:
         """
         return self.input_ids_BT.masked_fill(self.latent_mask_BT, 0)
 
-    def action_mask_BT(self, start_is_action: bool = True) -> Tensor:
+    def action_mask_BT(self, start_is_action: bool = True, end_is_action: bool = True) -> Tensor:
         """bool [B, T], positions whose log-prob counts."""
-        return response_mask(self.kinds_BT, start_is_action) & self.valid_BT
+        return response_mask(self.kinds_BT, start_is_action, end_is_action) & self.valid_BT
 
     def attention_bias(self, dtype: torch.dtype) -> Tensor:
         """[B, 1, T, T], for whoever runs some of the columns or records attention."""

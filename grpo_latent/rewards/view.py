@@ -47,7 +47,9 @@ def reward_view(
         offsets.append(min(len(decode(prefix)) if prefix else 0, len(solution_str)))
     latent = {
         "num_spans": len(offsets),
-        "num_steps": int((kinds == PositionKind.LATENT).sum()),
+        "num_steps": int(
+            ((kinds == PositionKind.LATENT) | (kinds == PositionKind.FED_START)).sum()
+        ),
         "num_forced_ends": trajectory.num_forced_ends,
         "span_offsets": offsets,
         "stop_reason": trajectory.stop_reason,

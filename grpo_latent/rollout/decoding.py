@@ -193,6 +193,10 @@ class DecodingBatch:
                 full_N = full_N.index_copy(0, made_rows_M, densities_M)
                 drawn_N = drawn_N.index_copy(0, made_rows_M, densities_M)
         kinds_N = self._advance(planned_N, token_ids_N, made_rows_M, latents_MH)
+        if self.mechanism.feeds_start:
+            made_rows_M, latents_MH = self._feed_starts(
+                position, kinds_N, logits_NV, made_rows_M, latents_MH
+            )
         self.recorder.add(position, self.rows.record_N, kinds_N, token_ids_N, full_N, drawn_N)
         self._note_ends(position, kinds_N, token_ids_N)
         num_active = int((~self.rows.done_N).sum())
@@ -278,6 +282,24 @@ class DecodingBatch:
         if not self.treatment.is_action:
             return latents_MH, None
         return latents_MH, self.treatment.log_density(source, latents_MH, aux_MA)
+
+    def _feed_starts(
+        self,
+        position: int,
+        kinds_N: Tensor,
+        logits_NV: Tensor | None,
+        made_rows_M: Tensor,
+        latents_MH: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows with a vector at this position, and the vectors, with those that open a span."""
+        # known only once the token is: the other vectors are made before the state advances
+        rows_S = (kinds_N == PositionKind.FED_START).nonzero()[:, 0]
+        if not rows_S.numel():
+            return made_rows_M, latents_MH
+        vectors_SH, _ = self._make(rows_S, position, kinds_N, logits_NV)
+        if latents_MH is None:
+            return rows_S, vectors_SH
+        return torch.cat([made_rows_M, rows_S]), torch.cat([latents_MH, vectors_SH])
 
     def _advance(
         self,

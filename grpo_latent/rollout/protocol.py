@@ -19,8 +19,13 @@ from grpo_latent.trajectory import PositionKind, Trajectory
 ALL, TEXT, VISION = "all", "text", "vision"
 _NUMBERED = re.compile(r"(span|latent)(\d+)")
 _PART_KINDS = {
-    ALL: (PositionKind.LATENT, PositionKind.SELECTED, PositionKind.MIXED),
-    TEXT: (PositionKind.LATENT, PositionKind.MIXED),
+    ALL: (
+        PositionKind.LATENT,
+        PositionKind.SELECTED,
+        PositionKind.MIXED,
+        PositionKind.FED_START,
+    ),
+    TEXT: (PositionKind.LATENT, PositionKind.MIXED, PositionKind.FED_START),
     VISION: (PositionKind.SELECTED,),
 }
 

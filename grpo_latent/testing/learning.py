@@ -29,7 +29,7 @@ from grpo_latent.testing.compare import (
     require_equal_rows,
     require_replay,
 )
-from grpo_latent.trajectory import PositionKind, Trajectory
+from grpo_latent.trajectory import Trajectory, is_start
 
 GRADIENT_ROWS = 6  # each parameter costs six forwards over them, in float64
 
@@ -251,7 +251,7 @@ def _require_without_latents(name: str, trajectory: Trajectory) -> None:
         expected="none",
     )
     if name == "no_span":
-        opened = int((trajectory.kinds == PositionKind.START).sum())
+        opened = int(is_start(trajectory.kinds).sum())
         require(
             opened == 0,
             "a completion under ablation no_span opens a span",

@@ -8,7 +8,8 @@ from grpo_latent.latent.mechanisms import LVR
 from grpo_latent.trajectory import PositionKind as K
 
 START, LATENT, END, WORD = 7, 8, 9, 3
-T, S, Z, F = int(K.TEXT), int(K.START), int(K.LATENT), int(K.FORCED)
+T, S, Z, F, E = int(K.TEXT), int(K.START), int(K.LATENT), int(K.FORCED), int(K.END)
+LATENT_END = 10
 
 
 def lvr(**changes):
@@ -62,6 +63,34 @@ def test_a_sampled_end_or_latent_id_is_only_text():
     """Delimiters act as `start` does only where the mechanism says so, not by their id."""
     state = begin(lvr(), torch.tensor([2]))
     assert play(state, [[END], [LATENT], [START], [START], [START], [END]]) == [[T, T, S, Z, Z, F]]
+
+
+def test_a_sampled_end_is_what_the_model_writes():
+    """By hand: both closing tokens, one, none; a start right behind a span; an end without one."""
+    mechanism = lvr(
+        span_end="sampled", latent_end_id=LATENT_END, latent_end_token="le", end_vector=False
+    )
+    state = begin(mechanism, torch.tensor([2, 1, 1, 0]))
+    rows = play(
+        state,
+        [
+            [START, START, END, START],
+            [0, 0, START, WORD],
+            [0, END, 0, START],
+            [LATENT_END, WORD, START, END],
+            [END, LATENT_END, 0, WORD],
+        ],
+    )
+    assert rows == [[S, Z, Z, E, E], [S, Z, E, T, E], [E, S, Z, S, Z], [S, T, S, E, T]]
+    assert state.num_spans_N.tolist() == [1, 1, 2, 2]
+
+
+def test_a_sampled_end_by_the_exit_rule():
+    """At the first latent position whose arg-max is `end` the row is text again."""
+    logits = torch.zeros(4, 1, 12)
+    logits[2, 0, END] = 1.0
+    state = begin(lvr(exit="end_token", span_end="sampled"), torch.tensor([5]))
+    assert play(state, [[START], [0], [END], [WORD]], logits) == [[S, Z, E, T]]
 
 
 def test_last_latent_is_known_when_it_is_fed():

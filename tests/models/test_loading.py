@@ -11,16 +11,19 @@ import torch
 from folder_cases import digests
 from latent_cases import build_case, sampling
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, Qwen2_5_VLConfig
 
 from grpo_latent.errors import CheckpointError
-from grpo_latent.latent.mechanisms import LATENT_CONFIG_FILE
+from grpo_latent.latent.mechanisms import LATENT_CONFIG_FILE, LVR
 from grpo_latent.latent.mechanisms.fed_back import GLUHead, MLPHead
 from grpo_latent.latent.mechanisms.lvr import END_VECTOR_ATTRIBUTE
 from grpo_latent.models import tiny
 from grpo_latent.models.loading import load_latent_model, save_latent_model
+from grpo_latent.models.plain import load_plain
 from grpo_latent.models.tiny import LVR_TOKENS
 from grpo_latent.models.tokens import add_latent_tokens
 from grpo_latent.rollout.hf import HFRolloutEngine
+from grpo_latent.rollout.vllm.skeleton import read_skeleton
 
 
 def saved(folder, name="qwen2", **changes):
@@ -154,7 +157,11 @@ def test_official_layout_loads_and_is_left_alone(tmp_path, head, kind, module, e
     )
     assert config.start_id == case.token_id("<|lvr_start|>") and config.head == kind
     assert config.visibility == "full" and config.exit == "steps" and config.steps == 8
-    assert (config.latent_end_id is not None) == end_vector
+    assert config.has_end_vector == end_vector and config.span_end == "sampled"
+    assert config.closing_ids == {
+        case.token_id("<|lvr_end|>"),
+        case.token_id("<|lvr_latent_end|>"),
+    }
     own = loaded.model.state_dict()
     extra = {name for name in weights if name.startswith("lvr_")}
     assert {name for name in own if name.startswith("lvr_")} == extra
@@ -173,6 +180,65 @@ def test_official_head_that_is_stored_but_switched_off_is_not_used(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     loaded = load_latent_model(tmp_path)
     assert loaded.mechanism.head == "none" and not hasattr(loaded.model, "lvr_head")
+
+
+def tied_folder(folder, flags):
+    """A tiny Qwen2.5-VL whose logits share the embeddings.
+
+    As transformers 4.5x saved it: no `lm_head.weight`, and the flag where `flags` put it.
+    """
+    model, tokenizer, processor = tiny.tiny_qwen2_5_vl(("read", "red"))
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    config = LVR.from_tokens(tokenizer.get_vocab())
+    save_latent_model(folder, model, tokenizer, processor, config)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    values.pop("tie_word_embeddings")
+    values["text_config"].pop("tie_word_embeddings", None)
+    for place, flag in flags.items():
+        (values if place == "top" else values["text_config"])["tie_word_embeddings"] = flag
+    path.write_text(json.dumps(values))
+    return model
+
+
+@torch.no_grad()
+def test_a_tied_folder_of_transformers_4_loads_bit_for_bit(tmp_path):
+    model = tied_folder(tmp_path, {"text": True})
+    before = digests(tmp_path)
+    loaded = load_latent_model(tmp_path).model
+    assert digests(tmp_path) == before
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    ids = torch.arange(8)[None]
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    # who builds a config of the folder: Hugging Face itself, verl's actor, vLLM's front end
+    assert AutoConfig.from_pretrained(tmp_path).tie_word_embeddings is True
+    assert Qwen2_5_VLConfig.from_pretrained(tmp_path).tie_word_embeddings is True
+    skeleton = read_skeleton(tmp_path)
+    assert skeleton.adapter.model.config.tie_word_embeddings is True
+    plain = load_plain(str(tmp_path), torch.float32, "sdpa")[0]
+    assert plain.lm_head.weight is plain.get_input_embeddings().weight
+    save_latent_model(tmp_path / "again", loaded, skeleton.tokenizer, None, skeleton.mechanism)
+    assert json.loads((tmp_path / "again/config.json").read_text())["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize(
+    ("flags", "tied"),
+    [
+        ({"text": False}, False),
+        ({"top": True}, True),
+        ({"top": True, "text": False}, True),
+        ({"top": False, "text": True}, False),
+        ({}, False),
+    ],
+)
+def test_a_flag_of_the_top_level_is_believed(tmp_path, flags, tied):
+    tied_folder(tmp_path, flags)
+    assert AutoConfig.from_pretrained(tmp_path).tie_word_embeddings is tied
+    if not tied:
+        with pytest.raises(CheckpointError, match="lm_head.weight"):
+            load_latent_model(tmp_path)
 
 
 def test_sharded_weights_load(tmp_path):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from grpo_latent.errors import CheckpointError, ConfigError
-from grpo_latent.latent.mechanisms.protocol import Mechanism
-from grpo_latent.latent.mechanisms.spans import END_TOKEN, SpanMechanism
+from grpo_latent.latent.mechanisms.protocol import Mechanism, Refusal
+from grpo_latent.latent.mechanisms.spans import END_TOKEN, SpanMechanism, span_refusals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,6 +26,9 @@ class ILVR(SpanMechanism):
         "latent": "<|latent_pad|>",
         "end": "<|latent_end|>",
     }
+
+    def refusals(self, engine: str) -> list[Refusal]:
+        return span_refusals(self, engine)
 
     @classmethod
     def official_layout(

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from grpo_latent.errors import CheckpointError, ConfigError
-from grpo_latent.latent.mechanisms.fed_back import HEAD_ATTRIBUTE
-from grpo_latent.latent.mechanisms.protocol import Mechanism, Refusal
+from grpo_latent.latent.mechanisms.fed_back import HEAD_ATTRIBUTE, check_switch
+from grpo_latent.latent.mechanisms.protocol import OF_CHECKPOINT, Mechanism, Refusal
 from grpo_latent.latent.mechanisms.spans import (
     END_TOKEN,
     LATENT_END,
+    SAMPLED_END,
     STEPS,
     SpanMechanism,
     SpanRows,
+    span_refusals,
 )
 
 if TYPE_CHECKING:
@@ -40,13 +42,17 @@ class LVR(SpanMechanism):
 
     Attributes:
     latent_end_token, latent_end_id: token that stands for the learned end vector of exit
-        `latent_end`, None without one.
+        `latent_end`; with a sampled end the one that is written before `end`. None without
+        either.
+    end_vector: whether there is a learned end vector; None: wherever there is that token.
+        Published models have the token in their data and seldom the vector.
     latent_end_threshold: mean squared distance within which a fed vector is the end vector.
     """
 
     latent_end_token: str | None = None
     latent_end_id: int | None = None
     latent_end_threshold: float = 0.02
+    end_vector: bool | None = field(default=None, metadata=OF_CHECKPOINT)
 
     name: ClassVar[str] = "lvr"
     published_tokens: ClassVar[Mapping[str, str]] = {
@@ -72,14 +78,31 @@ class LVR(SpanMechanism):
                 got=threshold,
                 expected="> 0",
             )
-        if self.exit == LATENT_END and self.latent_end_id is None:
+        if self.end_vector is not None:
+            check_switch("end_vector", self.end_vector)
+        if self.exit == LATENT_END and not self.has_end_vector:
             raise ConfigError(
                 "exit by distance needs the learned end vector",
                 where="latent.exit",
-                got="latent_end without latent_end_id",
-                expected="latent_end_id set",
+                got=f"latent_end, latent_end_id {self.latent_end_id}, "
+                f"end_vector {self.end_vector}",
+                expected="a checkpoint with the vector",
                 fix="Train SFT with loss.end=latent_end, or set latent.exit=steps.",
             )
+
+    @property
+    def has_end_vector(self) -> bool:
+        """Whether the model has the learned end vector."""
+        if self.end_vector is None:
+            return self.latent_end_id is not None
+        return self.end_vector
+
+    @property
+    def closing_ids(self) -> frozenset[int]:
+        closing_ids = super().closing_ids
+        if self.span_end == SAMPLED_END and self.latent_end_id is not None:
+            closing_ids |= {self.latent_end_id}
+        return closing_ids
 
     @property
     def reads_latents(self) -> bool:
@@ -89,7 +112,7 @@ class LVR(SpanMechanism):
         self, text_config: PretrainedConfig, dtype: torch.dtype, device: torch.device
     ) -> dict[str, nn.Module | nn.Parameter]:
         parameters = super().new_parameters(text_config, dtype, device)
-        if self.latent_end_id is not None:
+        if self.has_end_vector:
             end_vector_H = torch.empty(text_config.hidden_size, device=device, dtype=dtype)
             nn.init.normal_(end_vector_H, std=text_config.initializer_range)
             parameters[END_VECTOR_ATTRIBUTE] = nn.Parameter(end_vector_H)
@@ -111,22 +134,17 @@ class LVR(SpanMechanism):
         return LVRRows(self, steps_N, max_spans_N, end_vector(model))
 
     def refusals(self, engine: str) -> list[Refusal]:
-        if engine == "hf" or self.visibility == "full":
-            return []
-        return [
-            Refusal(
-                "visibility",
-                self.visibility,
-                "full",
-                "vLLM's kernels take no custom attention mask",
-            )
-        ]
+        return span_refusals(self, engine)
 
     @classmethod
     def official_layout(
         cls, config_json: dict, tokenizer: PreTrainedTokenizerBase, where: str
     ) -> Mechanism | None:
-        """Reads the `lvr_*` fields of config.json; tokens are found by their ids."""
+        """Reads the `lvr_*` fields of config.json; tokens are found by their ids.
+
+        The published SFT data end every span by `<|lvr_latent_end|><|lvr_end|>`, whatever
+        `latent_end_token` says, and the published decoding leaves both to the sampler.
+        """
         if "lvr_start_id" not in config_json:
             return None
         missing = [
@@ -152,9 +170,11 @@ class LVR(SpanMechanism):
                     expected="simple or glu",
                 )
             head = _OFFICIAL_HEADS[head_type]
-        if not config_json.get("latent_end_token"):
-            ids.pop("latent_end", None)
-        settings: dict[str, Any] = {"head": head}
+        settings: dict[str, Any] = {
+            "head": head,
+            "span_end": SAMPLED_END,
+            "end_vector": bool(config_json.get("latent_end_token")),
+        }
         for role, token_id in ids.items():
             settings[f"{role}_token"] = tokenizer.convert_ids_to_tokens(token_id)
             settings[f"{role}_id"] = token_id

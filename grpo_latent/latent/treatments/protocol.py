@@ -91,6 +91,13 @@ class Treatment:
 
     def check(self, mechanism: Mechanism) -> None:
         """Raises `ConfigError` where the checkpoint's latents cannot be treated so."""
+        if mechanism.feeds_start and not self.feeds_mean:
+            raise ConfigError(
+                "the first latent stands where a token acts, and cannot be drawn beside it",
+                where="latent.treatment.name",
+                got=f"{type(self).__name__} with latent.first_latent=at_start",
+                expected="mask or recompute, or latent.first_latent=after_start",
+            )
         if self.is_action and mechanism.has_slots:
             raise ConfigError(
                 "slots are shared by the group, so a trajectory cannot draw its own",

@@ -19,7 +19,7 @@ from grpo_latent.rollout.vllm.compat import ENGINE_HF, SCHEDULER_CLASSES, WORKER
 from grpo_latent.rollout.vllm.request import LatentRequest, RowSampling
 from grpo_latent.rollout.vllm.skeleton import CONFIG_KEY, WorkerOptions, read_skeleton
 from grpo_latent.rollout.vllm.wire import Packed, unpack
-from grpo_latent.trajectory import PositionKind, Trajectory
+from grpo_latent.trajectory import PositionKind, Trajectory, fed_mask
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
@@ -156,7 +156,7 @@ class FrontEnd:
         token_ids = torch.tensor(list(completion.token_ids), dtype=torch.long)
         # asynchronous scheduling may have computed a position past the end
         kinds = record["kinds"][: len(token_ids)]
-        num_latents = int((kinds == PositionKind.LATENT).sum())
+        num_latents = int(fed_mask(kinds).sum())
         if record["latents"].shape[0] < num_latents:
             raise self._no_room(where, f"{num_latents} latent steps")
         # the worker places the ids that vLLM returns, so they agree unless a step was lost

@@ -18,6 +18,7 @@ from vllm.model_executor.model_loader import utils as loader_utils
 
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.mechanisms import Mechanism
+from grpo_latent.latent.mechanisms.published import TARGET_MODULES
 from grpo_latent.rollout.vllm.compat import ENGINE_HF
 from grpo_latent.rollout.vllm.skeleton import worker_options
 
@@ -56,6 +57,8 @@ class LatentParameters:
         """
         own = self.modules.state_dict(keep_vars=True)
         for name, tensor in weights:
+            if name.startswith(TARGET_MODULES):
+                continue
             if not name.startswith(self.mechanism.parameter_prefixes):
                 yield name, tensor
                 continue

@@ -8,10 +8,13 @@ once.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.rollout.vllm.skeleton import worker_options
 from grpo_latent.trajectory import PositionKind
 
@@ -23,7 +26,7 @@ class LatentScheduler(Scheduler):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
-        latent_id = worker_options(self.vllm_config).mechanism.placeholder_id(PositionKind.LATENT)
+        latent_ids = ids_of_vectors(worker_options(self.vllm_config).mechanism)
         coordinator = self.kv_cache_manager.coordinator
         cache_blocks = coordinator.cache_blocks
 
@@ -31,7 +34,7 @@ class LatentScheduler(Scheduler):
             request: Request, num_computed_tokens: int, *args: object, **kwargs: object
         ) -> None:
             """Caches as before, with no more tokens than stand in front of the first latent."""
-            first = first_latent(request, latent_id)
+            first = first_latent(request, latent_ids)
             if first is not None:
                 num_computed_tokens = min(num_computed_tokens, first)
             cache_blocks(request, num_computed_tokens, *args, **kwargs)
@@ -40,18 +43,27 @@ class LatentScheduler(Scheduler):
         coordinator.cache_blocks = cache_text_blocks
 
 
-def first_latent(request: Request, latent_id: int) -> int | None:
-    """Position of the request's first latent in the sequence, None while it has none.
+def ids_of_vectors(mechanism: Mechanism) -> frozenset[int]:
+    """Ids that stand where a vector is fed.
 
-    The id is exact evidence after the prompt: it is never drawn, only put there by a span.
+    They are exact evidence after the prompt: the placeholder is never drawn, only put there by a
+    span, and a token that opens one is fed as a vector wherever it stands, if at all.
     """
+    latent_id = mechanism.placeholder_id(PositionKind.LATENT)
+    return frozenset({latent_id}) | (
+        mechanism.opening_ids if mechanism.feeds_start else frozenset()
+    )
+
+
+def first_latent(request: Request, latent_ids: Collection[int]) -> int | None:
+    """Position of the request's first latent in the sequence, None while it has none."""
     # how far it was scanned is kept on the request: a scan from the prompt at each step would cost
     # the square of its length
     first, num_seen = getattr(request, _SCAN_ATTRIBUTE, (None, request.num_prompt_tokens))
     if first is None:
         token_ids = request.all_token_ids
         for position in range(num_seen, len(token_ids)):
-            if token_ids[position] == latent_id:
+            if token_ids[position] in latent_ids:
                 first = position
                 break
         setattr(request, _SCAN_ATTRIBUTE, (first, len(token_ids)))

@@ -21,15 +21,13 @@ from grpo_latent.latent.mechanisms import LVR, Mechanism, from_dict  # noqa: F40
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import check_tokens, find_eos_ids, read_mechanism, reading
 from grpo_latent.rollout.vllm.compat import ENGINE_HF
-from grpo_latent.trajectory import PositionKind
+from grpo_latent.trajectory import PLACED_KINDS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 # key of vLLM's `additional_config`
 CONFIG_KEY = "grpo_latent"
-# kinds of positions whose id the worker places
-PLACED = (PositionKind.LATENT, PositionKind.FORCED)
 # latents that a request has room for where neither `max_spans` nor `max_latents` bounds them
 DEFAULT_MAX_LATENTS = 256
 
@@ -107,7 +105,7 @@ def read_skeleton(folder: str | Path, overrides: dict | None = None) -> Skeleton
     skeleton = Skeleton(
         ModelAdapter(model, mechanism), tokenizer, mechanism, find_eos_ids(model, tokenizer)
     )
-    forced = {mechanism.placeholder_id(kind) for kind in PLACED} & set(skeleton.eos_ids)
+    forced = {mechanism.placeholder_id(kind) for kind in PLACED_KINDS} & set(skeleton.eos_ids)
     if forced:
         # vLLM is told to stop at EOS ids, and does so wherever they stand
         raise ConfigError(

@@ -23,7 +23,7 @@ from grpo_latent.errors import RolloutError
 from grpo_latent.latent.mechanisms import HiddenSource, Mechanism, RowStates
 from grpo_latent.rollout.sampling import Bans, sample, uniforms
 from grpo_latent.rollout.vllm.request import LatentRequest, RowSampling
-from grpo_latent.trajectory import PositionKind
+from grpo_latent.trajectory import PLACED_KINDS, PositionKind, fed_mask
 
 # the last two columns of the state before each position; the mechanism's own stand in front
 _NUM_LATENTS = -2  # latents so far
@@ -240,7 +240,7 @@ class LatentTable:
         # the state after a position says what stands there; which positions are latent, the device
         # alone knows, so all are rewritten, text with its own
         after_MD = self.on_device.state_SLD[seats, positions + 1]
-        is_latent_M1 = after_MD[:, _KIND, None] == int(PositionKind.LATENT)
+        is_latent_M1 = fed_mask(after_MD[:, _KIND, None])
         latents_MH = self.on_device.latents_SCH[
             seats, (after_MD[:, _NUM_LATENTS] - 1).clamp(0, self.max_latents - 1)
         ]
@@ -307,24 +307,20 @@ class LatentTable:
         num_latents_N = state_ND[:, _NUM_LATENTS]
         bans = self._bans(rows, seats, state, num_latents_N)
         planned_N = state.plan(logits_NV if self.mechanism.reads_logits else None)
-        is_latent_N = planned_N == int(PositionKind.LATENT)
         is_text_N = planned_N == int(PositionKind.TEXT)
         # every row draws and makes a vector, and what is not wanted is overwritten: which rows are
         # in a span, the CPU does not know, and must not wait for
         tokens_N, log_probs_N2 = self._draw(rows, logits_NV, bans, served_tokens_N)
-        tokens_N = torch.where(
-            is_latent_N, self.mechanism.placeholder_id(PositionKind.LATENT), tokens_N
-        )
-        is_forced_N = planned_N == int(PositionKind.FORCED)
-        tokens_N = torch.where(
-            is_forced_N, self.mechanism.placeholder_id(PositionKind.FORCED), tokens_N
-        )
+        for kind in PLACED_KINDS:
+            is_placed_N = planned_N == int(kind)
+            tokens_N = torch.where(is_placed_N, self.mechanism.placeholder_id(kind), tokens_N)
         log_probs_N2 = log_probs_N2 * is_text_N[:, None]
         source = HiddenSource(hidden_NH, lambda: logits_NV, self.embed)
         latents_NH = self.mechanism.make(self.modules, source).to(self.on_device.latents_SCH.dtype)
         kinds_N = state.advance(
             planned_N, tokens_N, latents_NH if self.mechanism.reads_latents else None
         )
+        is_latent_N = fed_mask(kinds_N)
 
         # rows that hold no latent here, or have no room for one more, write to the seat's scratch;
         # the record then has fewer latents than its kinds say, which the front end reports

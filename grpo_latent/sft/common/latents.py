@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from grpo_latent.latent.mechanisms import ILVR, IVTLR, LVR, Coconut, Mechanism
+from grpo_latent.latent.mechanisms.spans import SAMPLED_END
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,12 @@ class LatentSettings:
     def token_of(self, role: str) -> str:
         """The token of a role of the mechanism's."""
         return getattr(self, f"{role}_token")
+
+    @property
+    def writes_latent_end(self) -> bool:
+        """Whether spans end by a token of their own before `end`, which the model writes."""
+        is_sampled = getattr(self, "span_end", None) == SAMPLED_END
+        return is_sampled and "latent_end" in self.mechanism.published_tokens
 
     @property
     def rules(self) -> dict[str, Any]:
@@ -74,7 +81,7 @@ def latent_settings(mechanism: type[Mechanism]) -> type[LatentSettings]:
             published.get(field.name, field.default),
         )
         for field in dataclasses.fields(mechanism)
-        if field.name not in ids
+        if field.name not in ids and not field.metadata.get("of_checkpoint")
     ]
     return dataclasses.make_dataclass(
         f"{mechanism.__name__}Latents",

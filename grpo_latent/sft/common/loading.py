@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from grpo_latent.common.dtypes import parse_dtype
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.mechanisms import LATENT_CONFIG_FILE
 from grpo_latent.latent.mechanisms.lvr import END_VECTOR_ATTRIBUTE
+from grpo_latent.latent.mechanisms.published import has_latent_fields
 from grpo_latent.models.loading import LatentModel, find_eos_ids, load_latent_model
 from grpo_latent.models.plain import load_plain
 from grpo_latent.models.tokens import add_latent_tokens
@@ -21,14 +23,12 @@ from grpo_latent.sft.common.settings import ModelSettings
 
 
 def is_latent_checkpoint(folder: Path) -> bool:
-    """Whether the folder has latents: ours, or an official checkpoint of LVR or ILVR."""
+    """Whether the folder has latents: ours, or a published checkpoint's."""
     if (folder / LATENT_CONFIG_FILE).is_file():
         return True
     path = folder / "config.json"
     try:
-        return path.is_file() and not {"lvr_start_id", "latent_size"}.isdisjoint(
-            json.loads(path.read_text())
-        )
+        return path.is_file() and has_latent_fields(json.loads(path.read_text()))
     except json.JSONDecodeError as error:
         raise CheckpointError(
             "not valid JSON", where=str(path), got=str(error), expected="a JSON object"
@@ -90,7 +90,11 @@ def _load_plain(
     if processor is not None:
         processor.tokenizer = tokenizer
     # the role is not always in use: a mechanism with its token would get the vector, untrained
-    end_vector = {"latent_end_token": latent.token_of("latent_end")} if trains_end_vector else {}
+    end_vector: dict[str, Any] = {}
+    if trains_end_vector:
+        end_vector = {"latent_end_token": latent.token_of("latent_end")}
+    elif latent.writes_latent_end:
+        end_vector = {"latent_end_token": latent.token_of("latent_end"), "end_vector": False}
     mechanism = latent.make(ids, **end_vector)
     mechanism.attach(model)
     return LatentModel(model, tokenizer, processor, mechanism, find_eos_ids(model, tokenizer))
@@ -114,6 +118,14 @@ def _load_latent(
             expected=wanted,
             fix="Set the method of that mechanism, or start from the model before its first SFT.",
         )
+    if mechanism.feeds_start:
+        raise ConfigError(
+            "SFT lays out no spans whose start is fed as a latent",
+            where=str(folder),
+            got="latent.first_latent=at_start",
+            expected="a checkpoint with latents behind start",
+            fix="RL trains it as it is.",
+        )
     for name in mechanism.structural:
         if getattr(mechanism, name) != getattr(latent, name):
             raise ConfigError(
@@ -127,7 +139,9 @@ def _load_latent(
     if trains_end_vector and not hasattr(bundle.model, END_VECTOR_ATTRIBUTE):
         token = latent.token_of("latent_end")
         ids = add_latent_tokens(bundle.model, bundle.tokenizer, [token])
-        mechanism = mechanism.replace(latent_end_token=token, latent_end_id=ids[token])
+        mechanism = mechanism.replace(
+            latent_end_token=token, latent_end_id=ids[token], end_vector=None
+        )
         # without the head, which the folder brought: attached anew it would be random
         mechanism.replace(head="none").attach(bundle.model)
     return dataclasses.replace(bundle, mechanism=mechanism.replace(**latent.rules))

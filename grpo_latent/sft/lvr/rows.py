@@ -8,6 +8,10 @@
     label      <start>  -         <end>   <answer>  7     </answer>  <eos>
     target     -        v_5       -       -
 
+With `latent.span_end=sampled` the tokens that close a span are the model's to write, as published:
+`<latent_end> <end>`, both END and both scored (with a learned end vector, which stands where
+`<latent_end>` would, `<end>` alone).
+
 One latent position per merged visual token of the box (2509.24251 section 3.1). An example without
 an answer stops where the answer would begin: it teaches spans and format, never an answer.
 """
@@ -129,12 +133,12 @@ class LVREncoder(RowEncoder[LvrExample, LVRRow]):
                 ids += [
                     self.mechanism.start_id,
                     *[self.mechanism.latent_id] * len(targets),
-                    self.mechanism.end_id,
+                    *self._closing_ids,
                 ]
                 kinds += [
                     PositionKind.START,
                     *[PositionKind.LATENT] * len(targets),
-                    PositionKind.FORCED,
+                    *[self.mechanism.end_kind] * len(self._closing_ids),
                 ]
                 roi += targets
             text_ids = self.encode_text(piece, example.where, *_SPELLED_OUT)
@@ -144,6 +148,12 @@ class LVREncoder(RowEncoder[LvrExample, LVRRow]):
             ids.append(self.eos_id)
             kinds.append(PositionKind.TEXT)
         return ids, [int(kind) for kind in kinds], roi
+
+    @property
+    def _closing_ids(self) -> list[int]:
+        """What ends a span, in order."""
+        before_end = sorted(self.mechanism.closing_ids - {self.mechanism.end_id})
+        return [*(() if self.has_end_vector else before_end), self.mechanism.end_id]
 
 
 def collate_rows(rows: Sequence[LVRRow]) -> dict[str, Tensor]:

@@ -164,7 +164,9 @@ class LatentAgentLoop(AgentLoopBase):
         view = reward_view(
             trajectory, partial(self.decode, skip_special_tokens=False), group.eos_ids
         )
-        acted = trajectory.response_mask(self.mechanism.start_is_action)
+        acted = trajectory.response_mask(
+            self.mechanism.start_is_action, self.mechanism.end_is_action
+        )
         return LatentAgentLoopOutput(
             prompt_ids=trajectory.prompt_ids.tolist(),
             response_ids=trajectory.token_ids.tolist(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grpo_latent.trajectory import PositionKind, made_mask
+from grpo_latent.trajectory import PositionKind, is_sampled_delimiter, made_mask
 
 LATENT, TEXT = "latent_grad_norm", "text_grad_norm"
 
@@ -39,7 +39,7 @@ class InputGradients:
         if output.shape[:-1] != self._kinds_BT.shape:
             return  # somebody looks up other tokens within the forward, such as a mixture of all
         kinds_BT = self._kinds_BT.to(output.device)
-        is_text_BT = (kinds_BT == PositionKind.TEXT) | (kinds_BT == PositionKind.START)
+        is_text_BT = (kinds_BT == PositionKind.TEXT) | is_sampled_delimiter(kinds_BT)
         is_latent_BT = made_mask(kinds_BT)
         output.register_hook(lambda gradient: self._take(gradient, is_latent_BT, is_text_BT))
 

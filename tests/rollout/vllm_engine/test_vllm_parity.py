@@ -9,6 +9,8 @@ import pytest
 import torch
 from vllm_cases import build_vllm_case, compare, replay_gap, sampling
 
+from grpo_latent.trajectory import PositionKind
+
 pytestmark = pytest.mark.vllm
 BOUND = 1e-4
 
@@ -112,10 +114,13 @@ def test_other_architectures(name, tmp_path):
         {"exit": "end_token", "steps": 12, "max_spans": 2, "head": "none"},
         {"exit": "steps", "head": "mlp", "max_spans": 1},
         {"exit": "steps", "head": "glu"},
+        {"exit": "steps", "head": "none", "span_end": "sampled"},
+        {"exit": "steps", "head": "none", "start": "forced", "start_is_action": False},
+        {"exit": "end_token", "steps": 12, "first_latent": "at_start", "head": "none"},
     ],
-    ids=["latent_end", "end_token", "mlp", "glu"],
+    ids=["latent_end", "end_token", "mlp", "glu", "sampled_end", "forced_start", "at_start"],
 )
-def test_exits_heads_and_max_spans(changes, tmp_path):
+def test_exits_heads_and_max_spans(changes, tmp_path, request):
     case = build_vllm_case("qwen2", tmp_path, **changes)
     engine = case.vllm_engine()
     try:
@@ -129,6 +134,13 @@ def test_exits_heads_and_max_spans(changes, tmp_path):
         ]
         if changes["exit"] != "steps":
             assert any(length < cap for length, cap in lengths)  # the rule ended some spans
+        kinds = torch.cat([t.kinds for t in trajectories])
+        for setting, kind in (
+            ("sampled_end", PositionKind.END),
+            ("forced_start", PositionKind.START),
+            ("at_start", PositionKind.FED_START),
+        ):
+            assert bool((kinds == kind).any()) or request.node.callspec.id != setting
         assert max(len(t.spans) for t in trajectories) <= (case.mechanism.max_spans or 128)
         assert check_parity(case, engine, num_requests=32).num_latents > 24
     finally:

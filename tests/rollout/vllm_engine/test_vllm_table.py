@@ -81,6 +81,21 @@ def test_a_span_then_the_same_positions_again_after_preemption():
     assert t.pop(None) == {} and not t.seats
 
 
+def test_a_sampled_end_is_drawn_by_the_model():
+    """As `test_a_span_then_the_same_positions_again_after_preemption`, without a forced end."""
+    t = table(span_end="sampled")
+    t.banned_V[END] = False
+    t.add("a", greedy("a"))
+    best = [START, 4, 4, END, WORD, END]
+    chosen = [step(t, ["a"], [p], [best[p]]) for p in range(6)]
+    assert [tokens[0] for tokens, *_ in chosen] == [START, LATENT, LATENT, END, WORD, END]
+    assert [forced[0] for *_, forced in chosen] == [False, True, True, False, False, False]
+    assert step(t, ["a"], [3], [END])[0] == [END]  # asked for again
+    record = t.pop(["a"])["a"]
+    assert record["kinds"].tolist() == [S, L, L, int(PositionKind.END)]
+    assert float(record["rollout_log_probs"][3]) < 0
+
+
 def test_feeding_replaces_latent_positions_only():
     t = table()
     t.add("a", greedy("a"))

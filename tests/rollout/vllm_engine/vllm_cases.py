@@ -37,9 +37,8 @@ class VllmCase:
 
     @property
     def banned_ids(self) -> set[int]:
-        return set(range(len(self.case.tokenizer))) - {
-            self.case.token_id(token) for token in DRAWN
-        }
+        drawn = {self.case.token_id(token) for token in DRAWN} | self.mechanism.closing_ids
+        return set(range(len(self.case.tokenizer))) - drawn
 
     def hf_engine(self) -> HFRolloutEngine:
         return HFRolloutEngine(
@@ -107,6 +106,7 @@ def build_vllm_case(
                 parameter.mul_(scale)
         model.lm_head.weight[tokenizer.get_vocab()["<|lvr_start|>"]] *= start_scale
         model.lm_head.weight[tokenizer.eos_token_id] *= 1.1
+        model.lm_head.weight[sorted(mechanism.closing_ids)] *= 1.6
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             mechanism.attach(model)

@@ -97,6 +97,31 @@ def test_end_vector_is_one_more_latent_of_each_span(latent_with_end):
     assert row.roi_N.tolist() == [0, 1, END_VECTOR]
 
 
+def test_a_sampled_end_is_written_by_both_tokens_and_scored():
+    """As the published data have it; with the learned end vector that stands for the first."""
+    own = dict(latent_end_token="<|lvr_latent_end|>", span_end="sampled")
+    plain = latent_model("qwen2_5_vl")
+    latent_end_id = plain.tokenizer.convert_tokens_to_ids("<|lvr_latent_end|>")
+    for end_vector, tokens, kinds in (
+        (False, ["<|lvr|>", "<|lvr_latent_end|>", "<|lvr_end|>"], [K.LATENT, K.END, K.END]),
+        (True, ["<|lvr|>", "<|lvr|>", "<|lvr_end|>"], [K.LATENT, K.LATENT, K.END]),
+    ):
+        mechanism = plain.mechanism.replace(
+            **own, latent_end_id=latent_end_id, end_vector=end_vector
+        )
+        latent = dataclasses.replace(plain, mechanism=mechanism)
+        row = encoder(latent, has_end_vector=end_vector)(example())
+        start = row.kinds.tolist().index(K.START)
+        span = slice(start, start + 4)
+        assert words(latent, row.input_ids[span]) == ["<|lvr_start|>", *tokens]
+        assert row.kinds[span].tolist() == [K.START, *kinds]
+        scored = [
+            IGNORED if kind == K.LATENT else int(token)
+            for kind, token in zip(row.kinds[span].tolist(), row.input_ids[span], strict=True)
+        ]
+        assert row.labels[span].tolist() == scored
+
+
 def test_prompt_is_the_one_that_rollouts_get(latent):
     item = example(num_images=2)
     row = encoder(latent)(item)
