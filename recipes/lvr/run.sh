@@ -1,21 +1,31 @@
 #!/usr/bin/env bash
 # LVR on GPUs: SFT, GRPO, evaluation. Needs a Qwen2.5-VL folder, the published LVR JSON, and prepare.sh's parquet files.
 #   MODEL=/models/Qwen2.5-VL-3B-Instruct SFT_JSON=/data/lvr/train.json IMAGES=/data/lvr/images \
-#   TRAIN=/data/virl39k/train.parquet VAL=/data/virl39k/val.parquet bash recipes/lvr/run.sh [hydra overrides of GRPO]
+#   TRAIN=/data/virl39k/train.parquet VAL=/data/virl39k/val.parquet bash recipes/lvr/run.sh [published=true] [hydra overrides of GRPO]
+# published=true: as the authors' code trains where it differs from the paper (docs/checkpoints.md says in what).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source recipes/last_checkpoint.sh
 : "${MODEL:?a Hugging Face folder}" "${SFT_JSON:?LVR JSON}" "${IMAGES:?image folder}" "${TRAIN:?parquet}" "${VAL:?parquet}"
 OUT=${OUT:-outputs/lvr}
+SFT=lvr_sft
+GRPO=lvr_grpo
+if [ "${1:-}" = published=true ]; then
+  SFT=lvr_published_sft
+  GRPO=lvr_published_grpo
+  shift
+elif [ "${1:-}" = published=false ]; then
+  shift
+fi
 GPUS=${GPUS:-8}
 python recipes/lvr/validate.py trainer.n_gpus_per_node="$GPUS" "$@"
 # the config's default engine
 python -c "from grpo_latent.rollout.vllm.compat import check_installed; check_installed()"
 
-torchrun --nproc_per_node "$GPUS" -m grpo_latent.sft --config-dir recipes/lvr --config-name lvr_sft \
+torchrun --nproc_per_node "$GPUS" -m grpo_latent.sft --config-dir recipes/lvr --config-name "$SFT" \
   model.path="$MODEL" data.train_files="$SFT_JSON" data.image_folder="$IMAGES" trainer.output_dir="$OUT/sft"
 
-python -m grpo_latent.train --config-dir recipes/lvr --config-name lvr_grpo \
+python -m grpo_latent.train --config-dir recipes/lvr --config-name "$GRPO" \
   actor_rollout_ref.model.path="$OUT/sft/model" data.train_files="$TRAIN" data.val_files="$VAL" \
   latent.output_dir="$OUT/grpo" trainer.n_gpus_per_node="$GPUS" "$@"
 

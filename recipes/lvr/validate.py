@@ -39,12 +39,15 @@ def check_shapes(model_name: str, response_length: int) -> dict[str, tuple[int, 
 
 
 def main(overrides: list[str]) -> None:
-    grpo = paper_scale.check_grpo(HERE, "lvr_grpo", overrides)
-    check_latents(grpo, make_mechanism({token: idx for idx, token in enumerate(LVR_TOKENS)}))
+    mechanism = make_mechanism({token: idx for idx, token in enumerate(LVR_TOKENS)})
+    for published in ("", "published_"):
+        grpo = paper_scale.check_grpo(HERE, f"lvr_{published}grpo", overrides)
+        check_latents(grpo, mechanism)
+        paper_scale.check_sft(HERE, f"lvr_{published}sft")
     sft = paper_scale.check_sft(HERE, "lvr_sft")
     engine = grpo.actor_rollout_ref.rollout.name
     print(
-        f"lvr_grpo and lvr_sft: valid ({grpo.trainer.n_gpus_per_node} GPUs a node, "
+        f"lvr_grpo and lvr_sft, published or not: valid ({grpo.trainer.n_gpus_per_node} GPUs a node, "
         f"rollouts by {engine})"
     )
     for model_name in ("qwen2_5_vl_3b", "qwen2_5_vl_7b"):

@@ -40,10 +40,27 @@ def test_lvr_validates_on_the_real_configs(lvr, capsys):
     """Qwen2.5-VL 3B and 7B as published, on the meta device: no weights."""
     lvr.main([])
     out = capsys.readouterr().out
-    assert "lvr_grpo and lvr_sft: valid (8 GPUs a node, rollouts by vllm_latent)" in out
+    assert (
+        "lvr_grpo and lvr_sft, published or not: valid (8 GPUs a node, rollouts by vllm_latent)"
+        in out
+    )
     assert "7b: patch [1176], visual token [32, 3584]" in out and "logits [1, 152064]" in out
     assert "3b: patch [1176], visual token [32, 2048]" in out and "logits [1, 151936]" in out
     assert out.count(" GB a GPU") == 2
+
+
+def test_lvr_as_published_sets_all_of_it():
+    """What docs/checkpoints.md lists for LVR, and nothing else of the recipe."""
+    paper_scale = load(RECIPES / "paper_scale.py")
+    plain, published = (
+        paper_scale.check_sft(RECIPES / "lvr", name) for name in ("lvr_sft", "lvr_published_sft")
+    )
+    assert (plain.latent.span_end, published.latent.span_end) == ("forced", "sampled")
+    assert (plain.data.on_bad_box, published.data.on_bad_box) == ("refuse", "clamp")
+    assert published == dataclasses.replace(plain, latent=published.latent, data=published.data)
+    grpo = paper_scale.check_grpo(RECIPES / "lvr", "lvr_published_grpo", [])
+    assert grpo.latent.start_is_action is False
+    assert dict(grpo.latent.settings) == {"span_end": "sampled", "end_is_action": True}
 
 
 def test_lvr_refuses_what_cannot_train(lvr):
