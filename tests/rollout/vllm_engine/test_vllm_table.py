@@ -28,7 +28,7 @@ def table(num_seats=2, max_latents=8, **changes):
         mechanism,
         nn.Module(),
         nn.Embedding(VOCAB, HIDDEN),
-        [LATENT, END],
+        sorted(mechanism.banned_ids),
         num_seats,
         16,
         max_latents,
@@ -84,7 +84,6 @@ def test_a_span_then_the_same_positions_again_after_preemption():
 def test_a_sampled_end_is_drawn_by_the_model():
     """As `test_a_span_then_the_same_positions_again_after_preemption`, without a forced end."""
     t = table(span_end="sampled")
-    t.banned_V[END] = False
     t.add("a", greedy("a"))
     best = [START, 4, 4, END, WORD, END]
     chosen = [step(t, ["a"], [p], [best[p]]) for p in range(6)]
