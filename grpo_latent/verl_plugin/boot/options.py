@@ -49,6 +49,8 @@ class LatentOptions:
         share_images: encode an image that several rows of a micro-batch have only once.
         score_in_head: log-probs and entropies are made within `lm_head`, in chunks, of the tokens
             of completions; False makes logits of all positions, as verl does.
+        max_skipped_updates: updates that may be skipped in a row, because the gradient's norm
+            overflows, before the run ends.
         rollout_timeout_s: a rollout wave that is incomplete for so long fails the run.
         output_dir: of train.log; None where the driver does not collect logs.
         preflight: of the checkpoint, before workers start.
@@ -77,6 +79,7 @@ class LatentOptions:
     max_latents: int | None = None
     share_images: bool = True
     score_in_head: bool = True
+    max_skipped_updates: int = 3
     rollout_timeout_s: float = 1800.0
     output_dir: str | None = None
     preflight: Mapping[str, Any] = field(default_factory=dict)
@@ -89,6 +92,7 @@ class LatentOptions:
 
     def __post_init__(self):
         minima = {"dump_every": 0, "cpu_threads": 1, "max_batch_rows": 1, "max_latents": 1}
+        minima["max_skipped_updates"] = 1
         for name, minimum in minima.items():
             value = getattr(self, name)
             if name == "max_latents" and value is None:

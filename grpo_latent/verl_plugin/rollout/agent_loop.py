@@ -43,6 +43,7 @@ from grpo_latent.verl_plugin.boot import compat
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import AGENT_LOOP_NAME, verify
 from grpo_latent.verl_plugin.rollout.group_rows import (
+    check_finite,
     parts_of,
     render_prompt,
     reward_input,
@@ -294,8 +295,10 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ign
                 "session_id": session_id,
                 "multi_modal_inputs": pixels,
             }
+            key = f"{prompt['uid']}_{session_id}_0"
+            check_finite(output.recorded, output.reward_score, key, prompt["global_steps"])
             fields.append(field)
-            keys.append(f"{prompt['uid']}_{session_id}_0")
+            keys.append(key)
             tags.append(
                 {
                     "status": "success",

@@ -6,16 +6,18 @@ trajectories ──reward_input──▶ DataProto, as verl's reward managers re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.protocol import DataProto
 
-from grpo_latent.errors import DataError
+from grpo_latent import recorded
+from grpo_latent.errors import DataError, RolloutError
 from grpo_latent.models.prompts import Prompt, encode_prompt
 
 
@@ -97,3 +99,24 @@ def object_array(values: list) -> np.ndarray:
     array = np.empty(len(values), dtype=object)
     array[:] = values
     return array
+
+
+def check_finite(
+    columns: Mapping[str, Tensor], reward: float | None, key: str, step: object
+) -> None:
+    """Raises `RolloutError` where recorded latents or the reward of a trajectory are not finite.
+
+    Its log-probs are asked when they are compared with the replay's, at actions only.
+    """
+    values = {"recorded latents": columns[recorded.field("latents").column]}
+    if reward is not None:
+        values["reward"] = torch.tensor(float(reward))
+    for name, tensor in values.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise RolloutError(
+                f"{name}: not finite",
+                where=f"step {step}, trajectory {key}",
+                got=f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} numbers",
+                expected="finite numbers",
+                fix="The weights that the rollout ran on have overflowed, or its dtype has.",
+            )

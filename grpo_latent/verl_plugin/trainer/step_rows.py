@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 import transfer_queue as tq
 from tensordict import TensorDict
 from torch import Tensor
@@ -11,6 +12,7 @@ from transfer_queue import KVBatchMeta
 
 from grpo_latent import recorded
 from grpo_latent.recorded import Wire
+from grpo_latent.verl_plugin.worker.finite import KEYS, NUMBERS, SEPARATOR, STEP
 
 
 class StepRows:
@@ -50,11 +52,18 @@ def group_of(key: str) -> str:
     return key.rsplit("_", 2)[0]
 
 
-def for_workers(batch: KVBatchMeta) -> KVBatchMeta:
-    """The batch, to be sent to workers with the columns that they read.
+def number_rows(batch: KVBatchMeta) -> None:
+    """Gives each trajectory its number in the batch, so that a worker can name it."""
+    numbers = TensorDict({NUMBERS: torch.arange(len(batch.keys))}, batch_size=len(batch.keys))
+    tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=numbers)
+
+
+def for_workers(batch: KVBatchMeta, step: int) -> KVBatchMeta:
+    """The batch, to be sent to workers with the columns that they read, and what names its rows.
 
     The rest, texts and rewards' details, stays in TransferQueue: fetching every column, which is
     what verl does, took most of an update of a small model.
     """
-    batch.fields = recorded.columns(Wire.WORKER)
+    batch.fields = [*recorded.columns(Wire.WORKER), NUMBERS]
+    batch.extra_info.update({STEP: step, KEYS: SEPARATOR.join(batch.keys)})
     return batch

@@ -42,10 +42,12 @@ from grpo_latent.verl_plugin.trainer.reports import Reporter, held_out, held_out
 from grpo_latent.verl_plugin.trainer.rollout_dump import dump_step
 from grpo_latent.verl_plugin.trainer.spread import held_out_error
 from grpo_latent.verl_plugin.trainer.step_metrics import step_metrics
-from grpo_latent.verl_plugin.trainer.step_rows import StepRows, for_workers
+from grpo_latent.verl_plugin.trainer.step_rows import StepRows, for_workers, number_rows
 from grpo_latent.verl_plugin.trainer.usage_server import UsageServer
 from grpo_latent.verl_plugin.trainer.wandb_board import make_board
 from grpo_latent.verl_plugin.worker import gradients
+
+SKIPPED = "actor/skipped_updates"
 
 
 @register_trainer(TRAINER_MODE)
@@ -118,20 +120,33 @@ class LatentPPOTrainer(PPOTrainerSync):
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         mask_dropped(batch)
-        batch = super()._compute_old_log_prob(for_workers(batch), metrics)
+        number_rows(batch)
+        batch = super()._compute_old_log_prob(for_workers(batch, self.global_steps), metrics)
         rows = StepRows(batch, replay_columns(self.options))
         metrics.update(check_replay(rows, self.options, self.global_steps))
         return batch
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        return super()._compute_ref_log_prob(for_workers(batch), metrics)
+        return super()._compute_ref_log_prob(for_workers(batch, self.global_steps), metrics)
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        batch = super()._update_actor(for_workers(batch), metrics)
+        batch = super()._update_actor(for_workers(batch, self.global_steps), metrics)
+        self._count_skipped(metrics)
         # verl puts `actor/` before all that a loss reports
         for name in [name for name in metrics if name.startswith("actor/latent/")]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
         return batch
+
+    def _count_skipped(self, metrics: dict) -> None:
+        """Makes the mean over a step's updates a count, and says it on the console."""
+        actor, data = self.config.actor_rollout_ref.actor, self.config.data
+        num_updates = data.train_batch_size // actor.ppo_mini_batch_size * actor.ppo_epochs
+        skipped = round(metrics.get(SKIPPED, 0.0) * num_updates)
+        metrics[SKIPPED] = float(skipped)
+        if skipped:
+            text = f"{skipped} of {num_updates} updates skipped: the gradient's norm overflows"
+            line = Line("skipped", text)
+            self.reporter.say([line], self.global_steps, self.total_training_steps)
 
     def _compute_metrics(
         self, batch: KVBatchMeta, metrics, timing_raw, global_steps, epoch

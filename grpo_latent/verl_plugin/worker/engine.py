@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine import EngineRegistry
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+from grpo_latent import recorded
 from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.backbones.registry import backbone_of, find_backbone
 from grpo_latent.errors import ConfigError
@@ -45,6 +45,8 @@ from grpo_latent.verl_plugin.boot.layout import (
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import NAME
 from grpo_latent.verl_plugin.worker.choice_forward import ChoiceForward
+from grpo_latent.verl_plugin.worker.finite import SkippedUpdates, check_rows, check_weights
+from grpo_latent.verl_plugin.worker.finite_engine import FiniteEngine
 from grpo_latent.verl_plugin.worker.gradients import InputGradients
 from grpo_latent.verl_plugin.worker.hf_folder import complete_hf_folder
 from grpo_latent.verl_plugin.worker.latent_loss import NUM_ACTS, NUM_LATENTS, LatentLoss
@@ -56,7 +58,7 @@ from grpo_latent.verl_plugin.worker.treated_forward import TreatedForward
 @EngineRegistry.register(
     model_type="language_model", backend=["fsdp2"], device=["cpu", "cuda"], vendor=NAME
 )
-class LatentFSDPEngine(FSDPEngineWithLMHead):
+class LatentFSDPEngine(FiniteEngine):
     """Replays recorded latents; otherwise verl's engine."""
 
     options = LatentOptions()
@@ -69,6 +71,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         """To be called before `initialize`."""
         self.options = options
         self.freeze_vision = freeze_vision
+        self.skipped = SkippedUpdates(options.max_skipped_updates)
 
     # ---- building -------------------------------------------------------------------------------
 
@@ -152,6 +155,8 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
 
     def prepare_model_inputs(self, micro_batch: TensorDict):
         batch = self.batch = MicroBatch.of(micro_batch)
+        latents = micro_batch[recorded.field("latents").column].unbind()
+        check_rows(micro_batch, "recorded latents", latents)
         batch.cover_latents(self.mechanism.placeholder_id(PositionKind.LATENT))
         if self.backbone.has_mrope:
             batch.expand_positions()
@@ -274,6 +279,7 @@ class LatentFSDPEngine(FSDPEngineWithLMHead):
         would put the rollout's policy beside the trained one. A collective: every rank must
         iterate the generator to its end.
         """
+        check_weights(self.module, f"after {self.step}, before weights are sent")
         model = getattr(self.module, "_fsdp_wrapped_module", self.module)
         if not hasattr(model, "peft_config"):
             return full_tensors(self.module.state_dict()), None

@@ -26,13 +26,15 @@ from torch import Tensor
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.padding import no_padding_2_padding
 
+from grpo_latent import recorded
 from grpo_latent.algo.losses import Denominators, aggregate, check_latents_do_not_act
 from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.latent.treatments import LatentTerms, Mask, Treatment
 from grpo_latent.latent.treatments.components import Acts, Component, LatentView
 from grpo_latent.trajectory import PositionKind, latent_mask
 from grpo_latent.verl_plugin.worker.algo import AGGREGATION_OF_MODE, denominators
-from grpo_latent.verl_plugin.worker.micro_batch import MicroBatch
+from grpo_latent.verl_plugin.worker.finite import check_at, check_loss
+from grpo_latent.verl_plugin.worker.micro_batch import MicroBatch, padded
 from grpo_latent.verl_plugin.worker.treated_forward import MEANS
 
 NUM_ACTS, NUM_LATENTS = "batch_num_latent_acts", "batch_num_latents"
@@ -67,6 +69,7 @@ class LatentLoss:
     def __call__(self, model_output: dict, data: TensorDict, dp_group=None) -> tuple[Tensor, dict]:
         batch = MicroBatch(data)
         check_latents_do_not_act(batch.response_mask_BT, latent_mask(batch.response_kinds_BT))
+        check_at(data, self._inputs(model_output, batch), batch.response_mask_BT)
         loss, metrics = self.text_loss(model_output=model_output, data=data, dp_group=dp_group)
         masks = self._masks(batch)
         components = self.treatment.components(self._view(model_output, batch, masks), self.terms)
@@ -75,13 +78,16 @@ class LatentLoss:
         scale = data["dp_size"]
         share = self._share(data)
         added = loss.new_zeros(())
+        terms = {"loss of the text": loss}
         for component in components:
             value = self._reduced(component, masks[component.over], data)
+            terms[f"loss component {component.name}"] = value
             if component.weight:
                 weight = component.weight * (share if component.is_shared else 1.0)
                 added = added + weight * value
             name = f"latent/{component.name}"
             metrics[name] = Metric(value=value.detach() * scale, aggregation=AggregationType.SUM)
+        check_loss(data, terms)
         if self.terms.is_by_count:
             loss = (1 - share) * loss
         return loss + added * scale, metrics
@@ -92,6 +98,19 @@ class LatentLoss:
             return 1.0
         num_acts, num_tokens = data[NUM_ACTS], data["batch_num_tokens"]
         return num_acts / max(num_acts + num_tokens, 1)
+
+    def _inputs(self, model_output: dict, batch: MicroBatch) -> dict[str, Tensor]:
+        """What the text's loss reads at actions, by its name in messages."""
+        data = batch.data
+        columns = {
+            "old log-probs": "old_log_probs",
+            "reference log-probs": recorded.field("ref_log_probs").column,
+            "advantages": "advantages",
+        }
+        return {
+            "log-probs": no_padding_2_padding(model_output["log_probs"], data).detach(),
+            **{n: padded(data[column]) for n, column in columns.items() if column in data.keys()},
+        }
 
     def count(self, data: TensorDict) -> Tensor:
         """int64 [2], of the live rows in the order of `COUNTS`.
