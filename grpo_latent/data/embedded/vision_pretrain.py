@@ -22,7 +22,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,6 +39,7 @@ from grpo_latent.models.tiny import EXPERIMENT_SIZES, TinyModel, TinySizes, tiny
 
 REPORT_FILE = "vision_pretrain.json"
 NUM_EVAL_IMAGES = 256
+Batch: TypeAlias = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,13 @@ def pretrain_vision(
     )
     images = DenseImages(tiny, steps, batch_size, seed)
     # with a generator of its own it leaves the global one as it was
-    batches = DataLoader(images, batch_size=None, num_workers=1, generator=torch.Generator())
+    batches = DataLoader(
+        images, batch_size=None, collate_fn=_as_it_is, num_workers=1, generator=torch.Generator()
+    )
     start = time.perf_counter()
-    for step, (inputs, digit_NC, color_NC) in enumerate(batches):
-        loss = probe_loss(probes, encode(tiny, inputs), digit_NC, color_NC)
+    for step, (arrays, *labels) in enumerate(batches):
+        inputs = {name: torch.from_numpy(values) for name, values in arrays.items()}
+        loss = probe_loss(probes, encode(tiny, inputs), *map(torch.from_numpy, labels))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -120,10 +126,17 @@ def pretrain_vision(
     )
 
 
+def _as_it_is(yielded: Any) -> Any:
+    """Keeps a loader from making tensors of arrays, which it does by default."""
+    return yielded
+
+
 class DenseImages(IterableDataset):
     """Yields `steps` batches of (processed images, digit labels, colour labels) of the seed.
 
-    They are made beside the training, which would wait for them.
+    They are made beside the training, which would wait for them. They are arrays, which come
+    through a pipe: tensors come by sockets in the temporary folder, and where its path is too long
+    for one they never come.
     """
 
     def __init__(self, tiny: TinyModel, steps: int, batch_size: int, seed: int):
@@ -132,12 +145,12 @@ class DenseImages(IterableDataset):
         self.batch_size = batch_size
         self.seed = seed
 
-    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         rng = digits.stream_rng("pretrain", self.seed)
         for _ in range(self.steps):
             images, digit_NC, color_NC = digits.generate_dense(self.batch_size, rng, "pretrain")
             inputs = self.image_processor(list(images), return_tensors="pt")
-            yield dict(inputs), torch.from_numpy(digit_NC), torch.from_numpy(color_NC)
+            yield {name: values.numpy() for name, values in inputs.items()}, digit_NC, color_NC
 
 
 def probe_loss(

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -156,3 +159,17 @@ def test_the_written_folder_loads(tmp_path, capsys):
         assert torch.equal(loaded.state_dict()[name], value), name
     assert processor.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
     assert processor.image_processor.patch_size == 7
+
+
+def test_a_temporary_folder_with_a_long_name(tmp_path):
+    """A socket's path has 107 bytes at most: images that came by one never came."""
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    code = (
+        "from grpo_latent.data.embedded import digits\n"
+        "from grpo_latent.data.embedded.vision_pretrain import pretrain_vision\n"
+        "from grpo_latent.models.tiny import tiny_qwen2_5_vl\n"
+        "pretrain_vision(tiny_qwen2_5_vl(digits.WORDS), steps=2, batch_size=4)\n"
+    )
+    env = os.environ | {"TMPDIR": str(folder)}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=600)
