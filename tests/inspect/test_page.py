@@ -4,7 +4,9 @@ Not covered: other browsers.
 """
 
 import json
+import os
 import shutil
+import tempfile
 import time
 
 import pytest
@@ -39,9 +41,13 @@ def browser():
         options.add_argument(argument)
     options.binary_location = CHROMIUM
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+    # the browser's profile has a socket, whose path has 107 bytes at most: not below a folder that
+    # may have a long name
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        service = webdriver.ChromeService(DRIVER, env=os.environ | {"TMPDIR": folder})
+        driver = webdriver.Chrome(options=options, service=service)
+        yield driver
+        driver.quit()
 
 
 @pytest.fixture(scope="module")

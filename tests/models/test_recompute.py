@@ -65,7 +65,7 @@ def derivatives():
         latents_NH = recompute_latents(c.adapter, batch, gradient)
         torch.testing.assert_close(latents_NH, batch.latents_NH, rtol=0, atol=1e-5)
         objective(c, batch, latents_NH).backward()
-        analytic, step, values = float((weight.grad * direction).sum()), 1e-4, []
+        analytic, step, values = float((weight.grad * direction).sum()), 1e-6, []
         with torch.no_grad():
             for sign in (1, -2):
                 weight += sign * step * direction
