@@ -17,8 +17,8 @@ from grpo_latent.models.replay import replay
 from grpo_latent.models.sequences import LatentSequences, collate
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import LatentOverride, RolloutRequest, SamplingParams
+from grpo_latent.trajectory import COMPLETION_KINDS, Trajectory
 from grpo_latent.trajectory import PositionKind as K
-from grpo_latent.trajectory import Trajectory
 
 BASE = LVR("s", "l", "e", 1, 2, 3)
 
@@ -43,7 +43,7 @@ BASE = LVR("s", "l", "e", 1, 2, 3)
         (dict(latent_end_id=3), "latent", "'latent_end_id': 3"),
         (dict(latent_id=-2), "latent", "'latent_id': -2"),
         (dict(start_id=None), "latent", "'start_id': None"),
-        (dict(exit="latent_end"), "latent.exit", "latent_end without latent_end_id"),
+        (dict(exit="latent_end"), "latent.exit", "latent_end, latent_end_id None"),
         (dict(visibility="latents_only", exit="end_token"), "latent.exit", "end_token"),
         (dict(stepz=4), "latent", "stepz"),
     ],
@@ -234,12 +234,12 @@ def trajectory(**changes):
         (
             dict(kinds=torch.tensor([K.START, K.LATENT, K.FORCED, K.VISION])),
             "[1]",
-            "kinds in [2, 3, 4, 5, 6, 7]",
+            f"kinds in {sorted(COMPLETION_KINDS)}",
         ),
         (
-            dict(kinds=torch.tensor([K.START, K.LATENT, K.FORCED, 9])),
-            "[9]",
-            "kinds in [2, 3, 4, 5, 6, 7]",
+            dict(kinds=torch.tensor([K.START, K.LATENT, K.FORCED, len(K)])),
+            f"[{len(K)}]",
+            f"kinds in {sorted(COMPLETION_KINDS)}",
         ),
         (dict(stop_reason="tired"), "'tired'", "('eos', 'length')"),
     ],

@@ -95,5 +95,5 @@ def test_the_start_and_the_bounds():
     "values", [{"sigma": 0}, {"sigma": math.inf}, {"sigma_range": 1.0}, {"sigma_range": math.nan}]
 )
 def test_what_the_config_refuses(values):
-    with pytest.raises(ConfigError, match="not a width"):
+    with pytest.raises(ConfigError, match="not a (width|number)"):
         parse_treatment({"name": "gaussian_head", "gaussian_head": values})

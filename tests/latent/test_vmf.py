@@ -228,5 +228,5 @@ def test_components():
 
 @pytest.mark.parametrize("kappa", [0, -1.0, math.inf, math.nan, 1e7])
 def test_what_the_config_refuses(kappa):
-    with pytest.raises(ConfigError, match="kappa: not a concentration"):
+    with pytest.raises(ConfigError, match="kappa: not a (concentration|number)"):
         parse_treatment({"name": "vmf", "vmf": {"kappa": kappa}})

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +14,9 @@ ROOT = Path(__file__).parents[2]
 
 def bash(script: str, folder: Path, **env) -> subprocess.CompletedProcess:
     lines = f"set -euo pipefail\nsource recipes/common.sh\n{script}"
-    env = {**os.environ, "OUT": str(folder), "SEED": "0", **env}
+    # the scripts call `python`, which `make` puts in front for recipes and not for tests
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "OUT": str(folder), "SEED": "0", **env}
     return subprocess.run(
         ["bash", "-c", lines], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
     )

@@ -130,7 +130,7 @@ def test_specs_from_config():
         ([{"path": "a.py", "weigth": 1}], r"unknown key.*weigth"),
         ([{"path": ""}], "needs a file"),
         ([{"path": "a.py", "weight": "1"}], "weight: wrong type"),
-        ([{"path": "a.py", "weight": float("nan")}], "no finite number"),
+        ([{"path": "a.py", "weight": float("nan")}], "weight: not a number; got nan"),
         ([{"path": "a.py", "weight": True}], "weight: wrong type"),
         ([{"path": "a.py"}, {"path": "b/a.py"}], r"same name in the log.*\['a'\]"),
     ],

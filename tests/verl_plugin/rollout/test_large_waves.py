@@ -12,18 +12,17 @@ from grpo_latent.verl_plugin.rollout.waves import MAX_CALLS, Ticket, Waves
 NUM_ROWS = 1200
 
 
-class Server:
-    """What a rollout server does at its barrier."""
-
-    def __init__(self):
-        self.waves = Waves(lambda payloads: payloads, timeout_s=120, where="server 0")
-
-    async def join(self, ticket, payload):
-        return await self.waves.join(ticket, payload)
-
-
 @pytest.mark.slow
 def test_a_wave_beyond_rays_own_limit_becomes_complete(local_ray):
+    class Server:  # in here: Ray sends it by value, for a worker cannot import this file
+        """What a rollout server does at its barrier."""
+
+        def __init__(self):
+            self.waves = Waves(lambda payloads: payloads, timeout_s=120, where="server 0")
+
+        async def join(self, ticket, payload):
+            return await self.waves.join(ticket, payload)
+
     server = ray.remote(Server).options(num_cpus=0, max_concurrency=MAX_CALLS).remote()
     rows = tuple(range(NUM_ROWS))
     results = ray.get([server.join.remote(Ticket("w", row, rows, 0), row) for row in rows])
