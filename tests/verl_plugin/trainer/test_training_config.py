@@ -271,9 +271,11 @@ def test_engine_vllm_is_chosen_by_its_name(device):
     check_latents(composed(f"device={device}"), checkpoint.replace(visibility="latents_only"))
 
 
-@pytest.mark.parametrize(
-    "mechanism, changes", [("ivt_lr", dict(top_k_image=2)), ("coconut", {}), ("ilvr", {})]
-)
+def test_vllm_runs_ilvrs_spans():
+    check_latents(composed(*VLLM), MECHANISMS["ilvr"]("s", "l", "e", 0, 1, 2))
+
+
+@pytest.mark.parametrize("mechanism, changes", [("ivt_lr", dict(top_k_image=2)), ("coconut", {})])
 def test_mechanisms_that_vllm_cannot_run_point_to_engine_hf(mechanism, changes):
     with pytest.raises(ConfigError, match="latent.mechanism.*rollout.name=hf_latent"):
         check_latents(composed(*VLLM), MECHANISMS[mechanism]("s", "l", "e", 0, 1, 2, **changes))
