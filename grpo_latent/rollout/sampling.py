@@ -183,8 +183,11 @@ def sample(
     allowed_NV = scaled_NV if bans is None else bans.without(scaled_NV)
     max_N1 = allowed_NV.amax(-1, keepdim=True)
     weights_NV = (allowed_NV - max_N1).exp_()
+    truncates = not greedy and (0 < top_k < logits_NV.shape[-1] or top_p < 1)
     if greedy:
         tokens_N, total_N = allowed_NV.argmax(-1), weights_NV.sum(-1)
+    elif truncates:  # drawn below, of fewer tokens
+        total_N = weights_NV.sum(-1)
     else:
         tokens_N, total_N = invert(weights_NV, uniforms_N)
     max_N = max_N1[:, 0]
@@ -192,7 +195,7 @@ def sample(
     full_N = allowed_N
     if bans is not None:
         full_N = torch.logaddexp(full_N, bans.of(scaled_NV).logsumexp(-1))
-    if not greedy and (0 < top_k < logits_NV.shape[-1] or top_p < 1):
+    if truncates:
         truncated_NV = truncate(allowed_NV, top_k, top_p)
         weights_NV.masked_fill_(truncated_NV == -torch.inf, 0.0)
         tokens_N, total_N = invert(weights_NV, uniforms_N)

@@ -179,8 +179,10 @@ class LatentPPOTrainer(PPOTrainerSync):
         is_extra = self._saved_step != self.global_steps
         if is_extra:
             self._save_between()
-        score, names = float(held_out(metrics) or 0.0), ", ".join(held_out_names(metrics))
-        self.guards.keep(Best.of_step(self.global_steps, score, names), is_extra)
+        score = held_out(metrics)
+        assert score is not None, "`is_best` takes no other"
+        names = ", ".join(held_out_names(metrics))
+        self.guards.keep(Best.of_step(self.global_steps, float(score), names), is_extra)
 
     def _save_between(self) -> None:
         """Saves after the weights went to the rollout: it sleeps meanwhile, as in verl's save."""
@@ -237,9 +239,10 @@ class LatentPPOTrainer(PPOTrainerSync):
         lines = self.guards.alarms.after_validation(score, metrics["val-aux/standard_error"])
         self.reporter.say(lines, self.global_steps, self.total_training_steps)
         if self.global_steps == 0 and self.guards.is_best(score):
+            assert score is not None, "`is_best` takes no other"
             start = self.config.actor_rollout_ref.model.path
             names = ", ".join(held_out_names(metrics))
-            self.guards.keep(Best(0, float(score or 0.0), names, start))
+            self.guards.keep(Best(0, float(score), names, start))
         metrics |= self._measure_usage()
         self.reporter.report(
             "validation", self.global_steps, self.total_training_steps, scalars(metrics)
