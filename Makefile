@@ -56,8 +56,9 @@ browser:
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver fonts-dejavu-core > /dev/null; } || \
 	  echo "no Chromium: the tests of the inspector's page are skipped"
 
+# two processes: the slow tests, which mostly wait for Ray, and all others (tests/conftest.py)
 test: $(STAMP) browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-fast: $(STAMP) browser
 	$(BIN)/python -m pytest -m "not slow"

@@ -49,7 +49,7 @@ setup(
         ],  # the CUDA build, as verl 0.9.1 pins it; `make vllm` adds the CPU build
         "embedded": ["scikit-learn", "matplotlib", "pyarrow", "pandas"],
         "inspect": ["plotly>=6", "jinja2", "pyarrow"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy==2.4.1", "selenium"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy==2.4.1", "selenium"],
     },
     entry_points={"verl.plugins": ["grpo_latent = grpo_latent.verl_plugin"]},
 )
