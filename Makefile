@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # 1 thread a process: OpenMP threads that spin on shared cores made runs ten times slower
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install vllm vllm-contract vllm-v2 browser quickstart controls robustness test test-fast lint clean
+.PHONY: install vllm vllm-contract vllm-v2 browser quickstart controls robustness test test-fast lint types format docs clean
 
 install: $(STAMP)
 
@@ -63,10 +63,23 @@ test: $(STAMP) browser
 test-fast: $(STAMP) browser
 	$(BIN)/python -m pytest -m "not slow"
 
-lint: $(STAMP)
+CODE := grpo_latent recipes reward benchmarks tests setup.py conftest.py
+lint: $(STAMP) types
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check grpo_latent recipes reward benchmarks tests setup.py conftest.py
+	$(BIN)/ruff format --check $(CODE)
+
+types: $(STAMP)
 	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+# the documentation as a site, in outputs/site; links are checked, nothing is fetched while it is built
+docs: $(STAMP)
+	$(BIN)/python -c 'import material' 2> /dev/null || \
+	  $(BIN)/pip install --quiet --disable-pip-version-check -r requirements/docs.txt
+	$(BIN)/mkdocs build --strict --quiet --site-dir outputs/site
 
 clean:
 	rm -rf $(VENV) outputs

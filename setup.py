@@ -1,16 +1,51 @@
+import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"', (ROOT / "grpo_latent" / "__init__.py").read_text(), re.MULTILINE
+)[1]
+# what `grpo-latent init` copies; in the repository it lies at the top, in a wheel in the package
+SHIPPED = ("recipes", "reward")
+
+
+class BuildWithRecipes(build_py):
+    """Puts recipes and reward files into the wheel, as data of the package."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:  # the repository itself is read
+            return
+        for name in SHIPPED:
+            target = Path(self.build_lib, "grpo_latent", "shipped", name)
+            shutil.rmtree(target, ignore_errors=True)  # a build before this one
+            ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+            shutil.copytree(ROOT / name, target, ignore=ignored)
+
 
 setup(
     name="grpo_latent",
-    version="0.1.0",
+    version=VERSION,
     description="GRPO over latent trajectories: an RL research toolkit on verl and Ray",
-    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
+    author="grpo_latent authors",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.11",
+    cmdclass={"build_py": BuildWithRecipes},
     packages=find_packages(include=["grpo_latent", "grpo_latent.*", "reward", "reward.*"]),
     package_data={
         "grpo_latent": ["py.typed"],
@@ -19,13 +54,16 @@ setup(
     },
     # requirements/ pins whole tested sets for CPU and CUDA; these are the ranges that the code
     # supports. The upper bound of torch is exact so that an installed or local CPU build of 2.13.0
-    # satisfies it and pip fetches no CUDA build.
+    # satisfies it and pip fetches no CUDA build. From transformers 5.11 on engine hf's cache lacks
+    # an abstract method; verl 0.9.1 wants < 5.11, too.
     install_requires=[
         "torch>=2.11,<=2.13.0",
-        "transformers>=5.9,<5.18",
+        "transformers>=5.9,<5.11",
         "numpy>=2",
         "safetensors",
         "pillow",
+        "pyarrow",
+        "packaging",
         "rich",
         "hydra-core>=1.3",
     ],
@@ -47,9 +85,13 @@ setup(
         "vllm": [
             "vllm==0.24.0"
         ],  # the CUDA build, as verl 0.9.1 pins it; `make vllm` adds the CPU build
-        "embedded": ["scikit-learn", "matplotlib", "pyarrow", "pandas"],
-        "inspect": ["plotly>=6", "jinja2", "pyarrow"],
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy==2.4.1", "selenium"],
+        "embedded": ["scikit-learn", "matplotlib", "pandas"],
+        "inspect": ["plotly>=6", "jinja2"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff==0.17.5", "mypy==2.4.1", "selenium", "pre-commit"],
+        "docs": ["mkdocs-material==9.8.1"],
     },
-    entry_points={"verl.plugins": ["grpo_latent = grpo_latent.verl_plugin"]},
+    entry_points={
+        "console_scripts": ["grpo-latent = grpo_latent.cli:main"],
+        "verl.plugins": ["grpo_latent = grpo_latent.verl_plugin"],
+    },
 )

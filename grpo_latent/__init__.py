@@ -1,3 +1,3 @@
 """GRPO over latent trajectories, on verl and Ray."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
