@@ -1,0 +1,92 @@
+"""Every figure of docs/results.md that names its result files stands in them.
+
+A block is the table or paragraph behind a line "Result files: …"; numbers with decimals count, and are
+compared at the digits that are shown. Tables without a file say so.
+"""
+
+import json
+import re
+from pathlib import Path
+from statistics import fmean, stdev
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+NO_FILE = "No result file is committed."
+FIGURE = re.compile(r"(?<![\w.])[-+−]?(\d+\.\d+)(?:e-?\d+)?(?![\w.])")
+
+
+def blocks():
+    """(line before, block) of each paragraph and table."""
+    parts = re.split(r"\n\n+", (DOCS / "results.md").read_text())
+    return list(zip(["", *parts], parts, strict=False))
+
+
+CHECKED = [(line, block) for line, block in blocks() if line.startswith("Result files: ")]
+
+
+def numbers(value):
+    """All numbers in a result file."""
+    if isinstance(value, bool):
+        return
+    if isinstance(value, int | float):
+        yield float(value)
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from numbers(item)
+
+
+def derived(result):
+    """What tables say beside the file's own summary: by seed, gains, and the lowest on the way."""
+    runs = result.get("each", [])
+    for seed in {run["seed"] for run in runs}:
+        finals = [run["final"] for run in runs if run["seed"] == seed]
+        yield fmean(finals)
+        if len(finals) > 1:
+            yield stdev(finals)
+    for run in runs:
+        yield run["final"] - run["start"]
+
+
+def stands(figure, known):
+    digits = len(figure.split(".")[1])
+    return any(round(abs(value), digits) == float(figure) for value in known)
+
+
+def files_of(line):
+    return re.findall(r"\]\((results/[\w.-]+\.json)\)", line)
+
+
+@pytest.mark.parametrize("line, block", CHECKED, ids=lambda text: text[:40])
+def test_figures_stand_in_their_files(line, block):
+    results = [json.loads((DOCS / name).read_text()) for name in files_of(line)]
+    assert results
+    known = [n for result in results for n in [*numbers(result), *derived(result)]]
+    # names of settings are no figures: `KL 0.05`, `anchor 0.3`, a rate
+    prose = re.sub(r"KL 0\.05|anchor 0\.3|\d(\.\d)?e-4|torch 2\.13(\.0)?|`[^`]*`", "", block)
+    figures = [found.group(1) for found in FIGURE.finditer(prose)]
+    assert figures, "nothing to check"
+    wrong = [figure for figure in figures if not stands(figure, known)]
+    assert not wrong, f"{wrong} are in none of {files_of(line)}"
+
+
+def test_a_wrong_figure_is_found():
+    result = {"each": [{"seed": 0, "start": 0.5, "final": 0.75}], "mean": 0.75}
+    known = [*numbers(result), *derived(result)]
+    assert stands("0.75", known) and stands("0.250", known) and not stands("0.76", known)
+
+
+def test_every_table_names_its_files_or_says_that_there_are_none():
+    for line, block in blocks():
+        if block.startswith("|"):
+            assert line.startswith("Result files: ") or line == NO_FILE, block[:80]
+
+
+def test_result_files_are_small_and_name_no_path():
+    files = sorted((DOCS / "results").glob("*.json"))
+    named = {name for line, _ in CHECKED for name in files_of(line)}
+    assert named == {f"results/{path.name}" for path in files}
+    for path in files:
+        text = path.read_text()
+        assert len(text) < 20_000, path.name
+        assert not re.search(r'"/(?:tmp|home|root|work|data)\b', text), path.name
