@@ -23,11 +23,14 @@ Writes (and prints) one JSON object:
                 the recorded latents
     prompts     [{"row_id", "question", "where", "truth"}]
     outcomes    by ablation one number a prompt
+    benchmark   of one: {"name", "preset", "labels", "notes"}: what to compare with what
     checkpoint, data, mechanism, chance, seed, num_prompts, seconds
 
 Accuracies, pass@k, gaps and their intervals are over questions: rows of a benchmark that share one
 (MMVP's pairs, HRBench's rotated options) are averaged first, and it counts once. "row_accuracy",
 where rows share questions, is the plain mean over rows; "score" is the mean reward over rows.
+Under a preset each decoding also has "published_accuracy" (and "published_by_category"): the plain
+mean over rows, each answer counted as the paper's own code does.
 
 An interrupted evaluation that has an `output` goes on where it stopped and gives the same report,
 run times aside.
@@ -55,7 +58,8 @@ from grpo_latent.common.schema import resolved
 from grpo_latent.common.settings import MISSING, build, section
 from grpo_latent.data.files import RowKeys
 from grpo_latent.errors import ConfigError
-from grpo_latent.eval.benchmarks import load_benchmark
+from grpo_latent.eval.benchmarks import find_benchmark, find_preset, load_benchmark
+from grpo_latent.eval.benchmarks.loading import CORRECTED
 from grpo_latent.eval.decode import Decoding
 from grpo_latent.eval.evaluate import EvalSettings, Evaluation, PromptsDigest, fingerprint
 from grpo_latent.eval.journal import Journal
@@ -87,6 +91,7 @@ def run(config: DictConfig) -> dict:
     Raises:
         GrpoLatentError: config, checkpoint, data or reward cannot be used.
     """
+    config = with_preset(config)
     check_values(config)
     if not torch.cuda.is_available():
         torch.set_num_threads(config.latent.cpu_threads)
@@ -139,6 +144,7 @@ def run(config: DictConfig) -> dict:
         "checkpoint": str(config.model.path),
         "data": data,
         "latent_config": loaded.mechanism.to_dict(),
+        "benchmark": benchmark_notes(config),
         "seed": config.seed,
         "provenance": record,
     }
@@ -147,6 +153,54 @@ def run(config: DictConfig) -> dict:
         # last: without a report on disk the finished batches are all that there is
         journal.discard()
     return report
+
+
+def with_preset(config: DictConfig) -> DictConfig:
+    """Fills in what a preset brings where the user says nothing: positions, and lengths of a span.
+
+    Raises:
+        ConfigError: no such preset.
+    """
+    name = OmegaConf.select(config, "data.benchmark.preset")
+    if name is None:
+        return config
+    preset = find_preset(name)
+    config = config.copy()
+    if OmegaConf.is_missing(config.data, "max_response_length"):
+        config.data.max_response_length = preset.max_new_tokens
+    if config.decodings == []:
+        config.decodings = [{"steps": steps} for steps in preset.steps]
+    return config
+
+
+def benchmark_notes(config: DictConfig) -> dict | None:
+    """Says which numbers of a benchmark may be compared with which; None of other data."""
+    asked = config.data.benchmark
+    if asked.name is None:
+        return None
+    benchmark = find_benchmark(asked.name)
+    notes = []
+    if asked.preset is not None:
+        preset = find_preset(asked.preset)
+        notes.append(preset.form(benchmark.name).note)
+        if config.data.max_response_length != preset.max_new_tokens:
+            notes.append(
+                f"preset {preset.name} decodes {preset.max_new_tokens} positions, here "
+                f"data.max_response_length={config.data.max_response_length}"
+            )
+    if benchmark.corrections:
+        how = (
+            "they are corrected here: not comparable with published numbers"
+            if asked.labels == CORRECTED
+            else "they stand as published here (data.benchmark.labels=corrected turns them round)"
+        )
+        notes.append(f"{benchmark.corrections_note}; {how}")
+    return {
+        "name": benchmark.name,
+        "preset": asked.preset,
+        "labels": asked.labels,
+        "notes": notes,
+    }
 
 
 def check_values(config: DictConfig) -> None:
@@ -211,10 +265,16 @@ def read_data(
                 got=None,
                 expected="the benchmark's folder",
             )
-        items = load_benchmark(benchmark.name, benchmark.path, benchmark.subset)
+        items = load_benchmark(
+            benchmark.name, benchmark.path, benchmark.subset, benchmark.preset, benchmark.labels
+        )
         source = f"{benchmark.name} {benchmark.path}" + (
             f" {benchmark.subset}" if benchmark.subset else ""
         )
+        if benchmark.preset is not None:
+            source += f", preset {benchmark.preset}"
+        if benchmark.labels == CORRECTED:
+            source += ", corrected labels"
         return benchmark_prompts(items, loaded, config.data.max_rows, store, seen), [source]
     if OmegaConf.is_missing(config.data, "val_files"):
         raise ConfigError(

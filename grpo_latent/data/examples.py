@@ -29,11 +29,13 @@ class ImageRef:
     Attributes:
         where: file and row, for messages.
         path, data: exactly one of them is set: the file, or its encoded bytes.
+        size: (width, height) that the picture is scaled to, whatever its shape; None for its own.
     """
 
     where: str
     path: Path | None = None
     data: bytes | None = None
+    size: tuple[int, int] | None = None
 
     def read_bytes(self) -> bytes:
         """Reads the file's content, undecoded. Raises `DataError` if there is no such file."""
@@ -67,7 +69,8 @@ class ImageRef:
         """
         data = self.read_bytes()
         with self._reading(data):
-            return to_rgb(Image.open(io.BytesIO(data)), self.where)
+            picture = to_rgb(Image.open(io.BytesIO(data)), self.where)
+            return picture if self.size is None else picture.resize(self.size)
 
     def check(self) -> None:
         """Raises `DataError` unless the file exists, or the bytes in memory are an image.
@@ -96,6 +99,8 @@ class ImageRef:
                 None, (1, 1)
             )  # a JPEG at an eighth: all of it is read, few pixels are made
             check_pixels(image, self.where)
+        if self.size is not None:
+            return self.size[1], self.size[0]
         return (width, height) if is_turned(image) else (height, width)
 
     @contextmanager

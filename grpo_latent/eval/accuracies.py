@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from statistics import fmean, pstdev
 
 from grpo_latent.eval.benchmarks import find_benchmark
+from grpo_latent.eval.benchmarks.presets import PUBLISHED
 from grpo_latent.eval.decode import Decoding
 from grpo_latent.eval.graders import pair_accuracy
 from grpo_latent.eval.prompts import EvalPrompt
@@ -41,6 +42,7 @@ def decoding_report(
         "n": decoding.num_sampled or 1,
     }
     report |= benchmark_measures(prompts, means_P, settings)
+    report |= published_measures(prompts, groups)
     known = [
         (cluster, group)
         for cluster, group in zip(clusters, correct_PG, strict=True)
@@ -123,4 +125,27 @@ def benchmark_measures(
             ]
             by_category[category] = accuracy(by_cluster(*zip(*rows, strict=True)))
         report["by_category"] = by_category
+    return report
+
+
+def published_measures(
+    prompts: Sequence[EvalPrompt], groups: Sequence[Sequence[Outcome]]
+) -> dict:
+    """Reports what the authors of a preset print; nothing without a preset.
+
+    It is over rows, as theirs is, and each answer counts as in their code.
+    """
+    items = [prompt.item for prompt in prompts]
+    if any(item is None or item.published is None for item in items):
+        return {}
+    scores_P = [fmean(outcome.score for outcome in group) for group in groups]
+    by_category: dict[str, list[float]] = {}
+    for item, score in zip(items, scores_P, strict=True):
+        assert item is not None
+        by_category.setdefault(item.category, []).append(score)
+    report: dict[str, object] = {PUBLISHED: fmean(scores_P)}
+    if len(by_category) > 1:
+        report["published_by_category"] = {
+            name: fmean(values) for name, values in sorted(by_category.items())
+        }
     return report

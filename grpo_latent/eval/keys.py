@@ -17,6 +17,7 @@ from grpo_latent.common.kinds import (
     whole,
 )
 from grpo_latent.common.schema import Schema
+from grpo_latent.eval.benchmarks import LABELS
 
 _TABLE = {
     "model.path": text("a path"),
@@ -28,10 +29,12 @@ _TABLE = {
     "data.val_files": one_or_some(text("a path of a file")),
     "data.prompt_key": text("a column's name"),
     "data.image_key": text("a column's name"),
-    "data.benchmark": entries("{name, path, subset}"),
+    "data.benchmark": entries("{name, path, subset, preset, labels}"),
     "data.benchmark.name": null_or(text("a benchmark's name")),
     "data.benchmark.path": null_or(text("a path")),
     "data.benchmark.subset": null_or(text()),
+    "data.benchmark.preset": null_or(text("a preset's name")),
+    "data.benchmark.labels": choice(*LABELS),
     "data.max_rows": null_or(whole(1)),
     "data.cache_bytes": whole(0),
     "data.max_response_length": whole(1),

@@ -105,7 +105,10 @@ def as_outcome(result: RewardResult, where: str | None = None) -> Outcome:
 
 
 class GradeScorer:
-    """Scores by the strict grader of each prompt's benchmark item."""
+    """Scores by the strict grader of each prompt's benchmark item.
+
+    Under a preset `Outcome.score` is what the paper's authors count, else what the grader does.
+    """
 
     def __init__(self, loaded: LatentModel):
         self.view = _Views(loaded)
@@ -116,8 +119,14 @@ class GradeScorer:
         outcomes = []
         for prompt, trajectory in zip(prompts, trajectories, strict=True):
             assert prompt.item is not None, "benchmark_prompts gives each prompt its item"
-            grade = prompt.item.grade(self.view(trajectory).solution_str)
-            outcomes.append(Outcome(float(grade.correct), float(grade.correct), grade.answer))
+            text = self.view(trajectory).solution_str
+            grade = prompt.item.grade(text)
+            score, published = grade.correct, prompt.item.published
+            if published is not None:
+                if published.sees_special_tokens:
+                    text = self.view.decode(trajectory.token_ids.tolist())
+                score = published.grade(text, prompt.item)
+            outcomes.append(Outcome(float(grade.correct), float(score), grade.answer))
         return outcomes
 
 

@@ -6,6 +6,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from grpo_latent.eval.benchmarks.presets import PUBLISHED
 from grpo_latent.eval.verdict import LATENTS
 
 HELD = {"used": "bold green", "not used": "yellow", "undecided at this n": "dim"}
@@ -15,7 +16,8 @@ def report_table(report: dict) -> Group:
     """Lists accuracies, then each ablation with its verdict, then the verdict on the latents."""
     title = f"{report['checkpoint']}: {report['num_prompts']} prompts, {report['seconds']:.1f} s"
     verdict = escape(f"latents: {report['verdict']['sentence']}")
-    return Group(_accuracies(report, title), _ablations(report), verdict)
+    notes = [escape(f"note: {note}") for note in (report.get("benchmark") or {}).get("notes", [])]
+    return Group(_accuracies(report, title), _ablations(report), verdict, *notes)
 
 
 def _accuracies(report: dict, title: str) -> Table:
@@ -42,6 +44,10 @@ def _accuracies(report: dict, title: str) -> Table:
                 table.add_row(f"  {key}s", number(found[f"{key}_accuracy"]), bounds, "", "")
         for category, value in found.get("by_category", {}).items():
             table.add_row(f"  {category}", number(value), "", "", "")
+        if PUBLISHED in found:
+            table.add_row("  as the paper counts", number(found[PUBLISHED]), "", "", "")
+        for category, value in found.get("published_by_category", {}).items():
+            table.add_row(f"    {category}", number(value), "", "", "")
     facts = {
         "trajectories with latents": report["latents"]["frac_rollouts"],
         "shuffle follows its donor": report["follow"],

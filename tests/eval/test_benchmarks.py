@@ -118,6 +118,34 @@ def write_hrbench(root, **changes):
     write_table(root / "hr_bench_4k.tsv", [row | changes, rotated | changes], "\t")
 
 
+REALWORLD = {
+    "index": "7",
+    "question": "What is on the sign?",
+    "answer": "C",
+    "category": "Perception/OCR with Complex Context",
+    "l2-category": "scene text recognition",
+}
+REALWORLD_OPTIONS = ["(A) STOP", "(B) GO (slow)", "(C) YIELD", "(D) EXIT", "(E) Not in the image."]
+
+
+def write_mme_realworld(root, **changes):
+    row = REALWORLD | {"image": base64.b64encode(png()).decode()}
+    row |= {"multi-choice options": str(REALWORLD_OPTIONS)}
+    write_table(root / "mme_realworld_lite.tsv", [row | changes], "\t")
+
+
+def write_comt(root, **changes):
+    (root / "images_comt").mkdir()
+    (root / "images_comt" / "1.jpg").write_bytes(png())
+    row = {
+        "text_input": "Which is deleted? A. red B. blue",
+        "image_input": ["images_comt/1.jpg"],
+        "sequence_plan": [{"type": "latent", "helper_image": "not_here.jpg"}],
+        "original_final_answer": "B",
+    }
+    (root / "TEST.jsonl").write_text(json.dumps(row | changes) + "\n")
+
+
 def write_m3cot(root, **changes):
     row = {
         "id": "physics-1",
@@ -163,6 +191,13 @@ FIRST = {
     "vstar": (1, "B", ("red", "dark red"), 1, "direct_attributes"),
     "blink": (2, "C", ("1", "2", "3"), 2, "Counting"),
     "hrbench": (2, "D", ("one", "two", "three", "four"), 1, "single"),
+    "mme_realworld": (
+        1,
+        "C",
+        ("STOP", "GO (slow)", "YIELD", "EXIT", "Not in the image."),
+        1,
+        "Perception/OCR with Complex Context",
+    ),
     "m3cot": (1, "A", ("north", "south"), 1, "science"),
     "scienceqa": (2, "B", ("wood", "iron"), 0, "natural science"),
 }
@@ -177,7 +212,7 @@ def test_published_schema(name, tmp_path):
     parts = item.messages[0]["content"]
     assert [part["type"] for part in parts] == ["image"] * len(item.images) + ["text"]
     assert all(image.open().size == (4, 3) for image in item.images)
-    letters = "ABCD"[: len(item.options)]
+    letters = "ABCDE"[: len(item.options)]
     assert [item.grade(f"({letter})").correct for letter in letters] == [
         letter == item.answer for letter in letters
     ]
@@ -191,6 +226,43 @@ def test_embedded_task(tmp_path):
     items = load_benchmark("digits", tmp_path)
     assert [item.answer for item in items] == [example.answer for example in examples]
     assert items[0].grade(f"<answer> {items[0].answer} </answer>").correct and items[0].chance == 0
+
+
+def test_mme_realworlds_tables_are_read_alike(tmp_path):
+    """The .tsv, VLMEvalKit's .json and its own table, and lmms-eval's .parquet."""
+    image = base64.b64encode(png()).decode()
+    write_mme_realworld(tmp_path)
+    (expected,) = load_benchmark("mme_realworld", tmp_path)
+    (tmp_path / "json" / "MME-RealWorld").mkdir(parents=True)
+    row = REALWORLD | {"image": image, "multi-choice options": REALWORLD_OPTIONS}
+    (tmp_path / "json" / "MME-RealWorld" / "one.json").write_text(json.dumps([row]))
+    text = "The choices are listed below:\n" + "\n".join(REALWORLD_OPTIONS)
+    (tmp_path / "own").mkdir()
+    write_table(
+        tmp_path / "own" / "MME-RealWorld-Lite.tsv", [row | {"multi-choice options": text}], "\t"
+    )
+    stored = {"bytes": image, **{name: row[name] for name in row if name != "image"}}
+    write_parquet(tmp_path / "parquet" / "train-00000.parquet", [stored])
+    for folder in ("json", "own", "parquet"):
+        (item,) = load_benchmark("mme_realworld", tmp_path / folder)
+        assert (item.messages, item.answer) == (expected.messages, "C"), folder
+        assert item.images[0].open().size == (4, 3)
+    assert expected.messages[0]["content"][1]["text"] == (
+        "What is on the sign? The choices are listed below:\n(A) STOP\n(B) GO (slow)\n(C) YIELD\n"
+        "(D) EXIT\n(E) Not in the image.\nSelect the best answer to the above multiple-choice "
+        "question based on the image. Respond with only the letter (A, B, C, D, or E) of the "
+        "correct option.\nThe best answer is:"
+    )
+
+
+def test_comts_answers_are_words(tmp_path):
+    write_comt(tmp_path)
+    (item,) = load_benchmark("comt", tmp_path)
+    content = item.messages[0]["content"]
+    assert content == [{"type": "image"}, {"type": "text", "text": item.question}]
+    right = ("B", "(b)", "<answer> B </answer>", "It is gone. The answer is B.")
+    assert all(item.grade(text).correct for text in right)
+    assert not any(item.grade(text).correct for text in ("A", "B or A", "<answer> B", ""))
 
 
 def test_mmvp_pairs(tmp_path):
@@ -269,6 +341,12 @@ MALFORMED = [
     ("blink", {"choices": []}, "choices"),
     ("hrbench", {"image": "%%%"}, "base64"),
     ("hrbench", {"answer": "E"}, "answer"),
+    ("mme_realworld", {"multi-choice options": "['(A) a', '(C) c']"}, "options"),
+    ("mme_realworld", {"multi-choice options": "['a', 'b']"}, "options"),
+    ("mme_realworld", {"multi-choice options": ""}, "choices"),
+    ("mme_realworld", {"answer": "F"}, "answer"),
+    ("mme_realworld", {"image": ""}, "base64"),
+    ("mme_realworld", {"question": ""}, "question"),
     ("m3cot", {"answer": "C"}, "answer"),
     ("m3cot", {"image": None, "choices": ["one"]}, "choices"),
     ("scienceqa", {"answer": 2}, "answer"),

@@ -4,20 +4,25 @@ Rows are read, reports written, and errors name their setting.
 """
 
 import dataclasses
+import io
 import json
 
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from PIL import Image
+from rich.console import Console
 
 from grpo_latent.data.embedded import digits
 from grpo_latent.data.files import RowKeys
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.eval.benchmarks import load_benchmark
+from grpo_latent.eval.benchmarks.presets import lvr_grade
 from grpo_latent.eval.decode import Evaluator
 from grpo_latent.eval.evaluate import Evaluation
 from grpo_latent.eval.prompts import benchmark_prompts, encode_row, read_prompts
-from grpo_latent.evaluate import main, run
+from grpo_latent.eval.table import report_table
+from grpo_latent.evaluate import benchmark_notes, check_values, main, run, with_preset
 from grpo_latent.latent.mechanisms import LVR
 from grpo_latent.models import tiny
 from grpo_latent.models.loading import LatentModel, save_latent_model
@@ -250,3 +255,75 @@ def test_a_benchmark_is_graded_strictly_and_needs_no_reward(files, monkeypatch, 
     assert report["chance"] == 0.1 and [p["row_id"] for p in report["prompts"]] == [
         item.item_id for item in items
     ]
+
+
+def preset_config(folder, *overrides):
+    """The shipped config, in which `data.max_response_length` is for the user to set."""
+    given = ["model.path=m", f"data.benchmark.path={folder}", *overrides]
+    with initialize_config_module("grpo_latent.config", version_base=None):
+        return compose("evaluate", overrides=given)
+
+
+def test_a_preset_brings_what_its_paper_decodes(tmp_path):
+    """Positions and lengths of a span, unless the user says something else; and what to compare."""
+    asked = ("data.benchmark.name=mmvp", "data.benchmark.preset=lvr")
+    config = with_preset(preset_config(tmp_path, *asked))
+    check_values(config)
+    assert config.data.max_response_length == 512
+    assert config.decodings == [{"steps": 4}, {"steps": 8}, {"steps": 16}]
+    compare, labels = benchmark_notes(config)["notes"]
+    assert "71.67 on MMVP is per question (215 of 300): compare published_accuracy" in compare
+    assert "rows 99/100" in labels and "as published here" in labels
+    own = (
+        "data.max_response_length=64",
+        "decodings=[{steps: 2}]",
+        "data.benchmark.labels=corrected",
+    )
+    config = with_preset(preset_config(tmp_path, *asked, *own))
+    assert config.data.max_response_length == 64 and config.decodings == [{"steps": 2}]
+    _, positions, labels = benchmark_notes(config)["notes"]
+    assert "decodes 512 positions, here data.max_response_length=64" in positions
+    assert "not comparable with published numbers" in labels
+    for wrong, message in (
+        (("data.benchmark.preset=lvrr",), "unknown preset"),
+        (("data.benchmark.labels=right", "data.max_response_length=4"), "data.benchmark.labels"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_values(with_preset(preset_config(tmp_path, "data.benchmark.name=mmvp", *wrong)))
+
+
+def test_an_evaluation_under_a_preset(files, tmp_path):
+    """LVR's V*: three lengths of a span, each with the paper's number beside the strict one."""
+    folder, _, loaded = files
+    picture = tmp_path / "direct_attributes" / "a.png"
+    picture.parent.mkdir()
+    Image.new("RGB", (56, 56), "red").save(picture)
+    text = "read ?\n(A) red\n(B) blue\nAnswer with the option's letter from the given choices directly."
+    row = {"image": "direct_attributes/a.png", "text": text, "category": "direct_attributes"}
+    lines = [
+        json.dumps(row | {"label": letter, "question_id": i}) for i, letter in enumerate("AB")
+    ]
+    (tmp_path / "test_questions.jsonl").write_text("\n".join(lines))
+    config = config_for(
+        folder,
+        "data.benchmark.name=vstar",
+        f"data.benchmark.path={tmp_path}",
+        "data.benchmark.preset=lvr",
+        "ablations=[zero]",
+        "leak_prompts=0",
+        f"output={tmp_path / 'report.json'}",
+    )
+    report = run(config)
+    assert set(report["decodings"]) == {"steps=4", "steps=8", "steps=16"}
+    items = load_benchmark("vstar", tmp_path, preset="lvr")
+    prompts = benchmark_prompts(items, loaded)
+    e = Evaluator(dataclasses.replace(loaded, mechanism=loaded.mechanism.replace(steps=4)), 6)
+    texts = [loaded.tokenizer.decode(t.token_ids) for t in e.greedy(prompts)]
+    assert any("<|lvr|>" in text for text in texts), "the authors read the placeholders, too"
+    counted = [lvr_grade(text, item) for text, item in zip(texts, items, strict=True)]
+    assert report["decodings"]["steps=4"]["published_accuracy"] == sum(counted) / 2
+    assert report["benchmark"]["preset"] == "lvr"
+    assert report["data"] == [f"vstar {tmp_path}, preset lvr"]
+    shown = io.StringIO()
+    Console(file=shown, width=110).print(report_table(report))
+    assert "as the paper counts" in shown.getvalue() and "note: LVR's V*" in shown.getvalue()

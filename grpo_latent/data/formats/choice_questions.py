@@ -22,12 +22,14 @@ class ChoiceQuestion:
         images: in the order of the image parts.
         choices: texts in the order of their letters.
         answer: the letter of the right one.
+        question: its words alone, as published.
     """
 
     messages: tuple[dict, ...]
     images: tuple[ImageRef, ...]
     choices: tuple[str, ...]
     answer: str
+    question: str
 
 
 def m3cot_question(record: object, where: str) -> ChoiceQuestion:
@@ -131,4 +133,4 @@ def _question(
     ]
     messages = ({"role": "user", "content": content},)
     check_images(messages, images, f"{where}: question")
-    return ChoiceQuestion(messages, tuple(images), tuple(choices), answer)
+    return ChoiceQuestion(messages, tuple(images), tuple(choices), answer, question)

@@ -7,6 +7,8 @@ One file a benchmark or family, which registers itself:
     vstar      test_questions.jsonl + images                vstar.py
     blink      <subset>/val-*.parquet                       blink.py
     hrbench    hr_bench_{4k,8k}.{parquet,tsv}               hrbench.py
+    mme_realworld  mme_realworld_lite.tsv, …            mme_realworld.py
+    comt       TEST.jsonl + images                      comt.py
     m3cot      data/test-*.parquet, or test.jsonl + images  stepwise.py
     scienceqa  data/test-*.parquet                          stepwise.py
     digits     the embedded task, or any parquet of verl's  digits.py
@@ -16,23 +18,34 @@ Each row becomes a `BenchmarkItem`; graders see its options and answer. A missin
 raises `DataError` with the file, where it comes from and the expected columns.
 
 To add one, write a file here that ends in `NAME = register(Benchmark(…))`, as `vstar.py` does; or
-the same anywhere that Python can import, and evaluate with
-`data.benchmark.name=package.module:NAME`.
+anywhere that Python can import a `Benchmark`, or a class of it without arguments, and evaluate with
+`data.benchmark.name=package.module:NAME`. `presets.py` asks them as papers do.
 """
 
 import importlib
 import pkgutil
 
-from grpo_latent.eval.benchmarks.loading import check_max_rows, first_items, load_benchmark
-from grpo_latent.eval.benchmarks.protocol import Benchmark, BenchmarkItem
+from grpo_latent.eval.benchmarks.loading import (
+    LABELS,
+    check_max_rows,
+    first_items,
+    load_benchmark,
+)
+from grpo_latent.eval.benchmarks.presets import PRESETS, Preset, find_preset
+from grpo_latent.eval.benchmarks.protocol import Benchmark, BenchmarkItem, PublishedGrade
 from grpo_latent.eval.benchmarks.registry import BENCHMARKS, find_benchmark, register
 
 __all__ = [
     "BENCHMARKS",
+    "LABELS",
+    "PRESETS",
     "Benchmark",
     "BenchmarkItem",
+    "Preset",
+    "PublishedGrade",
     "check_max_rows",
     "find_benchmark",
+    "find_preset",
     "first_items",
     "load_benchmark",
     "register",

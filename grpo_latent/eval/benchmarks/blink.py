@@ -8,7 +8,6 @@ from grpo_latent.eval.benchmarks.choices import (
     choice_item,
     malformed,
     option_texts,
-    options_prompt,
     required,
     stored_image,
 )
@@ -32,7 +31,7 @@ def parse(row: dict, where: str, file: Path) -> BenchmarkItem:
         "blink",
         required(row["idx"], f"{where}: idx"),
         category=row.get("sub_task") or file.parent.name,
-        prompt=options_prompt(required(row["question"], f"{where}: question"), options),
+        question=required(row["question"], f"{where}: question"),
         images=images,
         options=options,
         answer=row["answer"],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import base64
+import binascii
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +21,8 @@ def choice_item(
     benchmark: str,
     item_id: str,
     *,
-    prompt: str,
+    question: str,
+    prompt: str | None = None,
     images: Sequence[ImageRef],
     options: Sequence[str],
     answer: object,
@@ -30,6 +33,8 @@ def choice_item(
     """Checks and makes an item whose images stand before its text.
 
     Args:
+        question: its words as published.
+        prompt: what is asked; None for `options_prompt`.
         answer: the right letter, perhaps small or in parentheses.
         group_id: None where each row is a question of its own.
 
@@ -43,7 +48,8 @@ def choice_item(
     letters = LETTERS[: len(texts)]
     if len(letter) != 1 or letter not in letters:
         raise malformed(f"{where}: answer", answer, f"one of {', '.join(letters)}")
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+    text = options_prompt(question, texts) if prompt is None else prompt
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
     return BenchmarkItem(
         benchmark,
         item_id,
@@ -53,6 +59,7 @@ def choice_item(
         tuple(images),
         texts,
         letter,
+        question,
     )
 
 
@@ -132,3 +139,14 @@ def stored_image(image: object, where: str) -> ImageRef:
     if not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes):
         raise malformed(where, type(image).__name__, '{"bytes": <file content>, "path": ...}')
     return ImageRef(where, data=image["bytes"])
+
+
+def stored_base64(image: object, where: str) -> ImageRef:
+    """Takes an image that a table holds as base64; raises `DataError` where it is none."""
+    try:
+        data = base64.b64decode(image or "", validate=True)  # type: ignore[arg-type]
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise malformed(where, str(image)[:40], f"base64 ({error})") from error
+    if not data:
+        raise malformed(where, image, "base64 of an image")
+    return ImageRef(where, data=data)

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 from pathlib import Path
 
-from grpo_latent.data.examples import ImageRef
-from grpo_latent.eval.benchmarks.choices import choice_item, malformed, options_prompt, required
+from grpo_latent.eval.benchmarks.choices import choice_item, required, stored_base64
 from grpo_latent.eval.benchmarks.protocol import HUB, Benchmark, BenchmarkItem
 from grpo_latent.eval.benchmarks.registry import register
 
 
 def parse(row: dict, where: str, file: Path) -> BenchmarkItem:
     """Reads one rotation of a question; raises `DataError`."""
-    try:
-        data = base64.b64decode(row["image"] or "", validate=True)
-    except (binascii.Error, ValueError, TypeError) as error:
-        raise malformed(f"{where}: image", str(row["image"])[:40], f"base64 ({error})") from error
-    if not data:
-        raise malformed(f"{where}: image", row["image"], "base64 of an image")
+    image = stored_base64(row["image"], f"{where}: image")
     options = [required(row[letter], f"{where}: {letter}") for letter in "ABCD"]
     question = required(row["question"], f"{where}: question")
     # each question comes four times with its options rotated; other questions may have its words,
     # of another image
-    image_digest = hashlib.blake2b(data, digest_size=8).hexdigest()
+    image_digest = hashlib.blake2b(image.read_bytes(), digest_size=8).hexdigest()
     return choice_item(
         "hrbench",
         f"{file.stem}/{required(row['index'], f'{where}: index')}",
         group_id=f"{file.stem}: {row['category']}: {question} {image_digest}",
         category=row["category"],
-        prompt=options_prompt(question, options),
-        images=[ImageRef(f"{where}: image", data=data)],
+        question=question,
+        images=[image],
         options=options,
         answer=row["answer"],
         where=where,

@@ -6,27 +6,49 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from grpo_latent.errors import ConfigError, DataError
+from grpo_latent.eval.benchmarks.presets import find_preset
 from grpo_latent.eval.benchmarks.protocol import Benchmark, BenchmarkItem
 from grpo_latent.eval.benchmarks.registry import find_benchmark
 
+AS_PUBLISHED, CORRECTED = LABELS = ("published", "corrected")
 
-def load_benchmark(name: str, path: str | Path, subset: str | None = None) -> list[BenchmarkItem]:
+
+def load_benchmark(
+    name: str,
+    path: str | Path,
+    subset: str | None = None,
+    preset: str | None = None,
+    labels: str = AS_PUBLISHED,
+) -> list[BenchmarkItem]:
     """Reads the items of a benchmark, in file order.
 
     Args:
         name: key of `BENCHMARKS`, or package.module:NAME of a `Benchmark`.
         path: its folder as downloaded, or one of its files (images are then sought beside it).
         subset: only this category, such as BLINK's `Counting` or V*'s `relative_position`.
+        preset: the paper that asks and counts them (`eval.benchmarks.presets`); None for our form.
+        labels: one of `LABELS`: as published, or with the benchmark's `corrections`.
 
     Raises:
-        ConfigError: unknown benchmark.
+        ConfigError: unknown benchmark or preset, or no corrections are known.
         DataError: no such file, a malformed row, equal ids, a pair of which a half is missing,
             no row of the subset, or items that say to be another benchmark's.
     """
     benchmark = find_benchmark(name)
+    asked_as = None if preset is None else find_preset(preset)
+    if asked_as is not None:
+        asked_as.form(benchmark.name)  # before gigabytes of images are read
+    if labels == CORRECTED and not benchmark.corrections:
+        raise ConfigError(
+            "no labels of this benchmark are known to be wrong",
+            where="data.benchmark.labels",
+            got=f"{labels} for {benchmark.name}",
+            expected=AS_PUBLISHED,
+        )
     path = Path(path)
     items: list[BenchmarkItem] = []
     for file in _find_files(benchmark, path, subset):
@@ -57,7 +79,10 @@ def load_benchmark(name: str, path: str | Path, subset: str | None = None) -> li
             f"not {benchmark.group_size} rows a group",
             f"rows by group: {got}",
         )
-    return items
+    if labels == CORRECTED:
+        right = benchmark.corrections
+        items = [replace(item, answer=right.get(item.item_id, item.answer)) for item in items]
+    return items if asked_as is None else asked_as.apply(items)
 
 
 def first_items(
@@ -183,6 +208,10 @@ def _rows(file: Path) -> Iterable[dict]:
                 if line.strip():
                     row = json.loads(line)
                     yield row if isinstance(row, dict) else {}
+    elif file.suffix == ".json":
+        with open(file, encoding="utf-8") as text:
+            records = json.load(text)
+        yield from (row if isinstance(row, dict) else {} for row in records)
     else:
         csv.field_size_limit(1 << 30)  # HRBench keeps 8k images as text
         with open(file, encoding="utf-8-sig", newline="") as lines:

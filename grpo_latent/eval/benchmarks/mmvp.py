@@ -10,7 +10,6 @@ from grpo_latent.eval.benchmarks.choices import (
     image_file,
     integer,
     malformed,
-    options_prompt,
     required,
 )
 from grpo_latent.eval.benchmarks.protocol import HUB, Benchmark, BenchmarkItem
@@ -30,7 +29,7 @@ def parse(row: dict, where: str, file: Path) -> BenchmarkItem:
         "mmvp",
         str(index),
         group_id=f"pair {(index + 1) // 2}",  # rows 1 and 2 ask one question about two images, …
-        prompt=options_prompt(required(row["Question"], f"{where}: Question"), options),
+        question=required(row["Question"], f"{where}: Question"),
         images=[image_file(file.parent, ("MMVP Images", "images", "."), f"{index}.jpg", where)],
         options=options,
         answer=row["Correct Answer"],
@@ -46,6 +45,10 @@ MMVP = register(
         columns=("Index", "Question", "Options", "Correct Answer"),
         parse=parse,
         group_size=2,
+        corrections={"99": "B", "100": "A", "279": "B", "280": "A"},
+        corrections_note="the labels of MMVP's rows 99/100 (tusks) and 279/280 (standing) are "
+        "swapped in Questions.csv (tsb0601/MMVP#14 and #30, lmms-eval#1018); lmms-eval's own copy "
+        "has them corrected",
         spellings={"lndex": "Index"},  # with a small L, as published readers ask for it
     )
 )

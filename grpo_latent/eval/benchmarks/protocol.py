@@ -14,6 +14,20 @@ HUB = "`hf download --repo-type dataset"  # how a published benchmark is got; ne
 
 
 @dataclass(frozen=True)
+class PublishedGrade:
+    """How the authors of a paper count a completion, beside our strict grader.
+
+    Attributes:
+        grade: (completion, item) -> whether they count it as right.
+        sees_special_tokens: whether they read the decoded text with delimiters, placeholders and
+            EOS in it.
+    """
+
+    grade: Callable[[str, BenchmarkItem], bool]
+    sees_special_tokens: bool = False
+
+
+@dataclass(frozen=True)
 class BenchmarkItem:
     """One question. A benchmark that grades in another way subclasses it.
 
@@ -27,6 +41,8 @@ class BenchmarkItem:
         images: in the order of the images in `messages`.
         options: texts in the order of their letters; empty where the answer is a number.
         answer: the right letter, or the number.
+        question: its words as published, which a preset asks in another form.
+        published: how the authors of a preset count; None without one.
     """
 
     benchmark: str
@@ -37,6 +53,8 @@ class BenchmarkItem:
     images: tuple[ImageRef, ...]
     options: tuple[str, ...]
     answer: str
+    question: str = ""
+    published: PublishedGrade | None = None
 
     def grade(self, completion: str) -> Grade:
         """Grades a completion strictly; raises `DataError` where the answer fits no option."""
@@ -58,9 +76,12 @@ class Benchmark:
         files: globs below its folder, the first that finds something counts.
         columns: which each row must have.
         spellings: other published names of columns -> the one of `columns`.
-        parse: (row, where, file) -> item, of a row of a .parquet, .jsonl, .csv or .tsv file; what
+        parse: (row, where, file) -> item, of a row of a .parquet, .json, .jsonl, .csv or .tsv file; what
             it raises at a value of another type is reported as a malformed row.
         read: file -> items, for files whose reader checks them itself.
+        corrections: row's id -> letter, where a published label is known to be wrong; for
+            `data.benchmark.labels=corrected`.
+        corrections_note: who found them, for the report.
         group_size: rows of each group, where its score is not defined for fewer; None where groups
             may differ. Groups of two are reported as pairs.
 
@@ -74,6 +95,8 @@ class Benchmark:
     columns: tuple[str, ...]
     parse: Callable[[dict, str, Path], BenchmarkItem] | None = None
     read: Callable[[Path], Iterator[BenchmarkItem]] | None = None
+    corrections: Mapping[str, str] = field(default_factory=dict)
+    corrections_note: str = ""
     group_size: int | None = None
     spellings: Mapping[str, str] = field(default_factory=dict)
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
+from typing import TypeVar
 
 from grpo_latent.errors import ConfigError
 from grpo_latent.eval.benchmarks.protocol import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {}
+Found = TypeVar("Found")
+_MADE: dict[
+    str, object
+] = {}  # import path -> what its class made: one object, however often asked
 
 
 def register(benchmark: Benchmark) -> Benchmark:
@@ -35,29 +40,40 @@ def find_benchmark(name: str) -> Benchmark:
     """
     if name in BENCHMARKS:
         return BENCHMARKS[name]
-    module_name, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise ConfigError(
             "unknown benchmark",
             where="benchmark",
             got=name,
             expected=f"one of {sorted(BENCHMARKS)}, or package.module:NAME",
         )
+    return register(imported(name, Benchmark, "benchmark"))
+
+
+def imported(path: str, kind: type[Found], where: str) -> Found:
+    """Imports what package.module:NAME names: a `kind`, or a class of it without arguments.
+
+    Raises:
+        ConfigError: it cannot be imported or made, or is something else.
+    """
+    module_name, _, attribute = path.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        if isinstance(found, type) and issubclass(found, kind):
+            found = _MADE.setdefault(path, found())
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(
-            "cannot import the benchmark",
-            where="benchmark",
-            got=f"{name}: {error}",
-            expected="package.module:NAME of a Benchmark",
+            f"cannot import the {where}",
+            where=where,
+            got=f"{path}: {error}",
+            expected=f"package.module:NAME of a {kind.__name__}",
             fix="Put the module's folder on PYTHONPATH.",
         ) from error
-    if not isinstance(found, Benchmark):
+    if not isinstance(found, kind):
         raise ConfigError(
-            "not a benchmark",
-            where="benchmark",
-            got=f"{name}: {type(found).__name__}",
-            expected="a grpo_latent.eval.benchmarks.Benchmark",
+            f"not a {where}",
+            where=where,
+            got=f"{path}: {type(found).__name__}",
+            expected=f"a grpo_latent.eval.benchmarks.{kind.__name__}",
         )
-    return register(found)
+    return found

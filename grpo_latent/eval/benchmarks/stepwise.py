@@ -43,6 +43,7 @@ def _item(
         question.images,
         question.choices,
         question.answer,
+        question.question,
     )
 
 

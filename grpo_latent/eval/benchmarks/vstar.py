@@ -25,6 +25,7 @@ def parse(row: dict, where: str, file: Path) -> BenchmarkItem:
         "vstar",
         f"{category}/{question_id}",
         category=category,
+        question=text,
         prompt=text,  # it ends in options and instruction already
         images=[image_file(file.parent, (".",), image, where)],
         options=[text for _, text in options],
