@@ -128,9 +128,7 @@ def benchmark_measures(
     return report
 
 
-def published_measures(
-    prompts: Sequence[EvalPrompt], groups: Sequence[Sequence[Outcome]]
-) -> dict:
+def published_measures(prompts: Sequence[EvalPrompt], groups: Sequence[Sequence[Outcome]]) -> dict:
     """Reports what the authors of a preset print; nothing without a preset.
 
     It is over rows, as theirs is, and each answer counts as in their code.
