@@ -5,6 +5,8 @@ Facts are of their public evaluation scripts; their files are not at hand.
 
 import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,12 +23,21 @@ from test_benchmarks import (
 
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.eval.accuracies import decoding_report
-from grpo_latent.eval.benchmarks import PRESETS, BenchmarkItem, Preset, find_preset, load_benchmark
+from grpo_latent.eval.benchmarks import (
+    PRESETS,
+    BenchmarkItem,
+    Preset,
+    PublishedGrade,
+    find_preset,
+    load_benchmark,
+)
 from grpo_latent.eval.benchmarks.presets import ilvr_grade, lvr_grade, m3cot_grade, scienceqa_grade
 from grpo_latent.eval.decode import GREEDY
 from grpo_latent.eval.prompts import EvalPrompt
-from grpo_latent.eval.scoring import Outcome
+from grpo_latent.eval.scoring import GradeScorer, Outcome
 from grpo_latent.eval.verdict import VerdictSettings
+from grpo_latent.trajectory import PositionKind as K
+from grpo_latent.trajectory import Trajectory
 
 DIRECTLY = "Answer with the option's letter from the given choices directly."
 
@@ -216,6 +227,35 @@ def test_report_has_the_papers_number_beside_ours(tmp_path):
     ]
     report = decoding_report(prompts, GREEDY, groups, VerdictSettings(num_resamples=10))
     assert "published_accuracy" not in report
+
+
+WORDS = ["<|lvr_start|>", "<|lvr|>", "<|lvr_end|>", "<eos>", "B", "<answer>", "</answer>", "Bored"]
+
+
+@pytest.mark.parametrize(
+    ("grade", "words", "strict", "counted"),
+    [
+        (lvr_grade, "<answer> Bored </answer> <eos>", 0.0, 1.0),
+        (lvr_grade, "<|lvr_start|> <|lvr|> <|lvr_end|> B <eos>", 1.0, 0.0),  # it begins with "<"
+        (m3cot_grade, "<|lvr_start|> <|lvr|> <|lvr_end|> B <eos>", 1.0, 1.0),
+        (m3cot_grade, "Bored", 0.0, 1.0),
+    ],
+)
+def test_authors_read_the_text_that_their_code_decodes(grade, words, strict, counted):
+    """LVR's with all special tokens, IVT-LR's without them."""
+    kinds = {"<|lvr_start|>": K.START, "<|lvr|>": K.LATENT, "<|lvr_end|>": K.FORCED}
+    ids = torch.tensor([WORDS.index(word) for word in words.split()])
+    of_position = torch.tensor([int(kinds.get(word, K.TEXT)) for word in words.split()])
+    latents = torch.zeros(int((of_position == K.LATENT).sum()), 2)
+    zeros = torch.zeros(len(ids))
+    trajectory = Trajectory(torch.ones(1).long(), ids, of_position, latents, zeros, zeros, "eos")
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(WORDS[i] for i in ids))
+    scorer = GradeScorer(SimpleNamespace(eos_ids=(3,), tokenizer=tokenizer))
+    published = PublishedGrade(grade, sees_special_tokens=grade is lvr_grade)
+    asked = replace(item("B"), published=published)
+    prompt = EvalPrompt(torch.ones(1), None, "b", "B", "", "0", item=asked)
+    (outcome,) = scorer([prompt], [trajectory])
+    assert (outcome.correct, outcome.score) == (strict, counted)
 
 
 def test_papers_numbers_by_category(tmp_path):
