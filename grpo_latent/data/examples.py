@@ -43,6 +43,18 @@ class ImageRef:
             return self.data
         return self._existing_path().read_bytes()
 
+    def scaled_bytes(self) -> bytes:
+        """The content as it is where the picture keeps its size, else a PNG of the scaled one.
+
+        Raises:
+            DataError: as `open`.
+        """
+        if self.size is None:
+            return self.read_bytes()
+        buffer = io.BytesIO()
+        self.open().save(buffer, format="PNG")
+        return buffer.getvalue()
+
     def checked_bytes(self) -> bytes:
         """Reads a file that is an image by header and checksums. Raises `DataError`."""
         data = self.read_bytes()

@@ -8,7 +8,7 @@ source recipes/last_checkpoint.sh
 : "${MODEL:?a Hugging Face folder}" "${TRAIN:?parquet files}" "${VAL:?parquet files}"
 OUT=${OUT:-outputs/ivt_lr_7b}
 GPUS=${GPUS:-8}
-FORMAT=${FORMAT:-m3cot}
+FORMAT=${FORMAT:-m3cot}  # m3cot_published: prompts and images as the published code has them
 python recipes/ivt_lr/validate.py trainer.n_gpus_per_node="$GPUS" "$@"
 
 # shellcheck disable=SC2086  (patterns of files)

@@ -1,13 +1,13 @@
 """The questions of M3CoT and ScienceQA, as SFT, RL and evaluation all ask them.
 
-The prompt is made here alone, so that what is evaluated is what was trained (the published code's
-prompts differ).
+The prompts are made here alone, so that what is evaluated is what was trained: ours, and the one
+that IVT-LR's code trains with (`as_published`).
 """
 
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from grpo_latent.data.examples import IMAGE_PLACEHOLDER, ImageRef, check_images, split_content
 from grpo_latent.errors import DataError
@@ -30,6 +30,29 @@ class ChoiceQuestion:
     choices: tuple[str, ...]
     answer: str
     question: str
+
+
+# IVT-LR's code scales every image to it, whatever its shape
+PUBLISHED_SIZE = (280, 280)
+
+
+def as_published(question: ChoiceQuestion) -> ChoiceQuestion:
+    """Asks as IVT-LR's training code does (2510.12603), without the context.
+
+    The braces are in its text. Its inference code leaves out the parentheses and the last line
+    break (`eval.benchmarks.presets`).
+    """
+    options = "\n".join(
+        f"({letter}).{{{choice}}}"
+        for letter, choice in zip(string.ascii_uppercase, question.choices, strict=False)
+    )
+    text = f"[Question]:{{{question.question}}}\n[Options]:\n{options}\nAnswer:\n"
+    content = [*({"type": "image"} for _ in question.images), {"type": "text", "text": text}]
+    return replace(
+        question,
+        messages=({"role": "user", "content": content},),
+        images=tuple(replace(image, size=PUBLISHED_SIZE) for image in question.images),
+    )
 
 
 def m3cot_question(record: object, where: str) -> ChoiceQuestion:

@@ -8,6 +8,9 @@ list), and verl's:
     Coconut    question, answer "18", steps ["<<16-3-4=9>>", "<<9*2=18>>"]   (as GSM8K-Aug)
     verl       as in data.rows, with extra_info.steps [str]
 
+`m3cot_published` and `scienceqa_published` read the first two as IVT-LR's own code trains with
+them: its prompts, images at 280 x 280, sentences split at every ". ", steps in lines of their own.
+
 All become a `StepwiseExample`, whose prompt `to_verl_rows` writes down for RL:
 
     python -m grpo_latent.data.formats.stepwise --format m3cot --in train.parquet --out rl.parquet
@@ -17,8 +20,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -34,6 +38,7 @@ from grpo_latent.data.examples import (
 from grpo_latent.data.files import iter_verl_rows
 from grpo_latent.data.formats.choice_questions import (
     ChoiceQuestion,
+    as_published,
     bad_field,
     check_record,
     m3cot_question,
@@ -61,6 +66,7 @@ class StepwiseExample:
             M3CoT and ScienceQA.
         answer: the letter of the right choice, or what verl's ground truth says.
         closing: what follows the steps, with the answer in it.
+        joiner: what stands behind each step.
         where: file and row, for messages.
     """
 
@@ -73,6 +79,7 @@ class StepwiseExample:
     closing: str
     data_source: str
     where: str
+    joiner: str = " "
 
 
 def rationale_steps(rationale: str, max_steps: int = MAX_STEPS) -> tuple[str, ...]:
@@ -90,12 +97,28 @@ def rationale_steps(rationale: str, max_steps: int = MAX_STEPS) -> tuple[str, ..
     sentences = [
         part if part.endswith(CLOSING) else f"{part}." for part in sentences[:-1]
     ] + sentences[-1:]
+    return _in_steps(sentences, " ", max_steps)
+
+
+def published_steps(rationale: str, max_steps: int = MAX_STEPS) -> tuple[str, ...]:
+    """Splits a rationale as IVT-LR's code does: at every ". ", its full stops lost at the cuts.
+
+    >>> published_steps("Red, e.g. r1. It is a 7. Blue is a 2. 7 and 2 make 9.")
+    ('Red, e.g. r1', 'It is a 7. Blue is a 2', '7 and 2 make 9.')
+    """
+    sentences = rationale.replace("\n", " ").strip().split(". ")
+    if sentences[-1] == "":
+        sentences.pop()
+    return _in_steps(sentences, ". ", max_steps)
+
+
+def _in_steps(sentences: Sequence[str], joiner: str, max_steps: int) -> tuple[str, ...]:
     num_steps = min(max_steps, len(sentences))
     steps = []
     start = 0
     for step_idx in range(num_steps):
         size = len(sentences) // num_steps + (step_idx < len(sentences) % num_steps)
-        steps.append(" ".join(sentences[start : start + size]))
+        steps.append(joiner.join(sentences[start : start + size]))
         start += size
     return tuple(steps)
 
@@ -108,17 +131,18 @@ def remaining_text(example: StepwiseExample, first_step: int | None) -> str:
     >>> remaining_text(StepwiseExample((), (), steps, "B", closing, "m3cot", ""), 1)
     'Blue is a 2. Therefore, the answer is B'
     """
-    return " ".join([*(() if first_step is None else example.steps[first_step:]), example.closing])
+    steps = () if first_step is None else example.steps[first_step:]
+    return example.joiner.join([*steps, example.closing])
 
 
-def read_m3cot(path: str | Path) -> Iterator[StepwiseExample]:
+def read_m3cot(path: str | Path, published: bool = False) -> Iterator[StepwiseExample]:
     """Yields checked examples of an M3CoT parquet file. Raises `DataError`."""
-    return _read(path, parse_m3cot_record)
+    return _read(path, partial(parse_m3cot_record, published=published))
 
 
-def read_scienceqa(path: str | Path) -> Iterator[StepwiseExample]:
+def read_scienceqa(path: str | Path, published: bool = False) -> Iterator[StepwiseExample]:
     """Yields checked examples of a ScienceQA parquet file. Raises `DataError`."""
-    return _read(path, parse_scienceqa_record)
+    return _read(path, partial(parse_scienceqa_record, published=published))
 
 
 def read_coconut_json(path: str | Path) -> Iterator[StepwiseExample]:
@@ -193,8 +217,11 @@ def _tagged(
     )
 
 
-def parse_m3cot_record(record: object, where: str) -> StepwiseExample:
+def parse_m3cot_record(record: object, where: str, published: bool = False) -> StepwiseExample:
     """Checks one M3CoT record.
+
+    Args:
+        published: in the form that IVT-LR's code trains with.
 
     Raises:
         DataError: names row, field, what was got and expected, and a fix.
@@ -206,11 +233,14 @@ def parse_m3cot_record(record: object, where: str) -> StepwiseExample:
         raise bad_field(
             where, "rationale", "no rationale", record.get("rationale"), "a non-empty string"
         )
-    return _example(question, rationale, "m3cot", where)
+    return _example(question, rationale, "m3cot", where, published)
 
 
-def parse_scienceqa_record(record: object, where: str) -> StepwiseExample:
+def parse_scienceqa_record(record: object, where: str, published: bool = False) -> StepwiseExample:
     """Checks one ScienceQA record; lecture and solution, or one of them, make the rationale.
+
+    Args:
+        published: in the form that IVT-LR's code trains with.
 
     Raises:
         DataError: names row, field, what was got and expected, and a fix.
@@ -222,7 +252,7 @@ def parse_scienceqa_record(record: object, where: str) -> StepwiseExample:
         for text in (text_field(record, name, where) for name in ("lecture", "solution"))
         if text
     )
-    return _example(question, rationale, "scienceqa", where)
+    return _example(question, rationale, "scienceqa", where, published)
 
 
 def _read(path: str | Path, parse) -> Iterator[StepwiseExample]:
@@ -252,18 +282,28 @@ def _read(path: str | Path, parse) -> Iterator[StepwiseExample]:
 
 
 def _example(
-    question: ChoiceQuestion, rationale: str, data_source: str, where: str
+    question: ChoiceQuestion, rationale: str, data_source: str, where: str, published: bool
 ) -> StepwiseExample:
-    steps = rationale_steps(rationale)
     closing = f"Therefore, the answer is {question.answer}"
+    steps = published_steps(rationale) if published else rationale_steps(rationale)
+    asked = as_published(question) if published else question
     return StepwiseExample(
-        question.messages, question.images, steps, question.answer, closing, data_source, where
+        asked.messages,
+        asked.images,
+        steps,
+        asked.answer,
+        closing,
+        data_source,
+        where,
+        joiner="\n" if published else " ",
     )
 
 
-READERS = {
+READERS: dict[str, Callable[[str | Path], Iterator[StepwiseExample]]] = {
     "m3cot": read_m3cot,
     "scienceqa": read_scienceqa,
+    "m3cot_published": partial(read_m3cot, published=True),
+    "scienceqa_published": partial(read_scienceqa, published=True),
     "coconut_json": read_coconut_json,
     "parquet": read_stepwise_rows,
 }
@@ -275,7 +315,7 @@ def to_verl_rows(examples: Iterator[StepwiseExample], split: str) -> Iterator[di
         yield verl_row(
             data_source=example.data_source,
             prompt=join_content(example.messages[0]["content"]),
-            images=[image.read_bytes() for image in example.images],
+            images=[image.scaled_bytes() for image in example.images],
             answer=example.answer,
             index=index,
             split=split,

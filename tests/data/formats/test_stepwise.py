@@ -11,6 +11,7 @@ from PIL import Image
 
 from grpo_latent.data.formats.sentences import split_sentences
 from grpo_latent.data.formats.stepwise import (
+    READERS,
     main,
     parse_coconut_record,
     parse_m3cot_record,
@@ -20,8 +21,9 @@ from grpo_latent.data.formats.stepwise import (
     read_m3cot,
     read_scienceqa,
     remaining_text,
+    to_verl_rows,
 )
-from grpo_latent.data.rows import iter_verl_rows
+from grpo_latent.data.rows import iter_verl_rows, write_verl_parquet
 from grpo_latent.errors import DataError
 
 
@@ -267,3 +269,30 @@ def test_unreadable_files(tmp_path):
     pq.write_table(pa.table({"question": pa.array([], pa.string())}), path)
     with pytest.raises(DataError, match="no rows"):
         list(read_m3cot(path))
+
+
+def test_as_ivt_lrs_code_trains(tmp_path):
+    """Written out by hand: braces, no context, 280 x 280, steps in lines; also through verl rows."""
+    rationale = (
+        "There is no air. So nothing\nslows them, e.g. a feather. Both fall. They fall alike."
+    )
+    file = write(tmp_path / "a.parquet", M3COT | {"rationale": rationale})
+    (example,) = READERS["m3cot_published"](file)
+    text = "[Question]:{What falls?}\n[Options]:\n(A).{A feather}\n(B).{A stone}\n(C).{Both}\nAnswer:\n"
+    assert example.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": text}]
+    assert example.images[0].open().size == (280, 280)
+    assert example.steps == (
+        "There is no air. So nothing slows them, e.g",
+        "a feather. Both fall",
+        "They fall alike.",
+    )
+    closing = "Therefore, the answer is C"
+    assert remaining_text(example, 1) == f"a feather. Both fall\nThey fall alike.\n{closing}"
+    assert remaining_text(example, 3) == remaining_text(example, None) == closing
+    write_verl_parquet(tmp_path / "rl.parquet", to_verl_rows(iter([example]), "train"))
+    ((row, _),) = iter_verl_rows(tmp_path / "rl.parquet")
+    assert row["prompt"][0]["content"] == f"<image>{text}"
+    assert Image.open(io.BytesIO(row["images"][0]["bytes"])).size == (280, 280)
+    (plain,) = READERS["scienceqa_published"](write(tmp_path / "b.parquet", SCIENCEQA))
+    assert plain.images == () and plain.messages[0]["content"][0]["text"].endswith("Answer:\n")
+    assert plain.steps == ("Air slows things", "A stone is heavy.")
