@@ -109,6 +109,7 @@ def run(config: DictConfig) -> dict:
         plain=config.model.plain,
         treatment=settings.treatment,
         seed=settings.seed,
+        verify_digests=config.model.verify_digests,
     )
     for note in initialisation_notes(settings.treatment, config.model.path, settings.seed):
         print(note, file=sys.stderr)

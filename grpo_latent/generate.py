@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from grpo_latent.common.command import command
+from grpo_latent.common.command import add_verify_digests, command
 from grpo_latent.common.dtypes import parse_dtype
 from grpo_latent.data.examples import ImageRef
 from grpo_latent.rollout.llm import ENGINES, LatentLLM
@@ -47,6 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--steps", type=int, help="latent steps a span; the checkpoint's if left out"
     )
     parser.add_argument("--seed", type=int, default=0)
+    add_verify_digests(parser)
     return parser.parse_args(argv)
 
 
@@ -66,7 +67,10 @@ def main(argv: list[str] | None = None) -> None:
     # before the model: a wrong file is told of in a second, not after minutes of loading
     images = [read_image(path) for path in args.image]
     sampling = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
-    llm = LatentLLM(args.model, args.engine, parse_dtype(args.dtype, "--dtype"), args.device)
+    dtype = parse_dtype(args.dtype, "--dtype")
+    llm = LatentLLM(
+        args.model, args.engine, dtype, args.device, verify_digests=args.verify_digests
+    )
     groups = llm.generate([args.prompt], [images], sampling, args.num, args.seed, args.steps)
     for trajectory in groups[0]:
         record = {

@@ -14,9 +14,11 @@ import json
 import os
 import shlex
 import sys
+from pathlib import Path
 
-from grpo_latent.common.command import command
+from grpo_latent.common.command import add_verify_digests, command
 from grpo_latent.errors import ConfigError
+from grpo_latent.models.loading import check_whole
 from grpo_latent.rollout.vllm.compat import (
     RUNNER_VARIABLE,
     SCHEDULER_CLASSES,
@@ -49,6 +51,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--print-command", action="store_true", help="print vLLM's command and stop"
     )
+    add_verify_digests(parser)
     return parser.parse_known_args(argv)
 
 
@@ -115,6 +118,8 @@ def main(argv: list[str] | None = None) -> None:
     args, flags = parse(argv)
     _, platform = check_installed()
     overrides = {} if args.steps is None else {"steps": args.steps}
+    if Path(args.model).is_dir():
+        check_whole(args.model, args.verify_digests)
     skeleton = read_skeleton(args.model, overrides)
     arguments = vllm_command(skeleton, args.model, platform, flags, overrides, args.max_latents)
     is_v2 = pin_runner()

@@ -168,6 +168,7 @@ def check(config: DictConfig) -> list[str]:
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
 
+    from grpo_latent.common import manifest
     from grpo_latent.models.treatment_parameters import initialisation_notes
     from grpo_latent.rollout.vllm.compat import check_installed
     from grpo_latent.verl_plugin.boot import compat
@@ -188,6 +189,7 @@ def check(config: DictConfig) -> list[str]:
     notes += options.treatment.notes()
     folder = config.actor_rollout_ref.model.path
     if not is_remote(folder):
+        notes += manifest.check_folder(folder, options.verify_digests)
         check_folder(config, options)
         notes += initialisation_notes(options.treatment, folder, options.seed)
     try:
@@ -278,6 +280,7 @@ def check_checkpoint(config: DictConfig):
         device=config.trainer.device,
         treatment=parse_treatment(config.latent.treatment)[0],
         seed=config.latent.seed,
+        verify_digests=config.latent.verify_digests,
     )
 
 

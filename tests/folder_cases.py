@@ -1,9 +1,28 @@
 """Whether folders and what they hold are the same to the bit."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import torch
+
+from grpo_latent.common.manifest import MANIFEST_FILE
+
+
+def without_manifest(folder):
+    """As of an older release or another program: damage is then told by what it breaks."""
+    (Path(folder) / MANIFEST_FILE).unlink()
+    return folder
+
+
+class WritesMarker:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
 def digests(folder):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_latent.common.files import write_json
+from grpo_latent.common.manifest import seal
 from grpo_latent.common.step_folders import STEP_PREFIX
 from grpo_latent.errors import CheckpointError
 
@@ -65,7 +66,7 @@ def write_best(root: str | Path, best: Best | None) -> None:
     if best is None:
         path.unlink(missing_ok=True)
     else:
-        write_json(path, best.as_json())
+        write_json(path, best.as_json() | {"seal": seal(best.as_json())})
 
 
 def read_best(root: str | Path) -> Best | None:
@@ -78,8 +79,12 @@ def read_best(root: str | Path) -> Best | None:
     if not path.is_file():
         return None
     try:
-        return Best.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        values = json.loads(path.read_bytes())
+        sealed = values.pop("seal", None)  # older releases wrote none
+        if sealed is not None and sealed != seal(values):
+            raise ValueError(f"another digest than that of {values}")
+        return Best.from_json(values)
+    except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             "no best checkpoint",
             where=str(path),

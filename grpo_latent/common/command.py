@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import re
@@ -61,6 +62,16 @@ def command(main: Callable[Args, int | None]) -> Callable[Args, int]:
             return REFUSED
 
     return run
+
+
+def add_verify_digests(parser: argparse.ArgumentParser) -> None:
+    """Adds the switch that all commands which load a model have."""
+    parser.add_argument(
+        "--no-verify-digests",
+        dest="verify_digests",
+        action="store_false",
+        help="compare names and sizes alone with the checkpoint's manifest.json",
+    )
 
 
 def config_command(

@@ -49,6 +49,13 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
     sync(path.parent)
 
 
+def remove_unfinished(folder: str | Path) -> None:
+    """Removes what killed writers left of files in a folder that has no other writer now."""
+    for path in Path(folder).glob(".*.part"):
+        if path.is_file():
+            path.unlink()
+
+
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
     """A new, empty folder to fill, which becomes `folder` when the block ends.

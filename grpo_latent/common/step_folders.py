@@ -9,9 +9,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from grpo_latent.common.manifest import MANIFEST_FILE
 from grpo_latent.errors import CheckpointError
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
+# in the tracker before the first complete checkpoint, so that a lost tracker is told from none yet;
+# verl reads it as a number, finds no such folder and starts anew
+NO_STEP = "-1"
 STEP_PREFIX = "global_step_"
 
 
@@ -43,12 +47,16 @@ def read_tracker(root: str | Path) -> int | None:
     """Step of the newest complete checkpoint under `root`, None if there is none.
 
     Raises:
-        CheckpointError: the tracker holds no step, or names a folder that is gone.
+        CheckpointError: the tracker holds no step, or names a folder that is gone, or is gone
+            itself where there is a complete checkpoint.
     """
     path = Path(root) / TRACKER_FILE
     if not path.is_file():
+        _check_none_is_complete(path)
         return None
     text = path.read_text(errors="replace").strip()
+    if text == NO_STEP:
+        return None
     step = parse_step(text)
     if step is None:
         raise CheckpointError(
@@ -63,3 +71,20 @@ def read_tracker(root: str | Path) -> int | None:
             fix="Restore it, or write the step of another complete checkpoint into the file.",
         )
     return step
+
+
+def _check_none_is_complete(tracker: Path) -> None:
+    """Raises `CheckpointError` where training would start anew over checkpoints that it has."""
+    complete = [
+        step
+        for step, folder in step_folders(tracker.parent).items()
+        if (folder / MANIFEST_FILE).is_file()
+    ]
+    if complete:
+        raise CheckpointError(
+            "the file that names the newest checkpoint is gone",
+            where=str(tracker),
+            got=f"checkpoints of steps {complete[-5:]}",
+            expected="the step of the newest complete one",
+            fix=f"Write {complete[-1]} into it, or set trainer.resume_mode=disable to begin anew.",
+        )

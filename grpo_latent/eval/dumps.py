@@ -4,7 +4,7 @@ rollouts/step_<n>.jsonl         one trajectory a line: ids, kinds, masks, log-pr
                                 terms, advantages
 rollouts/step_<n>.safetensors   its latents, float [n, H], by the trajectory's id, which is
                                 "<row index>/<index in the group>", and other recorded vectors by
-                                "<id>/<name>"
+                                "<id>/<name>"; in its metadata digests of the lines and of these
 
 Which fields there are, and where each of them stands, follows from `grpo_latent.recorded`:
 sequences of numbers are in the lines, vectors in the binary file.
@@ -16,6 +16,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ REQUIRED = (
     "kinds",
     "response_mask",
 )
+LINES, VECTORS = "lines_sha256", "vectors_sha256"  # keys of the binary file's metadata
 FIX = (
     "It was cut off while being written, or by another release: delete it, or dump the step again."
 )
@@ -121,12 +123,22 @@ def write_step(
         tensors: of all trajectories, by the keys that `split_columns` gives them.
     """
     path = Path(folder) / f"step_{step}.jsonl"
+    text = "".join(json.dumps(record) + "\n" for record in records).encode()
+    whole = {name: values.contiguous() for name, values in tensors.items()}
     # a dump counts once its lines are there
     with replacing_file(path) as lines, replacing_file(path.with_suffix(".safetensors")) as binary:
-        lines.write_text(
-            "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
-        )
-        save_file({name: values.contiguous() for name, values in tensors.items()}, binary)
+        lines.write_bytes(text)
+        save_file(whole, binary, {LINES: sha256(text).hexdigest(), VECTORS: digest_of(whole)})
+
+
+def digest_of(tensors: dict[str, Tensor]) -> str:
+    """Digests names, types, shapes and values."""
+    digest = sha256()
+    for name in sorted(tensors):
+        values = tensors[name]
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _key(record_id: str, field: Field) -> str:
@@ -145,6 +157,11 @@ def read_dump(folder: str | Path) -> Dump:
             trajectories += read_step(path)
         except DataError as error:
             problems.append(error)
+    for path in sorted(Path(folder).glob("step_*.safetensors")):
+        lines = path.with_suffix(".jsonl")
+        if not lines.is_file():
+            what, expected = "no lines beside the latents", "a dump is both files"
+            problems.append(DataError(what, where=str(lines), expected=expected, fix=FIX))
     return Dump(trajectories, problems)
 
 
@@ -161,18 +178,23 @@ def read_step(path: str | Path) -> list[DumpedTrajectory]:
     """Reads the trajectories of one jsonl file.
 
     Raises:
-        DataError: the file, the line or the latents beside it are missing, malformed or do not fit
-            each other.
+        DataError: the file, the line or the latents beside it are missing, malformed, changed
+            since they were written, or do not fit each other.
     """
     path = Path(path)
     latents = path.with_suffix(".safetensors")
     try:
-        with safe_open(latents, framework="pt") as tensors:
-            known = set(tensors.keys())
-            return [
-                _parse(line, f"{path} line {number}", tensors, known)
-                for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-            ]
+        content = path.read_bytes()
+        with safe_open(latents, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            digests = file.metadata() or {}
+        lines = content.decode().splitlines()
+        trajectories = [
+            _parse(line, f"{path} line {number}", tensors) for number, line in enumerate(lines, 1)
+        ]
+        # last: a line that cannot be read is named by its number
+        _compare(path, content, tensors, digests)
+        return trajectories
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         where = str(path if isinstance(error, UnicodeDecodeError) else latents)
         raise DataError(
@@ -184,7 +206,24 @@ def read_step(path: str | Path) -> list[DumpedTrajectory]:
         ) from error
 
 
-def _parse(line: str, where: str, tensors, known: set[str]) -> DumpedTrajectory:
+def _compare(
+    path: Path, content: bytes, tensors: dict[str, Tensor], digests: dict[str, str]
+) -> None:
+    """Raises `DataError` where a dump is not what was written; older ones have no digests."""
+    found = {LINES: sha256(content).hexdigest(), VECTORS: digest_of(tensors)}
+    names = {LINES: path.name, VECTORS: path.with_suffix(".safetensors").name}
+    changed = [name for name in found if digests and digests.get(name) != found[name]]
+    if changed:
+        raise DataError(
+            "changed since it was dumped",
+            where=" and ".join(str(path.with_name(names[name])) for name in changed),
+            got=f"{len(content.splitlines())} lines, {len(tensors)} tensors",
+            expected=f"the digests in {names[VECTORS]}",
+            fix=FIX,
+        )
+
+
+def _parse(line: str, where: str, tensors: dict[str, Tensor]) -> DumpedTrajectory:
     try:
         record = json.loads(line)
         missing = [name for name in REQUIRED if name not in record]
@@ -196,7 +235,7 @@ def _parse(line: str, where: str, tensors, known: set[str]) -> DumpedTrajectory:
                 expected=str(missing),
                 fix=FIX,
             )
-        if record["id"] not in known:
+        if record["id"] not in tensors:
             raise DataError(
                 "no latents",
                 where=where,
@@ -211,11 +250,7 @@ def _parse(line: str, where: str, tensors, known: set[str]) -> DumpedTrajectory:
         }
         return _build(
             record,
-            {
-                f.name: tensors.get_tensor(key).to(f.dtype)
-                for f, key in keys.items()
-                if key in known
-            },
+            {f.name: tensors[key].to(f.dtype) for f, key in keys.items() if key in tensors},
         )
     except DataError:
         raise

@@ -4,8 +4,8 @@
 <output>.parts/<phase>.<batch>.json         outcomes of one batch of prompts in one phase
 <output>.parts/<phase>.<batch>.safetensors  its trajectories, where later phases need them
 
-A batch is written atomically once it is complete; the folder goes when the report has been
-written.
+A batch is written atomically once it is complete, with a digest of itself and of whose it is; the
+folder goes when the report has been written.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from grpo_latent import recorded
 from grpo_latent.common.files import write_bytes, write_text
+from grpo_latent.common.manifest import seal
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.eval.scoring import Outcome
 from grpo_latent.recorded import Field, Wire
@@ -86,12 +88,13 @@ class Journal:
             differing = sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
             raise ConfigError(
                 "the unfinished evaluation here is another one",
-                where=str(folder),
+                where=str(path),
                 got=f"other values of {differing}",
                 expected="the settings that it was begun with",
-                fix="Delete the folder to begin anew, or choose another output.",
+                fix=f"Delete {folder} to begin anew, or choose another output.",
             )
         write_text(path, text)
+        self.owner = sha256(text.encode()).hexdigest()
 
     def has(self, phase: str, batch_idx: int) -> bool:
         return self.folder is not None and _file(self.folder, phase, batch_idx, "json").is_file()
@@ -106,30 +109,40 @@ class Journal:
             return None
         path = _file(self.folder, phase, batch_idx, "json")
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_bytes())
+            if values.pop("seal") != seal(values | self._identity(phase, batch_idx)):
+                raise ValueError("not the digest of this batch of this evaluation")
             values["outcomes"] = [
                 [Outcome(*outcome) for outcome in group] for group in values["outcomes"]
             ]
-            if values.pop("has_trajectories"):
+            expected = values.pop("trajectories_sha256")
+            if expected is not None:
                 path = _file(self.folder, phase, batch_idx, "safetensors")
-                values["trajectories"] = unpack(path.read_bytes())
+                content = path.read_bytes()
+                if sha256(content).hexdigest() != expected:
+                    raise ValueError("not the digest that the batch's JSON names")
+                values["trajectories"] = unpack(content)
             return PhaseBatch(**values)
         except UNREADABLE as error:
             raise DataError(
                 "not a readable batch of an evaluation",
                 where=str(path),
                 got=f"{type(error).__name__}: {error}",
-                expected="a file of this program",
-                fix="Delete the file: the batch is computed again.",
+                expected="a file as this program wrote it",
+                fix="Delete the batch's .json: it is computed again.",
             ) from error
+
+    def _identity(self, phase: str, batch_idx: int) -> dict:
+        """What a batch's digest holds beside its content: a part of elsewhere is no part of this."""
+        return {"phase": phase, "batch": batch_idx, "evaluation": self.owner}
 
     def save(self, phase: str, batch_idx: int, batch: PhaseBatch) -> None:
         if self.folder is None:
             return
-        if batch.trajectories:
-            path = _file(self.folder, phase, batch_idx, "safetensors")
-            write_bytes(path, pack(batch.trajectories))
-        values = {
+        content = pack(batch.trajectories) if batch.trajectories else None
+        if content is not None:
+            write_bytes(_file(self.folder, phase, batch_idx, "safetensors"), content)
+        values: dict = {
             f.name: getattr(batch, f.name)
             for f in dataclasses.fields(batch)
             if f.name != "trajectories"
@@ -137,7 +150,8 @@ class Journal:
         values["outcomes"] = [
             [dataclasses.astuple(outcome) for outcome in group] for group in batch.outcomes
         ]
-        values["has_trajectories"] = bool(batch.trajectories)
+        values["trajectories_sha256"] = None if content is None else sha256(content).hexdigest()
+        values["seal"] = seal(values | self._identity(phase, batch_idx))
         # last: a batch counts once its JSON is there
         write_text(_file(self.folder, phase, batch_idx, "json"), json.dumps(values))
 

@@ -68,6 +68,7 @@ _TABLE = {
     "prompts_per_batch": whole(1),
     "output": null_or(text("a path")),
     "model.plain": flag(),
+    "model.verify_digests": flag(),
 }
 
 

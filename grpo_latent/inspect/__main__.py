@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers.utils.logging import disable_progress_bar
 
-from grpo_latent.common.command import command, print_error
+from grpo_latent.common.command import add_verify_digests, command, print_error
 from grpo_latent.common.dtypes import parse_dtype
 from grpo_latent.common.files import write_text
 from grpo_latent.inspect.page import render
@@ -27,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(stderr=True)
     dtype = parse_dtype(options.dtype, "--dtype")
     runs = [read_run(folder, options.checkpoint, options.data) for folder in options.runs]
-    limits = Limits(options.trajectories, options.probe, int(options.megabytes * 1e6))
+    limits = Limits(
+        options.trajectories, options.probe, int(options.megabytes * 1e6), options.verify_digests
+    )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("heat maps", total=None)
@@ -86,6 +88,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--megabytes", type=float, default=defaults.block_bytes / 1e6, help="of trajectories' data"
     )
+    add_verify_digests(parser)
     return parser.parse_args(arguments)
 
 

@@ -28,11 +28,13 @@ class Limits:
         trajectories: shown in the table and the trajectory view, over all runs.
         probed_groups: with image and heat maps, over all runs.
         block_bytes: of all groups' data; groups beyond it keep their row in the table only.
+        verify_digests: False compares names and sizes of the checkpoint's files alone.
     """
 
     trajectories: int = 2000
     probed_groups: int = 64
     block_bytes: int = 4_000_000
+    verify_digests: bool = True
 
     def __post_init__(self):
         for name in ("trajectories", "probed_groups", "block_bytes"):
@@ -72,7 +74,9 @@ def build_report(
         chosen = spread(shown, limits.probed_groups // share)
         try:
             treatment = treatment_of(run)
-            probe_groups(run, shown, chosen, device, dtype, progress, treatment)
+            loaded = load_shown(run, shown, device, dtype, treatment, limits.verify_digests)
+            if loaded is not None:
+                probe_groups(run, loaded, shown, chosen, progress, treatment)
             notes += [
                 f"{name}: {reason}" for reason in [no_replay_gap(treatment, shown)] if reason
             ]
@@ -143,22 +147,21 @@ def spread(groups: Sequence[GroupData], num: int) -> list[GroupData]:
     return [groups[i * len(groups) // num] for i in range(num)]
 
 
-def probe_groups(
+def load_shown(
     run: Run,
     shown: list[GroupData],
-    chosen: list[GroupData],
     device: str,
     dtype: torch.dtype,
-    progress: Callable[[int, int], None],
     treatment: Treatment | None,
-) -> None:
-    """Fills tokens of `shown`, and rows and probes of `chosen`.
+    verify_digests: bool,
+) -> LatentModel | None:
+    """Loads the run's checkpoint; None where nothing is shown.
 
     Raises:
-        GrpoLatentError: there is no checkpoint, or it or the data cannot be read.
+        GrpoLatentError: there is no checkpoint, or it cannot be read.
     """
     if not shown:
-        return
+        return None
     if run.checkpoint is None:
         raise DataError(
             "no checkpoint, so no heat maps and no token texts",
@@ -167,7 +170,28 @@ def probe_groups(
             "actor_rollout_ref.model.path of config.yaml",
             fix="Pass one with --checkpoint.",
         )
-    loaded = load_latent_model(run.checkpoint, dtype=dtype, device=device, treatment=treatment)
+    return load_latent_model(
+        run.checkpoint,
+        dtype=dtype,
+        device=device,
+        treatment=treatment,
+        verify_digests=verify_digests,
+    )
+
+
+def probe_groups(
+    run: Run,
+    loaded: LatentModel,
+    shown: list[GroupData],
+    chosen: list[GroupData],
+    progress: Callable[[int, int], None],
+    treatment: Treatment | None,
+) -> None:
+    """Fills tokens of `shown`, and rows and probes of `chosen`.
+
+    Raises:
+        GrpoLatentError: the data cannot be read.
+    """
     for group in shown:
         group.tokens = [
             token_texts(loaded, dumped.trajectory.token_ids.tolist())

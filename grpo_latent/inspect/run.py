@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from omegaconf import OmegaConf
 
-from grpo_latent.common.step_folders import read_tracker, step_folders
+from grpo_latent.common.step_folders import NO_STEP, TRACKER_FILE, read_tracker, step_folders
 from grpo_latent.data.files import RowKeys
 from grpo_latent.errors import CheckpointError, DataError, GrpoLatentError
 from grpo_latent.eval.dumps import Dump, read_dump
@@ -268,7 +268,11 @@ def find_checkpoint(folder: Path, config: dict, problems: list[GrpoLatentError])
     if not root.is_dir():
         root = Path(str(lookup(config, "trainer.default_local_dir") or root))
     newest = _attempt(problems, lambda: read_tracker(root), None)
-    for step, path in reversed(step_folders(root).items()):
+    tracker = root / TRACKER_FILE
+    # then the only folder is half of the first save
+    is_none_complete = tracker.is_file() and tracker.read_text(errors="replace") == NO_STEP
+    folders = {} if is_none_complete else step_folders(root)
+    for step, path in reversed(folders.items()):
         saved = path / "actor" / "huggingface"
         if (newest is None or step <= newest) and (saved / LATENT_CONFIG_FILE).is_file():
             return saved

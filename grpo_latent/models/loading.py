@@ -27,6 +27,13 @@ from transformers import (
 
 from grpo_latent.backbones.protocol import Backbone
 from grpo_latent.backbones.registry import read_backbone
+from grpo_latent.common.manifest import (
+    check_folder,
+    digests,
+    model_files,
+    say_once,
+    write_manifest,
+)
 from grpo_latent.errors import CheckpointError, ConfigError, GrpoLatentError
 from grpo_latent.latent.mechanisms import (
     LATENT_CONFIG_FILE,
@@ -66,6 +73,7 @@ def load_latent_model(
     plain: bool = False,
     treatment: Treatment | None = None,
     seed: int = 0,
+    verify_digests: bool = True,
 ) -> LatentModel:
     """Model, tokenizer, processor and latent config of a checkpoint folder.
 
@@ -76,9 +84,11 @@ def load_latent_model(
             and may open no span.
         treatment: of latents in RL, for its parameters, and
         seed: which these start from if the folder has none.
+        verify_digests: compare files with the folder's manifest, if it has one; False compares
+            names and sizes.
 
     Raises:
-        CheckpointError: weights are missing or unknown, or tokenizer and `latent_config.json`
+        CheckpointError: a file is damaged, weights are missing or unknown, or tokenizer and `latent_config.json`
             disagree.
         ConfigError: a family that no backbone serves.
     """
@@ -87,6 +97,7 @@ def load_latent_model(
         raise CheckpointError(
             "no such folder", where=str(folder), expected="a folder written by grpo_latent.sft"
         )
+    check_whole(folder, verify_digests)
     check_is_model_folder(folder)
     with reading("tokenizer", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -113,6 +124,15 @@ def load_latent_model(
     module: nn.Module = model
     module.to(device).eval()
     return LatentModel(model, tokenizer, processor, mechanism, find_eos_ids(model, tokenizer))
+
+
+def check_whole(folder: str | Path, verify_digests: bool = True) -> None:
+    """Compares a model's folder with its manifest, and says once where that cannot be done.
+
+    Raises:
+        CheckpointError: a file is missing or changed.
+    """
+    say_once(check_folder(folder, verify_digests))
 
 
 def _check_plain(folder: Path, overrides: dict | None) -> None:
@@ -243,6 +263,7 @@ def save_latent_model(
     # after the processor, which writes a tokenizer of its own that may lack the latent tokens
     tokenizer.save_pretrained(folder)
     mechanism.save(folder)
+    write_manifest(folder, digests(folder, model_files(folder)))
 
 
 def read_mechanism(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> Mechanism:

@@ -24,7 +24,7 @@ from transformers import (
 from grpo_latent.backbones.registry import read_backbone
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.mechanisms import Mechanism, mechanism_class
-from grpo_latent.models.loading import find_mechanism, reading, save_latent_model
+from grpo_latent.models.loading import check_whole, find_mechanism, reading, save_latent_model
 from grpo_latent.models.tokens import add_latent_tokens
 
 
@@ -37,12 +37,16 @@ class PlainModel(NamedTuple):
 
 
 def load_plain(
-    path: str, dtype: torch.dtype | str = "auto", attn_implementation: str = "sdpa"
+    path: str,
+    dtype: torch.dtype | str = "auto",
+    attn_implementation: str = "sdpa",
+    verify_digests: bool = True,
 ) -> PlainModel:
     """Model, tokenizer and processor of a folder, or of a model on the hub.
 
     Args:
         dtype: "auto" takes the one that the weights have.
+        verify_digests: as `load_latent_model`.
 
     Raises:
         CheckpointError: no such folder, or one that is damaged or of another architecture than
@@ -57,6 +61,8 @@ def load_plain(
             got=path,
             expected="a Hugging Face folder, or owner/name of a model on the hub",
         )
+    if Path(path).is_dir():
+        check_whole(path, verify_digests)
     with reading("config.json", path):
         _, backbone = read_backbone(path)
     with reading("tokenizer and processor", path):

@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 
 from grpo_latent.common.settings import check_choice
 from grpo_latent.errors import DataError
-from grpo_latent.models.loading import load_latent_model, reading
+from grpo_latent.models.loading import check_whole, load_latent_model, reading
 from grpo_latent.models.prompts import encode_prompt
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import RolloutEngine, RolloutRequest, SamplingParams
@@ -35,6 +35,7 @@ class LatentLLM:
         engine: `hf` (the reference, any mechanism) or `vllm` (fast, for what `rollout.vllm` runs).
         device: of engine hf; engine vllm takes the device that vLLM was built for.
         overrides: settings of the mechanism to replace, such as `{"steps": 4}`.
+        verify_digests: compare files with the folder's manifest; False compares names and sizes.
         engine_options: further arguments of the engine's class.
 
     Raises:
@@ -51,11 +52,14 @@ class LatentLLM:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         overrides: dict | None = None,
+        verify_digests: bool = True,
         **engine_options: Any,
     ):
         check_choice(engine, ENGINES, "engine")
         if engine == "hf":
-            loaded = load_latent_model(folder, dtype, device, overrides=overrides)
+            loaded = load_latent_model(
+                folder, dtype, device, overrides=overrides, verify_digests=verify_digests
+            )
             self.tokenizer = loaded.tokenizer
             self.processor = loaded.processor
             self.mechanism = loaded.mechanism
@@ -66,6 +70,7 @@ class LatentLLM:
         # needs vLLM, which few installations have
         from grpo_latent.rollout.vllm.engine import VllmRolloutEngine
 
+        check_whole(folder, verify_digests)
         vllm_engine = VllmRolloutEngine(folder, overrides, dtype=dtype, **engine_options)
         self.engine = vllm_engine
         self.tokenizer = vllm_engine.skeleton.tokenizer

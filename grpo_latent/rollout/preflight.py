@@ -84,6 +84,7 @@ def preflight(
     device: str | torch.device = "cpu",
     treatment: Treatment | None = None,
     seed: int = 0,
+    verify_digests: bool = True,
 ) -> PreflightReport:
     """Checks a checkpoint; the folder is only read.
 
@@ -94,6 +95,7 @@ def preflight(
         overrides: settings of the mechanism that RL will replace.
         treatment: of latents in RL; None is `mask`.
         seed: of its parameters, where the checkpoint has none.
+        verify_digests: as `load_latent_model`.
 
     Raises:
         CheckpointError: the folder lacks something, or disagrees with itself.
@@ -104,7 +106,13 @@ def preflight(
             "not a rate", where="min_emission_rate", got=min_emission_rate, expected="in [0, 1]"
         )
     loaded = load_latent_model(
-        folder, dtype, device, overrides=overrides, treatment=treatment, seed=seed
+        folder,
+        dtype,
+        device,
+        overrides=overrides,
+        treatment=treatment,
+        seed=seed,
+        verify_digests=verify_digests,
     )
     check_tokenizer(loaded, str(folder))
     trajectories: list[Trajectory] = []

@@ -20,12 +20,13 @@ import transformers
 from transformers import TrainingArguments, set_seed
 
 from grpo_latent.common.files import write_json
+from grpo_latent.common.pickles import check_pickles
 from grpo_latent.common.provenance import provenance
 from grpo_latent.common.step_folders import step_folders, step_of
 from grpo_latent.data.boxes import BadBoxes
 from grpo_latent.errors import ConfigError
 from grpo_latent.models.injection import LatentInjector
-from grpo_latent.models.loading import LatentModel
+from grpo_latent.models.loading import LatentModel, check_whole
 from grpo_latent.sft.common.callbacks import JsonlLog, ProgressBar
 from grpo_latent.sft.common.dataset import SFTDataset
 from grpo_latent.sft.common.images import set_image_tokens
@@ -216,6 +217,7 @@ def find_checkpoint(settings: SFTSettings, output_dir: Path) -> Path | None:
     Raises:
         ConfigError: the run in `output_dir` had other settings, or the path is no complete
             checkpoint.
+        CheckpointError: it is damaged, or loading it would run code.
     """
     if settings.resume is None:
         return None
@@ -228,7 +230,7 @@ def find_checkpoint(settings: SFTSettings, output_dir: Path) -> Path | None:
                 got=settings.resume,
                 expected="auto, null, or a folder checkpoint-N",
             )
-        return checkpoint
+        return checked(checkpoint, settings.model.verify_digests)
     checkpoints = [
         folder
         for folder in step_folders(output_dir, "checkpoint-").values()
@@ -237,7 +239,20 @@ def find_checkpoint(settings: SFTSettings, output_dir: Path) -> Path | None:
     if not checkpoints:
         return None
     check_same_run(settings, output_dir)
-    return checkpoints[-1]
+    return checked(checkpoints[-1], settings.model.verify_digests)
+
+
+def checked(checkpoint: Path, verify_digests: bool) -> Path:
+    """Returns a checkpoint whose files are whole, and need no code of theirs to be loaded.
+
+    Raises:
+        CheckpointError: names the file that is missing, changed or more than tensors and values.
+    """
+    check_whole(checkpoint, verify_digests)
+    # transformers loads them weights-only in any case, and then says less
+    pickles = sorted(path for end in ("*.pt", "*.pth") for path in checkpoint.glob(end))
+    check_pickles(pickles, is_trusted=False, switch=None)
+    return checkpoint
 
 
 def is_complete(checkpoint: Path) -> bool:

@@ -273,13 +273,14 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_report(
     report = evaluate(loaded, prompts, reward_file, settings, journal=journal_in(folder))
     assert without_times(report) == expected
     with pytest.raises(
-        ConfigError, match=r"parts: the unfinished evaluation here is another one.*\['a'\]"
+        ConfigError,
+        match=r"parts/settings.json: the unfinished evaluation here is another one.*\['a'\]",
     ):
         journal_in(folder, a=2)
     part = folder / "shuffle.00001.json"
     part.write_text(part.read_text()[:20])
     with pytest.raises(
-        DataError, match=r"shuffle.00001.json: not a readable batch.*Delete the file"
+        DataError, match=r"shuffle.00001.json: not a readable batch.*Delete the batch's .json"
     ):
         journal_in(folder).load("shuffle", 1)
 

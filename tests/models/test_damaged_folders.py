@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from error_cases import check_message
+from folder_cases import without_manifest
 from latent_cases import build_case, case
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +23,7 @@ def good_folder(tmp_path_factory):
     config = c.mechanism(head="mlp", exit="latent_end")
     config.attach(c.model)
     save_latent_model(folder, c.model, c.tokenizer, None, config)
-    return folder
+    return without_manifest(folder)
 
 
 def edit_json(name, **changes):

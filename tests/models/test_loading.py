@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from folder_cases import digests
+from folder_cases import digests, without_manifest
 from latent_cases import build_case, sampling
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen2_5_VLConfig
@@ -75,9 +75,9 @@ def test_saving_what_was_loaded_writes_the_same_files(tmp_path):
         tmp_path / "second", loaded.model, loaded.tokenizer, loaded.processor, loaded.mechanism
     )
     first, second = digests(tmp_path / "first"), digests(tmp_path / "second")
-    # transformers itself adds where it loaded from, and dtypes, to these two
+    # transformers itself adds where it loaded from, and dtypes, to two; the third lists those
     differing = {name for name in first | second if first.get(name) != second.get(name)}
-    assert differing <= {"config.json", "tokenizer_config.json"}
+    assert differing <= {"config.json", "tokenizer_config.json", "manifest.json"}
 
 
 def test_overrides_change_the_config_but_not_the_file(tmp_path):
@@ -100,7 +100,7 @@ def test_dtype_reaches_the_head(tmp_path):
 def official(folder, head=None, end_vector=False, drop=()):
     """Writes an official LVR folder: `lvr_*` fields in config.json, no `latent_config.json`."""
     case, _ = saved(folder, "qwen2_5_vl")
-    (folder / LATENT_CONFIG_FILE).unlink()
+    (without_manifest(folder) / LATENT_CONFIG_FILE).unlink()
     ids = [case.token_id(token) for token in LVR_TOKENS]
     fields = dict(
         zip(("lvr_start_id", "lvr_id", "lvr_latent_end_id", "lvr_end_id"), ids, strict=True)
@@ -192,6 +192,7 @@ def tied_folder(folder, flags):
     model.tie_weights()
     config = LVR.from_tokens(tokenizer.get_vocab())
     save_latent_model(folder, model, tokenizer, processor, config)
+    without_manifest(folder)
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     path = folder / "config.json"
     values = json.loads(path.read_text())
@@ -244,7 +245,7 @@ def test_a_flag_of_the_top_level_is_believed(tmp_path, flags, tied):
 def test_sharded_weights_load(tmp_path):
     case, config = saved(tmp_path / "whole", "qwen2", head="mlp")
     shutil.copytree(tmp_path / "whole", tmp_path / "sharded")
-    (tmp_path / "sharded" / "model.safetensors").unlink()
+    (without_manifest(tmp_path / "sharded") / "model.safetensors").unlink()
     case.model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     own, other = (

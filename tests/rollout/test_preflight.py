@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from folder_cases import digests
+from folder_cases import digests, without_manifest
 from latent_cases import build_case
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -50,6 +50,7 @@ def write_checkpoint(folder, start_logit):
         mean = torch.stack(hidden).mean(0)
         case.model.lm_head.weight[config.start_id] = start_logit * mean / mean.square().sum()
     save_latent_model(folder, case.model, case.tokenizer, case.processor, config)
+    without_manifest(folder)
 
 
 @pytest.fixture(scope="module")

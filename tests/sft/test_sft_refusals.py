@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+import torch
+from folder_cases import WritesMarker, without_manifest
 from lvr_run_cases import config_of, run
 from run_cases import WORDS
 from safetensors.torch import load_file, save_file
@@ -33,8 +35,16 @@ def test_resuming_from_a_damaged_checkpoint_is_refused(inputs, tmp_path):
     tensors = load_file(path)
     del tensors["lvr_head.mlp.0.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="model.safetensors: a part of the checkpoint has"):
+        run(inputs, tmp_path)
+    folder = without_manifest(tmp_path / "checkpoint-3")
     with pytest.raises(CheckpointError, match="weights are missing.*lvr_head.mlp.0.weight"):
         run(inputs, tmp_path)
+    marker = tmp_path / "marker"
+    torch.save({"state": WritesMarker(marker)}, folder / "optimizer.pt")
+    with pytest.raises(CheckpointError, match="optimizer.pt: .*would run code"):
+        run(inputs, tmp_path)
+    assert not marker.exists()
 
 
 def test_output_over_the_input_is_refused(inputs, tmp_path):

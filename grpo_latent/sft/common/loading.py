@@ -54,12 +54,11 @@ def load_for_sft(
         ConfigError: `latent.head` is not the one that the checkpoint has.
     """
     dtype = parse_dtype(settings.dtype, "model.dtype")
-    attention = settings.attn_implementation
     folder = Path(settings.path)
     if folder.is_dir() and is_latent_checkpoint(folder):
-        bundle = _load_latent(folder, dtype, attention, latent, trains_end_vector)
+        bundle = _load_latent(settings, dtype, latent, trains_end_vector)
     else:
-        bundle = _load_plain(settings.path, dtype, attention, latent, trains_end_vector)
+        bundle = _load_plain(settings, dtype, latent, trains_end_vector)
     if bundle.processor is None and needs_vision:
         raise CheckpointError(
             "this SFT needs a vision tower",
@@ -79,13 +78,11 @@ def load_for_sft(
 
 
 def _load_plain(
-    path: str,
-    dtype: torch.dtype,
-    attention: str,
-    latent: LatentSettings,
-    trains_end_vector: bool,
+    settings: ModelSettings, dtype: torch.dtype, latent: LatentSettings, trains_end_vector: bool
 ) -> LatentModel:
-    model, tokenizer, processor = load_plain(path, dtype, attention)
+    model, tokenizer, processor = load_plain(
+        settings.path, dtype, settings.attn_implementation, settings.verify_digests
+    )
     ids = add_latent_tokens(model, tokenizer, latent.tokens)
     if processor is not None:
         processor.tokenizer = tokenizer
@@ -101,13 +98,15 @@ def _load_plain(
 
 
 def _load_latent(
-    folder: Path,
-    dtype: torch.dtype,
-    attention: str,
-    latent: LatentSettings,
-    trains_end_vector: bool,
+    settings: ModelSettings, dtype: torch.dtype, latent: LatentSettings, trains_end_vector: bool
 ) -> LatentModel:
-    bundle = load_latent_model(folder, dtype, attn_implementation=attention)
+    folder = Path(settings.path)
+    bundle = load_latent_model(
+        folder,
+        dtype,
+        attn_implementation=settings.attn_implementation,
+        verify_digests=settings.verify_digests,
+    )
     mechanism = bundle.mechanism
     wanted = latent.mechanism.key()
     if mechanism.key() != wanted:

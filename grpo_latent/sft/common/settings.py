@@ -18,6 +18,8 @@ class ModelSettings:
         save_path: where the trained model goes.
         dtype: of weights and optimizer state; `trainer.bf16` computes in bfloat16 over float32
             weights instead. With LoRA it is that of the frozen base: what trains is float32.
+        verify_digests: compare its files, and those of a checkpoint that is resumed, with their
+            manifest; False compares names and sizes.
     """
 
     path: str
@@ -27,6 +29,7 @@ class ModelSettings:
     freeze_vision: bool = True
     freeze_merger: bool = True
     vision_cache_bytes: int = 0
+    verify_digests: bool = True
     lora: LoraSettings = field(default_factory=LoraSettings)
 
 

@@ -29,7 +29,9 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from grpo_latent.common.manifest import write_manifest
 from grpo_latent.errors import TrainingError
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import LatentModel, copy_weights, read_tensors
@@ -241,6 +243,16 @@ class LatentSFTTrainer(Trainer):
                 self.latent.processor.save_pretrained(folder)
             self.latent.tokenizer.save_pretrained(folder)
             self.latent.mechanism.save(folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The Trainer's, and a manifest once all processes have written their parts."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder = Path(self._get_output_dir(trial)) / name
+            if folder.is_dir():  # a limit on their number may have removed it at once
+                write_manifest(folder)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

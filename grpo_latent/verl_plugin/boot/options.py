@@ -53,6 +53,9 @@ class LatentOptions:
             overflows, before the run ends.
         rollout_timeout_s: a rollout wave that is incomplete for so long fails the run.
         output_dir: of train.log; None where the driver does not collect logs.
+        verify_digests: files of checkpoints and models are compared with their manifest before
+            they are loaded; False compares names and sizes.
+        trust_pickles: what of a checkpoint cannot be loaded without running its code is loaded.
         preflight: of the checkpoint, before workers start.
         usage: `eval.usage.UsageSettings`, of the measurement at each validation.
         alarm: `trainer.alarm_settings.AlarmSettings`.
@@ -82,6 +85,8 @@ class LatentOptions:
     max_skipped_updates: int = 3
     rollout_timeout_s: float = 1800.0
     output_dir: str | None = None
+    verify_digests: bool = True
+    trust_pickles: bool = False
     preflight: Mapping[str, Any] = field(default_factory=dict)
     usage: Mapping[str, Any] = field(default_factory=dict)
     alarm: Mapping[str, Any] = field(default_factory=dict)

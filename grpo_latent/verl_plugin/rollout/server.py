@@ -96,6 +96,7 @@ class LatentRolloutServer:
             overrides=self.options.overrides,
             treatment=self.options.treatment,
             seed=self.options.seed,
+            verify_digests=self.options.verify_digests,
         )
         self.device = torch.device(device)
         self.eos_ids = loaded.eos_ids

@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl.utils.device import get_device_name
 
 from grpo_latent.errors import RolloutError
+from grpo_latent.models.loading import check_whole
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.vllm.compat import check_options, check_version, pin_runner
 from grpo_latent.rollout.vllm.frontend import FrontEnd
@@ -55,6 +56,7 @@ class LatentVllmServer(vLLMHttpServer):
         pin_runner()  # inherited by the engine's process
         self.options = LatentOptions.from_rollout(config)
         super().__init__(config, model_config, *args, **kwargs)
+        check_whole(self.model_config.local_path, self.options.verify_digests)
         self.front = FrontEnd(
             self.model_config.local_path,
             self.options.overrides,

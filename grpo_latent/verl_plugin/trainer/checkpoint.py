@@ -1,9 +1,11 @@
 """Checkpoints in verl's layout that survive being killed half-way, and that load as latent models.
 
 <default_local_dir>/
-  latest_checkpointed_iteration.txt   written last, atomically: the newest *complete* checkpoint
+  latest_checkpointed_iteration.txt   written last, atomically: the newest *complete* checkpoint; -1
+                                      before there is one
   best_checkpoint.json                the one with the best held-out score
   global_step_N/
+    manifest.json                     size and digest of each of the other files
     data.pt                           position in the data
     guards.json                       alarms, rollbacks, the best checkpoint: their state
     actor/                            shards of model, optimizer, scheduler and generator states
@@ -21,6 +23,7 @@ from omegaconf import DictConfig
 
 from grpo_latent.common.files import write_text
 from grpo_latent.common.step_folders import (
+    NO_STEP,
     STEP_PREFIX,
     TRACKER_FILE,
     read_tracker,
@@ -32,6 +35,7 @@ from grpo_latent.errors import CheckpointError, ConfigError
 __all__ = [
     "STEP_PREFIX",
     "TRACKER_FILE",
+    "begin_tracker",
     "make_room",
     "prune",
     "read_tracker",
@@ -43,6 +47,13 @@ __all__ = [
 def write_tracker(root: str | Path, step: int) -> None:
     """Points the tracker at `step`, atomically."""
     write_text(Path(root) / TRACKER_FILE, str(step))
+
+
+def begin_tracker(root: str | Path) -> None:
+    """Says that there is no complete checkpoint yet, unless a tracker is there."""
+    path = Path(root) / TRACKER_FILE
+    if not path.is_file():
+        write_text(path, NO_STEP)
 
 
 def make_room(root: str | Path, step: int, resumed_from: int) -> None:
@@ -62,7 +73,7 @@ def make_room(root: str | Path, step: int, resumed_from: int) -> None:
         if (root / f"{STEP_PREFIX}{resumed_from}").is_dir() and resumed_from != step:
             write_tracker(root, resumed_from)
         else:
-            tracker.unlink()
+            write_text(tracker, NO_STEP)
     shutil.rmtree(folder)
 
 

@@ -3,7 +3,7 @@
     step ▸ saved ▸ validated ▸ judged ─┬─ an alarm of `rollback_on`: back to the last good checkpoint
                                        ├─ the best held-out score so far: kept
                                        └─ an alarm of `stop_on`: the end
-         ▸ state written into the step's checkpoint, if it has one
+         ▸ state written into the step's checkpoint, if it has one, before that is committed
 
 Numbers and files; what loads, scales and saves is the trainer.
 """
@@ -58,7 +58,6 @@ class Guards:
         self.extras: list[int] = []
         self.has_given_up = False
         self._resumed: Path | None = None
-        self._saved: Path | None = None  # of the step that is not yet counted
 
     # ---- alarms ---------------------------------------------------------------------------------
 
@@ -144,15 +143,19 @@ class Guards:
         return self.best is None or score > self.best.score
 
     def keep(self, best: Best, is_extra: bool = False) -> None:
-        """Names the best checkpoint, which is on disk.
+        """Takes a checkpoint for the best one; `name_best` says so outside.
 
         Args:
             is_extra: it is there for its score only, and goes when a better one comes.
         """
         self.best = best
-        write_best(self.root, best)
         if is_extra:
             self.extras.append(best.step)
+
+    def name_best(self) -> None:
+        """Names the best checkpoint, which is on disk, in a file beside the tracker."""
+        if self.keeps_best:
+            write_best(self.root, self.best)
 
     @property
     def pinned(self) -> set[int]:
@@ -164,7 +167,8 @@ class Guards:
         ]
         return {step for step in steps if step is not None}
 
-    def _remove_superseded(self, newest: int) -> None:
+    def remove_superseded(self, newest: int) -> None:
+        """Removes checkpoints that were there for their score, which is no longer the best."""
         for step in self.extras:
             if step not in {newest, *self.pinned}:
                 shutil.rmtree(self._own_folder(step), ignore_errors=True)
@@ -173,28 +177,12 @@ class Guards:
     # ---- state ----------------------------------------------------------------------------------
 
     def save(self, checkpoint: Path) -> None:
-        """Writes the state into a checkpoint.
-
-        verl saves a step before it validates and logs it, so it is written now, and anew by
-        `complete_save`.
-        """
-        self._write(checkpoint, is_counted=False)
-        self._saved = checkpoint
-
-    def complete_save(self) -> None:
-        """Writes the state of the last save anew, its step judged; nothing without one."""
-        checkpoint, self._saved = self._saved, None
-        if checkpoint is None:
-            return
+        """Writes the state into a checkpoint, whose step is judged and logged."""
         step = step_of(checkpoint)
         assert step is not None, "checkpoints are named after steps"
         if self.alarms.is_good:
             there = [good for good in self.good_steps if self._folder(good).is_dir()]
             self.good_steps = [*there, step]
-        self._write(checkpoint, is_counted=True)
-        self._remove_superseded(step)
-
-    def _write(self, checkpoint: Path, is_counted: bool) -> None:
         values = {
             "alarms": self.alarms.state(),
             "rollbacks": self.rollbacks,
@@ -202,14 +190,12 @@ class Guards:
             "best": None if self.best is None else self.best.as_json(),
             "good_steps": self.good_steps,
             "extras": [step for step in self.extras if self._own_folder(step).is_dir()],
-            "is_step_counted": is_counted,
         }
         write_json(checkpoint / STATE_FILE, values)
 
     def begin(self) -> None:
         """Forgets what an earlier run has named in the same folder."""
-        if self.keeps_best:
-            write_best(self.root, None)
+        self.name_best()
 
     def load(self, checkpoint: Path) -> list[str]:
         """Takes the state of a checkpoint that a run resumes from; what the user should know of it.
@@ -231,10 +217,7 @@ class Guards:
         self._restore_alarms(values, checkpoint)
         self.rollbacks, self.lr_factor = values["rollbacks"], values["lr_factor"]
         self.good_steps, self.extras = list(values["good_steps"]), list(values["extras"])
-        notes = []
-        if not values["is_step_counted"]:
-            notes.append(f"{path}: the run ended before it had counted its last step")
-        notes += self._restore_best(values["best"])
+        notes = self._restore_best(values["best"])
         if self.should_stop:
             lets_go_on = "max_rollbacks=<more>" if self._is_exhausted else "stop=false"
             notes.append(
@@ -252,7 +235,7 @@ class Guards:
         if best is not None and best.step and not self._own_folder(best.step).is_dir():
             notes = [f"the best checkpoint, {best.folder}, is gone: it is sought anew"]
             self.best = None
-        write_best(self.root, self.best)
+        self.name_best()
         return notes
 
     def _restore_alarms(self, values: Mapping[str, Any], checkpoint: Path) -> None:
@@ -267,10 +250,10 @@ class Guards:
             "lr_factor": 1.0,
             "good_steps": [],
             "extras": [],
-            "is_step_counted": True,
         }
         try:
             values = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+            values.pop("is_step_counted", None)  # of a release that saved before it judged
             if values.keys() != {*fresh, "alarms", "best"}:
                 raise ValueError(f"keys {sorted(values)}")
             wrong = [name for name in fresh if not is_like(fresh[name], values[name])]

@@ -8,11 +8,11 @@ right:
     old log-probs           dropped rows masked before it, replay gap checked after it
     reference log-probs
     advantages, update      `grpo_latent`
-    save                    tracker written last, atomically
+    save                    not yet named by the tracker
     weights to rollout
     validate, log           latent and reward metrics, usage, rollout dump; alarms, back to a good
-                            checkpoint or the best one kept; report to the driver; callbacks of
-                            the save
+                            checkpoint or the best one kept; report to the driver
+    commit                  manifest, then the tracker, atomically; callbacks of the save
 """
 
 from __future__ import annotations
@@ -24,14 +24,24 @@ from omegaconf import open_dict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.tracking import Tracking
 
 from grpo_latent.common.best_checkpoint import Best
+from grpo_latent.common.files import remove_unfinished, replacing_file
+from grpo_latent.common.pickles import without_code
 from grpo_latent.common.step_folders import step_of
 from grpo_latent.verl_plugin.boot import compat, metrics_file
 from grpo_latent.verl_plugin.boot.registration import TRAINER_MODE, verify, verify_device
 from grpo_latent.verl_plugin.boot.renamed import take_new_names
 from grpo_latent.verl_plugin.trainer import checkpoint
 from grpo_latent.verl_plugin.trainer.alarms import Line
+from grpo_latent.verl_plugin.trainer.commit import (
+    DATA_FILE,
+    CommittingLogger,
+    check_checkpoint,
+    sync_outputs,
+    write_manifest,
+)
 from grpo_latent.verl_plugin.trainer.config_check import check_config
 from grpo_latent.verl_plugin.trainer.dropped import mask_dropped, without_dropped
 from grpo_latent.verl_plugin.trainer.guards import Guards
@@ -75,7 +85,7 @@ class LatentPPOTrainer(PPOTrainerSync):
         self.resumed_from = 0
         self.is_resumed = False
         self._saved_step: int | None = None
-        self._unannounced: Path | None = None  # the checkpoint whose step is not yet logged
+        self._pending: Path | None = None  # a checkpoint that the tracker does not name yet
 
     # ---- parts ----------------------------------------------------------------------------------
 
@@ -100,6 +110,15 @@ class LatentPPOTrainer(PPOTrainerSync):
             LatentRolloutClient, servers=self.llm_server_manager.server_handles
         )
 
+    @property  # type: ignore[override]  # the base class sets it, and calls `log`
+    def logger(self) -> CommittingLogger:
+        """verl's loggers, which `fit` of the base class makes; a step's log is followed by its commit."""
+        return self._logger
+
+    @logger.setter
+    def logger(self, tracking: Tracking) -> None:
+        self._logger = CommittingLogger(tracking, self._commit, self.resumed_from)
+
     # ---- the loop -------------------------------------------------------------------------------
 
     def fit(self, agent_loop_manager) -> None:
@@ -108,6 +127,8 @@ class LatentPPOTrainer(PPOTrainerSync):
         if not trainer.val_only:  # which takes no step, so it has no line to take back
             path = metrics_file.metrics_path(trainer.project_name, trainer.experiment_name)
             metrics_file.rewind_metrics(path, self.global_steps)
+            for folder in {path.parent, self._dump_folder, self.guards.root}:
+                remove_unfinished(folder)
         if self.global_steps > 0 and not trainer.val_only:
             with open_dict(self.config):  # the run that saved this checkpoint has validated it
                 trainer.val_before_train = False
@@ -161,7 +182,6 @@ class LatentPPOTrainer(PPOTrainerSync):
             lines.append(self._roll_back(metrics))
         elif self.guards.is_best(held_out(metrics)):
             self._keep_best(metrics)
-        self._complete_save()
         self.reporter.report("step", global_steps, self.total_training_steps, scalars(metrics))
         self.reporter.say(lines, global_steps, self.total_training_steps)
         if self.guards.should_stop:
@@ -171,7 +191,6 @@ class LatentPPOTrainer(PPOTrainerSync):
         """Ends training after this step, with a checkpoint of it."""
         if self._saved_step != self.global_steps:
             self._save_between()
-            self._complete_save()  # this step is counted already
         self.total_training_steps = self.global_steps  # the base class loops up to it
 
     def _keep_best(self, metrics: dict) -> None:
@@ -201,11 +220,9 @@ class LatentPPOTrainer(PPOTrainerSync):
         folder = self.guards.last_good
         if folder is None:
             return self.guards.give_up()
-        step, root = step_of(folder), Path(self.config.trainer.default_local_dir)
+        step = step_of(folder)
         assert step is not None, "good checkpoints are named after steps"
-        if folder.resolve().parent == root.resolve():
-            # a run that is killed from here on takes the steps since then again, and goes back alike
-            checkpoint.write_tracker(root, step)
+        check_checkpoint(folder, self.actor_rollout_wg, self.options)
         self.checkpoint_manager.sleep_replicas()
         self.actor_rollout_wg.load_checkpoint(
             local_path=str(folder / "actor"), del_local_after_load=False
@@ -243,6 +260,7 @@ class LatentPPOTrainer(PPOTrainerSync):
             start = self.config.actor_rollout_ref.model.path
             names = ", ".join(held_out_names(metrics))
             self.guards.keep(Best(0, float(score), names, start))
+            self.guards.name_best()
         metrics |= self._measure_usage()
         self.reporter.report(
             "validation", self.global_steps, self.total_training_steps, scalars(metrics)
@@ -265,10 +283,14 @@ class LatentPPOTrainer(PPOTrainerSync):
         }
 
     def _dump(self, batch: KVBatchMeta, step: int) -> None:
-        folder = self.options.dump_dir or Path(self.config.trainer.default_local_dir) / "rollouts"
-        records, summaries = dump_step(batch, step, folder)
+        records, summaries = dump_step(batch, step, self._dump_folder)
         if self.board is not None:
             self.board.log_rollouts(step, records, summaries)
+
+    @property
+    def _dump_folder(self) -> Path:
+        default = Path(self.config.trainer.default_local_dir) / "rollouts"
+        return Path(self.options.dump_dir or default)
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
@@ -276,61 +298,76 @@ class LatentPPOTrainer(PPOTrainerSync):
         super().on_train_begin()
         if self.guards.settings.rollback and self.global_steps == 1 and not self.is_resumed:
             self._save_step(0)  # what a run falls back to before its first save
-            self._complete_save()
+            self._commit()  # its validation is logged
 
     def _save_checkpoint(self) -> None:
         self._save_step(self.global_steps)
 
     def _save_step(self, step: int) -> None:
-        """verl's layout; the tracker names a checkpoint only once all of it is on disk."""
+        """verl's layout; `_commit` names it in the tracker."""
         trainer = self.config.trainer
         root = Path(trainer.default_local_dir)
+        if self._pending is not None:  # saved twice in a step: its digests may still be made
+            self.actor_rollout_wg.digest_parts()
+        checkpoint.begin_tracker(root)
         checkpoint.make_room(root, step, self.resumed_from)
         folder = root / f"{checkpoint.STEP_PREFIX}{step}"
         remote = trainer.default_hdfs_dir and f"{trainer.default_hdfs_dir}/{folder.name}/actor"
         self.actor_rollout_wg.save_checkpoint(
             str(folder / "actor"), remote, step, max_ckpt_to_keep=None
         )
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self.train_dataloader.state_dict(), folder / "data.pt")
-        self.guards.save(folder)
-        checkpoint.write_tracker(root, step)
-        self._unannounced, self._saved_step = folder, step
+        with replacing_file(folder / DATA_FILE) as unfinished:
+            torch.save(self.train_dataloader.state_dict(), unfinished)
+        self._pending, self._saved_step = folder, step
 
-    def _complete_save(self) -> None:
-        """Completes the step's checkpoint, if it has one, now that the step is judged.
-
-        Its state is written anew, older checkpoints are pruned, and verl's `on_save` is called:
-        only here is the folder final. A callback that copies it right after the save, as verl
-        calls it, would keep counters of the alarm without this step.
-        """
-        self.guards.complete_save()
-        folder, self._unannounced = self._unannounced, None
-        if folder is None or self._saved_step is None:
+    def _commit(self) -> None:
+        """Names the step's checkpoint in the tracker, if it has one; see `commit`."""
+        folder, self._pending = self._pending, None
+        if folder is None:
             return
+        assert self._saved_step is not None, "set with the folder"
+        for dump in self._dump_futures:
+            dump.result()
+        self.logger.flush()
+        sync_outputs(self.config.trainer, self._saved_step)
+        self.guards.save(folder)
+        write_manifest(folder, self.actor_rollout_wg.digest_parts())
+        checkpoint.write_tracker(self.guards.root, self._saved_step)
+        self._follow_commit(folder)
+
+    def _follow_commit(self, folder: Path) -> None:
+        """Does what comes after the tracker; again on resume, since a kill may have come before it."""
+        step = step_of(folder)
+        assert step is not None, "checkpoints are named after steps"
+        self.guards.name_best()
+        self.guards.remove_superseded(step)
         keep = self.config.trainer.get("max_actor_ckpt_to_keep", None)
         checkpoint.prune(self.guards.root, keep, self.guards.pinned)
         self.checkpoint_callback.on_save(
-            trainer=self,
-            global_step=self._saved_step,
-            checkpoint_dir=str(folder),
-            async_save=False,
+            trainer=self, global_step=step, checkpoint_dir=str(folder), async_save=False
         )
 
     def _load_checkpoint(self) -> None:
         trainer = self.config.trainer
         folder = checkpoint.resume_folder(trainer)
+        notes = []
         if folder is not None:
-            checkpoint.check_world_size(folder, self.actor_rollout_wg.world_size)
+            notes = check_checkpoint(folder, self.actor_rollout_wg, self.options)
             if trainer.resume_mode == "resume_path":  # verl would choke on a slash at its end
                 trainer.resume_from_path = str(folder)
-        super()._load_checkpoint()
+        with without_code(self.options.trust_pickles):
+            super()._load_checkpoint()
         self.resumed_from, self.is_resumed = self.global_steps, folder is not None
-        if folder is not None:
-            for note in self.guards.load(folder):
-                print(f"resume: {note}", flush=True)
-        else:
+        if folder is None:
             self.guards.begin()
+            return
+        for note in [*notes, *self.guards.load(folder)]:
+            line = Line("resume", note)
+            self.reporter.say([line], self.global_steps, self.total_training_steps)
+        if (
+            trainer.resume_mode == "auto" and not trainer.val_only
+        ):  # the tracker's own, not a step that is gone back to
+            self._follow_commit(folder)
 
 
 def scalars(metrics: dict) -> dict[str, float]:

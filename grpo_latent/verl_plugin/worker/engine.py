@@ -27,10 +27,11 @@ from verl.workers.engine import EngineRegistry
 from grpo_latent import recorded
 from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.backbones.registry import backbone_of, find_backbone
+from grpo_latent.common.pickles import check_pickles, without_code
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models.injection import LatentInjector
-from grpo_latent.models.loading import load_latent_parameters
+from grpo_latent.models.loading import check_whole, load_latent_parameters
 from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.models.treatment_parameters import attach_treatment, initialisation_notes
 from grpo_latent.models.vision_cache import VisionCache
@@ -51,6 +52,7 @@ from grpo_latent.verl_plugin.worker.gradients import InputGradients
 from grpo_latent.verl_plugin.worker.hf_folder import complete_hf_folder
 from grpo_latent.verl_plugin.worker.latent_loss import NUM_ACTS, NUM_LATENTS, LatentLoss
 from grpo_latent.verl_plugin.worker.micro_batch import MicroBatch
+from grpo_latent.verl_plugin.worker.parts import HF_FOLDER, PartDigests
 from grpo_latent.verl_plugin.worker.scored_head import ScoredHead, Wanted
 from grpo_latent.verl_plugin.worker.treated_forward import TreatedForward
 
@@ -63,6 +65,7 @@ class LatentFSDPEngine(FiniteEngine):
 
     options = LatentOptions()
     freeze_vision = False
+    parts: PartDigests | None = None  # of the last save
     # of the forward that runs, None between two
     batch: MicroBatch | None = None
     sequences: LatentSequences | None = None
@@ -78,6 +81,8 @@ class LatentFSDPEngine(FiniteEngine):
     def _build_module(self):
         folder = self.model_config.local_path
         assert folder is not None, "verl's model config fetches it when it is made"
+        if self.rank == 0:  # whose weights the others are sent
+            check_whole(folder, self.options.verify_digests)
         self.mechanism: Mechanism = self.options.mechanism(folder, self.model_config.tokenizer)
         # before verl reads the weights: a refusal need not wait for that
         check_model(self.model_config.hf_config)
@@ -311,8 +316,24 @@ class LatentFSDPEngine(FiniteEngine):
     ):
         super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
         if self.rank == 0:
-            complete_hf_folder(f"{local_path}/huggingface", self.model_config, self.mechanism)
+            complete_hf_folder(f"{local_path}/{HF_FOLDER}", self.model_config, self.mechanism)
+        self.parts = PartDigests(local_path, self.rank)
         torch.distributed.barrier()
+
+    def load_checkpoint(self, local_path, *args, **kwargs):
+        """verl's, which would run whatever code the files hold: here tensors and values only."""
+        manager = self.checkpoint_manager
+        loads = {
+            "model": manager.should_load_model,
+            "optim": manager.should_load_optimizer,
+            "extra_state": manager.should_load_extra,
+        }
+        suffix = f"world_size_{manager.world_size}_rank_{manager.rank}.pt"
+        is_trusted = self.options.trust_pickles
+        paths = [f"{local_path}/{stem}_{suffix}" for stem, is_loaded in loads.items() if is_loaded]
+        check_pickles(paths, is_trusted, "latent.trust_pickles")
+        with without_code(is_trusted):
+            super().load_checkpoint(local_path, *args, **kwargs)
 
 
 def full_tensors(state: dict):

@@ -11,6 +11,7 @@ import torch
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
+from grpo_latent.common.manifest import Entries, check_files
 from grpo_latent.errors import PluginError
 from grpo_latent.verl_plugin.boot import compat
 from grpo_latent.verl_plugin.boot.options import LatentOptions
@@ -18,6 +19,7 @@ from grpo_latent.verl_plugin.boot.registration import NAME, verify
 from grpo_latent.verl_plugin.worker.engine import LatentFSDPEngine
 from grpo_latent.verl_plugin.worker.latent_loss import LatentLoss
 from grpo_latent.verl_plugin.worker.learning_rate import scale_learning_rate
+from grpo_latent.verl_plugin.worker.parts import is_own
 
 # verl's dispatch modes are attributes that it adds when it is imported
 ONE_TO_ALL: int = Dispatch.ONE_TO_ALL  # type: ignore[attr-defined]
@@ -87,8 +89,7 @@ class LatentActorRolloutRefWorker(ActorRolloutRefWorker):
         """Sends the actor's weights to a server with engine hf; every rank gathers with it."""
         from grpo_latent.verl_plugin.rollout.replica import send_weights
 
-        assert self.actor is not None, "the trainer asks the actor's workers only"
-        weights, _ = self.actor.engine.get_per_tensor_param()
+        weights, _ = self._latent_engine().get_per_tensor_param()
         if torch.distributed.get_rank() == 0:
             await send_weights(server, weights, self.config.rollout, policy_version)
         else:
@@ -98,10 +99,28 @@ class LatentActorRolloutRefWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=ONE_TO_ALL)
     def scale_learning_rate(self, factor: float) -> None:
         """Multiplies the actor's learning rates, those of its schedule too."""
+        engine = self._latent_engine()
+        scale_learning_rate(engine.optimizer, engine.lr_scheduler, factor)
+
+    @register(dispatch_mode=ONE_TO_ALL)
+    def digest_parts(self) -> Entries:
+        """Digests of the files below `actor` that this rank has written in the last save."""
+        parts = self._latent_engine().parts
+        assert parts is not None, "asked after a save"
+        return parts.result()
+
+    @register(dispatch_mode=ONE_TO_ALL)
+    def check_parts(self, folder: str, entries: Entries) -> None:
+        """Compares the files below `actor` that this rank loads with the manifest's entries."""
+        rank = torch.distributed.get_rank()
+        own = {name: entry for name, entry in entries.items() if is_own(name, rank)}
+        check_files(folder, own, self.options.verify_digests)
+
+    def _latent_engine(self) -> LatentFSDPEngine:
         assert self.actor is not None, "the trainer asks the actor's workers only"
         engine = self.actor.engine
         assert isinstance(engine, LatentFSDPEngine), "checked when it was built"
-        scale_learning_rate(engine.optimizer, engine.lr_scheduler, factor)
+        return engine
 
     @register(dispatch_mode=ONE_TO_ALL)
     def init_model(self):

@@ -10,12 +10,14 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from grpo_latent.common import files
 from grpo_latent.common.best_checkpoint import Best, read_best
+from grpo_latent.common.manifest import read_manifest, write_manifest
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.trainer import checkpoint
 from grpo_latent.verl_plugin.trainer import trainer as trainer_module
 from grpo_latent.verl_plugin.trainer.guards import STATE_FILE, Guards
 from grpo_latent.verl_plugin.trainer.trainer import LatentPPOTrainer
+from grpo_latent.verl_plugin.worker.parts import PartDigests
 
 
 def make(root, *steps, tracker=None):
@@ -39,10 +41,26 @@ def test_saving_over_the_newest_checkpoint_first_points_back(tmp_path):
     assert checkpoint.read_tracker(tmp_path) == 3 and not (tmp_path / "global_step_6").exists()
 
 
-def test_saving_over_the_only_checkpoint_leaves_no_tracker(tmp_path):
+def test_saving_over_the_only_checkpoint_leaves_no_step_in_the_tracker(tmp_path):
     make(tmp_path, 3, tracker=3)
     checkpoint.make_room(tmp_path, 3, resumed_from=0)
     assert checkpoint.read_tracker(tmp_path) is None
+    assert (tmp_path / checkpoint.TRACKER_FILE).read_text() == "-1"
+
+
+def test_a_lost_tracker_is_told_from_none_yet(tmp_path):
+    """Otherwise a run would begin anew, over checkpoints that it has."""
+    make(tmp_path, 3, 6)
+    assert checkpoint.read_tracker(tmp_path) is None, "half of a save"
+    write_manifest(tmp_path / "global_step_3")
+    checkpoint.begin_tracker(tmp_path)
+    assert checkpoint.read_tracker(tmp_path) is None, "killed between manifest and tracker"
+    (tmp_path / checkpoint.TRACKER_FILE).unlink()
+    with pytest.raises(CheckpointError, match=f"{checkpoint.TRACKER_FILE}.*Write 3 into it"):
+        checkpoint.read_tracker(tmp_path)
+    checkpoint.write_tracker(tmp_path, 3)
+    checkpoint.begin_tracker(tmp_path)
+    assert checkpoint.read_tracker(tmp_path) == 3
 
 
 def test_tracker_is_replaced_whole(tmp_path, monkeypatch):
@@ -137,16 +155,18 @@ def test_callbacks_get_a_checkpoint_whose_step_is_counted(tmp_path, monkeypatch,
     def on_save(trainer, global_step, checkpoint_dir, async_save):
         state = json.loads((Path(checkpoint_dir) / STATE_FILE).read_text())
         bad = state["alarms"]["bad_in_a_row"]
-        copied.append((global_step, bad["vanished"], state["is_step_counted"]))
+        is_listed = STATE_FILE in read_manifest(checkpoint_dir)
+        named = checkpoint.read_tracker(tmp_path)
+        copied.append((global_step, bad["vanished"], is_listed, named))
 
     trainer.checkpoint_callback = SimpleNamespace(on_save=on_save)
     if not stops:
         trainer._save_checkpoint()
-        assert copied == [] and checkpoint.read_tracker(tmp_path) == 3, "not logged yet"
-    trainer._compute_metrics(None, {"latent/frac_rollouts": 0.0}, {}, 3, 0)
-    trainer.global_steps = 4
-    trainer._compute_metrics(None, {"latent/frac_rollouts": 0.0}, {}, 4, 0)
-    assert copied == ([(3, 1, True), (4, 2, True)] if stops else [(3, 1, True)]), "each save once"
+        assert copied == [] and checkpoint.read_tracker(tmp_path) is None, "not logged yet"
+    log(trainer, 3, {"latent/frac_rollouts": 0.0})
+    log(trainer, 4, {"latent/frac_rollouts": 0.0})
+    expected = [(3, 1, True, 3)] + [(4, 2, True, 4)] * stops
+    assert copied == expected, "each save once"
     assert trainer.total_training_steps == (4 if stops else 9)
 
 
@@ -158,8 +178,7 @@ def test_a_better_validation_between_saves_is_saved_while_the_rollout_sleeps(
 ):
     trainer = stub_trainer(tmp_path, 9, {}, monkeypatch)
     for step, score in ((3, 0.5), (4, 0.4), (5, 0.6)):
-        trainer.global_steps = step
-        trainer._compute_metrics(None, {"latent/frac_rollouts": 1.0, SCORE: score}, {}, step, 0)
+        log(trainer, step, {"latent/frac_rollouts": 1.0, SCORE: score})
     assert trainer.asked == ["sleep", "save 3", "update 3", "sleep", "save 5", "update 5"]
     assert read_best(tmp_path) == Best(5, 0.6, SCORE, "global_step_5")
     assert [path.name for path in tmp_path.glob("global_step_*")] == ["global_step_5"]
@@ -174,9 +193,16 @@ def collapse(trainer, steps):
         trainer._save_checkpoint()
         reward = 0.6 if step < 5 else 0.0
         metrics = {"critic/score/mean": reward, "rewards/standard_error": 0.02}
-        trainer._compute_metrics(None, metrics, {}, step, 0)
+        log(trainer, step, metrics)
         logged[step] = metrics
     return logged
+
+
+def log(trainer, step, metrics):
+    """The end of a step of verl's loop."""
+    trainer.global_steps = step
+    trainer._compute_metrics(None, metrics, {}, step, 0)
+    trainer.logger.log(data=metrics, step=step)
 
 
 def test_a_rollback_loads_the_last_good_step_and_saves_it_as_this_one(tmp_path, monkeypatch):
@@ -190,7 +216,7 @@ def test_a_rollback_loads_the_last_good_step_and_saves_it_as_this_one(tmp_path, 
     logged = collapse(trainer, range(3, 7))
     expected = ["sleep", "load global_step_4", "scale 0.25", "save 6", "update 6"]
     assert trainer.asked == ["save 3", "save 4", "save 5", "save 6", *expected]
-    assert tracked == [4], "a kill while it goes back resumes from the good step"
+    assert tracked == [5], "a kill while it goes back takes step 6 again, and goes back again"
     assert checkpoint.read_tracker(tmp_path) == 6
     assert logged[6]["latent/rolled_back_to"] == 4.0 and logged[6]["latent/lr_factor"] == 0.25
     assert "latent/rolled_back_to" not in logged[5] and logged[5]["latent/rollbacks"] == 0.0
@@ -217,8 +243,7 @@ def test_a_run_that_has_nothing_to_go_back_to_ends(tmp_path, monkeypatch):
     trainer = stub_trainer(tmp_path, 9, alarm, monkeypatch)
     metrics = {"critic/score/mean": 0.6, "rewards/standard_error": 0.02}
     for step, reward in ((3, 0.6), (4, 0.0), (5, 0.0)):
-        trainer.global_steps = step
-        trainer._compute_metrics(None, metrics | {"critic/score/mean": reward}, {}, step, 0)
+        log(trainer, step, metrics | {"critic/score/mean": reward})
     assert trainer.asked == ["sleep", "save 5", "update 5"] and trainer.total_training_steps == 5
     assert "no good checkpoint" in str(trainer.said[-1][1])
 
@@ -251,16 +276,29 @@ def stub_trainer(root, save_freq, alarm, monkeypatch):
         "default_hdfs_dir": None,
         "save_freq": save_freq,
         "val_only": False,
+        "project_name": "p",
+        "experiment_name": "e",
     }
     trainer.config = OmegaConf.create({"trainer": settings})
     trainer.options = LatentOptions(output_dir=str(root), alarm=alarm)
     trainer.guards = Guards(trainer.options, trainer.config.trainer)
     trainer.global_steps, trainer.total_training_steps, trainer.resumed_from = 3, 9, 0
     trainer.is_resumed = False
-    asked = trainer.asked = []
+    asked, parts = [], []
+    trainer.asked = asked
+
+    def save(folder, remote, step, **kwargs):
+        asked.append(f"save {step}")
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "fsdp_config.json").write_text('{"world_size": 1}')
+        parts.append(PartDigests(folder, 0))
+
     trainer.actor_rollout_wg = SimpleNamespace(
-        save_checkpoint=lambda folder, remote, step, **kwargs: asked.append(f"save {step}"),
+        save_checkpoint=save,
         scale_learning_rate=lambda factor: asked.append(f"scale {factor:g}"),
+        digest_parts=lambda: [parts[-1].result()],
+        check_parts=lambda folder, entries: None,
+        world_size=1,
     )
     trainer.checkpoint_manager = SimpleNamespace(
         sleep_replicas=lambda: asked.append("sleep"),
@@ -273,5 +311,7 @@ def stub_trainer(root, save_freq, alarm, monkeypatch):
         report=lambda *args: None,
         say=lambda lines, step, total: said.extend((step, line) for line in lines),
     )
-    trainer._unannounced = trainer._saved_step = None
+    trainer._pending = trainer._saved_step = None
+    trainer._dump_futures = []
+    trainer.logger = SimpleNamespace(log=lambda *args: None, logger={})
     return trainer

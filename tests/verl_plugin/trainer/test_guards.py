@@ -27,34 +27,33 @@ def make_guards(root, save_freq=1, keep_best=True, val_only=False, **alarm):
 
 
 def take_step(guards, step, reward=0.6, score=None, is_saved=True):
-    """What the trainer does in a step that does not go back: save, validate, judge, keep, count."""
+    """What the trainer does in a step that does not go back: save, validate, judge, keep, commit."""
     folder = guards.root / f"global_step_{step}"
-
-    def save():
-        folder.mkdir(parents=True, exist_ok=True)
-        guards.save(folder)
-        checkpoint.write_tracker(guards.root, step)
-
     if is_saved:
-        save()
+        folder.mkdir(parents=True, exist_ok=True)
     guards.alarms.after_validation(score, 0.01)
     lines = guards.after_step(FINE | {"critic/score/mean": reward})
     if not guards.wants_rollback and guards.is_best(score):
-        if not is_saved:
-            save()
+        folder.mkdir(parents=True, exist_ok=True)
         guards.keep(Best.of_step(step, score, "val-core/x/acc/mean@1"), is_extra=not is_saved)
-    guards.complete_save()
+    if folder.is_dir():
+        commit(guards, step)
     return lines
+
+
+def commit(guards, step):
+    guards.save(guards.root / f"global_step_{step}")
+    checkpoint.write_tracker(guards.root, step)
+    guards.name_best()
+    guards.remove_superseded(step)
 
 
 def go_back(guards, step):
     """What the trainer does at the end of a step whose alarm sounds."""
     folder = guards.last_good
     factor = guards.go_back(folder)
-    saved = guards.root / f"global_step_{step}"
-    saved.mkdir(exist_ok=True)
-    guards.save(saved)
-    guards.complete_save()
+    (guards.root / f"global_step_{step}").mkdir(exist_ok=True)
+    commit(guards, step)
     return folder.name, factor
 
 
@@ -149,15 +148,13 @@ def a_run(guards, steps, first=1):
             pytest.fail("not gone back")
         folder = guards.root / f"global_step_{step}"
         folder.mkdir(parents=True, exist_ok=True)
-        guards.save(folder)
         guards.alarms.after_validation(score, 0.01)
         lines = [str(line) for line in guards.after_step(FINE | {"critic/score/mean": reward})]
         if guards.wants_rollback:
             lines += go_back(guards, step)
         elif guards.is_best(score):
             guards.keep(Best.of_step(step, score, "m"))
-        guards.complete_save()
-        checkpoint.write_tracker(guards.root, step)
+        commit(guards, step)
         seen.append((lines, guards.best, guards.lr_factor))
     return seen
 
@@ -215,7 +212,6 @@ def test_a_run_that_resumes_at_its_start_begins_anew(tmp_path):
     begin(guards)
     (tmp_path / "global_step_0").mkdir()
     guards.save(tmp_path / "global_step_0")
-    guards.complete_save()
     resumed = make_guards(tmp_path, rollback=True)
     assert resumed.load(tmp_path / "global_step_0") == []
     assert resumed.last_good.name == "global_step_0"
@@ -229,9 +225,6 @@ def test_what_a_resumed_run_says(tmp_path):
         take_step(guards, step, 0.6 if step < 4 else 0.0)
     (note,) = make_guards(tmp_path, stop=True, patience=1).load(tmp_path / "global_step_4")
     assert "still sounds" in note and "latent.alarm.stop=false" in note
-    guards.save(tmp_path / "global_step_4")  # killed before the step was counted
-    notes = make_guards(tmp_path).load(tmp_path / "global_step_4")
-    assert len(notes) == 1 and "before it had counted its last step" in notes[0]
     (tmp_path / "global_step_9").mkdir()
     older = make_guards(tmp_path, rollback=True)
     (note,) = older.load(tmp_path / "global_step_9")
@@ -259,7 +252,6 @@ def state_with(**changes):
         "best": None,
         "good_steps": [1],
         "extras": [],
-        "is_step_counted": True,
     }
     return state | changes
 
@@ -278,7 +270,6 @@ def state_with(**changes):
         state_with(good_steps=["1"]),
         state_with(best={"step": 1}),
         state_with(best={"step": 1, "score": "0.5", "metric": "m", "folder": "global_step_1"}),
-        state_with(is_step_counted=1),
         state_with(more=1),
     ],
 )
@@ -293,10 +284,11 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path, state):
         make_guards(tmp_path).load(folder)
 
 
-def test_the_state_of_that_test_is_readable_without_damage(tmp_path):
+@pytest.mark.parametrize("of_before", [{}, {"is_step_counted": True}], ids=["now", "before"])
+def test_the_state_of_that_test_is_readable_without_damage(tmp_path, of_before):
     folder = tmp_path / "global_step_1"
     folder.mkdir()
-    (folder / STATE_FILE).write_text(json.dumps(state_with()))
+    (folder / STATE_FILE).write_text(json.dumps(state_with(**of_before)))
     assert make_guards(tmp_path).load(folder) == []
 
 
@@ -307,6 +299,7 @@ def test_the_best_score_is_kept_the_first_of_equal_ones(tmp_path):
     guards = make_guards(tmp_path)
     assert not guards.is_best(float("nan")) and not guards.is_best(None)
     guards.keep(Best(0, 0.5, "m", START))
+    guards.name_best()
     assert read_best(tmp_path).model_folder(tmp_path).as_posix() == START
     best = []
     for step, score in enumerate((0.4, None, 0.7, 0.7, float("nan"), 0.6, 0.9), 1):

@@ -25,7 +25,6 @@ from grpo_latent.models.loading import load_latent_model
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.verl_plugin.trainer import checkpoint
 from grpo_latent.verl_plugin.trainer.alarms import Alarms, Line
-from grpo_latent.verl_plugin.trainer.guards import STATE_FILE
 from grpo_latent.verl_plugin.trainer.reports import Reporter, drain, short_line, start_report_queue
 
 pytestmark = pytest.mark.slow
@@ -93,10 +92,6 @@ def test_a_killed_save_and_resume_at_world_size_2(local_ray, inputs, tmp_path, m
     assert (
         checkpoint.read_tracker(first / "checkpoints") == 6
         and checkpoint.read_tracker(second / "checkpoints") == 3
-    )
-    watched = second / "checkpoints" / "global_step_3" / STATE_FILE
-    assert json.loads(watched.read_text())["is_step_counted"], (
-        "step 3 was validated and logged before the kill"
     )
     assert 6 not in tiny_run.metrics_of(second) and 5 in tiny_run.metrics_of(second)
 

@@ -11,6 +11,7 @@ from functools import partial
 import engine_helpers as helpers
 import pytest
 import torch
+from folder_cases import without_manifest
 from safetensors.torch import load_file, save_file
 from torch import nn
 from verl.utils import tensordict_utils as tu
@@ -249,7 +250,7 @@ def test_what_is_refused(recorded, gloo, tmp_path):
     with pytest.raises(ConfigError, match="LoRA would freeze"):
         helpers.make_engine(folder, True, lora_rank=4, treatment=HEAD)
     shutil.copytree(folder, tmp_path / "partial")
-    path = tmp_path / "partial" / "model.safetensors"
+    path = without_manifest(tmp_path / "partial") / "model.safetensors"
     save_file(
         load_file(path) | {"latent_treatment.linear.bias": torch.zeros(1)},
         path,
