@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # 1 thread a process: OpenMP threads that spin on shared cores made runs ten times slower
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install install-cuda vllm vllm-contract vllm-v2 browser quickstart controls robustness test test-fast lint types format docs clean
+.PHONY: install install-cuda vllm vllm-contract vllm-v2 browser quickstart controls robustness test test-fast test-kill lint types format docs clean
 
 install: $(STAMP)
 
@@ -68,6 +68,11 @@ test: $(STAMP) browser
 
 test-fast: $(STAMP) browser
 	$(BIN)/python -m pytest -m "not slow"
+
+# every kill and every corruption (docs/faults.md), of which `make test` takes samples; an hour of two cores
+test-kill: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/corruptions.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/kills.py
 
 CODE := grpo_latent recipes reward benchmarks tests setup.py conftest.py
 lint: $(STAMP) types

@@ -83,7 +83,9 @@ class KillPoints(CheckpointCallback):
             point, _, step = at.partition("@")
             install(point, int(step) if step else None)
 
-    def on_save(self, trainer, global_step: int, checkpoint_dir: str, **kwargs) -> None:
+    def on_save(
+        self, trainer, global_step: int, checkpoint_dir: str, async_save: bool = False, **kwargs
+    ) -> None:
         archive = os.environ.get("ARCHIVE")
         if archive and not (Path(archive) / str(global_step)).exists():
             shutil.copytree(checkpoint_dir, Path(archive) / str(global_step))

@@ -1,4 +1,8 @@
-"""Which checkpoint of a training had the best held-out score, in a file beside the last one's name."""
+"""Which checkpoint of a training had the best held-out score, in a file beside the last one's name.
+
+The file is for people and shell scripts: what counts is the same record in the state of the newest
+checkpoint, which its manifest vouches for, and which is there first when a run is killed.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo_latent.common import manifest
 from grpo_latent.common.files import write_json
-from grpo_latent.common.manifest import seal
-from grpo_latent.common.step_folders import STEP_PREFIX
+from grpo_latent.common.step_folders import STEP_PREFIX, read_tracker
 from grpo_latent.errors import CheckpointError
 
 BEST_FILE = "best_checkpoint.json"
+STATE_FILE = "guards.json"  # in a checkpoint, with the key `best`
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def write_best(root: str | Path, best: Best | None) -> None:
     if best is None:
         path.unlink(missing_ok=True)
     else:
-        write_json(path, best.as_json() | {"seal": seal(best.as_json())})
+        write_json(path, best.as_json() | {"seal": manifest.seal(best.as_json())})
 
 
 def read_best(root: str | Path) -> Best | None:
@@ -76,19 +81,44 @@ def read_best(root: str | Path) -> Best | None:
         CheckpointError: the file cannot be read.
     """
     path = Path(root) / BEST_FILE
-    if not path.is_file():
+    named = _read_named(path) if path.is_file() else None
+    kept = _read_kept(Path(root))
+    is_there = kept is not None and (not kept.step or (Path(root) / kept.folder).is_dir())
+    return kept if is_there else named
+
+
+def _read_kept(root: Path) -> Best | None:
+    """Reads the record of the newest checkpoint; None where there is none."""
+    step = read_tracker(root)
+    path = root / f"{STEP_PREFIX}{step}" / STATE_FILE
+    if step is None or not path.is_file():
         return None
+    entry = (manifest.read_manifest(path.parent) or {}).get(STATE_FILE)
+    if entry is not None:
+        manifest.check_files(path.parent, {STATE_FILE: entry})
+    try:
+        values = json.loads(path.read_bytes())["best"]
+        return None if values is None else Best.from_json(values)
+    except (ValueError, TypeError, LookupError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _read_named(path: Path) -> Best:
     try:
         values = json.loads(path.read_bytes())
         sealed = values.pop("seal", None)  # older releases wrote none
-        if sealed is not None and sealed != seal(values):
+        if sealed is not None and sealed != manifest.seal(values):
             raise ValueError(f"another digest than that of {values}")
         return Best.from_json(values)
     except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            "no best checkpoint",
-            where=str(path),
-            got=f"{type(error).__name__}: {error}",
-            expected="step, score, metric and folder",
-            fix="Delete the file; training writes it again.",
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        "no best checkpoint",
+        where=str(path),
+        got=f"{type(error).__name__}: {error}",
+        expected="step, score, metric and folder",
+        fix="Delete the file; training writes it again.",
+    )

@@ -160,8 +160,8 @@ def read_dump(folder: str | Path) -> Dump:
     for path in sorted(Path(folder).glob("step_*.safetensors")):
         lines = path.with_suffix(".jsonl")
         if not lines.is_file():
-            what, expected = "no lines beside the latents", "a dump is both files"
-            problems.append(DataError(what, where=str(lines), expected=expected, fix=FIX))
+            what = f"latents without their lines, {lines.name}"
+            problems.append(DataError(what, where=str(path), expected="both files", fix=FIX))
     return Dump(trajectories, problems)
 
 

@@ -36,6 +36,11 @@ def test_half_of_a_save_is_not_read(tmp_path):
     assert run.checkpoint.parts[-3] == "global_step_5" and run.problems == []
 
 
+def test_half_of_the_first_save_is_not_read(tmp_path):
+    run = read_run(make_run(tmp_path / "grpo", "global_step_5", tracker="-1"))
+    assert run.checkpoint is None and run.problems == []
+
+
 @pytest.mark.parametrize(
     ("tracker", "problem"), [("10_best", "not a step"), ("9", "the checkpoint is gone")]
 )

@@ -17,12 +17,12 @@ from omegaconf import DictConfig
 from verl.utils.tracking import Tracking
 
 from grpo_latent.common import manifest
+from grpo_latent.common.best_checkpoint import STATE_FILE
 from grpo_latent.common.files import sync
 from grpo_latent.common.pickles import check_pickles
 from grpo_latent.verl_plugin.boot import metrics_file
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.trainer import checkpoint
-from grpo_latent.verl_plugin.trainer.guards import STATE_FILE
 
 DATA_FILE = "data.pt"
 TRUST = "latent.trust_pickles"

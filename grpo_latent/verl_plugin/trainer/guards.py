@@ -19,7 +19,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from grpo_latent.common.best_checkpoint import Best, write_best
+from grpo_latent.common.best_checkpoint import STATE_FILE, Best, write_best
 from grpo_latent.common.files import write_json
 from grpo_latent.common.settings import build
 from grpo_latent.common.step_folders import STEP_PREFIX, step_of
@@ -29,7 +29,6 @@ from grpo_latent.verl_plugin.trainer.alarm_kinds import is_like
 from grpo_latent.verl_plugin.trainer.alarm_settings import AlarmSettings
 from grpo_latent.verl_plugin.trainer.alarms import Alarms, Line
 
-STATE_FILE = "guards.json"  # in a checkpoint
 ROLLBACK = "rollback"  # kind of a line
 RESTORED = ("model", "optimizer", "extra")  # verl's names of what a rollback loads
 

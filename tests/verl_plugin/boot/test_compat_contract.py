@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from grpo_latent.errors import PluginError
+from grpo_latent.errors import DataError, PluginError
 from grpo_latent.verl_plugin.boot import compat, metrics_file
 from grpo_latent.verl_plugin.boot.seams import SEAMS, Seam
 
@@ -78,6 +78,9 @@ def test_metrics_are_rewound_to_the_resumed_step(tmp_path):
         path.write_bytes(whole + half)
         metrics_file.rewind_metrics(path, 2)
         assert path.read_bytes() == whole, half
+    path.write_bytes(b"\x00" + whole)
+    with pytest.raises(DataError, match="metrics.jsonl line 1: not the metrics of a step"):
+        metrics_file.rewind_metrics(path, 2)
     metrics_file.rewind_metrics(path, 0)
     assert path.read_text() == ""
     metrics_file.rewind_metrics(tmp_path / "none.jsonl", 3)

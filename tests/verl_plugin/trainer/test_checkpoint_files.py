@@ -9,13 +9,13 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from grpo_latent.common import files
-from grpo_latent.common.best_checkpoint import Best, read_best
+from grpo_latent.common.best_checkpoint import STATE_FILE, Best, read_best
 from grpo_latent.common.manifest import read_manifest, write_manifest
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.trainer import checkpoint
 from grpo_latent.verl_plugin.trainer import trainer as trainer_module
-from grpo_latent.verl_plugin.trainer.guards import STATE_FILE, Guards
+from grpo_latent.verl_plugin.trainer.guards import Guards
 from grpo_latent.verl_plugin.trainer.trainer import LatentPPOTrainer
 from grpo_latent.verl_plugin.worker.parts import PartDigests
 

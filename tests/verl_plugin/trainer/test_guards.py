@@ -10,12 +10,12 @@ import pytest
 from omegaconf import OmegaConf
 from test_alarms import FINE
 
-from grpo_latent.common.best_checkpoint import BEST_FILE, Best, read_best, write_best
+from grpo_latent.common.best_checkpoint import BEST_FILE, STATE_FILE, Best, read_best, write_best
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.eval.usage import Usage
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.trainer import checkpoint
-from grpo_latent.verl_plugin.trainer.guards import STATE_FILE, Guards, check_guards
+from grpo_latent.verl_plugin.trainer.guards import Guards, check_guards
 
 START = "/models/sft"
 

@@ -14,9 +14,8 @@ import shutil
 import pytest
 import tiny_run
 
-from grpo_latent.common.best_checkpoint import read_best
+from grpo_latent.common.best_checkpoint import STATE_FILE, read_best
 from grpo_latent.verl_plugin.trainer import checkpoint
-from grpo_latent.verl_plugin.trainer.guards import STATE_FILE
 
 pytestmark = pytest.mark.slow
 SCORES = {0: 0.5, 2: 0.7, 4: 0.6, 6: 0.65}
