@@ -1,8 +1,8 @@
 """Points of a run at which its trainer kills itself, for `benchmarks/kills.py`.
 
 `trainer.checkpoint_callback_class` names the class below, which verl makes in the trainer's
-process. KILL_AT=<point>@<step> has that process send itself SIGKILL when it is there; ARCHIVE is a
-folder that gets a copy of each checkpoint.
+process. KILL_AT=<point>@<step> has that process send itself SIGKILL when it is there, and say so in
+the file KILLED before; ARCHIVE is a folder that gets a copy of each checkpoint.
 """
 
 from __future__ import annotations
@@ -126,7 +126,12 @@ def remember(*args) -> None:
 
 def reached(step: int | None) -> None:
     if step is None or (_trainer is not None and _trainer.global_steps == step):
-        os.kill(os.getpid(), signal.SIGKILL)
+        kill()
+
+
+def kill() -> None:
+    Path(os.environ["KILLED"]).write_text(os.environ["KILL_AT"])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def watch(point: str, step: int | None) -> None:
@@ -139,7 +144,7 @@ def watch(point: str, step: int | None) -> None:
     def wait() -> None:
         while not any(path.exists() for path in matching(folder, pattern)):
             time.sleep(0.0005)
-        os.kill(os.getpid(), signal.SIGKILL)
+        kill()
 
     threading.Thread(target=wait, daemon=True).start()
 

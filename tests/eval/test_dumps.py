@@ -141,6 +141,24 @@ def test_a_damaged_file_is_named_and_the_others_still_come(damage, tmp_path):
     assert isinstance(problem, DataError) and "step_3" in str(problem)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [lambda lines: lines[:1], lambda lines: [], lambda lines: [lines[0], *lines]],
+    ids=["cut at a line's end", "emptied", "a line twice"],
+)
+def test_lines_that_are_each_right_are_still_counted(damage, tmp_path):
+    path = write(tmp_path, [record(), record(trajectory_id="17/3")])
+    path.write_text("".join(damage(path.read_text().splitlines(keepends=True))))
+    with pytest.raises(DataError, match="step_3.jsonl: changed since it was dumped"):
+        read_step(path)
+
+
+def test_latents_without_their_lines_are_named(tmp_path):
+    write(tmp_path, [record()]).unlink()
+    (problem,) = read_dump(tmp_path).problems
+    assert "step_3.safetensors: latents without their lines, step_3.jsonl" in str(problem)
+
+
 def test_no_folder_is_an_empty_dump(tmp_path):
     assert read_dump(tmp_path / "rollouts").trajectories == []
 

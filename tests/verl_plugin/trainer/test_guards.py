@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from test_alarms import FINE
 
 from grpo_latent.common.best_checkpoint import BEST_FILE, STATE_FILE, Best, read_best, write_best
+from grpo_latent.common.manifest import write_manifest
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.eval.usage import Usage
 from grpo_latent.verl_plugin.boot.options import LatentOptions
@@ -369,6 +370,24 @@ def test_a_best_checkpoint_that_is_gone_is_sought_anew(tmp_path):
     (note,) = resumed.load(tmp_path / "global_step_2")
     assert "global_step_1, is gone" in note and resumed.best is None
     assert not (tmp_path / BEST_FILE).exists() and resumed.is_best(0.6)
+
+
+@pytest.mark.parametrize("is_gone", [True, False], ids=["gone", "of another run"])
+def test_the_newest_checkpoint_says_which_is_the_best(tmp_path, is_gone):
+    """A kill may have come between its tracker and the file."""
+    guards = make_guards(tmp_path)
+    take_step(guards, 1, score=0.9)
+    take_step(guards, 2, score=0.5)
+    if is_gone:
+        (tmp_path / BEST_FILE).unlink()
+    else:
+        write_best(tmp_path, Best(2, 0.95, "m", "global_step_2"))
+    assert read_best(tmp_path) == guards.best and guards.best.step == 1
+    write_manifest(tmp_path / "global_step_2")
+    state = tmp_path / "global_step_2" / STATE_FILE
+    state.write_text(state.read_text().replace("0.9", "0.8"))
+    with pytest.raises(CheckpointError, match=f"{STATE_FILE}: a part of the checkpoint"):
+        read_best(tmp_path)
 
 
 @pytest.mark.parametrize(
