@@ -24,6 +24,7 @@ from grpo_latent.common.files import write_text
 from grpo_latent.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.json"
+DCP_INDEX = ".metadata"  # of torch.distributed.checkpoint
 MAX_THREADS = 8
 # what transformers, verl and this package read of a folder by name: such a file that nobody has
 # listed would be loaded with the others
@@ -34,6 +35,8 @@ LOADED = (
     "*.pth",
     "*.bin",
     "*.bin.index.json",
+    "*.distcp",
+    DCP_INDEX,
     "config.json",
     "*_config.json",
     "tokenizer*",
@@ -76,10 +79,14 @@ def digests(folder: str | Path, names: Iterable[str] | None = None) -> Entries:
 
 
 def files_below(folder: str | Path) -> Iterator[str]:
-    """Lists files of a folder and those below it; neither hidden ones nor the folder's manifest."""
+    """Lists files of a folder and those below it.
+
+    Left out are the folder's manifest and hidden files: what kills and downloads leave.
+    """
     for path in sorted(Path(folder).rglob("*")):
         below = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in below.parts):
+        hidden = [part for part in below.parts if part.startswith(".") and part != DCP_INDEX]
+        if path.is_file() and not hidden:
             if below.as_posix() != MANIFEST_FILE:
                 yield below.as_posix()
 

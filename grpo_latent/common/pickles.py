@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,16 @@ from torch.serialization import safe_globals
 
 from grpo_latent.errors import CheckpointError
 
+_METADATA_CLASSES = (
+    "BytesStorageMetadata",
+    "ChunkStorageMetadata",
+    "Metadata",
+    "MetadataIndex",
+    "StorageMeta",
+    "TensorProperties",
+    "TensorStorageMetadata",
+    "_MEM_FORMAT_ENCODING",
+)
 # the state of numpy's generator is an array; torch's own list has DTensors and their meshes
 ALLOWED = [
     np._core.multiarray._reconstruct,  # type: ignore[attr-defined]  # private, as pickles name it
@@ -26,6 +37,15 @@ ALLOWED = [
     np.dtype,
     type(np.dtype(np.uint32)),
 ]
+# what `.metadata` of torch.distributed.checkpoint consists of, which torch reads by plain pickle
+_DCP = "torch.distributed.checkpoint"
+_OF_METADATA = {
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    (f"{_DCP}.filesystem", "_StorageInfo"),
+    *((f"{_DCP}.metadata", name) for name in _METADATA_CLASSES),
+}
 _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 # what torch raises on a file that is cut, changed or another program's
 _UNREADABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, OSError)
@@ -100,7 +120,37 @@ def _check_pickle(path: Path, switch: str | None) -> None:
         ) from error
 
 
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes what a sharded checkpoint's index consists of, and calls nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _OF_METADATA:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name} is not allowed")
+
+
+def check_metadata(path: Path) -> None:
+    """Reads the index of a checkpoint that torch.distributed has sharded, without code.
+
+    Raises:
+        CheckpointError: it cannot be read so.
+    """
+    try:
+        with path.open("rb") as file:
+            _MetadataUnpickler(file).load()
+    except (pickle.UnpicklingError, *_UNREADABLE) as error:
+        raise CheckpointError(
+            "not an index that can be read without running code",
+            where=str(path),
+            got=_culprit(error),
+            expected="what torch.distributed.checkpoint writes",
+            fix="Resume from another checkpoint, or start anew from the model's folder.",
+        ) from error
+
+
 def _culprit(error: Exception) -> str:
     """The line of torch's long message that names what is refused."""
     lines = [line.strip() for line in str(error).splitlines()]
-    return next((line for line in lines if "GLOBAL" in line or "nsupported" in line), lines[-1])
+    named = [line for line in lines if "GLOBAL" in line or "nsupported" in line]
+    return (named or lines or [type(error).__name__])[-1 if not named else 0]

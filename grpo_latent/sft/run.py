@@ -20,7 +20,8 @@ import transformers
 from transformers import TrainingArguments, set_seed
 
 from grpo_latent.common.files import write_json
-from grpo_latent.common.pickles import check_pickles
+from grpo_latent.common.manifest import DCP_INDEX
+from grpo_latent.common.pickles import check_metadata, check_pickles
 from grpo_latent.common.provenance import provenance
 from grpo_latent.common.step_folders import step_folders, step_of
 from grpo_latent.data.boxes import BadBoxes
@@ -252,6 +253,8 @@ def checked(checkpoint: Path, verify_digests: bool) -> Path:
     # transformers loads them weights-only in any case, and then says less
     pickles = sorted(path for end in ("*.pt", "*.pth") for path in checkpoint.glob(end))
     check_pickles(pickles, is_trusted=False, switch=None)
+    for index in checkpoint.rglob(DCP_INDEX):
+        check_metadata(index)
     return checkpoint
 
 

@@ -11,9 +11,10 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint
 from folder_cases import WritesMarker
 
-from grpo_latent.common.pickles import check_pickles, without_code
+from grpo_latent.common.pickles import check_metadata, check_pickles, without_code
 from grpo_latent.errors import CheckpointError
 
 SWITCH = "latent.trust_pickles"
@@ -77,6 +78,30 @@ def test_what_torch_cannot_read_is_named(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(CheckpointError, match="data.pt"):
         check_pickles([path], False, SWITCH)
+
+
+def test_the_index_of_a_sharded_checkpoint_is_read_without_code(tmp_path, marker):
+    """torch itself reads it by plain pickle."""
+    model = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = {"model": model.state_dict(), "optim": optimizer.state_dict()}
+    torch.distributed.checkpoint.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    index = tmp_path / "dcp" / ".metadata"
+    check_metadata(index)
+    for foreign in (WritesMarker(marker), {"state_dict_metadata": WritesMarker(marker)}):
+        index.write_bytes(pickle.dumps(foreign))
+        with pytest.raises(CheckpointError, match="metadata: .*without running code; got .*mkdir"):
+            check_metadata(index)
+    # a dotted name walks from an allowed module to anywhere
+    index.write_bytes(b"\x80\x04\x8c\x05torch\x8c\x09os.getcwd\x93)R.")
+    with pytest.raises(CheckpointError, match="torch.os.getcwd"):
+        check_metadata(index)
+    assert not marker.exists()
+    index.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="metadata"):
+        check_metadata(index)
 
 
 @pytest.mark.parametrize("before", [None, "0"])

@@ -32,6 +32,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from grpo_latent.common.manifest import write_manifest
+from grpo_latent.common.pickles import without_code
 from grpo_latent.errors import TrainingError
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import LatentModel, copy_weights, read_tensors
@@ -258,10 +259,15 @@ class LatentSFTTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with without_code():  # sharded weights' plain values
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             weights = read_tensors(resume_from_checkpoint, ("",))
             copy_weights(self.latent.model, weights, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with without_code():  # as above, of a sharded optimizer
+            super()._load_optimizer_and_scheduler(checkpoint)
 
 
 class _TellEpoch(TrainerCallback):
