@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 
 from grpo_latent.common.command import add_verify_digests, command
+from grpo_latent.common.manifest import check_whole
 from grpo_latent.errors import ConfigError
-from grpo_latent.models.loading import check_whole
 from grpo_latent.rollout.vllm.compat import (
     RUNNER_VARIABLE,
     SCHEDULER_CLASSES,

@@ -168,6 +168,15 @@ def check_folder(folder: str | Path, verify_digests: bool = True) -> list[str]:
     return []
 
 
+def check_whole(folder: str | Path, verify_digests: bool = True) -> None:
+    """Compares a model's folder with its manifest, and says once where that cannot be done.
+
+    Raises:
+        CheckpointError: a file is missing or changed.
+    """
+    say_once(check_folder(folder, verify_digests))
+
+
 def no_manifest(folder: str | Path) -> str:
     """Says that a folder of an older release, or of another program, cannot be compared."""
     return f"{folder} has no {MANIFEST_FILE}: whether its files are whole is not known"

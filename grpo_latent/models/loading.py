@@ -27,13 +27,7 @@ from transformers import (
 
 from grpo_latent.backbones.protocol import Backbone
 from grpo_latent.backbones.registry import read_backbone
-from grpo_latent.common.manifest import (
-    check_folder,
-    digests,
-    model_files,
-    say_once,
-    write_manifest,
-)
+from grpo_latent.common.manifest import check_whole, digests, model_files, write_manifest
 from grpo_latent.errors import CheckpointError, ConfigError, GrpoLatentError
 from grpo_latent.latent.mechanisms import (
     LATENT_CONFIG_FILE,
@@ -124,15 +118,6 @@ def load_latent_model(
     module: nn.Module = model
     module.to(device).eval()
     return LatentModel(model, tokenizer, processor, mechanism, find_eos_ids(model, tokenizer))
-
-
-def check_whole(folder: str | Path, verify_digests: bool = True) -> None:
-    """Compares a model's folder with its manifest, and says once where that cannot be done.
-
-    Raises:
-        CheckpointError: a file is missing or changed.
-    """
-    say_once(check_folder(folder, verify_digests))
 
 
 def _check_plain(folder: Path, overrides: dict | None) -> None:

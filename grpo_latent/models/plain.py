@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from grpo_latent.backbones.registry import read_backbone
+from grpo_latent.common.manifest import check_whole
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.mechanisms import Mechanism, mechanism_class
-from grpo_latent.models.loading import check_whole, find_mechanism, reading, save_latent_model
+from grpo_latent.models.loading import find_mechanism, reading, save_latent_model
 from grpo_latent.models.tokens import add_latent_tokens
 
 

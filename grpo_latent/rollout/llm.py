@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
+from grpo_latent.common.manifest import check_whole
 from grpo_latent.common.settings import check_choice
 from grpo_latent.errors import DataError
-from grpo_latent.models.loading import check_whole, load_latent_model, reading
+from grpo_latent.models.loading import load_latent_model, reading
 from grpo_latent.models.prompts import encode_prompt
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import RolloutEngine, RolloutRequest, SamplingParams

@@ -20,14 +20,14 @@ import transformers
 from transformers import TrainingArguments, set_seed
 
 from grpo_latent.common.files import write_json
-from grpo_latent.common.manifest import DCP_INDEX
+from grpo_latent.common.manifest import DCP_INDEX, check_whole
 from grpo_latent.common.pickles import check_metadata, check_pickles
 from grpo_latent.common.provenance import provenance
 from grpo_latent.common.step_folders import step_folders, step_of
 from grpo_latent.data.boxes import BadBoxes
 from grpo_latent.errors import ConfigError
 from grpo_latent.models.injection import LatentInjector
-from grpo_latent.models.loading import LatentModel, check_whole
+from grpo_latent.models.loading import LatentModel
 from grpo_latent.sft.common.callbacks import JsonlLog, ProgressBar
 from grpo_latent.sft.common.dataset import SFTDataset
 from grpo_latent.sft.common.images import set_image_tokens

@@ -215,8 +215,20 @@ SEAMS = (
     Seam(
         "saving",
         f"{_TRAINER}._save_checkpoint",
-        "wrapped: the tracker file is written last and atomically",
+        "replaced: the tracker file is written once the step is logged",
         ("self",),
+    ),
+    Seam(
+        "logging",
+        "verl.utils.tracking:Tracking.log",
+        "the last thing of a step: its commit follows",
+        ("self", "data", "step", "backend"),
+    ),
+    Seam(
+        "loading shards",
+        "verl.utils.checkpoint.fsdp_checkpoint_manager:FSDPCheckpointManager.load_checkpoint",
+        "its torch.load of <part>_world_size_<n>_rank_<r>.pt is made weights-only",
+        ("self", "local_path", "hdfs_path", "del_local_after_load"),
     ),
     Seam("resuming", f"{_TRAINER}._load_checkpoint", "sets global_steps", ("self",)),
     Seam(

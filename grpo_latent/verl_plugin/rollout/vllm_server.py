@@ -25,8 +25,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl.utils.device import get_device_name
 
+from grpo_latent.common.manifest import check_whole
 from grpo_latent.errors import RolloutError
-from grpo_latent.models.loading import check_whole
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.vllm.compat import check_options, check_version, pin_runner
 from grpo_latent.rollout.vllm.frontend import FrontEnd

@@ -27,11 +27,12 @@ from verl.workers.engine import EngineRegistry
 from grpo_latent import recorded
 from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.backbones.registry import backbone_of, find_backbone
+from grpo_latent.common.manifest import check_whole
 from grpo_latent.common.pickles import check_pickles, without_code
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models.injection import LatentInjector
-from grpo_latent.models.loading import check_whole, load_latent_parameters
+from grpo_latent.models.loading import load_latent_parameters
 from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.models.treatment_parameters import attach_treatment, initialisation_notes
 from grpo_latent.models.vision_cache import VisionCache
