@@ -26,6 +26,7 @@ from grpo_latent.common.settings import check_keys, section
 from grpo_latent.errors import PluginError
 from grpo_latent.rewards.functions import specs_from_config
 from grpo_latent.rewards.runner import DEFAULT_TIMEOUT_S, RewardItem, RewardRunner
+from grpo_latent.verl_plugin.boot.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class LatentRewardManager(RewardManagerBase):
             RewardError: a function failed, and `on_error` is `raise`.
         """
         item = reward_item(data[-1:][0].non_tensor_batch)
-        result = await self.loop.run_in_executor(self._threads, self.runner.score, item)
+        result = await in_thread(self._threads, self.runner.score, item)
         return {"reward_score": result.score, "reward_extra_info": result.info()}
 
 

@@ -32,7 +32,7 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 from verl.utils.profiler import simple_timer
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from grpo_latent.errors import DataError, RolloutError
+from grpo_latent.errors import DataError, GrpoLatentError, RolloutError
 from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models.positions import extend_positions
 from grpo_latent.rewards.view import reward_view
@@ -42,6 +42,8 @@ from grpo_latent.trajectory import Trajectory
 from grpo_latent.verl_plugin.boot import compat
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import AGENT_LOOP_NAME, verify
+from grpo_latent.verl_plugin.boot.remote_errors import portable
+from grpo_latent.verl_plugin.boot.threads import in_thread
 from grpo_latent.verl_plugin.rollout.group_rows import (
     check_finite,
     parts_of,
@@ -55,6 +57,7 @@ from grpo_latent.verl_plugin.rollout.server import GroupResult
 from grpo_latent.verl_plugin.rollout.waves import Ticket
 
 TICKET = "latent_ticket"
+TELL_TIMEOUT_S = 10.0
 # columns of the data row that verl, the dumps or the metrics read after the rollout; each costs
 # time for every trajectory
 STORED = ("uid", "data_source", "reward_model", "extra_info")
@@ -130,7 +133,7 @@ class LatentAgentLoop(AgentLoopBase):
                 "videos and audio are not supported", where=where(row), expected="images and text"
             )
         # in a thread: the other prompts of this worker go on meanwhile
-        prompt = await self.loop.run_in_executor(
+        prompt = await in_thread(
             None,
             render_prompt,
             self.tokenizer,
@@ -202,12 +205,9 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ign
         if compat.is_cpu():
             torch.set_num_threads(self.options.cpu_threads)
         self._agent_loop: LatentAgentLoop | None = None
-        self._failures: list[Exception] = []
+        self._failures: list[GrpoLatentError] = []
 
-    def ping(self) -> None:
-        """Answers while the process lives."""
-
-    def failures(self) -> list[Exception]:
+    def failures(self) -> list[GrpoLatentError]:
         """What prompts of this worker failed with, the cause first."""
         return self._failures
 
@@ -217,20 +217,29 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ign
         uid = prompt["uid"]
         partition_id = "val" if trajectory["validate"] else "train"
         ticket: Ticket = prompt.pop(TICKET)
-        await tq.async_kv_put(key=uid, partition_id=partition_id, tag={"status": "running"})
-        status = "finished"
         try:
+            await tq.async_kv_put(key=uid, partition_id=partition_id, tag={"status": "running"})
             outputs, pixels = await self._run_group(prompt, sampling_params, trajectory, ticket)
             await self._score(outputs, prompt)
             await self._store(outputs, pixels, prompt, partition_id)
-        except Exception as error:
-            status = "failure"
+            await tq.async_kv_put(key=uid, partition_id=partition_id, tag={"status": "finished"})
+        except BaseException as error:  # a SystemExit would end the loop of all other prompts
             traceback.print_exc()
+            # first, and by itself enough: the trainer asks for it while it waits
             self._failures.append(portable(error))
+            await self._tell(portable(error), uid, partition_id, ticket.wave_id)
+
+    async def _tell(
+        self, error: GrpoLatentError, uid: str, partition_id: str, wave_id: str
+    ) -> None:
+        """Ends the wave and marks the group as failed, as far as those who hear it are alive."""
+        told = (
             # the wave will never be complete: without this its other rows would wait for the
             # timeout
-            await self.llm_client.fail_wave(ticket.wave_id, portable(error))
-        await tq.async_kv_put(key=uid, partition_id=partition_id, tag={"status": status})
+            self.llm_client.fail_wave(wave_id, error),
+            tq.async_kv_put(key=uid, partition_id=partition_id, tag={"status": "failure"}),
+        )
+        await asyncio.wait([asyncio.ensure_future(call) for call in told], timeout=TELL_TIMEOUT_S)
 
     async def _run_group(
         self, prompt: dict, sampling_params: dict, trajectory: dict, ticket: Ticket
@@ -318,21 +327,6 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ign
         )
 
 
-def portable(error: Exception) -> Exception:
-    """The error itself if it survives pickling, else a `RolloutError` with its text."""
-    import pickle
-
-    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Exception):
-        error = error.cause
-    try:
-        pickle.loads(pickle.dumps(error))
-        return error
-    except Exception:
-        return RolloutError(
-            "a rollout failed", where="agent loop", got=f"{type(error).__name__}: {error}"
-        )
-
-
 class LatentAgentLoopManager(AgentLoopManagerTQ):
     """verl's manager; gives each prompt its ticket and remembers the order of dispatch."""
 
@@ -372,18 +366,28 @@ class LatentAgentLoopManager(AgentLoopManagerTQ):
         # ray's annotation adds the class itself, for editors
         return cast("list[ray.actor.ActorHandle]", self.agent_loop_workers)
 
-    def check_alive(self, timeout_s: float) -> None:
-        """Raises Ray's error if a worker has died."""
-        ray.get([worker.ping.remote() for worker in self._workers], timeout=timeout_s)
+    def check_workers(self, timeout_s: float) -> None:
+        """Raises what the first failed prompt failed with, or Ray's error of a dead worker."""
+        answers: list[ray.ObjectRef] = [worker.failures.remote() for worker in self._workers]
+        ray.wait(answers, num_returns=len(answers), timeout=timeout_s)
+        silent: ray.exceptions.RayError | None = None
+        for answer in answers:
+            try:
+                failures: list[GrpoLatentError] = ray.get(answer, timeout=0)
+            except ray.exceptions.RayError as error:  # what a living one reports says more
+                silent = error
+                continue
+            # when one prompt fails, the others of its wave get the same error: the first is the
+            # cause
+            if failures:
+                raise failures[0]
+        if silent is not None:
+            raise silent
 
-    def raise_failure(self, partition_id: str, num_failed: int) -> None:
+    def raise_failure(self, partition_id: str, num_failed: int, timeout_s: float) -> None:
         """Raises what the first failed prompt failed with."""
-        failures: list[list[Exception]] = ray.get(
-            [worker.failures.remote() for worker in self._workers]
-        )
-        # when one prompt fails, the others of its wave get the same error: the first is the cause
-        cause = next(itertools.chain.from_iterable(failures), None)
-        raise cause or RolloutError(
+        self.check_workers(timeout_s)
+        raise RolloutError(
             "rollouts failed",
             where=f"partition {partition_id}",
             got=f"{num_failed} groups",

@@ -156,7 +156,9 @@ class LatentRolloutClient(LLMServerClient):
         return await self.servers[ticket.replica].generate_group.remote(ticket, request, sampling)
 
     async def fail_wave(self, wave_id: str, error: BaseException) -> None:
-        await asyncio.gather(*(server.fail_wave.remote(wave_id, error) for server in self.servers))
+        """Tells every server; one that has died keeps none of the others from hearing it."""
+        calls = [server.fail_wave.remote(wave_id, error) for server in self.servers]
+        await asyncio.gather(*calls, return_exceptions=True)
 
     async def generate(self, request_id, **kwargs):
         raise RolloutError(

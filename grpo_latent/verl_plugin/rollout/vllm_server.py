@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -41,6 +42,7 @@ import vllm
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
 EXTENSION = "grpo_latent.verl_plugin.rollout.vllm_worker.LatentWorkerExtension"
+DISCARD_TIMEOUT_S = 30.0
 # vLLM lets the worker stay in the engine's process ("uni") on CPU only where it believes that it
 # runs in one process
 CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -127,10 +129,9 @@ class LatentVllmServer(vLLMHttpServer):
         try:
             completions = await self._complete(submissions)
         except BaseException:
-            await self.engine.abort(all_keys)
+            await self._discard(all_keys)
             raise
-        finally:
-            packed = (await self.engine.collective_rpc("latent_pop", kwargs={"keys": all_keys}))[0]
+        packed = (await self._pop(all_keys))[0]
         results = []
         for (request, _), keys in zip(payloads, keys_of_group, strict=True):
             pairs = zip(request.seeds, keys, strict=True)
@@ -140,6 +141,16 @@ class LatentVllmServer(vLLMHttpServer):
             ]
             results.append(group_result(front.adapter, request, group, front.skeleton.eos_ids))
         return results
+
+    async def _pop(self, keys: list[str]) -> list:
+        return await self.engine.collective_rpc("latent_pop", kwargs={"keys": keys})
+
+    async def _discard(self, keys: list[str]) -> None:
+        """Drops requests and records of a failed wave; an engine that has died may not answer."""
+        with suppress(Exception):
+            async with asyncio.timeout(DISCARD_TIMEOUT_S):
+                await self.engine.abort(keys)
+                await self._pop(keys)
 
     async def _complete(self, submissions: list[tuple[str, Any, Any]]) -> dict[str, Any]:
         """vLLM's completions by key."""

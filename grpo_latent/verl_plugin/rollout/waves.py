@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_latent.errors import RolloutError
+from grpo_latent.verl_plugin.boot.threads import in_thread
 
 NUM_NAMED = 8  # rows that a message lists
 # of a server at a time. Every request of a wave is a call that waits at the barrier: with Ray's own
@@ -119,7 +120,7 @@ class Waves:
 
     async def run_alone(self, function: Callable, *args) -> Any:
         """Runs `function` in the engine's thread, so that no wave runs meanwhile."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+        return await in_thread(self._executor, function, *args)
 
     async def _run_wave(self, wave_id: str) -> None:
         wave = self._waves.pop(wave_id)

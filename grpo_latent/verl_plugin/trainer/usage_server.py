@@ -17,6 +17,7 @@ from grpo_latent.verl_plugin.boot.registration import ROLLOUT_NAME
 from grpo_latent.verl_plugin.rollout.replica import launch_server
 
 NAME = "latent_usage_server"
+SLEEP_TIMEOUT_S = 30.0
 
 
 class UsageServer:
@@ -53,8 +54,8 @@ class UsageServer:
             ray.get(self._workers.send_weights_to(own, policy_version))  # wakes it
             yield own
         except BaseException:
-            # a server that died cannot sleep, and what it died of says more
+            # a server that died or hangs cannot sleep, and what went wrong says more
             with suppress(ray.exceptions.RayError):
-                ray.get(own.sleep.remote())
+                ray.get(own.sleep.remote(), timeout=SLEEP_TIMEOUT_S)
             raise
         ray.get(own.sleep.remote())

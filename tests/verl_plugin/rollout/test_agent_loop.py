@@ -14,16 +14,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from ray.exceptions import RayTaskError
 
-from grpo_latent.errors import DataError, LatentMismatchError, RewardError, RolloutError
+from grpo_latent.errors import DataError, RolloutError
 from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.rollout.protocol import SamplingParams
 from grpo_latent.sft.common.images import set_image_tokens
 from grpo_latent.trajectory import PositionKind
-from grpo_latent.verl_plugin.rollout import agent_loop as module
 from grpo_latent.verl_plugin.rollout.agent_loop import LatentAgentLoop
 from grpo_latent.verl_plugin.rollout.group_rows import reward_input, row_index
 from grpo_latent.verl_plugin.rollout.replica import LatentRolloutClient
@@ -213,20 +211,3 @@ def test_single_requests_are_refused(parts):
             await LocalClient(server).generate("id", prompt_ids=[1], sampling_params={})
 
     asyncio.run(scenario())
-
-
-def test_failures_keep_their_type():
-    error = RewardError("no", kind="nan", where="reward 'x'")
-    wrapped = RayTaskError("compute_score", "traceback", error)
-    for given in (error, wrapped):
-        kept = module.portable(given)
-        assert isinstance(kept, RewardError) and kept.kind == "nan"
-
-    class Local(Exception):
-        def __reduce__(self):
-            raise TypeError("not portable")
-
-    assert isinstance(module.portable(Local("boom")), RolloutError) and "boom" in str(
-        module.portable(Local("boom"))
-    )
-    assert isinstance(module.portable(LatentMismatchError("x")), LatentMismatchError)

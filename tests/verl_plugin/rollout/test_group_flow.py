@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import engine_helpers as helpers
 import pytest
+import ray
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 from test_agent_loop import ROLLOUT, LocalClient, make_loop, prompt_row
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
-from grpo_latent.errors import DataError, PluginError, RewardError
+from grpo_latent.errors import DataError, PluginError, RewardError, RolloutError
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.rollout import agent_loop
@@ -23,6 +24,7 @@ from grpo_latent.verl_plugin.rollout.agent_loop import (
     LatentAgentLoopManager,
     LatentAgentLoopWorker,
 )
+from grpo_latent.verl_plugin.rollout.replica import LatentRolloutClient
 from grpo_latent.verl_plugin.rollout.server import LatentRolloutServer
 from grpo_latent.verl_plugin.rollout.waves import Ticket
 from grpo_latent.verl_plugin.trainer import replay_buffer
@@ -188,11 +190,111 @@ def test_other_buffers_are_refused():
         LatentReplayBuffer.adopt(ReplayBufferAsync.__new__(ReplayBufferAsync))
 
 
+def workers_that_answer(manager, monkeypatch, answers):
+    """The manager's workers: what each says that prompts failed with, or Ray's error of it."""
+
+    def get(answer, timeout):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    manager.agent_loop_workers = [
+        SimpleNamespace(failures=SimpleNamespace(remote=lambda answer=answer: answer))
+        for answer in answers
+    ]
+    monkeypatch.setattr(agent_loop.ray, "wait", lambda answers, **kwargs: (answers, []))
+    monkeypatch.setattr(agent_loop.ray, "get", get)
+
+
 def test_failures_are_raised_by_type(monkeypatch):
     manager, _ = make_manager(1, monkeypatch)
     error = RewardError("reward returned inf", kind="inf")
-    worker = SimpleNamespace(failures=SimpleNamespace(remote=lambda: [error, DataError("later")]))
-    manager.agent_loop_workers = [worker]
-    monkeypatch.setattr(agent_loop.ray, "get", lambda values: values)
-    with pytest.raises(RewardError, match="returned inf"):
-        manager.raise_failure("train", 2)
+    workers_that_answer(manager, monkeypatch, [[error, DataError("later")]])
+    for raises in (
+        lambda: manager.raise_failure("train", 2, 1.0),
+        lambda: manager.check_workers(1),
+    ):
+        with pytest.raises(RewardError, match="returned inf"):
+            raises()
+    workers_that_answer(manager, monkeypatch, [[]])
+    manager.check_workers(1.0)
+    with pytest.raises(RolloutError, match="partition train: rollouts failed; got 2 groups"):
+        manager.raise_failure("train", 2, 1.0)
+
+
+def test_a_dead_worker_hides_no_cause_that_another_knows(monkeypatch):
+    manager, _ = make_manager(1, monkeypatch)
+    dead = ray.exceptions.ActorDiedError()
+    workers_that_answer(manager, monkeypatch, [dead, [DataError("row 7 is bad")]])
+    with pytest.raises(DataError, match="row 7"):
+        manager.check_workers(1.0)
+    workers_that_answer(manager, monkeypatch, [dead, []])
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        manager.check_workers(1.0)
+
+
+class Unreachable:
+    """A dead peer: what is sent to it raises, or never comes back."""
+
+    def __init__(self, hangs):
+        self.hangs = hangs
+
+    async def call(self, *args, **kwargs):
+        if self.hangs:
+            await asyncio.Event().wait()
+        raise ray.exceptions.ActorDiedError()
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+@pytest.mark.parametrize("dead", ["rollout server", "TransferQueue", "both"])
+def test_a_failure_is_kept_whoever_has_died(parts, monkeypatch, dead, hangs):
+    """The trainer asks the worker itself, so that no other process need be alive."""
+    queue, peer = FakeQueue(), Unreachable(hangs)
+    heard = []
+    monkeypatch.setattr(agent_loop, "tq", queue)
+    monkeypatch.setattr(agent_loop, "TELL_TIMEOUT_S", 0.05)
+
+    async def fail_wave(self, wave_id, error):
+        heard.append(error)
+
+    monkeypatch.setattr(LocalClient, "fail_wave", fail_wave, raising=False)
+
+    async def scenario():
+        def score(index):
+            if dead != "TransferQueue":
+                monkeypatch.setattr(LocalClient, "fail_wave", peer.call)
+            if dead != "rollout server":
+                monkeypatch.setattr(queue, "async_kv_put", peer.call)
+            raise ray.exceptions.ActorDiedError()  # the reward worker's, say
+
+        worker = make_worker(*parts, score=score)
+        prompt = {**prompt_row(0, parts[0]), TICKET: Ticket(f"{dead} {hangs}", 0, (0,), 0)}
+        sampling = {"temperature": 1.0, "top_k": -1, "top_p": 1.0}
+        await worker._run_prompt(
+            {**prompt, "global_steps": 1}, sampling, {"validate": False, "step": 1}
+        )
+        return worker
+
+    worker = asyncio.run(asyncio.wait_for(scenario(), 10))
+    (failure,) = worker.failures()
+    assert type(failure) is RolloutError and "ActorDiedError" in str(failure)
+    # whoever lives has heard of it
+    assert len(heard) == (dead == "TransferQueue")
+    assert (queue.tags["uid0"][-1] == "failure") == (dead == "rollout server")
+
+
+def test_a_dead_server_keeps_no_other_from_hearing_of_a_failure():
+    heard = []
+
+    async def hear(wave_id, error):
+        heard.append((wave_id, error))
+
+    dead, alive = (
+        SimpleNamespace(fail_wave=SimpleNamespace(remote=call))
+        for call in (Unreachable(hangs=False).call, hear)
+    )
+    client = LatentRolloutClient.__new__(LatentRolloutClient)
+    client.servers = [dead, alive]
+    error = DataError("bad")
+    asyncio.run(client.fail_wave("w", error))
+    assert heard == [("w", error)]

@@ -7,6 +7,8 @@ import asyncio
 import random
 import time
 
+import pytest
+
 from grpo_latent.errors import RolloutError
 from grpo_latent.verl_plugin.rollout.waves import Ticket, Waves
 
@@ -117,3 +119,20 @@ def test_a_row_that_comes_twice_or_belongs_elsewhere_is_refused():
     ):
         _, error = asyncio.run(scenario(second))
         assert isinstance(error, RolloutError) and "does not fit its wave" in str(error)
+
+
+@pytest.mark.parametrize("raised", [StopIteration, KeyError, SystemExit])
+def test_whatever_an_engine_raises_ends_its_wave(raised):
+    """asyncio cannot hand on a StopIteration: who awaited the engine's thread waited for ever."""
+
+    def engine(payloads):
+        raise raised("boom")
+
+    async def scenario():
+        waves = Waves(engine, timeout_s=5, where="server 0")
+        joins = [(ticket, None) for ticket in tickets(2)]
+        results = await asyncio.wait_for(gather(waves, joins), 5)
+        expected = KeyError if raised is KeyError else RuntimeError
+        assert [type(result) for result in results] == [expected] * 2
+
+    asyncio.run(scenario())
