@@ -138,6 +138,10 @@ def _rebuild_reward(
     return cls(what, kind=kind, where=where, got=got, expected=expected, fix=fix)
 
 
+class ActorDeathError(GrpoLatentError, RuntimeError):
+    """An actor of a run has died: its process was killed, crashed, or was lost with its node."""
+
+
 class PluginError(GrpoLatentError, RuntimeError):
     """The verl plug-in is not loaded in a process, or verl changed under it."""
 

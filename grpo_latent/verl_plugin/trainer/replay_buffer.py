@@ -10,6 +10,7 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from grpo_latent.errors import PluginError
+from grpo_latent.verl_plugin.boot.actor_watch import ActorWatch
 
 if TYPE_CHECKING:
     from grpo_latent.verl_plugin.rollout.agent_loop import LatentAgentLoopManager
@@ -28,6 +29,7 @@ class LatentReplayBuffer(ReplayBuffer):
     """
 
     manager: LatentAgentLoopManager  # from the trainer's `fit` on
+    watch: ActorWatch  # from the trainer too, which has a Ray
     _next_health_check: float
 
     @classmethod
@@ -50,12 +52,13 @@ class LatentReplayBuffer(ReplayBuffer):
         super()._sync_metadata_from_transfer_queue()
         for partition_id, uids in self.failure_keys.items():
             if uids:
-                self.manager.raise_failure(partition_id, len(uids))
+                self.manager.raise_failure(partition_id, len(uids), HEALTH_TIMEOUT_S)
 
     def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
         if time.monotonic() >= self._next_health_check:
-            # a worker that was killed leaves its prompts "running" for ever
-            self.manager.check_alive(HEALTH_TIMEOUT_S)
+            # whatever died leaves prompts "running" for ever
+            self.watch.check()
+            self.manager.check_workers(HEALTH_TIMEOUT_S)
             self._next_health_check = time.monotonic() + HEALTH_CHECK_S
         return super()._wait_for_next_poll(partition_id, last_debug_time)
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 import ray
 
+from grpo_latent.verl_plugin.boot.actor_watch import ActorWatch
 from grpo_latent.verl_plugin.trainer.alarms import Line
 
 QUEUE_NAME = "grpo_latent_progress"
+TAKE_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -135,16 +137,31 @@ def short_line(report: Report, seconds: float | None = None) -> str:
     return "  ".join(columns)
 
 
-def drain(queue, run_ref, on_report, interval_s: float = 0.5) -> None:
+def drain(queue, run_ref, on_report, watch: ActorWatch, interval_s: float = 0.5) -> None:
     """Hands reports to `on_report` until the job behind `run_ref` has ended, then the last ones.
 
     Args:
         run_ref: object reference that is ready when the job has ended, well or not.
+        watch: asked all the while.
+
+    Raises:
+        ActorDeathError: an actor has died, and the job goes on as if it waited for it.
     """
     done = False
     while not done:
         started = time.monotonic()
         done = bool(ray.wait([run_ref], timeout=interval_s)[0])
-        for values in ray.get(queue.take.remote()):
-            on_report(Report(*values))
+        for values in _take(queue):
+            report = Report(*values)
+            on_report(report)
+            watch.position = f"last step {report.step}/{report.total_steps}"
+        if not done:
+            watch.check()
         time.sleep(max(0.0, 0.05 - (time.monotonic() - started)))
+
+
+def _take(queue) -> list[tuple]:
+    try:
+        return ray.get(queue.take.remote(), timeout=TAKE_TIMEOUT_S)
+    except ray.exceptions.RayError:  # if the queue has died, the watch says so
+        return []

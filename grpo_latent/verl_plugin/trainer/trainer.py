@@ -31,6 +31,7 @@ from grpo_latent.common.files import remove_unfinished, replacing_file
 from grpo_latent.common.pickles import without_code
 from grpo_latent.common.step_folders import step_of
 from grpo_latent.verl_plugin.boot import compat, metrics_file
+from grpo_latent.verl_plugin.boot.actor_watch import ActorWatch
 from grpo_latent.verl_plugin.boot.registration import TRAINER_MODE, verify, verify_device
 from grpo_latent.verl_plugin.boot.renamed import take_new_names
 from grpo_latent.verl_plugin.trainer import checkpoint
@@ -90,7 +91,9 @@ class LatentPPOTrainer(PPOTrainerSync):
     # ---- parts ----------------------------------------------------------------------------------
 
     def _build_replay_buffer(self) -> LatentReplayBuffer:
-        return LatentReplayBuffer.adopt(super()._build_replay_buffer())
+        buffer = LatentReplayBuffer.adopt(super()._build_replay_buffer())
+        buffer.watch = ActorWatch(grace_s=0.0, killed_grace_s=0.0)
+        return buffer
 
     def _init_resource_pool_mgr(self) -> None:
         import ray

@@ -23,6 +23,7 @@ from grpo_latent.eval.dumps import read_dump
 from grpo_latent.models import tiny
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.trajectory import PositionKind as K
+from grpo_latent.verl_plugin.boot.actor_watch import ActorWatch
 from grpo_latent.verl_plugin.trainer import checkpoint
 from grpo_latent.verl_plugin.trainer.alarms import Alarms, Line
 from grpo_latent.verl_plugin.trainer.reports import Reporter, drain, short_line, start_report_queue
@@ -42,7 +43,9 @@ def test_reports_and_alarms_reach_the_driver(local_ray):
     reporter.report("step", 1, 4, {"critic/score/mean": 0.5})
     reporter.say([Line("vanished", "no latents"), Line("solved", "all right")], 1, 4)
     reporter.say([], 2, 4)
-    drain(queue, ray.put(None), lambda report: lines.append(short_line(report)))
+    watch = ActorWatch()
+    drain(queue, ray.put(None), lambda report: lines.append(short_line(report)), watch)
+    assert watch.position == "last step 1/4"
     ray.kill(queue)
     assert lines == [
         "step 1/4  reward 0.500",
