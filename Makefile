@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # 1 thread a process: OpenMP threads that spin on shared cores made runs ten times slower
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install install-cuda vllm vllm-contract vllm-v2 browser quickstart controls robustness test test-fast test-kill lint types format docs clean
+.PHONY: install install-cuda vllm vllm-contract vllm-v2 browser quickstart controls robustness test test-fast test-kill test-deaths lint types format docs clean
 
 install: $(STAMP)
 
@@ -73,6 +73,10 @@ test-fast: $(STAMP) browser
 test-kill: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/corruptions.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/kills.py
+
+# each actor of a run killed in each phase; an hour of two cores (see docs/faults.md)
+test-deaths: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" python tests/deaths/grid.py
 
 CODE := grpo_latent recipes reward benchmarks tests setup.py conftest.py
 lint: $(STAMP) types

@@ -1,30 +1,34 @@
 """Kills one actor of a run in one of its phases, from inside the run.
 
-Every process of the run imports it (VERL_USE_EXTERNAL_MODULES). Whichever comes first to the phase
-looks the actor up in Ray's table, writes down when, and sends SIGKILL; then the phase goes on.
+Every process of the run imports it (VERL_USE_EXTERNAL_MODULES), in the middle of importing verl and
+the plug-in: so it imports neither, and wraps their classes once they are there. Whichever process
+comes first to the phase looks the actor up in Ray's table, writes down when, and sends SIGKILL;
+then the phase goes on.
 """
 
 import functools
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
 
-from ray._private import state as ray_state
-
-from grpo_latent.verl_plugin.boot.actor_watch import ROLES
-from grpo_latent.verl_plugin.rollout.agent_loop import LatentAgentLoopWorker
-from grpo_latent.verl_plugin.rollout.server import LatentRolloutServer
-from grpo_latent.verl_plugin.trainer.trainer import LatentPPOTrainer
-from grpo_latent.verl_plugin.worker.engine import LatentFSDPEngine
-
+PLUGIN = "grpo_latent.verl_plugin"
+AGENT_LOOP = f"{PLUGIN}.rollout.agent_loop:LatentAgentLoopWorker"
+SERVER = f"{PLUGIN}.rollout.server:LatentRolloutServer"
+TRAINER = f"{PLUGIN}.trainer.trainer:LatentPPOTrainer"
+ENGINE = f"{PLUGIN}.worker.engine:LatentFSDPEngine"
 CELL, MARK = "GRPO_LATENT_DEATH_CELL", "GRPO_LATENT_DEATH_MARK"
 
 
 def pid_of(role: str, timeout_s: float) -> int:
     """The process of the actor, once it is alive."""
+    from ray._private import state as ray_state
+
+    from grpo_latent.verl_plugin.boot.actor_watch import ROLES
+
     deadline = time.monotonic() + timeout_s
     while True:
         for row in ray_state.actors(actor_state_name="ALIVE").values():
@@ -61,8 +65,17 @@ def kill(role: str, timeout_s: float = 5.0) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def at(owner: type, method: str, role: str, applies=lambda *args, **kwargs: True) -> None:
+def once_loaded(name: str) -> type:
+    """The class `module:name`, when this process has imported it."""
+    module, _, attribute = name.partition(":")
+    while (owner := getattr(sys.modules.get(module), attribute, None)) is None:
+        time.sleep(0.01)
+    return owner
+
+
+def at(name: str, method: str, role: str, applies=lambda *args, **kwargs: True) -> None:
     """Kills the actor when the method is called with arguments that `applies` accepts."""
+    owner = once_loaded(name)
     original = getattr(owner, method)
 
     @functools.wraps(original)
@@ -74,39 +87,45 @@ def at(owner: type, method: str, role: str, applies=lambda *args, **kwargs: True
     setattr(owner, method, wrapper)
 
 
-def kill_at_start(role: str) -> None:
+def at_start(role: str) -> None:
     """Kills the actor as soon as it is alive while the trainer builds the run."""
-    original = LatentPPOTrainer.__init__
+    trainer = once_loaded(TRAINER)
+    original = trainer.__init__
 
     def wrapper(self, *args, **kwargs):
-        threading.Thread(target=kill, args=(role, 60.0), daemon=True).start()
+        threading.Thread(target=kill, args=(role, 120.0), daemon=True).start()
         original(self, *args, **kwargs)
 
-    LatentPPOTrainer.__init__ = wrapper
+    trainer.__init__ = wrapper
 
 
 def arm(role: str, phase: str) -> None:
     def validates(worker, prompt, sampling_params, trajectory, ticket):
         return bool(trajectory["validate"])
 
+    def updates(engine, data, loss_function, forward_only=False):
+        return not forward_only
+
+    def is_of_a_step(server, refs, version):
+        return version > 0
+
     if phase == "start":
-        kill_at_start(role)
+        at_start(role)
     elif phase == "rollout":  # the engine runs a wave
-        at(LatentRolloutServer, "_generate", role)
+        at(SERVER, "_generate", role)
     elif phase == "reward":
-        at(LatentAgentLoopWorker, "_score", role)
+        at(AGENT_LOOP, "_score", role)
     elif phase == "update":
-        is_update = lambda engine, data, loss, forward_only=False: not forward_only  # noqa: E731
-        at(LatentFSDPEngine, "forward_backward_batch", role, is_update)
-    elif phase == "weights":  # those of the first step, which the worker is sending
-        at(LatentRolloutServer, "_load_weights", role, lambda server, refs, version: version > 0)
+        at(ENGINE, "forward_backward_batch", role, updates)
+    elif phase == "weights":  # which the training worker is sending
+        at(SERVER, "_load_weights", role, is_of_a_step)
     elif phase == "validation":
-        at(LatentAgentLoopWorker, "_run_group", role, validates)
+        at(AGENT_LOOP, "_run_group", role, validates)
     elif phase == "save":
-        at(LatentFSDPEngine, "save_checkpoint", role)
+        at(ENGINE, "save_checkpoint", role)
     else:
         raise ValueError(phase)
 
 
 if os.environ.get(CELL):
-    arm(*os.environ[CELL].split("|"))
+    threading.Thread(target=arm, args=os.environ[CELL].split("|"), daemon=True).start()
