@@ -282,11 +282,24 @@ def _patch_file_logger() -> None:
     _replace((tracking,), "FileLogger", AppendingFileLogger)
 
 
+def _patch_reward_tokenizers() -> None:
+    """verl's reward worker runs code out of a model's folder to load a tokenizer; here it cannot."""
+    from verl.experimental.reward_loop import reward_loop
+
+    original = reward_loop.hf_tokenizer
+
+    def hf_tokenizer(name_or_path: str, **kwargs):
+        return original(name_or_path, **kwargs | {"trust_remote_code": False})
+
+    _replace((reward_loop,), "hf_tokenizer", hf_tokenizer)
+
+
 _PATCHES = {
     "equal-length mRoPE rows": _patch_position_ids,
     "text-only micro-batch of a vision model": _patch_text_only_vision,
     "jsonl metrics on resume": _patch_file_logger,
     "processors of other families": _patch_processors,
+    "code in the folder of a tokenizer": _patch_reward_tokenizers,
 }
 _applied: set[str] = set()
 

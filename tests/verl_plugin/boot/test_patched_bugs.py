@@ -9,12 +9,15 @@ covered: what verl's vLLM backend is patched for, which only shows where vLLM ru
 import importlib
 import importlib.util
 import inspect
+import json
 import sys
 import warnings
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from grpo_latent.models import tiny
 from grpo_latent.verl_plugin.boot import compat
@@ -89,6 +92,28 @@ def other_processors_load(module, folder) -> bool:
     return loaded is not None
 
 
+def runs_no_code_of_a_folder(module, tmp_path, monkeypatch) -> bool:
+    """Whether the reward worker leaves a tokenizer's own module alone."""
+    folder, flag = tmp_path / module.__name__, tmp_path / f"{module.__name__}.ran"
+    tiny.tiny_qwen3(["red"])[1].save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["own.Own", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "own.py").write_text(f"open({str(flag)!r}, 'w')\nclass Own: pass\n")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(module, "load_reward_manager", lambda *args, **kwargs: None)
+    config = OmegaConf.create(
+        {
+            "actor_rollout_ref": {"model": {"tokenizer_path": None, "path": str(folder)}},
+            "reward": {"reward_model": {"enable": False}},
+        }
+    )
+    worker = SimpleNamespace(config=config, reward_router_address=None)
+    with suppress(Exception):  # whether it then has a tokenizer is another question
+        module.RewardLoopWorker._init_reward_fn(worker)
+    return not flag.exists()
+
+
 CHECKS = {
     "processors of other families": (
         "verl.utils.tokenizer.tokenizer",
@@ -103,6 +128,10 @@ CHECKS = {
         lambda module, *_: text_only_micro_batches_pass(module),
     ),
     "jsonl metrics on resume": ("verl.utils.tracking", history_survives),
+    "code in the folder of a tokenizer": (
+        "verl.experimental.reward_loop.reward_loop",
+        runs_no_code_of_a_folder,
+    ),
 }
 
 
