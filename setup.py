@@ -77,6 +77,7 @@ setup(
             "uvicorn",
             "fastapi",
             "cachetools",
+            "psutil",
             "qwen-vl-utils",
             "av",
         ],

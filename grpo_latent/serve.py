@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from grpo_latent.common.command import add_verify_digests, command
+from grpo_latent.common.listeners import LOOPBACK
 from grpo_latent.common.manifest import check_whole
 from grpo_latent.errors import ConfigError
 from grpo_latent.rollout.vllm.compat import (
@@ -95,7 +96,7 @@ def vllm_command(
         # odds: 500 from then on
         command += ["--mm-processor-cache-gb", "0"]
     if "--host" not in names:
-        command += ["--host", "127.0.0.1"]
+        command += ["--host", LOOPBACK]
     options = ({"overrides": overrides} if overrides else {}) | (
         {} if max_latents is None else {"max_latents": max_latents}
     )
@@ -123,6 +124,8 @@ def main(argv: list[str] | None = None) -> None:
     skeleton = read_skeleton(args.model, overrides)
     arguments = vllm_command(skeleton, args.model, platform, flags, overrides, args.max_latents)
     is_v2 = pin_runner()
+    if not any(flag.split("=")[0] == "--host" for flag in flags):
+        os.environ.setdefault("VLLM_HOST_IP", LOOPBACK)  # of vLLM's collectives
     if args.print_command:
         program = "vllm" if platform == "cuda" else f"python -m {CLI}"
         print(f"{RUNNER_VARIABLE}={int(is_v2)} {program} {shlex.join(arguments)}")

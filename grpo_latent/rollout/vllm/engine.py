@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from grpo_latent import torchvision_ops
+from grpo_latent.common.listeners import LOOPBACK
 from grpo_latent.errors import CheckpointError, RolloutError
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.vllm.compat import check_options, check_version, pin_runner
@@ -68,6 +69,8 @@ class VllmRolloutEngine:
         # read when vllm is imported: the engine must live in this process, where its RPCs can take
         # tensors
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        # one machine: vLLM's collectives of one rank would listen on its address to the network
+        os.environ.setdefault("VLLM_HOST_IP", LOOPBACK)
         import vllm
 
         check_version(vllm.__version__)

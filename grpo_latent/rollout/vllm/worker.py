@@ -6,6 +6,7 @@ import torch
 import vllm
 from vllm.v1.worker.gpu_worker import Worker
 
+from grpo_latent.common.listeners import bind_stores
 from grpo_latent.errors import PluginError
 from grpo_latent.rollout.vllm.compat import ENGINE_HF, RUNNERS, check_version, check_vllm_config
 from grpo_latent.rollout.vllm.contract import check_symbols
@@ -19,6 +20,7 @@ class LatentWorker(Worker):
     """vLLM's worker, which also gives out records and takes weights."""
 
     def init_device(self) -> None:
+        bind_stores()
         is_v2 = self.use_v2_model_runner
         check_version(vllm.__version__)
         check_symbols(is_v2)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from contextlib import suppress
 from typing import Any
 
@@ -26,6 +27,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl.utils.device import get_device_name
 
+from grpo_latent.common.listeners import listen_on
 from grpo_latent.common.manifest import check_whole
 from grpo_latent.errors import RolloutError
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
@@ -56,6 +58,8 @@ class LatentVllmServer(vLLMHttpServer):
         verify(name)
         check_version(vllm.__version__)
         pin_runner()  # inherited by the engine's process
+        listen_on(ray.util.get_node_ip_address())  # as this is, in its environment,
+        os.environ.setdefault("VLLM_HOST_IP", ray.util.get_node_ip_address())  # and this
         self.options = LatentOptions.from_rollout(config)
         super().__init__(config, model_config, *args, **kwargs)
         check_whole(self.model_config.local_path, self.options.verify_digests)

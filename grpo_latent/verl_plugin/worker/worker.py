@@ -7,10 +7,12 @@ import random
 from functools import partial
 
 import numpy as np
+import ray
 import torch
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
+from grpo_latent.common.listeners import listen_on
 from grpo_latent.common.manifest import Entries, check_files
 from grpo_latent.errors import PluginError
 from grpo_latent.verl_plugin.boot import compat
@@ -26,10 +28,14 @@ ONE_TO_ALL: int = Dispatch.ONE_TO_ALL  # type: ignore[attr-defined]
 
 
 def prepare_process(options: LatentOptions) -> None:
-    """Selects the latent engine and, on CPU, limits threads and starts gloo; idempotent."""
+    """Selects the latent engine and where its collectives listen; idempotent.
+
+    On CPU it also limits threads and starts gloo.
+    """
     # verl looks an engine up by (device, vendor) before it does by device: so ours is taken on
     # GPUs, too, where verl has one of its own
     os.environ["VERL_ENGINE_VENDOR"] = NAME
+    listen_on(ray.util.get_node_ip_address())
     if compat.is_cpu():
         # OpenMP's threads spin while they wait: on shared cores runs were ten times slower
         torch.set_num_threads(options.cpu_threads)

@@ -13,8 +13,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 import tiny_run
@@ -43,6 +45,28 @@ def run_command(command, cwd, **env):
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
+
+
+def run_observed(command, cwd) -> tuple[str, set[tuple[str, str]]]:
+    """What a command prints, and who of its processes listens on which address, all the while."""
+    listening = set()
+    with open(cwd / "out.txt", "w+") as out:
+        process = psutil.Popen(
+            command, cwd=cwd, env=clean_environment(), stdout=out, stderr=subprocess.STDOUT
+        )
+        while process.poll() is None:
+            for member in [process, *process.children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):
+                    listening |= {
+                        (member.name(), c.laddr.ip.removeprefix("::ffff:"))
+                        for c in member.net_connections("inet")
+                        if c.status == psutil.CONN_LISTEN
+                    }
+            time.sleep(0.5)
+        out.seek(0)
+        text = out.read()
+    assert process.returncode == 0, text[-3000:]
+    return text, listening
 
 
 def wait_for_jobs(
@@ -196,7 +220,10 @@ def test_jobs_stock_trainer_and_own_ray_continue_each_other(ray_head, inputs, tm
     ray_head.stop()
 
     own_args = tiny_run.overrides(inputs, own, masked)
-    out = run_command([sys.executable, "-m", "grpo_latent.train", *own_args], tmp_path / "cwd")
+    command = [sys.executable, "-m", "grpo_latent.train", *own_args]
+    out, listening = run_observed(command, tmp_path / "cwd")
+    # Ray's processes, TransferQueue's actors, torch's store of the training worker
+    assert len(listening) > 5 and {host for _, host in listening} == {"127.0.0.1"}, listening
     lines = [line for line in out.splitlines() if line.startswith("step") and "ALARM" not in line]
     assert [line.split()[1] for line in lines] == [f"{s}/6" for s in range(7)]
     tiny_run.assert_equal_runs(own, job, range(1, 7), checkpoint=6)
