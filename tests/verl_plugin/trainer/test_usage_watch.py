@@ -237,10 +237,18 @@ class OwnServer:
         self.log.append("sleep")
         if self.dies:
             raise ray.exceptions.RayActorError()
+        return "asleep"
 
 
 @pytest.mark.parametrize(
-    "fails_at", ["never", "weights", "measuring", "measuring, and the server dies"]
+    "fails_at",
+    [
+        "never",
+        "weights",
+        "measuring",
+        "measuring, and the server dies",
+        "measuring, and the server hangs",
+    ],
 )
 def test_a_server_of_its_own_sleeps_again_whatever_happens(monkeypatch, fails_at):
     log = []
@@ -250,7 +258,14 @@ def test_a_server_of_its_own_sleeps_again_whatever_happens(monkeypatch, fails_at
         if fails_at == "weights":
             raise RuntimeError("weights")
 
-    monkeypatch.setattr(usage_server.ray, "get", lambda value: value)
+    def get(value, timeout=None):
+        # after a failure nobody waits without an end
+        assert value != "asleep" or (timeout is None) == (fails_at == "never")
+        if value == "asleep" and fails_at.endswith("hangs"):
+            raise ray.exceptions.GetTimeoutError()
+        return value
+
+    monkeypatch.setattr(usage_server.ray, "get", get)
     rollout = SimpleNamespace(name=VLLM_ROLLOUT_NAME)
     config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout, model=None))
     held = usage_server.UsageServer(config, SimpleNamespace(send_weights_to=send_weights_to), [])
