@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from grpo_latent.errors import ConfigError
 
+FIX = "Start Ray with --node-ip-address=<an address of this machine>."
 rendezvous: Any = importlib.import_module(
     "torch.distributed.rendezvous"
 )  # a function has its name too
@@ -56,8 +57,7 @@ def interface_of(address: str) -> str:
         where="ray",
         got=address,
         expected=f"an address of {sorted(interfaces)}",
-        fix="Start Ray with --node-ip-address=<an address of this machine>, or set "
-        f"{' and '.join(INTERFACE_VARIABLES)}.",
+        fix=FIX,
     )
 
 
@@ -102,11 +102,20 @@ def _listener(hostname: str, port: int) -> socket.socket | None:
     """None where the port is taken.
 
     By a store of this process, which torch then shares, or by another process, which torch says.
+
+    Raises:
+        ConfigError: the host's address is none of this machine's.
     """
     family = socket.getaddrinfo(hostname, port, type=socket.SOCK_STREAM)[0][0]
     try:
         return socket.create_server((hostname, port), family=family, backlog=QUEUED_CONNECTIONS)
     except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise
-        return None
+        if error.errno == errno.EADDRINUSE:
+            return None
+        raise ConfigError(
+            "torch's store cannot listen where it is looked for",
+            where=f"rendezvous at {hostname}:{port}",
+            got=str(error),
+            expected="an address of this machine",
+            fix=FIX,
+        ) from error

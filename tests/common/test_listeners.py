@@ -70,6 +70,12 @@ def test_a_port_of_another_process_is_refused_as_by_torch(bound_stores):
     assert os.strerror(errno.EADDRINUSE).lower() in str(raised.value).lower()
 
 
+def test_an_address_of_another_machine_is_refused(bound_stores):
+    url = f"tcp://203.0.113.9:{free_port()}?rank=0&world_size=1"
+    with pytest.raises(ConfigError, match="rendezvous at 203.0.113.9:.* cannot listen"):
+        next(rendezvous._tcp_rendezvous_handler(url, timeout=TIMEOUT))
+
+
 def test_the_interface_has_the_address(monkeypatch):
     for variable in listeners.INTERFACE_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
