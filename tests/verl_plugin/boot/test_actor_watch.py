@@ -126,24 +126,25 @@ def test_a_fallen_ray_is_named_without_asking_it(table, monkeypatch, tmp_path):
         watch.check()
 
 
-class Actor:
-    def __init__(self, error=None):
-        if error is not None:
-            raise error
-
-    def pid(self):
-        return os.getpid()
-
-    def leave(self):
-        ray.actor.exit_actor()
-
-    def exit(self):
-        raise SystemExit(0)
-
-
 @pytest.mark.slow
 def test_real_deaths(local_ray):
     """Each way to end an actor, and what the watch says of it."""
+
+    # in here, so that workers get it by value: they do not know this module
+    class Actor:
+        def __init__(self, error=None):
+            if error is not None:
+                raise error
+
+        def pid(self):
+            return os.getpid()
+
+        def leave(self):
+            ray.actor.exit_actor()
+
+        def exit(self):
+            raise SystemExit(0)
+
     make = ray.remote(num_cpus=0)(Actor)
 
     def death_of(end, *arguments):
