@@ -6,9 +6,9 @@ Sums and products do not commute, so the totals have to be made one after the ot
 table of 91 entries. Every operation is a bijection: guessing scores 1/7. Questions are split by a
 hash: training and held-out ones are disjoint.
 
-Also writes the model that SFT starts from, a tiny Qwen3 with random weights. Its token embeddings
-have the norm of hidden states, and its output embeddings their directions, as in a pretrained
-model with tied embeddings: what a slot is fed is then like what a token is fed.
+Also writes the model that SFT starts from, a tiny Qwen3 with random weights. Its embeddings are
+tied, as those of Qwen3-0.6B, and have the norm of its hidden states: what a slot is fed is then
+like what a token is fed. Untied ones drift apart in stage 0, and slots were learned by luck.
 
 python recipes/coconut/arithmetic.py --out outputs/coconut/data --model outputs/coconut/base --seed
 0
@@ -17,6 +17,7 @@ python recipes/coconut/arithmetic.py --out outputs/coconut/data --model outputs/
 from __future__ import annotations
 
 import argparse
+import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ MODULUS = 7
 OPERATIONS = tuple(f"+{n}" for n in range(MODULUS)) + tuple(f"*{n}" for n in range(1, MODULUS))
 WORDS = (*OPERATIONS, "?")
 SIZES = TinySizes(hidden=96, layers=3, heads=4, kv_heads=2, intermediate=256)
+LARGEST_LOGIT = 8.0  # at the start: of a token whose embedding is h
 EVAL_SEED = 4242  # of dev and held-out rows, whatever the run's seed
 # purpose -> (index in the seed sequence, whether it draws from the training questions)
 STREAMS = {"sft": (0, True), "rl": (1, True), "dev": (2, False), "heldout": (3, False)}
@@ -105,11 +107,13 @@ def to_rows(chains: list[Chain], split: str, steps: bool = True) -> list[dict]:
 
 def write_model(folder: Path, seed: int) -> None:
     model, tokenizer, _ = tiny_qwen3(WORDS, SIZES, seed=seed, latent_tokens=())
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    scale = math.sqrt(LARGEST_LOGIT / SIZES.hidden)  # of an entry of an embedding, and of h
     with torch.no_grad():
-        inputs = model.get_input_embeddings().get_parameter("weight")
-        outputs = model.get_output_embeddings().get_parameter("weight")
-        outputs.copy_(inputs)
-        inputs.div_(model.config.initializer_range)
+        embeddings = model.get_input_embeddings().get_parameter("weight")
+        embeddings.mul_(scale / model.config.initializer_range)
+        model.model.norm.weight.fill_(scale)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
