@@ -3,7 +3,8 @@
     python -m grpo_latent.import SkiLa-7B                     what it is, or why it is refused
     python -m grpo_latent.import SkiLa-7B --out skila         the same folder with latent_config.json
     python -m grpo_latent.import model.pth --base Qwen2-VL-7B-Instruct --out ivt_lr
-                                                              IVT-LR's file, as a folder
+                                                              IVT-LR's file, as a folder; so are
+                                                              Coconut's and CODI's
 
 Nothing is needed before SFT, RL, evaluation or serving: these read published folders themselves,
 by the same table (docs/checkpoints.md). The folder is only read.
@@ -33,7 +34,7 @@ from grpo_latent.models.loading import (
     reading,
     save_latent_model,
 )
-from grpo_latent.models.state_dicts import load_ivt_lr
+from grpo_latent.models.state_dicts import load_weights_file
 
 
 def describe(folder: Path) -> Mechanism:
@@ -73,7 +74,11 @@ def convert(source: Path, out: Path, dtype: torch.dtype, base: Path | None = Non
         raise ConfigError(
             "the folder exists", where="--out", got=str(out), expected="a folder of its own"
         )
-    loaded = load_latent_model(source, dtype) if base is None else load_ivt_lr(source, base, dtype)
+    loaded = (
+        load_latent_model(source, dtype)
+        if base is None
+        else load_weights_file(source, base, dtype)
+    )
     save_latent_model(out, loaded.model, loaded.tokenizer, loaded.processor, loaded.mechanism)
 
 
@@ -83,9 +88,11 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m grpo_latent.import", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument(
-        "folder", type=Path, help="a published checkpoint, one of ours, or IVT-LR's file"
+        "folder",
+        type=Path,
+        help="a published checkpoint, one of ours, or a file of IVT-LR, Coconut or CODI",
     )
-    parser.add_argument("--base", type=Path, help="what IVT-LR's file was trained from")
+    parser.add_argument("--base", type=Path, help="what a file was trained from")
     parser.add_argument("--out", type=Path, help="a new folder in our layout")
     parser.add_argument("--dtype", default="bfloat16", help="of what --out writes")
     options = parser.parse_args(arguments)

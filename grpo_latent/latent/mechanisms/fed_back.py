@@ -53,7 +53,22 @@ class GLUHead(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
-_HEADS = {"mlp": MLPHead, "glu": GLUHead}
+class ProjectionHead(nn.Module):
+    """Linear-GELU-Linear-LayerNorm (CODI, 2502.21074), between equal sizes."""
+
+    def __init__(self, text_config: PretrainedConfig) -> None:
+        super().__init__()
+        hidden_size = text_config.hidden_size
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
+        )
+        self.ln = nn.LayerNorm(hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.ln(self.mlp(hidden))
+
+
+_HEADS = {"mlp": MLPHead, "glu": GLUHead, "projection": ProjectionHead}
 HEADS = ("none", *_HEADS)
 
 
@@ -66,7 +81,7 @@ class FedBack(Mechanism):
             the only one that slots use.
         start_id, latent_id, end_id: their ids.
         steps: latent steps of a span or their cap; slots of the prompt.
-        head: module applied to h before it is fed back: none, mlp or glu.
+        head: module applied to h before it is fed back: none, mlp, glu or projection.
     """
 
     start_token: str
