@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # 1 thread a process: OpenMP threads that spin on shared cores made runs ten times slower
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install install-cuda vllm vllm-contract vllm-v2 browser quickstart controls robustness test test-fast test-kill test-deaths lint types format docs clean
+.PHONY: install install-cuda vllm vllm-contract vllm-v2 harnesses browser quickstart controls robustness test test-fast test-kill test-deaths lint types format docs clean
 
 install: $(STAMP)
 
@@ -56,6 +56,21 @@ RECIPES ?= quickstart ilvr ivt_lr coconut
 robustness: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/robustness.py $(RECIPES)
 
+# lmms-eval and VLMEvalKit, each in an environment of its own that takes torch and the rest from .venv (half a gigabyte in all);
+# their tests, which are skipped where these are not, run at the end
+HARNESSES ?= .venv-harnesses
+harnesses: $(HARNESSES)/lmms-eval/.installed $(HARNESSES)/vlmevalkit/.installed
+	GRPO_LATENT_HARNESSES="$(abspath $(HARNESSES))" $(BIN)/python -m pytest tests/harnesses -rs
+
+$(HARNESSES)/%/.installed: $(STAMP) requirements/%.txt
+	rm -rf $(HARNESSES)/$*
+	$(PYTHON) -m venv --without-pip $(HARNESSES)/$*
+	$(BIN)/pip --python $(HARNESSES)/$* install --quiet --disable-pip-version-check --no-deps -r requirements/$*.txt
+	$(HARNESSES)/$*/bin/python -c 'import sys, sysconfig; line = f"import site; site.addsitedir({sys.argv[1]!r})\n"; open(sysconfig.get_path("purelib") + "/zz_of_grpo_latent.pth", "w").write(line)' "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	$(BIN)/pip --python $(HARNESSES)/$* install --quiet --disable-pip-version-check --no-deps -e .
+	$(HARNESSES)/$*/bin/python -m grpo_latent.torchvision_ops
+	touch $@
+
 # headless Chromium for the tests of the inspector's page, from Debian; where it cannot be had they are skipped
 browser:
 	@command -v chromedriver > /dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && apt-get update -qq && \
@@ -97,4 +112,4 @@ docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(HARNESSES) outputs

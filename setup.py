@@ -102,5 +102,6 @@ setup(
     entry_points={
         "console_scripts": ["grpo-latent = grpo_latent.cli:main"],
         "verl.plugins": ["grpo_latent = grpo_latent.verl_plugin"],
+        "lmms_eval.models": ["grpo_latent = grpo_latent.harnesses.lmms_eval_entry:manifest"],
     },
 )

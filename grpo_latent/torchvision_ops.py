@@ -64,7 +64,10 @@ def declare_operators() -> None:
 
     # PyTorch's own builds carry a local version (0.28.0+cpu): they load, and declare the operators
     # themselves
-    is_own_build = "+" in importlib.metadata.version("torchvision")
+    try:
+        is_own_build = "+" in importlib.metadata.version("torchvision")
+    except importlib.metadata.PackageNotFoundError:
+        return  # somebody asks whether it is there: it is not
     if is_own_build or torch.version.cuda is not None or torch.version.hip is not None:
         return
     for name in ("nms", "qnms"):

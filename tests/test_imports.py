@@ -34,6 +34,7 @@ ALLOWED = {
     "sft": _MODELS | {"data"},
     "eval": _MODELS | {"answers", "data", "rewards", "rollout"},
     "inspect": _MODELS | {"data", "rewards", "rollout", "eval"},
+    "harnesses": _MODELS | {"data", "rollout"},  # models of lmms-eval and VLMEvalKit
     "testing": _MODELS | {"rollout", "eval"},  # checks that users run on their own plug-ins
     # the page of a run, for wandb; torchvision, which vLLM imports
     "verl_plugin": _MODELS | {"data", "rewards", "rollout", "eval", "inspect", "torchvision_ops"},

@@ -47,3 +47,15 @@ def test_torchvision_imports_and_nothing_is_faked():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode != 0 and "NotImplementedError" in result.stderr, result.stderr[-500:]
+
+
+def test_asking_for_a_torchvision_that_is_not_there(monkeypatch):
+    """`importlib.util.find_spec` says None, as it does without the hook."""
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    hook = torchvision_ops._BeforeTorchvision()
+    monkeypatch.setattr(sys, "meta_path", [hook, *sys.meta_path])
+    assert hook.find_spec("torchvision") is None

@@ -110,9 +110,27 @@ class LatentLLM:
                 got=f"{len(prompts)}, {len(images)}",
                 expected="one list a prompt",
             )
+        chats = [[{"role": "user", "content": content_parts(text)}] for text in prompts]
+        return self.chat(chats, images, sampling, num_trajectories, seed, steps)
+
+    def chat(
+        self,
+        chats: Sequence[Sequence[dict]],
+        images: Sequence[Sequence[Image.Image]],
+        sampling: SamplingParams | None = None,
+        num_trajectories: int = 1,
+        seed: int = 0,
+        steps: int | None = None,
+    ) -> list[list[Trajectory]]:
+        """`num_trajectories` completions of each chat; arguments and errors as `generate`.
+
+        Args:
+            chats: messages, whose contents are lists of {"type": "text", "text"} and {"type":
+                "image"} in order.
+            images: of each chat, in the order of its image parts.
+        """
         requests = []
-        for idx, (text, pictures) in enumerate(zip(prompts, images, strict=True)):
-            messages = [{"role": "user", "content": content_parts(text)}]
+        for idx, (messages, pictures) in enumerate(zip(chats, images, strict=True)):
             prompt = encode_prompt(
                 self.tokenizer, self.processor, messages, pictures, where=f"prompt {idx}"
             )
