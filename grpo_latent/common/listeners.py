@@ -48,6 +48,7 @@ def listen_on(address: str) -> None:
 
 def interface_of(address: str) -> str:
     """The name of the interface that has `address`; raises `ConfigError` where none has."""
+    address = address.strip("[]")  # of IPv6, as Ray writes it
     interfaces = psutil.net_if_addrs()
     for name, entries in interfaces.items():
         if any(entry.address.partition("%")[0] == address for entry in entries):

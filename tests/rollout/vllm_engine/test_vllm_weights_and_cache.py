@@ -3,6 +3,7 @@
 Not covered: verl's own weight path (IPC buckets), sleep and wake.
 """
 
+import psutil
 import pytest
 import torch
 from vllm_cases import build_vllm_case, compare, sampling
@@ -22,11 +23,27 @@ def cases(tmp_path_factory):
     ]
 
 
+def listening() -> set[tuple[str, int]]:
+    """Addresses and ports of this process, which other tests may have opened, too."""
+    connections = psutil.Process().net_connections("tcp")
+    return {tuple(c.laddr) for c in connections if c.status == psutil.CONN_LISTEN}
+
+
 @pytest.fixture(scope="module")
-def engine(cases):
+def listening_before():
+    return listening()
+
+
+@pytest.fixture(scope="module")
+def engine(cases, listening_before):
     engine = cases[0].vllm_engine(block_size=32)
     yield engine
     engine.close()
+
+
+def test_the_engine_listens_on_loopback_only(listening_before, engine):
+    """vLLM's collectives of one rank; left to itself it listens on all interfaces."""
+    assert {host for host, _ in listening() - listening_before} == {"127.0.0.1"}
 
 
 def test_new_weights_replace_everything_that_the_old_ones_computed(cases, engine):
