@@ -23,7 +23,7 @@ from grpo_latent.common.command import config_command
 from grpo_latent.common.paths import absolute, check_output_folder, is_remote
 from grpo_latent.common.provenance import append_provenance
 from grpo_latent.common.settings import section
-from grpo_latent.errors import ConfigError, DataError, GrpoLatentError
+from grpo_latent.errors import ConfigError, DataError
 
 LOG_FILE, METRICS_FILE, CONFIG_FILE = "train.log", "metrics.jsonl", "config.yaml"
 PLUGIN = "grpo_latent.verl_plugin"
@@ -355,7 +355,7 @@ def _run(config: DictConfig, console, log_path: Path) -> None:
     from grpo_latent.verl_plugin.boot.actor_watch import ActorWatch
     from grpo_latent.verl_plugin.boot.cluster_resources import check_cpus
     from grpo_latent.verl_plugin.trainer.console import StepPrinter
-    from grpo_latent.verl_plugin.trainer.reports import drain, start_report_queue
+    from grpo_latent.verl_plugin.trainer.reports import follow, start_report_queue
 
     ray.init(**ray_arguments(config))
     try:
@@ -369,16 +369,8 @@ def _run(config: DictConfig, console, log_path: Path) -> None:
         watch = ActorWatch()
         runner = TaskRunnerV1.remote()  # type: ignore[attr-defined]  # ray.remote decorates it
         run_ref = runner.run.remote(config)
-        try:
-            with StepPrinter(console) as on_report:
-                drain(queue, run_ref, on_report, watch)
-            remote_errors.get(run_ref, "training", log_path)
-        except Exception as error:
-            # at an error of ours verl has closed TransferQueue
-            dead = watch.first_death(with_killed=not isinstance(error, GrpoLatentError))
-            if dead is None:
-                raise
-            raise dead.error(watch.position) from None  # what the run ended with, follows from it
+        with StepPrinter(console) as on_report:
+            follow(queue, run_ref, on_report, watch, log_path)
     finally:
         ray.shutdown()
 

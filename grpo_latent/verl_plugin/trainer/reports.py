@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import ray
 
+from grpo_latent.errors import GrpoLatentError
+from grpo_latent.verl_plugin.boot import remote_errors
 from grpo_latent.verl_plugin.boot.actor_watch import ActorWatch
 from grpo_latent.verl_plugin.trainer.alarms import Line
 
@@ -135,6 +137,27 @@ def short_line(report: Report, seconds: float | None = None) -> str:
     if seconds is not None:
         columns.append(f"{seconds:.1f} s")
     return "  ".join(columns)
+
+
+def follow(queue, run_ref, on_report, watch: ActorWatch, log: object) -> None:
+    """Hands reports to `on_report` until the job behind `run_ref` has ended, well or not.
+
+    Args:
+        log: where a traceback can be read, for the message.
+
+    Raises:
+        ActorDeathError: an actor has died, whatever the job made of it.
+        GrpoLatentError, RuntimeError: as `remote_errors.get`.
+    """
+    try:
+        drain(queue, run_ref, on_report, watch)
+        remote_errors.get(run_ref, "training", log)
+    except Exception as error:
+        # at an error of ours verl has closed TransferQueue
+        dead = watch.first_death(with_killed=not isinstance(error, GrpoLatentError))
+        if dead is None:
+            raise
+        raise dead.error(watch.position) from None  # what the run ended with, follows from it
 
 
 def drain(queue, run_ref, on_report, watch: ActorWatch, interval_s: float = 0.5) -> None:
