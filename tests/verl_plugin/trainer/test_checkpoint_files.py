@@ -5,12 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from folder_cases import without_manifest
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from grpo_latent.common import files
-from grpo_latent.common.best_checkpoint import STATE_FILE, Best, read_best
-from grpo_latent.common.manifest import read_manifest, write_manifest
+from grpo_latent.common.best_checkpoint import BEST_FILE, STATE_FILE, Best, read_best
+from grpo_latent.common.manifest import no_manifest, read_manifest, write_manifest
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.trainer import checkpoint
@@ -261,6 +262,46 @@ def test_a_run_that_may_go_back_saves_its_start(tmp_path, monkeypatch, is_resume
     if not is_resumed:
         assert announced == [0] and trainer.guards.last_good.name == "global_step_0"
         assert checkpoint.read_tracker(tmp_path) == 0
+
+
+@pytest.mark.parametrize("mode", ["auto", "resume_path"])
+def test_what_follows_the_tracker_is_done_again_on_resume(tmp_path, monkeypatch, mode):
+    """A kill may have come right after it; a step that is gone back to has nothing to follow."""
+    trainer = stub_trainer(tmp_path, 1, {}, monkeypatch)
+    for step, score in ((3, 0.5), (4, 0.4), (5, 0.6)):
+        trainer.global_steps = step
+        trainer._save_checkpoint()
+        log(trainer, step, {"latent/frac_rollouts": 1.0, SCORE: score})
+    (tmp_path / BEST_FILE).unlink()
+    resumed = stub_trainer(tmp_path, 1, {}, monkeypatch)
+    resumed.config.trainer.max_actor_ckpt_to_keep = 1
+    resumed.config.trainer.resume_mode = mode
+    resumed.config.trainer.resume_from_path = str(tmp_path / "global_step_5")
+    called = []
+    resumed.checkpoint_callback = SimpleNamespace(
+        on_save=lambda global_step, **kwargs: called.append(global_step)
+    )
+    monkeypatch.setattr(PPOTrainerSync, "_load_checkpoint", lambda self: None)
+    resumed.global_steps = 5
+    resumed._load_checkpoint()
+    assert read_best(tmp_path) == Best(5, 0.6, SCORE, "global_step_5") and resumed.is_resumed
+    assert called == ([5] if mode == "auto" else [])
+    kept = {path.name for path in tmp_path.glob("global_step_*")}
+    assert kept == (
+        {"global_step_5"} if mode == "auto" else {f"global_step_{n}" for n in (3, 4, 5)}
+    )
+    assert resumed.said == []
+
+
+def test_a_resumed_run_says_that_nothing_could_be_compared(tmp_path, monkeypatch):
+    trainer = stub_trainer(tmp_path, 1, {}, monkeypatch)
+    trainer._save_checkpoint()
+    log(trainer, 3, {"latent/frac_rollouts": 1.0})
+    folder = without_manifest(tmp_path / "global_step_3")
+    monkeypatch.setattr(PPOTrainerSync, "_load_checkpoint", lambda self: None)
+    trainer.config.trainer.resume_mode = "auto"
+    trainer._load_checkpoint()
+    assert [str(line) for _, line in trainer.said] == [f"resume: {no_manifest(folder)}"]
 
 
 def stub_trainer(root, save_freq, alarm, monkeypatch):
