@@ -87,6 +87,7 @@ test-fast: $(STAMP) browser
 # every kill and every corruption (docs/faults.md), of which `make test` takes samples; an hour of two cores
 test-kill: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/corruptions.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -W ignore benchmarks/file_kills.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/kills.py
 
 # each actor of a run killed in each phase; an hour of two cores (see docs/faults.md)

@@ -139,7 +139,7 @@ def write_inputs(folder: Path) -> None:
     (folder / "reward.py").write_text(REWARD)
 
 
-# ---- comparison -----------------------------------------------------------------------------------
+# ---- comparison ---------------------------------------------------------------------------------
 
 
 def states(checkpoint: Path) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def listing(output: Path) -> list[str]:
     return sorted(path for path in paths if "console.log" not in path)
 
 
-# ---- the grid -------------------------------------------------------------------------------------
+# ---- the grid -----------------------------------------------------------------------------------
 
 
 def grid(folder: Path, points: Sequence[str], say=print) -> list[Kill]:

@@ -42,7 +42,7 @@ REQUIRED = (
     "kinds",
     "response_mask",
 )
-LINES, VECTORS = "lines_sha256", "vectors_sha256"  # keys of the binary file's metadata
+DIGESTS, LINES, VECTORS = "digests", "lines_sha256", "vectors_sha256"  # in its metadata
 FIX = (
     "It was cut off while being written, or by another release: delete it, or dump the step again."
 )
@@ -128,7 +128,9 @@ def write_step(
     # a dump counts once its lines are there
     with replacing_file(path) as lines, replacing_file(path.with_suffix(".safetensors")) as binary:
         lines.write_bytes(text)
-        save_file(whole, binary, {LINES: sha256(text).hexdigest(), VECTORS: digest_of(whole)})
+        digests = {LINES: sha256(text).hexdigest(), VECTORS: digest_of(whole)}
+        # under one key: safetensors writes several in an order that differs from run to run
+        save_file(whole, binary, {DIGESTS: json.dumps(digests)})
 
 
 def digest_of(tensors: dict[str, Tensor]) -> str:
@@ -187,7 +189,7 @@ def read_step(path: str | Path) -> list[DumpedTrajectory]:
         content = path.read_bytes()
         with safe_open(latents, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            digests = file.metadata() or {}
+            digests = json.loads((file.metadata() or {}).get(DIGESTS, "{}"))
         lines = content.decode().splitlines()
         trajectories = [
             _parse(line, f"{path} line {number}", tensors) for number, line in enumerate(lines, 1)
@@ -195,7 +197,9 @@ def read_step(path: str | Path) -> list[DumpedTrajectory]:
         # last: a line that cannot be read is named by its number
         _compare(path, content, tensors, digests)
         return trajectories
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+    except DataError:
+        raise
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:
         where = str(path if isinstance(error, UnicodeDecodeError) else latents)
         raise DataError(
             "not a readable rollout dump",

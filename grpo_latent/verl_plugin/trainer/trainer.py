@@ -319,8 +319,9 @@ class LatentPPOTrainer(PPOTrainerSync):
         self.actor_rollout_wg.save_checkpoint(
             str(folder / "actor"), remote, step, max_ckpt_to_keep=None
         )
-        with replacing_file(folder / DATA_FILE) as unfinished:
-            torch.save(self.train_dataloader.state_dict(), unfinished)
+        # a file, not a path: torch would write its random name into the archive
+        with replacing_file(folder / DATA_FILE) as unfinished, unfinished.open("wb") as file:
+            torch.save(self.train_dataloader.state_dict(), file)
         self._pending, self._saved_step = folder, step
 
     def _commit(self) -> None:
