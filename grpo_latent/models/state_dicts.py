@@ -270,7 +270,8 @@ def _spans_of_text(
 def _ask_plainly(tokenizer: PreTrainedTokenizerBase, end: str) -> None:
     """Makes the question the whole prompt, with what the tokenizer itself puts in front."""
     front = tokenizer.decode(tokenizer("").input_ids)
-    tokenizer.chat_template = f"{front}{{{{ messages[-1]['content'] }}}}{end}"
+    # in the expression: a template's own last line break is dropped
+    tokenizer.chat_template = f"{front}{{{{ messages[-1]['content'] + {end!r} }}}}"
 
 
 def _fill_head(module: torch.nn.Module, weights: Mapping[str, Tensor], where: str) -> None:

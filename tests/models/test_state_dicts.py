@@ -241,7 +241,7 @@ def test_text_files_decode_as_published(system, text_base, tmp_path, capsys):
             torch.nn.Linear(hidden_size, hidden_size),
         )
         head.add_module("ln", torch.nn.LayerNorm(hidden_size))
-        state = {f"codi.base_model.model.{n}": v for n, v in model.state_dict().items()}
+        state = {f"codi.base_model.model.{n}": v.clone() for n, v in model.state_dict().items()}
         key = "codi.base_model.model.model.layers.0.self_attn.q_proj"
         weight_OI = state.pop(f"{key}.weight")
         a_RI, b_OR = torch.randn(2, hidden_size), torch.randn(weight_OI.shape[0], 2)
@@ -256,6 +256,10 @@ def test_text_files_decode_as_published(system, text_base, tmp_path, capsys):
     assert main([str(path), "--base", str(base), "--dtype", "float32", "--out", str(out)]) == DONE
     assert "forced" in capsys.readouterr().out
     loaded = load_latent_model(out)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(loaded.model.state_dict()[name], value, rtol=0, atol=1e-4)
+    chat = [{"role": "user", "content": "read red ?"}]
+    assert loaded.tokenizer.apply_chat_template(chat, tokenize=False) == f"read red ?{tail}"
     for question in ("read red ?", "green ?"):
         ids, trajectory = decoded(loaded, question, 6)
         assert ids == tokenizer(question + tail).input_ids
