@@ -1,19 +1,27 @@
-"""Times the engine's passes and their memory: log-probs out of `lm_head` against all logits.
+"""Times the engine's passes and their memory, in the ways that options choose between.
 
-    python benchmarks/training.py [--vocabulary 151936] [--hidden 512] [--layers 4] [--rows 8]
-                                  [--prompt 240] [--answer 64] [--device cpu] [--json out.json]
+    python benchmarks/training.py [--vocabulary 151936] [--hidden 512] [--intermediate 1536] [--layers 4]
+                                  [--rows 8] [--groups 8] [--image 0] [--prompt 240] [--answer 64]
+                                  [--checkpointing 1]
+                                  [--ways "in the head,all logits"] [--device cpu] [--json out.json]
 
-One micro-batch of the verl engine, a Qwen3 text model of random weights, a span of four latents in
-each row: old log-probs without a gradient, then forward and backward of an update with entropies.
-`latent.score_in_head=true` (the default) and `false`, verl's own way, take turns, each time in a
-process of its own, for the peak of memory is a process's. Seconds are of the CPU
-(`time.process_time`), on CUDA of the device; memory is what the pass added to what was there:
-resident on the CPU, allocated on CUDA. Medians over the turns.
+    in the head    each row runs its own prompt; log-probs are made within `lm_head`
+    all logits     latent.score_in_head=false: verl makes the logits of all positions
+    prompt once    the rows of a group run one prompt; the default of training
+
+One micro-batch of the verl engine, a model of random weights, a span of four latents in each row:
+old log-probs without a gradient, then forward and backward of an update with entropies. The model
+is a Qwen3 text model, or with `--image` (tokens a side) a Qwen2.5-VL whose prompts have an image
+each and whose tower is frozen. Layers are checkpointed but with `--checkpointing 0`. Ways take
+turns, each time in a process of its own, for the peak of memory is a process's. Seconds are of the
+CPU (`time.process_time`), on CUDA of the device; memory is what the pass added to what was there:
+resident on the CPU, allocated on CUDA. Medians over the turns; ratios are to the last of `--ways`.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import resource
@@ -24,91 +32,179 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
-from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+from transformers import (  # noqa: E402
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+from grpo_latent.backbones.images import ImageInputs  # noqa: E402
 from grpo_latent.common.provenance import provenance  # noqa: E402
 from grpo_latent.latent.mechanisms import LVR  # noqa: E402
 from grpo_latent.models import tiny  # noqa: E402
+from grpo_latent.models.adapter import ModelAdapter  # noqa: E402
 from grpo_latent.models.loading import save_latent_model  # noqa: E402
 from grpo_latent.trajectory import PositionKind, Trajectory  # noqa: E402
 
 STEPS = 4
-WAYS = {"in the head": True, "all logits": False}
+HEAD_DIM = 64
+WAYS: dict[str, dict[str, Any]] = {
+    "in the head": {"share_prompt": False},
+    "all logits": {"share_prompt": False, "score_in_head": False},
+    "prompt once": {},
+}
 
 
 def write_checkpoint(folder: Path, arguments: argparse.Namespace) -> None:
-    """Writes a Qwen3 whose tokenizer is tiny and whose vocabulary is as large as asked."""
-    _, tokenizer, _ = tiny.tiny_qwen3()
-    config = Qwen3Config(
-        vocab_size=arguments.vocabulary,
-        hidden_size=arguments.hidden,
-        intermediate_size=3 * arguments.hidden,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    """Writes a model whose tokenizer is tiny and whose vocabulary is as large as asked."""
+    build = tiny.tiny_qwen2_5_vl if arguments.image else tiny.tiny_qwen3
+    _, tokenizer, processor = build()
     tokens = {f"{role}_token": LVR.published_tokens[role] for role in ("start", "latent", "end")}
     mechanism = LVR.from_tokens(tokenizer.get_vocab(), **tokens, steps=STEPS, max_spans=1)
-    save_latent_model(folder, Qwen3ForCausalLM(config), tokenizer, None, mechanism)
+    model = (
+        vision_model(arguments, tokenizer) if arguments.image else text_model(arguments, tokenizer)
+    )
+    save_latent_model(folder, model, tokenizer, processor, mechanism)
 
 
-def trajectories(arguments: argparse.Namespace) -> list[Trajectory]:
-    """Rows of one length, each a span and text."""
+def text_model(arguments: argparse.Namespace, tokenizer) -> PreTrainedModel:
+    config = Qwen3Config(
+        **decoder_sizes(arguments, tokenizer), num_key_value_heads=4, head_dim=HEAD_DIM
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def vision_model(arguments: argparse.Namespace, tokenizer) -> PreTrainedModel:
+    """Qwen2.5-VL: a tower of four blocks, a decoder as asked with two heads of keys."""
+    ids = tokenizer.get_vocab()
+    config = Qwen2_5_VLConfig(
+        text_config={
+            **decoder_sizes(arguments, tokenizer),
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12]},
+        },
+        vision_config={
+            "depth": 4,
+            "hidden_size": 384,
+            "intermediate_size": 1024,
+            "num_heads": 6,
+            "out_hidden_size": arguments.hidden,
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def decoder_sizes(arguments: argparse.Namespace, tokenizer) -> dict:
+    return {
+        "vocab_size": arguments.vocabulary,
+        "hidden_size": arguments.hidden,
+        "intermediate_size": arguments.intermediate,
+        "num_hidden_layers": arguments.layers,
+        "num_attention_heads": arguments.hidden // HEAD_DIM,
+        "tie_word_embeddings": True,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def trajectories(arguments: argparse.Namespace, engine) -> list[Trajectory]:
+    """Rows of one length, each a span and text; the rows of a group one after the other."""
     generator = torch.Generator().manual_seed(0)
     kinds = [PositionKind.START, *[PositionKind.LATENT] * STEPS, PositionKind.FORCED]
     kinds += [PositionKind.TEXT] * (arguments.answer - len(kinds))
+    no_log_probs = torch.zeros(arguments.answer)
     rows = []
-    for _ in range(arguments.rows):
-        ids = torch.randint(
-            20, arguments.vocabulary, (arguments.prompt + arguments.answer,), generator=generator
+    for group in range(arguments.groups):
+        prompt_ids = torch.randint(
+            40, arguments.vocabulary, (arguments.prompt,), generator=generator
         )
-        no_log_probs = torch.zeros(arguments.answer)
-        rows.append(
-            Trajectory(
-                prompt_ids=ids[: arguments.prompt],
-                token_ids=ids[arguments.prompt :],
-                kinds=torch.tensor(kinds),
-                latents=torch.randn(STEPS, arguments.hidden, generator=generator),
-                rollout_log_probs=no_log_probs,
-                sampling_log_probs=no_log_probs,
-                stop_reason="length",
-                latent_aux=torch.zeros(STEPS, 0),
+        if arguments.image:
+            image_id = engine.backbone.image_token_id
+            prompt_ids[4] = engine.backbone.config.vision_start_token_id
+            prompt_ids[5 : 5 + arguments.image**2] = image_id
+        for _ in range(arguments.rows // arguments.groups):
+            token_ids = torch.randint(
+                40, arguments.vocabulary, (arguments.answer,), generator=generator
             )
-        )
+            latents = torch.randn(STEPS, arguments.hidden, generator=generator)
+            rows.append(
+                Trajectory(
+                    prompt_ids=prompt_ids,
+                    token_ids=token_ids,
+                    kinds=torch.tensor(kinds),
+                    latents=latents,
+                    rollout_log_probs=no_log_probs,
+                    sampling_log_probs=no_log_probs,
+                    stop_reason="length",
+                    latent_aux=torch.zeros(STEPS, 0),
+                    group_id=str(group),
+                )
+            )
     return rows
 
 
-def engine_batch(rows: Sequence[Trajectory]):
+def images_of(
+    rows: Sequence[Trajectory], arguments: argparse.Namespace
+) -> list[ImageInputs | None]:
+    """An image a row, one for all rows of a group; None of each row without `--image`."""
+    if not arguments.image:
+        return [None] * len(rows)
+    side = 2 * arguments.image
+    grid = torch.tensor([[1, side, side]])
+    generator = torch.Generator().manual_seed(1)
+    pixels = [
+        torch.randn(side * side, 3 * 2 * 14 * 14, generator=generator)
+        for _ in range(arguments.groups)
+    ]
+    return [ImageInputs(pixels[int(row.group_id)], grid) for row in rows]
+
+
+def engine_batch(rows: Sequence[Trajectory], engine, arguments: argparse.Namespace):
     """What verl's workers get of the rows."""
+    from tensordict.tensorclass import NonTensorStack
     from verl.utils import tensordict_utils as tu
 
-    columns = []
-    for t in rows:
+    from grpo_latent.verl_plugin.worker.finite import GROUPS
+
+    adapter = ModelAdapter(engine.module, engine.mechanism)
+    images = images_of(rows, arguments)
+    columns, positions = [], []
+    for t, image in zip(rows, images, strict=True):
         mask, ids = t.response_mask().long(), torch.cat([t.prompt_ids, t.token_ids])
+        rope = adapter.position_ids(ids[None], torch.ones(1, len(ids), dtype=torch.bool), image)
+        plain = torch.arange(len(ids))
+        positions.append(torch.cat([plain[None], rope[:, 0]]) if arguments.image else plain)
         columns.append(
             {
                 "prompts": t.prompt_ids,
                 "responses": t.token_ids,
                 "input_ids": ids,
-                **t.columns(torch.full_like(t.prompt_ids, int(PositionKind.PROMPT))),
+                **t.columns(adapter.prompt_kinds(t.prompt_ids)),
                 "response_mask": mask,
                 "loss_mask": mask,
-                "position_ids": torch.arange(len(ids)),
             }
         )
     fields: dict[str, Tensor | list] = {
         name: torch.nested.as_nested_tensor([row[name] for row in columns], layout=torch.jagged)
         for name in columns[0]
     }
+    fields["position_ids"] = tu.nested_tensor_from_tensor_list(
+        positions, ragged_idx=positions[0].ndim
+    )
+    fields[GROUPS] = torch.tensor([int(t.group_id) for t in rows])
     settings = {
         "temperature": 0.9,
         "compute_loss": False,
@@ -119,10 +215,18 @@ def engine_batch(rows: Sequence[Trajectory]):
         "use_fused_kernels": False,
         "micro_batch_size_per_gpu": len(rows),
     }
-    return tu.get_tensordict(fields, settings)
+    batch = tu.get_tensordict(fields, settings)
+    pixels = [
+        {"pixel_values": image.pixel_values, "image_grid_thw": image.image_grid_thw}
+        for image in images
+        if image is not None
+    ]
+    if pixels:
+        batch["multi_modal_inputs"] = NonTensorStack(*pixels)
+    return batch
 
 
-def make_engine(folder: Path, is_in_head: bool, num_rows: int):
+def make_engine(folder: Path, way: str, num_rows: int, checkpointing: bool):
     """verl's way to an engine, without Ray."""
     import torch.distributed as dist
     from verl.trainer.config import CheckpointConfig
@@ -142,6 +246,7 @@ def make_engine(folder: Path, is_in_head: bool, num_rows: int):
         model_config=HFModelConfig(
             path=str(folder),
             use_remove_padding=False,
+            enable_gradient_checkpointing=checkpointing,
             override_config={"attn_implementation": "sdpa"},
         ),
         engine_config=FSDPEngineConfig(
@@ -159,7 +264,7 @@ def make_engine(folder: Path, is_in_head: bool, num_rows: int):
         optimizer_config=FSDPOptimizerConfig(lr=1e-6, total_training_steps=10),
         checkpoint_config=CheckpointConfig(),
     )
-    engine.configure(LatentOptions(score_in_head=is_in_head))
+    engine.configure(LatentOptions(**WAYS[way]), freeze_vision=True)
     engine.initialize()
     return engine
 
@@ -180,6 +285,9 @@ def measured(run) -> dict[str, float]:
     if is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+    else:
+        # what an earlier pass has freed would hide what this one adds
+        ctypes.CDLL(None).malloc_trim(0)
     (before, _), started = memory(), clock()
     run()
     if is_cuda:
@@ -187,10 +295,11 @@ def measured(run) -> dict[str, float]:
     return {"seconds": clock() - started, "gib": max(0, memory()[1] - before) / 2**30}
 
 
-def take_turn(folder: Path, is_in_head: bool, arguments: argparse.Namespace) -> dict:
+def take_turn(folder: Path, way: str, arguments: argparse.Namespace) -> dict:
     """Both passes of one way, in this process."""
     torch.set_num_threads(1)
-    engine, rows = make_engine(folder, is_in_head, arguments.rows), trajectories(arguments)
+    engine = make_engine(folder, way, arguments.rows, bool(arguments.checkpointing))
+    batch = engine_batch(trajectories(arguments, engine), engine, arguments)
 
     def loss(model_output, data, dp_group=None):
         scores = zip(
@@ -205,30 +314,37 @@ def take_turn(folder: Path, is_in_head: bool, arguments: argparse.Namespace) -> 
 
     def old() -> None:
         with engine.eval_mode(disable_auto_offload=True):
-            engine.infer_batch(engine_batch(rows))
+            engine.infer_batch(batch.copy())
 
     def update() -> None:
         with engine.train_mode(disable_auto_offload=True):
             engine.optimizer_zero_grad()
-            engine.forward_backward_batch(engine_batch(rows), loss)
+            engine.forward_backward_batch(batch.copy(), loss)
 
     found = {"old": measured(old)}
     return found | {"update": measured(update)}
 
 
+SIZES = {
+    "vocabulary": 151_936,
+    "hidden": 512,
+    "intermediate": 1536,
+    "layers": 4,
+    "rows": 8,
+    "groups": 8,
+    "image": 0,
+    "prompt": 240,
+    "answer": 64,
+    "checkpointing": 1,
+    "repeats": 3,
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    sizes = {
-        "vocabulary": 151_936,
-        "hidden": 512,
-        "layers": 4,
-        "rows": 8,
-        "prompt": 240,
-        "answer": 64,
-        "repeats": 3,
-    }
-    for name, value in sizes.items():
+    for name, value in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--ways", default="in the head,all logits")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--turn", nargs=2, metavar=("FOLDER", "WAY"), help=argparse.SUPPRESS)
@@ -236,14 +352,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["VERL_PLATFORM"] = "nvidia" if arguments.device == "cuda" else "cpu"
     if arguments.turn:
         folder, way = arguments.turn
-        print(json.dumps(take_turn(Path(folder), WAYS[way], arguments)))
+        print(json.dumps(take_turn(Path(folder), way, arguments)))
         return 0
-    turns: dict[str, list[dict]] = {way: [] for way in WAYS}
+    ways = arguments.ways.split(",")
+    turns: dict[str, list[dict]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), arguments)
-        options = [f"--{name}={getattr(arguments, name)}" for name in sizes]
+        options = [f"--{name}={getattr(arguments, name)}" for name in SIZES]
         for _ in range(arguments.repeats):
-            for way in WAYS:
+            for way in ways:
                 command = [sys.executable, __file__, *options, f"--device={arguments.device}"]
                 done = subprocess.run(
                     [*command, "--turn", folder, way],
@@ -258,17 +375,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 key: statistics.median(turn[phase][key] for turn in turns[way])
                 for key in ("seconds", "gib")
             }
-            for way in WAYS
+            for way in ways
         }
         for phase in ("old", "update")
     }
-    for phase, ways in found.items():
-        ours, verls = ways["in the head"], ways["all logits"]
-        print(
-            f"{phase}: {ours['seconds']:.1f} s and {ours['gib']:.2f} GiB in the head, "
-            f"{verls['seconds']:.1f} s and {verls['gib']:.2f} GiB with all logits; ratios "
-            f"{ours['seconds'] / verls['seconds']:.2f} and {ours['gib'] / verls['gib']:.2f}"
-        )
+    for phase, of_way in found.items():
+        last = of_way[ways[-1]]
+        for way, ours in of_way.items():
+            print(
+                f"{phase}, {way}: {ours['seconds']:.1f} s and {ours['gib']:.2f} GiB; ratios "
+                f"{ours['seconds'] / last['seconds']:.3f} and {ours['gib'] / last['gib']:.3f}"
+            )
     if arguments.json:
         report = {"provenance": provenance(None), "sizes": vars(arguments), "passes": found}
         arguments.json.write_text(json.dumps(report, default=str, indent=1) + "\n")

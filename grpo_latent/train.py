@@ -172,6 +172,7 @@ def check(config: DictConfig) -> list[str]:
     from grpo_latent.models.treatment_parameters import initialisation_notes
     from grpo_latent.rollout.vllm.compat import check_installed
     from grpo_latent.verl_plugin.boot import compat
+    from grpo_latent.verl_plugin.boot.layout import sharing_notes
     from grpo_latent.verl_plugin.boot.registration import VLLM_ROLLOUT_NAME, verify, verify_device
     from grpo_latent.verl_plugin.boot.renamed import take_new_names
     from grpo_latent.verl_plugin.trainer.config_check import check_config, check_folder
@@ -186,7 +187,7 @@ def check(config: DictConfig) -> list[str]:
     if config.actor_rollout_ref.rollout.name == VLLM_ROLLOUT_NAME:
         check_installed()
     _check_files(config)
-    notes += options.treatment.notes()
+    notes += options.treatment.notes() + sharing_notes(config.actor_rollout_ref, options)
     folder = config.actor_rollout_ref.model.path
     if not is_remote(folder):
         notes += manifest.check_folder(folder, options.verify_digests)

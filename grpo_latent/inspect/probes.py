@@ -171,7 +171,7 @@ class Prober:
         images = [prompt.images] * len(group)
         mechanism = self.loaded.mechanism
         sequences = collate(
-            trajectories, images, self.adapter, mechanism.visibility, padding_side="both"
+            trajectories, images, self.adapter, mechanism.visibility, "both", shares_prompts=True
         )
         log_probs_BT, hidden_BTH = replay(
             self.adapter,

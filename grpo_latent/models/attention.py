@@ -1,8 +1,13 @@
-"""Attention of one new position, with query heads folded so that keys are never repeated.
+"""Attention functions of the decoder, under names that Hugging Face's configs may have.
 
+`folded_sdpa` is that of one new position, with query heads folded so that keys are never repeated.
 Hugging Face's `sdpa` repeats keys and values to the number of query heads at each step and layer
 whenever a mask is given. For a single query position the heads of a group can stand in the query
 dimension instead: the same products, no copy.
+
+`shared_sdpa` is `sdpa`, but where a forward brings `SharedRows`, of a row in which groups have
+their prompt once. It stands in the config for good: a checkpointed layer runs again in the
+backward, when the forward that would have set it is over.
 """
 
 from __future__ import annotations
@@ -16,9 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from grpo_latent.models.shared_rows import SharedRows, shared_attention
+
 FOLDED_SDPA = "grpo_latent_folded_sdpa"
+SHARED_SDPA = "grpo_latent_shared_sdpa"
+SDPA_NAMES = ("sdpa", SHARED_SDPA)  # what a model that computes `sdpa` may have in its config
 
 
 def folded_sdpa(
@@ -64,14 +74,39 @@ def _as_products(
     return torch.bmm(scores.softmax(-1), value.flatten(0, 1))
 
 
+def shared_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    shared_rows: SharedRows | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Hugging Face attention interface; [B, heads, T, head dim] -> [B, T, heads, head dim].
+
+    Args:
+        shared_rows: of the forward, which hands it through all layers; None for ordinary rows.
+    """
+    if shared_rows is not None:
+        return shared_attention(module, query, key, value, shared_rows, dropout, scaling)
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling, **kwargs
+    )
+
+
 ALL_ATTENTION_FUNCTIONS.register(FOLDED_SDPA, folded_sdpa)
+ALL_ATTENTION_FUNCTIONS.register(SHARED_SDPA, shared_sdpa)
+ALL_MASK_ATTENTION_FUNCTIONS.register(SHARED_SDPA, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 @contextmanager
 def folded_attention(text_config: PreTrainedConfig) -> Iterator[None]:
     """Decodes with `folded_sdpa` within the block, where the model is configured for `sdpa`."""
     configured = text_config._attn_implementation
-    if configured == "sdpa":
+    if configured in SDPA_NAMES:
         text_config._attn_implementation = FOLDED_SDPA
     try:
         yield

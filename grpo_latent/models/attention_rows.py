@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.latent.treatments.values import at_least_float
+from grpo_latent.models.attention import shared_sdpa
+from grpo_latent.models.shared_rows import SharedRows
 
 RECORDED_SDPA = "grpo_latent_recorded_sdpa"
 
@@ -129,17 +130,21 @@ def _recorded_sdpa(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    shared_rows: SharedRows | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Hugging Face attention interface; [B, heads, T, head dim] -> [B, T, heads, head dim]."""
     recorder = _recorder.get()
     if recorder is not None:
         scaling_of_rows = query.shape[-1] ** -0.5 if scaling is None else scaling
+        rows = (query, key)
+        if shared_rows is not None:
+            rows = (shared_rows.spread_heads(query), shared_rows.spread_heads(key))
         # what a rollout chooses has no gradient; only the score of a recorded choice has one
         with torch.no_grad() if recorder.rows_BN is None else nullcontext():
-            recorder.add(query, key, attention_mask, scaling_of_rows)
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout, scaling, **kwargs
+            recorder.add(*rows, attention_mask, scaling_of_rows)
+    return shared_sdpa(
+        module, query, key, value, attention_mask, dropout, scaling, shared_rows, **kwargs
     )
 
 

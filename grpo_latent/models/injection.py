@@ -147,7 +147,7 @@ class SelectionInjector:
     _ATTRIBUTE = "_grpo_latent_selection_injector"
 
     def __init__(self) -> None:
-        self._places: tuple[Tensor, Tensor, Tensor] | None = None
+        self._places: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     @classmethod
     def install(cls, model: PreTrainedModel) -> SelectionInjector:
@@ -156,16 +156,19 @@ class SelectionInjector:
         injector = getattr(decoder, cls._ATTRIBUTE, None)
         if injector is None:
             injector = cls()
-            decoder.register_forward_pre_hook(injector._hook, with_kwargs=True)
+            # in front of `SharedPrompt`, behind which rows are no longer where they are named
+            decoder.register_forward_pre_hook(injector._hook, prepend=True, with_kwargs=True)
             object.__setattr__(decoder, cls._ATTRIBUTE, injector)
         return injector
 
-    def arm(self, rows_M: Tensor, columns_M: Tensor, image_columns_M: Tensor) -> None:
-        """Until `disarm`, position (row, column) of any forward reads (row, image column).
+    def arm(
+        self, rows_M: Tensor, columns_M: Tensor, image_rows_M: Tensor, image_columns_M: Tensor
+    ) -> None:
+        """Until `disarm`, position (row, column) of any forward reads (image row, image column).
 
         Forwards over the first columns only are served, too: what lies behind is left out.
         """
-        self._places = (rows_M, columns_M, image_columns_M)
+        self._places = (rows_M, columns_M, image_rows_M, image_columns_M)
 
     def disarm(self) -> None:
         """Lets forwards read what they are given again."""
@@ -176,8 +179,10 @@ class SelectionInjector:
             return None
         embeds_BTH = kwargs["inputs_embeds"]
         is_in_M = self._places[1] < embeds_BTH.shape[1]
-        rows_M, columns_M, image_columns_M = (places_M[is_in_M] for places_M in self._places)
-        chosen_MH = embeds_BTH[rows_M, image_columns_M]
+        rows_M, columns_M, image_rows_M, image_columns_M = (
+            places_M[is_in_M] for places_M in self._places
+        )
+        chosen_MH = embeds_BTH[image_rows_M, image_columns_M]
         return args, kwargs | {
             "inputs_embeds": embeds_BTH.index_put((rows_M, columns_M), chosen_MH)
         }

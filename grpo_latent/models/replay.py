@@ -20,6 +20,7 @@ from grpo_latent.errors import ConfigError
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.injection import LatentInjector
 from grpo_latent.models.sequences import LatentSequences
+from grpo_latent.models.shared_prompt import SharedPrompt
 from grpo_latent.models.shift import token_sources
 
 
@@ -28,7 +29,7 @@ def replay_hidden(
 ) -> Tensor:
     """Hidden states [B, T, H] of the sequences, latents as recorded.
 
-    Gradients flow, into the latents too.
+    Gradients flow, into the latents too. Prompts of one of `sequences.groups` are run once.
 
     Args:
         cache: takes the keys and values of all T positions.
@@ -40,7 +41,9 @@ def replay_hidden(
         if has_latents
         else lambda *_: nullcontext()
     )
-    with inject(sequences.recorded_mask_BT, latents_NH):
+    assert cache is None or sequences.groups is None, "a cache holds a row's own prompt"
+    share = nullcontext if sequences.groups is None else SharedPrompt.install(adapter.model).share
+    with inject(sequences.recorded_mask_BT, latents_NH), share(sequences):
         return adapter.forward_hidden(
             sequences.fed_ids_BT,
             sequences.attention_mask(adapter.dtype),

@@ -25,6 +25,7 @@ from grpo_latent.common.settings import check_choice
 from grpo_latent.errors import LatentMismatchError
 from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models.adapter import ModelAdapter
+from grpo_latent.models.groups import check_groups, number_groups
 from grpo_latent.models.visibility import attention_bias, check_visibility
 from grpo_latent.trajectory import Trajectory, latent_mask, made_mask, recorded_mask, response_mask
 
@@ -53,6 +54,8 @@ class LatentSequences:
         following_kinds_B: int64, kinds of the column behind the last, where these are the first
             columns of longer sequences: what a position sees depends on what follows it. None
             where nothing does.
+        groups: a number a sequence; those of one number have one prompt and its images, so that
+            `SharedPrompt` may run it once. None where nothing is known of that.
     """
 
     input_ids_BT: Tensor
@@ -66,6 +69,7 @@ class LatentSequences:
     latent_aux_MA: Tensor | None = None
     is_packed: bool = False
     following_kinds_B: Tensor | None = None
+    groups: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         check_visibility(self.visibility)
@@ -89,6 +93,7 @@ class LatentSequences:
         images: ImageInputs | None = None,
         selected_idx_M: Tensor | None = None,
         latent_aux_MA: Tensor | None = None,
+        groups: tuple[int, ...] | None = None,
     ) -> LatentSequences:
         """Sequences with the adapter's positions, whatever ids stand at latent positions."""
         # an image's id at a latent position would be numbered as an image
@@ -104,6 +109,7 @@ class LatentSequences:
             images,
             selected_idx_M,
             latent_aux_MA,
+            groups=groups,
         )
 
     @property
@@ -186,6 +192,7 @@ def collate(
     adapter: ModelAdapter,
     visibility: str,
     padding_side: str = "right",
+    shares_prompts: bool = False,
 ) -> LatentSequences:
     """Trajectories with their prompts, on the adapter's device.
 
@@ -193,6 +200,7 @@ def collate(
         images: of each trajectory's prompt, as in its request.
         padding_side: `right`, `left`, or `both`: prompts padded left and completions right, so
             that all completions begin in one column.
+        shares_prompts: forwards run the prompt of trajectories with one `group_id` once.
 
     Raises:
         ConfigError: another `padding_side`.
@@ -231,7 +239,14 @@ def collate(
         _on_device(images, adapter.device),
         selected_idx_M=selected_idx_M if selected_idx_M.numel() else None,
         latent_aux_MA=torch.cat(aux).to(adapter.device) if aux else None,
+        groups=_groups_of(trajectories) if shares_prompts else None,
     )
+
+
+def _groups_of(trajectories: list[Trajectory]) -> tuple[int, ...]:
+    groups = number_groups([t.group_id for t in trajectories])
+    check_groups([t.prompt_ids for t in trajectories], groups, "collate")
+    return groups
 
 
 def prompt_sequences(

@@ -1,7 +1,8 @@
 """Who may look at whom: the attention bias of `latent.visibility`, the only one in this package.
 
-One rule, `is_sighted` and `is_image_side`, in two forms: a matrix over whole sequences
-(`attention_bias`), and a row at a time for sequences that grow (`GrowingVisibility`).
+One rule, `is_sighted` and `is_image_side`, in three forms: a matrix over whole sequences
+(`attention_bias`), a row at a time for sequences that grow (`GrowingVisibility`), and a pair at a
+time for groups that share their prompt in one packed row (`PackedVisibility`).
 
 `full` is causal attention, as published. `latents_only` makes the latents the only channel from
 the image to the text:
@@ -20,8 +21,13 @@ closed for any length.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from grpo_latent.common.settings import check_choice
 from grpo_latent.latent.mechanisms import VISIBILITIES
@@ -40,6 +46,14 @@ def is_sighted(kinds: Tensor, is_before_latent: Tensor) -> Tensor:
         is_before_latent: bool, a LATENT position follows.
     """
     return is_image_side(kinds) | ((kinds == PositionKind.LATENT) & is_before_latent)
+
+
+def sighted_mask(kinds_BT: Tensor, following_kinds_B: Tensor | None = None) -> Tensor:
+    """bool [B, T], `is_sighted` of whole sequences; arguments as `attention_bias`."""
+    before_latent_BT = torch.nn.functional.pad((kinds_BT == PositionKind.LATENT)[:, 1:], (0, 1))
+    if following_kinds_B is not None:
+        before_latent_BT[:, -1] = following_kinds_B == PositionKind.LATENT
+    return is_sighted(kinds_BT, before_latent_BT)
 
 
 def check_visibility(visibility: str) -> None:
@@ -77,12 +91,7 @@ def attention_bias(
     )
     allowed = causal & valid_BT[:, None, :]
     if visibility == "latents_only":
-        before_latent_BT = torch.nn.functional.pad(
-            (kinds_BT == PositionKind.LATENT)[:, 1:], (0, 1)
-        )
-        if following_kinds_B is not None:
-            before_latent_BT[:, -1] = following_kinds_B == PositionKind.LATENT
-        sighted_BT = is_sighted(kinds_BT, before_latent_BT)
+        sighted_BT = sighted_mask(kinds_BT, following_kinds_B)
         allowed &= sighted_BT[:, query_start:, None] | ~is_image_side(kinds_BT)[:, None, :]
     rows = torch.arange(length - query_start, device=device)
     allowed[:, rows, rows + query_start] = True
@@ -157,3 +166,51 @@ class GrowingVisibility:
         self._sighted_NS = self._sighted_NS[rows_M]
         if self._blind_NS is not None:
             self._blind_NS = self._blind_NS[rows_M]
+
+
+@dataclass(frozen=True)
+class PackedVisibility:
+    """The rule for one packed row of prompts and of the completions that share them.
+
+    Legend: S packed positions.
+
+    Attributes:
+        prompt_S: int64, the prompt that a position is in, or stands behind.
+        row_S: int64, the sequence of a completion's position; any at all in a prompt.
+        is_prompt_S: bool, all sequences behind the prompt share it.
+        column_S: int64, the place in the sequence, prompt and completion counted through.
+        sighted_S: bool, sees the image side.
+        is_image_side_S: bool.
+    """
+
+    prompt_S: Tensor
+    row_S: Tensor
+    is_prompt_S: Tensor
+    column_S: Tensor
+    sighted_S: Tensor
+    is_image_side_S: Tensor
+
+    @property
+    def mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """Whether a query's position may look at a key's, as FlexAttention asks it."""
+        # tensors of its own: torch's tracer mixes up those of an object
+        prompt_S, row_S, is_prompt_S = self.prompt_S, self.row_S, self.is_prompt_S
+        column_S, sighted_S, is_image_side_S = self.column_S, self.sighted_S, self.is_image_side_S
+
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            is_of_sequence = is_prompt_S[key] | (row_S[key] == row_S[query])
+            is_before = column_S[key] <= column_S[query]
+            is_shown = sighted_S[query] | ~is_image_side_S[key]
+            is_seen = (prompt_S[key] == prompt_S[query]) & is_of_sequence & is_before & is_shown
+            return is_seen | (query == key)
+
+        return sees
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """The rule as FlexAttention takes it, of one head for all."""
+        length, device = len(self.row_S), self.row_S.device
+        # compiled, so that no S x S matrix is made
+        return create_block_mask(
+            self.mask_mod, None, None, length, length, device, _compile=device.type == "cuda"
+        )

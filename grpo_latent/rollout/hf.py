@@ -22,7 +22,7 @@ from grpo_latent.errors import ConfigError, RolloutError
 from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.latent.treatments import Mask, Treatment
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.attention import folded_attention
+from grpo_latent.models.attention import SDPA_NAMES, folded_attention
 from grpo_latent.models.loading import copy_weights
 from grpo_latent.models.packed_linears import packed_linears
 from grpo_latent.rollout.decoding import DecodingBatch, TokenRules
@@ -74,7 +74,7 @@ class HFRolloutEngine:
         self.treatment.check(mechanism)
         self.treatment.check_model(model)
         attention = self.adapter.text_config._attn_implementation
-        if attention not in ("sdpa", "eager"):
+        if attention not in (*SDPA_NAMES, "eager"):
             raise ConfigError(
                 "engine hf decodes with an additive attention bias",
                 where="attn_implementation",

@@ -143,7 +143,7 @@ def test_rollout_equals_replay_and_recompute(visibility):
         prompt(c, "blue", (), 3),
     ]
     requests = [
-        RolloutRequest(p.ids, list(range(4 * i, 4 * i + 4)), p.images)
+        RolloutRequest(p.ids, list(range(4 * i, 4 * i + 4)), p.images, group_id=str(i))
         for i, p in enumerate(prompts)
     ]
     engine = c.engine(c.mechanism(visibility=visibility, max_spans=2))
@@ -156,8 +156,8 @@ def test_rollout_equals_replay_and_recompute(visibility):
     images = [
         request.images for request, group in zip(requests, groups, strict=True) for _ in group
     ]
-    for padding_side in ("both", "right"):
-        batch = collate(trajectories, images, engine.adapter, visibility, padding_side)
+    for padding_side, shares in (("both", False), ("right", False), ("right", True)):
+        batch = collate(trajectories, images, engine.adapter, visibility, padding_side, shares)
         log_probs_BT, _ = replay(engine.adapter, batch, 1.5)
         for row, t in enumerate(trajectories):
             values = log_probs_BT[row][batch.valid_BT[row]][len(t.prompt_ids) :]

@@ -13,6 +13,7 @@ from verl.workers.engine import EngineRegistry
 from grpo_latent.backbones.registry import backbone_of_processor
 from grpo_latent.latent.mechanisms import LVR, MECHANISMS, Mechanism
 from grpo_latent.models import tiny
+from grpo_latent.models.groups import number_groups
 from grpo_latent.models.loading import load_latent_model, save_latent_model
 from grpo_latent.models.plain import add_latents
 from grpo_latent.models.replay import replay
@@ -23,6 +24,7 @@ from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.sampling import trajectory_seed
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import register_all
+from grpo_latent.verl_plugin.worker.finite import GROUPS
 
 TEMPERATURE = 0.9
 WORDS = ("read", "red", "blue", "?")
@@ -172,6 +174,7 @@ def make_batch(trajectories, images, positions, adapter, **meta):
     }
     if positions[0].ndim == 2:
         fields["position_ids"] = tu.nested_tensor_from_tensor_list(positions, ragged_idx=2)
+    fields[GROUPS] = torch.tensor(number_groups([t.group_id for t in trajectories]))
     meta = {
         "temperature": TEMPERATURE,
         "compute_loss": False,

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from grpo_latent.backbones.registry import find_backbone
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.treatments import Treatment
+from grpo_latent.verl_plugin.boot.options import LatentOptions
 
 
 def check_model(hf_config: PreTrainedConfig) -> None:
@@ -69,3 +70,39 @@ def check_padding(visibility: str | None, use_remove_padding: bool) -> None:
             expected="False",
             fix="Set actor_rollout_ref.model.use_remove_padding=False, or latent.visibility=full.",
         )
+
+
+def can_share_prompt(use_remove_padding: bool, attention: str) -> bool:
+    """Whether groups run their prompt once: in the padded layout, with `sdpa`."""
+    return not use_remove_padding and attention == "sdpa"
+
+
+def sharing_notes(actor_rollout_ref, options: LatentOptions) -> list[str]:
+    """Where `latent.share_prompt` does not apply, or less than it could.
+
+    Args:
+        actor_rollout_ref: verl's config.
+    """
+    if not options.share_prompt:
+        return []
+    model, actor = actor_rollout_ref.model, actor_rollout_ref.actor
+    attention = (model.get("override_config") or {}).get("attn_implementation", "sdpa")
+    key = "actor_rollout_ref.model"
+    if not can_share_prompt(model.use_remove_padding, attention):
+        return [
+            "latent.share_prompt: each trajectory runs its own prompt; groups share it with "
+            f"{key}.use_remove_padding=False and {key}.override_config.attn_implementation=sdpa"
+        ]
+    size, group_size = actor.ppo_micro_batch_size_per_gpu, actor_rollout_ref.rollout.n
+    if actor.use_dynamic_bsz:
+        return [
+            "latent.share_prompt: use_dynamic_bsz sorts trajectories by length; those of a group "
+            "share their prompt where they meet in a micro-batch"
+        ]
+    if size % group_size:
+        return [
+            f"latent.share_prompt: micro-batches of {size} trajectories tear groups of "
+            f"{group_size} apart, and their prompt runs once in each; "
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu is best a multiple of rollout.n"
+        ]
+    return []

@@ -47,6 +47,8 @@ class LatentOptions:
         max_latents: room for latent steps of a completion in engine `vllm`; None takes what
             `max_spans` allows, or 256.
         share_images: encode an image that several rows of a micro-batch have only once.
+        share_prompt: the trajectories of a group that meet in a micro-batch run their prompt once;
+            `boot.layout.sharing_notes` says where that does not apply. False runs each row alone.
         score_in_head: log-probs and entropies are made within `lm_head`, in chunks, of the tokens
             of completions; False makes logits of all positions, as verl does.
         max_skipped_updates: updates that may be skipped in a row, because the gradient's norm
@@ -81,6 +83,7 @@ class LatentOptions:
     max_batch_rows: int = 512
     max_latents: int | None = None
     share_images: bool = True
+    share_prompt: bool = True
     score_in_head: bool = True
     max_skipped_updates: int = 3
     rollout_timeout_s: float = 1800.0

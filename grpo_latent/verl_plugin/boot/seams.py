@@ -207,6 +207,12 @@ SEAMS = (
         ("self", "partition_id", "selected_prompt_uids", "partition_snapshot"),
     ),
     Seam(
+        "batch over ranks",
+        f"{_TRAINER}._balance_batch",
+        "groups are put together again after it, by the number of ranks in `_dispatch_info`",
+        ("self", "batch", "metrics", "logging_prefix", "keep_minibatch"),
+    ),
+    Seam(
         "metadata poll",
         "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer._sync_metadata_from_transfer_queue",
         "failed groups are raised right after it",

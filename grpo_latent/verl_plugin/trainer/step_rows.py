@@ -9,10 +9,12 @@ import transfer_queue as tq
 from tensordict import TensorDict
 from torch import Tensor
 from transfer_queue import KVBatchMeta
+from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
 from grpo_latent import recorded
+from grpo_latent.models.groups import number_groups
 from grpo_latent.recorded import Wire
-from grpo_latent.verl_plugin.worker.finite import KEYS, NUMBERS, SEPARATOR, STEP
+from grpo_latent.verl_plugin.worker.finite import GROUPS, KEYS, NUMBERS, SEPARATOR, STEP
 
 
 class StepRows:
@@ -53,9 +55,32 @@ def group_of(key: str) -> str:
 
 
 def number_rows(batch: KVBatchMeta) -> None:
-    """Gives each trajectory its number in the batch, so that a worker can name it."""
-    numbers = TensorDict({NUMBERS: torch.arange(len(batch.keys))}, batch_size=len(batch.keys))
+    """Gives each trajectory its number in the batch, so that a worker can name it, and its group's."""
+    groups = number_groups([group_of(key) for key in batch.keys])
+    columns = {NUMBERS: torch.arange(len(batch.keys)), GROUPS: torch.tensor(groups)}
+    numbers = TensorDict(columns, batch_size=len(batch.keys))
     tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=numbers)
+
+
+def whole_groups(keys: list[str], lengths: list[int], num_ranks: int) -> list[list[int]] | None:
+    """Rows for each rank, groups whole and one after the other, ranks with about equal work.
+
+    None where ranks cannot have equally many whole groups.
+
+    Args:
+        keys, lengths: of the batch's trajectories.
+    """
+    rows_of_group: dict[str, list[int]] = {}
+    for row, key in enumerate(keys):
+        rows_of_group.setdefault(group_of(key), []).append(row)
+    groups = list(rows_of_group.values())
+    if len(groups) % num_ranks or len({len(rows) for rows in groups}) > 1:
+        return None
+    work = calculate_workload(torch.tensor(lengths))
+    parts = get_seqlen_balanced_partitions(
+        [int(work[rows].sum()) for rows in groups], num_ranks, equal_size=True
+    )
+    return [[row for group in part for row in groups[group]] for part in parts]
 
 
 def for_workers(batch: KVBatchMeta, step: int) -> KVBatchMeta:
@@ -64,6 +89,6 @@ def for_workers(batch: KVBatchMeta, step: int) -> KVBatchMeta:
     The rest, texts and rewards' details, stays in TransferQueue: fetching every column, which is
     what verl does, took most of an update of a small model.
     """
-    batch.fields = [*recorded.columns(Wire.WORKER), NUMBERS]
+    batch.fields = [*recorded.columns(Wire.WORKER), NUMBERS, GROUPS]
     batch.extra_info.update({STEP: step, KEYS: SEPARATOR.join(batch.keys)})
     return batch

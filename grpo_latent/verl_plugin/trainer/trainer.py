@@ -5,6 +5,7 @@ right:
 
     dispatch prompts        ticketed, so that rollout batches do not depend on timing
     wait for groups         sorted; a failed rollout raises here
+    balance over ranks      whole groups, which share their prompt in a micro-batch
     old log-probs           dropped rows masked before it, replay gap checked after it
     reference log-probs
     advantages, update      `grpo_latent`
@@ -24,6 +25,7 @@ from omegaconf import open_dict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.seqlen_balancing import log_seqlen_unbalance
 from verl.utils.tracking import Tracking
 
 from grpo_latent.common.best_checkpoint import Best
@@ -53,7 +55,12 @@ from grpo_latent.verl_plugin.trainer.reports import Reporter, held_out, held_out
 from grpo_latent.verl_plugin.trainer.rollout_dump import dump_step
 from grpo_latent.verl_plugin.trainer.spread import held_out_error
 from grpo_latent.verl_plugin.trainer.step_metrics import step_metrics
-from grpo_latent.verl_plugin.trainer.step_rows import StepRows, for_workers, number_rows
+from grpo_latent.verl_plugin.trainer.step_rows import (
+    StepRows,
+    for_workers,
+    number_rows,
+    whole_groups,
+)
 from grpo_latent.verl_plugin.trainer.usage_server import UsageServer
 from grpo_latent.verl_plugin.trainer.wandb_board import make_board
 from grpo_latent.verl_plugin.worker import gradients
@@ -141,6 +148,21 @@ class LatentPPOTrainer(PPOTrainerSync):
         super().fit(agent_loop_manager)
         if self.board is not None:
             self.board.log_page(self.global_steps)
+
+    def _balance_batch(
+        self, batch: KVBatchMeta, metrics, logging_prefix="global_seqlen", keep_minibatch=False
+    ) -> KVBatchMeta:
+        batch = super()._balance_batch(batch, metrics, logging_prefix, keep_minibatch)
+        if not self.options.share_prompt:
+            return batch
+        num_ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
+        lengths = [tag["seq_len"] for tag in batch.tags]
+        # verl tears groups apart between ranks: they would share their prompt only in part
+        parts = whole_groups(batch.keys, lengths, num_ranks)
+        if parts is not None:
+            batch.reorder([row for part in parts for row in part])
+            metrics.update(log_seqlen_unbalance(lengths, parts, logging_prefix))
+        return batch
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         mask_dropped(batch)

@@ -47,15 +47,18 @@ class ChoiceForward:
         self._choices: SlotChoices | None = None
         self._recorder: RecordedAttention | None = None
 
-    def feed(self, batch: MicroBatch) -> None:
-        """Before all forwards of the micro-batch: arms replay by index."""
+    def feed(self, batch: MicroBatch, first_of_rows: Tensor | None = None) -> None:
+        """Before all forwards of the micro-batch: arms replay by index.
+
+        Args:
+            first_of_rows: int64 [B], the row that has each one's images; None: each its own.
+        """
         if self.selection is None:
             return
         kinds_BT = pad_sequence(batch.kinds_rows, batch_first=True)
         if not bool((kinds_BT == PositionKind.SELECTED).any()):  # no row has an image
             return
-        ids_BT = pad_sequence(list(batch.ids.unbind()), batch_first=True)
-        is_image_BT = self._is_image(ids_BT, kinds_BT)
+        is_image_BT = batch.is_token_BT(self.image_token_id, kinds_BT.shape[1])
         valid_BT = torch.ones_like(kinds_BT, dtype=torch.bool)
         rows_M, columns_M, images_M = chosen_columns(
             kinds_BT, valid_BT, is_image_BT, batch.selected_idx_S
@@ -65,17 +68,17 @@ class ChoiceForward:
             rows_M = torch.zeros_like(rows_M)
             columns_M = columns_M + starts_M
             images_M = images_M + starts_M
-        self.selection.arm(rows_M, columns_M, images_M)
-
-    def _is_image(self, ids_BT: Tensor, kinds_BT: Tensor) -> Tensor:
-        return (ids_BT == self.image_token_id) & (kinds_BT == PositionKind.VISION)
+        image_rows_M = rows_M
+        if first_of_rows is not None:
+            image_rows_M = first_of_rows.to(rows_M.device)[rows_M]
+        self.selection.arm(rows_M, columns_M, image_rows_M, images_M)
 
     def prepare(self, sequences: LatentSequences, batch: MicroBatch) -> None:
         """Before the forward that scores, whose layout is padded."""
         kinds_BT, valid_BT = sequences.kinds_BT, sequences.valid_BT
         if self.temperature is None or not bool((kinds_BT == PositionKind.SELECTED).any()):
             return
-        is_image_BT = self._is_image(sequences.input_ids_BT, kinds_BT)
+        is_image_BT = batch.is_token_BT(self.image_token_id, kinds_BT.shape[1])
         self._choices = slot_choices(kinds_BT, valid_BT, is_image_BT, batch.selected_idx_S)
         recording = recording_rows(
             self.text_config, self._choices.sources_BN, self._choices.allowed_BNT(valid_BT)

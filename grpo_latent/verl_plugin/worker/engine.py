@@ -18,7 +18,6 @@ from dataclasses import fields
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
@@ -31,14 +30,17 @@ from grpo_latent.common.manifest import check_whole
 from grpo_latent.common.pickles import check_pickles, without_code
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.mechanisms import Mechanism
+from grpo_latent.models.groups import first_of_rows
 from grpo_latent.models.injection import LatentInjector
 from grpo_latent.models.loading import load_latent_parameters
 from grpo_latent.models.sequences import LatentSequences
+from grpo_latent.models.shared_prompt import SharedPrompt
 from grpo_latent.models.treatment_parameters import attach_treatment, initialisation_notes
 from grpo_latent.models.vision_cache import VisionCache
 from grpo_latent.trajectory import PositionKind, latent_mask
 from grpo_latent.verl_plugin.boot import compat
 from grpo_latent.verl_plugin.boot.layout import (
+    can_share_prompt,
     check_layout,
     check_model,
     check_padding,
@@ -52,7 +54,7 @@ from grpo_latent.verl_plugin.worker.finite_engine import FiniteEngine
 from grpo_latent.verl_plugin.worker.gradients import InputGradients
 from grpo_latent.verl_plugin.worker.hf_folder import complete_hf_folder
 from grpo_latent.verl_plugin.worker.latent_loss import NUM_ACTS, NUM_LATENTS, LatentLoss
-from grpo_latent.verl_plugin.worker.micro_batch import MicroBatch
+from grpo_latent.verl_plugin.worker.micro_batch import MicroBatch, engine_sequences
 from grpo_latent.verl_plugin.worker.parts import HF_FOLDER, PartDigests
 from grpo_latent.verl_plugin.worker.scored_head import ScoredHead, Wanted
 from grpo_latent.verl_plugin.worker.treated_forward import TreatedForward
@@ -118,6 +120,10 @@ class LatentFSDPEngine(FiniteEngine):
             module
         )  # after the injector: it watches what the model is fed
         self.head = ScoredHead.install(module) if self.options.score_in_head else None
+        shares = self.options.share_prompt and can_share_prompt(
+            self.model_config.use_remove_padding, self.backbone.text_config._attn_implementation
+        )
+        self.shared_prompt = SharedPrompt.install(module) if shares else None
         self.options.treatment.check(self.mechanism)
         self.treated = TreatedForward(
             self, module, self.injector, self.options.treatment, self.options.terms
@@ -155,6 +161,8 @@ class LatentFSDPEngine(FiniteEngine):
             self.injector.disarm()
             self.treated.disarm()
             self.choices.disarm()
+            if self.shared_prompt is not None:
+                self.shared_prompt.disarm()
             if self.head is not None:
                 self.head.disarm()
             self.batch = self.sequences = None
@@ -163,19 +171,25 @@ class LatentFSDPEngine(FiniteEngine):
         batch = self.batch = MicroBatch.of(micro_batch)
         latents = micro_batch[recorded.field("latents").column].unbind()
         check_rows(micro_batch, "recorded latents", latents)
-        batch.cover_latents(self.mechanism.placeholder_id(PositionKind.LATENT))
+        placeholder_id = self.mechanism.placeholder_id(PositionKind.LATENT)
+        batch.cover_latents(placeholder_id)
+        groups = self._shared_groups(batch)
+        if groups is not None:
+            batch.keep_images_once(groups, placeholder_id)
         if self.backbone.has_mrope:
             batch.expand_positions()
         model_inputs, output_args = super().prepare_model_inputs(micro_batch)
         self._keep_image_arguments(model_inputs)
         check_padding(self.mechanism.visibility, batch.is_packed)
-        sequences = engine_sequences(model_inputs, batch, self.mechanism.visibility)
-        if (
+        sequences = engine_sequences(model_inputs, batch, self.mechanism.visibility, groups)
+        if self.shared_prompt is not None and groups is not None:
+            self.shared_prompt.arm(sequences)  # its attention knows the rule
+        elif (
             sequences.visibility != "full"
         ):  # otherwise verl's own mask stays, and with it its fastest kernel
             model_inputs["attention_mask"] = sequences.attention_bias(self._autocast_dtype)
         # for all forwards: passes that recompute latents read chosen image embeddings, too
-        self.choices.feed(batch)
+        self.choices.feed(batch, None if groups is None else first_of_rows(groups))
         sequences = self.treated.prepare(model_inputs, sequences, batch, self.trains)
         # after those passes: the attention that scores a choice is that of verl's forward alone
         self.choices.prepare(sequences, batch)
@@ -188,6 +202,12 @@ class LatentFSDPEngine(FiniteEngine):
         if self._scores_in_head(micro_batch):
             self._arm_head(micro_batch, output_args, sequences)
         return model_inputs, output_args
+
+    def _shared_groups(self, batch: MicroBatch) -> tuple[int, ...] | None:
+        """The rows' groups where some share their prompt, else None."""
+        if self.shared_prompt is None or batch.groups is None:
+            return None
+        return batch.groups if len(set(batch.groups)) < len(batch.groups) else None
 
     def _scores_in_head(self, micro_batch: TensorDict) -> bool:
         """False where verl is asked for what needs the logits of all positions."""
@@ -347,35 +367,6 @@ def full_tensors(state: dict):
             yield name, shard.full_tensor()
         else:
             yield name, tensor.detach()
-
-
-def engine_sequences(model_inputs: dict, batch: MicroBatch, visibility: str) -> LatentSequences:
-    """The rows as verl laid them out, padded right or packed, latents as recorded.
-
-    They have no images: verl feeds the pixels.
-    """
-    input_ids_BT, mask_BT = model_inputs["input_ids"], model_inputs["attention_mask"]
-    return LatentSequences(
-        input_ids_BT,
-        kinds_BT=pad_rows(
-            [batch.kinds_L] if batch.is_packed else batch.kinds_rows, input_ids_BT.shape
-        ),
-        valid_BT=torch.ones_like(input_ids_BT, dtype=torch.bool)
-        if batch.is_packed
-        else mask_BT.bool(),
-        latents_NH=batch.latents_NH,
-        position_ids=model_inputs["position_ids"],
-        visibility=visibility,
-        is_packed=batch.is_packed,
-    )
-
-
-def pad_rows(rows: list[Tensor], shape: torch.Size) -> Tensor:
-    """int64 [B, T] of `shape`, rows padded right with PROMPT."""
-    padded = torch.full(shape, int(PositionKind.PROMPT), dtype=torch.long, device=rows[0].device)
-    for row, values in enumerate(rows):
-        padded[row, : values.shape[0]] = values
-    return padded
 
 
 def check_packed(model_config) -> None:

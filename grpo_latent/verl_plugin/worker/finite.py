@@ -26,8 +26,9 @@ from verl.utils import tensordict_utils as tu
 
 from grpo_latent.errors import TrainingError
 
-# what the trainer adds to a batch: non-tensors, and a column
-STEP, KEYS, NUMBERS = "latent_step", "trajectory_keys", "trajectory_numbers"
+# what the trainer adds to a batch: non-tensors, and columns
+STEP, KEYS = "latent_step", "trajectory_keys"
+NUMBERS, GROUPS = "trajectory_numbers", "group_numbers"
 SEPARATOR = " "
 MAX_SHOWN = 8
 KEPT = "Parameters and the last checkpoint are as they were."

@@ -18,15 +18,21 @@ from itertools import accumulate
 
 import torch
 from tensordict import TensorDict
+from tensordict.tensorclass import NonTensorStack
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
 
 from grpo_latent import recorded
 from grpo_latent.errors import LatentMismatchError
+from grpo_latent.models.groups import check_groups, first_rows
 from grpo_latent.models.positions import text_row
+from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.models.shift import score_columns
 from grpo_latent.trajectory import PositionKind, from_column, latent_mask, made_mask, recorded_mask
 from grpo_latent.verl_plugin.boot.compat import offsets_of
+from grpo_latent.verl_plugin.worker.finite import GROUPS
+
+IMAGES = recorded.field("multi_modal_inputs").column
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,19 @@ class MicroBatch:
         """int64 [B, (L)], ragged."""
         return self.data["input_ids"]
 
+    @cached_property
+    def groups(self) -> tuple[int, ...] | None:
+        """The number of each row's group; None where the trainer has not said it.
+
+        Raises:
+            LatentMismatchError: rows of one group have different prompts.
+        """
+        if GROUPS not in self.data.keys():
+            return None
+        groups = tuple(torch.stack(list(self.data[GROUPS].unbind())).tolist())
+        check_groups(self.data["prompts"].unbind(), groups, "latent engine, micro-batch")
+        return groups
+
     @property
     def is_packed(self) -> bool:
         """Whether the model gets all rows end to end, as one."""
@@ -161,6 +180,33 @@ class MicroBatch:
         self.data["input_ids"] = torch.nested.nested_tensor_from_jagged(
             values, offsets=offsets_of(self.ids)
         )
+
+    def keep_images_once(self, groups: tuple[int, ...], placeholder_id: int) -> None:
+        """Leaves a group's images to its first row, whose prompt is the one that is run.
+
+        Their placeholders in the other rows become a token: the model counts placeholders.
+        """
+        if IMAGES not in self.data.keys():
+            return
+        first_R, _ = first_rows(groups)
+        is_first_B = torch.zeros(len(groups), dtype=torch.bool)
+        is_first_B[first_R] = True
+        inputs = [getattr(each, "data", each) for each in self.data[IMAGES]]
+        kept = [each if first else {} for each, first in zip(inputs, is_first_B, strict=True)]
+        self.data[IMAGES] = NonTensorStack(*kept)
+        lengths = torch.tensor([len(kinds) for kinds in self.kinds_rows])
+        is_other_L = (~is_first_B).repeat_interleave(lengths).to(self.kinds_L.device)
+        is_covered_L = is_other_L & (self.kinds_L == PositionKind.VISION)
+        values = self.ids.values().masked_fill(is_covered_L, placeholder_id)
+        self.data["input_ids"] = torch.nested.nested_tensor_from_jagged(
+            values, offsets=offsets_of(self.ids)
+        )
+
+    def is_token_BT(self, token_id: int | None, length: int) -> Tensor:
+        """bool [B, T], where prompts have a token, whatever stands in its place by now."""
+        rows = [prompt == token_id for prompt in self.data["prompts"].unbind()]
+        is_token_BP = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return torch.nn.functional.pad(is_token_BP, (0, length - is_token_BP.shape[1]))
 
     def expand_positions(self) -> None:
         """Gives text-only rows of a vision model four position components where they have one."""
@@ -242,3 +288,38 @@ def padded(rows: Tensor) -> Tensor:
     # to_padded_tensor pads to the sum of lengths where a nested tensor does not know its longest
     # row
     return torch.nn.utils.rnn.pad_sequence(list(rows.unbind()), batch_first=True)
+
+
+def engine_sequences(
+    model_inputs: dict,
+    batch: MicroBatch,
+    visibility: str,
+    groups: tuple[int, ...] | None = None,
+) -> LatentSequences:
+    """The rows as verl laid them out, padded right or packed, latents as recorded.
+
+    They have no images: verl feeds the pixels.
+    """
+    input_ids_BT, mask_BT = model_inputs["input_ids"], model_inputs["attention_mask"]
+    return LatentSequences(
+        input_ids_BT,
+        kinds_BT=pad_rows(
+            [batch.kinds_L] if batch.is_packed else batch.kinds_rows, input_ids_BT.shape
+        ),
+        valid_BT=torch.ones_like(input_ids_BT, dtype=torch.bool)
+        if batch.is_packed
+        else mask_BT.bool(),
+        latents_NH=batch.latents_NH,
+        position_ids=model_inputs["position_ids"],
+        visibility=visibility,
+        is_packed=batch.is_packed,
+        groups=groups,
+    )
+
+
+def pad_rows(rows: list[Tensor], shape: torch.Size) -> Tensor:
+    """int64 [B, T] of `shape`, rows padded right with PROMPT."""
+    padded = torch.full(shape, int(PositionKind.PROMPT), dtype=torch.long, device=rows[0].device)
+    for row, values in enumerate(rows):
+        padded[row, : values.shape[0]] = values
+    return padded

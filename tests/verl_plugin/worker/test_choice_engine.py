@@ -60,16 +60,20 @@ def recorded(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("packed", "expected"),
-    [(False, [[0, 1, 1], [3, 4, 5], [1, 3, 1]]), (True, [[0, 0, 0], [3, 8, 9], [1, 7, 5]])],
+    [
+        (False, [[0, 1, 1], [3, 4, 5], [0, 1, 1], [1, 3, 1]]),
+        (True, [[0, 0, 0], [3, 8, 9], [0, 0, 0], [1, 7, 5]]),
+    ],
 )
 def test_chosen_places(packed, expected):
-    """(row, position, image position) of each SELECTED position, by hand.
+    """(row, position, image's row, image position) of each SELECTED position, by hand.
 
     Packed, the second sequence begins at 4.
     """
     module, _, _ = tiny.tiny_qwen2_vl(words=helpers.WORDS)
     image, chosen = module.config.image_token_id, K.SELECTED
     rows = {
+        "prompts": [[image, image, 1], [1, image, image, image]],
         "input_ids": [[image, image, 1, 0], [1, image, image, image, 0, 0]],
         "position_kinds": [
             [K.VISION, K.VISION, K.PROMPT, chosen],

@@ -218,7 +218,8 @@ def test_sharing_images_changes_no_gradient(recorded, gloo):
     _, trajectories, images, _, positions = helpers.roll_out(folder, num_prompts=2, group_size=2)
     adapter = ModelAdapter(loaded.model, loaded.mechanism)
     shared, separate = (
-        helpers.make_engine(folder, micro=4, share_images=on) for on in (True, False)
+        helpers.make_engine(folder, micro=4, share_images=on, share_prompt=False)
+        for on in (True, False)
     )
     batches = [helpers.make_batch(trajectories, images, positions, adapter) for _ in range(2)]
     first, second = gradients(shared, batches[0], 4), gradients(separate, batches[1], 4)

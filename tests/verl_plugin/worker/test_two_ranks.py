@@ -36,7 +36,7 @@ TREATMENTS = {
     "gaussian_head": {"name": "gaussian_head", "gaussian_head": {"sigma": 0.5}, "kl_coef": 0.2},
     "vmf": {"name": "vmf", "vmf": {"kappa": 50.0}, "kl_coef": 0.2},
 }
-WITHOUT_LATENTS = (1, 3)  # with two ranks, the whole first micro-batch of the second
+WITHOUT_LATENTS = (4, 5)  # with two ranks, the whole first micro-batch of the second
 
 
 def rank_batch(folder, rank, world_size, treatment=None, without_latents=()):
@@ -48,7 +48,9 @@ def rank_batch(folder, rank, world_size, treatment=None, without_latents=()):
         trajectories[i], expected[i], positions[i] = text_of(
             trajectories[i], expected[i], positions[i]
         )
-    rows = list(range(rank, NUM_ROWS, world_size))
+    # whole groups on each rank, as the trainer gives them: each micro-batch is a shared prompt
+    share = NUM_ROWS // world_size
+    rows = list(range(rank * share, (rank + 1) * share))
     pick = lambda values: [values[i] for i in rows]  # noqa: E731
     batch = helpers.make_batch(
         pick(trajectories),
