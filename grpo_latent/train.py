@@ -371,7 +371,7 @@ def _run(config: DictConfig, console, log_path: Path) -> None:
         runner = TaskRunnerV1.remote()  # type: ignore[attr-defined]  # ray.remote decorates it
         run_ref = runner.run.remote(config)
         with StepPrinter(console) as on_report:
-            follow(queue, run_ref, on_report, watch, log_path)
+            follow(queue, run_ref, on_report, watch, log_path, on_report.wait)
     finally:
         ray.shutdown()
 

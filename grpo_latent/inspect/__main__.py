@@ -16,7 +16,7 @@ from grpo_latent.common.dtypes import parse_dtype
 from grpo_latent.common.files import write_text
 from grpo_latent.inspect.page import render
 from grpo_latent.inspect.report import Limits, Report, build_report
-from grpo_latent.inspect.run import Run, read_run
+from grpo_latent.inspect.run import Run, read_run, run_folders
 from grpo_latent.inspect.wandb_log import log_report
 
 
@@ -26,7 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     disable_progress_bar()  # transformers', for reading weights
     console = Console(stderr=True)
     dtype = parse_dtype(options.dtype, "--dtype")
-    runs = [read_run(folder, options.checkpoint, options.data) for folder in options.runs]
+    runs = [
+        read_run(folder, options.checkpoint, options.data)
+        for given in options.runs
+        for folder in run_folders(given)
+    ]
     limits = Limits(
         options.trajectories, options.probe, int(options.megabytes * 1e6), options.verify_digests
     )
@@ -63,7 +67,9 @@ def title_of(runs: Sequence[Run], report: Report) -> str:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m grpo_latent.inspect", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="output folders of training runs")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="output folders of training runs, or of recipes"
+    )
     parser.add_argument("--out", type=Path, help="the page; report.html in the first run's folder")
     parser.add_argument(
         "--checkpoint", type=Path, help="reads the latents; the run's newest, else its start"

@@ -108,6 +108,26 @@ def _without_seeds(config: dict, prefix: str = "") -> str:
     return "\n".join(line for line in lines if line)
 
 
+def run_folders(folder: Path) -> list[Path]:
+    """Finds the runs that a folder stands for: itself, or those at most two folders below it.
+
+    A recipe's folder holds its run beside data and SFT. A folder without any run stands for
+    itself: it may hold evaluations.
+    """
+    if is_run(folder):
+        return [folder]
+    for pattern in ("*/", "*/*/"):
+        found = sorted(path for path in folder.glob(pattern) if is_run(path))
+        if found:
+            return found
+    return [folder]
+
+
+def is_run(folder: Path) -> bool:
+    """Tells a run of RL: SFT writes neither of these."""
+    return (folder / CONFIG_FILE).is_file() or (folder / DUMP_FOLDER).is_dir()
+
+
 def read_run(
     folder: str | Path, checkpoint: Path | None = None, data_files: list[Path] | None = None
 ) -> Run:
@@ -131,7 +151,8 @@ def read_run(
     configured = lookup(config, "latent.dump_dir")
     own = folder / DUMP_FOLDER
     dump = read_dump(Path(str(configured)) if configured and not own.is_dir() else own)
-    evaluations = read_evaluations(folder, problems)
+    start = lookup(config, "actor_rollout_ref.model.path")
+    evaluations = read_evaluations(folder, problems, Path(str(start)) if start else None)
     if not (config or metrics or dump.trajectories or dump.problems or evaluations):
         raise DataError(
             "nothing to inspect",
@@ -212,11 +233,16 @@ def numbers_of(data: dict) -> dict[str, float]:
     }
 
 
-def read_evaluations(folder: Path, problems: list[GrpoLatentError]) -> dict[str, dict]:
+def read_evaluations(
+    folder: Path, problems: list[GrpoLatentError], start: Path | None = None
+) -> dict[str, dict]:
     """Reads reports of `grpo_latent.evaluate`, by file.
 
     They lie in the run's folder, in a folder `eval*` of it, and beside it those whose
-    checkpoint is the run's.
+    checkpoint is the run's, or the one that it started from.
+
+    Args:
+        start: that one.
     """
     reports = {}
     beside = list(folder.resolve().parent.glob("*.json"))
@@ -239,10 +265,7 @@ def read_evaluations(folder: Path, problems: list[GrpoLatentError]) -> dict[str,
             or "greedy" not in report
         ):
             continue
-        # by the run's name, because the whole experiment may have been moved since
-        if path in beside and f"/{folder.resolve().name}/checkpoints/" not in str(
-            report.get("checkpoint")
-        ):
+        if path in beside and not _is_of(folder, start, str(report.get("checkpoint"))):
             continue
         name = path.name if path in beside else str(path.relative_to(folder))
         try:
@@ -256,6 +279,16 @@ def read_evaluations(folder: Path, problems: list[GrpoLatentError]) -> dict[str,
             continue
         reports[name] = report
     return reports
+
+
+def _is_of(folder: Path, start: Path | None, checkpoint: str) -> bool:
+    """Tells a report of the run's checkpoints or of its start by their last folders.
+
+    The whole experiment may have been moved since.
+    """
+    if f"/{folder.resolve().name}/checkpoints/" in checkpoint:
+        return True
+    return start is not None and Path(checkpoint).parts[-2:] == start.parts[-2:]
 
 
 def find_checkpoint(folder: Path, config: dict, problems: list[GrpoLatentError]) -> Path | None:

@@ -1,8 +1,10 @@
 """Which checkpoint of a run's folder is read: the newest that counts, whatever else lies there."""
 
+import json
+
 import pytest
 
-from grpo_latent.inspect.run import read_run
+from grpo_latent.inspect.run import read_run, run_folders
 from grpo_latent.latent.mechanisms import LATENT_CONFIG_FILE
 
 
@@ -48,3 +50,32 @@ def test_a_broken_tracker_is_shown_and_the_newest_is_read(tmp_path, tracker, pro
     run = read_run(make_run(tmp_path / "grpo", "global_step_5", "global_step_10", tracker=tracker))
     assert run.checkpoint.parts[-3] == "global_step_10"
     assert len(run.problems) == 1 and problem in str(run.problems[0])
+
+
+def test_a_recipes_folder_stands_for_the_runs_in_it(tmp_path):
+    """As `outputs/quickstart` lies: data, SFT with a log of its own, the run, evaluations."""
+    recipe = tmp_path / "quickstart"
+    (recipe / "sft" / "model").mkdir(parents=True)
+    (recipe / "sft" / "metrics.jsonl").write_text("")
+    run = make_run(recipe / "grpo", "global_step_5")
+    assert run_folders(recipe) == [run] and run_folders(run) == [run]
+    other = make_run(tmp_path / "text" / "direct" / "grpo")
+    assert run_folders(tmp_path / "text") == [other]  # two folders below
+    assert run_folders(tmp_path / "text" / "direct") == [other]
+    assert run_folders(recipe / "sft") == [recipe / "sft"]
+
+
+def test_evaluations_beside_a_run_are_of_its_checkpoints_and_its_start(tmp_path):
+    recipe = tmp_path / "quickstart"
+    run = make_run(recipe / "grpo")
+    (run / "config.yaml").write_text(
+        "actor_rollout_ref: {model: {path: /gone/quickstart/sft/model}}"
+    )
+    for name, checkpoint in (
+        ("evaluation_sft", "/gone/quickstart/sft/model"),
+        ("evaluation_grpo", "/gone/quickstart/grpo/checkpoints/global_step_5/actor/huggingface"),
+        ("evaluation_other", "/gone/quickstart/stage1/model"),
+    ):
+        report = {"checkpoint": checkpoint, "greedy": {}, "ablations": {"own": 0.5}}
+        (recipe / f"{name}.json").write_text(json.dumps(report))
+    assert sorted(read_run(run).evaluations) == ["evaluation_grpo.json", "evaluation_sft.json"]

@@ -49,6 +49,10 @@ def output_to_file(path: Path):
         os.close(log)
 
 
+# of silence before the first report, until it is said what it is about, and until it is said again
+FIRST_WAIT_S, WAIT_S = 10.0, 30.0
+
+
 class StepPrinter:
     """Prints each report once; the bar shows on terminals only."""
 
@@ -64,6 +68,7 @@ class StepPrinter:
             disable=not console.is_terminal,
         )
         self._task: TaskID | None = None
+        self._next_wait_s = FIRST_WAIT_S
 
     def __enter__(self) -> StepPrinter:
         self._progress.start()
@@ -71,6 +76,15 @@ class StepPrinter:
 
     def __exit__(self, *exc) -> None:
         self._progress.stop()
+
+    def wait(self, seconds: float) -> None:
+        """Says, now and then, that nothing has been reported for so long."""
+        if seconds < self._next_wait_s:
+            return
+        self._next_wait_s = max(seconds, self._next_wait_s) + WAIT_S
+        self.console.print(
+            f"{seconds:.0f} s: workers start, then the first validation runs; the log has what they say"
+        )
 
     def __call__(self, report: Report) -> None:
         if self._task is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import ray
@@ -139,18 +140,26 @@ def short_line(report: Report, seconds: float | None = None) -> str:
     return "  ".join(columns)
 
 
-def follow(queue, run_ref, on_report, watch: ActorWatch, log: object) -> None:
+def follow(
+    queue,
+    run_ref,
+    on_report,
+    watch: ActorWatch,
+    log: object,
+    on_wait: Callable[[float], None] = lambda seconds: None,
+) -> None:
     """Hands reports to `on_report` until the job behind `run_ref` has ended, well or not.
 
     Args:
         log: where a traceback can be read, for the message.
+        on_wait: as in `drain`.
 
     Raises:
         ActorDeathError: an actor has died, whatever the job made of it.
         GrpoLatentError, RuntimeError: as `remote_errors.get`.
     """
     try:
-        drain(queue, run_ref, on_report, watch)
+        drain(queue, run_ref, on_report, watch, on_wait=on_wait)
         remote_errors.get(run_ref, "training", log)
     except Exception as error:
         # at an error of ours verl has closed TransferQueue
@@ -160,26 +169,37 @@ def follow(queue, run_ref, on_report, watch: ActorWatch, log: object) -> None:
         raise dead.error(watch.position) from None  # what the run ended with, follows from it
 
 
-def drain(queue, run_ref, on_report, watch: ActorWatch, interval_s: float = 0.5) -> None:
+def drain(
+    queue,
+    run_ref,
+    on_report,
+    watch: ActorWatch,
+    interval_s: float = 0.5,
+    on_wait: Callable[[float], None] = lambda seconds: None,
+) -> None:
     """Hands reports to `on_report` until the job behind `run_ref` has ended, then the last ones.
 
     Args:
         run_ref: object reference that is ready when the job has ended, well or not.
         watch: asked all the while.
+        on_wait: called with the seconds so far until the first report comes.
 
     Raises:
         ActorDeathError: an actor has died, and the job goes on as if it waited for it.
     """
-    done = False
+    done, has_reported, began = False, False, time.monotonic()
     while not done:
         started = time.monotonic()
         done = bool(ray.wait([run_ref], timeout=interval_s)[0])
         for values in _take(queue):
+            has_reported = True
             report = Report(*values)
             on_report(report)
             watch.position = f"last step {report.step}/{report.total_steps}"
         if not done:
             watch.check()
+        if not has_reported and not done:
+            on_wait(time.monotonic() - began)
         time.sleep(max(0.0, 0.05 - (time.monotonic() - started)))
 
 

@@ -3,6 +3,9 @@
 import subprocess
 import sys
 
+from rich.console import Console
+
+from grpo_latent.verl_plugin.trainer.console import StepPrinter
 from grpo_latent.verl_plugin.trainer.reports import Report, short_line
 
 CODE = """
@@ -36,6 +39,14 @@ def test_console_and_log_are_apart(tmp_path):
     assert sorted(log.read_text().split("\n")) == sorted(
         ["", *["from C", "from a child", "from print"] * 2]
     )
+
+
+def test_silence_before_the_first_step_is_explained_now_and_then(capsys):
+    printer = StepPrinter(Console(highlight=False, soft_wrap=True))
+    for seconds in (0.5, 9.5, 10.2, 10.7, 39.0, 41.0, 300.0, 301.0):
+        printer.wait(seconds)
+    said = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["10 s", "41 s", "300 s"]
 
 
 def test_the_line_of_a_step():
