@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import transformers
 from transformers import TrainingArguments, set_seed
@@ -34,6 +35,7 @@ from grpo_latent.sft.common.images import set_image_tokens
 from grpo_latent.sft.common.loading import load_for_sft
 from grpo_latent.sft.common.parameters import add_lora, freeze_vision, merge_lora
 from grpo_latent.sft.common.saving import save_for_rl
+from grpo_latent.sft.common.trainer import LatentSFTTrainer
 from grpo_latent.sft.settings import SFTSettings
 
 # a resumed run may differ in these: how long it goes on, and what it writes
@@ -72,49 +74,19 @@ def run_sft(settings: SFTSettings) -> SFTResult:
     save_path = Path(settings.model.save_path)
     check_sharding(args, settings.model.lora.enabled)
     check_precision(settings, args)
-    if Path(settings.model.path).resolve() in (save_path.resolve(), output_dir.resolve()):
-        raise ConfigError(
-            "the input checkpoint would be overwritten",
-            where="model.save_path",
-            got=str(save_path),
-            expected="another folder than model.path",
-        )
+    check_save_path(save_path, settings, output_dir)
     log_to_file(output_dir / "sft.log", args.should_save)
     checkpoint = find_checkpoint(settings, output_dir)
     set_seed(args.seed)  # before loading, which draws new embeddings and modules
-    method = settings.method_row
-    latent = load_for_sft(
-        settings.model, settings.latent, settings.loss.trains_end_vector, method.needs_vision
-    )
-    if latent.processor is not None:
-        set_image_tokens(
-            latent.processor, settings.data.min_image_tokens, settings.data.max_image_tokens
-        )
-    choose_parameters(latent, settings)
+    latent = load_model(settings)
     bad_boxes = BadBoxes(settings.data.on_bad_box)
     dataset = build_dataset(latent, settings, bad_boxes)
     record = None
     if args.should_save:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / "settings.json", as_dict(settings))
-        record = provenance(args.seed)
-    bar = ProgressBar()
-    trainer = method.trainer(
-        latent,
-        args,
-        dataset,
-        settings.loss,
-        labelled_per_batch=settings.data.labelled_per_batch,
-        horizon_steps=settings.horizon_steps,
-        vision_cache_bytes=settings.model.vision_cache_bytes,
-        callbacks=[bar, JsonlLog(output_dir / "metrics.jsonl")],
-    )
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        bar.close()
-        trainer.release()
-    trainer.accelerator.wait_for_everyone()
+        record = provenance(args.seed)  # of the code that trains, not of what it is at the end
+    trainer = train(latent, settings, args, dataset, checkpoint)
     # gathering shards is a collective: every process takes part
     state_dict = (
         trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -132,16 +104,76 @@ def run_sft(settings: SFTSettings) -> SFTResult:
         bad_boxes,
     )
     if args.should_save:
-        summary = {
-            "model": str(save_path),
-            "steps": result.steps,
-            "seconds": round(result.seconds, 2),
-            **result.metrics,
-            "bad_boxes": dataclasses.asdict(bad_boxes),
-            "provenance": record,
-        }
-        write_json(output_dir / "summary.json", summary)
+        write_json(output_dir / "summary.json", summary_of(result, record))
     return result
+
+
+def check_save_path(save_path: Path, settings: SFTSettings, output_dir: Path) -> None:
+    """Refuses to write a model over the one that is trained."""
+    if Path(settings.model.path).resolve() in (save_path.resolve(), output_dir.resolve()):
+        raise ConfigError(
+            "the input checkpoint would be overwritten",
+            where="model.save_path",
+            got=str(save_path),
+            expected="another folder than model.path",
+        )
+
+
+def load_model(settings: SFTSettings) -> LatentModel:
+    """Loads `settings.model`, with the image sizes and the trained parameters that are asked for."""
+    latent = load_for_sft(
+        settings.model,
+        settings.latent,
+        settings.loss.trains_end_vector,
+        settings.method_row.needs_vision,
+    )
+    if latent.processor is not None:
+        set_image_tokens(
+            latent.processor, settings.data.min_image_tokens, settings.data.max_image_tokens
+        )
+    choose_parameters(latent, settings)
+    return latent
+
+
+def train(
+    latent: LatentModel,
+    settings: SFTSettings,
+    args: TrainingArguments,
+    dataset: SFTDataset,
+    checkpoint: Path | None,
+) -> LatentSFTTrainer:
+    """Trains to the end, from `checkpoint` on where there is one, and waits for all processes."""
+    assert args.output_dir is not None, "`training_arguments` asks for it"
+    bar = ProgressBar()
+    trainer = settings.method_row.trainer(
+        latent,
+        args,
+        dataset,
+        settings.loss,
+        labelled_per_batch=settings.data.labelled_per_batch,
+        horizon_steps=settings.horizon_steps,
+        vision_cache_bytes=settings.model.vision_cache_bytes,
+        callbacks=[bar, JsonlLog(Path(args.output_dir) / "metrics.jsonl")],
+    )
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        bar.close()
+        trainer.release()
+    trainer.accelerator.wait_for_everyone()
+    return trainer
+
+
+def summary_of(result: SFTResult, record: dict[str, Any] | None) -> dict[str, Any]:
+    """What `summary.json` holds; `record` is the run's provenance."""
+    return {
+        "model": str(result.model_path),
+        "steps": result.steps,
+        "seconds": round(result.seconds, 2),
+        **result.metrics,
+        "bad_boxes": dataclasses.asdict(result.bad_boxes),
+        "provenance": record,
+    }
 
 
 def last_metrics(log_history: Sequence[Mapping[str, float]]) -> dict[str, float]:
