@@ -133,8 +133,15 @@ def entry_points():
             yield path.relative_to(PACKAGE)
 
 
-# vLLM's own command line, processes that another one starts and reads, a line of the Makefile
-_NAMES = ("rollout/vllm/cli.py", "rewards/worker.py", "inspect/wandb_log.py", "torchvision_ops.py")
+# vLLM's and VLMEvalKit's own command lines, processes that another one starts and reads, a line of
+# the Makefile
+_NAMES = (
+    "rollout/vllm/cli.py",
+    "harnesses/vlmevalkit.py",
+    "rewards/worker.py",
+    "inspect/wandb_log.py",
+    "torchvision_ops.py",
+)
 NOT_OURS = set(map(Path, _NAMES))
 
 
