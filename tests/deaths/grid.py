@@ -37,6 +37,7 @@ ACTORS = (
     "TransferQueue controller",
     "TransferQueue storage",
     "progress board",
+    "load balancer of the rollout servers",
 )
 PHASES = ("start", "rollout", "reward", "update", "weights", "validation", "save")
 # (actor, phase): all of them, and Ray's own processes once each
@@ -175,7 +176,7 @@ def main() -> int:
             bad += bool(problems)
             seconds = "none" if cell.seconds is None else f"{cell.seconds:4.1f} s"
             verdict = "; ".join(problems) or "ok"
-            print(f"{actor:25} {phase:11} {seconds:>7}  {verdict}", flush=True)
+            print(f"{actor:36} {phase:11} {seconds:>7}  {verdict}", flush=True)
             if problems:
                 print(f"    {cell.message}", flush=True)
     print(f"{len(cells) - bad}/{len(cells)} cells ended in time and typed")

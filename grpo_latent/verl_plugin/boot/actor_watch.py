@@ -29,7 +29,7 @@ KILLED_GRACE_S = 20.0  # verl kills TransferQueue's actors when a run is over, a
 OF_RAY = ("gcs_server", "raylet")  # processes of a Ray of our own without which it does nothing
 ROLES = {
     "TaskRunnerV1": "trainer",
-    "LatentActorRolloutRefWorker": "training worker",
+    "WorkerDict": "training worker",  # verl's class around those that share a process
     "LatentRolloutServer": "rollout server",
     "LatentVllmServer": "rollout server",
     "LatentAgentLoopWorker": "agent loop worker",

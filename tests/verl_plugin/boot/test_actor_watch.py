@@ -1,5 +1,6 @@
 """Deaths that end a run, and ends that are none: by Ray's own records, and of real actors."""
 
+import inspect
 import os
 import signal
 import time
@@ -47,6 +48,29 @@ def table(monkeypatch, tmp_path):
     monkeypatch.setattr(actor_watch.ray_worker, "_global_node", node)
     monkeypatch.setattr(actor_watch.time, "monotonic", lambda: clock[0])
     return rows, clock
+
+
+def test_roles_are_of_classes_that_there_are():
+    from transfer_queue.controller import TransferQueueController
+    from transfer_queue.storage.simple_storage import SimpleStorageUnit
+    from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
+    from verl.single_controller.ray.base import create_colocated_worker_cls
+    from verl.trainer.main_ppo import TaskRunnerV1
+    from verl.workers.rollout.llm_server import GlobalRequestLoadBalancer
+
+    from grpo_latent.verl_plugin.rollout.agent_loop import LatentAgentLoopWorker
+    from grpo_latent.verl_plugin.rollout.server import LatentRolloutServer
+    from grpo_latent.verl_plugin.trainer import reports
+
+    decorated = (TaskRunnerV1, TransferQueueController, SimpleStorageUnit)
+    classes = [decorator.__ray_actor_class__ for decorator in decorated]
+    classes += [RewardLoopWorker, LatentAgentLoopWorker, LatentRolloutServer]
+    balancer = getattr(GlobalRequestLoadBalancer, "__ray_actor_class__", GlobalRequestLoadBalancer)
+    names = {found.__name__ for found in [*classes, balancer]}
+    # made where they are used, or only importable beside vLLM
+    assert "class WorkerDict(" in inspect.getsource(create_colocated_worker_cls)
+    assert "class ReportQueue:" in inspect.getsource(reports.start_report_queue)
+    assert names | {"WorkerDict", "ReportQueue", "LatentVllmServer"} == set(actor_watch.ROLES)
 
 
 def test_the_first_crash_is_named_after_its_grace(table, tmp_path):
