@@ -79,7 +79,7 @@ browser:
 
 # two processes: the slow tests, which mostly wait for Ray, and all others (tests/conftest.py)
 test: $(STAMP) browser
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 test-fast: $(STAMP) browser
 	$(BIN)/python -m pytest -m "not slow"

