@@ -48,7 +48,7 @@ def pytest_xdist_make_scheduler(config, log):
     """Gives all slow files to one process, of other files a folder at a time.
 
     Slow tests mostly wait for workers that start: side by side they would wait for each other. Not
-    by `--dist loadgroup`: with pytest 9.2 it ignores the groups (pytest-xdist 3.8).
+    by `--dist loadgroup`: with pytest 9.2 it ignores the groups (pytest-dev/pytest-xdist#1386).
     """
     from xdist.scheduler import LoadScopeScheduling
 
