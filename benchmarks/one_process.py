@@ -57,7 +57,7 @@ from grpo_latent.eval.decode import Evaluator  # noqa: E402
 from grpo_latent.eval.prompts import EvalPrompt  # noqa: E402
 from grpo_latent.eval.scoring import RewardScorer, accuracy  # noqa: E402
 from grpo_latent.latent.treatments import parse_treatment  # noqa: E402
-from grpo_latent.latent.treatments.components import Acts, LatentView  # noqa: E402
+from grpo_latent.latent.treatments.loss_components import Acts, LatentView  # noqa: E402
 from grpo_latent.models.adapter import ModelAdapter  # noqa: E402
 from grpo_latent.models.loading import LatentModel  # noqa: E402
 from grpo_latent.models.recompute import recompute_latents  # noqa: E402

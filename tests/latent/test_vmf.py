@@ -13,7 +13,7 @@ import torch
 
 from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.latent.treatments import LatentSource, LatentTerms, parse_treatment
-from grpo_latent.latent.treatments.components import Acts, LatentView
+from grpo_latent.latent.treatments.loss_components import Acts, LatentView
 from grpo_latent.latent.treatments.vmf import (
     VonMisesFisher,
     bessel_ratio,

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.mechanisms import Mechanism
-from grpo_latent.latent.treatments.components import (
+from grpo_latent.latent.treatments.loss_components import (
     Component,
     LatentView,
     anchor,

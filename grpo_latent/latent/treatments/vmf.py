@@ -30,7 +30,12 @@ import torch
 from torch import Tensor
 
 from grpo_latent.errors import ConfigError
-from grpo_latent.latent.treatments.components import Component, LatentView, anchor, clipped_ratio
+from grpo_latent.latent.treatments.loss_components import (
+    Component,
+    LatentView,
+    anchor,
+    clipped_ratio,
+)
 from grpo_latent.latent.treatments.protocol import LatentSource, Treatment
 from grpo_latent.latent.treatments.terms import LatentTerms
 from grpo_latent.latent.treatments.values import at_least_float, is_number

@@ -1,4 +1,4 @@
-"""The training config against what verl and we read: `config_table` over the configs as shipped.
+"""The training config against what verl and we read: `keys_of_ours` over the configs as shipped.
 
 Which keys there are, verl says itself: the flat config that it ships, and ours over it.
 """
@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from grpo_latent.common.schema import Schema, resolved
 from grpo_latent.errors import ConfigError, PluginError
 from grpo_latent.verl_plugin.boot.seams import FIX
-from grpo_latent.verl_plugin.trainer.config_table import CLASSES, FREE, KEYS
+from grpo_latent.verl_plugin.trainer.keys_of_ours import CLASSES, FREE, KEYS
 
 FLAT_CONFIG = "_generated_ppo_trainer.yaml"
 OURS = ("grpo.yaml", "device/cpu.yaml")

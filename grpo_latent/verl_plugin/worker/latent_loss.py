@@ -30,7 +30,7 @@ from grpo_latent import recorded
 from grpo_latent.algo.losses import Denominators, aggregate, check_latents_do_not_act
 from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.latent.treatments import LatentTerms, Mask, Treatment
-from grpo_latent.latent.treatments.components import Acts, Component, LatentView
+from grpo_latent.latent.treatments.loss_components import Acts, Component, LatentView
 from grpo_latent.trajectory import PositionKind, latent_mask
 from grpo_latent.verl_plugin.worker.algo import AGGREGATION_OF_MODE, denominators
 from grpo_latent.verl_plugin.worker.finite import check_at, check_loss

@@ -22,7 +22,7 @@ from grpo_latent.common.kinds import kind_of
 from grpo_latent.errors import ConfigError
 from grpo_latent.evaluate import check_values
 from grpo_latent.sft.settings import SFTSettings
-from grpo_latent.verl_plugin.trainer import config_keys, config_table
+from grpo_latent.verl_plugin.trainer import keys_of_ours, keys_of_verl
 from grpo_latent.verl_plugin.trainer.config_check import check_config
 from grpo_latent.verl_plugin.trainer.config_schema import check_schema, schema
 
@@ -161,13 +161,13 @@ def test_names_are_verls_and_rays():
     from verl.utils.torch_dtypes import PrecisionType
     from verl.utils.tracking import Tracking
 
-    assert set(config_keys.LOGGERS) == set(Tracking.supported_backend)
+    assert set(keys_of_verl.LOGGERS) == set(Tracking.supported_backend)
     parameters = set(inspect.signature(ray.init).parameters)
-    assert set(config_table.RAY_INIT) == parameters - {"kwargs"}
+    assert set(keys_of_ours.RAY_INIT) == parameters - {"kwargs"}
     zero = torch.zeros(2)
-    for name in config_keys.KL_PENALTIES:
+    for name in keys_of_verl.KL_PENALTIES:
         assert kl_penalty(zero, zero, name).shape == (2,)
-    for name in config_keys.DTYPE_NAMES:
+    for name in keys_of_verl.DTYPE_NAMES:
         assert isinstance(PrecisionType.to_dtype(name), torch.dtype)
 
 
@@ -176,9 +176,9 @@ def test_no_row_stands_for_a_key_that_nobody_reads():
     import verl
 
     sources = [*Path(verl.__file__).parent.rglob("*.py"), *(ROOT / "grpo_latent").rglob("*.py")]
-    texts = [path.read_text() for path in sources if path.name != "config_keys.py"]
+    texts = [path.read_text() for path in sources if path.name != "keys_of_verl.py"]
     reference = OmegaConf.create(schema().reference)
-    for key in config_table.KEYS:
+    for key in keys_of_ours.KEYS:
         name = key.rpartition(".")[2]
         listed = OmegaConf.select(reference, key.rpartition(".")[0] or key)
         if "*" in key or key.startswith("ray_kwargs") or (listed is not None and name in listed):

@@ -14,7 +14,7 @@ from verl.utils import tensordict_utils as tu
 
 from grpo_latent.errors import ConfigError, TrainingError
 from grpo_latent.latent.treatments import LatentTerms, Mask
-from grpo_latent.latent.treatments.components import Component
+from grpo_latent.latent.treatments.loss_components import Component
 from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.verl_plugin.worker.engine import full_tensors

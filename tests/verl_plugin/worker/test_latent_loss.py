@@ -12,7 +12,7 @@ from verl.utils import tensordict_utils as tu
 
 from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.latent.treatments import LatentTerms, Mask, Treatment
-from grpo_latent.latent.treatments.components import Component
+from grpo_latent.latent.treatments.loss_components import Component
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.verl_plugin.worker.latent_loss import NUM_ACTS, NUM_LATENTS, LatentLoss
 

@@ -18,7 +18,7 @@ from verl.utils import tensordict_utils as tu
 
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.treatments import Mask, Treatment, parse_treatment
-from grpo_latent.latent.treatments.components import Component
+from grpo_latent.latent.treatments.loss_components import Component
 from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model

@@ -16,7 +16,7 @@ from grpo_latent.common.kinds import (
     text,
     whole,
 )
-from grpo_latent.verl_plugin.trainer.config_keys import PATH, SEED, VERL
+from grpo_latent.verl_plugin.trainer.keys_of_verl import PATH, SEED, VERL
 
 # of ray.init, beside those of its options that begin with an underscore
 RAY_INIT = (

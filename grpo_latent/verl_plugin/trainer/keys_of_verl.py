@@ -1,4 +1,4 @@
-"""What each key of the training config may hold: verl's and ours, with ranges and choices.
+"""What each key of verl's config may hold, with ranges and choices.
 
 A key without a row takes the kind of its default (`common.schema`). Rows that verl's config does
 not list are keys that its code reads all the same.
