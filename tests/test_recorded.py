@@ -11,6 +11,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from grpo_latent import recorded
 from grpo_latent.errors import ConfigError, LatentMismatchError
@@ -268,9 +269,11 @@ def test_dump_and_inspector(own_fields, with_aux, tmp_path, monkeypatch):
 
 
 def test_a_dump_of_an_older_release_loads(tmp_path, monkeypatch):
-    """Without aux, without chosen positions, and with no latent position at all."""
+    """Without digests, aux, chosen positions, and with no latent position at all."""
     (item,) = dump(make_trajectories(with_aux=False)[1:2], tmp_path, monkeypatch)
     path = tmp_path / "step_4.jsonl"
+    vectors = path.with_suffix(".safetensors")
+    save_file(load_file(vectors), vectors)
     path.write_text(path.read_text().replace('"selected_idx"', '"unknown"'))
     (older,) = read_step(path)
     check_equal([older.trajectory], [item.trajectory], Wire.DUMP)

@@ -143,7 +143,7 @@ class Schema:
 
     def _unknown(self, where: str, name: str) -> ConfigError:
         key = f"{where}.{name}" if where else name
-        near = nearest_keys(key, self.known())
+        near = nearest_keys(key, with_sections(self.known()))
         section = where or "the config"
         siblings = sorted(
             {
@@ -205,6 +205,17 @@ def leaves(reference: Mapping[str, Any], where: str = "") -> Iterator[str]:
             yield from leaves(value, key)
         else:
             yield key
+
+
+def with_sections(keys: Collection[str]) -> list[str]:
+    """Keys, and behind them the sections that they stand in.
+
+    >>> with_sections(["latent.treatment.name", "data.seed"])
+    ['latent.treatment.name', 'data.seed', 'latent', 'latent.treatment', 'data']
+    """
+    parts = [key.split(".") for key in keys]
+    sections = [".".join(names[:end]) for names in parts for end in range(1, len(names))]
+    return list(dict.fromkeys([*keys, *sections]))
 
 
 def nearest_keys(key: str, known: Collection[str], count: int = 3) -> list[str]:

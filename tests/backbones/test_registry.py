@@ -95,7 +95,7 @@ def test_loading_refuses(llava):
 
 def test_sft_refuses(llava):
     with pytest.raises(ConfigError, match=REFUSAL):
-        sft_loading._load_plain(str(llava), torch.float32, "sdpa", None, False)
+        sft_loading.load_plain(str(llava), torch.float32, "sdpa")
 
 
 def test_engine_vllm_refuses(llava):

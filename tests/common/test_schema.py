@@ -122,6 +122,11 @@ def test_the_first_mistake_names_the_others_and_survives_pickling():
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
+def test_a_misspelt_section_is_recognised():
+    with pytest.raises(ConfigError, match=r"optimm.*optim\b(?!m)"):
+        SCHEMA.check({"optimm": 3})
+
+
 def test_nearest_keys():
     known = list(leaves(REFERENCE))
     assert "data.keys" in known and "optim.lr" in known and "optim" not in known

@@ -60,9 +60,10 @@ def replay_by_index(adapter, batch):
         batch, latents_NH=batch.latents_NH.masked_fill(is_selected_N[:, None], 9.0)
     )
     injector = SelectionInjector.install(adapter.model)
-    injector.arm(
-        *chosen_columns(batch.kinds_BT, batch.valid_BT, is_image_BT, batch.selected_idx_M)
+    rows_M, columns_M, images_M = chosen_columns(
+        batch.kinds_BT, batch.valid_BT, is_image_BT, batch.selected_idx_M
     )
+    injector.arm(rows_M, columns_M, rows_M, images_M)
     try:
         return replay(adapter, spoiled, TEMPERATURE)[0]
     finally:

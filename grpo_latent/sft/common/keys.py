@@ -9,6 +9,7 @@ from grpo_latent.common.kinds import (
     number,
     one_or_some,
     share,
+    some,
     text,
     whole,
 )
@@ -65,7 +66,7 @@ _TABLE = {
     "loss.noise_std": number(at_least=0),
     "loss.slots_per_step": whole(1),
     "loss.epochs_per_stage": null_or(whole(1)),
-    "loss.steps_per_stage": null_or(one_or_some(whole(1))),
+    "loss.steps_per_stage": null_or(some(whole(1), at_least=0)),  # none without slots
     "schedule.horizon_steps": null_or(whole(1)),
     "trainer.output_dir": text("a path"),
     "trainer.resume_from_checkpoint": null_or(text("auto, or a folder checkpoint-N")),

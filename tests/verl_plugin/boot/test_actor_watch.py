@@ -174,8 +174,10 @@ def test_real_deaths(local_ray):
     def death_of(end, *arguments):
         actor, watch = make.options(name="it").remote(*arguments), ActorWatch(0.0, 0.0)
         pid = 0 if arguments else ray.get(actor.pid.remote())
-        end(actor, pid)
-        del actor
+        if end is None:  # else kept, as verl keeps its own: Ray might name this as the reason
+            del actor
+        else:
+            end(actor, pid)
         deadline = time.monotonic() + 20
         while not watch._rows() or len(watch._rows()) == len(watch._old):
             assert time.monotonic() < deadline
@@ -190,7 +192,7 @@ def test_real_deaths(local_ray):
             watch.check()
         log = str(error.value).split("Its log is ")[1].split(". ")[0]
         assert log.endswith(f"-{pid}.err") and os.path.exists(log)
-    for end in (lambda a, pid: a.leave.remote(), lambda a, pid: a.exit.remote(), lambda a, pid: 0):
+    for end in (lambda a, pid: a.leave.remote(), lambda a, pid: a.exit.remote(), None):
         assert death_of(end)[1].first_death() is None
     killed = death_of(lambda actor, pid: ray.kill(actor))[1]
     assert killed.first_death(with_killed=False) is None
