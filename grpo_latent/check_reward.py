@@ -73,11 +73,13 @@ def show(report: CheckReport, spec: FunctionSpec) -> None:
         for problem in report.problems:
             console.print(f"[red]problem:[/] {escape(problem)}")
     total = len(report.problems)
-    console.print(
-        "[green]nothing wrong[/]"
-        if not total
-        else f"[red]{total} problem{'s' if total > 1 else ''}[/]"
-    )
+    num_warnings = len(report.warnings)
+    if total:
+        console.print(f"[red]{total} problem{'s' if total > 1 else ''}[/]")
+    elif num_warnings:
+        console.print(f"nothing wrong, {num_warnings} warning{'s' if num_warnings > 1 else ''}")
+    else:
+        console.print("[green]nothing wrong[/]")
 
 
 if __name__ == "__main__":

@@ -138,7 +138,8 @@ def show(parts: dict[str, list[Found]], problems: list[str], console: Console) -
         table.add_column(column)
     for part, purpose in PARTS.items():
         lacks = missing(part, parts[part])
-        install = "" if part == BASE else f": pip install 'grpo_latent[{part}]'"
+        # what is said of vLLM names its own ways to install it
+        install = "" if part in (BASE, "vllm") else f": pip install 'grpo_latent[{part}]'"
         state = "ready" if not lacks else f"lacks {lacks}{install}"
         table.add_row(*map(escape, (part, purpose, state)))
     console.print(table)

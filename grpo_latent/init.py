@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     paths = copy_recipe(options.recipe, options.folder)
     folder = options.folder / RECIPES / options.recipe
-    print(f"{len(paths)} files in {options.folder}")
+    print(f"{len(paths)} files in {options.folder}: its own in {folder}, and what they use")
     if (folder / "run.sh").is_file():
         print(f"next: bash {folder}/run.sh")
 
