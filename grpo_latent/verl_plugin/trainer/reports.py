@@ -188,10 +188,15 @@ def drain(
         ActorDeathError: an actor has died, and the job goes on as if it waited for it.
     """
     done, has_reported, began = False, False, time.monotonic()
+    taking = None  # what a slow board has not answered yet: asked once, so that nothing is lost
     while not done:
         started = time.monotonic()
         done = bool(ray.wait([run_ref], timeout=interval_s)[0])
-        for values in _take(queue):
+        taking = taking or queue.take.remote()
+        taken = _taken(taking)
+        if taken is not None:
+            taking = None
+        for values in taken or ():
             has_reported = True
             report = Report(*values)
             on_report(report)
@@ -203,8 +208,11 @@ def drain(
         time.sleep(max(0.0, 0.05 - (time.monotonic() - started)))
 
 
-def _take(queue) -> list[tuple]:
+def _taken(taking) -> list[tuple] | None:
+    """The reports of one call of the board's `take`; None where it has not answered in time."""
     try:
-        return ray.get(queue.take.remote(), timeout=TAKE_TIMEOUT_S)
-    except ray.exceptions.RayError:  # if the queue has died, the watch says so
+        return ray.get(taking, timeout=TAKE_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError:
+        return None
+    except ray.exceptions.RayError:  # if the board has died, the watch says so
         return []

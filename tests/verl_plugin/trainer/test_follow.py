@@ -19,6 +19,7 @@ class Watch:
     def __init__(self, crashed_at=None, killed_at=None, grace=2):
         self.position, self.looks, self.grace = "before the first step", 0, grace
         self.crashed_at, self.killed_at = crashed_at, killed_at
+        self.asked_at: list[int] = []  # looks at which the board was called
 
     def first_death(self, with_killed=True):
         times = [self.crashed_at, self.killed_at if with_killed else None]
@@ -50,7 +51,12 @@ def follow(monkeypatch, watch, ends_at, result, queue=lambda look: []):
     monkeypatch.setattr(reports.ray, "get", get)
     monkeypatch.setattr(remote_errors.ray, "get", get)
     monkeypatch.setattr(reports.time, "sleep", lambda seconds: None)
-    board = SimpleNamespace(take=SimpleNamespace(remote=lambda: "reports"))
+
+    def ask():
+        watch.asked_at.append(watch.looks)
+        return "reports"
+
+    board = SimpleNamespace(take=SimpleNamespace(remote=ask))
     reports.follow(board, "run", seen.append, watch, "train.log")
     return seen
 
@@ -100,3 +106,12 @@ def test_a_run_that_fails_by_itself_says_why(monkeypatch):
 @pytest.mark.parametrize("error", [ActorDiedError(), GetTimeoutError()])
 def test_a_board_that_does_not_answer_stops_no_run(monkeypatch, error):
     assert follow(monkeypatch, Watch(), 3, None, queue=lambda look: error) == []
+
+
+def test_what_a_slow_board_hands_out_late_is_not_lost(monkeypatch):
+    """Its call is waited for again: a second one would get what came after it."""
+    late = {0: GetTimeoutError(), 1: GetTimeoutError(), 2: [("step", 2, 9, {})]}
+    watch = Watch()
+    seen = follow(monkeypatch, watch, 4, None, queue=lambda look: late.get(look, []))
+    assert [report.step for report in seen] == [2]
+    assert watch.asked_at == [0, 3, 4]
