@@ -53,6 +53,7 @@ from transformers.utils.logging import disable_progress_bar
 from grpo_latent.common.command import config_command
 from grpo_latent.common.dtypes import parse_dtype
 from grpo_latent.common.files import write_text
+from grpo_latent.common.paths import check_output_folder
 from grpo_latent.common.provenance import provenance
 from grpo_latent.common.schema import resolved
 from grpo_latent.common.settings import MISSING, build, section
@@ -78,7 +79,30 @@ from grpo_latent.rewards.runner import RewardRunner
 OVERRIDES = ("visibility", "steps", "exit", "max_spans")
 
 
-@config_command("evaluate")
+def check_only(config: DictConfig) -> None:
+    """Loads model, rows and reward, decodes nothing, and says what would be evaluated.
+
+    Raises:
+        GrpoLatentError: as `run`.
+    """
+    config = with_preset(config)
+    check_values(config)
+    settings = read_settings(config)
+    if config.output is not None:
+        check_output_folder(str(Path(config.output).parent), "output")
+    loaded = load(config, settings)
+    prompts, data = read_data(config, loaded, lambda prompt: None)
+    with make_scorer(config, loaded):
+        print(f"model    {config.model.path}, engine hf on {config.model.device}")
+        print(f"rows     {len(prompts):,} of {', '.join(data)}")
+        print(
+            f"decoded  {', '.join(settings.phases())}; {settings.max_new_tokens} positions at most"
+        )
+        print(f"output   {config.output or 'the console alone'}")
+        print("nothing is wrong; nothing was evaluated or written")
+
+
+@config_command("evaluate", check_only)
 def main(config: DictConfig) -> None:
     report = run(config)
     # tables do not fit the 80 columns that a pipe is taken for
@@ -96,23 +120,7 @@ def run(config: DictConfig) -> dict:
     if not torch.cuda.is_available():
         torch.set_num_threads(config.latent.cpu_threads)
     settings = read_settings(config)
-    disable_progress_bar()  # transformers', for reading weights
-    overrides = {
-        name: config.latent[name] for name in OVERRIDES if config.latent[name] is not None
-    }
-    loaded = load_latent_model(
-        config.model.path,
-        dtype=parse_dtype(config.model.dtype, "model.dtype"),
-        device=config.model.device,
-        attn_implementation=config.model.attn_implementation,
-        overrides=overrides,
-        plain=config.model.plain,
-        treatment=settings.treatment,
-        seed=settings.seed,
-        verify_digests=config.model.verify_digests,
-    )
-    for note in initialisation_notes(settings.treatment, config.model.path, settings.seed):
-        print(note, file=sys.stderr)
+    loaded = load(config, settings)
     record = provenance(config.seed)
     digest = PromptsDigest()
     prompts, data = read_data(
@@ -154,6 +162,28 @@ def run(config: DictConfig) -> dict:
         # last: without a report on disk the finished batches are all that there is
         journal.discard()
     return report
+
+
+def load(config: DictConfig, settings: EvalSettings) -> LatentModel:
+    """Loads the checkpoint, and says what it lacks of the treatment's parameters."""
+    disable_progress_bar()  # transformers', for reading weights
+    overrides = {
+        name: config.latent[name] for name in OVERRIDES if config.latent[name] is not None
+    }
+    loaded = load_latent_model(
+        config.model.path,
+        dtype=parse_dtype(config.model.dtype, "model.dtype"),
+        device=config.model.device,
+        attn_implementation=config.model.attn_implementation,
+        overrides=overrides,
+        plain=config.model.plain,
+        treatment=settings.treatment,
+        seed=settings.seed,
+        verify_digests=config.model.verify_digests,
+    )
+    for note in initialisation_notes(settings.treatment, config.model.path, settings.seed):
+        print(note, file=sys.stderr)
+    return loaded
 
 
 def with_preset(config: DictConfig) -> DictConfig:

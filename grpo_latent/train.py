@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from itertools import islice
 from pathlib import Path
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from grpo_latent.common.command import config_command
 from grpo_latent.common.paths import absolute, check_output_folder, is_remote
@@ -42,7 +42,35 @@ class VerlConfigs(SearchPathPlugin):
 Plugins.instance().register(VerlConfigs)
 
 
-@config_command("grpo")
+def check_only(config: DictConfig) -> None:
+    """Checks all that `train` checks before Ray starts, and the checkpoint to resume; writes nothing.
+
+    Raises:
+        GrpoLatentError: as `train`.
+    """
+    check_output_folder(OmegaConf.select(config, "latent.output_dir"), "latent.output_dir")
+    resolve_paths(config)
+    set_environment(config, Path(config.latent.output_dir))
+    import torch
+
+    from grpo_latent.verl_plugin.trainer.console import output_to_file
+    from grpo_latent.verl_plugin.trainer.plan import check_resume, plan
+    from grpo_latent.verl_plugin.trainer.trial import report_trial, try_checkpoint
+
+    with output_to_file(Path(os.devnull)) as console:
+        _check_all(config, console)
+        for note in check_resume(config):
+            console.print(f"warning: {note}")
+        if config.trainer.device == "cpu" or torch.cuda.is_available():
+            report_trial(try_checkpoint(config), console)
+        else:
+            console.print("warning: no GPU here: the checkpoint was not loaded (latent.preflight)")
+        for line in plan(config):
+            console.print(line)
+        console.print("nothing is wrong; nothing was started or written")
+
+
+@config_command("grpo", check_only)
 def main(config: DictConfig) -> None:
     train(config)
 
@@ -61,21 +89,30 @@ def train(config: DictConfig) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     set_environment(config, output_dir)
     # after the environment: this imports verl
-    from grpo_latent.verl_plugin.rewards.start_check import check_rewards
     from grpo_latent.verl_plugin.trainer.console import output_to_file
-    from grpo_latent.verl_plugin.trainer.data_check import check_data
+    from grpo_latent.verl_plugin.trainer.trial import report_trial, try_checkpoint
+    from grpo_latent.verl_plugin.trainer.wandb_run import continue_run
 
     with output_to_file(output_dir / LOG_FILE) as console:
-        for note in [*check(config), *check_data(config, console)]:
-            console.print(f"warning: {note}")
-        check_rewards(config)
+        _check_all(config, console)
         OmegaConf.save(config, output_dir / CONFIG_FILE, resolve=True)
         append_provenance(output_dir, config.latent.seed)
+        continue_run(config, output_dir)
         console.print(f"output {output_dir}  log {LOG_FILE}")
         if config.trainer.device == "cpu":
-            _report_preflight(check_checkpoint(config), console)
+            report_trial(try_checkpoint(config), console)
         _run(config, console, output_dir / LOG_FILE)
         console.print(f"done: {config.trainer.default_local_dir}")
+
+
+def _check_all(config: DictConfig, console: Console) -> None:
+    """Checks config, rows and rewards, and says what the user should know."""
+    from grpo_latent.verl_plugin.rewards.start_check import check_rewards
+    from grpo_latent.verl_plugin.trainer.data_check import check_data
+
+    notes = [*check(config), *check_data(config, console), *check_rewards(config)]
+    for note in notes:
+        console.print(f"warning: {note}")
 
 
 PATHS = (
@@ -132,7 +169,7 @@ def environment(config: DictConfig, output_dir: Path) -> dict[str, str]:
     values["VERL_PLATFORM"] = _platform(config.trainer.device)
     modules = [name for name in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",") if name]
     values["VERL_USE_EXTERNAL_MODULES"] = ",".join(dict.fromkeys([PLUGIN, *modules]))
-    passed_on = ("WANDB_MODE", "HF_HOME", "GRPO_LATENT_BACKBONES")
+    passed_on = ("WANDB_MODE", "WANDB_RUN_ID", "WANDB_RESUME", "HF_HOME", "GRPO_LATENT_BACKBONES")
     values |= {name: os.environ[name] for name in passed_on if name in os.environ}
     return values
 
@@ -236,60 +273,6 @@ def _check_files(config: DictConfig) -> None:
         check_is_model_folder(folder)
 
 
-def check_checkpoint(config: DictConfig):
-    """Loads the checkpoint once in this process and rolls out a few prompts.
-
-    Returns:
-        a `PreflightReport`, None if switched off.
-
-    Raises:
-        CheckpointError, PreflightError: RL cannot start from it.
-    """
-    settings = config.latent.preflight
-    folder = config.actor_rollout_ref.model.path
-    if settings.num_prompts == 0 or is_remote(folder):
-        return None
-    from grpo_latent.common.dtypes import parse_dtype
-    from grpo_latent.data.files import RowKeys, iter_verl_rows
-    from grpo_latent.data.rows import check_prompt
-    from grpo_latent.latent.treatments import parse_treatment
-    from grpo_latent.rollout.preflight import PreflightPrompt, preflight
-    from grpo_latent.rollout.protocol import SamplingParams
-    from grpo_latent.verl_plugin.boot.options import CHECKPOINT_FIELDS
-
-    files = config.data.train_files
-    rollout = config.actor_rollout_ref.rollout
-    prompts = []
-    first = files if isinstance(files, str) else files[0]
-    rows = iter_verl_rows(first, RowKeys.of(config.data))
-    for row, where in islice(rows, settings.num_prompts):
-        messages, images = check_prompt(row, where)
-        prompts.append(PreflightPrompt(messages, [image.open() for image in images], where))
-    return preflight(
-        folder,
-        prompts,
-        min_emission_rate=settings.min_emission_rate,
-        sampling=SamplingParams(
-            config.data.max_response_length, rollout.temperature, rollout.top_k, rollout.top_p
-        ),
-        overrides={
-            name: config.latent[name]
-            for name in CHECKPOINT_FIELDS
-            if config.latent[name] is not None
-        },
-        dtype=parse_dtype(rollout.dtype),
-        device=config.trainer.device,
-        treatment=parse_treatment(config.latent.treatment)[0],
-        seed=config.latent.seed,
-        verify_digests=config.latent.verify_digests,
-    )
-
-
-def _report_preflight(report, console) -> None:
-    if report is not None:
-        console.print(f"preflight {report.summary()}")
-
-
 def is_attached() -> bool:
     """Whether a Ray cluster is there already: inside `ray job submit`, or RAY_ADDRESS is set."""
     return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
@@ -357,15 +340,16 @@ def _run(config: DictConfig, console, log_path: Path) -> None:
     from grpo_latent.verl_plugin.boot.cluster_resources import check_cpus
     from grpo_latent.verl_plugin.trainer.console import StepPrinter
     from grpo_latent.verl_plugin.trainer.reports import follow, start_report_queue
+    from grpo_latent.verl_plugin.trainer.trial import report_trial, try_checkpoint
 
     ray.init(**ray_arguments(config))
     try:
         check_cpus(config)
         if config.trainer.device != "cpu":
             # the driver may have no GPU, and must not keep one's memory
-            on_gpu = ray.remote(num_gpus=1, max_calls=1)(check_checkpoint)
+            on_gpu = ray.remote(num_gpus=1, max_calls=1)(try_checkpoint)
             report = remote_errors.get(on_gpu.remote(config), "the preflight", log_path)
-            _report_preflight(report, console)
+            report_trial(report, console)
         queue = start_report_queue()
         watch = ActorWatch()
         runner = TaskRunnerV1.remote()  # type: ignore[attr-defined]  # ray.remote decorates it

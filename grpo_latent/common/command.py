@@ -6,7 +6,8 @@
          typed error. stderr has `ErrorType: message`, with what, where, got, expected and the fix
     130  interrupted from the keyboard (128 + SIGINT, as shells count)
 
-2 is also what argparse ends with where a command line does not parse.
+2 is also what argparse ends with where a command line does not parse. With `--check` a command that has a config
+finds out which of 0 and 2 it would be, says what it would do, and writes nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+CHECK = "--check"
 _HYDRA_RAISES = "HYDRA_FULL_ERROR"
 _NO_KEY = re.compile(r"Could not override '([^']+)'")
 
@@ -75,12 +77,15 @@ def add_verify_digests(parser: argparse.ArgumentParser) -> None:
 
 
 def config_command(
-    config_name: str,
+    config_name: str, check: Callable[[DictConfig], None] | None = None
 ) -> Callable[[Callable[[DictConfig], int | None]], Callable[..., int]]:
     """Wraps a `main(config)` whose config hydra composes.
 
     Of `grpo_latent/config/<config_name>.yaml` and the command line. The wrapped function is a
     `command`. Called with a config, it runs on that one and hydra has no say in it.
+
+    Args:
+        check: runs in place of `main` where the command line has `--check`.
     """
 
     def decorate(task: Callable[[DictConfig], int | None]) -> Callable[..., int]:
@@ -90,7 +95,7 @@ def config_command(
             if config is not None:
                 return task(config)
             try:
-                _with_hydra(task, config_name)
+                _with_hydra(_asked_for(task, check), config_name)
             except Exception as error:
                 misspelt = _misspelt(error, config_name)
                 if misspelt is None:
@@ -101,6 +106,16 @@ def config_command(
         return main
 
     return decorate
+
+
+def _asked_for(
+    task: Callable[[DictConfig], int | None], check: Callable[[DictConfig], None] | None
+) -> Callable[[DictConfig], int | None]:
+    """The check where the command line has its switch, which is taken off: hydra refuses it."""
+    if CHECK not in sys.argv[1:] or check is None:
+        return task
+    sys.argv.remove(CHECK)
+    return check
 
 
 def _with_hydra(task: Callable[[DictConfig], int | None], config_name: str) -> None:

@@ -12,12 +12,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo_latent.common.command import config_command
 from grpo_latent.errors import ConfigError
-from grpo_latent.sft.run import run_sft
+from grpo_latent.sft.run import check_sft, run_sft
 from grpo_latent.sft.settings import SFTSettings
 
 
-@config_command("sft")
-def main(config: DictConfig) -> None:
+def read_settings(config: DictConfig) -> SFTSettings:
+    """Builds the settings of a composed config; raises `ConfigError` by the key's name."""
     try:
         resolved = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
@@ -29,8 +29,18 @@ def main(config: DictConfig) -> None:
             fix="Set model.path, data.train_files and trainer.output_dir on the command line.",
         ) from error
     assert isinstance(resolved, dict), "a DictConfig resolves to a dict"
-    settings = SFTSettings.from_dict({str(key): value for key, value in resolved.items()})
-    result = run_sft(settings)
+    return SFTSettings.from_dict({str(key): value for key, value in resolved.items()})
+
+
+def check_only(config: DictConfig) -> None:
+    for line in check_sft(read_settings(config)):
+        print(line)
+    print("nothing is wrong; nothing was trained or written")
+
+
+@config_command("sft", check_only)
+def main(config: DictConfig) -> None:
+    result = run_sft(read_settings(config))
     if result.bad_boxes.report():
         print(result.bad_boxes.report())
     metrics = "  ".join(f"{name} {value:.3g}" for name, value in result.metrics.items())

@@ -108,6 +108,42 @@ def run_sft(settings: SFTSettings) -> SFTResult:
     return result
 
 
+def check_sft(settings: SFTSettings) -> list[str]:
+    """Checks settings, model, every row and the checkpoint to resume; trains and writes nothing.
+
+    Returns:
+        what would be trained, in lines.
+
+    Raises:
+        GrpoLatentError: as `run_sft`.
+    """
+    args = settings.training_arguments()
+    assert args.output_dir is not None, "`training_arguments` asks for it"
+    output_dir, save_path = Path(args.output_dir), Path(settings.model.save_path)
+    check_sharding(args, settings.model.lora.enabled)
+    check_precision(settings, args)
+    check_save_path(save_path, settings, output_dir)
+    checkpoint = find_checkpoint(settings, output_dir)
+    latent = load_model(settings)
+    bad_boxes = BadBoxes(settings.data.on_bad_box)
+    dataset = build_dataset(latent, settings, bad_boxes)
+    for index in range(len(dataset)):
+        dataset[index]  # decodes its images and encodes the row, as its batch would
+    trained = sum(item.numel() for item in latent.model.parameters() if item.requires_grad)
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    length = (
+        f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    )
+    return [
+        f"model    {settings.model.path}: {latent.model.config.model_type}, {trained:,} parameters trained",
+        f"rows     {len(dataset):,}; {bad_boxes.report() or 'no box was out of place'}",
+        f"method   {settings.method}, batches of {batch}, {length}, "
+        f"learning rate {args.learning_rate:g}",
+        f"run      {'anew' if checkpoint is None else f'resumes {checkpoint}'}",
+        f"output   {save_path}",
+    ]
+
+
 def check_save_path(save_path: Path, settings: SFTSettings, output_dir: Path) -> None:
     """Refuses to write a model over the one that is trained."""
     if Path(settings.model.path).resolve() in (save_path.resolve(), output_dir.resolve()):

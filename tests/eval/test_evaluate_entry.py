@@ -22,7 +22,14 @@ from grpo_latent.eval.decode import Evaluator
 from grpo_latent.eval.evaluate import Evaluation
 from grpo_latent.eval.prompts import benchmark_prompts, encode_row, read_prompts
 from grpo_latent.eval.table import report_table
-from grpo_latent.evaluate import benchmark_notes, check_values, main, run, with_preset
+from grpo_latent.evaluate import (
+    benchmark_notes,
+    check_only,
+    check_values,
+    main,
+    run,
+    with_preset,
+)
 from grpo_latent.latent.mechanisms import LVR
 from grpo_latent.models import tiny
 from grpo_latent.models.loading import LatentModel, save_latent_model
@@ -159,6 +166,20 @@ def test_entry_point_writes_the_report(files, monkeypatch, request):
     assert report["latents"]["frac_rollouts"] > 0 and report["leak"] in (0.0, None)
     assert not list(folder.glob("*.part*")), "no parts are left"
     assert f"[{', '.join(f'{v:.1f}' for v in report['outcomes']['own'])}]" in text
+
+
+def test_a_check_reads_everything_and_decodes_nothing(files, monkeypatch, capsys, request):
+    folder, _, _ = files
+    monkeypatch.chdir(request.config.rootpath)
+    monkeypatch.setattr(Evaluation, "run", None)
+    config = config_for(folder, f"output={folder / 'checked' / 'report.json'}", "rollout.n=2")
+    check_only(config)
+    said = capsys.readouterr().out
+    assert "6 of" in said and "own, sampled" in said and "nothing was evaluated" in said
+    assert not (folder / "checked").exists()
+    config.reward.custom_reward_function.path = "reward/none.py"
+    with pytest.raises(ConfigError, match="reward/none.py"):
+        check_only(config)
 
 
 def test_an_evaluation_does_not_go_on_with_an_edited_reward(files, monkeypatch, tmp_path, request):

@@ -12,16 +12,18 @@ import pytest
 import torch
 from folder_cases import digests, same_nested
 from latent_cases import build_case, sampling
-from lvr_run_cases import run
+from lvr_run_cases import config_of, run
+from run_cases import settings_from
 from safetensors.torch import load_file, save_file
 
 from grpo_latent.data.rows import read_verl_parquet
-from grpo_latent.errors import ConfigError, DataError
+from grpo_latent.errors import CheckpointError, ConfigError, DataError
 from grpo_latent.latent.mechanisms import LATENT_CONFIG_FILE
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.models.prompts import encode_prompt
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import RolloutRequest
+from grpo_latent.sft.run import check_sft
 
 LORA = {"model.lora.enabled": True, "model.lora.r": 2, "model.lora.dropout": 0.3}
 
@@ -61,6 +63,23 @@ def test_three_steps_and_three_more_are_six(inputs, tmp_path, options):
     for ours, theirs in zip(*logs, strict=True):
         ours.pop("seconds"), theirs.pop("seconds")
         assert ours == theirs
+
+
+def test_a_check_reads_every_row_and_writes_nothing(inputs, tmp_path):
+    lines = check_sft(settings_from(config_of(inputs, tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+    said = "\n".join(lines)
+    assert "method   lvr, batches of 4, 6 steps" in said and "run      anew" in said
+    result = run(inputs, tmp_path / "out", **{"trainer.max_steps": 3})
+    num_rows = len(list(read_verl_parquet(inputs / "rows.parquet")))
+    assert f"rows     {num_rows};" in said
+    lines = check_sft(settings_from(config_of(inputs, tmp_path / "out")))
+    assert any(line.startswith("run      resumes") and "checkpoint-3" in line for line in lines)
+    assert result.steps == 3
+    part = tmp_path / "out" / "checkpoint-3" / "model.safetensors"
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        check_sft(settings_from(config_of(inputs, tmp_path / "out")))
 
 
 def test_a_seed_decides_everything(inputs, tmp_path):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from grpo_latent.common.best_checkpoint import STATE_FILE
 from grpo_latent.common.files import write_text
 from grpo_latent.common.step_folders import (
     NO_STEP,
@@ -39,6 +40,7 @@ __all__ = [
     "make_room",
     "prune",
     "read_tracker",
+    "restored",
     "resume_folder",
     "write_tracker",
 ]
@@ -116,6 +118,30 @@ def resume_folder(trainer: DictConfig) -> Path | None:
             fix="A checkpoint that was kept under another name has to get such a name back.",
         )
     return Path(given)
+
+
+# what verl's names of a checkpoint's contents bring back
+RESTORES = {
+    "model": "weights",
+    "optimizer": "optimizer",
+    "extra": "learning-rate schedule and random states",
+}
+
+
+def restored(folder: Path, contents: Collection[str]) -> str:
+    """Says what a run that goes on from a checkpoint takes from it.
+
+    Args:
+        contents: verl's `checkpoint.load_contents`.
+
+    >>> restored(Path("runs/global_step_3"), ["model", "extra"])
+    'weights, learning-rate schedule and random states, place in the data'
+    """
+    parts = [text for name, text in RESTORES.items() if name in contents]
+    parts.append("place in the data")
+    if (folder / STATE_FILE).is_file():
+        parts.append("alarms and best score")
+    return ", ".join(parts)
 
 
 def check_world_size(folder: Path, world_size: int) -> None:

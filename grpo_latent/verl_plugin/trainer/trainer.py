@@ -387,12 +387,12 @@ class LatentPPOTrainer(PPOTrainerSync):
         if folder is None:
             self.guards.begin()
             return
-        for note in [*notes, *self.guards.load(folder)]:
-            line = Line("resume", note)
-            self.reporter.say([line], self.global_steps, self.total_training_steps)
-        if (
-            trainer.resume_mode == "auto" and not trainer.val_only
-        ):  # the tracker's own, not a step that is gone back to
+        contents = self.config.actor_rollout_ref.actor.checkpoint.load_contents
+        lines = [Line(f"resumed from {folder.name}", checkpoint.restored(folder, contents))]
+        lines += [Line("resume", note) for note in [*notes, *self.guards.load(folder)]]
+        self.reporter.say(lines, self.global_steps, self.total_training_steps)
+        # the tracker's own, not a step that is gone back to
+        if trainer.resume_mode == "auto" and not trainer.val_only:
             self._follow_commit(folder)
 
 

@@ -19,8 +19,7 @@ from grpo_latent.inspect.payload import SECRET
 from grpo_latent.train import check, environment, ray_arguments, resolve_paths, set_environment
 from grpo_latent.verl_plugin.boot import remote_errors, renamed
 from grpo_latent.verl_plugin.boot.options import LatentOptions
-from grpo_latent.verl_plugin.rewards import start_check
-from grpo_latent.verl_plugin.trainer import data_check
+from grpo_latent.verl_plugin.trainer import trial
 from grpo_latent.verl_plugin.trainer.config_check import MANAGER, check_config, check_folder
 
 
@@ -174,11 +173,9 @@ def test_a_platform_of_another_device_is_refused(tmp_path, clean, device, given)
 
 def test_each_start_of_a_run_says_where_it_was(tmp_path, monkeypatch):
     """A resumed run may be on another machine than it was begun on."""
-    for name in ("set_environment", "check_checkpoint", "_report_preflight", "_run"):
+    for name in ("set_environment", "_check_all", "_run"):
         monkeypatch.setattr(train, name, lambda *args: None)
-    monkeypatch.setattr(train, "check", lambda config: [])
-    monkeypatch.setattr(data_check, "check_data", lambda config, console: [])
-    monkeypatch.setattr(start_check, "check_rewards", lambda config: None)
+    monkeypatch.setattr(trial, "try_checkpoint", lambda config: None)
     config = make_config(tmp_path, tmp_path / "out")
     for seed in (3, 4):
         config.latent.seed = seed
