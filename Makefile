@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # 1 thread a process: OpenMP threads that spin on shared cores made runs ten times slower
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install install-cuda vllm vllm-contract vllm-v2 harnesses browser quickstart controls robustness test test-fast test-kill test-deaths lint types format docs clean
+.PHONY: install install-cuda vllm vllm-contract vllm-v2 harnesses browser quickstart controls robustness test test-fast test-kill test-deaths lint types format docs screenshots clean
 
 install: $(STAMP)
 
@@ -111,6 +111,11 @@ docs: $(STAMP)
 	$(BIN)/python -c 'import material' 2> /dev/null || \
 	  $(BIN)/pip install --quiet --disable-pip-version-check -r requirements/docs.txt
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# the pictures of the inspector's page in docs/pictures, of a finished run
+RUN ?= outputs/quickstart
+screenshots: $(STAMP) browser
+	$(BIN)/python benchmarks/screenshots.py $(RUN)
 
 clean:
 	rm -rf $(VENV) $(HARNESSES) outputs

@@ -21,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from headless import headless, open_page
+
 from grpo_latent.common.provenance import provenance
 from grpo_latent.eval.dumps import dump_files
 
@@ -50,33 +52,15 @@ def repeat_dumps(run: Path, target: Path, num_trajectories: int) -> int:
 
 def time_opening(page: Path, repeats: int) -> list[float]:
     """Seconds of each opening."""
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--window-size=1500,1000",
-    ):
-        options.add_argument(argument)
-    driver_path = shutil.which("chromedriver")
-    driver = webdriver.Chrome(
-        options=options, service=webdriver.ChromeService(driver_path) if driver_path else None
-    )
     seconds = []
-    try:
+    with headless() as driver:
         for _ in range(repeats):
             driver.switch_to.new_window("tab")
             start = time.perf_counter()
-            driver.get(page.as_uri())
-            while not driver.execute_script("return document.body.dataset.ready === 'true'"):
-                time.sleep(0.01)
+            open_page(driver, page)
             seconds.append(time.perf_counter() - start)
             driver.close()
             driver.switch_to.window(driver.window_handles[0])
-    finally:
-        driver.quit()
     return seconds
 
 

@@ -110,18 +110,18 @@ def treatment_of(run: Run) -> Treatment | None:
 
 
 def no_replay_gap(treatment: Treatment | None, shown: Sequence[GroupData]) -> str:
-    """Says why the page has no replay gaps of a run; empty where it has."""
+    """Says why the page has no state errors of a run; empty where it has."""
     hidden_size = next(
         (t.trajectory.latents.shape[1] for group in shown for t in group.trajectories), 0
     )
     if treatment is None:
         return (
-            "no replay gaps, because latent.treatment.name of its config cannot be imported here."
+            "no state errors, because latent.treatment.name of its config cannot be imported here."
         )
     if hidden_size and draws(treatment, hidden_size):
         name = type(treatment).__name__
         return (
-            f"no replay gaps, because the treatment {name} draws its latents: "
+            f"no state errors, because the treatment {name} draws its latents: "
             "they differ from the model's by design."
         )
     return ""

@@ -49,7 +49,7 @@ class Policy:
     """A Qwen2.5-VL with LVR's head, as `python -m grpo_latent.sft` writes it."""
 
     model: transformers.Qwen2_5_VLForConditionalGeneration
-    head: nn.Module  # h -> the vector that is fed; no gradient reaches it, latents being inputs
+    head: nn.Module  # h -> the vector fed; a replay feeds the record, a constant: no gradient
     tokenizer: transformers.PreTrainedTokenizerBase
     spans: dict  # ids of the span's tokens, steps of a span, spans of a completion
 

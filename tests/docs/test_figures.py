@@ -46,6 +46,10 @@ def derived(result):
             yield stdev(finals)
     for run in runs:
         yield run["final"] - run["start"]
+    for treatment in result.get("treatments", {}).values():  # differences are told in points
+        for share in ("wrong", "right"):
+            for name in ("to_start", "to_mask"):
+                yield from (100 * n for n in numbers(treatment[share].get(name)))
 
 
 def stands(figure, known):

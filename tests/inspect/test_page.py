@@ -4,21 +4,19 @@ Not covered: other browsers.
 """
 
 import json
-import os
-import shutil
-import tempfile
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import run_folder
 
 from grpo_latent.inspect.__main__ import main
 
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-DRIVER = shutil.which("chromedriver")
-webdriver = pytest.importorskip(
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from headless import CHROMIUM, DRIVER, headless  # noqa: E402
+
+pytest.importorskip(
     "selenium.webdriver", reason="selenium is not installed: pip install -e '.[dev]'"
 )
 pytest.importorskip("plotly", reason="plotly is not installed: pip install -e '.[inspect]'")
@@ -30,24 +28,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def browser():
-    options = webdriver.ChromeOptions()
-    # --no-sandbox: Chromium refuses to run as root otherwise, as in a container
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--window-size=1500,1000",
-    ):
-        options.add_argument(argument)
-    options.binary_location = CHROMIUM
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    # the browser's profile has a socket, whose path has 107 bytes at most: not below a folder that
-    # may have a long name
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        service = webdriver.ChromeService(DRIVER, env=os.environ | {"TMPDIR": folder})
-        driver = webdriver.Chrome(options=options, service=service)
+    with headless() as driver:
         yield driver
-        driver.quit()
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +255,72 @@ def test_token_log_probs(browser, pages):
             position,
         )
         assert f"{value:.4f}" in reading
+
+
+def address(page, idx, group=4):
+    """The link of a trajectory of a group, as its card has it."""
+    page.js("openGroup(arguments[0])", group)
+    script = "return document.querySelectorAll('#viewer .trajectory .link')[arguments[0]].href"
+    return page.js(script, idx)
+
+
+def test_a_link_opens_one_trajectory(browser, pages):
+    page = Page(browser, pages["both"])
+    link = address(page, 2)
+    assert link.startswith(pages["both"].as_uri() + "#at=lvr_s0/")
+    browser.get("about:blank")
+    browser.get(link)
+    page.wait("return document.body.dataset.ready === 'true'")
+    opened = "return document.querySelector('#viewer .trajectory.linked').dataset.card"
+    assert page.js("return current.index") == 4 and page.js(opened) == "2"
+    page.js("location.hash = arguments[0]", address(page, 1, group=0).partition("#")[2])
+    page.wait("return current.index === 0")
+    page.wait(f"{opened} === '1'")
+    assert page.js("return document.getElementById('missed').textContent") == ""
+
+
+def test_a_link_to_what_is_not_there_is_told(browser, pages):
+    page = Page(browser, pages["plain"])
+    page.js("location.hash = '#at=lvr_s0/99/%3Cb%3E/0'")
+    page.wait("return document.getElementById('missed').textContent.includes('<b>')")
+    assert page.js("return document.querySelectorAll('#missed b').length") == 0
+    assert browser.get_log("browser") == []
+
+
+def press(page, key, target="document"):
+    event = "new KeyboardEvent('keydown', {key: arguments[0], bubbles: true})"
+    page.js(f"{target}.dispatchEvent({event})", key)
+
+
+def test_keys_go_along_latents_and_groups(browser, pages):
+    page = Page(browser, pages["plain"])
+    order = page.shown_groups()
+    page.js("openGroup(arguments[0])", order[1])
+    chosen = "return [...document.querySelectorAll('#viewer .step')].findIndex("
+    chosen += "(step) => step.classList.contains('chosen'))"
+    first = page.js(chosen)
+    press(page, "ArrowRight"), press(page, "ArrowRight"), press(page, "ArrowLeft")
+    assert page.js(chosen) == first + 1
+    press(page, "j")
+    assert page.js("return current.index") == order[2]
+    press(page, "k"), press(page, "k"), press(page, "k")  # there is none before the first
+    assert page.js("return current.index") == order[0]
+    press(page, "j", "document.getElementById('filter-text')")  # typed, not pressed
+    assert page.js("return current.index") == order[0]
+
+
+def test_colours_have_a_legend(browser, pages):
+    page = Page(browser, pages["plain"])
+    open_latent_group(page)
+    legend = "return document.getElementById('viewer-legend').textContent"
+    assert "latent steps: nearest patch's cosine" in page.js(legend)
+    assert "nats" not in page.js(legend)
+    page.js("VIEW.tokenColor = 'surprise'; paintTokens()")
+    assert "tokens: −log-prob (old), nats 0" in page.js(legend)
+    assert "the nearest; " in page.js("return document.querySelector('.eye .hint').textContent")
+    page.see_all()
+    meanings = page.js("return document.getElementById('charts').textContent")
+    assert "near 0: nothing is explored any more" in meanings
 
 
 def test_hostile_completion_is_shown_and_not_run(browser, pages):

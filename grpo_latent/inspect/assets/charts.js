@@ -28,6 +28,19 @@ const CURVES = [
   [/^frac_reward_zero_std$/, "Groups without any signal", [0, 1.05]],
   [/^response_length\/mean$/, "Completion length, positions"],
 ];
+// what a value says, where its name does not; figures of this toolkit's own runs (docs/concepts.md)
+const MEANINGS = [
+  [/^latent\/usage_gap\//, "near 0: the latents are not used"],
+  [/^latent\/frac_rollouts$/, "near 0: the policy gives latents up"],
+  [/^latent\/forced_end_frac$/, "1 where spans have a fixed length"],
+  [/^latent\/drift_cosine$/, "1: as at the start"],
+  [/^latent\/grad_norm_ratio$/, "0: no gradient reaches latents"],
+  [/^latent\/replay_logp_gap_max$/, "1e-6 to 1e-4 in float32, tenths in bfloat16"],
+  [/^actor\/entropy(_loss)?$/, "near 0: nothing is explored any more"],
+  [/^actor\/(kl_loss|ppo_kl)$/, "grows as the policy leaves its reference"],
+  [/^actor\/pg_clipfrac$/, "0 with one update a rollout"],
+  [/^frac_reward_zero_std$/, "1: no group teaches anything"],
+];
 /** A new object each time: plotly writes into the layout that it is given. */
 const layout = () => ({
   margin: { l: 46, r: 8, t: 6, b: 32 }, height: 210, hovermode: "x unified", showlegend: false,
@@ -70,8 +83,9 @@ const escapeForPlotly = (text) => String(text).replaceAll("&", "&amp;").replaceA
 
 /** yRange: of what can only be a fraction or a cosine; a small change then looks small. */
 function addChart(metric, title, yRange) {
-  const plot = el("div", { class: "plot" });
-  byId("charts").append(el("div", { class: "chart", "data-metric": metric }, el("h3", {}, title), el("div", { class: "sub" }, metric), plot));
+  const plot = el("div", { class: "plot" }), meaning = MEANINGS.find(([pattern]) => pattern.test(metric));
+  byId("charts").append(el("div", { class: "chart", "data-metric": metric }, el("h3", {}, title), el("div", { class: "sub" }, metric),
+    meaning ? el("div", { class: "means" }, meaning[1]) : null, plot));
   whenSeen(plot, () => {
     const traces = curveTraces(metric);
     // a curve that does not move should look flat, not like magnified rounding

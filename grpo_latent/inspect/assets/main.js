@@ -78,4 +78,5 @@ setUpAblations();
 setUpConfig();
 const firstOpen = OVERVIEW.groups.findIndex((group) => group.open && group.probed);
 if (OVERVIEW.groups.length) whenSeen(byId("trajectory"), () => { if (!current) openGroup(Math.max(0, firstOpen), false); });
+followLink();
 document.body.dataset.ready = "true";

@@ -5,7 +5,7 @@ const KIND_NAMES = { T: "sampled token", S: "span start, sampled", F: "token set
 const STEP_COLORS = {
   cosine: ["nearest patch's cosine", (probe) => (cosines(probe) ? cosines(probe)[probe.top] : null)],
   norm: ["norm", (probe) => probe.norm],
-  gap: ["replay gap", (probe) => probe.gap],
+  gap: ["state error", (probe) => probe.gap],
 };
 const TOKEN_COLORS = {
   none: ["nothing", null],
@@ -20,7 +20,7 @@ let current = null;
 
 function openGroup(index, scroll = true) {
   const block = groupBlock(index);
-  if (!block) return;
+  if (!block) return false;
   current = { index, block, summary: OVERVIEW.groups[index], trajectory: null, latent: null, imageIdx: 0, probe: null };
   for (const row of document.querySelectorAll("#table tr.chosen")) row.classList.remove("chosen");
   const row = document.querySelector(`#table tr[data-group="${index}"]`);
@@ -29,6 +29,7 @@ function openGroup(index, scroll = true) {
   const first = block.trajectories.findIndex((trajectory) => trajectory.probes.length);
   if (first >= 0) chooseStep(first, 0);
   if (scroll) byId("trajectory").scrollIntoView();
+  return true;
 }
 
 function buildViewer() {
@@ -44,7 +45,12 @@ function buildViewer() {
     el("div", { class: "prompt" }, block.prompt ?? "(the prompt's row was not read: this group is not among the probed ones)"),
     el("div", { class: "filters" }, el("span", {}, "truth ", el("b", {}, summary.truth ?? "–")),
       chooser("colour steps by", stepColors, "stepColor", paintSteps), chooser("colour tokens by", TOKEN_COLORS, "tokenColor", paintTokens)),
-    el("div", { class: "reading", id: "reading" }, "Choose a token for its log-probs, a latent step for what it looks at. ← → move along the latent steps."));
+    el("div", { class: "legend", id: "viewer-legend" },
+      el("span", {}, el("span", { class: "shown-marker" }, "<start>"), " set by the mechanism, or a span's start"),
+      el("span", {}, el("span", { class: "strip" }, el("span", { class: "shown-step" }, "0")), " latent step, by its number"),
+      el("span", { id: "step-scale" }), el("span", { id: "token-scale" })),
+    el("div", { class: "reading", id: "reading" }, "Choose a token for its log-probs, a latent step for what it looks at. ",
+      el("kbd", {}, "←"), " ", el("kbd", {}, "→"), " go along the latent steps, ", el("kbd", {}, "j"), " ", el("kbd", {}, "k"), " to the next and the last group of the table."));
   list.append(el("div", { class: "side-by-side" }, ...block.trajectories.map(trajectoryCard)));
   byId("viewer").replaceChildren(viewer);
   paintSteps();
@@ -60,7 +66,7 @@ function chooser(label, options, key, onchange) {
 
 function trajectoryCard(trajectory, i) {
   const sign = trajectory.advantage > 0 ? "good" : trajectory.advantage < 0 ? "bad" : "";
-  const head = el("div", { class: "head" }, el("b", {}, `#${trajectory.idx}`),
+  const head = el("div", { class: "head" }, el("a", { class: "link", href: linkTo(current.summary, trajectory), title: "a link that opens this trajectory" }, el("b", {}, `#${trajectory.idx}`)),
     el("span", {}, "reward ", el("b", {}, num(trajectory.reward))),
     el("span", {}, "advantage ", el("b", { class: sign }, signed(trajectory.advantage))),
     ...Object.entries(trajectory.terms).map(([name, value]) => el("span", {}, `${name} `, el("b", {}, num(value)))),
@@ -98,6 +104,7 @@ function chooseStep(trajectoryIdx, latentIdx) {
   const button = document.querySelector(`#viewer .step[data-trajectory="${trajectoryIdx}"][data-latent="${latentIdx}"]`);
   button.classList.add("chosen");
   button.closest(".trajectory").classList.add("chosen");
+  button.scrollIntoView({ block: "nearest" });
   showStep();
 }
 
@@ -115,10 +122,17 @@ function chooseToken(trajectoryIdx, position) {
   byId("reading").replaceChildren(...parts);
 }
 
+/** What a colour means: its name, and a bar from the least to the most. */
+function scaleLegend(id, name, low, high, colors) {
+  byId(id).replaceChildren(...(name == null || low == null || low > high ? [] : [`${name} ${num(low, 3)} `,
+    el("span", { class: "bar", style: { background: `linear-gradient(90deg, ${colors.join(",")})` } }), ` ${num(high, 3)}`]));
+}
+
 /** Colours of the strips' buttons, over the range within the group. */
 function paintSteps() {
-  const read = STEP_COLORS[VIEW.stepColor][1];
+  const [name, read] = STEP_COLORS[VIEW.stepColor];
   const values = current.block.probes.map(read), [low, high] = range(values.filter((v) => v != null));
+  scaleLegend("step-scale", `latent steps: ${name}`, low, high, VIRIDIS.map(rgb));
   for (const button of document.querySelectorAll("#viewer .step")) {
     const value = read(probeOf(button.dataset.trajectory, button.dataset.latent));
     const t = high > low ? (value - low) / (high - low) : 0.45;
@@ -136,6 +150,7 @@ function paintTokens() {
     return read && trajectory.acted[position] === "1" ? read(tokenLogProbs(trajectory, position)) : null;
   });
   const high = range(values.filter((v) => v != null))[1];
+  scaleLegend("token-scale", read && `tokens: ${TOKEN_COLORS[VIEW.tokenColor][0]}, nats`, 0, high, ["rgba(209,102,11,0)", "rgba(209,102,11,0.75)"]);
   buttons.forEach((button, i) => {
     button.style.background = values[i] == null ? "" : `rgba(209,102,11,${(0.75 * values[i]) / Math.max(high, 1e-9)})`;
     button.title = values[i] == null ? "" : `${TOKEN_COLORS[VIEW.tokenColor][0]}: ${num(values[i])}`;
@@ -160,6 +175,8 @@ function eye(block) {
   return el("div", { class: "eye" }, canvas,
     el("div", { class: "controls" }, chooser("", modes, "mode", showStep), chooser("scale", scales, "scale", showStep), picker),
     el("div", { class: "scale" }, el("span", { id: "low" }), el("div", { class: "bar", style: { background: `linear-gradient(90deg, ${VIRIDIS.map(rgb).join(",")})` } }), el("span", { id: "high" })),
+    el("p", { class: "hint" }, "Cosine of the latent to each visual token. ", el("span", { class: "frame nearest" }), " the nearest",
+      block.boxes.length ? el("span", {}, "; ", el("span", { class: "frame box" }), " the row's box") : "", "."),
     el("div", { id: "facts" }));
 }
 
@@ -180,7 +197,7 @@ function showStep() {
   }
   if (!probe) return;
   const facts = [["latent step", `${current.latent} of trajectory #${block.trajectories[current.trajectory].idx}`], ["norm", num(probe.norm)]];
-  if (probe.gap != null) facts.push(["replay gap", `${num(probe.gap, 2)} (relative distance to what this checkpoint makes of the recorded prefix)`]);
+  if (probe.gap != null) facts.push(["state error", `${num(probe.gap, 2)} (relative distance to what this checkpoint makes of the recorded prefix)`]);
   if (cosines(probe)) facts.push(["nearest patch", `cosine ${cosines(probe)[probe.top].toFixed(3)}${probe.hit == null ? "" : probe.hit ? ", in the box" : ", outside the box"}`]);
   for (const [name, values] of Object.entries(probe.recorded || {})) facts.push([name, values.map((value) => num(value, 3)).join(", ")]);
   const list = el("dl", { class: "facts" }, ...facts.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
@@ -193,9 +210,40 @@ function wordList(title, words) {
     ...words.map(([token, score]) => el("div", { class: "word" }, el("i", { style: { width: `${100 * Math.max(0, Math.min(1, score))}%` } }), el("span", { title: token }, token), el("span", {}, num(score, 2)))));
 }
 
+const isTyping = (target) => /^(INPUT|SELECT|TEXTAREA)$/.test(target.tagName || "");
+
 document.addEventListener("keydown", (event) => {
-  if (!current || current.latent == null || !["ArrowLeft", "ArrowRight"].includes(event.key) || /^(INPUT|SELECT)$/.test(event.target.tagName)) return;
-  const steps = [...document.querySelectorAll("#viewer .step")];
-  const at = steps.findIndex((step) => step.classList.contains("chosen")) + (event.key === "ArrowRight" ? 1 : -1);
-  if (steps[at]) { event.preventDefault(); steps[at].click(); }
+  if (isTyping(event.target) || event.ctrlKey || event.metaKey || event.altKey) return;
+  const forward = { ArrowRight: 1, ArrowLeft: -1 }[event.key], down = { j: 1, k: -1 }[event.key];
+  if (forward && current && current.latent != null) {
+    const steps = [...document.querySelectorAll("#viewer .step")];
+    const next = steps[steps.findIndex((step) => step.classList.contains("chosen")) + forward];
+    if (next) { event.preventDefault(); next.click(); }
+  }
+  if (down) {
+    const rows = [...document.querySelectorAll("#table tbody tr.can-open")].map((row) => Number(row.dataset.group));
+    const next = rows[current ? rows.indexOf(current.index) + down : 0];
+    if (next != null) openGroup(next);
+  }
 });
+
+// ---- links ------------------------------------------------------------------------------------
+
+/** `#at=run/step/group/trajectory`: names, so that the link holds in a page that is made anew. */
+const linkTo = (group, trajectory) => `#at=${[OVERVIEW.runs[group.run].name, group.step, group.group, trajectory.idx].map(encodeURIComponent).join("/")}`;
+
+/** Opens what the address names; says so where this page does not hold it. */
+function followLink() {
+  if (!location.hash.startsWith("#at=")) return;
+  const parts = location.hash.slice(4).split("/").map(decodeURIComponent), [run, step, group, idx] = parts;
+  const index = OVERVIEW.groups.findIndex((g) => OVERVIEW.runs[g.run].name === run && String(g.step) === step && String(g.group) === group);
+  const place = index >= 0 && openGroup(index) ? current.block.trajectories.findIndex((t) => String(t.idx) === idx) : -1;
+  byId("missed").replaceChildren(...(place >= 0 ? [] : [el("div", { class: "problem" }, `This page does not hold what the link names: ${parts.join(", ")}.`)]));
+  if (place < 0) return;
+  if (current.block.trajectories[place].probes.length && document.querySelector(`#viewer .step[data-trajectory="${place}"]`)) {
+    chooseStep(place, Number(document.querySelector(`#viewer .step[data-trajectory="${place}"]`).dataset.latent));
+  }
+  for (const card of document.querySelectorAll("#viewer .trajectory")) card.classList.toggle("linked", Number(card.dataset.card) === place);
+  document.querySelector(`#viewer .trajectory[data-card="${place}"]`).scrollIntoView({ block: "center" });
+}
+window.addEventListener("hashchange", followLink);
