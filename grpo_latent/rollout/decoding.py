@@ -26,7 +26,7 @@ from grpo_latent.models.visibility import GrowingVisibility
 from grpo_latent.rollout.override import OverrideTable
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.recorder import Recorder, with_slots
-from grpo_latent.rollout.sampling import Bans, latent_uniforms, sample, uniforms
+from grpo_latent.rollout.sampling import Bans, latent_uniforms, sample, seed_bits, uniforms
 from grpo_latent.rollout.start import Start, rows_of_prompts
 from grpo_latent.trajectory import PositionKind, Trajectory, is_text, made_mask
 
@@ -126,9 +126,8 @@ class DecodingBatch:
         self.prompt_length = prefill.kinds_BP.shape[1]
         self.cache = RolloutCache(prefill.cache, row_to_prefill_N, self.prompt_length + length)
         self.hidden_NH = prefill.hidden_BH[row_to_prefill_N]
-        self.seeds_R = np.array(
-            [seed for request in requests for seed in request.seeds], dtype=np.uint64
-        )
+        seeds = [seed for request in requests for seed in request.seeds]
+        self.seeds_R = seed_bits(seeds).to(device)
         counts = [counts_B[row_to_prompt_N] for counts_B in self._span_counts(requests, device)]
         self.state = self.mechanism.begin(adapter.model, *counts)
         self.override = OverrideTable(requests, row_to_prompt_N, adapter.hidden_size)
@@ -138,7 +137,9 @@ class DecodingBatch:
             done_N=torch.zeros_like(row_to_prompt_N, dtype=torch.bool),
             limit_N=start.limits_N,
             next_position_N=prefill.next_position_B[row_to_prefill_N],
-            uniforms_NT=uniforms(self.seeds_R[:, None], np.arange(length)).to(device),
+            uniforms_NT=uniforms(np.array(seeds, dtype=np.uint64)[:, None], np.arange(length)).to(
+                device
+            ),
             # None, not all False: the bias then needs no second form (`may_blind`)
             blind_after_span_N=blind_B[row_to_prompt_N] if bool(blind_B.any()) else None,
             last_kinds_N=torch.full_like(row_to_prompt_N, int(PositionKind.PROMPT)),
@@ -267,8 +268,8 @@ class DecodingBatch:
         uniforms_MU = None
         if num_uniforms:
             # by record row: rows move up when others are dropped, seeds stay with trajectories
-            seeds_M = self.seeds_R[self.rows.record_N[rows_M].cpu().numpy()]
-            uniforms_MU = latent_uniforms(seeds_M, position, num_uniforms).to(hidden_MH.device)
+            seeds_M = self.seeds_R[self.rows.record_N[rows_M]]
+            uniforms_MU = latent_uniforms(seeds_M, position, num_uniforms)
         latents_MH, aux_MA = self.treatment.draw(source, uniforms_MU, self.adapter.embed)
         if not self.override.is_empty:
             kinds_M1 = planned_N[rows_M][:, None]

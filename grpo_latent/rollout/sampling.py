@@ -44,11 +44,39 @@ def uniforms(seeds_N: np.ndarray, position: int | np.ndarray) -> Tensor:
     return torch.from_numpy((x >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
-def latent_uniforms(seeds_M: np.ndarray, position: int, count: int) -> Tensor:
-    """float64 [M, count] in (0, 1), a stream of its own: what a latent at `position` draws by."""
-    counters = _LATENT_STREAM + position * count + np.arange(count)
+def latent_uniforms(seeds_M: Tensor, positions: int | Tensor, count: int) -> Tensor:
+    """float64 [M, count] in (0, 1), a stream of its own: what latents draw by.
+
+    The numbers of `uniforms`, made where the seeds are: an engine need not know on the CPU which
+    rows have latents.
+
+    Args:
+        seeds_M: int64, the 64 bits of each trajectory's seed (`seed_bits`).
+        positions: of the completion; int, or int64 [M].
+    """
+    columns = torch.arange(count, device=seeds_M.device)
+    first = torch.as_tensor(positions, device=seeds_M.device).reshape(-1, 1) * count
+    # int64 wraps around as uint64 does; of its shift, the copies of the sign are masked
+    x = seeds_M[:, None] + (first + columns + (_LATENT_STREAM + 1)) * _signed(int(_GOLDEN))
+    x = (x ^ ((x >> 30) & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & (1 << 37) - 1)) * _signed(0x94D049BB133111EB)
+    x = x ^ ((x >> 31) & (1 << 33) - 1)
     # half a step up from 0: quantiles of the normal and the Gumbel distribution are infinite there
-    return uniforms(seeds_M[:, None], counters[None]) + 2.0**-54
+    return ((x >> 11) & (1 << 53) - 1).double() * 2.0**-53 + 2.0**-54
+
+
+def seed_bits(seeds: list[int]) -> Tensor:
+    """Seeds in [0, 2**64) as int64 of the same bits.
+
+    >>> seed_bits([5, 2**64 - 1])
+    tensor([ 5, -1])
+    """
+    return torch.from_numpy(np.array(seeds, dtype=np.uint64).view(np.int64))
+
+
+def _signed(bits: int) -> int:
+    """The int64 of the same 64 bits."""
+    return bits - (1 << 64) if bits >= 1 << 63 else bits
 
 
 def slot_uniforms(seeds_N: np.ndarray, slot: int, num_images: int) -> Tensor:

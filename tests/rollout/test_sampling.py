@@ -12,6 +12,7 @@ from grpo_latent.rollout.sampling import (
     invert,
     latent_uniforms,
     sample,
+    seed_bits,
     trajectory_seed,
     truncate,
     uniforms,
@@ -27,13 +28,25 @@ def draws(num_draws, position=0, first_seed=0):
 def test_latents_draw_from_a_stream_of_their_own():
     """No number of one latent comes back at another position, seed, or text position."""
     seeds = np.arange(3, dtype=np.uint64)
-    latents = [latent_uniforms(seeds, position, 5) for position in range(4)]
+    bits = seed_bits(seeds.tolist())
+    latents = [latent_uniforms(bits, position, 5) for position in range(4)]
     texts = [uniforms(seeds, position) for position in range(64)]
     numbers = torch.cat([*(values.flatten() for values in latents), *texts])
     assert len(numbers.unique()) == 4 * 3 * 5 + 64 * 3 and bool(
         ((numbers > 0) & (numbers < 1)).all()
     )
-    assert torch.equal(latent_uniforms(seeds[1:2], 2, 5), latents[2][1:2])
+    assert torch.equal(latent_uniforms(bits[1:2], 2, 5), latents[2][1:2])
+    by_row = latent_uniforms(bits, torch.tensor([3, 0, 2]), 5)
+    assert torch.equal(by_row, torch.stack([latents[3][0], latents[0][1], latents[2][2]]))
+
+
+def test_latents_draw_by_the_hash_that_text_draws_by():
+    """In integers of torch, so that a device makes them; numpy's unsigned ones are the reference."""
+    seeds = [0, 1, 2**63 - 1, 2**63, 2**64 - 1, *map(trajectory_seed, range(50), *[range(50)] * 3)]
+    for position in (0, 7, 4095):
+        counters = (1 << 40) + position * 300 + np.arange(300)
+        expected = uniforms(np.array(seeds, np.uint64)[:, None], counters[None]) + 2.0**-54
+        assert torch.equal(latent_uniforms(seed_bits(seeds), position, 300), expected)
 
 
 def bans(mask):

@@ -93,14 +93,12 @@ class Mechanism:
             only).
         start_is_action, end_is_action: whether emitting the token that opens a span, or a sampled
             one that closes it, counts as an action of the policy.
-        has_slots: whether completions begin with `num_slots` latent steps, which run right after
-            the prompt.
+        has_slots: whether completions begin with `num_slots` latent steps.
         top_k_image: image embeddings inserted before each slot, chosen by attention; 0 for none.
         selection_order: of those: `index`, as they stand in the image, or `attention`, best first.
         positions: `text_style` (the model's own for the prompt, latents count on as text) or `1d`
             (0, 1, 2, … for everything, images included).
-        reads_logits, reads_latents: whether `RowStates.plan` needs logits, and `advance` the
-            recorded vectors.
+        reads_logits, reads_latents: whether `plan` needs logits, `advance` the recorded vectors.
         state_size: number of columns of `RowStates.pack`.
     """
 
@@ -230,6 +228,10 @@ class Mechanism:
                 for the checkpoint's.
         """
         return RowStates(steps_N)
+
+    def begin_at_prompt(self, model: nn.Module, steps_N: Tensor) -> RowStates:
+        """The state of N rows right behind their prompts, whose slots (if any) are to be decoded."""
+        return self.begin(model, steps_N)
 
     def make(self, model: nn.Module, source: HiddenSource) -> Tensor:
         """Makes what is recorded, in the shape of `source.hidden_MH`.

@@ -49,6 +49,7 @@ __all__ = [
     "Mask",
     "Treatment",
     "parse_treatment",
+    "to_dict",
 ]
 
 TREATMENTS: dict[str, type[Treatment]] = {
@@ -102,6 +103,20 @@ def parse_treatment(values: Mapping[str, Any] | None) -> tuple[Treatment, Latent
             )
         return built[name], terms
     return build(_import(name), groups.get(OWN_OPTIONS, {}), "latent.treatment.options"), terms
+
+
+def to_dict(treatment: Treatment) -> dict[str, Any]:
+    """A treatment as the group `latent.treatment` names it, for another process.
+
+    >>> parse_treatment(to_dict(Gaussian(sigma=10.0)))[0]
+    Gaussian(sigma=10.0, sigma_rollout=None, per_dimension=False)
+    """
+    kind = type(treatment)
+    options = dataclasses.asdict(treatment)
+    for name, known in TREATMENTS.items():
+        if kind is known:
+            return {"name": name, name: options}
+    return {"name": f"{kind.__module__}:{kind.__qualname__}", OWN_OPTIONS: options}
 
 
 def _mapping(values: Any, where: str) -> dict:

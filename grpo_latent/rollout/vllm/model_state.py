@@ -58,8 +58,19 @@ class LatentModelState(DefaultModelState):
         input_batch: InputBatch,
         *args: object,
     ) -> Tensor:
-        # a model with images: this runner makes its input vectors here
+        # a model with images: this runner makes its input vectors here, before 0.29
         embeds = super().get_mm_embeddings(scheduled_encoder_inputs, input_batch, *args)
+        self._begin(embeds, input_batch)
+        return embeds
+
+    def prepare_inputs_embeds(
+        self,
+        scheduled_encoder_inputs: dict[str, list[int]],
+        input_batch: InputBatch,
+        *args: object,
+    ) -> Tensor:
+        # and here from 0.29 on
+        embeds = super().prepare_inputs_embeds(scheduled_encoder_inputs, input_batch, *args)
         self._begin(embeds, input_batch)
         return embeds
 

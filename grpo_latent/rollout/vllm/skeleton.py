@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from grpo_latent.backbones.registry import read_backbone
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.mechanisms import LVR, Mechanism, from_dict  # noqa: F401  (LVR: doctest)
+from grpo_latent.latent.treatments import Mask, Treatment, parse_treatment, to_dict
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import check_tokens, find_eos_ids, read_mechanism, reading
 from grpo_latent.rollout.vllm.compat import ENGINE_HF
@@ -105,6 +106,7 @@ def read_skeleton(folder: str | Path, overrides: dict | None = None) -> Skeleton
     skeleton = Skeleton(
         ModelAdapter(model, mechanism), tokenizer, mechanism, find_eos_ids(model, tokenizer)
     )
+    _check_positions(skeleton, folder)
     forced = {mechanism.placeholder_id(kind) for kind in PLACED_KINDS} & set(skeleton.eos_ids)
     if forced:
         # vLLM is told to stop at EOS ids, and does so wherever they stand
@@ -129,6 +131,31 @@ def check_mechanism(mechanism: Mechanism) -> None:
         )
 
 
+def _check_positions(skeleton: Skeleton, folder: Path) -> None:
+    """Raises `ConfigError` where vLLM would number positions otherwise than the checkpoint."""
+    if skeleton.mechanism.positions != "text_style" and skeleton.adapter.has_vision:
+        raise ConfigError(
+            "vLLM numbers the positions of images as their model does",
+            where=f"{folder}: latent.positions",
+            got=f"{skeleton.mechanism.positions} with a model that takes images",
+            expected="text_style, or a text model",
+            fix=f"Use {ENGINE_HF}.",
+        )
+
+
+def check_treatment(treatment: Treatment, mechanism: Mechanism) -> None:
+    """Raises `ConfigError` for what RL cannot make of latents in vLLM."""
+    treatment.check(mechanism)
+    if treatment.has_parameters:
+        raise ConfigError(
+            "engine vllm keeps no parameters of a treatment",
+            where="latent.treatment.name",
+            got=type(treatment).__name__,
+            expected="one without parameters (mask, recompute, gaussian, gumbel_soft, vmf)",
+            fix=f"Use {ENGINE_HF}.",
+        )
+
+
 @dataclass(frozen=True)
 class WorkerOptions:
     """What the worker and scheduler processes need; JSON under `additional_config["grpo_latent"]`.
@@ -140,6 +167,7 @@ class WorkerOptions:
     mechanism: Mechanism
     banned_ids: tuple[int, ...]
     max_latents: int | None = None
+    treatment: Treatment = field(default_factory=Mask)
 
     def __post_init__(self) -> None:
         if self.max_latents is not None and self.max_latents < self.mechanism.steps:
@@ -175,6 +203,7 @@ class WorkerOptions:
             "mechanism": self.mechanism.to_dict(),
             "banned_ids": list(self.banned_ids),
             "max_latents": self.max_latents,
+            "treatment": to_dict(self.treatment),
         }
 
 
@@ -187,7 +216,8 @@ def worker_options(vllm_config: VllmConfig) -> WorkerOptions:
     more steps a span.
     """
     values = (vllm_config.additional_config or {}).get(CONFIG_KEY) or {}
-    unknown = sorted(set(values) - {"mechanism", "banned_ids", "max_latents", "overrides"})
+    known = {"mechanism", "banned_ids", "max_latents", "treatment", "overrides"}
+    unknown = sorted(set(values) - known)
     if unknown:
         raise ConfigError(
             "unknown option",
@@ -197,7 +227,10 @@ def worker_options(vllm_config: VllmConfig) -> WorkerOptions:
         )
     if "mechanism" in values:
         mechanism = from_dict(values["mechanism"], where=f"additional_config.{CONFIG_KEY}")
-        return WorkerOptions(mechanism, tuple(values["banned_ids"]), values["max_latents"])
+        treatment, _ = parse_treatment(values["treatment"])
+        return WorkerOptions(
+            mechanism, tuple(values["banned_ids"]), values["max_latents"], treatment
+        )
     overrides = tuple(sorted((values.get("overrides") or {}).items()))
     skeleton = _cached_skeleton(vllm_config.model_config.model, overrides)
     max_latents = values.get("max_latents")

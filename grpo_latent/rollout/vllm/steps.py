@@ -53,6 +53,7 @@ class LatentSteps:
     ):
         self.table = LatentTable(
             options.mechanism,
+            options.treatment,
             modules,
             embed,
             options.banned_ids,

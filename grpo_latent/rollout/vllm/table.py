@@ -12,6 +12,7 @@ M some of them, H hidden, V vocabulary, D columns of state.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 
 from grpo_latent.errors import RolloutError
 from grpo_latent.latent.mechanisms import HiddenSource, Mechanism, RowStates
-from grpo_latent.rollout.sampling import Bans, sample, uniforms
+from grpo_latent.latent.treatments import LatentSource, Treatment
+from grpo_latent.rollout.sampling import Bans, latent_uniforms, sample, seed_bits, uniforms
 from grpo_latent.rollout.vllm.request import LatentRequest, RowSampling
+from grpo_latent.rollout.vllm.seats import DeviceSeats, HostSeats
 from grpo_latent.trajectory import PLACED_KINDS, PositionKind, fed_mask
 
 # the last two columns of the state before each position; the mechanism's own stand in front
@@ -47,50 +50,6 @@ class StepRows:
     positions_N: np.ndarray
 
 
-@dataclass
-class _HostSeats:
-    """What the scheduler's announcements say of each seat, on the CPU.
-
-    Attributes:
-        sampling_S: index of its way of drawing text.
-        num_chosen_S: positions that it has chosen.
-        draws_SL: the uniform number of each position.
-    """
-
-    sampling_S: np.ndarray
-    num_chosen_S: np.ndarray
-    draws_SL: np.ndarray
-
-    def doubled(self) -> _HostSeats:
-        """The same with as many seats once more, all zero."""
-        return _HostSeats(
-            *(np.concatenate([array, np.zeros_like(array)]) for array in vars(self).values())
-        )
-
-
-@dataclass
-class _DeviceSeats:
-    """What each seat has recorded, on the device.
-
-    Attributes:
-        steps_S: int64, latent steps a span.
-        state_SLD: int32, the state before each position.
-        log_probs_SL2: float32, under the full distribution and under the one drawn from.
-        latents_SCH: recorded vectors; the last one of a seat is scratch.
-    """
-
-    steps_S: Tensor
-    state_SLD: Tensor
-    log_probs_SL2: Tensor
-    latents_SCH: Tensor
-
-    def doubled(self) -> _DeviceSeats:
-        """The same with as many seats once more, all zero."""
-        return _DeviceSeats(
-            *(torch.cat([tensor, torch.zeros_like(tensor)]) for tensor in vars(self).values())
-        )
-
-
 class LatentTable:
     """Seats the requests that have started and are not finished.
 
@@ -98,6 +57,7 @@ class LatentTable:
     time.
 
     Args:
+        treatment: what RL makes of latents; it decides what is fed and recorded at them.
         modules: has what the mechanism's `attach` makes.
         embed: token embeddings of ids.
         banned_ids: tokens that are never drawn.
@@ -110,6 +70,7 @@ class LatentTable:
     def __init__(
         self,
         mechanism: Mechanism,
+        treatment: Treatment,
         modules: nn.Module,
         embed: Callable[[Tensor], Tensor],
         banned_ids: Iterable[int],
@@ -121,6 +82,7 @@ class LatentTable:
         device: torch.device,
     ):
         self.mechanism = mechanism
+        self.treatment = treatment
         self.modules = modules
         self.embed = embed
         self.bans_2 = Bans.build(banned_ids, mechanism.opening_ids, device)
@@ -132,18 +94,20 @@ class LatentTable:
         # ways of drawing text met so far; vLLM's own sampler is the one at `_SERVED`
         self.samplings: list[RowSampling | None] = [None]
         self._free = list(range(num_seats))[::-1]
-        self.host = _HostSeats(
+        self.host = HostSeats(
             np.zeros(num_seats, np.int64),
             np.zeros(num_seats, np.int64),
             np.zeros((num_seats, max_length)),
         )
         state_size = mechanism.state_size + 2
-        self.on_device = _DeviceSeats(
+        self.on_device = DeviceSeats(
             torch.zeros(num_seats, dtype=torch.long, device=device),
             # one more than positions: before the first, and after the last
             torch.zeros(num_seats, max_length + 1, state_size, dtype=torch.int32, device=device),
             torch.zeros(num_seats, max_length, 2, device=device),
             torch.zeros(num_seats, max_latents + 1, hidden_size, dtype=dtype, device=device),
+            torch.zeros(num_seats, max_latents + 1, treatment.aux_size, device=device),
+            torch.zeros(num_seats, dtype=torch.long, device=device),
         )
 
     def add(self, request_id: str, request: LatentRequest) -> None:
@@ -172,10 +136,13 @@ class LatentTable:
         self.host.sampling_S[seat] = self.samplings.index(request.sampling)
         self.host.num_chosen_S[seat] = 0
         if request.sampling is not None:
-            # all at once: a step then only looks its numbers up
-            positions_L = np.arange(self.host.draws_SL.shape[1])
+            # all at once: a step then only looks its numbers up. Text counts from the end of the
+            # slots, which engine hf runs with the prompt
+            num_slots = self.mechanism.num_slots(request.steps)
+            positions_L = np.maximum(np.arange(self.host.draws_SL.shape[1]) - num_slots, 0)
             seed_1 = np.array([request.seed], np.uint64)
             self.host.draws_SL[seat] = uniforms(seed_1, positions_L).numpy()
+            self.on_device.seeds_S[seat] = seed_bits([request.seed])[0]
         self.on_device.steps_S[seat] = request.steps or self.mechanism.steps
 
     def _grow(self) -> None:
@@ -197,13 +164,13 @@ class LatentTable:
         state_TD = self.on_device.state_SLD[seat, : length + 1].to("cpu", torch.int64)
         num_latents = state_TD[-1, _NUM_LATENTS]
         log_probs_T2 = self.on_device.log_probs_SL2[seat, :length].to("cpu", copy=True)
+        num_kept = min(int(num_latents), self.max_latents)
         self.records[key] = {
             "kinds": state_TD[1:, _KIND],
             "rollout_log_probs": log_probs_T2[:, 0],
             "sampling_log_probs": log_probs_T2[:, 1],
-            "latents": self.on_device.latents_SCH[
-                seat, : min(int(num_latents), self.max_latents)
-            ].to("cpu", copy=True),
+            "latents": self.on_device.latents_SCH[seat, :num_kept].to("cpu", copy=True),
+            "latent_aux": self.on_device.aux_SCA[seat, :num_kept].to("cpu", copy=True),
             "num_latents": num_latents,
         }
 
@@ -270,7 +237,7 @@ class LatentTable:
 
     def _begin(self, seats: Tensor, state_ND: Tensor) -> RowStates:
         """The mechanism's state of the rows, as it was before the positions that they choose."""
-        state = self.mechanism.begin(self.modules, self.on_device.steps_S[seats])
+        state = self.mechanism.begin_at_prompt(self.modules, self.on_device.steps_S[seats])
         state.unpack(state_ND[:, :_NUM_LATENTS].unbind(-1))
         return state
 
@@ -316,7 +283,9 @@ class LatentTable:
             tokens_N = torch.where(is_placed_N, self.mechanism.placeholder_id(kind), tokens_N)
         log_probs_N2 = log_probs_N2 * is_text_N[:, None]
         source = HiddenSource(hidden_NH, lambda: logits_NV, self.embed)
-        latents_NH = self.mechanism.make(self.modules, source).to(self.on_device.latents_SCH.dtype)
+        mean_NH = self.mechanism.make(self.modules, source)
+        latents_NH, aux_NA, densities_N = self._draw_latents(rows, mean_NH, logits_NV)
+        latents_NH = latents_NH.to(self.on_device.latents_SCH.dtype)
         kinds_N = state.advance(
             planned_N, tokens_N, latents_NH if self.mechanism.reads_latents else None
         )
@@ -327,10 +296,46 @@ class LatentTable:
         scratch = self.max_latents
         place_N = torch.where(is_latent_N, num_latents_N, scratch).clamp(max=scratch)
         self.on_device.latents_SCH[seats, place_N] = latents_NH
-        self.on_device.log_probs_SL2[seats, positions] = log_probs_N2
+        self.on_device.aux_SCA[seats, place_N] = aux_NA
+        # an action's density stands where a token's log-prob would
+        recorded_N2 = torch.where(is_latent_N[:, None], densities_N[:, None], log_probs_N2)
+        self.on_device.log_probs_SL2[seats, positions] = recorded_N2
         columns = (*state.pack(), num_latents_N + is_latent_N, kinds_N)
         self.on_device.state_SLD[seats, positions + 1] = torch.stack(columns, -1).to(torch.int32)
         return tokens_N, log_probs_N2[:, 0], ~is_text_N
+
+    def _draw_latents(
+        self, rows: StepRows, mean_NH: Tensor, logits_NV: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors to feed [N, H], their aux [N, A] and log-densities [N], both 0 for means."""
+        treatment = self.treatment
+        aux_NA = torch.zeros(len(mean_NH), treatment.aux_size, device=self.device)
+        densities_N = torch.zeros(len(mean_NH), device=self.device)
+        # slots are fed as they are made, whatever the treatment
+        if self.mechanism.has_slots or (treatment.feeds_mean and not treatment.is_action):
+            return mean_NH, aux_NA, densities_N
+        latents_NH = mean_NH.clone()  # as it is in served rows, which nobody trains on
+        ways_N = self.host.sampling_S[rows.seats_N]
+        for way in set(ways_N.tolist()) - {_SERVED}:
+            temperature = self._sampling_of(way).temperature
+            picked = self._to_device(np.nonzero(ways_N == way)[0])
+            source = LatentSource(
+                mean_NH[picked],
+                functools.partial(_scaled, logits_NV[picked], temperature or 1.0),
+            )
+            num_uniforms = treatment.num_uniforms(mean_NH.shape[1]) if temperature else 0
+            uniforms_MU = None
+            if num_uniforms:
+                seeds_M = self.on_device.seeds_S[self._to_device(rows.seats_N)[picked]]
+                positions_M = self._to_device(rows.positions_N)[picked]
+                uniforms_MU = latent_uniforms(seeds_M, positions_M, num_uniforms)
+            drawn_MH, aux_MA = treatment.draw(source, uniforms_MU, self.embed)
+            latents_NH[picked] = drawn_MH.to(latents_NH.dtype)
+            if aux_MA is not None:
+                aux_NA[picked] = aux_MA
+            if treatment.is_action:
+                densities_N[picked] = treatment.log_density(source, drawn_MH, aux_MA)
+        return latents_NH, aux_NA, densities_N
 
     def _draw(
         self, rows: StepRows, logits_NV: Tensor, bans: Bans, served_tokens_N: Tensor
@@ -362,12 +367,22 @@ class LatentTable:
         self, way: int, logits_MV: Tensor, draws_M: Tensor, bans: Bans
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids, full and drawn log-probs, each [M], of rows with one sampling."""
-        sampling = self.samplings[way]
-        assert sampling is not None  # way `_SERVED` draws nothing here
+        sampling = self._sampling_of(way)
         return sample(
             logits_MV, draws_M, sampling.temperature, sampling.top_k, sampling.top_p, bans
         )
 
+    def _sampling_of(self, way: int) -> RowSampling:
+        """How a way of drawing text draws."""
+        sampling = self.samplings[way]
+        assert sampling is not None  # way `_SERVED` draws nothing here
+        return sampling
+
     def note_chosen(self, rows: StepRows) -> None:
         """Remembers how far each request has come."""
         self.host.num_chosen_S[rows.seats_N] = rows.positions_N + 1
+
+
+def _scaled(logits_MV: Tensor, temperature: float) -> Tensor:
+    """Logits as a treatment reads them."""
+    return logits_MV.float() / temperature

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import vllm
 from vllm.v1.worker.gpu_worker import Worker
@@ -13,7 +15,7 @@ from grpo_latent.rollout.vllm.contract import check_symbols
 from grpo_latent.rollout.vllm.model import register_latent_model
 from grpo_latent.rollout.vllm.skeleton import worker_options
 from grpo_latent.rollout.vllm.steps import LatentSteps
-from grpo_latent.rollout.vllm.wire import pack
+from grpo_latent.rollout.vllm.wire import digest, pack
 
 
 class LatentWorker(Worker):
@@ -75,16 +77,18 @@ class LatentWorker(Worker):
             from grpo_latent.rollout.vllm.runner import install
         install(runner, self.latent_steps)
 
-    def latent_pop(self, keys: list[str] | None = None) -> dict[str, dict]:
-        """Records of finished requests by key, as bytes.
+    def latent_pop(self, keys: list[str] | None = None) -> dict[str, Any]:
+        """Records of finished requests by key, as bytes; of other ranks than 0 their digests.
 
         Tensors inside an RPC's answer do not survive multi-processing.
         """
-        records = self.latent_steps.table.pop(keys)
-        return {
+        packed = {
             key: {name: pack(tensor) for name, tensor in record.items()}
-            for key, record in records.items()
+            for key, record in self.latent_steps.table.pop(keys).items()
         }
+        if self.rank == 0:
+            return packed
+        return {key: digest(record) for key, record in packed.items()}
 
     def latent_stats(self) -> dict[str, int]:
         """Counters and leftovers, for tests and for `VllmRolloutEngine.stats`.

@@ -33,6 +33,7 @@ from grpo_latent.errors import RolloutError
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.vllm.compat import check_options, check_version, pin_runner
 from grpo_latent.rollout.vllm.frontend import FrontEnd
+from grpo_latent.rollout.vllm.wire import agreed
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import VLLM_ROLLOUT_NAME, verify
 from grpo_latent.verl_plugin.rollout import vllm_compat  # noqa: F401  (before verl's own modules, which ask for a `vllm`)
@@ -68,6 +69,7 @@ class LatentVllmServer(vLLMHttpServer):
             self.options.overrides,
             self.config.max_model_len,
             self.options.max_latents,
+            treatment=self.options.treatment,
         )
         self.waves = Waves(self._run_wave, self.options.rollout_timeout_s, name)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -135,7 +137,7 @@ class LatentVllmServer(vLLMHttpServer):
         except BaseException:
             await self._discard(all_keys)
             raise
-        packed = (await self._pop(all_keys))[0]
+        packed = agreed(await self._pop(all_keys))
         results = []
         for (request, _), keys in zip(payloads, keys_of_group, strict=True):
             pairs = zip(request.seeds, keys, strict=True)

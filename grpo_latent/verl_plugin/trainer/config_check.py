@@ -298,9 +298,9 @@ def _check_vllm(config: DictConfig, options: LatentOptions) -> None:
         ("latent.selection", options.draw_temperature is not None, options.selection, "top_k"),
         (
             "latent.treatment.name",
-            treatment.is_action or not treatment.feeds_mean or treatment.has_parameters,
+            treatment.has_parameters,
             type(treatment).__name__,
-            "one that feeds h itself (mask, recompute), without parameters of its own",
+            "one without parameters of its own (mask, recompute, gaussian, gumbel_soft, vmf)",
         ),
         (
             "actor_rollout_ref.rollout.data_parallel_size",

@@ -11,25 +11,26 @@ import pytest
 from vllm_cases import build_vllm_case
 
 from grpo_latent.errors import CheckpointError, ConfigError, PluginError
-from grpo_latent.rollout.vllm import compat, contract
+from grpo_latent.rollout.vllm import compat, contract, symbols
 from grpo_latent.rollout.vllm.compat import (
     RUNNER_VARIABLE,
     check_version,
     installed_vllm,
     pin_runner,
 )
-from grpo_latent.rollout.vllm.contract import Symbol, check_symbol
+from grpo_latent.rollout.vllm.contract import check_symbol
 from grpo_latent.rollout.vllm.skeleton import WorkerOptions, read_skeleton, worker_options
+from grpo_latent.rollout.vllm.symbols import Symbol
 
 
-@pytest.mark.parametrize("version", ["0.24.0", "0.27.1", "0.27.1+cpu", "0.27.0"])
+@pytest.mark.parametrize("version", ["0.24.0", "0.25.1", "0.27.1", "0.27.1+cpu", "0.31.0"])
 def test_supported_versions(version):
     check_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.24.1", "0.25.0", "0.28.0", "0.2.7", "1.27.1"])
+@pytest.mark.parametrize("version", ["0.23.9", "0.32.0", "0.2.7", "1.27.1"])
 def test_other_versions_are_refused_with_the_supported_ones(version):
-    with pytest.raises(PluginError, match=f"{version}; expected 0.24.0 or 0.27.x"):
+    with pytest.raises(PluginError, match=f"{version}; expected >=0.24.0,<0.32"):
         check_version(version)
 
 
@@ -111,7 +112,51 @@ def test_a_changed_symbol_is_named(symbol, message, tmp_path):
         check_symbol(symbol, tmp_path)
 
 
-SYMBOLS = contract.COMMON + contract.V1_RUNNER + contract.V2_RUNNER
+def fake_vllm(root, release, source):
+    (root / "vllm").mkdir()
+    (root / "vllm" / "_version.py").write_text(
+        f"__version__ = '{release}'\n__version_tuple__ = version_tuple = {release}\n"
+    )
+    (root / "vllm" / "runner.py").write_text(source)
+
+
+@pytest.mark.parametrize(
+    ("release", "source", "message"),
+    [
+        ((0, 28, 1), "def embeds(): ...", None),
+        ((0, 29, 0), "def inputs(): ...", None),
+        ((0, 29, 0), "def embeds(): ...", "vllm.runner.inputs: .*got no inputs"),
+        ((0, 28, 0), "def inputs(): ...", "vllm.runner.embeds: .*got no embeds"),
+    ],
+)
+def test_a_renamed_symbol_is_looked_for_where_its_release_has_it(
+    release, source, message, tmp_path, monkeypatch
+):
+    fake_vllm(tmp_path, release, source)
+    renamed = (
+        Symbol("vllm.runner", "embeds", before=(0, 29)),
+        Symbol("vllm.runner", "inputs", since=(0, 29)),
+    )
+    monkeypatch.setattr(symbols, "COMMON", renamed)
+    monkeypatch.setattr(symbols, "V2_RUNNER", ())
+    if message is None:
+        contract.check_symbols(True, tmp_path)
+        return
+    with pytest.raises(PluginError, match=message):
+        contract.check_symbols(True, tmp_path)
+
+
+def test_a_source_that_does_not_say_its_release_is_an_error(tmp_path):
+    with pytest.raises(PluginError, match="__version_tuple__: .*no module vllm._version"):
+        contract.check_symbols(False, tmp_path)
+    fake_vllm(tmp_path, "0", "")
+    (tmp_path / "vllm" / "_version.py").write_text("version = '0.29.0'\n")
+    contract._parsed.cache_clear()
+    with pytest.raises(PluginError, match="__version_tuple__: .*no such constant"):
+        contract.check_symbols(False, tmp_path)
+
+
+SYMBOLS = symbols.COMMON + symbols.V1_RUNNER + symbols.V2_RUNNER
 
 
 def test_the_source_of_a_vllm_that_is_not_there_is_an_error(monkeypatch):
@@ -123,11 +168,14 @@ def test_the_source_of_a_vllm_that_is_not_there_is_an_error(monkeypatch):
 @pytest.mark.vllm
 @pytest.mark.parametrize("symbol", SYMBOLS, ids=lambda symbol: f"{symbol.module}.{symbol.name}")
 def test_the_installed_vllm_has_what_we_rely_on(symbol):
-    check_symbol(symbol, contract.installed_root())
+    root = contract.installed_root()
+    if not symbol.is_in(contract.release_of(root)):
+        pytest.skip(f"not in the installed release: since {symbol.since}, before {symbol.before}")
+    check_symbol(symbol, root)
 
 
 def test_other_releases_have_what_we_rely_on(capsys):
-    """`make vllm-contract` unpacks 0.24.0, which torch 2.13 cannot import, and runs this."""
+    """`make vllm-contract` unpacks every release that is supported, and runs this."""
     folders = os.environ.get("VLLM_SOURCES")
     if not folders:
         pytest.skip("VLLM_SOURCES names no unpacked vLLM: run `make vllm-contract`")
@@ -239,7 +287,6 @@ def test_a_worker_with_vllms_own_model_class_is_refused(folder, monkeypatch):
 
 
 REFUSED = {
-    "tensor_parallel_size": 2,
     "pipeline_parallel_size": 2,
     "prefill_context_parallel_size": 2,
     "decode_context_parallel_size": 2,
@@ -257,7 +304,7 @@ def test_features_that_latents_do_not_go_through_are_refused(name):
         ConfigError, match=f"vllm.{name}: .*got {re.escape(str(REFUSED[name]))}; expected"
     ):
         compat.check_options({"enforce_eager": True, name: REFUSED[name]})
-    compat.check_options({"enforce_eager": True, "tensor_parallel_size": 1, "enable_lora": False})
+    compat.check_options({"enforce_eager": True, "tensor_parallel_size": 2, "enable_lora": False})
 
 
 def vllm_config(**changes):

@@ -10,6 +10,11 @@ from torch import nn
 
 from grpo_latent.errors import RolloutError
 from grpo_latent.latent.mechanisms import LVR
+from grpo_latent.latent.mechanisms.coconut import Coconut
+from grpo_latent.latent.treatments import LatentSource, Mask
+from grpo_latent.latent.treatments.gaussian import Gaussian
+from grpo_latent.latent.treatments.gumbel_soft import GumbelSoft
+from grpo_latent.rollout.sampling import latent_uniforms, seed_bits, uniforms
 from grpo_latent.rollout.vllm.request import LatentRequest, RowSampling
 from grpo_latent.rollout.vllm.table import LatentTable, StepRows
 from grpo_latent.trajectory import PositionKind
@@ -22,10 +27,11 @@ T, S, L, F = (
 )
 
 
-def table(num_seats=2, max_latents=8, **changes):
-    mechanism = LVR("s", "l", "e", START, LATENT, END, steps=2, **changes)
+def table(num_seats=2, max_latents=8, kind=LVR, treatment=None, **changes):
+    mechanism = kind("s", "l", "e", START, LATENT, END, steps=2, **changes)
     return LatentTable(
         mechanism,
+        treatment or Mask(),
         nn.Module(),
         nn.Embedding(VOCAB, HIDDEN),
         sorted(mechanism.banned_ids),
@@ -93,6 +99,84 @@ def test_a_sampled_end_is_drawn_by_the_model():
     record = t.pop(["a"])["a"]
     assert record["kinds"].tolist() == [S, L, L, int(PositionKind.END)]
     assert float(record["rollout_log_probs"][3]) < 0
+
+
+def test_a_completion_begins_with_its_slots():
+    """As many as the request asks for; a slot that is asked for again is one."""
+    t = table(kind=Coconut)
+    t.add("a", greedy("a"))
+    t.add("b", greedy("b", steps=3))
+    for position in range(4):
+        tokens, _, forced = step(t, ["a", "b"], [position] * 2, [WORD, WORD])
+        assert tokens == [WORD if position >= slots else LATENT for slots in (2, 3)]
+        assert forced == [position < slots for slots in (2, 3)]
+    assert step(t, ["a"], [1], [WORD], torch.full((1, HIDDEN), 7.0))[0] == [LATENT]
+    assert step(t, ["a"], [2], [WORD])[0] == [WORD]
+    record = t.pop(["a"])["a"]
+    assert record["kinds"].tolist() == [L, L, T]
+    assert record["latents"][:, 0].tolist() == [0.0, 7.0]
+
+
+def test_text_behind_slots_draws_as_if_they_were_of_the_prompt():
+    t = table(kind=Coconut)
+    t.add("a", sampled("a", 1.0, seed=9))
+    draws_L = t.host.draws_SL[t.seats["a"]]
+    expected = uniforms(np.array([9], np.uint64), np.arange(5)).tolist()
+    assert draws_L[2:7].tolist() == expected
+
+
+def sampled(key, temperature, seed):
+    return LatentRequest(key, 2, RowSampling(temperature, top_k=-1, top_p=1.0), seed)
+
+
+def test_a_latent_is_drawn_by_its_trajectorys_numbers_and_scored():
+    """Three ways in one step: drawn, greedy, and served, whose text vLLM's sampler draws."""
+    t = table(num_seats=4, treatment=Gaussian(sigma=2.0))
+    t.add("drawn", sampled("drawn", 0.5, seed=2**64 - 3))
+    t.add("greedy", greedy("greedy"))
+    t.add("served", LatentRequest())
+    names = ["drawn", "greedy", "served"]
+    far = 50 * torch.nn.functional.one_hot(torch.tensor([START] * 3), VOCAB).float()
+    rows = StepRows(np.arange(3), np.array([t.seats[name] for name in names]), np.zeros(3, int))
+    t.choose(rows, torch.zeros(3, HIDDEN), far, torch.full((3,), START))
+    t.note_chosen(rows)
+    hidden = torch.arange(12.0).reshape(3, HIDDEN)
+    step(t, names, [1, 1, 1], [WORD] * 3, hidden)
+    record = t.pop(["drawn"])["drawn"]
+    noise = 2.0 * torch.special.ndtri(latent_uniforms(seed_bits([2**64 - 3]), 1, HIDDEN)).float()
+    assert record["kinds"].tolist() == [S, L]
+    torch.testing.assert_close(record["latents"], hidden[:1] + noise, rtol=0, atol=1e-6)
+    density = -float(noise.square().sum()) / (2 * 2.0**2)
+    for name in ("rollout_log_probs", "sampling_log_probs"):
+        assert float(record[name][1]) == pytest.approx(density, abs=1e-6)
+    record = t.pop(["greedy"])["greedy"]
+    assert (
+        torch.equal(record["latents"], hidden[1:2]) and float(record["rollout_log_probs"][1]) == 0
+    )
+    served = t.on_device.latents_SCH[t.seats["served"], 0]
+    assert torch.equal(served, hidden[2])
+
+
+def test_what_a_treatment_records_beside_a_latent_comes_with_it():
+    treatment = GumbelSoft(top_k=2)
+    t = table(treatment=treatment)
+    t.add("a", sampled("a", 0.5, seed=3))
+    far = torch.zeros(1, VOCAB)
+    far[0, START] = 80.0
+    rows = StepRows(np.arange(1), np.array([t.seats["a"]]), np.zeros(1, int))
+    t.choose(rows, torch.zeros(1, HIDDEN), far, torch.zeros(1, dtype=torch.long))
+    t.note_chosen(rows)
+    with torch.no_grad():
+        step(t, ["a"], [1], [WORD])
+    record = t.pop(["a"])["a"]
+    source = LatentSource(torch.zeros(1, HIDDEN), lambda: torch.eye(VOCAB)[[WORD]] * 5.0 / 0.5)
+    uniforms = latent_uniforms(seed_bits([3]), 1, 2)
+    with torch.no_grad():
+        latents, aux = treatment.draw(source, uniforms, t.embed)
+    torch.testing.assert_close(record["latents"], latents)
+    torch.testing.assert_close(record["latent_aux"], aux)
+    density = float(treatment.log_density(source, latents, aux))
+    assert float(record["rollout_log_probs"][1]) == pytest.approx(density, abs=1e-5)
 
 
 def test_feeding_replaces_latent_positions_only():

@@ -14,6 +14,7 @@ import torch
 from latent_cases import SAMPLED, WORDS, Case
 
 from grpo_latent.latent.mechanisms import Mechanism
+from grpo_latent.latent.treatments import Treatment
 from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import save_latent_model
@@ -40,9 +41,13 @@ class VllmCase:
         drawn = {self.case.token_id(token) for token in DRAWN} | self.mechanism.closing_ids
         return set(range(len(self.case.tokenizer))) - drawn
 
-    def hf_engine(self) -> HFRolloutEngine:
+    def hf_engine(self, treatment: Treatment | None = None) -> HFRolloutEngine:
         return HFRolloutEngine(
-            self.case.model, self.mechanism, [self.case.eos_id], self.banned_ids
+            self.case.model,
+            self.mechanism,
+            [self.case.eos_id],
+            self.banned_ids,
+            treatment=treatment,
         )
 
     def vllm_engine(self, **options):
@@ -142,8 +147,11 @@ def compare(ours: list[list[Trajectory]], reference: list[list[Trajectory]]) -> 
         ):
             different.append(f"{a.group_id}: {a.token_ids.tolist()} {b.token_ids.tolist()}")
             continue
-        if len(a.latents):
-            latent_gap = max(latent_gap, float((a.latents - b.latents).abs().max()))
+        for name in ("latents", "latent_aux"):
+            ours_NX, theirs_NX = getattr(a, name), getattr(b, name)
+            assert ours_NX.shape == theirs_NX.shape
+            if ours_NX.numel():
+                latent_gap = max(latent_gap, float((ours_NX - theirs_NX).abs().max()))
         for name in ("rollout_log_probs", "sampling_log_probs"):
             log_prob_gap = max(
                 log_prob_gap, float((getattr(a, name) - getattr(b, name)).abs().max())

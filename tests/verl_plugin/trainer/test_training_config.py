@@ -271,22 +271,27 @@ def test_engine_vllm_is_chosen_by_its_name(device):
     check_latents(composed(f"device={device}"), checkpoint.replace(visibility="latents_only"))
 
 
-def test_vllm_runs_ilvrs_spans():
-    check_latents(composed(*VLLM), MECHANISMS["ilvr"]("s", "l", "e", 0, 1, 2))
+@pytest.mark.parametrize("mechanism", ["ilvr", "coconut", "own_slots"])
+def test_vllm_runs_spans_between_texts_and_slots(mechanism):
+    check_latents(composed(*VLLM), MECHANISMS[mechanism]("s", "l", "e", 0, 1, 2))
 
 
-@pytest.mark.parametrize("mechanism, changes", [("ivt_lr", dict(top_k_image=2)), ("coconut", {})])
-def test_mechanisms_that_vllm_cannot_run_point_to_engine_hf(mechanism, changes):
-    with pytest.raises(ConfigError, match="latent.mechanism.*rollout.name=hf_latent"):
-        check_latents(composed(*VLLM), MECHANISMS[mechanism]("s", "l", "e", 0, 1, 2, **changes))
+def test_image_positions_chosen_by_attention_point_to_engine_hf():
+    mechanism = MECHANISMS["ivt_lr"]("s", "l", "e", 0, 1, 2, top_k_image=2)
+    with pytest.raises(ConfigError, match="latent.top_k_image.*rollout.name=hf_latent"):
+        check_latents(composed(*VLLM), mechanism)
+
+
+@pytest.mark.parametrize("treatment", ["gaussian", "gumbel_soft", "vmf"])
+def test_vllm_draws_latents(treatment):
+    check_config(composed(*VLLM, f"latent.treatment.name={treatment}"))
 
 
 @pytest.mark.parametrize(
     "override, where",
     [
         ("latent.visibility=latents_only", "latent.visibility"),
-        ("latent.treatment.name=gaussian", "latent.treatment.name"),
-        ("latent.treatment.name=gumbel_soft", "latent.treatment.name"),
+        ("latent.treatment.name=gaussian_head", "latent.treatment.name"),
         ("latent.selection=plackett_luce", "latent.selection"),
         ("actor_rollout_ref.rollout.load_format=dummy", "load_format"),
         ("actor_rollout_ref.rollout.data_parallel_size=2", "data_parallel_size"),
