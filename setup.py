@@ -83,9 +83,9 @@ setup(
         ],
         "sft": ["accelerate", "datasets", "peft"],
         "reward": ["math-verify"],
-        "vllm": [
-            "vllm==0.24.0"
-        ],  # the CUDA build, as verl 0.9.1 pins it; `make vllm` adds the CPU build
+        # the CUDA build: 0.24.0 is verl 0.9.1's own pin, 0.32 wants a transformers that verl refuses;
+        # docs/vllm.md says what was run. `make vllm` adds the CPU build
+        "vllm": ["vllm>=0.24.0,<0.32"],
         "embedded": ["scikit-learn", "matplotlib", "pandas"],
         "inspect": ["plotly>=6", "jinja2"],
         "dev": [

@@ -24,6 +24,8 @@ from grpo_latent.harnesses.answers import Answerer, Question
 
 # of a task that sets no bound, as lmms-eval's chat models have it
 DEFAULT_NEW_TOKENS = 4096
+# arguments of engine vllm
+VLLM_SETTINGS = ("max_model_len", "max_latents", "enforce_eager", "gpu_memory_utilization")
 
 
 class GrpoLatent(lmms):
@@ -32,7 +34,8 @@ class GrpoLatent(lmms):
     Args:
         pretrained: the checkpoint's folder.
         batch_size: questions that are decoded together; lmms-eval's `--batch_size`.
-        settings: of `Answerer`: engine, dtype, device, steps, min_new_tokens, answer_only, seed.
+        settings: of `Answerer`: engine, dtype, device, steps, min_new_tokens, answer_only, seed;
+            with `engine=vllm` the `VLLM_SETTINGS`, too.
     """
 
     is_simple = False
@@ -45,6 +48,8 @@ class GrpoLatent(lmms):
             )
         self.batch_size = int(batch_size)
         known = ("engine", "dtype", "device", "steps", "min_new_tokens", "answer_only", "seed")
+        if settings.get("engine") == "vllm":
+            known += VLLM_SETTINGS
         unknown = sorted(set(settings) - set(known))
         if unknown:
             raise ConfigError(

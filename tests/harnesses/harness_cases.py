@@ -37,6 +37,13 @@ def python_of(harness):
     return python
 
 
+def needs_vllm(python):
+    """Skips where a harness's environment has no vLLM: it takes that of .venv."""
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    if subprocess.run([python, "-c", code]).returncode:
+        pytest.skip(f"no vLLM for {python}: make vllm, then make harnesses")
+
+
 def run(command, folder, **variables):
     """Runs a command of a harness, offline and with caches of its own; returns what it prints."""
     environment = os.environ | {
@@ -83,7 +90,9 @@ class Questions:
 
 def write_model(folder):
     """A random model that opens a span and then says a digit, which depends on the question."""
-    model, tokenizer, processor = tiny.tiny_qwen2_5_vl(digits.WORDS)
+    # of heads that vLLM's CPU kernels take
+    sizes = tiny.TinySizes(hidden=64)
+    model, tokenizer, processor = tiny.tiny_qwen2_5_vl(digits.WORDS, sizes)
     ids = tokenizer.get_vocab()
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -7,6 +7,7 @@ from harness_cases import (
     NEW_TOKENS,
     ROOT,
     make_questions,
+    needs_vllm,
     our_evaluation,
     python_of,
     run,
@@ -25,12 +26,19 @@ def test_our_model_inside_lmms_eval(tmp_path):
     assert "passed" in said
 
 
-def test_a_task_of_a_local_file_scores_as_our_evaluation(tmp_path):
+ENGINES = {"hf": "", "vllm": ",max_model_len=128,enforce_eager=True"}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_task_of_a_local_file_scores_as_our_evaluation(engine, tmp_path):
     """Row by row: the same answers, so the same accuracy; the task's bound of one token is raised."""
     command = python_of("lmms-eval").parent / "lmms-eval"
+    if engine == "vllm":
+        needs_vllm(python_of("lmms-eval"))
     questions = make_questions(tmp_path)
     write_lmms_task(questions, tmp_path / "task")
-    arguments = f"pretrained={tmp_path / 'model'},min_new_tokens={NEW_TOKENS},engine=hf"
+    arguments = f"pretrained={tmp_path / 'model'},min_new_tokens={NEW_TOKENS},engine={engine}"
+    arguments += ENGINES[engine]
     said = run(
         [
             command,
@@ -39,6 +47,7 @@ def test_a_task_of_a_local_file_scores_as_our_evaluation(tmp_path):
             *("--batch_size", "5", "--log_samples", "--output_path", tmp_path / "out"),
         ],
         tmp_path,
+        VLLM_CPU_KVCACHE_SPACE="1",
     )
     assert (
         f"the task allows 1 new tokens, which latents and answer tags would fill; {NEW_TOKENS}"

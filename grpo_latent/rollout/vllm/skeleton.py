@@ -21,7 +21,7 @@ from grpo_latent.latent.mechanisms import LVR, Mechanism, from_dict  # noqa: F40
 from grpo_latent.latent.treatments import Mask, Treatment, parse_treatment, to_dict
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import check_tokens, find_eos_ids, read_mechanism, reading
-from grpo_latent.rollout.vllm.compat import ENGINE_HF
+from grpo_latent.rollout.vllm.compat import ENGINE_HF, NORMALIZES_PIXELS
 from grpo_latent.trajectory import PLACED_KINDS
 
 if TYPE_CHECKING:
@@ -238,6 +238,23 @@ def worker_options(vllm_config: VllmConfig) -> WorkerOptions:
     if max_latents is None:
         max_latents = max(DEFAULT_MAX_LATENTS, mechanism.steps * (mechanism.max_spans or 1))
     return WorkerOptions(mechanism, tuple(skeleton.banned_ids()), max_latents)
+
+
+def check_pixels(vllm_config: VllmConfig) -> None:
+    """Raises `ConfigError` where our engine's pixels would be whitened a second time.
+
+    A server's come from vLLM's own processor, which leaves it to the model.
+    """
+    is_sent = "mechanism" in ((vllm_config.additional_config or {}).get(CONFIG_KEY) or {})
+    multimodal_config = vllm_config.model_config.multimodal_config
+    if is_sent and getattr(multimodal_config, NORMALIZES_PIXELS, False):
+        raise ConfigError(
+            "images come whitened, and vLLM would do it again",
+            where=f"vllm.{NORMALIZES_PIXELS}",
+            got=True,
+            expected="False",
+            fix=f"Leave {NORMALIZES_PIXELS} as engine vllm sets it.",
+        )
 
 
 @functools.lru_cache(maxsize=4)

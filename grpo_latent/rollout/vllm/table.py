@@ -297,8 +297,10 @@ class LatentTable:
         place_N = torch.where(is_latent_N, num_latents_N, scratch).clamp(max=scratch)
         self.on_device.latents_SCH[seats, place_N] = latents_NH
         self.on_device.aux_SCA[seats, place_N] = aux_NA
-        # an action's density stands where a token's log-prob would
-        recorded_N2 = torch.where(is_latent_N[:, None], densities_N[:, None], log_probs_N2)
+        # an action's density stands where a token's log-prob would; a sampled start that is fed as
+        # a vector keeps its own
+        is_drawn_N = planned_N == int(PositionKind.LATENT)
+        recorded_N2 = torch.where(is_drawn_N[:, None], densities_N[:, None], log_probs_N2)
         self.on_device.log_probs_SL2[seats, positions] = recorded_N2
         columns = (*state.pack(), num_latents_N + is_latent_N, kinds_N)
         self.on_device.state_SLD[seats, positions + 1] = torch.stack(columns, -1).to(torch.int32)

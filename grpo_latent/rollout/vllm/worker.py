@@ -13,7 +13,7 @@ from grpo_latent.errors import PluginError
 from grpo_latent.rollout.vllm.compat import ENGINE_HF, RUNNERS, check_version, check_vllm_config
 from grpo_latent.rollout.vllm.contract import check_symbols
 from grpo_latent.rollout.vllm.model import register_latent_model
-from grpo_latent.rollout.vllm.skeleton import worker_options
+from grpo_latent.rollout.vllm.skeleton import check_pixels, worker_options
 from grpo_latent.rollout.vllm.steps import LatentSteps
 from grpo_latent.rollout.vllm.wire import digest, pack
 
@@ -27,6 +27,7 @@ class LatentWorker(Worker):
         check_version(vllm.__version__)
         check_symbols(is_v2)
         check_vllm_config(self.vllm_config)
+        check_pixels(self.vllm_config)
         model_config = self.vllm_config.model_config
         register_latent_model(model_config.architecture)
         if not is_v2 and not model_config.is_multimodal_model:

@@ -11,7 +11,7 @@ import pytest
 from vllm_cases import build_vllm_case
 
 from grpo_latent.errors import CheckpointError, ConfigError, PluginError
-from grpo_latent.rollout.vllm import compat, contract, symbols
+from grpo_latent.rollout.vllm import compat, contract, frontend, symbols
 from grpo_latent.rollout.vllm.compat import (
     RUNNER_VARIABLE,
     check_version,
@@ -19,7 +19,13 @@ from grpo_latent.rollout.vllm.compat import (
     pin_runner,
 )
 from grpo_latent.rollout.vllm.contract import check_symbol
-from grpo_latent.rollout.vllm.skeleton import WorkerOptions, read_skeleton, worker_options
+from grpo_latent.rollout.vllm.frontend import FrontEnd
+from grpo_latent.rollout.vllm.skeleton import (
+    WorkerOptions,
+    check_pixels,
+    read_skeleton,
+    worker_options,
+)
 from grpo_latent.rollout.vllm.symbols import Symbol
 
 
@@ -284,6 +290,32 @@ def test_a_worker_with_vllms_own_model_class_is_refused(folder, monkeypatch):
     monkeypatch.setattr(model, "register_latent_model", lambda architecture: None)
     with pytest.raises(PluginError, match="built its own model class; got Qwen2ForCausalLM"):
         VllmRolloutEngine(folder, max_model_len=128, enforce_eager=True)
+
+
+@pytest.mark.parametrize("release", [(0, 27), (0, 28), (0, 31)])
+def test_vllm_is_told_that_pixels_are_whitened(release, tmp_path, monkeypatch):
+    """From 0.28 on its models would whiten them once more, without a word."""
+    build_vllm_case("qwen2_5_vl", tmp_path)
+    monkeypatch.setattr(frontend, "installed_release", lambda: release)
+    arguments = FrontEnd(tmp_path, None, 128).engine_arguments(is_cpu=True, is_async=False)
+    assert arguments.get("mm_device_do_normalize") is (None if release < (0, 28) else False)
+    with pytest.raises(ConfigError, match="vllm.mm_device_do_normalize: .*got True"):
+        compat.check_options({"mm_device_do_normalize": True})
+
+
+def test_a_worker_refuses_to_whiten_pixels_twice():
+    def config(sent, whitens):
+        namespace = types.SimpleNamespace
+        multimodal = namespace(mm_device_do_normalize=whitens)
+        return namespace(
+            additional_config={"grpo_latent": sent},
+            model_config=namespace(multimodal_config=multimodal),
+        )
+
+    check_pixels(config({"mechanism": {}}, False))
+    check_pixels(config({"overrides": {}}, True))  # a server: images are vLLM's own
+    with pytest.raises(ConfigError, match="images come whitened.*got True"):
+        check_pixels(config({"mechanism": {}}, True))
 
 
 REFUSED = {

@@ -101,6 +101,18 @@ def test_a_sampled_end_is_drawn_by_the_model():
     assert float(record["rollout_log_probs"][3]) < 0
 
 
+def test_a_start_that_is_fed_as_a_vector_keeps_its_log_prob():
+    t = table(first_latent="at_start")
+    t.add("a", greedy("a"))
+    for position, best in enumerate([START, 4, 4, WORD]):
+        step(t, ["a"], [position], [best])
+    record = t.pop(["a"])["a"]
+    assert record["kinds"].tolist() == [int(PositionKind.FED_START), L, F, T]
+    expected = float(torch.tensor([5.0] + [0.0] * 5).log_softmax(0)[0])
+    assert float(record["rollout_log_probs"][0]) == pytest.approx(expected, abs=1e-6)
+    assert record["latents"][:, 0].tolist() == [0.0, 1.0]
+
+
 def test_a_completion_begins_with_its_slots():
     """As many as the request asks for; a slot that is asked for again is one."""
     t = table(kind=Coconut)
