@@ -47,7 +47,7 @@ class GrpoLatent(lmms):
                 "not a batch size", where="batch_size", got=batch_size, expected="int >= 1"
             )
         self.batch_size = int(batch_size)
-        known = ("engine", "dtype", "device", "steps", "min_new_tokens", "answer_only", "seed")
+        known = ["engine", "dtype", "device", "steps", "min_new_tokens", "answer_only", "seed"]
         if settings.get("engine") == "vllm":
             known += VLLM_SETTINGS
         unknown = sorted(set(settings) - set(known))
