@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # 1 thread a process: OpenMP threads that spin on shared cores made runs ten times slower
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install install-cuda vllm test-vllm vllm-contract vllm-v2 harnesses browser quickstart controls robustness test test-fast test-kill test-deaths lint types format docs screenshots clean
+.PHONY: install install-cuda vllm test-vllm vllm-contract vllm-v2 harnesses browser quickstart controls robustness test test-fast test-kill test-deaths lint types format docs screenshots versions clean
 
 install: $(STAMP)
 
@@ -91,6 +91,11 @@ browser:
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver fonts-dejavu-core > /dev/null; } || \
 	  echo "no Chromium: the tests of the inspector's page are skipped"
 
+# each bound of setup.py that the pinned set does not have, with the tests that it concerns; half an hour of two cores
+VERSIONS ?= .venv-versions
+versions: $(STAMP)
+	bash requirements/versions/run.sh $(BIN)/python $(VERSIONS)
+
 # two processes: the slow tests, which mostly wait for Ray, and all others (tests/conftest.py)
 test: $(STAMP) browser
 	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
@@ -132,4 +137,4 @@ screenshots: $(STAMP) browser
 	$(BIN)/python benchmarks/screenshots.py $(RUN)
 
 clean:
-	rm -rf $(VENV) $(HARNESSES) outputs
+	rm -rf $(VENV) $(HARNESSES) $(VERSIONS) outputs

@@ -143,7 +143,7 @@ class ActorDeathError(GrpoLatentError, RuntimeError):
 
 
 class PluginError(GrpoLatentError, RuntimeError):
-    """The verl plug-in is not loaded in a process, or verl changed under it."""
+    """The verl plug-in is not loaded in a process, or a library changed under this package."""
 
 
 class PreflightError(GrpoLatentError, RuntimeError):

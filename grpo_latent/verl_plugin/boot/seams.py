@@ -7,69 +7,11 @@ the symbols: `compat`, and the subclasses of verl's classes in the rooms beside 
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from dataclasses import dataclass
+from grpo_latent.common.seams import FIXES, Seam
 
-from grpo_latent.errors import PluginError
+__all__ = ["FIX", "RAY_SEAMS", "SEAMS", "Seam"]
 
-
-@dataclass(frozen=True)
-class Seam:
-    """One thing of verl that is not a public extension point.
-
-    Attributes:
-        name: of the use, for messages.
-        symbol: `module:attribute.attribute`.
-        why: what breaks here when it changes.
-        parameters: of its signature, in order; None where it is no callable of interest.
-    """
-
-    name: str
-    symbol: str
-    why: str
-    parameters: tuple[str, ...] | None = None
-
-    def resolve(self) -> object:
-        """The verl object.
-
-        Raises:
-            PluginError: it is gone.
-        """
-        module_name, path = self.symbol.split(":")
-        try:
-            value = importlib.import_module(module_name)
-            for attribute in path.split("."):
-                value = getattr(value, attribute)
-        except (ImportError, AttributeError) as error:
-            raise PluginError(
-                f"verl changed under {self.name}",
-                where=self.symbol,
-                got=str(error),
-                expected=self.why,
-                fix=FIX,
-            ) from error
-        return value
-
-    def check(self) -> None:
-        """Raises `PluginError` if the symbol is gone or has other parameters."""
-        value = self.resolve()
-        if self.parameters is None:
-            return
-        # Ray's tracing adds a parameter to the methods of actor classes
-        names = inspect.signature(value).parameters if callable(value) else ()
-        found = tuple(name for name in names if name != "_ray_trace_ctx")
-        if found != self.parameters:
-            raise PluginError(
-                f"verl changed under {self.name}",
-                where=self.symbol,
-                got=f"parameters {found}",
-                expected=f"{self.parameters} ({self.why})",
-                fix=FIX,
-            )
-
-
-FIX = "Install verl>=0.9.1,<0.10, or adapt grpo_latent/verl_plugin/boot/seams.py and compat.py."
+FIX = FIXES["verl"]
 _WORKERS = "verl.workers.engine_workers"
 _ENGINE = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"
 _TRAINER = "verl.trainer.ppo.v1.trainer_base:PPOTrainer"
@@ -303,4 +245,14 @@ SEAMS = (
         "started by us",
         ("self", "config"),
     ),
+)
+# of Ray's `_private`, for `actor_watch`
+RAY_SEAMS = (
+    Seam(
+        "watching actors",
+        "ray._private.state:actors",
+        "dead actors of this job are asked for",
+        ("actor_id", "job_id", "actor_state_name"),
+    ),
+    Seam("node of the driver", "ray._private.worker:_global_node", "where a run's logs lie"),
 )

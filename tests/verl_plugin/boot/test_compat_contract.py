@@ -10,10 +10,10 @@ import torch
 
 from grpo_latent.errors import DataError, PluginError
 from grpo_latent.verl_plugin.boot import compat, metrics_file
-from grpo_latent.verl_plugin.boot.seams import SEAMS, Seam
+from grpo_latent.verl_plugin.boot.seams import RAY_SEAMS, SEAMS, Seam
 
 
-@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.name)
+@pytest.mark.parametrize("seam", [*SEAMS, *RAY_SEAMS], ids=lambda seam: seam.name)
 def test_seam(seam):
     seam.check()
 
