@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from grpo_latent.common.arguments import check_arguments
 from grpo_latent.common.command import DONE, REFUSED, command
+from grpo_latent.common.kinds import number
 from grpo_latent.rewards.check import CheckReport, check_function
 from grpo_latent.rewards.functions import DEFAULT_NAME, FunctionSpec
 
@@ -47,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--timeout-s", default=5.0, type=float, help="for each call (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
+    check_arguments(options, timeout_s=number(above=0))
     spec = FunctionSpec(options.path, options.name, kwargs=options.kwargs)
     report = check_function(
         spec, options.ground_truth, options.wrong_answer, options.data_source, options.timeout_s

@@ -14,15 +14,17 @@ from pathlib import Path
 
 from PIL import Image
 
+from grpo_latent.common.arguments import check_arguments
 from grpo_latent.common.command import add_verify_digests, command
 from grpo_latent.common.dtypes import parse_dtype
+from grpo_latent.common.kinds import null_or, number, whole
 from grpo_latent.data.examples import ImageRef
 from grpo_latent.rollout.llm import ENGINES, LatentLLM
 from grpo_latent.rollout.protocol import SamplingParams
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments of the command line."""
+    """The arguments of the command line; raises `ConfigError` at one that is out of range."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -48,7 +50,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     add_verify_digests(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_arguments(
+        args,
+        num=whole(1),
+        max_new_tokens=whole(1),
+        temperature=number(at_least=0),
+        steps=null_or(whole(0)),
+        seed=whole(0),
+    )
+    return args
 
 
 def read_image(path: str) -> Image.Image:

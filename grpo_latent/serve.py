@@ -16,7 +16,9 @@ import shlex
 import sys
 from pathlib import Path
 
+from grpo_latent.common.arguments import check_arguments
 from grpo_latent.common.command import add_verify_digests, command
+from grpo_latent.common.kinds import null_or, whole
 from grpo_latent.common.listeners import LOOPBACK
 from grpo_latent.common.manifest import check_whole
 from grpo_latent.errors import ConfigError
@@ -34,7 +36,11 @@ MIDDLEWARE = "grpo_latent.rollout.vllm.middleware.LatentRequests"
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Our own arguments, and those that are passed on to vLLM."""
+    """Our own arguments, and those that are passed on to vLLM, which checks them.
+
+    Raises:
+        ConfigError: one of ours is out of range.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -53,7 +59,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--print-command", action="store_true", help="print vLLM's command and stop"
     )
     add_verify_digests(parser)
-    return parser.parse_known_args(argv)
+    args, flags = parser.parse_known_args(argv)
+    check_arguments(args, steps=null_or(whole(0)), max_latents=null_or(whole(1)))
+    return args, flags
 
 
 def vllm_command(

@@ -1,4 +1,4 @@
-"""Names of the dtypes that weights can have, as configs and command lines write them."""
+"""Names of the dtypes and devices that weights can have, as configs and command lines write them."""
 
 from __future__ import annotations
 
@@ -31,3 +31,22 @@ def parse_dtype(name: str, where: str = "dtype") -> torch.dtype:
             "unknown dtype", where=where, got=name, expected=f"one of {tuple(DTYPES)}"
         )
     return DTYPES[name]
+
+
+def parse_device(name: str | torch.device, where: str = "device") -> torch.device:
+    """The device of that name, where this process has it.
+
+    Raises:
+        ConfigError: no device's name, or one of a device that is not here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # of torch without CUDA: an AssertionError
+        raise ConfigError(
+            "no such device here",
+            where=where,
+            got=f"{name}: {str(error).splitlines()[0]}",
+            expected="cpu, cuda or cuda:<n>",
+        ) from error
+    return device

@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers.utils.logging import disable_progress_bar
 
+from grpo_latent.common.arguments import check_arguments
 from grpo_latent.common.command import add_verify_digests, command, print_error
 from grpo_latent.common.dtypes import parse_dtype
 from grpo_latent.common.files import write_text
+from grpo_latent.common.kinds import null_or, number, text, whole
 from grpo_latent.inspect.page import render
 from grpo_latent.inspect.report import Limits, Report, build_report
 from grpo_latent.inspect.run import Run, read_run, run_folders
@@ -66,6 +68,7 @@ def title_of(runs: Sequence[Run], report: Report) -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of the command line; raises `ConfigError` at one that is out of range."""
     parser = argparse.ArgumentParser(prog="python -m grpo_latent.inspect", description=__doc__)
     parser.add_argument(
         "runs", nargs="+", type=Path, help="output folders of training runs, or of recipes"
@@ -95,7 +98,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--megabytes", type=float, default=defaults.block_bytes / 1e6, help="of trajectories' data"
     )
     add_verify_digests(parser)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    check_arguments(
+        options,
+        trajectories=whole(1),
+        probe=whole(0),
+        megabytes=number(above=0),
+        wandb=null_or(text()),
+    )
+    return options
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from transformers import (
 
 from grpo_latent.backbones.protocol import Backbone
 from grpo_latent.backbones.registry import read_backbone
+from grpo_latent.common.dtypes import parse_device
 from grpo_latent.common.manifest import check_whole, digests, model_files, write_manifest
 from grpo_latent.errors import CheckpointError, ConfigError, GrpoLatentError
 from grpo_latent.latent.mechanisms import (
@@ -91,6 +92,7 @@ def load_latent_model(
         raise CheckpointError(
             "no such folder", where=str(folder), expected="a folder written by grpo_latent.sft"
         )
+    device = parse_device(device)  # before minutes of loading
     check_whole(folder, verify_digests)
     check_is_model_folder(folder)
     with reading("tokenizer", folder):

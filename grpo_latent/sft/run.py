@@ -24,6 +24,7 @@ from grpo_latent.common.files import write_json
 from grpo_latent.common.manifest import DCP_INDEX, check_whole
 from grpo_latent.common.pickles import check_metadata, check_pickles
 from grpo_latent.common.provenance import provenance
+from grpo_latent.common.sockets import keep_socket_paths_short
 from grpo_latent.common.step_folders import step_folders, step_of
 from grpo_latent.data.boxes import BadBoxes
 from grpo_latent.errors import ConfigError
@@ -180,6 +181,8 @@ def train(
 ) -> LatentSFTTrainer:
     """Trains to the end, from `checkpoint` on where there is one, and waits for all processes."""
     assert args.output_dir is not None, "`training_arguments` asks for it"
+    if args.dataloader_num_workers:
+        keep_socket_paths_short()
     bar = ProgressBar()
     trainer = settings.method_row.trainer(
         latent,

@@ -6,7 +6,9 @@ Not covered: resuming on another number of processes.
 """
 
 import json
+import multiprocessing
 import shutil
+import tempfile
 
 import pytest
 import torch
@@ -80,6 +82,29 @@ def test_a_check_reads_every_row_and_writes_nothing(inputs, tmp_path):
     part.write_bytes(part.read_bytes()[:-1] + b"?")
     with pytest.raises(CheckpointError, match="model.safetensors"):
         check_sft(settings_from(config_of(inputs, tmp_path / "out")))
+
+
+@pytest.fixture
+def long_temporary_folder(tmp_path, monkeypatch):
+    """TMPDIR whose name is too long for a socket, in a process that has not used it yet."""
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    config = multiprocessing.process.current_process()._config
+    monkeypatch.setitem(config, "tempdir", None)
+    return folder
+
+
+def test_workers_of_the_loader_under_a_long_temporary_folder(
+    inputs, tmp_path, long_temporary_folder
+):
+    """Batches that came through a socket there never came, or as an OSError."""
+    alone = run(inputs, tmp_path / "alone", **{"trainer.max_steps": 2})
+    options = {"trainer.max_steps": 2, "trainer.dataloader_num_workers": 1}
+    result = run(inputs, tmp_path / "workers", **options)
+    assert tempfile.gettempdir() == str(long_temporary_folder)
+    ours, theirs = (load_file(path.model_path / "model.safetensors") for path in (alone, result))
+    assert same_nested(ours, theirs)
 
 
 def test_a_seed_decides_everything(inputs, tmp_path):
