@@ -8,6 +8,7 @@
     in the head    each row runs its own prompt; log-probs are made within `lm_head`
     all logits     latent.score_in_head=false: verl makes the logits of all positions
     prompt once    the rows of a group run one prompt; the default of training
+    raw replay     `models.replay` of the same rows, prompts once, without verl's engine
 
 One micro-batch of the verl engine, a model of random weights, a span of four latents in each row:
 old log-probs without a gradient, then forward and backward of an update with entropies. The model
@@ -51,7 +52,10 @@ from grpo_latent.common.provenance import provenance  # noqa: E402
 from grpo_latent.latent.mechanisms import LVR  # noqa: E402
 from grpo_latent.models import tiny  # noqa: E402
 from grpo_latent.models.adapter import ModelAdapter  # noqa: E402
-from grpo_latent.models.loading import save_latent_model  # noqa: E402
+from grpo_latent.models.loading import load_latent_model, save_latent_model  # noqa: E402
+from grpo_latent.models.replay import replay  # noqa: E402
+from grpo_latent.models.sequences import collate  # noqa: E402
+from grpo_latent.models.vision_cache import VisionCache  # noqa: E402
 from grpo_latent.trajectory import PositionKind, Trajectory  # noqa: E402
 
 STEPS = 4
@@ -61,6 +65,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "all logits": {"share_prompt": False, "score_in_head": False},
     "prompt once": {},
 }
+RAW = "raw replay"
 
 
 def write_checkpoint(folder: Path, arguments: argparse.Namespace) -> None:
@@ -295,9 +300,37 @@ def measured(run) -> dict[str, float]:
     return {"seconds": clock() - started, "gib": max(0, memory()[1] - before) / 2**30}
 
 
+def take_raw_turn(folder: Path, arguments: argparse.Namespace) -> dict:
+    """Both passes without an engine: replayed log-probs, and their backward."""
+    loaded = load_latent_model(folder)
+    model = loaded.model
+    if arguments.image:
+        VisionCache.install(model)  # equal images of a call are encoded once
+    if arguments.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    adapter = ModelAdapter(model, loaded.mechanism)
+    for vision_module in adapter.backbone.vision_modules:
+        vision_module.requires_grad_(False)
+    rows = trajectories(arguments, adapter)
+    sequences = collate(rows, images_of(rows, arguments), adapter, "full", shares_prompts=True)
+
+    def update() -> None:
+        model.train()
+        log_probs_BT, _ = replay(adapter, sequences, 0.9)
+        (log_probs_BT.sum() / 1000).backward()
+
+    def old() -> None:
+        with torch.no_grad():
+            replay(adapter, sequences, 0.9)
+
+    return {"old": measured(old), "update": measured(update)}
+
+
 def take_turn(folder: Path, way: str, arguments: argparse.Namespace) -> dict:
     """Both passes of one way, in this process."""
     torch.set_num_threads(1)
+    if way == RAW:
+        return take_raw_turn(folder, arguments)
     engine = make_engine(folder, way, arguments.rows, bool(arguments.checkpointing))
     batch = engine_batch(trajectories(arguments, engine), engine, arguments)
 

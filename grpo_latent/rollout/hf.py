@@ -5,8 +5,9 @@
 
 An image is encoded once, a prompt prefilled once, beside prompts of about its length; keys and
 values are written in place; rows that have stopped are dropped when they are half of the batch; on
-CPU linear layers multiply with packed weights. A row's result depends on weights, prompt, seed and
-sampling; the batch that it shares moves its numbers by rounding only.
+CPU linear layers multiply with packed weights, on CUDA a step is one captured graph. A row's result
+depends on weights, prompt, seed and sampling; the batch that it shares moves its numbers by
+rounding only.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from grpo_latent.errors import ConfigError, RolloutError
 from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.latent.treatments import Mask, Treatment
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.attention import SDPA_NAMES, folded_attention
+from grpo_latent.models.attention import SDPA_NAMES, chosen_kernels, folded_attention
 from grpo_latent.models.loading import copy_weights
 from grpo_latent.models.packed_linears import packed_linears
-from grpo_latent.rollout.decoding import DecodingBatch, TokenRules
+from grpo_latent.rollout.decoding import DecodingBatch
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
 from grpo_latent.rollout.start import prompt_start, slot_start
+from grpo_latent.rollout.steps import StaticSteps, steps_of
+from grpo_latent.rollout.token_rules import TokenRules
 from grpo_latent.trajectory import Trajectory
 
 
@@ -50,6 +53,10 @@ class HFRolloutEngine:
             call of `generate` and dropped after it, where `models.packed_linears.packs` them (CPU,
             float32 or bfloat16; elsewhere the layers run as they are). Moves numbers by rounding
             only, and takes the memory of the decoder's weights once more.
+        decoding: how steps are run, one of `steps.DECODINGS`. `growing`: keys and values grow, and rows
+            are picked by index. `static`: fixed shapes, and the host reads a step late. `graphs`:
+            that, each shape captured as a CUDA graph. None: `graphs` on CUDA, else `growing`.
+            Engines of one model share its graphs.
     """
 
     def __init__(
@@ -62,6 +69,7 @@ class HFRolloutEngine:
         treatment: Treatment | None = None,
         selection_temperature: float | None = None,
         pack_linears: bool = True,
+        decoding: str | None = None,
     ):
         self.adapter = ModelAdapter(model, mechanism)
         self.model = model
@@ -71,6 +79,7 @@ class HFRolloutEngine:
         self.treatment = treatment or Mask()
         self.selection_temperature = selection_temperature
         self.pack_linears = pack_linears
+        self.steps = steps_of(self.adapter, decoding)
         self.treatment.check(mechanism)
         self.treatment.check_model(model)
         attention = self.adapter.text_config._attn_implementation
@@ -167,6 +176,8 @@ class HFRolloutEngine:
         """Moves the weights, such as off an accelerator that training needs meanwhile."""
         # as a plain module: transformers wraps `to` so that its declared arguments are lost
         model: nn.Module = self.model
+        if isinstance(self.steps, StaticSteps):
+            self.steps.forget()  # graphs read the weights where they are, and hold memory
         model.to(device)
 
     def _packed(self) -> AbstractContextManager[int | None]:
@@ -200,11 +211,17 @@ class HFRolloutEngine:
             start = slot_start(self.adapter, requests, sampling, self.selection_temperature)
         else:
             start = prompt_start(self.adapter, requests)
-        batch = DecodingBatch(self.adapter, self._rules, requests, sampling, self.treatment, start)
+        batch = DecodingBatch(
+            self.adapter, self._rules, requests, sampling, self.treatment, start, self.steps
+        )
         # the prefill is over: transformers makes masks for implementations that it knows by name
         # only, and encoded images may outlive the rollout, which tensors of inference mode (5 %
         # faster here) must not
-        with folded_attention(self.adapter.text_config), torch.inference_mode():
+        with (
+            folded_attention(self.adapter.text_config),
+            chosen_kernels(self.adapter.device),
+            torch.inference_mode(),
+        ):
             for position in range(sampling.max_new_tokens):
                 embeds_NH = batch.choose(position)
                 if embeds_NH is None:

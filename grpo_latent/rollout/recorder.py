@@ -18,6 +18,8 @@ from grpo_latent.models.slots import SlotRecord
 from grpo_latent.rollout.protocol import RolloutRequest
 from grpo_latent.trajectory import Trajectory
 
+EOS, LIMIT = 1, 2  # why a row ends
+
 
 class Recorder:
     """Fills tensors [R, T] column by column, and keeps recorded vectors in the order they came.
@@ -31,8 +33,7 @@ class Recorder:
         self.kinds_RT = torch.zeros_like(self.token_ids_RT)
         self.full_log_probs_RT = torch.zeros(num_rows, num_positions, device=device)
         self.drawn_log_probs_RT = torch.zeros_like(self.full_log_probs_RT)
-        self.lengths_R = torch.full((num_rows,), num_positions, device=device)
-        self.stopped_R = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self.ends_RT = torch.zeros_like(self.token_ids_RT, dtype=torch.int8)
         self._latent_rows: list[Tensor] = []
         self._latents: list[Tensor] = []
         self._aux: list[Tensor] = []
@@ -45,12 +46,17 @@ class Recorder:
         token_ids_N: Tensor,
         full_N: Tensor,
         drawn_N: Tensor,
+        ends_N: Tensor,
     ) -> None:
-        """Records what stands at `position` of the record rows `rows_N`, with both log-probs."""
+        """Records what stands at `position` of the record rows `rows_N`, with both log-probs.
+
+        `ends_N` says which of them end there: `EOS`, `LIMIT`, or 0.
+        """
         self.token_ids_RT[rows_N, position] = token_ids_N
         self.kinds_RT[rows_N, position] = kinds_N
         self.full_log_probs_RT[rows_N, position] = full_N
         self.drawn_log_probs_RT[rows_N, position] = drawn_N
+        self.ends_RT[rows_N, position] = ends_N
 
     def add_latents(self, rows_M: Tensor, latents_MH: Tensor, aux_MA: Tensor | None) -> None:
         """Records the vectors of one position of the record rows `rows_M`."""
@@ -61,22 +67,16 @@ class Recorder:
         if aux_MA is not None:
             self._aux.append(aux_MA)
 
-    def end(self, position: int, rows_M: Tensor) -> None:
-        """Ends the record rows `rows_M` after `position`, because there is no more room."""
-        self.lengths_R[rows_M] = position + 1
-
-    def stop(self, position: int, rows_M: Tensor) -> None:
-        """Ends the record rows `rows_M` after `position`, by their own choice."""
-        self.end(position, rows_M)
-        self.stopped_R[rows_M] = True
-
     def trajectories(
         self, requests: list[RolloutRequest], policy_version: int, hidden_size: int, aux_size: int
     ) -> list[list[Trajectory]]:
         """The records of each request, cut to each trajectory's length, on the CPU."""
-        lengths = self.lengths_R.tolist()
-        stopped = self.stopped_R.tolist()
         # one transfer each, not one a row
+        is_end_RT = self.ends_RT.cpu() > 0
+        ended_R = is_end_RT.any(1)
+        last_R = is_end_RT.int().argmax(1)
+        lengths = torch.where(ended_R, last_R + 1, is_end_RT.shape[1]).tolist()
+        stopped = (self.ends_RT.cpu() == EOS).any(1).tolist()
         token_ids_RT = self.token_ids_RT.cpu()
         kinds_RT = self.kinds_RT.cpu()
         full_RT = self.full_log_probs_RT.cpu()

@@ -55,7 +55,8 @@ def latent_uniforms(seeds_M: Tensor, positions: int | Tensor, count: int) -> Ten
         positions: of the completion; int, or int64 [M].
     """
     columns = torch.arange(count, device=seeds_M.device)
-    first = torch.as_tensor(positions, device=seeds_M.device).reshape(-1, 1) * count
+    # a number stays one: made a tensor, it would be sent to the device, and waited for
+    first = (positions.reshape(-1, 1) if isinstance(positions, Tensor) else positions) * count
     # int64 wraps around as uint64 does; of its shift, the copies of the sign are masked
     x = seeds_M[:, None] + (first + columns + (_LATENT_STREAM + 1)) * _signed(int(_GOLDEN))
     x = (x ^ ((x >> 30) & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)

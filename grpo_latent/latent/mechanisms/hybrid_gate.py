@@ -165,7 +165,7 @@ class HybridRows(RowStates):
             self.thinks_N = max_spans_N > 0
 
     def plan(self, logits_NV: Tensor | None) -> Tensor:
-        return torch.where(self.thinks_N, int(PositionKind.MIXED), int(PositionKind.TEXT))
+        return self._text_N.masked_fill(self.thinks_N, int(PositionKind.MIXED))
 
     def advance(self, kinds_N: Tensor, token_ids_N: Tensor, latents_NH: Tensor | None) -> Tensor:
         self.thinks_N = self.thinks_N & (token_ids_N != self.answer_id)

@@ -76,7 +76,7 @@ class SlotRows(RowStates):
         self.num_fed_N = torch.zeros_like(slots_N)
 
     def plan(self, logits_NV: Tensor | None) -> Tensor:
-        return torch.where(self.is_after_span_N, self._text_N, int(PositionKind.LATENT))
+        return self._text_N.masked_fill(~self.is_after_span_N, int(PositionKind.LATENT))
 
     def advance(self, kinds_N: Tensor, token_ids_N: Tensor, latents_NH: Tensor | None) -> Tensor:
         self.num_fed_N = self.num_fed_N + (kinds_N == PositionKind.LATENT)

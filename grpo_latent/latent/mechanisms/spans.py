@@ -208,12 +208,14 @@ class SpanRows(RowStates):
             assert logits_NV is not None, "the mechanism reads_logits"
             says_end_N = logits_NV.argmax(-1) == self.mechanism.end_id
             leaves_N = leaves_N | (self.in_span_N & (self.num_fed_N > 0) & says_end_N)
-        kinds_N = torch.where(self.in_span_N, int(PositionKind.LATENT), int(PositionKind.TEXT))
+        # filled, not chosen by torch.where, which would send each number to the device and wait
+        kinds_N = torch.full_like(self.num_fed_N, int(PositionKind.TEXT))
+        kinds_N = kinds_N.masked_fill(self.in_span_N, int(PositionKind.LATENT))
         if self.mechanism.start == FORCED_START:
             # a row without any span is at its first position
             begins_N = (self.num_spans_N == 0) & self.may_open_N
-            kinds_N = torch.where(begins_N, int(PositionKind.START), kinds_N)
-        return torch.where(leaves_N, self.leaving_kind, kinds_N)
+            kinds_N = kinds_N.masked_fill(begins_N, int(PositionKind.START))
+        return kinds_N.masked_fill(leaves_N, self.leaving_kind)
 
     def advance(self, kinds_N: Tensor, token_ids_N: Tensor, latents_NH: Tensor | None) -> Tensor:
         is_text_N = kinds_N == PositionKind.TEXT
@@ -231,12 +233,12 @@ class SpanRows(RowStates):
         # a sampled token may close one span and open the next
         self.in_span_N = (self.in_span_N & ~closes_N) | opens_N
         # at `start` itself stands the first latent, or none
-        self.num_fed_N = torch.where(opens_N, int(self.mechanism.feeds_start), self.num_fed_N)
+        self.num_fed_N = self.num_fed_N.masked_fill(opens_N, int(self.mechanism.feeds_start))
         self.num_spans_N += opens_N
         for closing_id in self.closing_ids:
             is_end_N = is_text_N & (token_ids_N == closing_id)
-            kinds_N = torch.where(is_end_N, int(PositionKind.END), kinds_N)
-        return torch.where(opens_N, self.opening_kind, kinds_N)
+            kinds_N = kinds_N.masked_fill(is_end_N, int(PositionKind.END))
+        return kinds_N.masked_fill(opens_N, self.opening_kind)
 
     def _is_end(self, latents_NH: Tensor) -> Tensor:
         """bool [N], vectors that end their span by themselves."""

@@ -147,7 +147,7 @@ def draw_angles(d: int, kappa: float, uniforms: Tensor) -> Tensor:
     Linear within a cell, which is 1e-3 of the density's width: quantiles are off by 1e-6 of that
     width at most.
     """
-    angles, cdf = (table.to(uniforms.device) for table in _angle_table(d, kappa))
+    angles, cdf = _angle_table_on(uniforms.device, d, kappa)
     uniforms = uniforms.double()
     cell = (
         torch.searchsorted(cdf, uniforms.contiguous(), right=True).clamp(1, cdf.shape[0] - 1) - 1
@@ -156,6 +156,13 @@ def draw_angles(d: int, kappa: float, uniforms: Tensor) -> Tensor:
         min=torch.finfo(torch.float64).tiny
     )
     return angles[cell] + within.clamp(0, 1) * (angles[cell + 1] - angles[cell])
+
+
+@lru_cache(maxsize=8)
+def _angle_table_on(device: torch.device, d: int, kappa: float) -> tuple[Tensor, Tensor]:
+    """`_angle_table` on a device, sent there once: a rollout draws at every step."""
+    angles, cdf = _angle_table(d, kappa)
+    return angles.to(device), cdf.to(device)
 
 
 @lru_cache(maxsize=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from dataclasses import dataclass
 
 import ray
@@ -16,6 +17,7 @@ from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.rollout.hf import HFRolloutEngine
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
+from grpo_latent.rollout.steps import STATIC
 from grpo_latent.trajectory import Trajectory
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import verify
@@ -107,11 +109,22 @@ class LatentRolloutServer:
             max_batch_rows=self.options.max_batch_rows,
             treatment=self.options.treatment,
             selection_temperature=self.options.draw_temperature,
+            decoding=self._decoding(rollout_config.get("enforce_eager", False)),
         )
         self.usage = ServerUsage(loaded, self.options.max_batch_rows, self.options.treatment)
         self.waves = Waves(
             self._generate, self.options.rollout_timeout_s, name, initializer=self._set_threads
         )
+
+    def _decoding(self, enforce_eager: bool) -> str | None:
+        """Without graphs where the config says so."""
+        if self.device.type != "cuda" or not enforce_eager:
+            return None
+        warnings.warn(
+            "engine hf decodes without CUDA graphs: actor_rollout_ref.rollout.enforce_eager=true",
+            stacklevel=2,
+        )
+        return STATIC
 
     def _set_threads(self) -> None:
         # OpenMP keeps the number of threads by thread: the executor's thread has to set its own
