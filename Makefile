@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # 1 thread a process: OpenMP threads that spin on shared cores made runs ten times slower
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install install-cuda vllm test-vllm vllm-contract vllm-v2 harnesses browser quickstart controls robustness test test-fast test-kill test-deaths lint types format docs screenshots versions clean
+.PHONY: install install-cuda vllm test-vllm vllm-contract vllm-v2 harnesses browser quickstart controls robustness test test-fast test-kill test-deaths test-cluster lint types format docs screenshots versions clean
 
 install: $(STAMP)
 
@@ -112,6 +112,10 @@ test-kill: $(STAMP)
 # each actor of a run killed in each phase; an hour of two cores (see docs/faults.md)
 test-deaths: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" python tests/deaths/grid.py
+
+# RL over the nodes of a Ray cluster: network namespaces, so it is skipped without root; some minutes of two cores
+test-cluster: $(STAMP)
+	GRPO_LATENT_CLUSTER=1 $(BIN)/python -m pytest tests/cluster -rs
 
 CODE := grpo_latent recipes reward benchmarks tests setup.py conftest.py
 lint: $(STAMP) types

@@ -142,6 +142,10 @@ class ActorDeathError(GrpoLatentError, RuntimeError):
     """An actor of a run has died: its process was killed, crashed, or was lost with its node."""
 
 
+class NodeLostError(GrpoLatentError, RuntimeError):
+    """A node of the cluster that a run uses has died, or cannot be reached any more."""
+
+
 class PluginError(GrpoLatentError, RuntimeError):
     """The verl plug-in is not loaded in a process, or a library changed under this package."""
 

@@ -20,7 +20,13 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from grpo_latent.common.command import config_command
-from grpo_latent.common.paths import absolute, check_output_folder, is_remote
+from grpo_latent.common.paths import (
+    READ,
+    WRITTEN,
+    check_output_folder,
+    for_all_nodes,
+    is_remote,
+)
 from grpo_latent.common.provenance import append_provenance
 from grpo_latent.common.settings import section
 from grpo_latent.errors import ConfigError, DataError
@@ -115,33 +121,21 @@ def _check_all(config: DictConfig, console: Console) -> None:
         console.print(f"warning: {note}")
 
 
-PATHS = (
-    "latent.output_dir",
-    "latent.dump_dir",
-    "data.train_files",
-    "data.val_files",
-    "data.custom_cls.path",
-    "actor_rollout_ref.model.path",
-    "reward.custom_reward_function.path",
-    "latent.reward.functions",
-    "trainer.default_local_dir",
-    "trainer.resume_from_path",
-)
-
-
 def resolve_paths(config: DictConfig) -> None:
-    """Makes every local path of the config absolute (see `common.paths`), in place."""
-    for key in PATHS:
+    """Makes every local path of the config good for all processes (`common.paths`), in place."""
+    for key in (*WRITTEN, *READ):
         value = OmegaConf.select(config, key)
-        if isinstance(value, str) and absolute(value) != value:  # else an interpolation stays one
-            OmegaConf.update(config, key, absolute(value))
+        if isinstance(value, str):
+            usable = for_all_nodes(value, key)
+            if usable != value:  # else an interpolation stays one
+                OmegaConf.update(config, key, usable)
         elif OmegaConf.is_list(value):
             for index, item in enumerate(value):
                 if isinstance(item, str):
-                    value[index] = absolute(item)
+                    value[index] = for_all_nodes(item, key)
                 # one of several reward functions
                 elif OmegaConf.is_dict(item) and isinstance(item.get("path"), str):
-                    item.path = absolute(item.path)
+                    item.path = for_all_nodes(item.path, key)
 
 
 def environment(config: DictConfig, output_dir: Path) -> dict[str, str]:
@@ -337,14 +331,16 @@ def _run(config: DictConfig, console, log_path: Path) -> None:
 
     from grpo_latent.verl_plugin.boot import remote_errors
     from grpo_latent.verl_plugin.boot.actor_watch import ActorWatch
-    from grpo_latent.verl_plugin.boot.cluster_resources import check_cpus
+    from grpo_latent.verl_plugin.boot.cluster import check_files
+    from grpo_latent.verl_plugin.boot.cluster_resources import check_resources
     from grpo_latent.verl_plugin.trainer.console import StepPrinter
-    from grpo_latent.verl_plugin.trainer.reports import follow, start_report_queue
+    from grpo_latent.verl_plugin.trainer.reports import follow, on_this_node, start_report_queue
     from grpo_latent.verl_plugin.trainer.trial import report_trial, try_checkpoint
 
     ray.init(**ray_arguments(config))
     try:
-        check_cpus(config)
+        check_resources(config)
+        check_files(config)
         if config.trainer.device != "cpu":
             # the driver may have no GPU, and must not keep one's memory
             on_gpu = ray.remote(num_gpus=1, max_calls=1)(try_checkpoint)
@@ -352,7 +348,9 @@ def _run(config: DictConfig, console, log_path: Path) -> None:
             report_trial(report, console)
         queue = start_report_queue()
         watch = ActorWatch()
-        runner = TaskRunnerV1.remote()  # type: ignore[attr-defined]  # ray.remote decorates it
+        # beside the driver: one node less whose loss ends the run at once, and outputs of both in
+        # one place
+        runner = TaskRunnerV1.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]  # ray.remote decorates it
         run_ref = runner.run.remote(config)
         with StepPrinter(console) as on_report:
             follow(queue, run_ref, on_report, watch, log_path, on_report.wait)

@@ -222,6 +222,7 @@ def make_engine(
     lr=1e-2,
     checkpointing=False,
     lora_rank=0,
+    fsdp_size=-1,
     **options,
 ):
     """verl's way to an engine, without Ray."""
@@ -237,6 +238,7 @@ def make_engine(
     )
     engine_config = FSDPEngineConfig(
         strategy="fsdp2",
+        fsdp_size=fsdp_size,
         forward_only=forward_only,
         use_torch_compile=False,
         use_dynamic_bsz=False,

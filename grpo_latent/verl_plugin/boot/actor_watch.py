@@ -1,6 +1,7 @@
 """Which actors of a run have died, from Ray's own table of them.
 
     Ray's actor table ──one call each POLL_S──▶ DeadActor ──▶ ActorDeathError
+    nodes             ──one knock each────────▶ LostNode  ──▶ NodeLostError   (`node_watch`)
 
 A call on an actor that has died fails at once, but much of a run does not wait on such a call:
 TransferQueue's clients wait on sockets, ranks on each other, a prompt on the rest of its wave. So
@@ -22,6 +23,7 @@ from ray._private import worker as ray_worker
 from ray.core.generated import common_pb2
 
 from grpo_latent.errors import ActorDeathError, GrpoLatentError
+from grpo_latent.verl_plugin.boot.node_watch import LostNode, NodeWatch
 
 POLL_S = 2.0
 GRACE_S = 5.0  # for a run to end by itself at an actor's death, so that its log says how it saw it
@@ -80,7 +82,7 @@ class DeadActor:
 
 
 class ActorWatch:
-    """The deaths of a job's actors since the watch began.
+    """The deaths of a job's actors, and the losses of nodes, since the watch began.
 
     Args:
         grace_s: how long `check` lets a run go on after a death.
@@ -95,6 +97,7 @@ class ActorWatch:
         self._grace_s, self._killed_grace_s = grace_s, killed_grace_s
         self._job = ray.JobID(bytes.fromhex(ray.get_runtime_context().get_job_id()))
         self._old = {row["ActorID"] for row in self._rows()}
+        self._nodes = NodeWatch()
         self._next_poll = 0.0
         self._noticed: float | None = None
 
@@ -102,25 +105,38 @@ class ActorWatch:
         """Of Ray's table: actors that are dead."""
         return list(ray_state.actors(job_id=self._job, actor_state_name="DEAD").values())
 
-    def first_death(self, with_killed: bool = True) -> DeadActor | None:
-        """The actor, or process of our own Ray, that died first, if one did.
+    def first_death(
+        self, with_killed: bool = True, has_failed: bool = False
+    ) -> DeadActor | LostNode | None:
+        """The actor, node or process of our own Ray that died first, if one did.
 
         Args:
-            with_killed: count those that `ray.kill` ended.
+            with_killed: count actors that `ray.kill` ended.
+            has_failed: as of `NodeWatch.first_lost`.
         """
         fallen = _fallen_ray()
         if fallen is not None:  # whoever then asks for the table waits for a minute, and is ended
             return fallen
+        lost = self._nodes.first_lost(has_failed)
+        if lost is not None:  # its actors' deaths follow from it, and of other nodes' that waited
+            return LostNode(*lost, held=self._held_by(lost[0]))
         rows = [row for row in self._rows() if row["ActorID"] not in self._old]
         died = [row for row in rows if _is_death(row["DeathCause"], with_killed)]
         first = min(died, key=lambda row: row["EndTime"], default=None)
         return None if first is None else _of_row(first)
 
+    def _held_by(self, address: str) -> tuple[str, ...]:
+        """Roles of the actors that were last on a node."""
+        rows = ray_state.actors(job_id=self._job).values()
+        names = {_class_of(row) for row in rows if row["Address"]["IPAddress"] == address}
+        return tuple(sorted(ROLES.get(name, name) for name in names))
+
     def check(self) -> None:
-        """Asks the table if it is time to.
+        """Asks table and nodes if it is time to.
 
         Raises:
-            ActorDeathError: an actor has died, and the run has had its time to end by itself.
+            ActorDeathError, NodeLostError: an actor has died, or a node is lost, and the run has
+                had its time to end by itself.
         """
         now = time.monotonic()
         if now < self._next_poll:
@@ -136,6 +152,11 @@ class ActorWatch:
             raise dead.error(self.position)
 
 
+def _class_of(row: dict[str, Any]) -> str:
+    """An actor's class, without where it was defined: verl makes some within a function."""
+    return row["ActorClassName"].rpartition(".")[2]
+
+
 def _is_death(cause: Any, with_killed: bool) -> bool:
     """Whether the actor neither left by itself nor became superfluous."""
     if cause.WhichOneof("context") != "actor_died_error_context":
@@ -148,7 +169,7 @@ def _is_death(cause: Any, with_killed: bool) -> bool:
 
 
 def _of_row(row: dict[str, Any]) -> DeadActor:
-    name, cause = row["ActorClassName"], row["DeathCause"]
+    name, cause = _class_of(row), row["DeathCause"]
     return DeadActor(
         role=ROLES.get(name, f"actor {row['Name'] or name}"),
         name=name,

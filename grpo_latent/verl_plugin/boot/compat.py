@@ -133,13 +133,25 @@ def without_pinned_offload(engine_config):
 
 
 def cpu_pool_manager(manager):
-    """The same pools as `manager`'s, of CPU bundles (seam: pool manager)."""
+    """The same pools as `manager`'s, of CPU bundles, a node for each (seam: pool manager).
+
+    GPUs spread verl's groups over nodes, each of which has no more than one group needs; CPUs do
+    not.
+    """
     from verl.single_controller.ray import RayResourcePool, ResourcePoolManager
+
+    class CPUResourcePool(RayResourcePool):
+        pgs: list | None  # type: ignore[assignment]  # verl's says None only
+
+        def get_placement_groups(self, strategy="STRICT_PACK", name=None, device_name="cpu"):
+            if self.pgs is None:
+                self.pgs = placement_groups(self.store, taken=0)
+            return self.pgs
 
     class CPUResourcePoolManager(ResourcePoolManager):
         def create_resource_pool(self):
             for name, processes in self.resource_pool_spec.items():
-                self.resource_pool_dict[name] = RayResourcePool(
+                self.resource_pool_dict[name] = CPUResourcePool(
                     process_on_nodes=processes,
                     use_gpu=False,
                     max_colocate_count=1,
@@ -147,6 +159,33 @@ def cpu_pool_manager(manager):
                 )
 
     return CPUResourcePoolManager(manager.resource_pool_spec, manager.mapping)
+
+
+def placement_groups(counts: list[int], taken: int) -> list:
+    """Ray's placement groups of so many processes each, once they are there.
+
+    Args:
+        taken: on CPU, nodes that come before theirs (`cluster_resources.training_nodes`).
+    """
+    import ray
+    from ray.util.placement_group import placement_group
+
+    from grpo_latent.verl_plugin.boot.cluster_resources import training_nodes
+
+    if is_cpu():
+        nodes = training_nodes(taken + len(counts), max(counts), "CPU")[taken:]
+        groups = [
+            placement_group(
+                [{"CPU": 1}] * count,
+                "STRICT_PACK",
+                bundle_label_selector=[{"ray.io/node-id": node}] * count,
+            )
+            for node, count in zip(nodes, counts, strict=True)
+        ]
+    else:  # the GPUs that others hold are not theirs
+        groups = [placement_group([{"CPU": 1, "GPU": 1}] * n, "STRICT_PACK") for n in counts]
+    ray.get([group.ready() for group in groups])
+    return groups
 
 
 # ---- verl bugs ----------------------------------------------------------------------------------

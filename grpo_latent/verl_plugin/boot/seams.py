@@ -137,6 +137,12 @@ SEAMS = (
         ("self",),
     ),
     Seam(
+        "placement groups",
+        "verl.single_controller.ray:RayResourcePool.get_placement_groups",
+        "replaced on CPU, where nothing else gives each group a node of its own",
+        ("self", "strategy", "name", "device_name"),
+    ),
+    Seam(
         "replay buffer",
         f"{_TRAINER}._build_replay_buffer",
         "swapped for one that polls fast and sorts",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Generator
+from typing import Any
 
 import ray
 from omegaconf import OmegaConf
@@ -62,19 +63,29 @@ async def launch_server(
         # the server shares the worker's device and must not have Ray hide it from an actor with
         # num_gpus=0
         env_vars |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+    beside = {
+        "num_cpus": 0,
+        "runtime_env": {"env_vars": env_vars},
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),
+    }
+    return await start_server(name, beside, rollout_config, model_config, replica_rank)
+
+
+async def start_server(
+    name: str, where: dict[str, Any], rollout_config, model_config, replica_rank: int
+) -> ray.actor.ActorHandle:
+    """A server with engine hf that is ready.
+
+    Args:
+        where: options of its actor that say where it runs.
+    """
     # engine hf adds a bias to the scores, which flash kernels do not take: training may have them
     attention = (model_config.get("override_config", None) or {}).get(
         "attn_implementation", "sdpa"
     )
     server = (
         ray.remote(LatentRolloutServer)
-        .options(
-            num_cpus=0,
-            max_concurrency=MAX_CALLS,
-            name=name,
-            runtime_env={"env_vars": env_vars},
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),
-        )
+        .options(name=name, max_concurrency=MAX_CALLS, **where)
         .remote(
             local_folder(model_config),
             OmegaConf.to_container(OmegaConf.create(dict(rollout_config)), resolve=True),
@@ -112,13 +123,13 @@ class LatentServerAdapter(BaseRollout):
         self, weights: Generator, wire_format="named_tensors", global_steps=None, **kwargs
     ) -> None:
         server = ray.get_actor(server_name(self.replica_rank))
-        await send_weights(server, weights, self.config, int(global_steps or 0))
+        await send_weights([server], weights, self.config, int(global_steps or 0))
 
 
 async def send_weights(
-    server: ray.actor.ActorHandle, weights: Generator, rollout_config, policy_version: int
+    servers: list[ray.actor.ActorHandle], weights: Generator, rollout_config, policy_version: int
 ) -> None:
-    """Sends every weight in buckets through the object store to a server with engine hf.
+    """Sends every weight in buckets through the object store to servers with engine hf.
 
     Reading `weights` is a collective over all ranks.
     """
@@ -136,8 +147,8 @@ async def send_weights(
             refs.append(ray.put(bucket))
             bucket, num_bytes = [], 0
     refs.append(ray.put(bucket))
-    # nested references are passed on as references, and are alive until the call returns
-    await server.load_weights.remote(refs, policy_version)
+    # nested references are passed on as references, and are alive until the calls return
+    await asyncio.gather(*(server.load_weights.remote(refs, policy_version) for server in servers))
 
 
 class LatentRolloutClient(LLMServerClient):

@@ -53,6 +53,7 @@ def check_config(config: DictConfig) -> LatentOptions:
     _check_unsupported(config)
     _check_groups(config)
     _check_batches(config)
+    _check_placement(config, options)
     check_layout(
         config.actor_rollout_ref.model, options.visibility, options.draw_temperature is not None
     )
@@ -284,6 +285,26 @@ def _check_batches(config: DictConfig) -> None:
                 where=divisor_key,
                 got=divisor,
                 expected=f"a divisor of {number}",
+            )
+
+
+def _check_placement(config: DictConfig, options: LatentOptions) -> None:
+    """What rollout servers apart from trainers need."""
+    rollout = config.actor_rollout_ref.rollout
+    if options.placement == "beside":
+        return
+    refused = (
+        ("name", rollout.name != ROLLOUT_NAME, rollout.name, f"{ROLLOUT_NAME} (engine hf)"),
+        ("nnodes", rollout.nnodes < 1, rollout.nnodes, ">= 1, the nodes of the servers"),
+    )
+    for key, is_refused, got, expected in refused:
+        if is_refused:
+            raise ConfigError(
+                "latent.placement=apart does not run with this",
+                where=f"actor_rollout_ref.rollout.{key}",
+                got=got,
+                expected=expected,
+                fix="Set it, or latent.placement=beside.",
             )
 
 

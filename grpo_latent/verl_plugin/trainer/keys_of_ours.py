@@ -60,6 +60,7 @@ LATENT: dict[str, Kind] = {
     "latent.dump_every": whole(0, why="0: never"),
     "latent.dump_dir": PATH,
     "latent.cpu_threads": whole(1),
+    "latent.placement": choice("beside", "apart"),
     "latent.max_batch_rows": whole(1),
     "latent.max_latents": null_or(whole(1)),
     "latent.max_skipped_updates": whole(1),

@@ -201,7 +201,9 @@ ACTOR: dict[str, Kind] = {
 
 _ROLLOUT = "actor_rollout_ref.rollout"
 ROLLOUT: dict[str, Kind] = {
-    "actor_rollout_ref.hybrid_engine": only(True, "actor and rollout share the devices"),
+    "actor_rollout_ref.hybrid_engine": only(
+        True, "latent.placement=apart separates actor and rollout"
+    ),
     f"{_ROLLOUT}.mode": only("async", "verl has no other any more"),
     f"{_ROLLOUT}.nnodes": whole(0),
     f"{_ROLLOUT}.n_gpus_per_node": whole(1),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from grpo_latent.errors import GrpoLatentError
 from grpo_latent.verl_plugin.boot import remote_errors
@@ -33,7 +34,6 @@ class Report:
 
 def start_report_queue():
     """A Ray actor on the driver's node that keeps reports until they are read."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # defined in here, and fed with tuples, so that its process imports neither this package nor
     # verl
@@ -48,14 +48,16 @@ def start_report_queue():
             reports, self.reports = self.reports, []
             return reports
 
-    here = NodeAffinitySchedulingStrategy(
-        node_id=ray.get_runtime_context().get_node_id(), soft=True
-    )
     return (
         ray.remote(ReportQueue)
-        .options(name=QUEUE_NAME, num_cpus=0, scheduling_strategy=here)
+        .options(name=QUEUE_NAME, num_cpus=0, scheduling_strategy=on_this_node())
         .remote()
     )
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """Where this process runs, if there is room."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 class Reporter:
@@ -155,7 +157,8 @@ def follow(
         on_wait: as in `drain`.
 
     Raises:
-        ActorDeathError: an actor has died, whatever the job made of it.
+        ActorDeathError, NodeLostError: an actor has died, or a node is lost, whatever the job
+            made of it.
         GrpoLatentError, RuntimeError: as `remote_errors.get`.
     """
     try:
@@ -163,7 +166,9 @@ def follow(
         remote_errors.get(run_ref, "training", log)
     except Exception as error:
         # at an error of ours verl has closed TransferQueue
-        dead = watch.first_death(with_killed=not isinstance(error, GrpoLatentError))
+        dead = watch.first_death(
+            with_killed=not isinstance(error, GrpoLatentError), has_failed=True
+        )
         if dead is None:
             raise
         raise dead.error(watch.position) from None  # what the run ended with, follows from it
@@ -185,7 +190,8 @@ def drain(
         on_wait: called with the seconds so far until the first report comes.
 
     Raises:
-        ActorDeathError: an actor has died, and the job goes on as if it waited for it.
+        ActorDeathError, NodeLostError: an actor has died, or a node is lost, and the job goes on
+            as if it waited for it.
     """
     done, has_reported, began = False, False, time.monotonic()
     taking = None  # what a slow board has not answered yet: asked once, so that nothing is lost

@@ -36,6 +36,7 @@ from grpo_latent.verl_plugin.boot import compat, metrics_file
 from grpo_latent.verl_plugin.boot.actor_watch import ActorWatch
 from grpo_latent.verl_plugin.boot.registration import TRAINER_MODE, verify, verify_device
 from grpo_latent.verl_plugin.boot.renamed import take_new_names
+from grpo_latent.verl_plugin.rollout.apart import ApartServers
 from grpo_latent.verl_plugin.trainer import checkpoint
 from grpo_latent.verl_plugin.trainer.alarms import Line
 from grpo_latent.verl_plugin.trainer.commit import (
@@ -85,6 +86,7 @@ class LatentPPOTrainer(PPOTrainerSync):
         with open_dict(config):
             config.trainer.v1.trainer_mode = "sync"  # the base class branches on this literal
         super().__init__(config)
+        self._enable_hybrid_replicas = self.options.placement == "beside"  # verl's name for it
         self.reporter = Reporter()
         self.watch = LatentWatch(config, self.options)
         self.guards = Guards(self.options, config.trainer)
@@ -112,6 +114,11 @@ class LatentPPOTrainer(PPOTrainerSync):
             self.role_worker_mapping[role] = ray.remote(LatentActorRolloutRefWorker)
         if compat.is_cpu():
             self.resource_pool_manager = compat.cpu_pool_manager(self.resource_pool_manager)
+
+    def _setup(self) -> None:
+        super()._setup()
+        if not self._enable_hybrid_replicas:
+            ApartServers(self.config, self.actor_rollout_wg).serve(self)
 
     def get_llm_client(self):
         from grpo_latent.verl_plugin.rollout.replica import LatentRolloutClient

@@ -51,7 +51,7 @@ class UsageServer:
                 launch_server(NAME, self._workers.workers[0], self._rollout, self._model)
             )
         try:
-            ray.get(self._workers.send_weights_to(own, policy_version))  # wakes it
+            ray.get(self._workers.send_weights_to([own], policy_version))  # wakes it
             yield own
         except BaseException:
             # a server that died or hangs cannot sleep, and what went wrong says more

@@ -91,13 +91,13 @@ class LatentActorRolloutRefWorker(ActorRolloutRefWorker):
         self.options = options
 
     @register(dispatch_mode=ONE_TO_ALL, blocking=False)
-    async def send_weights_to(self, server, policy_version: int):
-        """Sends the actor's weights to a server with engine hf; every rank gathers with it."""
+    async def send_weights_to(self, servers: list, policy_version: int):
+        """Sends the actor's weights to servers with engine hf; every rank gathers with it."""
         from grpo_latent.verl_plugin.rollout.replica import send_weights
 
         weights, _ = self._latent_engine().get_per_tensor_param()
         if torch.distributed.get_rank() == 0:
-            await send_weights(server, weights, self.config.rollout, policy_version)
+            await send_weights(servers, weights, self.config.rollout, policy_version)
         else:
             for _ in weights:
                 pass

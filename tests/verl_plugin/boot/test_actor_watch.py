@@ -11,7 +11,7 @@ import ray
 from ray.core.generated.common_pb2 import ActorDeathCause, ActorDiedErrorContext
 
 from grpo_latent.errors import ActorDeathError, ConfigError
-from grpo_latent.verl_plugin.boot import actor_watch
+from grpo_latent.verl_plugin.boot import actor_watch, node_watch
 from grpo_latent.verl_plugin.boot.actor_watch import ActorWatch
 
 CRASH = (
@@ -39,7 +39,7 @@ def row(actor_id, end_ms, reason, text="", name="RewardLoopWorker"):
 def table(monkeypatch, tmp_path):
     """Ray's table of dead actors, a list; time stands still at `clock[0]`."""
     rows, clock = [], [1000.0]
-    context = SimpleNamespace(get_job_id=lambda: "01000000")
+    context = SimpleNamespace(get_job_id=lambda: "01000000", get_node_id=lambda: "here")
     monkeypatch.setattr(actor_watch.ray, "get_runtime_context", lambda: context)
     monkeypatch.setattr(
         actor_watch.ray_state, "actors", lambda **kwargs: {row["ActorID"]: row for row in rows}
@@ -47,6 +47,7 @@ def table(monkeypatch, tmp_path):
     node = SimpleNamespace(is_head=lambda: False, get_logs_dir_path=lambda: str(tmp_path))
     monkeypatch.setattr(actor_watch.ray_worker, "_global_node", node)
     monkeypatch.setattr(actor_watch.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(node_watch, "alive_nodes", lambda: [{"NodeID": "here"}])
     return rows, clock
 
 

@@ -3,22 +3,35 @@
 No Ray is started here.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import ray
 from omegaconf import OmegaConf
 from tiny_run import make_config
 
 import grpo_latent
+from grpo_latent.common.node_files import FileRequest, package_digest, print_of
+from grpo_latent.common.paths import READ, WRITTEN
 from grpo_latent.errors import ConfigError, PreflightError
 from grpo_latent.train import ray_arguments
 from grpo_latent.verl_plugin.boot import cluster
-from grpo_latent.verl_plugin.boot.cluster_resources import check_cpus, cpus_needed
+from grpo_latent.verl_plugin.boot.cluster_resources import (
+    check_resources,
+    cpus_needed,
+    training_nodes,
+)
+
+
+def request(**changes):
+    return FileRequest(**{"package": package_digest(), **changes})
 
 
 def test_a_node_that_can_run_the_job(tmp_path):
     (tmp_path / "train.parquet").touch()
+    seen = {str(tmp_path / "train.parquet"): print_of(tmp_path / "train.parquet")}
     report = cluster.inspect_node(
-        [str(tmp_path / "train.parquet")], str(tmp_path / "new" / "out"), grpo_latent.__version__
+        request(read=seen, written={str(tmp_path / "new" / "out"): None})
     )
     assert report.problems == [] and report.version == grpo_latent.__version__
     assert list((tmp_path / "new" / "out").iterdir()) == []
@@ -30,59 +43,123 @@ def test_a_node_names_all_that_is_wrong(tmp_path, monkeypatch):
 
     monkeypatch.setattr("grpo_latent.verl_plugin.boot.registration.verify", broken)
     (tmp_path / "file").touch()
-    report = cluster.inspect_node([str(tmp_path / "gone")], str(tmp_path / "file" / "out"), "9.9")
-    assert [problem.split(":")[0] for problem in report.problems] == [
-        f"grpo_latent is {grpo_latent.__version__}, the driver's is 9.9",
+    out = str(tmp_path / "file" / "out")
+    asked = request(package="other", read={str(tmp_path / "gone"): None}, written={out: None})
+    report = cluster.inspect_node(asked)
+    assert [problem.split(":")[0].split(" in /")[0] for problem in report.problems] == [
         "verl plug-in",
+        "grpo_latent",
         "no such file",
-        f"output folder {tmp_path / 'file' / 'out'} is not writable",
+        f"output folder {out} is not writable",
     ]
-    assert "no verl here" in report.problems[1] and "gone" in report.problems[2]
+    assert "no verl here" in report.problems[0] and "gone" in report.problems[2]
+    assert f"not the driver's (version {grpo_latent.__version__})" in report.problems[1]
 
 
 class FakeTask:
-    """`ray.remote` of `inspect_node` on two nodes, of which one lacks a file."""
+    """A task of `ray.remote`, on the node that it is bound to: one lacks a file, one is silent."""
+
+    def __init__(self, function):
+        self.function = function
 
     def options(self, scheduling_strategy):
-        self.node = scheduling_strategy.node_id
+        self.node = scheduling_strategy
         return self
 
-    def remote(self, files, output_dir, version):
-        problems = ["no such file: train.parquet"] if self.node == "b" else []
-        return cluster.NodeReport(self.node, "3.11", version, problems)
+    def remote(self, asked):
+        lacking = ["no such file: train.parquet"] if self.node == "b" else []
+        if self.function is cluster.problems_here:
+            return self.node, lacking
+        return self.node, cluster.NodeReport(self.node, "3.11", "0", lacking)
 
 
-def test_the_problem_of_one_node_stops_the_job(monkeypatch):
-    nodes = [{"Alive": True, "NodeID": name * 56} for name in "ac"] + [
-        {"Alive": False, "NodeID": "d" * 56}
-    ]
-    monkeypatch.setattr(
-        cluster, "NodeAffinitySchedulingStrategy", lambda node, soft: _Strategy(node[0])
+@pytest.fixture
+def nodes(monkeypatch):
+    """Ray's list of nodes: `a` and `c` at first."""
+
+    def node(name, address, alive=True):
+        resources = {"CPU": 4.0}
+        return {
+            "Alive": alive,
+            "NodeID": name,
+            "NodeManagerAddress": address,
+            "Resources": resources,
+        }
+
+    listed = [node("c", "10.0.0.10"), node("a", "10.0.0.2"), node("d", "10.0.0.4", alive=False)]
+    monkeypatch.setattr(cluster, "NodeAffinitySchedulingStrategy", lambda node, soft: node)
+    for name, stand_in in {
+        "is_initialized": lambda: True,
+        "remote": lambda **options: FakeTask,
+        "nodes": lambda: listed,
+        "wait": lambda pending, num_returns, timeout: ([p for p in pending if p[0] != "e"], []),
+        "get": lambda answer: answer[1],
+        "get_runtime_context": lambda: SimpleNamespace(get_node_id=lambda: "a"),
+    }.items():
+        monkeypatch.setattr(ray, name, stand_in)
+    return SimpleNamespace(listed=listed, node=node)
+
+
+def test_the_problem_of_one_node_stops_the_job(nodes, tmp_path):
+    reports = cluster.check_cluster(["train.parquet"], str(tmp_path / "out"))
+    assert [report.node for report in reports] == ["a", "c"]
+    nodes.listed.append(nodes.node("b", "10.0.0.3"))
+    error = (
+        "^nodes 10.0.0.3: the job cannot run on this cluster; got 10.0.0.3: no such file: "
+        "train.parquet; expected .* on every node"
     )
-    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(cluster.ray, "remote", lambda **options: lambda function: FakeTask())
-    monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(cluster.ray, "get", lambda pending, timeout: pending)
-    assert [report.node for report in cluster.check_cluster(["train.parquet"])] == ["a", "c"]
-    nodes.append({"Alive": True, "NodeID": "b" * 56})
-    with pytest.raises(
-        PreflightError, match="got b: no such file: train.parquet; expected .* on every node"
-    ):
+    with pytest.raises(PreflightError, match=error):
         cluster.check_cluster(["train.parquet"])
 
 
-class _Strategy:
-    def __init__(self, node_id):
-        self.node_id = node_id
+def test_a_run_asks_each_node_for_its_files_and_names_those_that_are_silent(nodes, tmp_path):
+    config = make_config(tmp_path, tmp_path / "out")
+    cluster.check_files(config)
+    assert list((tmp_path / "out").iterdir()) == []  # the marks have gone
+    nodes.listed.append(nodes.node("b", "10.0.0.3"))
+    with pytest.raises(PreflightError, match="^nodes 10.0.0.3: .* no such file"):
+        cluster.check_files(config)
+    nodes.listed[:] = [nodes.node("a", "10.0.0.2"), nodes.node("e", "10.0.0.5")]
+    with pytest.raises(PreflightError, match="^nodes 10.0.0.5: nodes did not answer"):
+        cluster.check_files(config)
+    del nodes.listed[0]  # one node has its files to itself
+    cluster.check_files(config)
 
 
-def test_too_few_logical_cpus_are_named(tmp_path, monkeypatch):
+def test_all_paths_of_a_config_are_asked_for(tmp_path):
+    more = ["latent.reward.functions=[{path: reward/digits.py, name: compute_score}]"]
+    config = make_config(tmp_path, tmp_path / "out", *more)
+    read = {
+        str(tmp_path / name) for name in ("model", "train.parquet", "val.parquet", "reward.py")
+    }
+    read |= {"reward/digits.py", "pkg://grpo_latent.verl_plugin.trainer.dataset"}
+    assert set(cluster.paths_of(config, READ)) == read
+    written = [str(tmp_path / "out" / name) for name in ("", "rollouts", "checkpoints")]
+    assert cluster.paths_of(config, WRITTEN) == [written[0].rstrip("/"), *written[1:]]
+
+
+def test_too_few_logical_cpus_are_named(nodes, tmp_path, monkeypatch):
     config = make_config(tmp_path, tmp_path)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(cpus_needed(config))})
-    check_cpus(config)
+    check_resources(config)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus_needed(config) - 1.0})
     with pytest.raises(ConfigError, match="too few CPUs; got 3; expected >= 4"):
-        check_cpus(config)
+        check_resources(config)
+
+
+def test_training_workers_have_nodes_of_their_own_and_the_driver_has_its_last(nodes):
+    nodes.listed.append(nodes.node("b", "10.0.0.3"))
+    assert training_nodes(2, 4, "CPU") == ["b", "c"]
+    assert training_nodes(3, 1, "CPU") == ["b", "c", "a"]
+    nodes.listed[-1]["Resources"]["CPU"] = 3.0
+    error = (
+        "^trainer.nnodes: too few nodes with room .* got 3; CPUs: 10.0.0.2 has 4, 10.0.0.3 has 3, "
+        "10.0.0.10 has 4; expected 3 nodes with 4"
+    )
+    with pytest.raises(ConfigError, match=error):
+        training_nodes(3, 4, "CPU")
+    with pytest.raises(ConfigError, match="GPUs: 10.0.0.2 has 0"):
+        training_nodes(1, 1, "GPU")
 
 
 def test_resources_are_stated_for_a_ray_of_our_own_only(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ class Watch:
         self.crashed_at, self.killed_at = crashed_at, killed_at
         self.asked_at: list[int] = []  # looks at which the board was called
 
-    def first_death(self, with_killed=True):
+    def first_death(self, with_killed=True, has_failed=False):
         times = [self.crashed_at, self.killed_at if with_killed else None]
         return DEAD if any(t is not None and t <= self.looks for t in times) else None
 

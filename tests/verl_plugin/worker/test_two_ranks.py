@@ -109,12 +109,13 @@ def actor_loss():
     return partial(ppo_loss, config=config)
 
 
-def train_one_step(rank, world_size, store, folder, out):
+def train_one_step(rank, world_size, store, folder, out, fsdp_size=-1):
+    """One update; with `fsdp_size`, in shards of so many ranks, of which the others have copies."""
     sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))
     torch.set_num_threads(1)
     helpers.start_process_group(rank, world_size, store)
     batch = rank_batch(folder, rank, world_size)
-    engine = helpers.make_engine(folder, micro=2)
+    engine = helpers.make_engine(folder, micro=2, fsdp_size=fsdp_size)
     with engine.train_mode(disable_auto_offload=True):
         engine.optimizer_zero_grad()
         output = engine.forward_backward_batch(batch, actor_loss())
@@ -128,7 +129,7 @@ def train_one_step(rank, world_size, store, folder, out):
     torch.distributed.all_reduce(loss)
     weights = {name: tensor.clone() for name, tensor in engine.get_per_tensor_param()[0]}
     engine.save_checkpoint(f"{out}/checkpoint", global_step=1)
-    again = helpers.make_engine(folder, micro=2)
+    again = helpers.make_engine(folder, micro=2, fsdp_size=fsdp_size)
     again.load_checkpoint(f"{out}/checkpoint")
     reloaded = {name: tensor.clone() for name, tensor in again.get_per_tensor_param()[0]}
     assert all(torch.equal(weights[name], reloaded[name]) for name in weights)
