@@ -139,14 +139,15 @@ class NamespaceCluster:
         """Cuts a node's cable: its processes go on, and nobody hears of them."""
         _ip("-n", self._switch, "link", "set", f"port{node}", "down")
 
-    def listeners(self, node: int) -> set[tuple[str, str]]:
-        """Who listens on which address of a node: (process, address)."""
+    def listeners(self, node: int) -> list[tuple[str, int, str]]:
+        """Who listens on which address of a node: (process, pid, address), once a socket."""
         lines = self.run(node, ["ss", "-Hltnp"], capture_output=True, text=True).stdout
-        found = set()
+        found = []
         for line in lines.splitlines():
             address = line.split()[3].rpartition(":")[0].strip("[]").removeprefix("::ffff:")
-            owner = re.search(r'users:\(\("([^"]+)"', line)
-            found.add((owner.group(1) if owner else "?", address))
+            owner = re.search(r'users:\(\("([^"]+)",pid=(\d+)', line)
+            assert owner is not None, "root sees the owner of each socket"
+            found.append((owner.group(1), int(owner.group(2)), address))
         return found
 
     def stop(self) -> None:
