@@ -105,6 +105,12 @@ class Job:
         except subprocess.TimeoutExpired:
             pytest.fail(f"the command still ran after {timeout_s} s: {self.text[-3000:]}")
 
+    def loss(self):
+        """The one error of a lost node: Ray prints a job's last lines twice."""
+        lost = {line for line in self.text.splitlines() if line.startswith("NodeLostError: ")}
+        assert len(lost) == 1, self.text[-3000:]
+        return lost.pop()
+
     @property
     def text(self):
         return self._log.read_text()
@@ -117,13 +123,13 @@ def test_steps_over_nodes_are_those_on_one_and_a_lost_node_ends_the_run(
     job.wait_for_step(2)
     check_who_listens_where(cluster)
     job.wait_for_step(4)
-    cluster.unplug(2)
     cut = time.monotonic()
+    cluster.unplug(2)
     assert job.wait(LIMIT_S) != 0
-    lost = [line for line in job.text.splitlines() if line.startswith("NodeLostError: ")]
-    assert len(lost) == 1 and time.monotonic() - cut < LIMIT_S, job.text[-3000:]
-    assert "node 10.77.0.3, last step 4/6: " in lost[0]
-    assert "rollout server, training worker" in lost[0]
+    print(f"unplugged: {time.monotonic() - cut:.1f} s")
+    lost = job.loss()
+    assert "node 10.77.0.3, last step 4/6: " in lost
+    assert "rollout server, training worker" in lost
     check_equal_runs(one, job.output, range(1, 5), checkpoint=3)
 
     left = ("trainer.nnodes=1", "trainer.n_gpus_per_node=2")
@@ -141,10 +147,12 @@ def test_servers_apart_and_a_killed_node(one, inputs, tmp_path):
         job = Job(cluster, inputs, tmp_path / "apart", *left, *pool)
         job.wait_for_step(4)
         cluster.kill(2)
+        cut = time.monotonic()
         assert job.wait(LIMIT_S) != 0
-    lost = [line for line in job.text.splitlines() if line.startswith("NodeLostError: ")]
-    assert len(lost) == 1 and "node 10.77.0.3, last step 4/6: " in lost[0], job.text[-3000:]
-    assert "rollout server" in lost[0] and "training worker" not in lost[0]
+        print(f"killed: {time.monotonic() - cut:.1f} s")
+    lost = job.loss()
+    assert "node 10.77.0.3, last step 4/6: " in lost
+    assert "rollout server" in lost and "training worker" not in lost
     check_equal_runs(one, job.output, range(1, 5), checkpoint=3)
 
 
@@ -213,13 +221,13 @@ def check_who_listens_where(cluster):
 
 
 def check_equal_runs(first, second, steps, checkpoint):
-    """Same tokens and rewards in each step, latents and parameters within `TOLERANCE`."""
+    """Same tokens and rewards in each step; parameters of both ranks within `TOLERANCE`."""
     for step in steps:
         rows = [
             [json.loads(line) for line in (run / f"rollouts/step_{step}.jsonl").open()]
             for run in (first, second)
         ]
-        for name in ("id", "prompt_ids", "response_ids", "kinds", "reward"):
+        for name in ("id", "prompt_ids", "token_ids", "kinds", "reward"):
             assert [row[name] for row in rows[0]] == [row[name] for row in rows[1]], (step, name)
         assert len(rows[0]) == 16
     states = [tiny_run.states_of(run, checkpoint) for run in (first, second)]
