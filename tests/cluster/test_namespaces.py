@@ -12,6 +12,7 @@ validation:
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -42,10 +43,7 @@ SETTINGS = (
 )
 CPUS = [8, 4, 4]
 RAYS_OWN = ("ray::DashboardA", "ray::RuntimeEnv", "ray::JobSupervi")
-RUNTIME_ENV = {
-    "excludes": [".git", ".venv", "outputs", "tests"],
-    "env_vars": {"OMP_NUM_THREADS": "1"},
-}
+RUNTIME_ENV = {"env_vars": {"OMP_NUM_THREADS": "1"}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,16 +76,27 @@ def one(inputs, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    """The working directory that jobs are submitted with: the package and a reward file."""
+    folder = tmp_path_factory.mktemp("shipped")
+    shutil.copytree(
+        ROOT / "grpo_latent", folder / "grpo_latent", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (folder / "own_reward.py").write_text(tiny_run.REWARD)
+    return folder
+
+
 class Job:
     """A submitted run; `text` is what the submission printed."""
 
-    def __init__(self, cluster, inputs, output, *more):
+    def __init__(self, cluster, shipped, inputs, output, *more):
         self.output, self._log = output, output.parent / f"{output.name}.txt"
         ray = str(Path(sys.executable).parent / "ray")
-        submit = [ray, "job", "submit", "--working-dir", str(ROOT)]
+        submit = [ray, "job", "submit", "--working-dir", str(shipped)]
         submit += ["--runtime-env-json", json.dumps(RUNTIME_ENV), "--"]
-        # the reward file travels with the working directory
-        arguments = tiny_run.overrides(inputs, output, *SETTINGS, *more)
+        reward = "reward.custom_reward_function.path=own_reward.py"  # each node has its own copy
+        arguments = tiny_run.overrides(inputs, output, *SETTINGS, reward, *more)
         command = [*submit, sys.executable, "-m", "grpo_latent.train", *arguments]
         with open(self._log, "ab") as log:
             self.process = cluster.popen(0, command, stdout=log, stderr=subprocess.STDOUT)
@@ -117,9 +126,9 @@ class Job:
 
 
 def test_steps_over_nodes_are_those_on_one_and_a_lost_node_ends_the_run(
-    one, cluster, inputs, tmp_path
+    one, cluster, shipped, inputs, tmp_path
 ):
-    job = Job(cluster, inputs, tmp_path / "many", "trainer.nnodes=2")
+    job = Job(cluster, shipped, inputs, tmp_path / "many", "trainer.nnodes=2")
     job.wait_for_step(2)
     check_who_listens_where(cluster)
     job.wait_for_step(4)
@@ -133,18 +142,18 @@ def test_steps_over_nodes_are_those_on_one_and_a_lost_node_ends_the_run(
     check_equal_runs(one, job.output, range(1, 5), checkpoint=3)
 
     left = ("trainer.nnodes=1", "trainer.n_gpus_per_node=2")
-    rest = Job(cluster, inputs, tmp_path / "many", *left)
+    rest = Job(cluster, shipped, inputs, tmp_path / "many", *left)
     assert rest.wait() == 0, rest.text[-3000:]
     check_equal_runs(one, rest.output, range(1, 7), checkpoint=6)
 
 
-def test_servers_apart_and_a_killed_node(one, inputs, tmp_path):
+def test_servers_apart_and_a_killed_node(one, shipped, inputs, tmp_path):
     """The other cut: a machine without power, whose kernel no longer answers for its sockets."""
     left = ("trainer.nnodes=1", "trainer.n_gpus_per_node=2", "latent.placement=apart")
     pool = ("actor_rollout_ref.rollout.nnodes=1", "actor_rollout_ref.rollout.n_gpus_per_node=1")
     with namespaces.NamespaceCluster(CPUS) as cluster:
         check_refusals(cluster, inputs)
-        job = Job(cluster, inputs, tmp_path / "apart", *left, *pool)
+        job = Job(cluster, shipped, inputs, tmp_path / "apart", *left, *pool)
         job.wait_for_step(4)
         cluster.kill(2)
         cut = time.monotonic()
