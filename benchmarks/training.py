@@ -316,12 +316,12 @@ def take_raw_turn(folder: Path, arguments: argparse.Namespace) -> dict:
 
     def update() -> None:
         model.train()
-        log_probs_BT, _ = replay(adapter, sequences, 0.9)
+        log_probs_BT, _ = replay(adapter, sequences, temperature=0.9)
         (log_probs_BT.sum() / 1000).backward()
 
     def old() -> None:
         with torch.no_grad():
-            replay(adapter, sequences, 0.9)
+            replay(adapter, sequences, temperature=0.9)
 
     return {"old": measured(old), "update": measured(update)}
 

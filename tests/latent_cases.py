@@ -73,6 +73,8 @@ class Case:
             )
         return MECHANISMS[mechanism](**ids, **values)
 
+    config = mechanism  # as scripts beside this repository call it
+
     def engine(
         self, mechanism: Mechanism | None = None, sampled: tuple[str, ...] = SAMPLED, **kwargs
     ):

@@ -43,7 +43,7 @@ def check_replay(requests, groups, engine, temperature: float) -> LatentSequence
     ]
     for padding_side in ("left", "right", "both"):
         batch = collate(trajectories, images, engine.adapter, "full", padding_side)
-        log_probs_BT, _ = replay(engine.adapter, batch, temperature)
+        log_probs_BT, _ = replay(engine.adapter, batch, temperature=temperature)
         for row, t in enumerate(trajectories):
             values = log_probs_BT[row][batch.valid_BT[row]][len(t.prompt_ids) :]
             torch.testing.assert_close(values, t.rollout_log_probs, rtol=0, atol=1e-4)

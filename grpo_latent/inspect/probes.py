@@ -176,9 +176,9 @@ class Prober:
         log_probs_BT, hidden_BTH = replay(
             self.adapter,
             sequences,
-            self.temperature,
-            mechanism.start_is_action,
-            mechanism.end_is_action,
+            temperature=self.temperature,
+            start_is_action=mechanism.start_is_action,
+            end_is_action=mechanism.end_is_action,
         )
         expected_NH = self._expected_latents(sequences, hidden_BTH).float().cpu()
         counts = [len(t.latents) for t in trajectories]

@@ -61,6 +61,11 @@ class ModelAdapter:
         return self._mechanism
 
     @property
+    def has_mechanism(self) -> bool:
+        """Whether the adapter was made with one; recorded vectors can be fed without."""
+        return self._mechanism is not None
+
+    @property
     def hidden_size(self) -> int:
         """H, of hidden states and of latents."""
         return self.text_config.hidden_size

@@ -9,6 +9,7 @@ it, and the latent at position t is made of the hidden state before it (through 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from contextlib import nullcontext
 
@@ -17,11 +18,15 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from grpo_latent.errors import ConfigError
+from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.injection import LatentInjector
-from grpo_latent.models.sequences import LatentSequences
+from grpo_latent.models.sequences import LatentSequences, collate
 from grpo_latent.models.shared_prompt import SharedPrompt
 from grpo_latent.models.shift import token_sources
+from grpo_latent.trajectory import PositionKind
+
+__all__ = ["collate", "replay", "replay_hidden", "token_log_probs"]
 
 
 def replay_hidden(
@@ -37,7 +42,7 @@ def replay_hidden(
     latents_NH = sequences.latents_NH
     has_latents = latents_NH.shape[0] > 0
     inject = (
-        LatentInjector.install(adapter.model, adapter.mechanism).inject
+        LatentInjector.install(adapter.model, _feeding(adapter, sequences)).inject
         if has_latents
         else lambda *_: nullcontext()
     )
@@ -51,6 +56,13 @@ def replay_hidden(
             sequences.images,
             cache,
         )
+
+
+def _feeding(adapter: ModelAdapter, sequences: LatentSequences) -> Mechanism | None:
+    """The mechanism, which is asked for where tokens are composed with what was recorded."""
+    if not adapter.has_mechanism and not bool((sequences.kinds_BT == PositionKind.MIXED).any()):
+        return None
+    return adapter.mechanism
 
 
 def token_log_probs(
@@ -79,11 +91,18 @@ def token_log_probs(
 def replay(
     adapter: ModelAdapter,
     sequences: LatentSequences,
+    visibility: str | None = None,
     temperature: float = 1.0,
     start_is_action: bool = True,
     end_is_action: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs [B, T] of the actions (0 elsewhere), and hidden states [B, T, H]."""
+    """Log-probs [B, T] of the actions (0 elsewhere), and hidden states [B, T, H].
+
+    Args:
+        visibility: replays under another one than that of the sequences; None for their own.
+    """
+    if visibility is not None:
+        sequences = dataclasses.replace(sequences, visibility=visibility)
     hidden_BTH = replay_hidden(adapter, sequences)
     mask_BT = sequences.action_mask_BT(start_is_action, end_is_action)
     return token_log_probs(adapter, sequences, hidden_BTH, temperature, mask_BT), hidden_BTH

@@ -190,7 +190,7 @@ def collate(
     trajectories: list[Trajectory],
     images: list[ImageInputs | None],
     adapter: ModelAdapter,
-    visibility: str,
+    visibility: str = "full",
     padding_side: str = "right",
     shares_prompts: bool = False,
 ) -> LatentSequences:

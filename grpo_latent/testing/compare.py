@@ -41,7 +41,9 @@ def replayed(
     case: Case, trajectories: list[Trajectory], sequences: LatentSequences
 ) -> list[Tensor]:
     """Replays each completion's log-probs, 0 where nothing was sampled."""
-    return rows_of(replay(case.adapter, sequences, TEMPERATURE)[0], sequences, trajectories)
+    return rows_of(
+        replay(case.adapter, sequences, temperature=TEMPERATURE)[0], sequences, trajectories
+    )
 
 
 def require_replay(
@@ -108,5 +110,5 @@ def first_positions(trajectory: Trajectory, length: int) -> Trajectory:
 
 def loss_of(adapter: ModelAdapter, sequences: LatentSequences) -> Tensor:
     """Makes one scalar that reacts to every action: the mean log-prob."""
-    log_probs_BT, _ = replay(adapter, sequences, TEMPERATURE)
+    log_probs_BT, _ = replay(adapter, sequences, temperature=TEMPERATURE)
     return log_probs_BT.sum() / sequences.action_mask_BT().sum()

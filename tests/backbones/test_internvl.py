@@ -158,7 +158,7 @@ def test_rollout_equals_replay_and_recompute(visibility):
     ]
     for padding_side, shares in (("both", False), ("right", False), ("right", True)):
         batch = collate(trajectories, images, engine.adapter, visibility, padding_side, shares)
-        log_probs_BT, _ = replay(engine.adapter, batch, 1.5)
+        log_probs_BT, _ = replay(engine.adapter, batch, temperature=1.5)
         for row, t in enumerate(trajectories):
             values = log_probs_BT[row][batch.valid_BT[row]][len(t.prompt_ids) :]
             torch.testing.assert_close(values, t.rollout_log_probs, rtol=0, atol=1e-4)

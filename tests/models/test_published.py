@@ -194,7 +194,7 @@ def test_layout_decodes_and_replays(published):
     sequences = collate(trajectories, [r.images for _, r in rows], adapter, "full", "left")
     with torch.no_grad():
         log_probs_BT, hidden_BTH = replay(
-            adapter, sequences, 1.0, mechanism.start_is_action, mechanism.end_is_action
+            adapter, sequences, None, 1.0, mechanism.start_is_action, mechanism.end_is_action
         )
     source_rows, columns = mechanism.sources(sequences.kinds_BT, sequences.valid_BT)
     gap = (hidden_BTH[source_rows, columns] - sequences.latents_NH).abs().max()

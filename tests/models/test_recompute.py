@@ -148,7 +148,7 @@ def test_by_passes_is_over_a_cache(name, gradient):
         c.model.zero_grad()
         latents_NH = run(adapter, given, gradient)
         assert latents_NH.requires_grad == (gradient != "cut")
-        replay(adapter, given.with_latents(latents_NH), 2.0)[0].sum().backward()
+        replay(adapter, given.with_latents(latents_NH), temperature=2.0)[0].sum().backward()
         gradients = {
             n: p.grad.clone() for n, p in c.model.named_parameters() if p.grad is not None
         }
@@ -217,7 +217,7 @@ def test_what_a_mechanism_composes_is_fed_and_what_it_makes_is_returned(gradient
     for run in (recompute_latents, lambda *args: by_passes(*args, num_passes=6)):
         c.model.zero_grad()
         latents_NH = run(adapter, mixed, gradient)
-        replay(adapter, mixed.with_latents(latents_NH), 2.0)[0].sum().backward()
+        replay(adapter, mixed.with_latents(latents_NH), temperature=2.0)[0].sum().backward()
         found.append(
             (latents_NH.detach(), c.model.model.layers[0].mlp.up_proj.weight.grad.clone())
         )
@@ -246,7 +246,7 @@ def test_the_mechanism_says_which_hidden_state_makes_a_latent(gradient):
     for given, run in ((aligned, recompute_latents), (sequences, by_passes)):
         c.model.zero_grad()
         latents_NH = run(adapter, given, gradient)
-        replay(adapter, given.with_latents(latents_NH), 2.0)[0].sum().backward()
+        replay(adapter, given.with_latents(latents_NH), temperature=2.0)[0].sum().backward()
         weight = c.model.model.language_model.layers[0].mlp.up_proj.weight
         found.append((latents_NH.detach(), weight.grad.clone()))
     (cached_NH, cached), (passed_NH, passed) = found

@@ -66,7 +66,7 @@ def test_replay_equals_rollout(name, visibility, padding_side):
     c, (trajectories, images) = case(name), recorded(name, visibility)
     batch = collate(trajectories, images, c.adapter, visibility, padding_side)
     with torch.no_grad():
-        log_probs_BT, _ = replay(c.adapter, batch, TEMPERATURE)
+        log_probs_BT, _ = replay(c.adapter, batch, temperature=TEMPERATURE)
     for trajectory, values in zip(
         trajectories, completion_values(trajectories, log_probs_BT, batch), strict=True
     ):
@@ -107,7 +107,7 @@ def test_gradient_checkpointing_changes_neither_log_probs_nor_gradients(name):
             c.model.gradient_checkpointing_enable()
             assert c.adapter.decoder.layers[0].gradient_checkpointing
         batch = collate(trajectories, images, c.adapter, "latents_only", "left")
-        log_probs_BT, _ = replay(c.adapter, batch, TEMPERATURE)
+        log_probs_BT, _ = replay(c.adapter, batch, temperature=TEMPERATURE)
         log_probs_BT.sum().backward()
         results.append(
             (

@@ -85,7 +85,7 @@ def test_a_shared_prompt_changes_neither_log_probs_nor_gradients(name, padding_s
     found = []
     for shares in (False, True):
         c, batch = batch_of(name, shares, padding_side)
-        log_probs_BT, hidden_BTH = replay(c.adapter, batch, TEMPERATURE)
+        log_probs_BT, hidden_BTH = replay(c.adapter, batch, temperature=TEMPERATURE)
         found.append((log_probs_BT, hidden_BTH[batch.valid_BT]))
         found[-1] += (gradients(c, log_probs_BT.sum() / batch.action_mask_BT().sum()),)
     (log_probs_BT, hidden_NH, grads), (shared_BT, shared_NH, shared_grads) = found
@@ -125,7 +125,9 @@ def test_completions_do_not_see_each_other():
     num_own = int(batch.recorded_mask_BT[0].sum())
     other.latents_NH[:num_own] += 1.0
     with torch.no_grad():
-        before_BT, after_BT = (replay(c.adapter, b, TEMPERATURE)[0] for b in (batch, other))
+        before_BT, after_BT = (
+            replay(c.adapter, b, temperature=TEMPERATURE)[0] for b in (batch, other)
+        )
     assert not torch.equal(before_BT[0], after_BT[0])
     assert torch.equal(before_BT[1:], after_BT[1:])
 
@@ -134,11 +136,11 @@ def test_completions_do_not_see_each_other():
 def test_checkpointed_layers_run_again_in_the_backward(name):
     """When the forward is over, and with it what its hooks knew."""
     c, batch = batch_of(name, True)
-    plain = gradients(c, replay(c.adapter, batch, TEMPERATURE)[0].mean())
+    plain = gradients(c, replay(c.adapter, batch, temperature=TEMPERATURE)[0].mean())
     c.model.train()
     c.model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
-        again = gradients(c, replay(c.adapter, batch, TEMPERATURE)[0].mean())
+        again = gradients(c, replay(c.adapter, batch, temperature=TEMPERATURE)[0].mean())
     finally:
         c.model.gradient_checkpointing_disable()
         c.model.eval()

@@ -59,7 +59,7 @@ def mixed_batch(name, treatment, max_spans, **changes):
 def densities(c, trajectories, images, treatment, side="right"):
     """(recorded, replayed, latent mask), each over the whole sequences [B, T]."""
     batch = collate(trajectories, images, c.adapter, "full", side)
-    log_probs_BT, hidden_BTH = replay(c.adapter, batch, TEMPERATURE)
+    log_probs_BT, hidden_BTH = replay(c.adapter, batch, temperature=TEMPERATURE)
     density_BT = latent_log_densities(c.adapter, batch, hidden_BTH, treatment, TEMPERATURE)
     is_completion_BT = (batch.kinds_BT >= K.TEXT) & batch.valid_BT
     recorded = torch.cat([t.rollout_log_probs for t in trajectories])
@@ -120,7 +120,7 @@ def test_a_shifted_pairing_is_another_number(treatment):
     c, trajectories, images = mixed_batch("qwen2_5_vl", treatment, 3)
     batch = collate(trajectories, images, c.adapter, "full")
     with torch.no_grad():
-        _, hidden_BTH = replay(c.adapter, batch, TEMPERATURE)
+        _, hidden_BTH = replay(c.adapter, batch, temperature=TEMPERATURE)
         right_BT = latent_log_densities(c.adapter, batch, hidden_BTH, treatment, TEMPERATURE)
         shifted_BT = latent_log_densities(
             c.adapter, batch, hidden_BTH.roll(-1, 1), treatment, TEMPERATURE

@@ -65,7 +65,7 @@ def replay_by_index(adapter, batch):
     )
     injector.arm(rows_M, columns_M, rows_M, images_M)
     try:
-        return replay(adapter, spoiled, TEMPERATURE)[0]
+        return replay(adapter, spoiled, temperature=TEMPERATURE)[0]
     finally:
         injector.disarm()
 
@@ -77,7 +77,7 @@ def test_rollout_equals_replay_recompute_and_replay_by_index(name):
     batch = check_replay(requests, groups, engine, TEMPERATURE)
     if name == "qwen3":
         return
-    right_BT, _ = replay(engine.adapter, batch, TEMPERATURE)
+    right_BT, _ = replay(engine.adapter, batch, temperature=TEMPERATURE)
     torch.testing.assert_close(replay_by_index(engine.adapter, batch), right_BT, rtol=0, atol=1e-5)
     wrong = dataclasses.replace(batch, selected_idx_M=batch.selected_idx_M.flip(0) % 6)
     assert float((replay_by_index(engine.adapter, wrong) - right_BT).abs().max()) > 0.01
@@ -172,7 +172,7 @@ def test_override_of_slots_replaces_its_part_and_nothing_else(name, part):
             if kind == K.SELECTED and place not in replaced
         ]
         batch = collate(group, [request.images] * len(group), engine.adapter, "full", "both")
-        log_probs_BT, _ = replay(engine.adapter, batch, TEMPERATURE)
+        log_probs_BT, _ = replay(engine.adapter, batch, temperature=TEMPERATURE)
         made = recompute_latents(engine.adapter, batch).split(len(kinds))
         for row, t in enumerate(group):
             assert t.kinds[: len(kinds)].tolist() == kinds and torch.equal(
@@ -246,7 +246,7 @@ def test_drawn_slots_differ_in_a_group_and_their_log_probs_are_a_replays():
     ]
     batch = collate(trajectories, images, engine.adapter, "full", "right")
     with torch.no_grad():
-        text_BT, _ = replay(engine.adapter, batch, TEMPERATURE)
+        text_BT, _ = replay(engine.adapter, batch, temperature=TEMPERATURE)
         _, choice_M = scored(engine.adapter, batch, 0.5)
     values_BT = text_BT.masked_scatter((batch.kinds_BT == K.SELECTED) & batch.valid_BT, choice_M)
     for row, t in enumerate(trajectories):

@@ -123,7 +123,7 @@ def roll_out(folder, visibility="full", treatment=None, selection_temperature=No
     adapter = engine.adapter
     with torch.no_grad():
         batch = collate(trajectories, images, adapter, visibility)
-        log_probs_BT, hidden_BTH = replay(adapter, batch, TEMPERATURE)
+        log_probs_BT, hidden_BTH = replay(adapter, batch, temperature=TEMPERATURE)
         if engine.treatment.is_action:
             log_probs_BT += latent_log_densities(
                 adapter, batch, hidden_BTH, treatment, TEMPERATURE

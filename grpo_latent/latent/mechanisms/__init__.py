@@ -28,7 +28,7 @@ from grpo_latent.latent.mechanisms.protocol import (
     Mechanism,
     Refusal,
 )
-from grpo_latent.latent.mechanisms.registry import MECHANISMS, mechanism_class
+from grpo_latent.latent.mechanisms.registry import MECHANISMS, mechanism_class, mechanism_config
 from grpo_latent.latent.mechanisms.row_states import RowStates
 from grpo_latent.latent.mechanisms.slots import SlotMechanism
 from grpo_latent.latent.mechanisms.spans import SpanMechanism
@@ -55,4 +55,5 @@ __all__ = [
     "from_dict",
     "load_mechanism",
     "mechanism_class",
+    "mechanism_config",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 from grpo_latent.errors import ConfigError
@@ -45,3 +46,8 @@ def mechanism_class(name: Any, where: str = "latent.mechanism") -> type[Mechanis
             "not a mechanism", where=where, got=name, expected="a Mechanism subclass"
         )
     return found
+
+
+def mechanism_config(name: str, ids: Mapping[str, int], **settings: Any) -> Mechanism:
+    """The mechanism of this name as published, but for `settings`; see `Mechanism.from_tokens`."""
+    return mechanism_class(name).from_tokens(ids, **settings)

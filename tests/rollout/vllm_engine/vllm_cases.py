@@ -178,7 +178,9 @@ def replay_gap(
         for trajectory in group:
             batch = collate([trajectory], [request.images], case.adapter, "full")
             with torch.no_grad():
-                log_probs_BT, hidden_BTH = replay(case.adapter, batch, temperature or 1.0)
+                log_probs_BT, hidden_BTH = replay(
+                    case.adapter, batch, temperature=temperature or 1.0
+                )
             start = len(trajectory.prompt_ids)
             acted = trajectory.response_mask()
             gap = (log_probs_BT[0, start:] - trajectory.rollout_log_probs)[acted].abs()

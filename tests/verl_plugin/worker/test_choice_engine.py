@@ -176,7 +176,9 @@ def reference_gradient(loaded, trajectories, images):
     is_selected_N = (batch.kinds_BT == K.SELECTED)[batch.recorded_mask_BT]
     latents_NH = batch.latents_NH.index_put((is_selected_N.nonzero()[:, 0],), torch.cat(chosen))
     loaded.model.zero_grad()
-    replay(adapter, batch.with_latents(latents_NH), helpers.TEMPERATURE)[0].sum().backward()
+    replay(adapter, batch.with_latents(latents_NH), temperature=helpers.TEMPERATURE)[
+        0
+    ].sum().backward()
     return {
         name: p.grad.clone() for name, p in loaded.model.named_parameters() if p.grad is not None
     }

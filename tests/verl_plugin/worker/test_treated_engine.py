@@ -98,7 +98,9 @@ def reference_gradients(loaded, trajectories, images, visibility, gradients) -> 
         loaded.model.zero_grad()
         latents_NH = recompute_latents(adapter, batch, gradient)
         latents_NH = latents_NH.detach() if gradient == "cut" else latents_NH
-        log_probs_BT, _ = replay(adapter, batch.with_latents(latents_NH), helpers.TEMPERATURE)
+        log_probs_BT, _ = replay(
+            adapter, batch.with_latents(latents_NH), temperature=helpers.TEMPERATURE
+        )
         log_probs_BT.sum().backward()
         found[gradient] = {
             n: p.grad.clone() for n, p in loaded.model.named_parameters() if p.grad is not None

@@ -78,7 +78,7 @@ def density_gradients(loaded, trajectories, images) -> dict[str, torch.Tensor]:
     """Of the sum of all log-densities, by the package's replay."""
     adapter = ModelAdapter(loaded.model, loaded.mechanism)
     batch = collate(trajectories, images, adapter, "full", "both")
-    _, hidden_BTH = replay(adapter, batch, helpers.TEMPERATURE)
+    _, hidden_BTH = replay(adapter, batch, temperature=helpers.TEMPERATURE)
     latent_log_densities(
         adapter, batch, hidden_BTH, TREATMENT, helpers.TEMPERATURE
     ).sum().backward()
@@ -204,7 +204,7 @@ def test_a_users_own_by_its_import_path(recorded, gloo):
     adapter = ModelAdapter(loaded.model, loaded.mechanism)
     sequences = collate(trajectories, images, adapter, "full", "both")
     with torch.no_grad():
-        _, hidden_BTH = replay(adapter, sequences, helpers.TEMPERATURE)
+        _, hidden_BTH = replay(adapter, sequences, temperature=helpers.TEMPERATURE)
     rows, columns = sequences.sources(adapter.mechanism)
     is_live_M = torch.tensor([bool(t.response_mask().any()) for t in trajectories])[rows]
     hidden_MH = hidden_BTH[rows, columns][is_live_M]
