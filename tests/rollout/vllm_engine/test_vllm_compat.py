@@ -63,7 +63,12 @@ def test_the_platform_is_read_from_the_distribution(installed, expected, monkeyp
 
 @pytest.mark.parametrize(
     ("version", "platform", "pinned"),
-    [("0.27.1", "cpu", "0"), ("0.27.1", "cuda", "1"), ("0.24.0", "cuda", "0")],
+    [
+        ("0.27.1", "cpu", "0"),
+        ("0.25.0", "cuda", "1"),
+        ("0.31.0", "cuda", "1"),
+        ("0.24.0", "cuda", "0"),
+    ],
 )
 def test_the_runner_is_pinned(version, platform, pinned, monkeypatch):
     monkeypatch.setattr(compat, "installed_vllm", lambda: (version, platform))

@@ -65,9 +65,16 @@ def test_images_chunks_preemption_and_asynchronous_scheduling(tmp_path):
     assert answer["stats"]["num_seats"] == answer["stats"]["num_records"] == 0
 
 
-def test_a_text_model_and_sampling(tmp_path):
-    sampling = {"temperature": 0.8, "top_k": 5, "top_p": 0.9}
-    answer = run(
-        "qwen2", tmp_path, engine={}, num_requests=16, max_new_tokens=24, sampling=sampling
-    )
+SAMPLING = {"temperature": 0.8, "top_k": 5, "top_p": 0.9}
+TEXT = {"engine": {}, "num_requests": 16, "max_new_tokens": 24, "sampling": SAMPLING}
+
+
+def test_a_text_model_that_draws_tokens_and_latents(tmp_path):
+    treatment = {"name": "gaussian", "gaussian": {"sigma": 0.3}}
+    answer = run("qwen2", tmp_path, treatment=treatment, **TEXT)
     assert not answer["is_async"] and answer["num_spans"] > 16
+
+
+def test_a_completion_that_begins_with_slots(tmp_path):
+    answer = run("qwen2", tmp_path, mechanism={"mechanism": "coconut"}, **TEXT)
+    assert answer["num_spans"] == 16

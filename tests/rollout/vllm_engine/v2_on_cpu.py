@@ -51,17 +51,20 @@ def keep_asynchronous_scheduling() -> None:
 def main(name: str, folder: str) -> None:
     from vllm_cases import build_vllm_case, compare, sampling
 
+    from grpo_latent.latent.treatments import parse_treatment
+
     given = json.load(sys.stdin)
     if given.get("async"):
         keep_asynchronous_scheduling()
-    case = build_vllm_case(name, Path(folder))
-    engine = case.vllm_engine(**given["engine"])
+    case = build_vllm_case(name, Path(folder), **given.get("mechanism", {}))
+    treatment, _ = parse_treatment(given.get("treatment"))
+    engine = case.vllm_engine(treatment=treatment, **given["engine"])
     config = engine._llm.llm_engine.vllm_config
     requests = case.requests(given["num_requests"], given.get("num_trajectories", 1))
     params = sampling(given["max_new_tokens"], **given.get("sampling", {}))
     ours, reference = (
         engine.generate(requests, params),
-        case.hf_engine().generate(requests, params),
+        case.hf_engine(treatment).generate(requests, params),
     )
     result = vars(compare(ours, reference)) | {
         "is_v2": config.use_v2_model_runner,

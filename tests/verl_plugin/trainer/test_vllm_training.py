@@ -80,3 +80,16 @@ def test_three_steps_and_the_third_again(inputs, local_ray, tmp_path, monkeypatc
         == 2
     )
     tiny_run.assert_equal_runs(first, second, [3], checkpoint=3)
+
+
+def test_drawn_latents_act_and_replay(inputs, local_ray, tmp_path, monkeypatch):
+    """One step: what vLLM draws and scores is what the trainer scores."""
+    drawn = ("latent.treatment.name=gaussian", "latent.treatment.gaussian.sigma=0.3")
+    config = tiny_run.make_config(
+        inputs, tmp_path, *OPTIONS, *drawn, "trainer.total_training_steps=1"
+    )
+    tiny_run.train_here(config, monkeypatch)
+    (metrics,) = tiny_run.metrics_of(tmp_path).values()
+    assert metrics["latent/steps_mean"] > 0.2 and metrics["latent/replay_logp_gap_max"] <= 1e-4
+    # a sum over the dimensions, of hundreds of nats
+    assert 0 < metrics["latent/replay_density_gap_max"] <= 1e-3
