@@ -329,7 +329,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
         "latent.treatment.anchor_weight=1 actor_rollout_ref.actor.use_kl_loss=false",
         f"{MODEL}.override_config.attn_implementation=flash_attention_2",
         f"{MODEL}.use_fused_kernels=true",
-        f"{MODEL}.lora_rank=8 => lora.merge",
+        f"{MODEL}.lora_rank=8 {MODEL}.lora.merge=false => lora.merge",
         f"{REF}.strategy=fsdp",
     ),
     "not with latents": (

@@ -32,7 +32,7 @@ from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.trainer import checkpoint
 from grpo_latent.verl_plugin.trainer.commit import DATA_FILE, check_checkpoint, write_manifest
 from grpo_latent.verl_plugin.trainer.guards import Guards
-from grpo_latent.verl_plugin.worker.parts import PartDigests, is_own
+from grpo_latent.verl_plugin.worker.parts import PartDigests, share_of
 
 WORLD_SIZE = 2
 STEPS = (3, 14)  # an older checkpoint beside the newest
@@ -129,8 +129,7 @@ def read_rl(root: Path) -> Any:
 
     def check_parts(place: str, entries: manifest.Entries) -> None:
         for rank in range(WORLD_SIZE):
-            own = {name: entry for name, entry in entries.items() if is_own(name, rank)}
-            manifest.check_files(place, own)
+            manifest.check_files(place, share_of(entries, rank, WORLD_SIZE))
 
     workers = SimpleNamespace(world_size=WORLD_SIZE, check_parts=check_parts)
     check_checkpoint(folder, workers, LatentOptions())

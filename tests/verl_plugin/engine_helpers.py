@@ -221,11 +221,15 @@ def make_engine(
     micro=2,
     lr=1e-2,
     checkpointing=False,
-    lora_rank=0,
+    lora=None,
     fsdp_size=-1,
     **options,
 ):
-    """verl's way to an engine, without Ray."""
+    """verl's way to an engine, without Ray.
+
+    Args:
+        lora: settings of verl's model config, such as `dict(lora_rank=4)`.
+    """
     register_all()
     os.environ["VERL_ENGINE_VENDOR"] = "latent"
     model_config = HFModelConfig(
@@ -233,8 +237,8 @@ def make_engine(
         use_remove_padding=packed,
         enable_gradient_checkpointing=checkpointing,
         override_config={"attn_implementation": "sdpa"},
-        lora_rank=lora_rank,
         lora={"merge": True},
+        **lora or {},
     )
     engine_config = FSDPEngineConfig(
         strategy="fsdp2",

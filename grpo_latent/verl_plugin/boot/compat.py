@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -130,6 +130,22 @@ def without_pinned_offload(engine_config):
         yield
     finally:
         engine_config.forward_only = forward_only
+
+
+@contextmanager
+def exporting(gather: Callable[[], dict[str, Tensor]]):
+    """Has verl's save put what `gather` returns into the Hugging Face folder (seam: export).
+
+    It would write an adapted model's weights under peft's names, which no program reads.
+    """
+    from verl.utils.checkpoint import fsdp_checkpoint_manager as module
+
+    original = module.get_fsdp_full_state_dict
+    _replace((module,), "get_fsdp_full_state_dict", lambda *args, **kwargs: gather())
+    try:
+        yield
+    finally:
+        _replace((module,), "get_fsdp_full_state_dict", original)
 
 
 def cpu_pool_manager(manager):

@@ -6,7 +6,6 @@ from transformers import PreTrainedConfig
 
 from grpo_latent.backbones.registry import find_backbone
 from grpo_latent.errors import ConfigError
-from grpo_latent.latent.treatments import Treatment
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 
 
@@ -43,21 +42,6 @@ def check_layout(model, visibility: str | None, draws_images: bool) -> None:
                 expected=f"False ({reason})",
                 fix=f"Set {key}=False.",
             )
-
-
-def check_trains_treatment(model, treatment: Treatment) -> None:
-    """Raises `ConfigError` where a treatment's own parameters would not be trained.
-
-    Arguments as those of `check_layout`.
-    """
-    if treatment.has_parameters and model.lora_rank > 0:
-        raise ConfigError(
-            "LoRA would freeze the treatment's own parameters",
-            where="actor_rollout_ref.model.lora_rank",
-            got=f"{model.lora_rank} with latent.treatment.name={type(treatment).__name__}",
-            expected="0",
-            fix="Train all weights, or choose a treatment without parameters.",
-        )
 
 
 def check_padding(visibility: str | None, use_remove_padding: bool) -> None:

@@ -22,6 +22,7 @@ from grpo_latent.trajectory import PositionKind
 
 CHECKPOINT_FIELDS = ("visibility", "steps", "exit", "max_spans", "start_is_action")
 SELECTIONS = ("top_k", "plackett_luce")
+TRAINED_LATENTS, LM_HEAD = LORA_TRAINS = ("latents", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class LatentOptions:
         output_dir: of train.log; None where the driver does not collect logs.
         verify_digests: files of checkpoints and models are compared with their manifest before
             they are loaded; False compares names and sizes.
+        lora_trains: what trains whole beside LoRA's adapters: `latents`, the mechanism's own
+            parameters (head, end vector, gate, slots), `lm_head`; a treatment's always do.
         trust_pickles: what of a checkpoint cannot be loaded without running its code is loaded.
         preflight: of the checkpoint, before workers start.
         usage: `eval.usage.UsageSettings`, of the measurement at each validation.
@@ -92,6 +95,7 @@ class LatentOptions:
     rollout_timeout_s: float = 1800.0
     output_dir: str | None = None
     verify_digests: bool = True
+    lora_trains: tuple[str, ...] = (TRAINED_LATENTS,)
     trust_pickles: bool = False
     preflight: Mapping[str, Any] = field(default_factory=dict)
     usage: Mapping[str, Any] = field(default_factory=dict)
@@ -119,6 +123,14 @@ class LatentOptions:
             expected = f"one of {SELECTIONS}"
             raise ConfigError(
                 "unknown value", where="latent.selection", got=self.selection, expected=expected
+            )
+        unknown = sorted(set(self.lora_trains) - set(LORA_TRAINS))
+        if unknown:
+            raise ConfigError(
+                "unknown value",
+                where="latent.lora_trains",
+                got=unknown,
+                expected=f"some of {LORA_TRAINS}",
             )
         for name in ("replay_logp_gap_bound", "rollout_timeout_s", "selection_temperature"):
             value = getattr(self, name)

@@ -80,13 +80,26 @@ SEAMS = (
     Seam(
         "engine: moves",
         f"{_ENGINE}.to",
-        "offloaded parameters are on the device while adapters are merged",
+        "an offloaded optimizer goes back to the host after a load",
         ("self", "device", "model", "optimizer", "grad"),
     ),
     Seam(
-        "LoRA merge",
-        "verl.utils.fsdp_utils:merged_lora_context",
-        "weights of a merged adapter are read inside it",
+        "engine: adapters",
+        f"{_ENGINE}._build_lora_module",
+        "replaced: adapters in the decoder alone, and what trains beside them",
+        ("self", "module"),
+    ),
+    Seam(
+        "engine: reference",
+        f"{_ENGINE}.disable_adapter",
+        "what trains beside the adapters goes back to its start, too",
+        ("self",),
+    ),
+    Seam(
+        "export",
+        "verl.utils.checkpoint.fsdp_checkpoint_manager:get_fsdp_full_state_dict",
+        "replaced while an adapted model is saved: merged, under the plain model's names",
+        ("model", "offload_to_cpu", "rank0_only"),
     ),
     Seam(
         "training worker",

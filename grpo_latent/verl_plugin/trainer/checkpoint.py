@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -31,7 +30,7 @@ from grpo_latent.common.step_folders import (
     step_folders,
     step_of,
 )
-from grpo_latent.errors import CheckpointError, ConfigError
+from grpo_latent.errors import ConfigError
 
 __all__ = [
     "STEP_PREFIX",
@@ -142,25 +141,3 @@ def restored(folder: Path, contents: Collection[str]) -> str:
     if (folder / STATE_FILE).is_file():
         parts.append("alarms and best score")
     return ", ".join(parts)
-
-
-def check_world_size(folder: Path, world_size: int) -> None:
-    """Raises `CheckpointError` at no checkpoint, or one of another number of ranks.
-
-    Shards fit the number of ranks that they were saved at.
-    """
-    path = folder / "actor" / "fsdp_config.json"
-    if not path.is_file():
-        raise CheckpointError(
-            "not a checkpoint", where=str(folder), got="no actor/fsdp_config.json", expected="one"
-        )
-    saved = json.loads(path.read_text())["world_size"]
-    if saved != world_size:
-        raise CheckpointError(
-            "saved at another world size",
-            where=str(folder),
-            got=saved,
-            expected=str(world_size),
-            fix="Resume at the saved world size, or start anew from actor/huggingface as "
-            "model.path.",
-        )

@@ -22,7 +22,7 @@ from grpo_latent.common.files import sync
 from grpo_latent.common.pickles import check_pickles
 from grpo_latent.verl_plugin.boot import metrics_file
 from grpo_latent.verl_plugin.boot.options import LatentOptions
-from grpo_latent.verl_plugin.trainer import checkpoint
+from grpo_latent.verl_plugin.worker.parts import RANKS_FILE, resharding_notes
 
 DATA_FILE = "data.pt"
 TRUST = "latent.trust_pickles"
@@ -102,7 +102,7 @@ def check_checkpoint(folder: Path, workers: Any, options: LatentOptions) -> list
         CheckpointError: a part is missing or changed, or would run code.
     """
     entries = manifest.read_manifest(folder)
-    config = "actor/fsdp_config.json"
+    config = f"actor/{RANKS_FILE}"
     if entries is None:
         notes = [manifest.no_manifest(folder)]
     else:
@@ -112,7 +112,7 @@ def check_checkpoint(folder: Path, workers: Any, options: LatentOptions) -> list
         manifest.check_files(folder, here, verify)
         manifest.check_unlisted(folder, entries)
         notes = [] if verify else [manifest.not_compared(folder)]
-    checkpoint.check_world_size(folder, workers.world_size)
+    notes += resharding_notes(folder / "actor", workers.world_size)
     check_pickles([folder / DATA_FILE], options.trust_pickles, TRUST)
     if entries is not None:
         parts = {

@@ -20,7 +20,6 @@ from grpo_latent.verl_plugin.boot.layout import (
     check_layout,
     check_model,
     check_padding,
-    check_trains_treatment,
 )
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import (
@@ -51,6 +50,7 @@ def check_config(config: DictConfig) -> LatentOptions:
     _check_components(config)
     _check_dropping(config)
     _check_unsupported(config)
+    _check_lora(config, options)
     _check_groups(config)
     _check_batches(config)
     _check_placement(config, options)
@@ -203,15 +203,51 @@ def _check_unsupported(config: DictConfig) -> None:
             got=OmegaConf.select(config, ulysses),
             expected="1",
         )
-    lora_rank = OmegaConf.select(config, "actor_rollout_ref.model.lora_rank", default=0)
-    merge = "actor_rollout_ref.model.lora.merge"
-    if lora_rank > 0 and not OmegaConf.select(config, merge, default=False):
-        raise ConfigError(
-            "rollout engines take merged weights only",
-            where=merge,
-            got=False,
-            expected="True with lora_rank > 0",
-        )
+
+
+def _check_lora(config: DictConfig, options: LatentOptions) -> None:
+    """Refuses settings of adapters that verl's FSDP2 path would read otherwise, or not at all."""
+    model, checkpoint = "actor_rollout_ref.model", "actor_rollout_ref.actor.checkpoint"
+
+    def get(key: str) -> Any:
+        return OmegaConf.select(config, key, default=None)
+
+    has_lora = bool(get(f"{model}.lora_rank"))
+    trains_more = bool(options.lora_trains) or options.treatment.has_parameters
+    refused = (
+        (
+            f"{model}.lora.merge",
+            has_lora and not get(f"{model}.lora.merge"),
+            "True: rollout engines take merged weights only",
+        ),
+        (
+            f"{model}.lora.rank",
+            bool(get(f"{model}.lora.rank")),
+            "0: that is Megatron's, FSDP2 reads model.lora_rank",
+        ),
+        (
+            f"{model}.lora_adapter_path",
+            get(f"{model}.lora_adapter_path") is not None,
+            "null: the reference would be the model without it; begin from a folder with the "
+            "adapter merged",
+        ),
+        (
+            f"{model}.target_parameters",
+            has_lora and bool(get(f"{model}.target_parameters")),
+            "null: adapters stand on linear layers",
+        ),
+        (
+            f"{checkpoint}.save_lora_only",
+            has_lora and bool(get(f"{checkpoint}.save_lora_only")) and trains_more,
+            "False, or nothing that trains beside the adapters (latent.lora_trains=[], a treatment "
+            "without parameters): it would not be saved",
+        ),
+    )
+    for where, is_refused, expected in refused:
+        if is_refused:
+            raise ConfigError(
+                "not supported with latents", where=where, got=get(where), expected=expected
+            )
 
 
 def _check_groups(config: DictConfig) -> None:
@@ -349,7 +385,6 @@ def _check_vllm(config: DictConfig, options: LatentOptions) -> None:
 def _check_treatment(config: DictConfig, options: LatentOptions) -> None:
     """What a treatment needs of the rest of the config."""
     terms = options.terms
-    check_trains_treatment(config.actor_rollout_ref.model, options.treatment)
     has_reference = config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
     for name, weight in options.treatment.reference_weights(terms).items():
         if weight and not has_reference:

@@ -64,6 +64,7 @@ LATENT: dict[str, Kind] = {
     "latent.max_batch_rows": whole(1),
     "latent.max_latents": null_or(whole(1)),
     "latent.max_skipped_updates": whole(1),
+    "latent.lora_trains": some(choice("latents", "lm_head"), at_least=0),
     "latent.rollout_timeout_s": number(above=0),
     "latent.preflight.num_prompts": whole(0, why="0: none"),
     "latent.preflight.min_emission_rate": share(),

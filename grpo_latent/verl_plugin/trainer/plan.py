@@ -13,13 +13,10 @@ from grpo_latent.common.step_folders import step_of
 from grpo_latent.data.files import RowKeys, iter_verl_rows, num_rows
 from grpo_latent.rewards.functions import specs_from_config
 from grpo_latent.verl_plugin.rewards.manager import reward_settings
-from grpo_latent.verl_plugin.trainer.checkpoint import (
-    check_world_size,
-    restored,
-    resume_folder,
-)
+from grpo_latent.verl_plugin.trainer.checkpoint import restored, resume_folder
 from grpo_latent.verl_plugin.trainer.commit import DATA_FILE, TRUST
 from grpo_latent.verl_plugin.trainer.config_check import check_config
+from grpo_latent.verl_plugin.worker.parts import resharding_notes
 
 
 def check_resume(config: DictConfig) -> list[str]:
@@ -29,15 +26,15 @@ def check_resume(config: DictConfig) -> list[str]:
         what the user should know.
 
     Raises:
-        CheckpointError: a part is missing or changed, would run code, or was saved at another
-            number of ranks.
+        CheckpointError: a part is missing or changed, or would run code.
     """
     folder = resume_folder(config.trainer)
     if folder is None:
         return []
     options = check_config(config)
     notes = manifest.check_folder(folder, options.verify_digests)
-    check_world_size(folder, config.trainer.nnodes * config.trainer.n_gpus_per_node)
+    num_ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    notes += resharding_notes(folder / "actor", num_ranks)
     check_pickles([folder / DATA_FILE], options.trust_pickles, TRUST)
     return notes
 

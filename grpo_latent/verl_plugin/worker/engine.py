@@ -18,16 +18,14 @@ from dataclasses import fields
 
 import torch
 from tensordict import TensorDict
-from torch.distributed.tensor import DTensor
 from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_device_id, get_device_name
+from verl.utils.device import get_device_id
 from verl.workers.engine import EngineRegistry
 
 from grpo_latent import recorded
 from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.backbones.registry import backbone_of, find_backbone
 from grpo_latent.common.manifest import check_whole
-from grpo_latent.common.pickles import check_pickles, without_code
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models.groups import first_of_rows
@@ -44,31 +42,26 @@ from grpo_latent.verl_plugin.boot.layout import (
     check_layout,
     check_model,
     check_padding,
-    check_trains_treatment,
 )
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import NAME
 from grpo_latent.verl_plugin.worker.choice_forward import ChoiceForward
-from grpo_latent.verl_plugin.worker.finite import SkippedUpdates, check_rows, check_weights
-from grpo_latent.verl_plugin.worker.finite_engine import FiniteEngine
+from grpo_latent.verl_plugin.worker.finite import SkippedUpdates, check_rows
 from grpo_latent.verl_plugin.worker.gradients import InputGradients
-from grpo_latent.verl_plugin.worker.hf_folder import complete_hf_folder
 from grpo_latent.verl_plugin.worker.latent_loss import NUM_ACTS, NUM_LATENTS, LatentLoss
 from grpo_latent.verl_plugin.worker.micro_batch import MicroBatch, engine_sequences
-from grpo_latent.verl_plugin.worker.parts import HF_FOLDER, PartDigests
 from grpo_latent.verl_plugin.worker.scored_head import ScoredHead, Wanted
 from grpo_latent.verl_plugin.worker.treated_forward import TreatedForward
+from grpo_latent.verl_plugin.worker.weights_engine import WeightsEngine
 
 
 @EngineRegistry.register(
     model_type="language_model", backend=["fsdp2"], device=["cpu", "cuda"], vendor=NAME
 )
-class LatentFSDPEngine(FiniteEngine):
+class LatentFSDPEngine(WeightsEngine):
     """Replays recorded latents; otherwise verl's engine."""
 
-    options = LatentOptions()
     freeze_vision = False
-    parts: PartDigests | None = None  # of the last save
     # of the forward that runs, None between two
     batch: MicroBatch | None = None
     sequences: LatentSequences | None = None
@@ -92,7 +85,6 @@ class LatentFSDPEngine(FiniteEngine):
         check_layout(
             self.model_config, self.mechanism.visibility, self.options.draw_temperature is not None
         )
-        check_trains_treatment(self.model_config, self.options.treatment)
         check_packed(self.model_config)
         module = super()._build_module()
         # all that has parameters joins before FSDP wraps the module: so it is sharded, trained,
@@ -116,6 +108,8 @@ class LatentFSDPEngine(FiniteEngine):
         self.vision_cache = VisionCache.install(module) if caches else None
         # a hook, since verl's patched forward of vision models overwrites `inputs_embeds`
         self.injector = LatentInjector.install(module, self.mechanism)
+        if self._is_lora:  # frozen embeddings would hide the gradient at what the model is fed
+            module.enable_input_require_grads()
         self.input_gradients = InputGradients(
             module
         )  # after the injector: it watches what the model is fed
@@ -295,78 +289,6 @@ class LatentFSDPEngine(FiniteEngine):
         self.treated.extend(model_output, output_args, self.batch, self.sequences, self.trains)
         self.choices.extend(model_output, self.batch)
         return model_output
-
-    # ---- weights and checkpoints ----------------------------------------------------------------
-
-    def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
-        """All weights in full precision under the module's own names, head and end vector too.
-
-        verl's own version renames to checkpoint names and sends merged LoRA weights as bf16, which
-        would put the rollout's policy beside the trained one. A collective: every rank must
-        iterate the generator to its end.
-        """
-        check_weights(self.module, f"after {self.step}, before weights are sent")
-        model = getattr(self.module, "_fsdp_wrapped_module", self.module)
-        if not hasattr(model, "peft_config"):
-            return full_tensors(self.module.state_dict()), None
-        if not self.model_config.lora.get("merge", False):
-            raise ConfigError(
-                "engine hf takes merged weights only",
-                where="actor_rollout_ref.model.lora.merge",
-                got=False,
-                expected="True with LoRA",
-            )
-        return self._merged_weights(), None
-
-    def _merged_weights(self):
-        from verl.utils.fsdp_utils import merged_lora_context, normalize_peft_param_name
-
-        # merging is arithmetic on the module itself, and copies to the host may still be under way
-        # where it was offloaded
-        if self.is_param_offload_enabled:
-            self.to(get_device_name(), model=True, optimizer=False, grad=False)
-        try:
-            with merged_lora_context(self.module, backup_adapters=True):
-                yield from full_tensors(normalize_peft_param_name(self.module.state_dict()))
-        finally:
-            if self.is_param_offload_enabled:
-                self.to("cpu", model=True, optimizer=False, grad=False)
-
-    def save_checkpoint(
-        self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None, **kwargs
-    ):
-        super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
-        if self.rank == 0:
-            complete_hf_folder(f"{local_path}/{HF_FOLDER}", self.model_config, self.mechanism)
-        self.parts = PartDigests(local_path, self.rank)
-        torch.distributed.barrier()
-
-    def load_checkpoint(self, local_path, *args, **kwargs):
-        """verl's, which would run whatever code the files hold: here tensors and values only."""
-        manager = self.checkpoint_manager
-        loads = {
-            "model": manager.should_load_model,
-            "optim": manager.should_load_optimizer,
-            "extra_state": manager.should_load_extra,
-        }
-        suffix = f"world_size_{manager.world_size}_rank_{manager.rank}.pt"
-        is_trusted = self.options.trust_pickles
-        paths = [f"{local_path}/{stem}_{suffix}" for stem, is_loaded in loads.items() if is_loaded]
-        check_pickles(paths, is_trusted, "latent.trust_pickles")
-        with without_code(is_trusted):
-            super().load_checkpoint(local_path, *args, **kwargs)
-
-
-def full_tensors(state: dict):
-    """(name, full tensor) of each weight; gathers shards, so every rank must iterate."""
-    device = get_device_id()
-    for name, tensor in state.items():
-        if isinstance(tensor, DTensor):
-            shard = tensor.to(device)
-            assert isinstance(shard, DTensor)  # torch's annotation of `to` loses the class
-            yield name, shard.full_tensor()
-        else:
-            yield name, tensor.detach()
 
 
 def check_packed(model_config) -> None:

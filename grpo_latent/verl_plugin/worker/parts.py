@@ -5,7 +5,9 @@ Ranks of several nodes may each see their own files only, and together they read
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,19 +20,93 @@ from grpo_latent.common.manifest import (
     files_below,
     write_manifest,
 )
+from grpo_latent.errors import CheckpointError
 
 _OF_RANK = re.compile(r"_rank_(\d+)\.pt$")
 HF_FOLDER = "huggingface"
+RANKS_FILE = "fsdp_config.json"
 
 
-def is_own(name: str, rank: int) -> bool:
-    """Whether a rank writes and loads a file below `actor`; those of no rank are rank 0's.
+def rank_of(name: str) -> int:
+    """The rank that writes a file below `actor`; those of no rank are rank 0's.
 
-    >>> is_own("optim_world_size_2_rank_1.pt", 1), is_own("fsdp_config.json", 1)
-    (True, False)
+    >>> rank_of("optim_world_size_2_rank_1.pt"), rank_of("fsdp_config.json")
+    (1, 0)
     """
     found = _OF_RANK.search(name)
-    return rank == (int(found[1]) if found else 0)
+    return int(found[1]) if found else 0
+
+
+def share_of(entries: Entries, rank: int, num_ranks: int) -> Entries:
+    """What a rank compares: its own files, and a share of those of ranks that are no more.
+
+    >>> sorted(share_of({"optim_world_size_4_rank_3.pt": None, "fsdp_config.json": None}, 1, 2))
+    ['optim_world_size_4_rank_3.pt']
+    """
+    return {name: entry for name, entry in entries.items() if rank_of(name) % num_ranks == rank}
+
+
+def part_name(stem: str, num_ranks: int, rank: int) -> str:
+    """verl's name of a rank's file.
+
+    >>> part_name("optim", 2, 1)
+    'optim_world_size_2_rank_1.pt'
+    """
+    return f"{stem}_world_size_{num_ranks}_rank_{rank}.pt"
+
+
+def saved_world_size(folder: str | Path) -> int:
+    """The number of ranks that saved a folder `actor`.
+
+    Raises:
+        CheckpointError: no checkpoint, or one whose file of this number cannot be read.
+    """
+    path = Path(folder) / RANKS_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            "not a checkpoint", where=str(folder), got=f"no {RANKS_FILE}", expected="one"
+        )
+    try:
+        return int(json.loads(path.read_bytes())["world_size"])
+    except (ValueError, TypeError, LookupError) as error:
+        raise CheckpointError(
+            "the number of ranks cannot be read",
+            where=str(path),
+            got=f"{type(error).__name__}: {error}",
+            expected="the file as verl wrote it, with world_size",
+            fix="Restore it, or resume from another checkpoint.",
+        ) from error
+
+
+def ranks_to_read(num_saved: int, num_ranks: int, rank: int) -> Iterable[int]:
+    """The saved ranks whose files a rank loads: its own, or all where the numbers differ."""
+    return [rank] if num_saved == num_ranks else range(num_saved)
+
+
+def resharding_notes(folder: str | Path, num_ranks: int) -> list[str]:
+    """Says what a run of so many ranks takes from a folder `actor`, where others have saved it.
+
+    Raises:
+        CheckpointError: as `saved_world_size`.
+    """
+    num_saved = saved_world_size(folder)
+    if num_saved == num_ranks:
+        return []
+    both = min(num_saved, num_ranks)
+    if num_saved > num_ranks:
+        others = f"those of {_ranks(num_ranks, num_saved)} are left out"
+    else:
+        others = f"those of {_ranks(num_saved, num_ranks)} as this start made them"
+    return [
+        f"saved by {num_saved} rank{'s' * (num_saved > 1)}, goes on with {num_ranks}: weights, "
+        "optimizer, learning-rate schedule and position in the data exactly; random generators of "
+        f"{_ranks(0, both)} exactly, {others} (rollouts draw from seeds of their own); sums over "
+        "ranks are rounded in another order"
+    ]
+
+
+def _ranks(first: int, end: int) -> str:
+    return f"rank {first}" if end - first == 1 else f"ranks {first} to {end - 1}"
 
 
 class PartDigests:
@@ -51,7 +127,7 @@ def _digest_own(folder: Path, rank: int) -> Entries:
 
     That folder is also read alone: by evaluation, or by the next run.
     """
-    names = [name for name in files_below(folder) if is_own(name, rank)]
+    names = [name for name in files_below(folder) if rank_of(name) == rank]
     names = [name for name in names if name != f"{HF_FOLDER}/{MANIFEST_FILE}"]
     for name in names:
         sync(folder / name)

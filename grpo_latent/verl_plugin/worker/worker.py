@@ -21,7 +21,7 @@ from grpo_latent.verl_plugin.boot.registration import NAME, verify
 from grpo_latent.verl_plugin.worker.engine import LatentFSDPEngine
 from grpo_latent.verl_plugin.worker.latent_loss import LatentLoss
 from grpo_latent.verl_plugin.worker.learning_rate import scale_learning_rate
-from grpo_latent.verl_plugin.worker.parts import is_own
+from grpo_latent.verl_plugin.worker.parts import share_of
 
 # verl's dispatch modes are attributes that it adds when it is imported
 ONE_TO_ALL: int = Dispatch.ONE_TO_ALL  # type: ignore[attr-defined]
@@ -117,10 +117,10 @@ class LatentActorRolloutRefWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=ONE_TO_ALL)
     def check_parts(self, folder: str, entries: Entries) -> None:
-        """Compares the files below `actor` that this rank loads with the manifest's entries."""
-        rank = torch.distributed.get_rank()
-        own = {name: entry for name, entry in entries.items() if is_own(name, rank)}
-        check_files(folder, own, self.options.verify_digests)
+        """Compares this rank's share of the files below `actor` with the manifest's entries."""
+        rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        share = share_of(entries, rank, num_ranks)
+        check_files(folder, share, self.options.verify_digests)
 
     def _latent_engine(self) -> LatentFSDPEngine:
         assert self.actor is not None, "the trainer asks the actor's workers only"

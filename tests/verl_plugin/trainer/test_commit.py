@@ -14,7 +14,7 @@ from grpo_latent.errors import CheckpointError
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.trainer.commit import CommittingLogger, check_checkpoint
 from grpo_latent.verl_plugin.trainer.commit import write_manifest as write
-from grpo_latent.verl_plugin.worker.parts import PartDigests, is_own
+from grpo_latent.verl_plugin.worker.parts import PartDigests, share_of
 
 WORLD_SIZE = 2
 
@@ -41,8 +41,8 @@ def check(folder, world_size=WORLD_SIZE, **options):
 
     def check_parts(actor, entries):
         for rank in range(world_size):
-            own = {name: entry for name, entry in entries.items() if is_own(name, rank)}
-            manifest.check_files(actor, own, options.verify_digests)
+            share = share_of(entries, rank, world_size)
+            manifest.check_files(actor, share, options.verify_digests)
 
     workers = SimpleNamespace(world_size=world_size, check_parts=check_parts)
     return check_checkpoint(folder, workers, options)
@@ -83,9 +83,24 @@ def test_a_part_that_nobody_listed_is_refused(folder):
         check(folder)
 
 
-def test_another_world_size_is_still_told_as_such(folder):
-    with pytest.raises(CheckpointError, match="saved at another world size"):
-        check(folder, world_size=1)
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_what_another_number_of_ranks_saved_is_compared_whole_and_said(folder, world_size):
+    [note] = check(folder, world_size)
+    assert note.startswith(f"saved by 2 ranks, goes on with {world_size}: weights, optimizer")
+    assert {1: "those of rank 1 are left out", 3: "those of rank 2 as this start"}[
+        world_size
+    ] in note
+    path = folder / "actor" / "optim_world_size_2_rank_1.pt"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match="optim_world_size_2_rank_1.pt: a part of the"):
+        check(folder, world_size)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"world_size": "two"}'])
+def test_an_unreadable_number_of_ranks_is_named(folder, text):
+    (without_manifest(folder) / "actor" / "fsdp_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="fsdp_config.json: the number of ranks"):
+        check(folder)
 
 
 def test_without_a_manifest_that_is_said_and_the_data_position_is_still_needed(folder):

@@ -88,8 +88,8 @@ def test_the_checkpoint_to_resume_is_read_whole(inputs, tmp_path):
         check_resume(config)
     shutil.rmtree(folder)
     write_checkpoint(tmp_path / "checkpoints", 3, world_size=2)
-    with pytest.raises(CheckpointError, match="another world size"):
-        check_resume(config)
+    [note] = check_resume(config)
+    assert note.startswith("saved by 2 ranks, goes on with 1: ")
 
 
 FAILING = {

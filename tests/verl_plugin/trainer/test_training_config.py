@@ -181,7 +181,23 @@ def test_without_the_group_the_options_are_the_defaults():
             "model.use_remove_padding",
         ),
         ("distillation.enabled=true", "distillation.enabled"),
-        ("actor_rollout_ref.model.lora_rank=8", "lora.merge"),
+        (
+            "actor_rollout_ref.model.lora_rank=8 actor_rollout_ref.model.lora.merge=false",
+            "model.lora.merge: .*merged weights only",
+        ),
+        ("actor_rollout_ref.model.lora.rank=8", "lora.rank: .*FSDP2 reads model.lora_rank"),
+        ("actor_rollout_ref.model.lora_adapter_path=adapter", "lora_adapter_path: .*merged"),
+        (
+            "actor_rollout_ref.model.lora_rank=8 "
+            "actor_rollout_ref.model.target_parameters=[experts.weight]",
+            "target_parameters: .*adapters stand on linear layers",
+        ),
+        (
+            "actor_rollout_ref.model.lora_rank=8 "
+            "actor_rollout_ref.actor.checkpoint.save_lora_only=true",
+            "save_lora_only: .*lora_trains=.*would not be saved",
+        ),
+        ("latent.lora_trains=[head]", "latent.lora_trains"),
         ("actor_rollout_ref.actor.ulysses_sequence_parallel_size=2", "ulysses"),
         ("+data.apply_chat_template_kwargs.enable_thinking=true", "apply_chat_template_kwargs"),
         (
@@ -229,11 +245,6 @@ def test_without_the_group_the_options_are_the_defaults():
             "latent.treatment.name=vmf latent.treatment.kl_coef=1 "
             "actor_rollout_ref.actor.use_kl_loss=false",
             "kl_coef: there is no reference",
-        ),
-        (
-            "latent.treatment.name=gaussian_head actor_rollout_ref.model.lora_rank=4 "
-            "actor_rollout_ref.model.lora.merge=true",
-            "LoRA would freeze the treatment",
         ),
         (
             "latent.treatment.name=gaussian algorithm.adv_estimator=gae",

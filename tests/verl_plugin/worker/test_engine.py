@@ -1,6 +1,6 @@
 """The latent engine against plain Hugging Face replays, in one process.
 
-Does not cover: several ranks (test_two_ranks.py), GPUs, flash-attn, LoRA.
+Does not cover: several ranks (test_two_ranks.py), GPUs, flash-attn, LoRA (test_adapters.py).
 """
 
 import engine_helpers as helpers
@@ -14,7 +14,6 @@ from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.trajectory import PositionKind
-from grpo_latent.verl_plugin.worker.engine import full_tensors
 
 COCONUT = helpers.SLOTS | dict(mechanism="coconut", top_k_image=0)
 CASES = {
@@ -273,54 +272,6 @@ def test_the_head_is_loaded_sent_and_saved(head, tmp_path, gloo):
         for p in (again.processor, loaded.processor)
     ]
     assert torch.equal(*(torch.as_tensor(i["pixel_values"]) for i in inputs))
-
-
-def test_merged_adapters_are_sent_from_the_device_and_taken_out_again(tmp_path, gloo, monkeypatch):
-    """W + scaling * B A under the names of the plain model.
-
-    Offloaded parameters are on the device for as long.
-    """
-    folder = helpers.make_checkpoint(tmp_path / "in", tiny.tiny_qwen3)
-    engine = helpers.make_engine(folder, lora_rank=4)
-    with torch.no_grad():
-        for name, parameter in engine.module.named_parameters():
-            if "lora_B" in name:  # 0 at first, which would merge to nothing
-                parameter.copy_(torch.randn_like(parameter))
-    before = own_weights(engine)
-    plain = {
-        name: f"base_model.model.{name}" for name in load_latent_model(folder).model.state_dict()
-    }
-    moves = []
-    monkeypatch.setattr(engine, "_is_offload_param", True)
-    monkeypatch.setattr("grpo_latent.verl_plugin.worker.engine.get_device_name", lambda: "device")
-    monkeypatch.setattr(
-        engine,
-        "to",
-        lambda device, **parts: moves.append((device, *(k for k, v in parts.items() if v))),
-    )
-    sent = {}
-    for name, tensor in engine.get_per_tensor_param()[0]:
-        assert moves == [("device", "model")], "before anything is merged, and until all is read"
-        sent[name] = tensor.clone()
-    assert moves == [("device", "model"), ("cpu", "model")]
-    assert sent.keys() == plain.keys()
-    num_adapted = 0
-    for name, tensor in sent.items():
-        layer = plain[name].removesuffix(".weight")
-        if f"{layer}.base_layer.weight" not in before:
-            assert torch.equal(tensor, before[plain[name]]), name
-            continue
-        a, b = (before[f"{layer}.lora_{side}.default.weight"] for side in "AB")
-        merged = before[f"{layer}.base_layer.weight"] + engine.model_config.lora_alpha / 4 * b @ a
-        torch.testing.assert_close(tensor, merged, rtol=1e-5, atol=1e-5)
-        num_adapted += 1
-    assert num_adapted >= 7, "the linear layers of the decoder"
-    after = own_weights(engine)
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-
-
-def own_weights(engine):
-    return {name: tensor.clone() for name, tensor in full_tensors(engine.module.state_dict())}
 
 
 def replace_latents(trajectory, latents):

@@ -17,7 +17,7 @@ from grpo_latent.latent.treatments import LatentTerms, Mask
 from grpo_latent.latent.treatments.loss_components import Component
 from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.verl_plugin.worker.engine import full_tensors
+from grpo_latent.verl_plugin.worker.adapters import full_tensors
 from grpo_latent.verl_plugin.worker.finite import KEYS, NUMBERS, STEP, SkippedUpdates
 from grpo_latent.verl_plugin.worker.latent_loss import LatentLoss
 

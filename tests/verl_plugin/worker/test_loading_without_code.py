@@ -11,7 +11,7 @@ from folder_cases import WritesMarker
 
 from grpo_latent.common import manifest
 from grpo_latent.errors import CheckpointError
-from grpo_latent.verl_plugin.worker.parts import PartDigests, is_own
+from grpo_latent.verl_plugin.worker.parts import PartDigests, rank_of
 
 EXTRA = "extra_state_world_size_1_rank_0.pt"
 
@@ -57,7 +57,7 @@ def test_ranks_digest_their_own_files_and_the_model_gets_a_manifest(tmp_path):
     assert set(parts[1]) == {name for name in names if name.endswith("rank_1.pt")}
     listed = "huggingface/manifest.json"
     assert set(parts[0]) == {*names, *others, listed} - set(parts[1])
-    assert all(is_own(name, rank) for rank in (0, 1) for name in parts[rank])
+    assert all(rank_of(name) == rank for rank in (0, 1) for name in parts[rank])
     manifest.check_files(tmp_path, parts[0] | parts[1])
     assert manifest.check_folder(tmp_path / "huggingface") == []
     assert set(manifest.read_manifest(tmp_path / "huggingface")) == {
