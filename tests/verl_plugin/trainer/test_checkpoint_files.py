@@ -290,7 +290,8 @@ def test_what_follows_the_tracker_is_done_again_on_resume(tmp_path, monkeypatch,
     assert kept == (
         {"global_step_5"} if mode == "auto" else {f"global_step_{n}" for n in (3, 4, 5)}
     )
-    assert resumed.said == []
+    [(_, line)] = resumed.said
+    assert str(line).startswith("resumed from global_step_5: weights, optimizer")
 
 
 def test_a_resumed_run_says_that_nothing_could_be_compared(tmp_path, monkeypatch):
@@ -301,7 +302,8 @@ def test_a_resumed_run_says_that_nothing_could_be_compared(tmp_path, monkeypatch
     monkeypatch.setattr(PPOTrainerSync, "_load_checkpoint", lambda self: None)
     trainer.config.trainer.resume_mode = "auto"
     trainer._load_checkpoint()
-    assert [str(line) for _, line in trainer.said] == [f"resume: {no_manifest(folder)}"]
+    _, *lines = [str(line) for _, line in trainer.said]
+    assert lines == [f"resume: {no_manifest(folder)}"]
 
 
 def stub_trainer(root, save_freq, alarm, monkeypatch):
@@ -320,7 +322,8 @@ def stub_trainer(root, save_freq, alarm, monkeypatch):
         "project_name": "p",
         "experiment_name": "e",
     }
-    trainer.config = OmegaConf.create({"trainer": settings})
+    actor = {"checkpoint": {"load_contents": ["model", "optimizer", "extra"]}}
+    trainer.config = OmegaConf.create({"trainer": settings, "actor_rollout_ref": {"actor": actor}})
     trainer.options = LatentOptions(output_dir=str(root), alarm=alarm)
     trainer.guards = Guards(trainer.options, trainer.config.trainer)
     trainer.global_steps, trainer.total_training_steps, trainer.resumed_from = 3, 9, 0

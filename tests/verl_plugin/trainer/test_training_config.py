@@ -189,12 +189,12 @@ def test_without_the_group_the_options_are_the_defaults():
         ("actor_rollout_ref.model.lora_adapter_path=adapter", "lora_adapter_path: .*merged"),
         (
             "actor_rollout_ref.model.lora_rank=8 "
-            "actor_rollout_ref.model.target_parameters=[experts.weight]",
+            "+actor_rollout_ref.model.target_parameters=[experts.weight]",
             "target_parameters: .*adapters stand on linear layers",
         ),
         (
             "actor_rollout_ref.model.lora_rank=8 "
-            "actor_rollout_ref.actor.checkpoint.save_lora_only=true",
+            "+actor_rollout_ref.actor.checkpoint.save_lora_only=true",
             "save_lora_only: .*lora_trains=.*would not be saved",
         ),
         ("latent.lora_trains=[head]", "latent.lora_trains"),
