@@ -105,7 +105,10 @@ class Loop(LatentPPOTrainer):
                     "logger": ["file"],
                 },
                 "global_profiler": {"steps": None},
-                "actor_rollout_ref": {"model": {"path": "start"}},
+                "actor_rollout_ref": {
+                    "model": {"path": "start"},
+                    "actor": {"checkpoint": {"load_contents": ["model", "optimizer", "extra"]}},
+                },
             }
         )
         self.options = LatentOptions(
