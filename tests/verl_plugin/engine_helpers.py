@@ -223,12 +223,14 @@ def make_engine(
     checkpointing=False,
     lora=None,
     fsdp_size=-1,
+    reshards=True,
     **options,
 ):
     """verl's way to an engine, without Ray.
 
     Args:
         lora: settings of verl's model config, such as `dict(lora_rank=4)`.
+        reshards: False keeps gathered weights after a forward.
     """
     register_all()
     os.environ["VERL_ENGINE_VENDOR"] = "latent"
@@ -243,6 +245,7 @@ def make_engine(
     engine_config = FSDPEngineConfig(
         strategy="fsdp2",
         fsdp_size=fsdp_size,
+        reshard_after_forward=reshards,
         forward_only=forward_only,
         use_torch_compile=False,
         use_dynamic_bsz=False,

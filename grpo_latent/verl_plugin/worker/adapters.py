@@ -162,7 +162,7 @@ class StartValues:
             self._put(trained)
 
     def _reshard(self) -> None:
-        """Drops gathered weights: FSDP2's root keeps them after a forward, and would use them again."""
+        """Drops gathered weights, which `reshard_after_forward=False` keeps for the next forward."""
         for part in self._module.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from grpo_latent.errors import CheckpointError
 from grpo_latent.verl_plugin.worker.adapters import full_tensor
 
+pytestmark = pytest.mark.slow
 STEPS = 2  # before the save, and after it
 LORA = dict(lora=dict(lora_rank=4), lora_trains=["latents", "lm_head"])
 BPTT = {"name": "recompute", "recompute": {"gradient": "bptt"}}
@@ -91,48 +92,35 @@ def spawn(world_size, folder, out, saves=True, loads=()):
         mp.spawn(work, arguments, nprocs=world_size)
 
 
-@pytest.mark.slow
-def test_a_checkpoint_of_another_number_of_ranks_is_gone_on_from(tmp_path):
-    """2 to 1, 4 to 2 and 1 to 2, all weights or adapters: the losses of an uninterrupted run."""
-    folder = helpers.make_checkpoint(tmp_path / "model", head="mlp")
-    spawn(1, folder, tmp_path)
-    spawn(4, folder, tmp_path)
-    spawn(2, folder, tmp_path, loads=(4, 1))
-    spawn(1, folder, tmp_path, saves=False, loads=(2,))
-    for name in RUNS:
-        saved = {n: torch.load(tmp_path / f"{name}_{n}_saved.pt") for n in (1, 2, 4)}
-        losses = [losses for _, losses in saved.values()]
-        assert abs(losses[0][0] - losses[0][1]) > 1e-4, "the tolerance is one"
-        for before, now in ((2, 1), (4, 2), (1, 2)):
-            state, schedule = saved[before][0]
-            loaded, resumed = torch.load(tmp_path / f"{name}_{now}_{before}.pt")
-            assert loaded[0].keys() == state.keys() and len(state) > 60
-            assert all(torch.equal(loaded[0][key], tensor) for key, tensor in state.items())
-            assert loaded[1] == schedule and schedule["last_epoch"] == STEPS
-            for uninterrupted in losses:
-                torch.testing.assert_close(resumed, uninterrupted, rtol=0, atol=1e-6)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of the model, and of what `work` kept: 2 to 1, 4 to 2 and 1 to 2."""
+    out = tmp_path_factory.mktemp("runs")
+    folder = helpers.make_checkpoint(out / "model", head="mlp")
+    spawn(1, folder, out)
+    spawn(4, folder, out)
+    spawn(2, folder, out, loads=(4, 1))
+    spawn(1, folder, out, saves=False, loads=(2,))
+    return out
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_checkpoint_of_another_number_of_ranks_is_gone_on_from(name, runs):
+    """All weights, or adapters: what was saved, and the losses of an uninterrupted run."""
+    saved = {n: torch.load(runs / f"{name}_{n}_saved.pt") for n in (1, 2, 4)}
+    losses = [losses for _, losses in saved.values()]
+    assert abs(losses[0][0] - losses[0][1]) > 1e-4, "the tolerance is one"
+    for before, now in ((2, 1), (4, 2), (1, 2)):
+        state, schedule = saved[before][0]
+        loaded, resumed = torch.load(runs / f"{name}_{now}_{before}.pt")
+        assert loaded[0].keys() == state.keys() and len(state) > 60
+        assert all(torch.equal(loaded[0][key], tensor) for key, tensor in state.items())
+        assert loaded[1] == schedule and schedule["last_epoch"] == STEPS
+        for uninterrupted in losses:
+            torch.testing.assert_close(resumed, uninterrupted, rtol=0, atol=1e-6)
 
 
 # ---- what does not belong together --------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def saved_by_two(tmp_path_factory):
-    """(model's folder, `actor` of two ranks)."""
-    root = tmp_path_factory.mktemp("two")
-    folder = helpers.make_checkpoint(root / "model")
-    mp.spawn(save_at_once, (2, str(root / "store"), folder, str(root / "actor")), nprocs=2)
-    return folder, root / "actor"
-
-
-def save_at_once(rank, world_size, store, folder, out):
-    sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))
-    helpers.start_process_group(rank, world_size, store)
-    batch = rank_batch(folder, rank, world_size)
-    engine = helpers.make_engine(folder, micro=2)
-    train(engine, batch, 1)
-    engine.save_checkpoint(out, global_step=1)
-    torch.distributed.destroy_process_group()
 
 
 def change(path, edit):
@@ -166,21 +154,20 @@ def later(state):
     state["lr_scheduler"]["last_epoch"] += 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stem", "edit", "match"),
     [
         ("model", drop_tensor, "lm_head.weight.*on one of ranks 0 and 1 alone"),
         ("model", swap_shard, "norm.weight: rank 1 has"),
-        ("optim", one_step_more, "step 1.0 on rank 0, 2.0 on rank 1"),
+        ("optim", one_step_more, "step 2.0 on rank 0, 3.0 on rank 1"),
         ("optim", another_rate, "param_groups that differ"),
         ("extra_state", later, "schedules at different steps"),
     ],
 )
-def test_files_of_different_saves_are_named(stem, edit, match, saved_by_two, gloo, tmp_path):
-    folder, actor = saved_by_two
+def test_files_of_different_saves_are_named(stem, edit, match, runs, gloo, tmp_path):
+    actor = runs / "whole2"
     shutil.copytree(actor, tmp_path / "actor")
-    engine = helpers.make_engine(folder)
+    engine = helpers.make_engine(str(runs / "model"))
     change(tmp_path / "actor" / f"{stem}_world_size_2_rank_1.pt", edit)
     with pytest.raises(
         CheckpointError, match=f"{stem}_world_size_.*different checkpoints.*{match}"
@@ -188,11 +175,10 @@ def test_files_of_different_saves_are_named(stem, edit, match, saved_by_two, glo
         engine.load_checkpoint(str(tmp_path / "actor"))
 
 
-@pytest.mark.slow
-def test_missing_damaged_and_foreign_files_are_named(saved_by_two, gloo, tmp_path):
-    folder, actor = saved_by_two
+def test_missing_damaged_and_foreign_files_are_named(runs, gloo, tmp_path):
+    actor = runs / "whole2"
     shutil.copytree(actor, tmp_path / "actor")
-    engine = helpers.make_engine(folder)
+    engine = helpers.make_engine(str(runs / "model"))
     path = tmp_path / "actor" / "optim_world_size_2_rank_1.pt"
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
@@ -201,7 +187,7 @@ def test_missing_damaged_and_foreign_files_are_named(saved_by_two, gloo, tmp_pat
     path.unlink()
     with pytest.raises(CheckpointError, match=f"{path.name}: a part of the checkpoint is missing"):
         engine.load_checkpoint(str(tmp_path / "actor"))
-    adapted = helpers.make_engine(folder, lora=dict(lora_rank=4))
+    adapted = helpers.make_engine(str(runs / "model"), lora=dict(lora_rank=4))
     with pytest.raises(CheckpointError, match="of another model.*base_model.*LoRA"):
         adapted.load_checkpoint(str(actor))
     engine.load_checkpoint(str(actor))
