@@ -66,6 +66,29 @@ def check_version(version: str) -> None:
         )
 
 
+# model type -> releases whose own code fails on it: they ask its text config, which names no class
+# beside transformers 5.10, for the first of its classes
+_CANNOT_BUILD = {"qwen3_vl": ((0, 28), (0, 29))}
+
+
+def check_builds(model_type: str, version: str) -> None:
+    """Raises `PluginError` where a vLLM cannot build a model that others can.
+
+    >>> check_builds("qwen3_vl", "0.27.1")
+    """
+    parsed = Version(version)
+    releases = _CANNOT_BUILD.get(model_type, ())
+    if (parsed.major, parsed.minor) in releases:
+        names = " and ".join(f"{major}.{minor}" for major, minor in releases)
+        raise PluginError(
+            "this vLLM cannot build this model",
+            where=f"config.json: model_type {model_type}",
+            got=f"vLLM {version}",
+            expected=f"{SUPPORTED_VERSIONS}, but for {names}",
+            fix=f"Install another vLLM, or use {ENGINE_HF}.",
+        )
+
+
 def not_installed() -> PluginError:
     """The error of whoever needs vLLM where there is none."""
     return PluginError(

@@ -10,7 +10,13 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from grpo_latent.common.listeners import bind_stores
 from grpo_latent.errors import PluginError
-from grpo_latent.rollout.vllm.compat import ENGINE_HF, RUNNERS, check_version, check_vllm_config
+from grpo_latent.rollout.vllm.compat import (
+    ENGINE_HF,
+    RUNNERS,
+    check_builds,
+    check_version,
+    check_vllm_config,
+)
 from grpo_latent.rollout.vllm.contract import check_symbols
 from grpo_latent.rollout.vllm.model import register_latent_model
 from grpo_latent.rollout.vllm.skeleton import check_pixels, worker_options
@@ -26,6 +32,7 @@ class LatentWorker(Worker):
         is_v2 = self.use_v2_model_runner
         check_version(vllm.__version__)
         check_symbols(is_v2)
+        check_builds(self.vllm_config.model_config.hf_config.model_type, vllm.__version__)
         check_vllm_config(self.vllm_config)
         check_pixels(self.vllm_config)
         model_config = self.vllm_config.model_config

@@ -14,6 +14,7 @@ from grpo_latent.errors import CheckpointError, ConfigError, PluginError
 from grpo_latent.rollout.vllm import compat, contract, frontend, symbols
 from grpo_latent.rollout.vllm.compat import (
     RUNNER_VARIABLE,
+    check_builds,
     check_version,
     installed_vllm,
     pin_runner,
@@ -38,6 +39,14 @@ def test_supported_versions(version):
 def test_other_versions_are_refused_with_the_supported_ones(version):
     with pytest.raises(PluginError, match=f"{version}; expected >=0.24.0,<0.32"):
         check_version(version)
+
+
+def test_a_model_that_a_release_cannot_build_is_named():
+    for version in ("0.27.1", "0.30.0"):
+        check_builds("qwen3_vl", version)
+    check_builds("qwen3", "0.28.0")
+    with pytest.raises(PluginError, match="model_type qwen3_vl: .*got vLLM 0.29.0; expected"):
+        check_builds("qwen3_vl", "0.29.0")
 
 
 @pytest.mark.parametrize(
