@@ -26,8 +26,10 @@ BPTT = {"name": "recompute", "recompute": {"gradient": "bptt"}}
 RUNS = {"whole": dict(lr=1e-4), "lora": dict(lr=1e-4, treatment=BPTT, **LORA)}
 
 
-def make_engine(folder, name):
-    return helpers.make_engine(folder, micro=2, **RUNS[name])
+def make_engine(folder, name, world_size):
+    """Of four ranks two have copies of the others' shards, where adapters train."""
+    fsdp_size = 2 if (name, world_size) == ("lora", 4) else -1
+    return helpers.make_engine(folder, micro=2, fsdp_size=fsdp_size, **RUNS[name])
 
 
 def train(engine, batch, num_steps=STEPS):
@@ -63,12 +65,12 @@ def work(rank, world_size, store, folder, out, saves, loads):
     batch = rank_batch(folder, rank, world_size)
     for name in RUNS:
         if saves:
-            engine = make_engine(folder, name)
+            engine = make_engine(folder, name, world_size)
             train(engine, batch)
             engine.save_checkpoint(f"{out}/{name}{world_size}", global_step=STEPS)
             keep(rank, out, name, world_size, "saved", (whole_state(engine), train(engine, batch)))
         for saved in loads:
-            again = make_engine(folder, name)
+            again = make_engine(folder, name, world_size)
             torch.manual_seed(99 + rank)
             before = torch.get_rng_state()
             again.load_checkpoint(f"{out}/{name}{saved}")
