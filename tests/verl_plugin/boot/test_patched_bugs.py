@@ -224,7 +224,25 @@ def test_verl_casts_merged_adapters_to_bfloat16():
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 
     source = inspect.getsource(FSDPEngine._merged_lora_per_tensor_param)
-    assert ".to(torch.bfloat16" in source, GONE.format("LatentEngine.get_per_tensor_param")
+    assert ".to(torch.bfloat16" in source, GONE.format("WeightsEngine.get_per_tensor_param")
+
+
+def test_verl_exports_adapted_models_under_pefts_names():
+    from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
+
+    source = inspect.getsource(FSDPCheckpointManager.save_checkpoint)
+    assert (
+        "state_dict = get_fsdp_full_state_dict(self.model" in source and "merge" not in source
+    ), GONE.format("compat.exporting")
+
+
+def test_verls_reference_of_adapters_keeps_what_else_has_trained():
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
+
+    source = inspect.getsource(FSDPEngine.disable_adapter)
+    assert "return self.module.disable_adapter()" in source, GONE.format(
+        "WeightsEngine.disable_adapter"
+    )
 
 
 def test_verl_writes_its_tracker_in_place():
@@ -240,5 +258,5 @@ def test_verls_checkpoints_know_nothing_of_latents():
     from verl.utils.checkpoint import fsdp_checkpoint_manager
 
     assert "latent" not in inspect.getsource(fsdp_checkpoint_manager), GONE.format(
-        "LatentEngine.save_checkpoint"
+        "WeightsEngine.save_checkpoint"
     )
