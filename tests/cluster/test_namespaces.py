@@ -197,6 +197,12 @@ def check_refusals(cluster, inputs):
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout.strip().splitlines()[-1]
 
+    (cluster.folder / "other_token").write_text("beef" * 16)
+    other = ["env", f"RAY_AUTH_TOKEN_PATH={cluster.folder / 'other_token'}"]
+    submit = [*other, str(Path(sys.executable).parent / "ray"), "job", "submit", "--", "true"]
+    denied = cluster.run(0, submit, capture_output=True, text=True)
+    assert denied.returncode != 0 and "uth" in denied.stdout + denied.stderr
+
     assert ask(model, reward, output) == "ready"
     answer = ask(model, str(own), str(cluster.local / "out"))
     assert answer.startswith("refused nodes 10.77.0.2, 10.77.0.3: the job cannot run on this")
