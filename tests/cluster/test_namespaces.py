@@ -54,7 +54,7 @@ def can_be_made():
         pytest.skip(f"no cluster of namespaces: {reason}")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster():
     with namespaces.NamespaceCluster(CPUS) as nodes:
         yield nodes
