@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Collection
 from typing import Any
 
 import ray
@@ -52,25 +53,27 @@ def check_resources(config: DictConfig) -> None:
     if trainer.device != "cpu":
         training_nodes(trainer.nnodes, trainer.n_gpus_per_node, "GPU")
         return
-    nodes, workers = trainer.nnodes, trainer.n_gpus_per_node
+    nodes = training_nodes(trainer.nnodes, trainer.n_gpus_per_node, "CPU")
     if num_apart(config):
         rollout = config.actor_rollout_ref.rollout
-        nodes, workers = nodes + rollout.nnodes, max(workers, rollout.n_gpus_per_node)
-    training_nodes(nodes, workers, "CPU")
+        training_nodes(rollout.nnodes, rollout.n_gpus_per_node, "CPU", taken=nodes)
 
 
-def training_nodes(num_nodes: int, workers_each: int, resource: str) -> list[str]:
+def training_nodes(
+    num_nodes: int, workers_each: int, resource: str, taken: Collection[str] = ()
+) -> list[str]:
     """Ids of the nodes that training workers go to, by address; last the one that this runs on.
 
     That one has the driver, the trainer and what else there is one of.
 
     Args:
         resource: of which each worker holds one.
+        taken: nodes that are others'.
 
     Raises:
         ConfigError: fewer nodes have so many of it.
     """
-    nodes = alive_nodes()
+    nodes = [node for node in alive_nodes() if node["NodeID"] not in taken]
     here = ray.get_runtime_context().get_node_id()
     roomy = [node for node in nodes if node["Resources"].get(resource, 0) >= workers_each]
     if len(roomy) < num_nodes:

@@ -161,7 +161,7 @@ def cpu_pool_manager(manager):
 
         def get_placement_groups(self, strategy="STRICT_PACK", name=None, device_name="cpu"):
             if self.pgs is None:
-                self.pgs = placement_groups(self.store, taken=0)
+                self.pgs = placement_groups(self.store, taken=[])
             return self.pgs
 
     class CPUResourcePoolManager(ResourcePoolManager):
@@ -177,11 +177,11 @@ def cpu_pool_manager(manager):
     return CPUResourcePoolManager(manager.resource_pool_spec, manager.mapping)
 
 
-def placement_groups(counts: list[int], taken: int) -> list:
+def placement_groups(counts: list[int], taken: list[str]) -> list:
     """Ray's placement groups of so many processes each, once they are there.
 
     Args:
-        taken: on CPU, nodes that come before theirs (`cluster_resources.training_nodes`).
+        taken: nodes that are others', on CPU.
     """
     import ray
     from ray.util.placement_group import placement_group
@@ -189,7 +189,7 @@ def placement_groups(counts: list[int], taken: int) -> list:
     from grpo_latent.verl_plugin.boot.cluster_resources import training_nodes
 
     if is_cpu():
-        nodes = training_nodes(taken + len(counts), max(counts), "CPU")[taken:]
+        nodes = training_nodes(len(counts), max(counts), "CPU", taken)
         groups = [
             placement_group(
                 [{"CPU": 1}] * count,

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from grpo_latent.verl_plugin.boot import compat
+from grpo_latent.verl_plugin.boot.cluster_resources import training_nodes
 from grpo_latent.verl_plugin.rollout.replica import server_name, start_server
 
 
@@ -31,9 +32,14 @@ class ApartServers:
 
     def __init__(self, config: DictConfig, workers):
         self._workers = workers
-        rollout = config.actor_rollout_ref.rollout
+        rollout, trainer = config.actor_rollout_ref.rollout, config.trainer
+        trainers = (
+            training_nodes(trainer.nnodes, trainer.n_gpus_per_node, "CPU")
+            if compat.is_cpu()
+            else []
+        )
         self._groups = compat.placement_groups(
-            [rollout.n_gpus_per_node] * rollout.nnodes, taken=config.trainer.nnodes
+            [rollout.n_gpus_per_node] * rollout.nnodes, taken=trainers
         )
         places = [
             _within(group, index)

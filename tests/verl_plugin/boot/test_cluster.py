@@ -151,6 +151,7 @@ def test_training_workers_have_nodes_of_their_own_and_the_driver_has_its_last(no
     nodes.listed.append(nodes.node("b", "10.0.0.3"))
     assert training_nodes(2, 4, "CPU") == ["b", "c"]
     assert training_nodes(3, 1, "CPU") == ["b", "c", "a"]
+    assert training_nodes(2, 1, "CPU", taken=["b"]) == ["c", "a"]
     nodes.listed[-1]["Resources"]["CPU"] = 3.0
     error = (
         "^trainer.nnodes: too few nodes with room .* got 3; CPUs: 10.0.0.2 has 4, 10.0.0.3 has 3, "

@@ -38,9 +38,14 @@ def test_the_cluster_is_asked_for_nodes_of_both_kinds(tmp_path, monkeypatch):
     assert needed == 1 + 1 + 2 + 6 + 1
     asked = []
     monkeypatch.setattr(cluster_resources.ray, "cluster_resources", lambda: {"CPU": needed})
-    monkeypatch.setattr(cluster_resources, "training_nodes", lambda *of: asked.append(of))
+
+    def find(*of, taken=()):
+        asked.append((*of, taken))
+        return "their nodes"
+
+    monkeypatch.setattr(cluster_resources, "training_nodes", find)
     cluster_resources.check_resources(config)
-    assert asked == [(4, 3, "CPU")]
+    assert asked == [(2, 1, "CPU", ()), (2, 3, "CPU", "their nodes")]
 
 
 def test_one_server_for_each_place_gets_each_version(tmp_path, monkeypatch):
@@ -48,7 +53,7 @@ def test_one_server_for_each_place_gets_each_version(tmp_path, monkeypatch):
     started, sent = [], []
 
     def groups(counts, taken):
-        assert (counts, taken) == ([2, 2], 1)
+        assert (counts, taken) == ([2, 2], ["trainer's node"])
         return ["group of node 1", "group of node 2"]
 
     async def start(name, where, rollout, model, rank):
@@ -57,6 +62,7 @@ def test_one_server_for_each_place_gets_each_version(tmp_path, monkeypatch):
 
     monkeypatch.setattr(compat, "placement_groups", groups)
     monkeypatch.setattr(compat, "is_cpu", lambda: True)
+    monkeypatch.setattr(apart, "training_nodes", lambda *of: ["trainer's node"])
     monkeypatch.setattr(apart, "start_server", start)
     monkeypatch.setattr(apart.ray, "get", lambda answer: answer)
     monkeypatch.setattr(
