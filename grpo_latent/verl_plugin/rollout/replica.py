@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Generator
+from collections.abc import Awaitable, Generator
 from typing import Any
 
 import ray
@@ -26,6 +26,7 @@ from grpo_latent.verl_plugin.boot import compat
 from grpo_latent.verl_plugin.boot.registration import ROLLOUT_NAME, VLLM_ROLLOUT_NAME
 from grpo_latent.verl_plugin.rollout.server import GroupResult, LatentRolloutServer, whereabouts
 from grpo_latent.verl_plugin.rollout.waves import MAX_CALLS, Ticket
+from grpo_latent.verl_plugin.rollout.weights import Bucket, WeightSender
 
 
 def server_name(replica_rank: int) -> str:
@@ -107,7 +108,7 @@ def local_folder(model_config) -> str:
 
 
 class LatentServerAdapter(BaseRollout):
-    """Lives in a training worker and sends its weights to the server of the same rank."""
+    """Lives in a training worker and sends its weights to the server of the same rank, beside it."""
 
     def __init__(self, config, model_config, device_mesh, replica_rank: int = -1, **kwargs):
         super().__init__(config, model_config, device_mesh)
@@ -123,7 +124,7 @@ class LatentServerAdapter(BaseRollout):
         self, weights: Generator, wire_format="named_tensors", global_steps=None, **kwargs
     ) -> None:
         server = ray.get_actor(server_name(self.replica_rank))
-        await send_weights([server], weights, self.config, int(global_steps or 0))
+        await send_weights_beside(server, weights, self.config, int(global_steps or 0))
 
 
 async def send_weights(
@@ -149,6 +150,32 @@ async def send_weights(
     refs.append(ray.put(bucket))
     # nested references are passed on as references, and are alive until the calls return
     await asyncio.gather(*(server.load_weights.remote(refs, policy_version) for server in servers))
+
+
+async def send_weights_beside(
+    server: ray.actor.ActorHandle, weights: Generator, rollout_config, policy_version: int
+) -> None:
+    """Sends every weight to the server on this node and device, through memory of both.
+
+    Reading `weights` is a collective over all ranks.
+    """
+    loading = asyncio.ensure_future(_answer(server.load_weights_beside.remote(policy_version)))
+
+    async def take(bucket: Bucket) -> None:
+        taking = asyncio.ensure_future(_answer(server.take_bucket.remote(bucket)))
+        # where the server has failed nobody takes the bucket, and its error is the loading's
+        await asyncio.wait({loading, taking}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()
+        await taking
+
+    limit = rollout_config.checkpoint_engine.update_weights_bucket_megabytes << 20
+    await WeightSender(take, limit, parse_dtype(rollout_config.dtype)).send(weights)
+    await loading
+
+
+async def _answer(reference: Awaitable[None]) -> None:
+    await reference
 
 
 class LatentRolloutClient(LLMServerClient):

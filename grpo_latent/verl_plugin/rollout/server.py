@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ray
@@ -23,6 +24,7 @@ from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import verify
 from grpo_latent.verl_plugin.rollout.usage_probe import ServerUsage, UsageRequest
 from grpo_latent.verl_plugin.rollout.waves import Ticket, Waves
+from grpo_latent.verl_plugin.rollout.weights import Bucket, WeightInbox
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class LatentRolloutServer:
             selection_temperature=self.options.draw_temperature,
             decoding=self._decoding(rollout_config.get("enforce_eager", False)),
         )
+        self.inbox = WeightInbox(self.device, self.options.rollout_timeout_s)
         self.usage = ServerUsage(loaded, self.options.max_batch_rows, self.options.treatment)
         self.waves = Waves(
             self._generate, self.options.rollout_timeout_s, name, initializer=self._set_threads
@@ -157,13 +160,20 @@ class LatentRolloutServer:
         Args:
             bucket_refs: object references of lists of (name, tensor); fetched one after the other.
         """
-        await self.waves.run_alone(self._load_weights, bucket_refs, policy_version)
+        weights = (weight for ref in bucket_refs for weight in ray.get(ref))
+        await self.waves.run_alone(self._load_weights, weights, policy_version)
 
-    def _load_weights(self, bucket_refs: list, policy_version: int) -> None:
+    async def load_weights_beside(self, policy_version: int) -> None:
+        """The same of the buckets that a training worker on this node gives to `take_bucket`."""
+        await self.waves.run_alone(self._load_weights, self.inbox.read(), policy_version)
+
+    async def take_bucket(self, bucket: Bucket) -> None:
+        """Comes back when `load_weights_beside` has read the bucket."""
+        await self.inbox.take(bucket)
+
+    def _load_weights(self, weights: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
         self.engine.move_to(self.device)
-        self.engine.load_weights(
-            (weight for ref in bucket_refs for weight in ray.get(ref)), policy_version
-        )
+        self.engine.load_weights(weights, policy_version)
 
     async def measure_usage(self, request: UsageRequest, is_start: bool) -> Usage:
         """Whether the latents of the current weights are used, after any wave that is running."""
