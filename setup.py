@@ -65,7 +65,7 @@ setup(
         "pyarrow",
         "packaging",
         "rich",
-        "hydra-core>=1.3",
+        "hydra-core>=1.3.2",
     ],
     extras_require={
         "rl": [

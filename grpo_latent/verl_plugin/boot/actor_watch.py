@@ -24,6 +24,7 @@ from ray.core.generated import common_pb2
 
 from grpo_latent.errors import ActorDeathError, GrpoLatentError
 from grpo_latent.verl_plugin.boot.node_watch import LostNode, NodeWatch
+from grpo_latent.verl_plugin.boot.remote_errors import unwrapped
 
 POLL_S = 2.0
 GRACE_S = 5.0  # for a run to end by itself at an actor's death, so that its log says how it saw it
@@ -200,7 +201,7 @@ def _raised_at_start(cause: Any) -> GrpoLatentError | None:
     error = ray.exceptions.RayError.from_ray_exception(cause.creation_task_failure_context)
     # ActorDiedError around RayTaskError around what was raised
     task_error = error.args[0] if error.args else None
-    raised = getattr(task_error, "cause", None)
+    raised = None if task_error is None else unwrapped(task_error)
     return raised if isinstance(raised, GrpoLatentError) else None
 
 

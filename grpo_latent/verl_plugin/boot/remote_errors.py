@@ -26,7 +26,7 @@ def get(reference: ray.ObjectRef, what: str, log: object) -> Any:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         print(error, flush=True)  # into the log: it has the worker's traceback
-        cause = error.cause
+        cause = unwrapped(error)
         if isinstance(cause, GrpoLatentError):
             raise cause from None
         raise RuntimeError(f"{what} failed: {_last_line(error)}; see {log}") from None
@@ -35,6 +35,18 @@ def get(reference: ray.ObjectRef, what: str, log: object) -> Any:
         raise TrainingError(
             f"{what} was lost", where="ray", got=first_line(error), fix=f"See {log}."
         ) from None
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """What was raised in the first place, under one wrapper of Ray for each actor that it came through.
+
+    A wrapper is an instance of its cause's class, too, but says a traceback and has no `what`.
+    """
+    while isinstance(error, ray.exceptions.RayTaskError) and isinstance(
+        error.cause, BaseException
+    ):
+        error = error.cause
+    return error
 
 
 def _last_line(error: Exception) -> str:
@@ -54,8 +66,7 @@ def portable(error: BaseException) -> GrpoLatentError:
     Only a `GrpoLatentError` that survives pickling passes. Ray fails a call whose argument is one
     of Ray's own errors, and the class of a foreign one may not be importable where it arrives.
     """
-    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Exception):
-        error = error.cause
+    error = unwrapped(error)
     if isinstance(error, GrpoLatentError):
         try:
             pickle.loads(pickle.dumps(error))

@@ -4,9 +4,16 @@ import pickle
 
 import pytest
 import ray
+from ray import cloudpickle
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError, WorkerCrashedError
 
-from grpo_latent.errors import LatentMismatchError, RewardError, RolloutError, TrainingError
+from grpo_latent.errors import (
+    CheckpointError,
+    LatentMismatchError,
+    RewardError,
+    RolloutError,
+    TrainingError,
+)
 from grpo_latent.verl_plugin.boot import remote_errors
 from grpo_latent.verl_plugin.boot.remote_errors import portable
 
@@ -17,6 +24,28 @@ def test_errors_of_ours_keep_their_type():
         kept = portable(given)
         assert isinstance(kept, RewardError) and kept.kind == "nan"
     assert isinstance(portable(LatentMismatchError("x")), LatentMismatchError)
+
+
+def through(error, *actors):
+    """An error as it arrives from the last of some actors, each of which got it from the one before."""
+    for name in actors:
+        task_error = RayTaskError(name, f"Traceback of {name}\nlast line", error)
+        error = cloudpickle.loads(cloudpickle.dumps(task_error)).as_instanceof_cause()
+    return error
+
+
+@pytest.mark.parametrize("actors", [["run"], ["check_parts", "run"], ["a", "b", "run"]])
+def test_what_a_worker_raised_reaches_the_console_as_it_was(actors, monkeypatch):
+    error = CheckpointError("a part has changed", where="x.pt", got="1", expected="2", fix="Go.")
+
+    def get(reference):
+        raise through(error, *actors)
+
+    monkeypatch.setattr(remote_errors.ray, "get", get)
+    with pytest.raises(CheckpointError) as caught:
+        remote_errors.get("reference", "training", "train.log")
+    assert type(caught.value) is CheckpointError and str(caught.value) == str(error)
+    assert caught.value.fix == "Go." and portable(through(error, *actors)).where == "x.pt"
 
 
 class Local(Exception):

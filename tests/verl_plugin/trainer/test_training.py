@@ -18,11 +18,12 @@ import tiny_run
 import torch
 from engine_helpers import SLOTS
 
-from grpo_latent.errors import ReplayGapError, RewardError
+from grpo_latent.errors import CheckpointError, ReplayGapError, RewardError
 from grpo_latent.eval.dumps import read_dump
 from grpo_latent.models import tiny
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.trajectory import PositionKind as K
+from grpo_latent.verl_plugin.boot import remote_errors
 from grpo_latent.verl_plugin.boot.actor_watch import ActorWatch
 from grpo_latent.verl_plugin.trainer import checkpoint
 from grpo_latent.verl_plugin.trainer.alarms import Alarms, Line
@@ -35,6 +36,24 @@ TWO_RANKS = "trainer.n_gpus_per_node=2"
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     return tiny_run.write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+class Raises:
+    def call(self):
+        raise CheckpointError("a part has changed", where="x.pt")
+
+
+class Asks:
+    def call(self, other):
+        return ray.get(other.call.remote())
+
+
+def test_a_workers_error_reaches_the_driver_through_another_actor(local_ray):
+    worker, runner = (ray.remote(kind).options(num_cpus=0).remote() for kind in (Raises, Asks))
+    with pytest.raises(CheckpointError) as caught:
+        remote_errors.get(runner.call.remote(worker), "training", "train.log")
+    assert str(caught.value) == "x.pt: a part has changed."
+    ray.kill(worker), ray.kill(runner)
 
 
 def test_reports_and_alarms_reach_the_driver(local_ray):
