@@ -16,6 +16,7 @@ and hands the values to `Trajectory.extra["gate"]`; no other module has to know.
 Legend of `dims`; the first letter says what a row of the field stands for: P prompt positions, T
 completion positions, L both, N positions with a recorded vector, M those of them that a hidden
 state made (LATENT, MIXED, FED_START), S SELECTED positions; further ones are sizes: H hidden, A aux.
+No letter at all: one number a trajectory, a tensor without dimensions.
 """
 
 from __future__ import annotations
@@ -70,16 +71,26 @@ class Field:
     is_verls: bool = False
 
     def __post_init__(self) -> None:
-        if not self.name or self.dims[:1] not in tuple("PTLNMS"):
+        if (
+            not self.name
+            or self.dims[:1] not in ("", *"PTLNMS")
+            or (self.is_number and self.column_fill)
+        ):
             raise ConfigError(
                 "not a recorded field",
                 where=f"field {self.name!r}",
                 got=f"dims {self.dims!r}",
-                expected="a name, and dims that begin with one of P, T, L, N, M, S",
+                expected="a name, and dims that begin with one of P, T, L, N, M, S, or none (and then "
+                "no column_fill)",
             )
         object.__setattr__(self, "column", self.column or self.name)
         object.__setattr__(self, "dump", self.dump or self.name)
         object.__setattr__(self, "wires", frozenset(self.wires))
+
+    @property
+    def is_number(self) -> bool:
+        """Whether a trajectory has one number of it."""
+        return self.dims == ""
 
     @property
     def is_matrix(self) -> bool:

@@ -57,6 +57,7 @@ COMPLETION_KINDS = frozenset(int(kind) for kind in PositionKind if kind >= Posit
 PLACED_KINDS = (PositionKind.LATENT, PositionKind.FORCED, PositionKind.START)
 STOP_REASONS = ("eos", "length")
 _POSITIONS_OF = {
+    "": "trajectory, which has one number of it",
     "T": "completion positions",
     "N": "latent positions",
     "M": "positions whose vectors a hidden state made",
@@ -123,7 +124,7 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         fields = recorded.of_trajectory()
-        present = {f.name: self.value(f) for f in fields if f.dims[0] == "T"}
+        present = {f.name: self.value(f) for f in fields if f.dims[:1] == "T"}
         lengths = {name: values.shape[0] for name, values in present.items() if values is not None}
         if len(set(lengths.values())) != 1:
             raise LatentMismatchError(
@@ -146,7 +147,7 @@ class Trajectory:
         }
         counts["P"] = self.prompt_ids.shape[0]
         for field_ in fields:
-            self._check(field_, counts[field_.dims[0]])
+            self._check(field_, [counts[field_.dims[0]]] if field_.dims else [])
 
     @classmethod
     def of_fields(cls, fields: dict[str, Tensor | None], **changes: Any) -> Trajectory:
@@ -164,16 +165,16 @@ class Trajectory:
             attributes["extra"] = extra
         return cls(**attributes, **changes)
 
-    def _check(self, field_: Field, count: int) -> None:
+    def _check(self, field_: Field, count: list[int]) -> None:
+        """Raises `LatentMismatchError` at another shape; `count` of rows, empty for a number."""
         values = self.value(field_)
         if values is None and field_.is_optional:
             return
-        if values is None or values.ndim != len(field_.dims) or values.shape[0] != count:
-            expected = ", ".join(
-                [str(count), *(_SIZES.get(letter, letter) for letter in field_.dims[1:])]
-            )
+        dims = field_.dims
+        if values is None or values.ndim != len(dims) or list(values.shape[:1]) != count:
+            expected = ", ".join([*map(str, count), *(_SIZES.get(d, d) for d in dims[1:])])
             raise LatentMismatchError(
-                f"recorded {field_.name} does not match the {_POSITIONS_OF.get(field_.dims[0], 'prompt')}",
+                f"recorded {field_.name} does not match the {_POSITIONS_OF.get(dims[:1], 'prompt')}",
                 where=f"trajectory of group {self.group_id!r}",
                 got="nothing"
                 if values is None
@@ -285,17 +286,17 @@ def _completion_kinds_of() -> dict[str, tuple[int, ...]]:
 def to_column(field_: Field, values: Tensor, kinds_L: Tensor) -> Tensor:
     """A field's values as its column has them.
 
-    As they are or, with a `column_fill`, one a position [L].
+    As they are or, with a `column_fill`, one a position [L]; a number as a row of one.
     """
     if field_.column_fill is None:
-        return values
+        return values.reshape(1) if field_.is_number else values  # ragged columns have a dimension
     column_L = torch.full(kinds_L.shape, field_.column_fill, dtype=values.dtype)
     column_L[positions_of(kinds_L, field_.dims[0])] = values
     return column_L
 
 
 def from_column(field_: Field, column: Tensor, kinds_L: Tensor) -> Tensor:
-    """Inverse of `to_column`, of one row or of several end to end."""
+    """Inverse of `to_column`, of one row or of several end to end; numbers are one a row, [B]."""
     return column if field_.column_fill is None else column[positions_of(kinds_L, field_.dims[0])]
 
 

@@ -44,15 +44,17 @@ OWN = Field(
     "gate_values", torch.float32, "MA", ALL, column="gate_column", dump="gates", is_optional=True
 )
 OWN_T = Field("surprise", torch.float32, "T", ALL, is_optional=True)
+OWN_NUMBER = Field("search_depth", torch.int64, "", ALL, is_optional=True)
+OWN_FIELDS = (OWN, OWN_T, OWN_NUMBER)
 
 
 @pytest.fixture
 def own_fields():
     """Fields that no module names, as a mechanism's class would declare them."""
-    for field in (OWN, OWN_T):
+    for field in OWN_FIELDS:
         recorded.register(field)
     yield
-    for field in (OWN, OWN_T):
+    for field in OWN_FIELDS:
         del recorded._FIELDS[field.name]
 
 
@@ -79,7 +81,13 @@ def make_trajectories(with_aux=True) -> list[Trajectory]:
                     0, 2, (completion.count(K.SELECTED),), generator=generator
                 ),
                 **({"latent_aux": draw(num_made, A)} if with_aux else {}),
-                extra={OWN.name: draw(num_made, A), OWN_T.name: draw(length)} if with_aux else {},
+                extra={
+                    OWN.name: draw(num_made, A),
+                    OWN_T.name: draw(length),
+                    OWN_NUMBER.name: torch.tensor(7 + row),
+                }
+                if with_aux
+                else {},
             )
         )
     return trajectories
@@ -188,6 +196,8 @@ def test_worker(own_fields, with_aux):
         found = batch.recorded(field.name)
         if any(value is None for value in values):
             assert found is None and field.is_optional, field.name
+        elif field.is_number:
+            assert torch.equal(found, torch.stack(values)), field.name
         elif field.name != "kinds":
             assert torch.equal(found, torch.cat(values)), field.name
     if with_aux:
@@ -256,6 +266,8 @@ def test_dump_and_inspector(own_fields, with_aux, tmp_path, monkeypatch):
             {OWN_T.name: pytest.approx(t.extra[OWN_T.name].tolist(), rel=1e-3)} if with_aux else {}
         )
         assert entry["recorded"] == tokens
+        own_number = t.extra.get(OWN_NUMBER.name)
+        assert entry["numbers"] == ({} if own_number is None else {OWN_NUMBER.name: own_number})
         assert [s["selected_idx"] for s in shown if "selected_idx" in s] == [
             [i] for i in t.selected_idx.tolist()
         ]
@@ -294,6 +306,13 @@ def test_a_field_is_checked_against_its_positions(own_fields):
         match=r"gate_values does not match the positions whose vectors a hidden state made.*\(2, 3\); expected \[3, A\]",
     ):
         dataclasses.replace(t, extra={OWN.name: torch.zeros(2, A)})
+
+
+@pytest.mark.parametrize("value", [torch.zeros(1), torch.zeros(2, 2)])
+def test_a_number_has_no_dimensions(own_fields, value):
+    t = make_trajectories()[0]
+    with pytest.raises(LatentMismatchError, match=r"one number of it.*expected \[\]"):
+        dataclasses.replace(t, extra={OWN_NUMBER.name: value})
 
 
 def test_names_are_taken_once(own_fields):

@@ -110,7 +110,7 @@ def split_columns(
         if field.is_matrix:
             tensors[_key(record_id, field)] = values
         else:
-            line[field.dump] = values.tolist()
+            line[field.dump] = values.item() if field.is_number else values.tolist()
     return line, tensors
 
 

@@ -197,17 +197,20 @@ def pack(trajectories: Sequence[Trajectory | None]) -> bytes:
 
 
 def _end_to_end(field: Field, rows: list[Tensor | None]) -> dict[str, Tensor]:
-    there = [row for row in rows if row is not None]
-    lengths = torch.tensor([0 if row is None else len(row) for row in rows])
+    there = [row.reshape(1) if field.is_number else row for row in rows if row is not None]
+    lengths = torch.tensor([0 if row is None else row.shape[0] if row.ndim else 1 for row in rows])
     packed = {field.name: torch.cat(there), f"{field.name}.lengths": lengths}
     if len(there) < len(rows):
         packed[f"{field.name}.is_there"] = torch.tensor([row is not None for row in rows])
     return packed
 
 
-def _rows(name: str, tensors: dict[str, Tensor]) -> list[Tensor | None]:
+def _rows(field: Field, tensors: dict[str, Tensor]) -> list[Tensor | None]:
     """Inverts `_end_to_end`."""
+    name = field.name
     rows = list(tensors[name].split(tensors[f"{name}.lengths"].tolist()))
+    if field.is_number:
+        rows = [row.reshape(()) if len(row) else row for row in rows]
     is_there = tensors.get(f"{name}.is_there")
     return (
         rows
@@ -225,7 +228,7 @@ def unpack(content: bytes) -> list[Trajectory | None]:
     fields = [
         field.name for field in recorded.of_trajectory(Wire.JOURNAL) if field.name in tensors
     ]
-    columns = {name: _rows(name, tensors) for name in fields}
+    columns = {name: _rows(recorded.field(name), tensors) for name in fields}
     rows = iter(range(len(group_ids)))
     trajectories: list[Trajectory | None] = []
     for is_present in tensors["present"].tolist():

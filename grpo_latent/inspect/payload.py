@@ -217,6 +217,7 @@ def _trajectory(dumped: DumpedTrajectory, tokens: list[str] | None) -> dict:
         "acted": "".join("1" if acted else "0" for acted in dumped.response_mask.tolist()),
         "log_probs": {name: short_list(values) for name, values in dumped.log_probs.items()},
         "recorded": recorded_by_token(trajectory),
+        "numbers": recorded_numbers(trajectory),
     }
 
 
@@ -230,6 +231,14 @@ def recorded_by_token(trajectory: Trajectory) -> dict[str, list]:
     return found
 
 
+def recorded_numbers(trajectory: Trajectory) -> dict[str, float]:
+    """Lists, by name, what mechanism or treatment recorded of the trajectory as a whole."""
+    found = {
+        f.name: trajectory.value(f) for f in recorded.of_trajectory(Wire.INSPECTOR) if f.is_number
+    }
+    return {name: short(value.item()) for name, value in found.items() if value is not None}
+
+
 def recorded_beside(trajectory: Trajectory) -> list[dict]:
     """Lists for each latent position what else was recorded there.
 
@@ -239,8 +248,8 @@ def recorded_beside(trajectory: Trajectory) -> list[dict]:
     found: list[dict] = [{} for _ in kinds_N]
     for shown in recorded.of_trajectory(Wire.INSPECTOR):
         values = trajectory.value(shown)
-        letter = shown.dims[0]
-        if shown.name == "latents" or letter not in "NMS" or values is None:
+        letter = shown.dims[:1]
+        if shown.name == "latents" or letter not in tuple("NMS") or values is None:
             continue
         for latent_idx, row in zip(
             positions_of(kinds_N, letter).nonzero()[:, 0].tolist(), values, strict=True

@@ -69,7 +69,7 @@ function trajectoryCard(trajectory, i) {
   const head = el("div", { class: "head" }, el("a", { class: "link", href: linkTo(current.summary, trajectory), title: "a link that opens this trajectory" }, el("b", {}, `#${trajectory.idx}`)),
     el("span", {}, "reward ", el("b", {}, num(trajectory.reward))),
     el("span", {}, "advantage ", el("b", { class: sign }, signed(trajectory.advantage))),
-    ...Object.entries(trajectory.terms).map(([name, value]) => el("span", {}, `${name} `, el("b", {}, num(value)))),
+    ...Object.entries({ ...trajectory.terms, ...trajectory.numbers }).map(([name, value]) => el("span", {}, `${name} `, el("b", {}, num(value)))),
     trajectory.stop === "eos" ? null : el("span", { class: "bad" }, `stopped by ${trajectory.stop || "?"}`));
   const completion = el("div", { class: "completion" });
   let latent = 0, strip = null;
