@@ -18,7 +18,7 @@ from grpo_latent.common.arguments import check_arguments
 from grpo_latent.common.command import add_verify_digests, command
 from grpo_latent.common.dtypes import parse_dtype
 from grpo_latent.common.kinds import null_or, number, whole
-from grpo_latent.data.examples import ImageRef
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.rollout.llm import ENGINES, LatentLLM
 from grpo_latent.rollout.protocol import SamplingParams
 

@@ -48,7 +48,7 @@ ALLOWED = {
 # of brackets not each other
 ROOMS = {
     "data": (
-        ("boxes",),
+        ("boxes", "image_refs"),
         ("examples", "files"),
         ("rows",),
         ("checks",),

@@ -24,9 +24,9 @@ import PIL
 
 from grpo_latent.backbones import images as pictures
 from grpo_latent.common.files import write_text
-from grpo_latent.data import examples, files, rows
-from grpo_latent.data.examples import ImageRef
+from grpo_latent.data import examples, files, image_refs, rows
 from grpo_latent.data.files import RowKeys, iter_verl_rows
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.data.rows import parse_prompt
 from grpo_latent.errors import DataError
 from grpo_latent.models import prompts
@@ -215,7 +215,7 @@ def _cache_file(path: str, length: PromptLength, keys: RowKeys) -> Path | None:
 def _code_digest() -> str:
     """Of the modules that say what a usable row is: a verdict of other code is none."""
     digest = hashlib.blake2b(digest_size=16)
-    for module in (pictures, examples, files, rows, prompts):
+    for module in (pictures, image_refs, examples, files, rows, prompts):
         digest.update(Path(module.__file__ or "").read_bytes())
     digest.update(Path(__file__).read_bytes())
     return digest.hexdigest()

@@ -25,7 +25,6 @@ from PIL import Image
 from grpo_latent.common.files import replacing_file
 from grpo_latent.data.boxes import BadBoxes
 from grpo_latent.data.examples import (
-    ImageRef,
     LvrExample,
     build_example,
     check_images,
@@ -34,6 +33,7 @@ from grpo_latent.data.examples import (
     split_content,
 )
 from grpo_latent.data.files import ROWS_PER_GROUP, iter_verl_rows
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.errors import BadBoxError, DataError
 
 _FIELDS = {

@@ -95,13 +95,13 @@ class Dump:
 
 def split_columns(
     record_id: str, columns: dict[str, Tensor]
-) -> tuple[dict[str, list], dict[str, Tensor]]:
+) -> tuple[dict[str, list | float], dict[str, Tensor]]:
     """Splits a trajectory's columns into its line's and the binary file's.
 
     Args:
         columns: by column of TransferQueue, those of the wire `dump` that there are.
     """
-    line: dict[str, list] = {}
+    line: dict[str, list | float] = {}
     tensors: dict[str, Tensor] = {}
     for field in recorded.on(Wire.DUMP):
         values = columns.get(field.column)

@@ -12,8 +12,8 @@ from torch import Tensor
 from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.backbones.registry import backbone_of
 from grpo_latent.data.boxes import box_to_prompt_tokens, check_box
-from grpo_latent.data.examples import ImageRef
 from grpo_latent.data.files import RowKeys, iter_verl_rows
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.data.rows import check_prompt
 from grpo_latent.errors import DataError
 from grpo_latent.eval.benchmarks import BenchmarkItem, check_max_rows, first_items

@@ -22,7 +22,7 @@ import vlmeval.vlm
 from vlmeval.api import LMDeployAPI
 from vlmeval.vlm.base import BaseModel
 
-from grpo_latent.data.examples import ImageRef
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.errors import DataError
 from grpo_latent.harnesses.answers import MIN_NEW_TOKENS, Answerer, Question, bare_answer
 

@@ -231,7 +231,7 @@ def recorded_by_token(trajectory: Trajectory) -> dict[str, list]:
     return found
 
 
-def recorded_numbers(trajectory: Trajectory) -> dict[str, float]:
+def recorded_numbers(trajectory: Trajectory) -> dict[str, float | None]:
     """Lists, by name, what mechanism or treatment recorded of the trajectory as a whole."""
     found = {
         f.name: trajectory.value(f) for f in recorded.of_trajectory(Wire.INSPECTOR) if f.is_number

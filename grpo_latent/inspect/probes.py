@@ -20,8 +20,8 @@ from torch.nn.functional import normalize
 
 from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.data.boxes import box_to_prompt_tokens
-from grpo_latent.data.examples import ImageRef
 from grpo_latent.data.files import RowKeys, iter_verl_rows
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.data.rows import check_prompt
 from grpo_latent.errors import LatentMismatchError
 from grpo_latent.eval.dumps import DumpedTrajectory

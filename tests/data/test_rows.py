@@ -9,9 +9,10 @@ from PIL import Image
 from record_cases import PNG, RECORD, ROW, VIRL, write_json
 
 from grpo_latent.data.embedded import digits
-from grpo_latent.data.examples import ImageRef, join_content, split_content
+from grpo_latent.data.examples import join_content, split_content
 from grpo_latent.data.formats import lvr_json
 from grpo_latent.data.formats.lvr_json import read_lvr_json, write_lvr_json
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.data.rows import (
     encode_png,
     parse_verl_row,

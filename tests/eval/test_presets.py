@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_benchmarks import (
+from benchmark_cases import (
     png,
     write_blink,
     write_comt,

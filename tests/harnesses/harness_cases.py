@@ -14,7 +14,7 @@ import torch
 from hydra import compose, initialize_config_module
 
 from grpo_latent.data.embedded import digits
-from grpo_latent.data.examples import ImageRef
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.data.rows import write_verl_parquet
 from grpo_latent.evaluate import run as evaluate
 from grpo_latent.latent.mechanisms import LVR

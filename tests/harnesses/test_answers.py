@@ -5,7 +5,7 @@ import torch
 from harness_cases import NEW_TOKENS, make_questions
 
 from grpo_latent.data.embedded import digits
-from grpo_latent.data.examples import ImageRef
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.harnesses.answers import MIN_NEW_TOKENS, Answerer, Question, bare_answer
 from grpo_latent.latent.mechanisms import ILVR

@@ -13,7 +13,7 @@ from latent_cases import case, sampling
 from PIL import Image
 from torch.nn.functional import cosine_similarity
 
-from grpo_latent.data.examples import ImageRef
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.errors import LatentMismatchError
 from grpo_latent.eval.dumps import DumpedTrajectory
 from grpo_latent.inspect.probes import Prober, PromptRow

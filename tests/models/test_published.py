@@ -1,21 +1,19 @@
 """Published layouts as tiny folders: fields of config.json, names of tokens, class names.
 
-Each is loaded, decoded, and replayed; what only looks like one is refused by name.
+Each is loaded, decoded, and replayed.
 """
 
 import functools
 import hashlib
-import json
 
 import pytest
 import slow_reading
 import torch
-from latent_cases import WORDS, Case
+from latent_cases import Case
+from published_cases import LAYOUTS, write
 from safetensors.torch import load_file, save_file
 
-from grpo_latent.errors import CheckpointError, ConfigError
-from grpo_latent.latent.mechanisms import LATENT_CONFIG_FILE
-from grpo_latent.models import tiny
+from grpo_latent.errors import CheckpointError
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.models.replay import replay
@@ -29,108 +27,6 @@ from grpo_latent.trajectory import PositionKind as K
 T, S, Z, F, E, P = (
     int(kind) for kind in (K.TEXT, K.START, K.LATENT, K.FORCED, K.END, K.FED_START)
 )
-LVR_TOKENS = ("<|lvr_start|>", "<|lvr|>", "<|lvr_latent_end|>", "<|lvr_end|>")
-ILVR_TOKENS = ("<|latent_pad|>", "<|latent_start|>", "<|latent_end|>")
-LATENT_KEYS = ("latent_token_id", "latent_start_id", "latent_end_id")
-
-# system -> backbone, class name, tokens in the order of their addition, the fields that hold their
-# ids in that order, other fields; what the mechanism is then
-LAYOUTS = {
-    "LVR": (
-        "qwen2_5_vl",
-        "QwenWithLVR",
-        LVR_TOKENS,
-        ("lvr_start_id", "lvr_id", "lvr_latent_end_id", "lvr_end_id"),
-        {"lvr_head": False, "latent_end_token": False, "loss_lvr_fct": "mse"},
-        {"name": "lvr", "steps": 8, "span_end": "sampled", "exit": "steps"},
-    ),
-    "ILVR": (
-        "qwen2_5_vl",
-        None,
-        ILVR_TOKENS,
-        LATENT_KEYS,
-        {"latent_size": 3},
-        {"name": "ilvr", "steps": 3, "exit": "end_token"},
-    ),
-    "Mirage": (
-        "qwen2_5_vl",
-        None,
-        ILVR_TOKENS,
-        LATENT_KEYS,
-        {"latent_size": 4, "stage": "stage2", "compress_strategy": "average"},
-        {"name": "ilvr", "steps": 4, "exit": "end_token"},
-    ),
-    "Monet": (
-        "qwen2_5_vl",
-        None,
-        ("<abs_vis_token_pad>", "<abs_vis_token>", "</abs_vis_token>"),
-        LATENT_KEYS,
-        {},
-        {"name": "ilvr", "steps": 10, "first_latent": "at_start"},
-    ),
-    "SkiLa": (
-        "qwen2_5_vl",
-        "SkiLa",
-        ("<|skila|>", "<|sketch_start|>", "<|sketch_end|>"),
-        ("skila_id", "sketch_start_id", "sketch_end_id"),
-        {"sketch_token_num": 3, "compress_strategy": "average", "sketch_loss": "mse"},
-        {"name": "ilvr", "steps": 6, "exit": "end_token"},
-    ),
-    "HyLaR": (
-        "qwen2_5_vl",
-        None,
-        ("<|canvas|>", "<|canvas_start|>", "<|canvas_end|>"),
-        ("canvas_id", "canvas_start_id", "canvas_end_id"),
-        {"canvas_token_num": 5, "compress_strategy": "compressor"},
-        {"name": "ilvr", "steps": 5, "exit": "end_token"},
-    ),
-    "SwimBird": (
-        "qwen3_vl",
-        None,
-        ("<|latent|>", "<|latent_start|>", "<|latent_end|>"),
-        ("latent_id", "latent_start_id", "latent_end_id"),
-        {"max_latent_token": 3, "latent_loss": "mse", "latent_lambda": 0.2},
-        {"name": "ilvr", "steps": 6, "exit": "end_token"},
-    ),
-    "SwimBird, Qwen2.5": (
-        "qwen2_5_vl",
-        None,
-        ("<|latent|>", "<|latent_start|>", "<|latent_end|>"),
-        ("latent_id", "latent_start_id", "latent_end_id"),
-        {"max_latent_token": 2},
-        {"name": "ilvr", "steps": 4, "exit": "end_token"},
-    ),
-    "Laser": (
-        "qwen2_5_vl",
-        "QwenWithLaser",
-        ("<|laser_start|>", "<|laser|>", "<|laser_end|>"),
-        ("laser_start_id", "laser_id", "laser_end_id"),
-        {"loss_laser_fct": "dwal", "dwal_window": 4},
-        {"name": "ilvr", "steps": 16, "start": "forced", "start_is_action": False},
-    ),
-}
-
-
-def write(folder, system, tokens=None, keys=None, fields=None):
-    """The folder of a system, and the same model with a bias that makes spans frequent."""
-    backbone, class_name, own_tokens, own_keys, own_fields, _ = LAYOUTS[system]
-    tokens = own_tokens if tokens is None else tokens
-    keys = own_keys if keys is None else keys
-    built = getattr(tiny, f"tiny_{backbone}")(WORDS, latent_tokens=tokens)
-    model, tokenizer, processor = built
-    model.save_pretrained(folder)
-    (processor or tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    path = folder / "config.json"
-    values = json.loads(path.read_text())
-    vocab = tokenizer.get_vocab()
-    values |= {key: vocab[token] for key, token in zip(keys, tokens, strict=False)}
-    values |= own_fields if fields is None else fields
-    if class_name:
-        values["architectures"] = [class_name]
-    path.write_text(json.dumps(values))
-    assert not (folder / LATENT_CONFIG_FILE).exists()
-    return folder
 
 
 def digests(folder):
@@ -317,87 +213,3 @@ def test_weights_of_targets_only_are_passed_over(tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="sketch_decoder.weight"):
         load_latent_model(folder)
-
-
-@pytest.mark.parametrize(
-    ("system", "fields", "match"),
-    [
-        ("SkiLa", {"sketch_token_num": "many"}, "sketch_token_num"),
-        ("SkiLa", {"sketch_token_num": True}, "sketch_token_num"),
-        ("SkiLa", {}, "sketch_token_num"),
-        ("SkiLa", {"sketch_token_num": 3, "skila_id": 0}, "skila_id"),
-        ("SwimBird", {"max_latent_token": 0}, "max_latent_token"),
-        ("HyLaR", {"canvas_token_num": 5, "canvas_end_id": 0}, "canvas_end_id"),
-    ],
-)
-def test_damaged_layouts_are_typed_errors(system, fields, match, tmp_path):
-    folder = write(tmp_path, system, fields=fields)
-    with pytest.raises(CheckpointError, match=match) as caught:
-        load_latent_model(folder)
-    assert caught.value.what.startswith(f"not a {system} checkpoint")
-
-
-def test_a_folder_of_two_systems_is_refused(tmp_path):
-    tokens = LAYOUTS["SkiLa"][2] + LAYOUTS["HyLaR"][2]
-    keys = LAYOUTS["SkiLa"][3] + LAYOUTS["HyLaR"][3]
-    fields = LAYOUTS["SkiLa"][4] | LAYOUTS["HyLaR"][4]
-    folder = write(tmp_path, "SkiLa", tokens, keys, fields)
-    with pytest.raises(CheckpointError, match="a checkpoint of two systems.*SkiLa.*HyLaR"):
-        load_latent_model(folder)
-
-
-LOOK_ALIKES = {
-    "the LVR pipeline": {"file": "lvr_config.json"},
-    "S-LVR": {"fields": {"slvr_id": 1, "slvr_start_id": 2}},
-    "Mull-Tokens": {"fields": {"latent_size": 4, "imagelatent_token_id": 9, "latent_token_id": 7}},
-    "CoVT": {"tokens": ("<|anchor_start|>", "<|anchor_end|>", "<|sam_pad|>")},
-    "LaViT": {"fields": {"v_top_dim": 8, "training_stage": 2}},
-    "VisMem": {"tokens": ("<ms_I>", "<ms_E>", "<ml_I>", "<ml_E>")},
-    "a SwimBird with a projection head": {
-        "system": "SwimBird",
-        "fields": {"max_latent_token": 3, "use_projection_head": True},
-    },
-}
-
-
-@pytest.mark.parametrize("name", list(LOOK_ALIKES))
-def test_look_alikes_are_refused_by_name(name, tmp_path):
-    case = LOOK_ALIKES[name]
-    system = case.get("system", "ILVR")
-    tokens = case.get("tokens")
-    keys = None if tokens is None else ()
-    folder = write(tmp_path, system, tokens, keys, case.get("fields", {}))
-    if "file" in case:
-        (folder / case["file"]).write_text("{}")
-    for read in (load_latent_model, read_skeleton):
-        with pytest.raises(CheckpointError, match=f"a checkpoint of {name}"):
-            read(folder)
-
-
-@pytest.mark.parametrize(
-    ("files", "name"),
-    [
-        (("adapter_config.json",), "an adapter alone"),
-        (("lvr_config.json", "qwen"), "LVR pipeline"),
-    ],
-)
-def test_folders_without_a_model_are_refused_by_name(files, name, tmp_path):
-    for file in files:
-        (tmp_path / file).write_text("{}")
-    with pytest.raises(CheckpointError, match=name):
-        load_latent_model(tmp_path)
-
-
-def test_settings_that_do_not_go_together(tmp_path):
-    mechanism = load_latent_model(write(tmp_path, "ILVR")).mechanism
-    for changes, where in (
-        ({"start": "forced"}, "latent.start_is_action"),
-        ({"first_latent": "at_start", "head": "mlp"}, "latent.head"),
-        (
-            {"first_latent": "at_start", "start": "forced", "start_is_action": False},
-            "latent.start",
-        ),
-        ({"first_latent": "there"}, "latent.first_latent"),
-    ):
-        with pytest.raises(ConfigError, match=where):
-            mechanism.replace(**changes)

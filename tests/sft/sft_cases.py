@@ -10,7 +10,8 @@ from latent_cases import Case, build_case
 from PIL import Image
 from transformers import TrainingArguments
 
-from grpo_latent.data.examples import ImageRef, LvrExample, response_template
+from grpo_latent.data.examples import LvrExample, response_template
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import LatentModel
 from grpo_latent.sft.common.dataset import SFTDataset

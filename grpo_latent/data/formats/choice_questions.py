@@ -9,7 +9,8 @@ from __future__ import annotations
 import string
 from dataclasses import dataclass, replace
 
-from grpo_latent.data.examples import IMAGE_PLACEHOLDER, ImageRef, check_images, split_content
+from grpo_latent.data.examples import IMAGE_PLACEHOLDER, check_images, split_content
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.errors import DataError
 
 

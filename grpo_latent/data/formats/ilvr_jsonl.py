@@ -30,11 +30,11 @@ from pathlib import Path
 from grpo_latent.common.command import command
 from grpo_latent.data.examples import (
     IMAGE_PLACEHOLDER,
-    ImageRef,
     check_images,
     join_content,
     split_content,
 )
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.data.rows import verl_row, write_verl_parquet
 from grpo_latent.errors import DataError
 

@@ -34,7 +34,6 @@ from grpo_latent.data.boxes import BadBoxes
 from grpo_latent.data.examples import (
     IMAGE_PLACEHOLDER,
     LVR_PLACEHOLDER,
-    ImageRef,
     LvrExample,
     build_example,
     find_answers,
@@ -42,6 +41,7 @@ from grpo_latent.data.examples import (
     split_content,
 )
 from grpo_latent.data.formats.json_records import read_json_records
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.data.rows import read_verl_parquet, verl_row, write_verl_parquet
 from grpo_latent.errors import BadBoxError, DataError
 

@@ -30,7 +30,6 @@ from grpo_latent.common.command import command
 from grpo_latent.data.examples import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
-    ImageRef,
     check_images,
     join_content,
     split_content,
@@ -47,6 +46,7 @@ from grpo_latent.data.formats.choice_questions import (
 )
 from grpo_latent.data.formats.json_records import read_json_records
 from grpo_latent.data.formats.sentences import split_sentences
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.data.rows import check_prompt, verl_row, write_verl_parquet
 from grpo_latent.errors import DataError
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo_latent.data.examples import ImageRef
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.errors import DataError
 from grpo_latent.eval.benchmarks.protocol import BenchmarkItem
 from grpo_latent.eval.graders import LETTERS

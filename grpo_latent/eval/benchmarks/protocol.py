@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from grpo_latent.data.examples import ImageRef
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.errors import ConfigError
 from grpo_latent.eval.graders import Grade, grade
 

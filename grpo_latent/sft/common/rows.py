@@ -8,7 +8,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from grpo_latent.data.examples import ImageRef
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.errors import DataError
 from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models.adapter import ModelAdapter

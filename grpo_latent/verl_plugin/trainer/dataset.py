@@ -25,8 +25,8 @@ from verl.utils.dataset.rl_dataset import RLHFDataset
 
 from grpo_latent.backbones.images import to_rgb
 from grpo_latent.data.checks import check_files
-from grpo_latent.data.examples import ImageRef
 from grpo_latent.data.files import RowKeys, as_row, is_json, iter_verl_rows
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.errors import DataError
 from grpo_latent.models.prompts import PromptLength
 

@@ -9,8 +9,8 @@ import pytest
 from ilvr_cases import PLANS, record, write_images
 from sft_cases import encoder, examples, latent_model, trainer
 
-from grpo_latent.data.examples import ImageRef
 from grpo_latent.data.formats.ilvr_jsonl import parse_ilvr_record
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.errors import DataError
 from grpo_latent.sft.common.dataset import SFTDataset, pixel_bytes
 from grpo_latent.sft.ilvr.rows import ILVREncoder

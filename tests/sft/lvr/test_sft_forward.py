@@ -11,7 +11,7 @@ from latent_cases import VL_NAMES, sampling
 from sft_cases import batch_of, encoder, example, latent_model, png
 
 from grpo_latent.backbones.images import ImageInputs
-from grpo_latent.data.examples import ImageRef
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.errors import LatentMismatchError
 from grpo_latent.latent.mechanisms.lvr import end_vector
 from grpo_latent.models.adapter import ModelAdapter

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sft_cases import batch_of, encoder, example, latent_model
 
-from grpo_latent.data.examples import ImageRef
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.errors import DataError
 from grpo_latent.models.prompts import encode_prompt
 from grpo_latent.sft.common.rows import IGNORED

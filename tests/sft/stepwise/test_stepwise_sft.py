@@ -10,8 +10,8 @@ import torch
 from latent_cases import build_case, sampling
 from sft_cases import png
 
-from grpo_latent.data.examples import ImageRef
 from grpo_latent.data.formats.stepwise import StepwiseExample
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.recompute import recompute_latents

@@ -9,8 +9,8 @@ from latent_cases import build_case
 from sft_cases import cpu_arguments, latent_model, png
 from transformers import TrainingArguments
 
-from grpo_latent.data.examples import ImageRef
 from grpo_latent.data.formats.stepwise import StepwiseExample
+from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.errors import ConfigError
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model
