@@ -55,7 +55,7 @@ setup(
     # requirements/ pins whole tested sets for CPU and CUDA; these are the ranges that the code
     # supports. The upper bound of torch is exact so that an installed or local CPU build of 2.13.0
     # satisfies it and pip fetches no CUDA build. verl 0.9.1 wants transformers < 5.11;
-    # from 5.13 on engine hf's cache lacks an abstract method. `make versions` tests each bound.
+    # from 5.13 on engine hf's cache lacks an abstract method. `make versions` tests bounds but numpy's.
     install_requires=[
         "torch>=2.11,<=2.13.0",
         "transformers>=5.9,<5.11",
