@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
@@ -19,6 +21,8 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from grpo_latent.common import collector
+from grpo_latent.common.collector import collect_rarely
 from grpo_latent.common.command import config_command
 from grpo_latent.common.paths import (
     READ,
@@ -29,10 +33,11 @@ from grpo_latent.common.paths import (
 )
 from grpo_latent.common.provenance import append_provenance
 from grpo_latent.common.settings import section
-from grpo_latent.errors import ConfigError, DataError
+from grpo_latent.errors import ConfigError, DataError, PluginError
 
 LOG_FILE, METRICS_FILE, CONFIG_FILE = "train.log", "metrics.jsonl", "config.yaml"
 PLUGIN = "grpo_latent.verl_plugin"
+HOOK = "worker_process_setup_hook"  # of Ray's runtime environment
 
 
 class VerlConfigs(SearchPathPlugin):
@@ -272,15 +277,14 @@ def is_attached() -> bool:
     return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
 
 
-def submitted_variables() -> dict[str, str]:
-    """Environment that the submitted job was given; empty outside of one.
+def submitted_environment() -> dict[str, Any]:
+    """Ray's runtime environment of the submitted job; empty outside of one."""
+    return json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
 
-    It reaches the job's workers anyway.
-    """
-    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get(
-        "runtime_env", {}
-    )
-    return submitted.get("env_vars", {})
+
+def submitted_variables() -> dict[str, str]:
+    """Environment that the submitted job was given, which reaches the job's workers anyway."""
+    return submitted_environment().get("env_vars", {})
 
 
 def stay_on_loopback() -> None:
@@ -310,6 +314,8 @@ def ray_arguments(config: DictConfig) -> dict:
     runtime_env["env_vars"] = {
         name: value for name, value in env_vars.items() if name not in submitted
     }
+    if HOOK not in submitted_environment():  # nor may it be set again
+        runtime_env.setdefault(HOOK, f"{collector.__name__}.{collect_rarely.__name__}")
     arguments = {"runtime_env": runtime_env, "log_to_driver": True}
     if is_attached():
         return arguments
@@ -327,6 +333,7 @@ def ray_arguments(config: DictConfig) -> dict:
 
 def _run(config: DictConfig, console, log_path: Path) -> None:
     import ray
+    import transfer_queue as tq
     from verl.trainer.main_ppo import TaskRunnerV1
 
     from grpo_latent.verl_plugin.boot import remote_errors
@@ -346,18 +353,49 @@ def _run(config: DictConfig, console, log_path: Path) -> None:
             on_gpu = ray.remote(num_gpus=1, max_calls=1)(try_checkpoint)
             report = remote_errors.get(on_gpu.remote(config), "the preflight", log_path)
             report_trial(report, console)
-        queue = start_report_queue()
+        board = start_report_queue()
         watch = ActorWatch()
+        transfer_queue = _start_transfer_queue(config)
         # beside the driver: one node less whose loss ends the run at once, and outputs of both in
         # one place
         runner = TaskRunnerV1.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]  # ray.remote decorates it
         run_ref = runner.run.remote(config)
         with StepPrinter(console) as on_report:
-            follow(queue, run_ref, on_report, watch, log_path, on_report.wait)
+
+            def on_wait(seconds: float) -> None:
+                if transfer_queue.done():
+                    transfer_queue.result()  # else the runner would wait for what has failed
+                on_report.wait(seconds)
+
+            follow(board, run_ref, on_report, watch, log_path, on_wait)
+        tq.close()
     finally:
         ray.shutdown()
 
 
+def _start_transfer_queue(config: DictConfig) -> Future[None]:
+    """Starts TransferQueue beside the runner, which takes what it finds; both import for seconds."""
+
+    import transfer_queue as tq
+
+    def start() -> None:
+        try:
+            tq.init(OmegaConf.create(OmegaConf.to_container(config.transfer_queue, resolve=True)))
+        except Exception as error:
+            raise PluginError(
+                "TransferQueue does not start",
+                where="transfer_queue",
+                got=f"{type(error).__name__}: {error}",
+                expected="its controller and its storage units",
+            ) from error
+
+    pool = ThreadPoolExecutor(1, thread_name_prefix="transfer_queue")
+    started = pool.submit(start)
+    pool.shutdown(wait=False)
+    return started
+
+
 if __name__ == "__main__":
+    collect_rarely()
     stay_on_loopback()
     sys.exit(main())

@@ -37,7 +37,6 @@ ACTORS = (
     "TransferQueue controller",
     "TransferQueue storage",
     "progress board",
-    "load balancer of the rollout servers",
 )
 PHASES = ("start", "rollout", "reward", "update", "weights", "validation", "save")
 # (actor, phase): all of them, and Ray's own processes once each

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,11 @@ def make_config(inputs: Path, output: Path, *more: str):
         config = compose("grpo", overrides=overrides(inputs, output, *more))
     OmegaConf.resolve(config)
     return config
+
+
+def snapshot(output: Path, copy: Path) -> None:
+    """Copies a run's folder while the run goes on, which may be about to rename a file."""
+    shutil.copytree(output, copy, ignore=shutil.ignore_patterns(".*.part"))
 
 
 def train_here(config, monkeypatch, before_fit=None):

@@ -40,7 +40,6 @@ ROLES = {
     "TransferQueueController": "TransferQueue controller",
     "SimpleStorageUnit": "TransferQueue storage",
     "ReportQueue": "progress board",
-    "GlobalRequestLoadBalancer": "load balancer of the rollout servers",
 }
 _REASON: Any = common_pb2.ActorDiedErrorContext  # type: ignore[attr-defined]  # generated
 _NO_DEATHS = (

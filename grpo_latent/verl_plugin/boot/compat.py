@@ -106,6 +106,22 @@ def registered_names() -> dict[str, set[str]]:
     }
 
 
+# ---- classes that verl's methods name ------------------------------------------------------------
+
+
+@contextmanager
+def replaced(module: ModuleType, **values: object):
+    """Runs a method of verl's with other values of its module's names (seam: trainer's parts)."""
+    originals = {name: getattr(module, name) for name in values}
+    for name, value in values.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in originals.items():
+            setattr(module, name, value)
+
+
 # ---- CPU ----------------------------------------------------------------------------------------
 
 

@@ -259,6 +259,24 @@ SEAMS = (
     ),
     Seam("agent registry", f"{_AGENT}:_agent_loop_registry", "checked at start"),
     Seam(
+        "trainer's parts: rewards",
+        "verl.trainer.ppo.v1.trainer_base:RewardLoopManager",
+        "`_setup` makes it by this name",
+        ("config", "rm_resource_pool"),
+    ),
+    Seam(
+        "trainer's parts: servers",
+        "verl.trainer.ppo.v1.trainer_base:LLMServerManager._init_global_load_balancer",
+        "made empty: no request is balanced",
+        ("self",),
+    ),
+    Seam(
+        "agent loop: workers",
+        "verl.trainer.ppo.v1:AgentLoopManagerTQ._init_agent_loop_workers",
+        "replaced: they start before the manager",
+        ("self",),
+    ),
+    Seam(
         "task runner",
         "verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__.run",
         "started by us",

@@ -20,7 +20,9 @@ from typing import Any, cast
 import ray
 import torch
 import transfer_queue as tq
+from omegaconf import DictConfig
 from pydantic import Field
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tensordict import NonTensorStack, TensorDict
 from verl.experimental.agent_loop.agent_loop import (
     AgentLoopBase,
@@ -207,6 +209,11 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ign
         self._agent_loop: LatentAgentLoop | None = None
         self._failures: list[GrpoLatentError] = []
 
+    def connect(self, llm_client: LatentRolloutClient, teacher_client, reward_workers) -> None:
+        """Takes what was not there yet when the worker started."""
+        self.llm_client, self.teacher_client = llm_client, teacher_client
+        self.reward_loop_worker_handles = reward_workers
+
     def failures(self) -> list[GrpoLatentError]:
         """What prompts of this worker failed with, the cause first."""
         return self._failures
@@ -327,6 +334,28 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ign
         )
 
 
+def start_agent_loop_workers(config: DictConfig) -> list[ray.actor.ActorHandle]:
+    """Workers of a run, over its nodes in turn; those that there are already, where there are.
+
+    They can do nothing before `connect`.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+    started = [
+        ray.remote(LatentAgentLoopWorker)
+        .options(
+            name=f"agent_loop_worker_{i}",
+            get_if_exists=True,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(
+                node_id=nodes[i % len(nodes)]["NodeID"], soft=True
+            ),
+        )
+        .remote(config, llm_client=None)
+        for i in range(config.actor_rollout_ref.rollout.agent.num_workers)
+    ]
+    # ray's annotation adds the class itself, for editors
+    return cast("list[ray.actor.ActorHandle]", started)
+
+
 class LatentAgentLoopManager(AgentLoopManagerTQ):
     """verl's manager; gives each prompt its ticket and remembers the order of dispatch."""
 
@@ -335,10 +364,14 @@ class LatentAgentLoopManager(AgentLoopManagerTQ):
     def __init__(self, *args, **kwargs):
         verify("agent loop manager")
         super().__init__(*args, **kwargs)
-        self.agent_loop_workers_class = ray.remote(LatentAgentLoopWorker)
         self._waves = itertools.count()
         self._dispatched = itertools.count()
         self.order_of_uid: dict[str, int] = {}
+
+    async def _init_agent_loop_workers(self) -> None:
+        self.agent_loop_workers = start_agent_loop_workers(self.config)  # type: ignore[assignment]
+        given = (self.llm_client, self.teacher_client, self.reward_loop_worker_handles)
+        await asyncio.gather(*[worker.connect.remote(*given) for worker in self._workers])
 
     def generate_sequences(self, prompts: TensorDict) -> None:
         wave_id = f"wave-{next(self._waves)}"

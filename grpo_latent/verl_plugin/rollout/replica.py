@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl.utils.device import get_device_name
 from verl.workers.rollout.base import BaseRollout
-from verl.workers.rollout.llm_server import LLMServerClient
+from verl.workers.rollout.llm_server import LLMServerClient, LLMServerManager
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from grpo_latent.common.dtypes import parse_dtype
@@ -176,6 +176,13 @@ async def send_weights_beside(
 
 async def _answer(reference: Awaitable[None]) -> None:
     await reference
+
+
+class LatentServerManager(LLMServerManager):
+    """verl's without the actor that balances load, which the client below does not ask."""
+
+    async def _init_global_load_balancer(self) -> None:
+        self.global_load_balancer = None
 
 
 class LatentRolloutClient(LLMServerClient):

@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from omegaconf import open_dict
 from transfer_queue import KVBatchMeta
+from verl.experimental.reward_loop.reward_loop import RewardLoopManager
+from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.seqlen_balancing import log_seqlen_unbalance
@@ -98,6 +100,30 @@ class LatentPPOTrainer(PPOTrainerSync):
         self._pending: Path | None = None  # a checkpoint that the tracker does not name yet
 
     # ---- parts ----------------------------------------------------------------------------------
+
+    def _setup(self) -> None:
+        """verl's, with what needs no training worker started beside it and not after it.
+
+        Each actor spends its first seconds on imports.
+        """
+        from grpo_latent.verl_plugin.rollout.agent_loop import start_agent_loop_workers
+        from grpo_latent.verl_plugin.rollout.replica import LatentServerManager
+
+        # the manager takes them by their names, which last as long as somebody holds them
+        self._agent_loop_workers = start_agent_loop_workers(self.config)
+        # a reward model has its place on the training workers' devices, after them
+        has_model = self.config.reward.reward_model.enable
+        started = None if has_model else RewardLoopManager(self.config)
+
+        def reward_loop_manager(**arguments) -> RewardLoopManager:
+            return started or RewardLoopManager(**arguments)
+
+        with compat.replaced(
+            trainer_base,
+            RewardLoopManager=reward_loop_manager,
+            LLMServerManager=LatentServerManager,
+        ):
+            super()._setup()
 
     def _build_replay_buffer(self) -> LatentReplayBuffer:
         buffer = LatentReplayBuffer.adopt(super()._build_replay_buffer())

@@ -57,7 +57,6 @@ def test_roles_are_of_classes_that_there_are():
     from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
     from verl.single_controller.ray.base import create_colocated_worker_cls
     from verl.trainer.main_ppo import TaskRunnerV1
-    from verl.workers.rollout.llm_server import GlobalRequestLoadBalancer
 
     from grpo_latent.verl_plugin.rollout.agent_loop import LatentAgentLoopWorker
     from grpo_latent.verl_plugin.rollout.server import LatentRolloutServer
@@ -66,8 +65,7 @@ def test_roles_are_of_classes_that_there_are():
     decorated = (TaskRunnerV1, TransferQueueController, SimpleStorageUnit)
     classes = [decorator.__ray_actor_class__ for decorator in decorated]
     classes += [RewardLoopWorker, LatentAgentLoopWorker, LatentRolloutServer]
-    balancer = getattr(GlobalRequestLoadBalancer, "__ray_actor_class__", GlobalRequestLoadBalancer)
-    names = {found.__name__ for found in [*classes, balancer]}
+    names = {found.__name__ for found in classes}
     # made where they are used, or only importable beside vLLM
     assert "class WorkerDict(" in inspect.getsource(create_colocated_worker_cls)
     assert "class ReportQueue:" in inspect.getsource(reports.start_report_queue)

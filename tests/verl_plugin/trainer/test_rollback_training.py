@@ -9,7 +9,6 @@ B and C equal A to the bit. What is judged is made up by step; everything else i
 """
 
 import json
-import shutil
 
 import pytest
 import tiny_run
@@ -61,12 +60,12 @@ def test_a_rollback_and_the_best_checkpoint(local_ray, tmp_path, monkeypatch):
         load, log = trainer.actor_rollout_wg.load_checkpoint, trainer._compute_metrics
 
         def loading(**kwargs):
-            shutil.copytree(outputs["a"], outputs["in_rollback"])
+            tiny_run.snapshot(outputs["a"], outputs["in_rollback"])
             return load(**kwargs)
 
         def logging(batch, metrics, *args, **kwargs):
             if trainer.global_steps == 5:
-                shutil.copytree(outputs["a"], outputs["in_step_5"])
+                tiny_run.snapshot(outputs["a"], outputs["in_step_5"])
             return log(batch, metrics, *args, **kwargs)
 
         trainer.actor_rollout_wg.load_checkpoint = loading

@@ -8,7 +8,6 @@ world size 1, in this process:
 """
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -83,7 +82,7 @@ def test_a_killed_save_and_resume_at_world_size_2(local_ray, inputs, tmp_path, m
         def saving(folder, remote, step, **kwargs):
             save(folder, remote, step, **kwargs)
             if step == 6:
-                shutil.copytree(first, second)
+                tiny_run.snapshot(first, second)
                 half = second / "checkpoints" / "global_step_6"
                 next((half / "actor").glob("optim_*_rank_1.pt")).unlink()
                 (half / "stale").touch()

@@ -68,7 +68,7 @@ def test_three_steps_and_the_third_again(inputs, local_ray, tmp_path, monkeypatc
     ]
     assert max(moved) > 1e-2
 
-    shutil.copytree(first, second)
+    tiny_run.snapshot(first, second)
     shutil.rmtree(second / "checkpoints" / "global_step_3")
     for path in (second / "rollouts").glob("step_3.*"):
         path.unlink()
