@@ -32,7 +32,6 @@ from verl.experimental.agent_loop.agent_loop import (
 )
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils.profiler import simple_timer
-from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from grpo_latent.errors import DataError, GrpoLatentError, RolloutError
 from grpo_latent.latent.mechanisms import Mechanism
@@ -57,6 +56,7 @@ from grpo_latent.verl_plugin.rollout.group_rows import (
 from grpo_latent.verl_plugin.rollout.replica import LatentRolloutClient
 from grpo_latent.verl_plugin.rollout.server import GroupResult
 from grpo_latent.verl_plugin.rollout.waves import Ticket
+from grpo_latent.verl_plugin.rollout.writes import Writer
 
 TICKET = "latent_ticket"
 TELL_TIMEOUT_S = 10.0
@@ -207,6 +207,7 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ign
         if compat.is_cpu():
             torch.set_num_threads(self.options.cpu_threads)
         self._agent_loop: LatentAgentLoop | None = None
+        self._writer = Writer()
         self._failures: list[GrpoLatentError] = []
 
     def connect(self, llm_client: LatentRolloutClient, teacher_client, reward_workers) -> None:
@@ -225,16 +226,19 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ign
         partition_id = "val" if trajectory["validate"] else "train"
         ticket: Ticket = prompt.pop(TICKET)
         try:
-            await tq.async_kv_put(key=uid, partition_id=partition_id, tag={"status": "running"})
+            await self._mark(uid, partition_id, "running")
             outputs, pixels = await self._run_group(prompt, sampling_params, trajectory, ticket)
             await self._score(outputs, prompt)
             await self._store(outputs, pixels, prompt, partition_id)
-            await tq.async_kv_put(key=uid, partition_id=partition_id, tag={"status": "finished"})
+            await self._mark(uid, partition_id, "finished")
         except BaseException as error:  # a SystemExit would end the loop of all other prompts
             traceback.print_exc()
             # first, and by itself enough: the trainer asks for it while it waits
             self._failures.append(portable(error))
             await self._tell(portable(error), uid, partition_id, ticket.wave_id)
+
+    async def _mark(self, uid: str, partition_id: str, status: str) -> None:
+        await self._writer.put([uid], partition_id, [{"status": status}])
 
     async def _tell(
         self, error: GrpoLatentError, uid: str, partition_id: str, wave_id: str
@@ -326,12 +330,7 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ign
                     "max_global_steps": output.extra_fields["max_global_steps"],
                 }
             )
-        await tq.async_kv_batch_put(
-            keys=keys,
-            fields=list_of_dict_to_tensordict(fields),
-            tags=tags,
-            partition_id=partition_id,
-        )
+        await self._writer.put(keys, partition_id, tags, fields)
 
 
 def start_agent_loop_workers(config: DictConfig) -> list[ray.actor.ActorHandle]:

@@ -18,7 +18,7 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 from grpo_latent.errors import DataError, PluginError, RewardError, RolloutError
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.verl_plugin.boot.options import LatentOptions
-from grpo_latent.verl_plugin.rollout import agent_loop
+from grpo_latent.verl_plugin.rollout import agent_loop, writes
 from grpo_latent.verl_plugin.rollout.agent_loop import (
     TICKET,
     LatentAgentLoopManager,
@@ -27,6 +27,7 @@ from grpo_latent.verl_plugin.rollout.agent_loop import (
 from grpo_latent.verl_plugin.rollout.replica import LatentRolloutClient
 from grpo_latent.verl_plugin.rollout.server import LatentRolloutServer
 from grpo_latent.verl_plugin.rollout.waves import Ticket
+from grpo_latent.verl_plugin.rollout.writes import Writer
 from grpo_latent.verl_plugin.trainer import replay_buffer
 from grpo_latent.verl_plugin.trainer.replay_buffer import LatentReplayBuffer
 
@@ -41,7 +42,16 @@ class FakeQueue:
         self.tags.setdefault(key, []).append(tag["status"])
 
     async def async_kv_batch_put(self, keys, fields, tags, partition_id):
-        self.rows.update(zip(keys, tags, strict=True))
+        for key, tag in zip(keys, tags, strict=True):
+            if fields is None:
+                await self.async_kv_put(key, partition_id, tag)
+            else:
+                self.rows[key] = tag
+
+
+def use_queue(monkeypatch, queue):
+    for module in (agent_loop, writes):
+        monkeypatch.setattr(module, "tq", queue)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +65,7 @@ def make_worker(loaded, server, score=lambda index: 1.0):
     """A worker whose rewards come from `score`."""
     worker = LatentAgentLoopWorker.__new__(LatentAgentLoopWorker)
     worker.options, worker.llm_client, worker._failures = LatentOptions(), LocalClient(server), []
+    worker._writer = Writer()
     worker.rollout_config = SimpleNamespace(
         n=2, response_length=12, val_kwargs=SimpleNamespace(n=1)
     )
@@ -70,7 +81,7 @@ def make_worker(loaded, server, score=lambda index: 1.0):
 
 def run_wave(parts, monkeypatch, rows, **kwargs):
     queue = FakeQueue()
-    monkeypatch.setattr(agent_loop, "tq", queue)
+    use_queue(monkeypatch, queue)
     monkeypatch.setattr(
         LocalClient, "fail_wave", lambda self, *a: self.servers[0].fail_wave(*a), raising=False
     )
@@ -251,7 +262,7 @@ def test_a_failure_is_kept_whoever_has_died(parts, monkeypatch, dead, hangs):
     """The trainer asks the worker itself, so that no other process need be alive."""
     queue, peer = FakeQueue(), Unreachable(hangs)
     heard = []
-    monkeypatch.setattr(agent_loop, "tq", queue)
+    use_queue(monkeypatch, queue)
     monkeypatch.setattr(agent_loop, "TELL_TIMEOUT_S", 0.05)
 
     async def fail_wave(self, wave_id, error):

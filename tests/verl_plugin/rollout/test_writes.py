@@ -71,7 +71,9 @@ def test_unlike_rows_go_apart(monkeypatch):
             put(writer, "e", ["x"]),
         )
 
-    assert [(keys, partition, rows) for keys, partition, rows, _ in run(monkeypatch, scenario)] == [
+    assert [
+        (keys, partition, rows) for keys, partition, rows, _ in run(monkeypatch, scenario)
+    ] == [
         (["a", "e"], "train", ["x"]),
         (["b"], "train", ["x", "y"]),
         (["c"], "train", None),
