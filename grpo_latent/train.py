@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from grpo_latent.common.paths import (
 )
 from grpo_latent.common.provenance import append_provenance
 from grpo_latent.common.settings import section
-from grpo_latent.errors import ConfigError, DataError, PluginError
+from grpo_latent.errors import ConfigError, DataError
 
 LOG_FILE, METRICS_FILE, CONFIG_FILE = "train.log", "metrics.jsonl", "config.yaml"
 PLUGIN = "grpo_latent.verl_plugin"
@@ -340,6 +339,7 @@ def _run(config: DictConfig, console, log_path: Path) -> None:
     from grpo_latent.verl_plugin.boot.actor_watch import ActorWatch
     from grpo_latent.verl_plugin.boot.cluster import check_files
     from grpo_latent.verl_plugin.boot.cluster_resources import check_resources
+    from grpo_latent.verl_plugin.boot.start_queue import start_transfer_queue
     from grpo_latent.verl_plugin.trainer.console import StepPrinter
     from grpo_latent.verl_plugin.trainer.reports import follow, on_this_node, start_report_queue
     from grpo_latent.verl_plugin.trainer.trial import report_trial, try_checkpoint
@@ -355,7 +355,7 @@ def _run(config: DictConfig, console, log_path: Path) -> None:
             report_trial(report, console)
         board = start_report_queue()
         watch = ActorWatch()
-        transfer_queue = _start_transfer_queue(config)
+        transfer_queue = start_transfer_queue(config)
         # beside the driver: one node less whose loss ends the run at once, and outputs of both in
         # one place
         runner = TaskRunnerV1.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]  # ray.remote decorates it
@@ -364,35 +364,13 @@ def _run(config: DictConfig, console, log_path: Path) -> None:
 
             def on_wait(seconds: float) -> None:
                 if transfer_queue.done():
-                    transfer_queue.result()  # else the runner would wait for what has failed
+                    transfer_queue.result()  # where it failed, the runner waits for ever
                 on_report.wait(seconds)
 
             follow(board, run_ref, on_report, watch, log_path, on_wait)
         tq.close()
     finally:
         ray.shutdown()
-
-
-def _start_transfer_queue(config: DictConfig) -> Future[None]:
-    """Starts TransferQueue beside the runner, which takes what it finds; both import for seconds."""
-
-    import transfer_queue as tq
-
-    def start() -> None:
-        try:
-            tq.init(OmegaConf.create(OmegaConf.to_container(config.transfer_queue, resolve=True)))
-        except Exception as error:
-            raise PluginError(
-                "TransferQueue does not start",
-                where="transfer_queue",
-                got=f"{type(error).__name__}: {error}",
-                expected="its controller and its storage units",
-            ) from error
-
-    pool = ThreadPoolExecutor(1, thread_name_prefix="transfer_queue")
-    started = pool.submit(start)
-    pool.shutdown(wait=False)
-    return started
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from tiny_run import make_config
 import grpo_latent
 from grpo_latent.common.node_files import FileRequest, package_digest, print_of
 from grpo_latent.common.paths import READ, WRITTEN
-from grpo_latent.errors import ConfigError, PreflightError
+from grpo_latent.errors import ConfigError, PluginError, PreflightError
 from grpo_latent.train import ray_arguments
-from grpo_latent.verl_plugin.boot import cluster
+from grpo_latent.verl_plugin.boot import cluster, start_queue
 from grpo_latent.verl_plugin.boot.cluster_resources import (
     check_resources,
     cpus_needed,
@@ -173,6 +173,27 @@ def test_resources_are_stated_for_a_ray_of_our_own_only(tmp_path, monkeypatch):
     assert own["runtime_env"]["env_vars"]["VERL_PLATFORM"] == "cpu"
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     assert set(ray_arguments(config)) == {"runtime_env", "log_to_driver"}
+
+
+def test_workers_collect_rarely_while_they_import(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    config = make_config(tmp_path, tmp_path)
+    hook = "grpo_latent.common.collector.collect_rarely"
+    assert ray_arguments(config)["runtime_env"]["worker_process_setup_hook"] == hook
+    # Ray refuses a second one beside the submitted job's
+    submitted = '{"runtime_env": {"worker_process_setup_hook": "mine.start"}}'
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", submitted)
+    assert "worker_process_setup_hook" not in ray_arguments(config)["runtime_env"]
+
+
+def test_a_queue_that_does_not_start_is_named(tmp_path, monkeypatch):
+    def refuse(config):
+        raise ConnectionError(f"no {config.backend.storage_backend} here")
+
+    monkeypatch.setattr(start_queue.tq, "init", refuse)
+    started = start_queue.start_transfer_queue(make_config(tmp_path, tmp_path))
+    with pytest.raises(PluginError, match="transfer_queue: TransferQueue does not start.*Simple"):
+        started.result(timeout=30)
 
 
 @pytest.mark.parametrize("value", [5, ["num_cpus=16"]])
