@@ -23,8 +23,6 @@ from pathlib import Path
 import torch
 from omegaconf import open_dict
 from transfer_queue import KVBatchMeta
-from verl.experimental.reward_loop.reward_loop import RewardLoopManager
-from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.seqlen_balancing import log_seqlen_unbalance
@@ -51,6 +49,7 @@ from grpo_latent.verl_plugin.trainer.commit import (
 from grpo_latent.verl_plugin.trainer.config_check import check_config
 from grpo_latent.verl_plugin.trainer.dropped import mask_dropped, without_dropped
 from grpo_latent.verl_plugin.trainer.guards import Guards
+from grpo_latent.verl_plugin.trainer.helpers import helpers_first
 from grpo_latent.verl_plugin.trainer.latent_watch import LatentWatch, as_metrics
 from grpo_latent.verl_plugin.trainer.replay_buffer import LatentReplayBuffer
 from grpo_latent.verl_plugin.trainer.replay_gap import check_replay, replay_columns
@@ -101,30 +100,6 @@ class LatentPPOTrainer(PPOTrainerSync):
 
     # ---- parts ----------------------------------------------------------------------------------
 
-    def _setup(self) -> None:
-        """verl's, with what needs no training worker started beside it and not after it.
-
-        Each actor spends its first seconds on imports.
-        """
-        from grpo_latent.verl_plugin.rollout.agent_loop import start_agent_loop_workers
-        from grpo_latent.verl_plugin.rollout.replica import LatentServerManager
-
-        # the manager takes them by their names, which last as long as somebody holds them
-        self._agent_loop_workers = start_agent_loop_workers(self.config)
-        # a reward model has its place on the training workers' devices, after them
-        has_model = self.config.reward.reward_model.enable
-        started = None if has_model else RewardLoopManager(self.config)
-
-        def reward_loop_manager(**arguments) -> RewardLoopManager:
-            return started or RewardLoopManager(**arguments)
-
-        with compat.replaced(
-            trainer_base,
-            RewardLoopManager=reward_loop_manager,
-            LLMServerManager=LatentServerManager,
-        ):
-            super()._setup()
-
     def _build_replay_buffer(self) -> LatentReplayBuffer:
         buffer = LatentReplayBuffer.adopt(super()._build_replay_buffer())
         buffer.watch = ActorWatch(grace_s=0.0, killed_grace_s=0.0)
@@ -142,7 +117,8 @@ class LatentPPOTrainer(PPOTrainerSync):
             self.resource_pool_manager = compat.cpu_pool_manager(self.resource_pool_manager)
 
     def _setup(self) -> None:
-        super()._setup()
+        with helpers_first(self.config) as self._agent_loop_workers:
+            super()._setup()
         if not self._enable_hybrid_replicas:
             ApartServers(self.config, self.actor_rollout_wg).serve(self)
 
