@@ -37,17 +37,15 @@ def inputs(tmp_path_factory):
     return tiny_run.write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-class Raises:
-    def call(self):
-        raise CheckpointError("a part has changed", where="x.pt")
-
-
-class Asks:
-    def call(self, other):
-        return ray.get(other.call.remote())
-
-
 def test_a_workers_error_reaches_the_driver_through_another_actor(local_ray):
+    class Raises:  # a local class is pickled whole: workers cannot import this module
+        def call(self):
+            raise CheckpointError("a part has changed", where="x.pt")
+
+    class Asks:
+        def call(self, other):
+            return ray.get(other.call.remote())
+
     worker, runner = (ray.remote(kind).options(num_cpus=0).remote() for kind in (Raises, Asks))
     with pytest.raises(CheckpointError) as caught:
         remote_errors.get(runner.call.remote(worker), "training", "train.log")
