@@ -37,7 +37,7 @@ def clean_environment() -> dict[str, str]:
     clean = {
         name: value for name, value in os.environ.items() if not name.startswith(("VERL_", "RAY_"))
     }
-    return {**clean, "OMP_NUM_THREADS": "1"}
+    return {**clean, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
 
 
 def run_command(command, cwd, **env):
