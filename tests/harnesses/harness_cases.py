@@ -90,9 +90,9 @@ class Questions:
 
 def write_model(folder):
     """A random model that opens a span and then says a digit, which depends on the question."""
-    # of heads that vLLM's CPU kernels take
-    sizes = tiny.TinySizes(hidden=64)
-    model, tokenizer, processor = tiny.tiny_qwen2_5_vl(digits.WORDS, sizes)
+    # heads that vLLM's CPU kernels take; of the seeds tried, most give one digit to all questions
+    sizes = tiny.TinySizes(hidden=64, layers=4)
+    model, tokenizer, processor = tiny.tiny_qwen2_5_vl(digits.WORDS, sizes, seed=2)
     ids = tokenizer.get_vocab()
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
