@@ -64,7 +64,7 @@ def test_verl_begins_that_very_run(tmp_path, start, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    wandb.finish()  # else `init` goes on in what another test of this process has left
+    wandb.teardown()  # a process reads the environment once, maybe for another test
     run_id = start()
     tracking = Tracking("project", "run", ["wandb"], config={"trainer": {}})
     try:
