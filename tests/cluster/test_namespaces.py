@@ -12,6 +12,7 @@ validation:
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -147,7 +148,6 @@ def test_steps_over_nodes_are_those_on_one_and_a_lost_node_ends_the_run(
     check_equal_runs(one, rest.output, range(1, 7), checkpoint=6)
 
 
-@pytest.mark.xfail(strict=False, reason="has not been run to its end yet")
 def test_servers_apart_and_a_killed_node(one, shipped, inputs, tmp_path):
     """The other cut: a machine without power, whose kernel no longer answers for its sockets."""
     left = ("trainer.nnodes=1", "trainer.n_gpus_per_node=2", "latent.placement=apart")
@@ -161,7 +161,8 @@ def test_servers_apart_and_a_killed_node(one, shipped, inputs, tmp_path):
         assert job.wait(LIMIT_S) != 0
         print(f"killed: {time.monotonic() - cut:.1f} s")
     lost = job.loss()
-    assert "node 10.77.0.3, last step 4/6: " in lost
+    # the node may die before the driver has heard of the step that is in the metrics
+    assert re.search(r"node 10\.77\.0\.3, last step [34]/6: ", lost), lost
     assert "rollout server" in lost and "training worker" not in lost
     check_equal_runs(one, job.output, range(1, 5), checkpoint=3)
 
