@@ -15,6 +15,7 @@ import itertools
 import traceback
 import zlib
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import ray
@@ -212,6 +213,9 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ign
 
     def connect(self, llm_client: LatentRolloutClient, teacher_client, reward_workers) -> None:
         """Takes what was not there yet when the worker started."""
+        if self.rollout_config.trace.get("token2text", False):
+            # as in verl's constructor
+            llm_client.tokenizer = self.tokenizer  # type: ignore[attr-defined]
         self.llm_client, self.teacher_client = llm_client, teacher_client
         self.reward_loop_worker_handles = reward_workers
 
@@ -348,7 +352,7 @@ def start_agent_loop_workers(config: DictConfig) -> list[ray.actor.ActorHandle]:
                 node_id=nodes[i % len(nodes)]["NodeID"], soft=True
             ),
         )
-        .remote(config, llm_client=None)
+        .remote(config, llm_client=SimpleNamespace())  # verl may give it a tokenizer
         for i in range(config.actor_rollout_ref.rollout.agent.num_workers)
     ]
     # ray's annotation adds the class itself, for editors

@@ -309,3 +309,15 @@ def test_a_dead_server_keeps_no_other_from_hearing_of_a_failure():
     error = DataError("bad")
     asyncio.run(client.fail_wave("w", error))
     assert heard == [("w", error)]
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_worker_takes_what_comes_after_its_start(traced):
+    """verl's constructor gives a traced client its tokenizer, and had only a stand-in."""
+    worker = LatentAgentLoopWorker.__new__(LatentAgentLoopWorker)
+    worker.tokenizer = "tokenizer"
+    worker.rollout_config = SimpleNamespace(trace={"token2text": traced})
+    client = SimpleNamespace()
+    worker.connect(client, None, ["reward worker"])
+    assert worker.llm_client is client and worker.reward_loop_worker_handles == ["reward worker"]
+    assert vars(client) == ({"tokenizer": "tokenizer"} if traced else {})
