@@ -27,12 +27,12 @@ def pid_of(role: str, timeout_s: float) -> int:
     """The process of the actor, once it is alive."""
     from ray._private import state as ray_state
 
-    from grpo_latent.verl_plugin.boot.actor_watch import ROLES
+    from grpo_latent.verl_plugin.boot.actor_watch import ROLES, class_of
 
     deadline = time.monotonic() + timeout_s
     while True:
         for row in ray_state.actors(actor_state_name="ALIVE").values():
-            if ROLES.get(row["ActorClassName"]) == role:
+            if ROLES.get(class_of(row)) == role:
                 return row["Pid"]
         if time.monotonic() > deadline:
             raise TimeoutError(f"no {role} is alive")

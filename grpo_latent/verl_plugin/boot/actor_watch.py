@@ -128,7 +128,7 @@ class ActorWatch:
     def _held_by(self, address: str) -> tuple[str, ...]:
         """Roles of the actors that were last on a node."""
         rows = ray_state.actors(job_id=self._job).values()
-        names = {_class_of(row) for row in rows if row["Address"]["IPAddress"] == address}
+        names = {class_of(row) for row in rows if row["Address"]["IPAddress"] == address}
         return tuple(sorted(ROLES.get(name, name) for name in names))
 
     def check(self) -> None:
@@ -152,7 +152,7 @@ class ActorWatch:
             raise dead.error(self.position)
 
 
-def _class_of(row: dict[str, Any]) -> str:
+def class_of(row: dict[str, Any]) -> str:
     """An actor's class, without where it was defined: verl makes some within a function."""
     return row["ActorClassName"].rpartition(".")[2]
 
@@ -169,7 +169,7 @@ def _is_death(cause: Any, with_killed: bool) -> bool:
 
 
 def _of_row(row: dict[str, Any]) -> DeadActor:
-    name, cause = _class_of(row), row["DeathCause"]
+    name, cause = class_of(row), row["DeathCause"]
     return DeadActor(
         role=ROLES.get(name, f"actor {row['Name'] or name}"),
         name=name,
