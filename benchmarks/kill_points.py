@@ -20,7 +20,7 @@ from typing import Any
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 
 from grpo_latent.verl_plugin.boot import metrics_file
-from grpo_latent.verl_plugin.trainer import checkpoint
+from grpo_latent.verl_plugin.trainer import checkpoint, committing_trainer
 from grpo_latent.verl_plugin.trainer import trainer as trainer_module
 from grpo_latent.verl_plugin.trainer.commit import CommittingLogger
 from grpo_latent.verl_plugin.trainer.guards import Guards
@@ -47,9 +47,9 @@ CALLS: dict[str, tuple[Any, str]] = {
     "judge": (Guards, "after_step"),
     "log": (CommittingLogger, "log"),
     "commit": (LatentPPOTrainer, "_commit"),
-    "sync": (trainer_module, "sync_outputs"),
+    "sync": (committing_trainer, "sync_outputs"),
     "guards": (Guards, "save"),
-    "manifest": (trainer_module, "write_manifest"),
+    "manifest": (committing_trainer, "write_manifest"),
     "tracker": (checkpoint, "write_tracker"),
     "name_best": (Guards, "name_best"),
     "prune": (checkpoint, "prune"),

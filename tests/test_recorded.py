@@ -98,7 +98,7 @@ def rows_in_queue(trajectories):
     pytest.importorskip("verl")
     from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics
 
-    from grpo_latent.verl_plugin.rollout.agent_loop import LatentAgentLoopOutput
+    from grpo_latent.verl_plugin.rollout.prompt_to_group import LatentAgentLoopOutput
 
     rows = []
     for index, t in enumerate(trajectories):

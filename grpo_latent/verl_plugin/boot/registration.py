@@ -17,6 +17,8 @@ NAME = "latent"
 ROLLOUT_NAME = "hf_latent"
 VLLM_ROLLOUT_NAME = "vllm_latent"
 AGENT_LOOP_NAME = "latent_agent"
+# verl takes its manager by path, not out of a registry
+MANAGER_PATH = "grpo_latent.verl_plugin.rollout.agent_loop.LatentAgentLoopManager"
 TRAINER_MODE = "latent_sync"
 ALGORITHM_NAME = "grpo_latent"
 

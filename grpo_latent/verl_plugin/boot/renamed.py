@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from omegaconf import DictConfig, OmegaConf
 
+from grpo_latent.verl_plugin.boot.registration import MANAGER_PATH
+
 # key of the config -> {old value: new value}
 RENAMED = {
     "data.custom_cls.path": {
         "pkg://grpo_latent.verl_plugin.dataset": "pkg://grpo_latent.verl_plugin.trainer.dataset",
     },
     "actor_rollout_ref.rollout.agent.agent_loop_manager_class": {
-        "grpo_latent.verl_plugin.agent_loop.LatentAgentLoopManager": (
-            "grpo_latent.verl_plugin.rollout.agent_loop.LatentAgentLoopManager"
-        ),
+        "grpo_latent.verl_plugin.agent_loop.LatentAgentLoopManager": MANAGER_PATH,
     },
 }
 

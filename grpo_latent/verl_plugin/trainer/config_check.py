@@ -25,6 +25,7 @@ from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import (
     AGENT_LOOP_NAME,
     ALGORITHM_NAME,
+    MANAGER_PATH,
     ROLLOUT_NAME,
     TRAINER_MODE,
     VLLM_ROLLOUT_NAME,
@@ -36,7 +37,6 @@ from grpo_latent.verl_plugin.trainer.guards import check_guards
 from grpo_latent.verl_plugin.trainer.wandb_board import check_board
 
 REWARD_MANAGER = "grpo_latent"
-MANAGER = "grpo_latent.verl_plugin.rollout.agent_loop.LatentAgentLoopManager"
 
 
 def check_config(config: DictConfig) -> LatentOptions:
@@ -141,7 +141,11 @@ def _check_components(config: DictConfig) -> None:
             (AGENT_LOOP_NAME,),
             "not an agent loop for latents",
         ),
-        (f"{rollout}.agent.agent_loop_manager_class", (MANAGER,), "not a manager for latents"),
+        (
+            f"{rollout}.agent.agent_loop_manager_class",
+            (MANAGER_PATH,),
+            "not a manager for latents",
+        ),
         (f"{rollout}.tensor_model_parallel_size", (1,), "a rollout engine runs on one device"),
         (
             f"{rollout}.calculate_log_probs",

@@ -20,40 +20,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from omegaconf import open_dict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
-from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.seqlen_balancing import log_seqlen_unbalance
-from verl.utils.tracking import Tracking
 
 from grpo_latent.common.best_checkpoint import Best
-from grpo_latent.common.files import remove_unfinished, replacing_file
-from grpo_latent.common.pickles import without_code
+from grpo_latent.common.files import remove_unfinished
 from grpo_latent.common.step_folders import step_of
 from grpo_latent.verl_plugin.boot import compat, metrics_file
 from grpo_latent.verl_plugin.boot.actor_watch import ActorWatch
 from grpo_latent.verl_plugin.boot.registration import TRAINER_MODE, verify, verify_device
 from grpo_latent.verl_plugin.boot.renamed import take_new_names
 from grpo_latent.verl_plugin.rollout.apart import ApartServers
-from grpo_latent.verl_plugin.trainer import checkpoint
 from grpo_latent.verl_plugin.trainer.alarms import Line
-from grpo_latent.verl_plugin.trainer.commit import (
-    DATA_FILE,
-    CommittingLogger,
-    check_checkpoint,
-    sync_outputs,
-    write_manifest,
-)
+from grpo_latent.verl_plugin.trainer.commit import check_checkpoint
+from grpo_latent.verl_plugin.trainer.committing_trainer import CommittingTrainer
 from grpo_latent.verl_plugin.trainer.config_check import check_config
 from grpo_latent.verl_plugin.trainer.dropped import mask_dropped, without_dropped
-from grpo_latent.verl_plugin.trainer.guards import Guards
 from grpo_latent.verl_plugin.trainer.helpers import helpers_first
 from grpo_latent.verl_plugin.trainer.latent_watch import LatentWatch, as_metrics
 from grpo_latent.verl_plugin.trainer.replay_buffer import LatentReplayBuffer
 from grpo_latent.verl_plugin.trainer.replay_gap import check_replay, replay_columns
-from grpo_latent.verl_plugin.trainer.reports import Reporter, held_out, held_out_names
+from grpo_latent.verl_plugin.trainer.reports import held_out, held_out_names
 from grpo_latent.verl_plugin.trainer.rollout_dump import dump_step
 from grpo_latent.verl_plugin.trainer.spread import held_out_error
 from grpo_latent.verl_plugin.trainer.step_metrics import step_metrics
@@ -71,7 +60,7 @@ SKIPPED = "actor/skipped_updates"
 
 
 @register_trainer(TRAINER_MODE)
-class LatentPPOTrainer(PPOTrainerSync):
+class LatentPPOTrainer(CommittingTrainer):
     """See the module."""
 
     replay_buffer: LatentReplayBuffer
@@ -82,21 +71,11 @@ class LatentPPOTrainer(PPOTrainerSync):
         # again, beside the driver's: a config may come from verl's own command
         for note in take_new_names(config):
             print(f"warning: {note}")
-        self.options = check_config(config)
-        checkpoint.resume_folder(config.trainer)  # refuses before workers start, and gives nothing
-        with open_dict(config):
-            config.trainer.v1.trainer_mode = "sync"  # the base class branches on this literal
-        super().__init__(config)
+        super().__init__(config, check_config(config))
         self._enable_hybrid_replicas = self.options.placement == "beside"  # verl's name for it
-        self.reporter = Reporter()
         self.watch = LatentWatch(config, self.options)
-        self.guards = Guards(self.options, config.trainer)
         self.board = make_board(config)
         self.usage_server: UsageServer | None = None
-        self.resumed_from = 0
-        self.is_resumed = False
-        self._saved_step: int | None = None
-        self._pending: Path | None = None  # a checkpoint that the tracker does not name yet
 
     # ---- parts ----------------------------------------------------------------------------------
 
@@ -128,15 +107,6 @@ class LatentPPOTrainer(PPOTrainerSync):
         return self.llm_server_manager.get_client(
             LatentRolloutClient, servers=self.llm_server_manager.server_handles
         )
-
-    @property  # type: ignore[override]  # the base class sets it, and calls `log`
-    def logger(self) -> CommittingLogger:
-        """verl's loggers, which `fit` of the base class makes; a step's log is followed by its commit."""
-        return self._logger
-
-    @logger.setter
-    def logger(self, tracking: Tracking) -> None:
-        self._logger = CommittingLogger(tracking, self._commit, self.resumed_from)
 
     # ---- the loop -------------------------------------------------------------------------------
 
@@ -325,84 +295,6 @@ class LatentPPOTrainer(PPOTrainerSync):
     def _dump_folder(self) -> Path:
         default = Path(self.config.trainer.default_local_dir) / "rollouts"
         return Path(self.options.dump_dir or default)
-
-    # ---- checkpoints ----------------------------------------------------------------------------
-
-    def on_train_begin(self) -> None:
-        super().on_train_begin()
-        if self.guards.settings.rollback and self.global_steps == 1 and not self.is_resumed:
-            self._save_step(0)  # what a run falls back to before its first save
-            self._commit()  # its validation is logged
-
-    def _save_checkpoint(self) -> None:
-        self._save_step(self.global_steps)
-
-    def _save_step(self, step: int) -> None:
-        """verl's layout; `_commit` names it in the tracker."""
-        trainer = self.config.trainer
-        root = Path(trainer.default_local_dir)
-        if self._pending is not None:  # saved twice in a step: its digests may still be made
-            self.actor_rollout_wg.digest_parts()
-        checkpoint.begin_tracker(root)
-        checkpoint.make_room(root, step, self.resumed_from)
-        folder = root / f"{checkpoint.STEP_PREFIX}{step}"
-        remote = trainer.default_hdfs_dir and f"{trainer.default_hdfs_dir}/{folder.name}/actor"
-        self.actor_rollout_wg.save_checkpoint(
-            str(folder / "actor"), remote, step, max_ckpt_to_keep=None
-        )
-        # a file, not a path: torch would write its random name into the archive
-        with replacing_file(folder / DATA_FILE) as unfinished, unfinished.open("wb") as file:
-            torch.save(self.train_dataloader.state_dict(), file)
-        self._pending, self._saved_step = folder, step
-
-    def _commit(self) -> None:
-        """Names the step's checkpoint in the tracker, if it has one; see `commit`."""
-        folder, self._pending = self._pending, None
-        if folder is None:
-            return
-        assert self._saved_step is not None, "set with the folder"
-        for dump in self._dump_futures:
-            dump.result()
-        self.logger.flush()
-        sync_outputs(self.config.trainer, self._saved_step)
-        self.guards.save(folder)
-        write_manifest(folder, self.actor_rollout_wg.digest_parts())
-        checkpoint.write_tracker(self.guards.root, self._saved_step)
-        self._follow_commit(folder)
-
-    def _follow_commit(self, folder: Path) -> None:
-        """Does what comes after the tracker; again on resume, since a kill may have come before it."""
-        step = step_of(folder)
-        assert step is not None, "checkpoints are named after steps"
-        self.guards.name_best()
-        self.guards.remove_superseded(step)
-        keep = self.config.trainer.get("max_actor_ckpt_to_keep", None)
-        checkpoint.prune(self.guards.root, keep, self.guards.pinned)
-        self.checkpoint_callback.on_save(
-            trainer=self, global_step=step, checkpoint_dir=str(folder), async_save=False
-        )
-
-    def _load_checkpoint(self) -> None:
-        trainer = self.config.trainer
-        folder = checkpoint.resume_folder(trainer)
-        notes = []
-        if folder is not None:
-            notes = check_checkpoint(folder, self.actor_rollout_wg, self.options)
-            if trainer.resume_mode == "resume_path":  # verl would choke on a slash at its end
-                trainer.resume_from_path = str(folder)
-        with without_code(self.options.trust_pickles):
-            super()._load_checkpoint()
-        self.resumed_from, self.is_resumed = self.global_steps, folder is not None
-        if folder is None:
-            self.guards.begin()
-            return
-        contents = self.config.actor_rollout_ref.actor.checkpoint.load_contents
-        lines = [Line(f"resumed from {folder.name}", checkpoint.restored(folder, contents))]
-        lines += [Line("resume", note) for note in [*notes, *self.guards.load(folder)]]
-        self.reporter.say(lines, self.global_steps, self.total_training_steps)
-        # the tracker's own, not a step that is gone back to
-        if trainer.resume_mode == "auto" and not trainer.val_only:
-            self._follow_commit(folder)
 
 
 def scalars(metrics: dict) -> dict[str, float]:

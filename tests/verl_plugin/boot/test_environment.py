@@ -19,8 +19,9 @@ from grpo_latent.inspect.payload import SECRET
 from grpo_latent.train import check, environment, ray_arguments, resolve_paths, set_environment
 from grpo_latent.verl_plugin.boot import remote_errors, renamed
 from grpo_latent.verl_plugin.boot.options import LatentOptions
+from grpo_latent.verl_plugin.boot.registration import MANAGER_PATH
 from grpo_latent.verl_plugin.trainer import trial
-from grpo_latent.verl_plugin.trainer.config_check import MANAGER, check_config, check_folder
+from grpo_latent.verl_plugin.trainer.config_check import check_config, check_folder
 
 
 @pytest.fixture
@@ -196,7 +197,7 @@ def test_configs_of_yesterday_load(tmp_path):
     for name in ("train", "val"):
         (tmp_path / f"{name}.parquet").touch()
     config, today = make_config(tmp_path, tmp_path, *OLD), make_config(tmp_path, tmp_path)
-    with pytest.raises(ConfigError, match=f"not a manager for latents.*expected {MANAGER}"):
+    with pytest.raises(ConfigError, match=f"not a manager for latents.*expected {MANAGER_PATH}"):
         check_config(config)
     notes = check(config)
     assert len(notes) == 2 and all("is called" in note for note in notes)
@@ -210,7 +211,8 @@ def test_the_new_names_exist():
     (dataset,) = names["data.custom_cls.path"].values()
     assert load_extern_object(dataset, "LatentDataset").__name__ == "LatentDataset"
     (manager,) = names["actor_rollout_ref.rollout.agent.agent_loop_manager_class"].values()
-    assert manager == MANAGER and load_class_from_fqn(manager).__name__ == "LatentAgentLoopManager"
+    assert manager == MANAGER_PATH
+    assert load_class_from_fqn(manager).__name__ == "LatentAgentLoopManager"
 
 
 def raising(cause):

@@ -22,8 +22,8 @@ from grpo_latent.models.loading import load_latent_model
 from grpo_latent.rollout.protocol import SamplingParams
 from grpo_latent.sft.common.images import set_image_tokens
 from grpo_latent.trajectory import PositionKind
-from grpo_latent.verl_plugin.rollout.agent_loop import LatentAgentLoop
 from grpo_latent.verl_plugin.rollout.group_rows import reward_input, row_index
+from grpo_latent.verl_plugin.rollout.prompt_to_group import LatentAgentLoop
 from grpo_latent.verl_plugin.rollout.replica import LatentRolloutClient
 from grpo_latent.verl_plugin.rollout.server import LatentRolloutServer
 from grpo_latent.verl_plugin.rollout.waves import Ticket
