@@ -1,22 +1,30 @@
-"""The one-process loop with the alarms of training: when would they have sounded?
+"""The one-process loop with the alarms of training, and with the way back that they lead to.
 
-Stopping and going back are the trainer's (`verl_plugin/trainer/guards.py`), not here.
+    AlarmedProcess    when would they have sounded?
+    GuardedProcess    `latent.alarm.rollback`: back to the last good state, with a smaller step
+
+The trainer's way back goes through checkpoints (`verl_plugin/trainer/guards.py`), this one through
+copies in memory; what is good, bad and restored is the same.
 """
 
 from __future__ import annotations
 
+import copy
 import math
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from one_process import OneProcess, StepLog
+from one_process import OneProcess, Record, StepLog, endless
 from one_process_inputs import Batch
 
 from grpo_latent.eval.prompts import EvalPrompt
 from grpo_latent.eval.scoring import RewardScorer
 from grpo_latent.verl_plugin.trainer.alarms import Alarms, Line
 from grpo_latent.verl_plugin.trainer.spread import reward_spread
+from grpo_latent.verl_plugin.worker.learning_rate import scale_learning_rate
 
 
 class AlarmedProcess(OneProcess):
@@ -51,6 +59,91 @@ class AlarmedProcess(OneProcess):
 
     def _hear(self, lines: list[Line]) -> None:
         self.lines += [(self._step, line) for line in lines]
+
+
+@dataclass(frozen=True)
+class Good:
+    """What a run goes back to: all that a checkpoint of this step would hold."""
+
+    step: int
+    weights: dict[str, Any]
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    alarms: dict[str, Any]
+    lr_factor: float
+
+
+class GuardedProcess(AlarmedProcess):
+    """Goes back as the trainer does; `trainer.save_freq` says after which steps there is a state.
+
+    Attributes:
+        rollbacks: (at the end of this step, to the state of that one).
+        first_bad_step: after which sampled or held-out reward was below its start, None for none.
+    """
+
+    def __init__(self, alarms: Alarms, *args: Any, **kwargs: Any):
+        super().__init__(alarms, *args, **kwargs)
+        self.rollbacks: list[tuple[int, int]] = []
+        self.first_bad_step: int | None = None
+        self.lr_factor = 1.0
+        self._good: Good | None = None
+
+    def run(
+        self,
+        train: Sequence[EvalPrompt],
+        held_out: Sequence[EvalPrompt],
+        scorer: RewardScorer,
+        num_steps: int,
+        validate_every: int,
+        stop: Any = None,
+    ) -> Record:
+        assert stop is None, "the alarms' settings say when a run ends"
+        record, started, rows = Record(), time.monotonic(), endless(train)
+        record.held_out.append((0, self.validate(held_out, scorer)))
+        self._keep(0)
+        for step in range(1, num_steps + 1):
+            record.steps.append(self.step(step, rows, scorer))
+            if step % validate_every == 0 or step == num_steps:
+                record.held_out.append((step, self.validate(held_out, scorer)))
+            self._guard(step, step == num_steps)
+            if len(self.rollbacks) > self.alarms.settings.max_rollbacks:
+                break
+        record.seconds = time.monotonic() - started
+        return record
+
+    def _guard(self, step: int, is_last: bool) -> None:
+        """What `Guards` and the trainer do at the end of a step."""
+        alarms = self.alarms
+        is_bad = any(alarms.counts[kind] for kind in ("reward", "held_out"))
+        if is_bad and self.first_bad_step is None:
+            self.first_bad_step = step
+        if alarms.sounding(alarms.settings.rollback_on) or (is_last and alarms.doubts):
+            self._go_back(step)
+            self._keep(step)
+        elif step % self.config.trainer.save_freq == 0 and not alarms.doubts:
+            self._keep(step)
+
+    def _keep(self, step: int) -> None:
+        self._good = Good(
+            step,
+            copy.deepcopy(self.loaded.model.state_dict()),
+            copy.deepcopy(self.optimizer.state_dict()),
+            copy.deepcopy(self.schedule.state_dict()),
+            self.alarms.state(),
+            self.lr_factor,
+        )
+
+    def _go_back(self, step: int) -> None:
+        good, num_silent = self._good, self.alarms.silent.memory["steps"]
+        assert good is not None, "the start is one"
+        self.loaded.model.load_state_dict(good.weights)
+        self.optimizer.load_state_dict(copy.deepcopy(good.optimizer))
+        self.schedule.load_state_dict(copy.deepcopy(good.schedule))
+        self.alarms.restore(good.alarms)
+        self.alarms.silent.memory["steps"] = num_silent
+        self.lr_factor *= self.alarms.settings.rollback_lr_factor
+        scale_learning_rate(self.optimizer, self.schedule, self.lr_factor / good.lr_factor)
+        self.rollbacks.append((step, good.step))
 
 
 def error_of_share(share: float, num: int) -> float:

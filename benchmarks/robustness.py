@@ -12,7 +12,8 @@ distribution of final held-out accuracy, the share of runs below their start, an
 What a seed lacks of its recipe (data, vision tower, SFT) is made first, below --outputs, by the
 commands of the recipe. `--grpo-defaults` takes grpo.yaml's algorithm and optimizer in place of the
 recipe's. Training is `one_process.py`'s: the product's rollouts, losses and rewards,
-no Ray, so that a run takes a minute of one core. `--set key=value` changes the config of all runs.
+no Ray, so that a run takes a minute of one core. `--set key=value` changes the config of all runs;
+with latent.alarm.rollback=true they go back at alarms as training does, and the result says when.
 """
 
 from __future__ import annotations
@@ -150,11 +151,12 @@ def run_job(job: Job) -> dict:
         )
     )
     with loop.rewards_of(config, loaded) as scorer:
-        training = loop.OneProcess(config, loaded)
-        start = training.validate(held_out, scorer)
+        training = loop_of(config, loaded)
+        start = loop.OneProcess.validate(training, held_out, scorer)
         rows = loop.in_training_order(train, config.data.seed, change.order)
-        record = training.run(rows, dev, scorer, num_steps, TRACK_EVERY)
-        final = training.validate(held_out, scorer)
+        every = config.trainer.test_freq if config.latent.alarm.rollback else TRACK_EVERY
+        record = training.run(rows, dev, scorer, num_steps, every)
+        final = loop.OneProcess.validate(training, held_out, scorer)
     return {
         "seed": job.seed,
         "perturbation": change.name,
@@ -164,6 +166,32 @@ def run_job(job: Job) -> dict:
         "grad_norm_max": max(log.grad_norm for log in record.steps),
         "steps": [asdict(log) for log in record.steps],
         "seconds": record.seconds,
+    } | said_by_alarms(training)
+
+
+def loop_of(config, loaded):
+    """The loop, with alarms and their way back where the config asks for it."""
+    import one_process as loop
+    from one_process_alarms import GuardedProcess
+
+    from grpo_latent.common.settings import build
+    from grpo_latent.verl_plugin.trainer.alarm_settings import AlarmSettings
+    from grpo_latent.verl_plugin.trainer.alarms import Alarms
+
+    if not config.latent.alarm.rollback:
+        return loop.OneProcess(config, loaded)
+    settings = build(AlarmSettings, config.latent.alarm, "latent.alarm")
+    return GuardedProcess(Alarms(settings), config, loaded)
+
+
+def said_by_alarms(training) -> dict:
+    """Of a guarded run: what was said, when, and where it went back; nothing of another."""
+    if not hasattr(training, "rollbacks"):
+        return {}
+    return {
+        "rollbacks": training.rollbacks,
+        "alarms": [(step, line.kind) for step, line in training.lines if line.is_alarm],
+        "first_bad_step": training.first_bad_step,
     }
 
 

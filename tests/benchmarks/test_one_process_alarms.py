@@ -73,3 +73,45 @@ def test_the_alarms_are_asked_after_each_step_and_validation(monkeypatch):
         loop.step(number, None, None)
     loop.validate([None] * 100, None)
     assert [(at, line.kind) for at, line in loop.lines] == [(2, "silent"), (2, "held_out")]
+
+
+SCORES = {0: 0.60, 2: 0.70, 4: 0.10, 6: 0.72, 8: 0.66}
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """A loop whose step adds 1 to its only weight and whose validations are `SCORES`."""
+
+    def init(self):
+        model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(model.weight)
+        self.loaded = SimpleNamespace(model=model)
+        self.config = SimpleNamespace(trainer=SimpleNamespace(save_freq=2))
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.4)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1.0)
+        self.rates = []
+
+    def step(self, step, rows, scorer):
+        self.rates.append(self.optimizer.param_groups[0]["lr"])
+        self._sample(step, rows, scorer)
+        with torch.no_grad():
+            self.loaded.model.weight += 1
+        self.optimizer.step()
+        self.schedule.step()
+        return make_log(step, 0.5)
+
+    monkeypatch.setattr(OneProcess, "__init__", init)
+    monkeypatch.setattr(OneProcess, "_sample", lambda *_: make_batch([1.0, 0.0, 1.0, 0.0] * 2))
+    monkeypatch.setattr(OneProcess, "step", step)
+    monkeypatch.setattr(OneProcess, "validate", lambda self, *_: SCORES[len(self.rates)])
+    return one_process_alarms.GuardedProcess(Alarms(AlarmSettings(rollback=True, max_rollbacks=3)))
+
+
+def test_a_guarded_run_goes_back_as_the_trainer_does(guarded):
+    """At 4 held-out is below its start; the end, at 8, is below the best without an alarm."""
+    record = guarded.run([None], [None] * 500, None, num_steps=8, validate_every=2)
+    assert guarded.rollbacks == [(4, 2), (8, 6)] and guarded.first_bad_step == 4
+    assert guarded.rates == [0.4] * 4 + [0.2] * 4
+    assert guarded.loaded.model.weight.item() == 2 + 2, "steps 3, 4, 7 and 8 are undone"
+    assert guarded.schedule.base_lrs == [0.1] and guarded.optimizer.param_groups[0]["lr"] == 0.1
+    assert [score for _, score in record.held_out] == [0.60, 0.70, 0.10, 0.72, 0.66]

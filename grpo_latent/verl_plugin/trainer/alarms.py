@@ -125,15 +125,17 @@ class Alarms:
         return [kind for kind in kinds if self.sounds(kind)]
 
     @property
-    def is_good(self) -> bool:
-        """Whether a checkpoint of now is one to go back to.
+    def doubts(self) -> list[str]:
+        """Kinds of `rollback_on` that speak against going back to a checkpoint of now.
 
-        Then nothing is bad, not even for the first time, the reward is not below its start and the
-        validation not below the best.
+        What is bad, be it for the first time; a reward below its start, a validation below the best.
         """
-        watched = [kind for kind in self.settings.rollback_on if kind not in self.settings.ignored]
         doubtful = {a.kind for a in (*self.of_steps, self.held_out) if a.is_doubtful}
-        return not any(self.counts[kind] or kind in doubtful for kind in watched)
+        return [
+            kind
+            for kind in self.settings.rollback_on
+            if kind not in self.settings.ignored and (self.counts[kind] or kind in doubtful)
+        ]
 
     # ---- state ----------------------------------------------------------------------------------
 

@@ -80,9 +80,19 @@ class Guards:
 
     # ---- the way back ---------------------------------------------------------------------------
 
-    @property
-    def wants_rollback(self) -> bool:
-        return self.settings.rollback and bool(self.alarms.sounding(self.settings.rollback_on))
+    def reasons_to_go_back(self, is_last: bool = False) -> list[str]:
+        """Kinds of alarms for which this step ends with a rollback; empty for none.
+
+        Args:
+            is_last: of the run, which does not end where it would not go back to if it has been
+                at a better place: on the way down no alarm need sound yet.
+        """
+        if not self.settings.rollback:
+            return []
+        kinds = self.alarms.sounding(self.settings.rollback_on)
+        if not kinds and is_last and self.last_good is not None:
+            kinds = self.alarms.doubts
+        return kinds
 
     @property
     def last_good(self) -> Path | None:
@@ -179,7 +189,7 @@ class Guards:
         """Writes the state into a checkpoint, whose step is judged and logged."""
         step = step_of(checkpoint)
         assert step is not None, "checkpoints are named after steps"
-        if self.alarms.is_good:
+        if not self.alarms.doubts:
             there = [good for good in self.good_steps if self._folder(good).is_dir()]
             self.good_steps = [*there, step]
         values = {

@@ -191,7 +191,7 @@ def drain(
 
     Raises:
         ActorDeathError, NodeLostError: an actor has died, or a node is lost, and the job goes on
-            as if it waited for it.
+            as if it waited for it; or the board has died, which nobody else notices.
     """
     done, has_reported, began = False, False, time.monotonic()
     taking = None  # what a slow board has not answered yet: asked once, so that nothing is lost
@@ -199,7 +199,7 @@ def drain(
         started = time.monotonic()
         done = bool(ray.wait([run_ref], timeout=interval_s)[0])
         taking = taking or queue.take.remote()
-        taken = _taken(taking)
+        taken = _taken(taking, watch)
         if taken is not None:
             taking = None
         for values in taken or ():
@@ -214,11 +214,15 @@ def drain(
         time.sleep(max(0.0, 0.05 - (time.monotonic() - started)))
 
 
-def _taken(taking) -> list[tuple] | None:
+def _taken(taking, watch: ActorWatch) -> list[tuple] | None:
     """The reports of one call of the board's `take`; None where it has not answered in time."""
     try:
         return ray.get(taking, timeout=TAKE_TIMEOUT_S)
     except ray.exceptions.GetTimeoutError:
         return None
-    except ray.exceptions.RayError:  # if the board has died, the watch says so
-        return []
+    except ray.exceptions.RayError:
+        # a short run would end well meanwhile, with its last reports lost
+        dead = watch.first_death(with_killed=False)
+        if dead is not None:
+            raise dead.error(watch.position) from None
+        return []  # the table is a moment behind

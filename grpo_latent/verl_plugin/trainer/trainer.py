@@ -182,8 +182,9 @@ class LatentPPOTrainer(CommittingTrainer):
         if self.options.dump_every and global_steps % self.options.dump_every == 0:
             self._dump(batch, global_steps)
         lines = self.guards.after_step(metrics)
-        if self.guards.wants_rollback:
-            lines.append(self._roll_back(metrics))
+        reasons = self.guards.reasons_to_go_back(global_steps >= self.total_training_steps)
+        if reasons:
+            lines.append(self._roll_back(metrics, reasons))
         elif self.guards.is_best(held_out(metrics)):
             self._keep_best(metrics)
         self.reporter.report("step", global_steps, self.total_training_steps, scalars(metrics))
@@ -213,14 +214,13 @@ class LatentPPOTrainer(CommittingTrainer):
         self._save_checkpoint()
         self.checkpoint_manager.update_weights(self.global_steps)
 
-    def _roll_back(self, metrics: dict) -> Line:
+    def _roll_back(self, metrics: dict, reasons: list[str]) -> Line:
         """Goes back to the last good weights and optimizer, with smaller learning rates.
 
         Step counter and data go on: a run takes its number of steps, its log has each once, and
         the rows that it fell on are not the next ones again (as PaLM's restarts, 2204.02311,
         section 5.1). What it went back to is saved as this step, so resuming is the ordinary one.
         """
-        kinds = self.guards.alarms.sounding(self.guards.settings.rollback_on)
         folder = self.guards.last_good
         if folder is None:
             return self.guards.give_up()
@@ -239,7 +239,7 @@ class LatentPPOTrainer(CommittingTrainer):
             "latent/rollbacks": float(self.guards.rollbacks),
             "latent/lr_factor": self.guards.lr_factor,
         }
-        return self.guards.rollback_line(step, kinds)
+        return self.guards.rollback_line(step, reasons)
 
     def _measure_usage(self) -> dict[str, float]:
         if self.usage_server is None:

@@ -23,7 +23,7 @@ def take_step(guards, step, reward=0.6, score=None, is_saved=True):
         folder.mkdir(parents=True, exist_ok=True)
     guards.alarms.after_validation(score, 0.01)
     lines = guards.after_step(FINE | {"critic/score/mean": reward})
-    if not guards.wants_rollback and guards.is_best(score):
+    if not guards.reasons_to_go_back() and guards.is_best(score):
         folder.mkdir(parents=True, exist_ok=True)
         guards.keep(Best.of_step(step, score, "val-core/x/acc/mean@1"), is_extra=not is_saved)
     if folder.is_dir():

@@ -228,16 +228,16 @@ def test_what_a_good_checkpoint_is(changes, is_good):
     alarms = Alarms(AlarmSettings(patience=3))
     for _ in range(3):
         step_lines(alarms)
-    assert alarms.is_good
+    assert not alarms.doubts
     step_lines(alarms, **changes)
-    assert alarms.is_good == is_good
+    assert (not alarms.doubts) == is_good
 
 
 def test_a_validation_below_the_start_is_no_good_sign():
     alarms = Alarms(AlarmSettings())
     for score, is_good in ((0.62, True), (0.60, True), (0.55, False), (0.63, True)):
         assert alarms.after_validation(score, 0.03) == []
-        assert alarms.is_good == is_good, score
+        assert (not alarms.doubts) == is_good, score
 
 
 def test_a_checkpoint_on_the_way_down_from_the_best_is_no_good_one():
@@ -246,7 +246,7 @@ def test_a_checkpoint_on_the_way_down_from_the_best_is_no_good_one():
     scores = ((0.62, True), (0.75, True), (0.72, True), (0.68, False), (0.66, False), (0.74, True))
     for score, is_good in scores:
         assert alarms.after_validation(score, 0.03) == []
-        assert alarms.is_good == is_good, score
+        assert (not alarms.doubts) == is_good, score
 
 
 def a_run():

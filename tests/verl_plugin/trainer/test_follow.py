@@ -108,6 +108,16 @@ def test_a_board_that_does_not_answer_stops_no_run(monkeypatch, error):
     assert follow(monkeypatch, Watch(), 3, None, queue=lambda look: error) == []
 
 
+def test_the_death_of_the_board_is_not_waited_for(monkeypatch):
+    """Nobody else notices it, and a short run would end well before the grace is over."""
+
+    def queue(look):
+        return ActorDiedError() if look >= 2 else []
+
+    with pytest.raises(ActorDeathError, match="before the first step"):
+        follow(monkeypatch, Watch(crashed_at=2, grace=9), ends_at=4, result=None, queue=queue)
+
+
 def test_what_a_slow_board_hands_out_late_is_not_lost(monkeypatch):
     """Its call is waited for again: a second one would get what came after it."""
     late = {0: GetTimeoutError(), 1: GetTimeoutError(), 2: [("step", 2, 9, {})]}

@@ -28,9 +28,9 @@ def test_the_last_good_checkpoint_is_the_newest_at_which_nothing_was_bad(tmp_pat
         take_step(guards, step, reward)
         named.append(guards.last_good.name)
     assert named == [f"global_step_{step}" for step in (1, 2, 3, 4, 4, 4)]
-    assert not guards.wants_rollback, "bad once, of two"
+    assert not guards.reasons_to_go_back(), "bad once, of two"
     take_step(guards, 7, 0.1)
-    assert guards.wants_rollback
+    assert guards.reasons_to_go_back()
 
 
 def test_a_checkpoint_that_is_gone_is_passed_over(tmp_path):
@@ -49,8 +49,8 @@ def test_each_rollback_makes_the_rate_smaller_and_counts_go_on(tmp_path):
         take_step(guards, step)
     guards.alarms.silent.memory["steps"] = 5
     take_step(guards, 4, 0.0)
-    assert guards.wants_rollback and go_back(guards, 4) == ("global_step_3", 0.5)
-    assert not guards.wants_rollback and not guards.should_stop, "the state of step 3"
+    assert guards.reasons_to_go_back() and go_back(guards, 4) == ("global_step_3", 0.5)
+    assert not guards.reasons_to_go_back() and not guards.should_stop, "the state of step 3"
     assert guards.alarms.silent.memory["steps"] == 5, "of the run, not of the checkpoint"
 
     take_step(guards, 5, 0.0)
@@ -80,7 +80,7 @@ def test_nothing_to_go_back_to_ends_training(tmp_path):
     guards = make_guards(tmp_path, rollback=True, patience=1)
     for step in (1, 2, 3, 4):
         take_step(guards, step, 0.6 if step < 4 else 0.0, is_saved=False)
-    assert guards.wants_rollback and guards.last_good is None and not guards.should_stop
+    assert guards.reasons_to_go_back() and guards.last_good is None and not guards.should_stop
     line = guards.give_up()
     assert guards.should_stop and "no good checkpoint" in str(line) and "What helps" in str(line)
 
@@ -92,20 +92,41 @@ def test_who_asks_for_what_at_an_alarm(tmp_path, alarm):
         take_step(guards, step, 0.6 if step < 4 else 0.0)
     assert guards.alarms.sounds("reward")
     assert guards.should_stop == ("stop" in alarm)
-    assert guards.wants_rollback == ("rollback" in alarm)
+    assert guards.reasons_to_go_back() == (["reward"] if "rollback" in alarm else [])
+
+
+def test_a_run_does_not_end_on_the_way_down(tmp_path):
+    """No alarm sounds yet, but it would not go back to where it ends: it has been at a better place."""
+    guards = make_guards(tmp_path, rollback=True)
+    for step, score in ((1, 0.60), (2, 0.70), (3, 0.67)):
+        take_step(guards, step, score=score)
+    assert not guards.alarms.sounding(guards.settings.rollback_on)
+    assert guards.reasons_to_go_back(is_last=False) == []
+    assert guards.reasons_to_go_back(is_last=True) == ["held_out"]
+    assert go_back(guards, 3) == ("global_step_2", 0.5)
+    assert guards.reasons_to_go_back(is_last=True) == [], "a run that is resumed there ends there"
+
+
+def test_a_run_without_a_good_checkpoint_ends_where_it_is(tmp_path):
+    guards = make_guards(tmp_path, rollback=True, keep_best=False)
+    for step, score in ((1, 0.70), (2, 0.67)):
+        take_step(guards, step, score=score, is_saved=False)
+    assert guards.alarms.doubts == ["held_out"]
+    assert guards.reasons_to_go_back(is_last=True) == []
+    assert make_guards(tmp_path / "other").reasons_to_go_back(is_last=True) == []
 
 
 def a_run(guards, steps, first=1):
     """Steps as (reward, score); goes back where it has to. Returns what happened."""
     seen = []
     for step, (reward, score) in enumerate(steps, first):
-        if guards.wants_rollback:
+        if guards.reasons_to_go_back():
             pytest.fail("not gone back")
         folder = guards.root / f"global_step_{step}"
         folder.mkdir(parents=True, exist_ok=True)
         guards.alarms.after_validation(score, 0.01)
         lines = [str(line) for line in guards.after_step(FINE | {"critic/score/mean": reward})]
-        if guards.wants_rollback:
+        if guards.reasons_to_go_back():
             lines += go_back(guards, step)
         elif guards.is_best(score):
             guards.keep(Best.of_step(step, score, "m"))

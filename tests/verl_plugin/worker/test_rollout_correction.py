@@ -95,3 +95,66 @@ def test_latents_that_act_keep_their_ratio():
         )
         values.append(float(loss(output, data)[0].detach()))
     assert values[0] == values[1] != 0
+
+
+NUM_TOKENS = 3
+TRAJECTORIES = [(i, j) for i in range(NUM_TOKENS) for j in range(NUM_TOKENS)]  # text, latent, text
+REWARDS = torch.tensor([1.0, -0.5, 0.2, 0.0, 2.0, -1.0, 0.7, 0.1, -2.0], dtype=torch.float64)
+
+
+def log_probs(logits_VW):
+    """Of the first token, drawn by row 0, and of the second, drawn by the row after the first's."""
+    rows = logits_VW.log_softmax(-1)
+    return torch.stack([torch.stack([rows[0, i], rows[1 + i, j]]) for i, j in TRAJECTORIES])
+
+
+def expected_gradient(current, behaviour, **options):
+    """Of the policy loss over all trajectories of the behaviour policy, each as often as it is drawn."""
+    current = current.clone().requires_grad_()
+    new, rollout = log_probs(current), log_probs(behaviour)
+    at_text = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    new_BT, rollout_BT = new @ at_text, rollout @ at_text
+    mask_BT = at_text.sum(0).expand_as(new_BT).clone()
+    batch = DataProto.from_dict(
+        {
+            "old_log_probs": new_BT.detach(),
+            "rollout_log_probs": rollout_BT,
+            "response_mask": mask_BT.long(),
+        }
+    )
+    batch, _ = compute_rollout_correction_and_add_to_batch(batch, OFF | options)
+    weighted = (REWARDS * rollout.sum(-1).exp())[:, None].expand_as(new_BT)
+    loss, _ = get_policy_loss_fn("grpo_latent")(
+        new_BT.detach(),
+        new_BT,
+        weighted,
+        mask_BT.bool(),
+        "token-mean",
+        actor_config(LOCAL),
+        batch.batch.get("rollout_is_weights"),
+    )
+    (loss * mask_BT.sum()).backward()
+    return current.grad
+
+
+def test_the_correction_of_a_stale_policy_is_exact_where_all_trajectories_are_known():
+    """Whole trajectories' weights give the gradient of E[reward] itself; a bound gives its own sum."""
+    generator = torch.Generator().manual_seed(0)
+    current, behaviour = torch.randn(2, 4, NUM_TOKENS, generator=generator, dtype=torch.float64)
+
+    def gradient_of(value_of):
+        logits = current.clone().requires_grad_()
+        value_of(log_probs(logits).sum(-1)).backward()
+        return logits.grad
+
+    exact = gradient_of(lambda log_p: -(log_p.exp() * REWARDS).sum())
+    whole = {"rollout_is": "sequence", "rollout_is_threshold": 1e6}
+    torch.testing.assert_close(expected_gradient(current, behaviour, **whole), exact)
+    stale = expected_gradient(current, behaviour)
+    assert (stale - exact).norm() > 0.3 * exact.norm(), "without the correction"
+
+    log_q = log_probs(behaviour).sum(-1)
+    share = (log_probs(current).sum(-1).exp() / log_q.exp()).clamp(max=1.2) * log_q.exp()
+    truncated = gradient_of(lambda log_p: -(share * REWARDS * log_p).sum())
+    whole["rollout_is_threshold"] = 1.2
+    torch.testing.assert_close(expected_gradient(current, behaviour, **whole), truncated)
