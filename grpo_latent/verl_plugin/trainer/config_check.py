@@ -121,11 +121,29 @@ def _require(
     return value
 
 
+# verl's other modes, and why latents do not go through them
+ASYNCHRONOUS = {
+    "colocate_async": "it cuts trajectories off at each change of weights and goes on with their "
+    "text, which has no latent vectors",
+    "separate_async": "it cuts trajectories off at each change of weights and goes on with their "
+    "text, which has no latent vectors, and trains with a worker that replays none",
+}
+
+
 def _check_components(config: DictConfig) -> None:
     """Requires that trainer mode, engine, rollout, agent loop and rewards belong together."""
     rollout = "actor_rollout_ref.rollout"
     modes = (TRAINER_MODE, "sync")  # the trainer itself poses as verl's sync
-    _require(config, "trainer.v1.trainer_mode", modes, "not a trainer for latents")
+    mode = OmegaConf.select(config, "trainer.v1.trainer_mode")
+    reason = ASYNCHRONOUS.get(mode)
+    what = f"not a trainer for latents: {reason}" if reason else "not a trainer for latents"
+    _require(
+        config,
+        "trainer.v1.trainer_mode",
+        modes,
+        what,
+        f"Set trainer.v1.trainer_mode={TRAINER_MODE}.",
+    )
     _require(config, "actor_rollout_ref.actor.strategy", ("fsdp2",), "the latent engine is FSDP2")
     if config.actor_rollout_ref.ref.strategy != config.actor_rollout_ref.actor.strategy:
         raise ConfigError(

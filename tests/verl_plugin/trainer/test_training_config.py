@@ -139,7 +139,9 @@ def test_without_the_group_the_options_are_the_defaults():
         ),
         ("actor_rollout_ref.actor.strategy=fsdp", "actor.strategy"),
         ("actor_rollout_ref.ref.strategy=fsdp", "ref.strategy"),
-        ("trainer.v1.trainer_mode=colocate_async", "trainer_mode"),
+        ("trainer.v1.trainer_mode=colocate_async", "cuts trajectories off"),
+        ("trainer.v1.trainer_mode=separate_async", "a worker that replays none"),
+        ("trainer.v1.trainer_mode=one_step_off", "trainer_mode"),
         (
             "data.train_batch_size=30 actor_rollout_ref.actor.ppo_mini_batch_size=32",
             "ppo_mini_batch_size",
