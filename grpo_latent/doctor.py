@@ -22,7 +22,7 @@ from rich.table import Table
 from grpo_latent.common.command import DONE, REFUSED, command
 from grpo_latent.common.provenance import machine
 from grpo_latent.errors import ConfigError, PluginError
-from grpo_latent.rollout.vllm.compat import check_installed
+from grpo_latent.rollout.vllm.supported import check_installed
 
 BASE = "base"
 # part -> what it makes possible; all but the base are extras of setup.py

@@ -22,14 +22,14 @@ from grpo_latent.common.kinds import null_or, whole
 from grpo_latent.common.listeners import LOOPBACK
 from grpo_latent.common.manifest import check_whole
 from grpo_latent.errors import ConfigError
-from grpo_latent.rollout.vllm.compat import (
+from grpo_latent.rollout.vllm.skeleton import CONFIG_KEY, Skeleton, WorkerOptions, read_skeleton
+from grpo_latent.rollout.vllm.supported import (
     RUNNER_VARIABLE,
     SCHEDULER_CLASSES,
     WORKER_CLASSES,
     check_installed,
     pin_runner,
 )
-from grpo_latent.rollout.vllm.skeleton import CONFIG_KEY, Skeleton, WorkerOptions, read_skeleton
 
 CLI = "grpo_latent.rollout.vllm.cli"
 MIDDLEWARE = "grpo_latent.rollout.vllm.middleware.LatentRequests"

@@ -205,7 +205,7 @@ def check(config: DictConfig) -> list[str]:
 
     from grpo_latent.common import manifest
     from grpo_latent.models.treatment_parameters import initialisation_notes
-    from grpo_latent.rollout.vllm.compat import check_installed
+    from grpo_latent.rollout.vllm.supported import check_installed
     from grpo_latent.verl_plugin.boot import compat
     from grpo_latent.verl_plugin.boot.layout import sharing_notes
     from grpo_latent.verl_plugin.boot.registration import VLLM_ROLLOUT_NAME, verify, verify_device

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo_latent import recorded
+from grpo_latent import recorded_fields
 from grpo_latent.errors import LatentMismatchError
-from grpo_latent.recorded import Field, Wire
+from grpo_latent.recorded_fields import Field, Wire
 
 
 class PositionKind(IntEnum):
@@ -79,7 +79,7 @@ class Trajectory:
     """One completion with all that replaying it needs.
 
     P prompt positions, T completion positions, N of them with a recorded vector, M of these made
-    by a hidden state, H hidden size, A aux. `grpo_latent.recorded` says what each field is aligned
+    by a hidden state, H hidden size, A aux. `grpo_latent.recorded_fields` says what each field is aligned
     to and where it travels; a field declared there that is no attribute here is an entry of
     `extra`.
 
@@ -123,7 +123,7 @@ class Trajectory:
     latent_aux: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
 
     def __post_init__(self) -> None:
-        fields = recorded.of_trajectory()
+        fields = recorded_fields.of_trajectory()
         present = {f.name: self.value(f) for f in fields if f.dims[:1] == "T"}
         lengths = {name: values.shape[0] for name, values in present.items() if values is not None}
         if len(set(lengths.values())) != 1:
@@ -198,7 +198,7 @@ class Trajectory:
         """
         kinds_L = torch.cat([prompt_kinds, self.kinds])
         columns = {}
-        for field_ in recorded.of_trajectory():
+        for field_ in recorded_fields.of_trajectory():
             values = self.value(field_)
             if field_.is_verls or values is None or not field_.wires & {Wire.WORKER, Wire.DUMP}:
                 continue
@@ -260,7 +260,7 @@ def _as_tensors(values: dict) -> dict:
 
 
 def positions_of(kinds: Tensor, letter: str) -> Tensor:
-    """bool, True at the positions that a shape letter of `grpo_latent.recorded` counts.
+    """bool, True at the positions that a shape letter of `grpo_latent.recorded_fields` counts.
 
     Args:
         kinds: integer tensor of any shape, values of `PositionKind`.

@@ -16,15 +16,15 @@ PACKAGE = ROOT / "grpo_latent"
 # layer -> layers of grpo_latent that it may import, itself aside. `entry` is every module at the
 # top of the package that has no row of its own: `python -m grpo_latent.<entry>`.
 _BASE = {"errors", "common"}
-_TYPES = _BASE | {"recorded", "trajectory"}
+_TYPES = _BASE | {"recorded_fields", "trajectory"}
 _CORE = _TYPES | {"latent", "algo"}
 _MODELS = _CORE | {"backbones", "models"}
 ALLOWED = {
     "errors": set(),
     "common": {"errors"},  # atomic writes, strict settings, the command wrapper, dtype names
     "answers": _BASE,  # when two answers are one: rewards and graders both ask
-    "recorded": _BASE,
-    "trajectory": _BASE | {"recorded"},
+    "recorded_fields": _BASE,
+    "trajectory": _BASE | {"recorded_fields"},
     "algo": _TYPES,
     "latent": _TYPES | {"algo"},  # a density's maths
     "rewards": _TYPES,  # runs a user's function in a process of its own: needs no model

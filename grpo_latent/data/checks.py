@@ -22,7 +22,7 @@ from pathlib import Path
 
 import PIL
 
-from grpo_latent.backbones import images as pictures
+from grpo_latent.common import pictures
 from grpo_latent.common.files import write_text
 from grpo_latent.data import examples, files, image_refs, rows
 from grpo_latent.data.files import RowKeys, iter_verl_rows

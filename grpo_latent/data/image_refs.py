@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from grpo_latent.backbones.images import check_pixels, is_turned, to_rgb
+from grpo_latent.common.pictures import check_pixels, is_turned, to_rgb
 from grpo_latent.errors import DataError
 
 

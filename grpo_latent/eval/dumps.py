@@ -6,7 +6,7 @@ rollouts/step_<n>.safetensors   its latents, float [n, H], by the trajectory's i
                                 "<row index>/<index in the group>", and other recorded vectors by
                                 "<id>/<name>"; in its metadata digests of the lines and of these
 
-Which fields there are, and where each of them stands, follows from `grpo_latent.recorded`:
+Which fields there are, and where each of them stands, follows from `grpo_latent.recorded_fields`:
 sequences of numbers are in the lines, vectors in the binary file.
 """
 
@@ -24,10 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grpo_latent import recorded
+from grpo_latent import recorded_fields
 from grpo_latent.common.files import replacing_file
 from grpo_latent.errors import DataError, GrpoLatentError
-from grpo_latent.recorded import Field, Wire
+from grpo_latent.recorded_fields import Field, Wire
 from grpo_latent.trajectory import Trajectory, from_column
 
 LOG_PROBS = "_log_probs"  # fields of such a name are one number a position
@@ -103,7 +103,7 @@ def split_columns(
     """
     line: dict[str, list | float] = {}
     tensors: dict[str, Tensor] = {}
-    for field in recorded.on(Wire.DUMP):
+    for field in recorded_fields.on(Wire.DUMP):
         values = columns.get(field.column)
         if values is None:
             continue
@@ -249,7 +249,7 @@ def _parse(line: str, where: str, tensors: dict[str, Tensor]) -> DumpedTrajector
             )
         keys = {
             field: _key(record["id"], field)
-            for field in recorded.of_trajectory(Wire.DUMP)
+            for field in recorded_fields.of_trajectory(Wire.DUMP)
             if field.is_matrix
         }
         return _build(
@@ -291,7 +291,8 @@ def _build(record: dict, matrices: dict[str, Tensor]) -> DumpedTrajectory:
         "selected_idx": torch.zeros(0, dtype=torch.long),
     }
     fields = {
-        f.name: values.get(f.name, absent.get(f.name)) for f in recorded.of_trajectory(Wire.DUMP)
+        f.name: values.get(f.name, absent.get(f.name))
+        for f in recorded_fields.of_trajectory(Wire.DUMP)
     }
     response_mask = values["response_mask"].bool()
     acted = response_mask.nonzero()[:, 0].tolist()
@@ -316,10 +317,12 @@ def _build(record: dict, matrices: dict[str, Tensor]) -> DumpedTrajectory:
 def _sequences(record: dict) -> dict[str, Tensor]:
     """Reads the fields of a line by name, as trajectories have them."""
     fields = [
-        field for field in recorded.on(Wire.DUMP) if not field.is_matrix and field.dump in record
+        field
+        for field in recorded_fields.on(Wire.DUMP)
+        if not field.is_matrix and field.dump in record
     ]
     columns = {field: torch.tensor(record[field.dump], dtype=field.dtype) for field in fields}
-    kinds_L = columns[recorded.field("kinds")]
+    kinds_L = columns[recorded_fields.field("kinds")]
     values = {field.name: from_column(field, column, kinds_L) for field, column in columns.items()}
     # by length and not by kind: whether the kinds fit is for `Trajectory` to say
     return values | {"kinds": kinds_L[len(values["prompt_ids"]) :]}

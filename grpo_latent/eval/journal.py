@@ -24,12 +24,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from grpo_latent import recorded
+from grpo_latent import recorded_fields
 from grpo_latent.common.files import write_bytes, write_text
 from grpo_latent.common.manifest import seal
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.eval.scoring import Outcome
-from grpo_latent.recorded import Field, Wire
+from grpo_latent.recorded_fields import Field, Wire
 from grpo_latent.trajectory import Trajectory
 
 SETTINGS_FILE = "settings.json"
@@ -185,7 +185,7 @@ def pack(trajectories: Sequence[Trajectory | None]) -> bytes:
     """
     present = [t for t in trajectories if t is not None]
     tensors = {"present": torch.tensor([t is not None for t in trajectories])}
-    for field in recorded.of_trajectory(Wire.JOURNAL) if present else ():
+    for field in recorded_fields.of_trajectory(Wire.JOURNAL) if present else ():
         rows = [t.value(field) for t in present]
         if any(row is not None for row in rows):
             tensors |= _end_to_end(field, rows)
@@ -226,9 +226,11 @@ def unpack(content: bytes) -> list[Trajectory | None]:
     group_ids = json.loads(header["__metadata__"]["group_ids"])
     tensors = load(content)
     fields = [
-        field.name for field in recorded.of_trajectory(Wire.JOURNAL) if field.name in tensors
+        field.name
+        for field in recorded_fields.of_trajectory(Wire.JOURNAL)
+        if field.name in tensors
     ]
-    columns = {name: _rows(recorded.field(name), tensors) for name in fields}
+    columns = {name: _rows(recorded_fields.field(name), tensors) for name in fields}
     rows = iter(range(len(group_ids)))
     trajectories: list[Trajectory | None] = []
     for is_present in tensors["present"].tolist():

@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
-from grpo_latent import recorded
-from grpo_latent.backbones.images import to_rgb
+from grpo_latent import recorded_fields
+from grpo_latent.common.pictures import to_rgb
 from grpo_latent.eval.dumps import DumpedTrajectory
 from grpo_latent.eval.geometry import geometry
 from grpo_latent.inspect.evaluation import ablation_rows
 from grpo_latent.inspect.probes import GroupProbe, PromptRow
 from grpo_latent.inspect.run import Run, label_runs
-from grpo_latent.recorded import Wire
+from grpo_latent.recorded_fields import Wire
 from grpo_latent.trajectory import PositionKind, Trajectory, positions_of
 
 KIND_LETTERS = {
@@ -224,7 +224,7 @@ def _trajectory(dumped: DumpedTrajectory, tokens: list[str] | None) -> dict:
 def recorded_by_token(trajectory: Trajectory) -> dict[str, list]:
     """Lists, by name, numbers that mechanism or treatment recorded of every position."""
     found: dict[str, list] = {}
-    for field_ in recorded.of_trajectory(Wire.INSPECTOR):
+    for field_ in recorded_fields.of_trajectory(Wire.INSPECTOR):
         values_T = trajectory.value(field_)
         if field_.dims == "T" and field_.name in trajectory.extra and values_T is not None:
             found[field_.name] = short_list(values_T.float())
@@ -234,7 +234,9 @@ def recorded_by_token(trajectory: Trajectory) -> dict[str, list]:
 def recorded_numbers(trajectory: Trajectory) -> dict[str, float | None]:
     """Lists, by name, what mechanism or treatment recorded of the trajectory as a whole."""
     found = {
-        f.name: trajectory.value(f) for f in recorded.of_trajectory(Wire.INSPECTOR) if f.is_number
+        f.name: trajectory.value(f)
+        for f in recorded_fields.of_trajectory(Wire.INSPECTOR)
+        if f.is_number
     }
     return {name: short(value.item()) for name, value in found.items() if value is not None}
 
@@ -246,7 +248,7 @@ def recorded_beside(trajectory: Trajectory) -> list[dict]:
     """
     kinds_N = trajectory.kinds[positions_of(trajectory.kinds, "N")]
     found: list[dict] = [{} for _ in kinds_N]
-    for shown in recorded.of_trajectory(Wire.INSPECTOR):
+    for shown in recorded_fields.of_trajectory(Wire.INSPECTOR):
         values = trajectory.value(shown)
         letter = shown.dims[:1]
         if shown.name == "latents" or letter not in tuple("NMS") or values is None:

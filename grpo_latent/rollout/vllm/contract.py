@@ -17,7 +17,7 @@ from pathlib import Path
 
 from grpo_latent.common.command import command
 from grpo_latent.errors import PluginError
-from grpo_latent.rollout.vllm.compat import ENGINE_HF, SUPPORTED_VERSIONS, not_installed
+from grpo_latent.rollout.vllm.supported import ENGINE_HF, SUPPORTED_VERSIONS, not_installed
 from grpo_latent.rollout.vllm.symbols import Release, Symbol, symbols_of
 
 

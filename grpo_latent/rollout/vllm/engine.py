@@ -22,8 +22,8 @@ from grpo_latent.common.listeners import LOOPBACK
 from grpo_latent.errors import CheckpointError, RolloutError
 from grpo_latent.latent.treatments import Treatment
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
-from grpo_latent.rollout.vllm.compat import check_options, check_version, pin_runner
 from grpo_latent.rollout.vllm.frontend import FrontEnd
+from grpo_latent.rollout.vllm.supported import check_options, check_version, pin_runner
 from grpo_latent.rollout.vllm.wire import agreed
 from grpo_latent.trajectory import Trajectory
 

@@ -16,19 +16,19 @@ from torch import Tensor
 from grpo_latent.errors import LatentMismatchError, RolloutError
 from grpo_latent.latent.treatments import Mask, Treatment
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
-from grpo_latent.rollout.vllm.compat import (
-    ENGINE_HF,
-    NORMALIZES_PIXELS,
-    SCHEDULER_CLASSES,
-    WORKER_CLASSES,
-    installed_release,
-)
 from grpo_latent.rollout.vllm.request import LatentRequest, RowSampling
 from grpo_latent.rollout.vllm.skeleton import (
     CONFIG_KEY,
     WorkerOptions,
     check_treatment,
     read_skeleton,
+)
+from grpo_latent.rollout.vllm.supported import (
+    ENGINE_HF,
+    NORMALIZES_PIXELS,
+    SCHEDULER_CLASSES,
+    WORKER_CLASSES,
+    installed_release,
 )
 from grpo_latent.rollout.vllm.wire import Packed, unpack
 from grpo_latent.trajectory import PositionKind, Trajectory, fed_mask

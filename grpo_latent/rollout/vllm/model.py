@@ -19,8 +19,8 @@ from vllm.model_executor.model_loader import utils as loader_utils
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.latent.mechanisms.published import TARGET_MODULES
-from grpo_latent.rollout.vllm.compat import ENGINE_HF
 from grpo_latent.rollout.vllm.skeleton import worker_options
+from grpo_latent.rollout.vllm.supported import ENGINE_HF
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

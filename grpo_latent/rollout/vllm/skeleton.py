@@ -21,7 +21,7 @@ from grpo_latent.latent.mechanisms import LVR, Mechanism, from_dict  # noqa: F40
 from grpo_latent.latent.treatments import Mask, Treatment, parse_treatment, to_dict
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import check_tokens, find_eos_ids, read_mechanism, reading
-from grpo_latent.rollout.vllm.compat import ENGINE_HF, NORMALIZES_PIXELS
+from grpo_latent.rollout.vllm.supported import ENGINE_HF, NORMALIZES_PIXELS
 from grpo_latent.trajectory import PLACED_KINDS
 
 if TYPE_CHECKING:

@@ -10,17 +10,17 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from grpo_latent.common.listeners import bind_stores
 from grpo_latent.errors import PluginError
-from grpo_latent.rollout.vllm.compat import (
+from grpo_latent.rollout.vllm.contract import check_symbols
+from grpo_latent.rollout.vllm.model import register_latent_model
+from grpo_latent.rollout.vllm.skeleton import check_pixels, worker_options
+from grpo_latent.rollout.vllm.steps import LatentSteps
+from grpo_latent.rollout.vllm.supported import (
     ENGINE_HF,
     RUNNERS,
     check_builds,
     check_version,
     check_vllm_config,
 )
-from grpo_latent.rollout.vllm.contract import check_symbols
-from grpo_latent.rollout.vllm.model import register_latent_model
-from grpo_latent.rollout.vllm.skeleton import check_pixels, worker_options
-from grpo_latent.rollout.vllm.steps import LatentSteps
 from grpo_latent.rollout.vllm.wire import digest, pack
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.protocol import DataProto
 
-from grpo_latent import recorded
+from grpo_latent import recorded_fields
 from grpo_latent.errors import DataError, RolloutError
 from grpo_latent.models.prompts import Prompt, encode_prompt
 
@@ -108,7 +108,7 @@ def check_finite(
 
     Its log-probs are asked when they are compared with the replay's, at actions only.
     """
-    values = {"recorded latents": columns[recorded.field("latents").column]}
+    values = {"recorded latents": columns[recorded_fields.field("latents").column]}
     if reward is not None:
         values["reward"] = torch.tensor(float(reward))
     for name, tensor in values.items():

@@ -6,7 +6,7 @@ Importing this module imports vllm, so only processes of rollout backend `vllm_l
 from __future__ import annotations
 
 from grpo_latent import torchvision_ops
-from grpo_latent.rollout.vllm.compat import name_the_cpu_build
+from grpo_latent.rollout.vllm.supported import name_the_cpu_build
 from grpo_latent.verl_plugin.boot.seams import Seam
 
 _SERVER = "verl.workers.rollout.vllm_rollout.vllm_async_server:vLLMHttpServer"

@@ -31,8 +31,8 @@ from grpo_latent.common.listeners import listen_on
 from grpo_latent.common.manifest import check_whole
 from grpo_latent.errors import RolloutError
 from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
-from grpo_latent.rollout.vllm.compat import check_options, check_version, pin_runner
 from grpo_latent.rollout.vllm.frontend import FrontEnd
+from grpo_latent.rollout.vllm.supported import check_options, check_version, pin_runner
 from grpo_latent.rollout.vllm.wire import agreed
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import VLLM_ROLLOUT_NAME, verify

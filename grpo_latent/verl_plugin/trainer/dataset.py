@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
-from grpo_latent.backbones.images import to_rgb
+from grpo_latent.common.pictures import to_rgb
 from grpo_latent.data.checks import check_files
 from grpo_latent.data.files import RowKeys, as_row, is_json, iter_verl_rows
 from grpo_latent.data.image_refs import ImageRef

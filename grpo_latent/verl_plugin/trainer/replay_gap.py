@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_latent import recorded
+from grpo_latent import recorded_fields
 from grpo_latent.errors import ReplayGapError
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.trainer.step_rows import StepRows
 from grpo_latent.verl_plugin.worker.treated_forward import STATE_ERRORS
 
-KINDS = recorded.field("kinds").column
+KINDS = recorded_fields.field("kinds").column
 
 
 def replay_columns(options: LatentOptions) -> list[str]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from torch import Tensor
 from transfer_queue import KVBatchMeta
 
-from grpo_latent import recorded
+from grpo_latent import recorded_fields
 from grpo_latent.eval.dumps import split_columns, write_step
-from grpo_latent.recorded import Wire
+from grpo_latent.recorded_fields import Wire
 from grpo_latent.verl_plugin.trainer.step_rows import StepRows
 
 # beside the recorded fields
@@ -22,11 +22,13 @@ def dump_step(batch: KVBatchMeta, step: int, folder: str | Path) -> tuple[list[d
     Returns:
         The lines that were written, and `extra_info["latent"]` of each.
     """
-    rows = StepRows(batch, (*recorded.columns(Wire.DUMP), *COLUMNS))
+    rows = StepRows(batch, (*recorded_fields.columns(Wire.DUMP), *COLUMNS))
     extra_fields, infos = rows.objects("extra_fields"), rows.objects("extra_info")
     sessions = [int(session) for session in rows.objects("session_id")]
     truths = [model.get("ground_truth") for model in rows.objects("reward_model")]
-    columns = {name: rows.tensors(name) for name in recorded.columns(Wire.DUMP) if name in rows}
+    columns = {
+        name: rows.tensors(name) for name in recorded_fields.columns(Wire.DUMP) if name in rows
+    }
     scores = rows.tensors("rm_scores")
     records: list[dict] = []
     tensors: dict[str, Tensor] = {}

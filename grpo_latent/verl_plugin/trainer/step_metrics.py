@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transfer_queue import KVBatchMeta
 
-from grpo_latent import recorded
+from grpo_latent import recorded_fields
 from grpo_latent.errors import RewardError
 from grpo_latent.eval.geometry import geometry
 from grpo_latent.verl_plugin.trainer.dropped import is_dropped
@@ -24,7 +24,7 @@ def step_metrics(batch: KVBatchMeta) -> dict[str, float]:
     """All of them, of a batch as training has left it."""
     rows, latents = (
         StepRows(batch, ("extra_fields", "rm_scores")),
-        recorded.field("latents").column,
+        recorded_fields.field("latents").column,
     )
     extra_fields = rows.objects("extra_fields")
     rewards_N = torch.stack([scores.sum() for scores in rows.tensors("rm_scores")])

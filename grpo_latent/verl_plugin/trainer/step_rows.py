@@ -11,9 +11,9 @@ from torch import Tensor
 from transfer_queue import KVBatchMeta
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
-from grpo_latent import recorded
+from grpo_latent import recorded_fields
 from grpo_latent.models.groups import number_groups
-from grpo_latent.recorded import Wire
+from grpo_latent.recorded_fields import Wire
 from grpo_latent.verl_plugin.worker.finite import GROUPS, KEYS, NUMBERS, SEPARATOR, STEP
 
 
@@ -89,6 +89,6 @@ def for_workers(batch: KVBatchMeta, step: int) -> KVBatchMeta:
     The rest, texts and rewards' details, stays in TransferQueue: fetching every column, which is
     what verl does, took most of an update of a small model.
     """
-    batch.fields = [*recorded.columns(Wire.WORKER), NUMBERS, GROUPS]
+    batch.fields = [*recorded_fields.columns(Wire.WORKER), NUMBERS, GROUPS]
     batch.extra_info.update({STEP: step, KEYS: SEPARATOR.join(batch.keys)})
     return batch

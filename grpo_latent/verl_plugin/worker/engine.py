@@ -22,7 +22,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.workers.engine import EngineRegistry
 
-from grpo_latent import recorded
+from grpo_latent import recorded_fields
 from grpo_latent.backbones.images import ImageInputs
 from grpo_latent.backbones.registry import backbone_of, find_backbone
 from grpo_latent.common.manifest import check_whole
@@ -163,7 +163,7 @@ class LatentFSDPEngine(WeightsEngine):
 
     def prepare_model_inputs(self, micro_batch: TensorDict):
         batch = self.batch = MicroBatch.of(micro_batch)
-        latents = micro_batch[recorded.field("latents").column].unbind()
+        latents = micro_batch[recorded_fields.field("latents").column].unbind()
         check_rows(micro_batch, "recorded latents", latents)
         placeholder_id = self.mechanism.placeholder_id(PositionKind.LATENT)
         batch.cover_latents(placeholder_id)

@@ -26,7 +26,7 @@ from torch import Tensor
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.padding import no_padding_2_padding
 
-from grpo_latent import recorded
+from grpo_latent import recorded_fields
 from grpo_latent.algo.losses import Denominators, aggregate, check_latents_do_not_act
 from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.latent.treatments import LatentTerms, Mask, Treatment
@@ -104,7 +104,7 @@ class LatentLoss:
         data = batch.data
         columns = {
             "old log-probs": "old_log_probs",
-            "reference log-probs": recorded.field("ref_log_probs").column,
+            "reference log-probs": recorded_fields.field("ref_log_probs").column,
             "advantages": "advantages",
         }
         return {

@@ -2,7 +2,7 @@
 
     TensorDict, ragged rows ──MicroBatch.of──▶ engine, TreatedForward, ChoiceForward, LatentLoss
 
-Nothing else in the worker says the name of a column: `grpo_latent.recorded` has ours, verl's are
+Nothing else in the worker says the name of a column: `grpo_latent.recorded_fields` has ours, verl's are
 read here.
 
 Legend: B rows, L prompt and completion of all rows end to end, T completion columns, N latent
@@ -22,7 +22,7 @@ from tensordict.tensorclass import NonTensorStack
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
 
-from grpo_latent import recorded
+from grpo_latent import recorded_fields
 from grpo_latent.errors import LatentMismatchError
 from grpo_latent.models.groups import check_groups, first_rows
 from grpo_latent.models.positions import text_row
@@ -32,7 +32,7 @@ from grpo_latent.trajectory import PositionKind, from_column, latent_mask, made_
 from grpo_latent.verl_plugin.boot.compat import offsets_of
 from grpo_latent.verl_plugin.worker.finite import GROUPS
 
-IMAGES = recorded.field("multi_modal_inputs").column
+IMAGES = recorded_fields.field("multi_modal_inputs").column
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class MicroBatch:
             LatentMismatchError: kinds or latents are missing, or a row's counts disagree.
         """
         batch = cls(data)
-        names = [recorded.field(name).column for name in ("kinds", "latents")]
+        names = [recorded_fields.field(name).column for name in ("kinds", "latents")]
         for name in names:
             if name not in data.keys():
                 raise LatentMismatchError(
@@ -83,7 +83,7 @@ class MicroBatch:
 
     def recorded(self, name: str) -> Tensor | None:
         """The field `name` of all rows end to end, as trajectories have it; None if absent."""
-        field = recorded.field(name)
+        field = recorded_fields.field(name)
         if field.column not in self.data.keys():
             return None
         return from_column(field, torch.cat(self.data[field.column].unbind()), self.kinds_L)
@@ -93,7 +93,7 @@ class MicroBatch:
     @cached_property
     def kinds_rows(self) -> list[Tensor]:
         """int64 [L] of each row, values of `PositionKind`."""
-        return list(self.data[recorded.field("kinds").column].unbind())
+        return list(self.data[recorded_fields.field("kinds").column].unbind())
 
     @cached_property
     def kinds_L(self) -> Tensor:
@@ -120,7 +120,7 @@ class MicroBatch:
                 "batch without the chosen image positions",
                 where="latent engine",
                 got=sorted(self.data.keys()),
-                expected=f"{recorded.field('selected_idx').column}, as agent loop "
+                expected=f"{recorded_fields.field('selected_idx').column}, as agent loop "
                 "latent_agent writes it",
             )
         return selected_idx_S
@@ -137,7 +137,7 @@ class MicroBatch:
         if aux_MA is None or tuple(aux_MA.shape) != expected:
             raise LatentMismatchError(
                 "recorded aux does not fit the latents",
-                where=f"latent engine, {recorded.field('latent_aux').column} of the micro-batch",
+                where=f"latent engine, {recorded_fields.field('latent_aux').column} of the micro-batch",
                 got=(0, 0) if aux_MA is None else tuple(aux_MA.shape),
                 expected=str(expected),
                 fix="Rollout and training must run the same latent.treatment.",
@@ -270,7 +270,7 @@ class MicroBatch:
     @property
     def ref_log_probs_BT(self) -> Tensor | None:
         """float [B, T]; None without a reference."""
-        column = recorded.field("ref_log_probs").column
+        column = recorded_fields.field("ref_log_probs").column
         return padded(self.data[column]) if column in self.data.keys() else None
 
     @property
@@ -279,7 +279,7 @@ class MicroBatch:
 
         Where a treatment has its own `statistics`, they stand in the place of the predictions.
         """
-        column = recorded.field("ref_latent_means").column
+        column = recorded_fields.field("ref_latent_means").column
         return torch.cat(self.data[column].unbind()) if column in self.data.keys() else None
 
 

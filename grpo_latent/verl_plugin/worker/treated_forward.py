@@ -24,7 +24,7 @@ from grpo_latent.models.injection import LatentInjector
 from grpo_latent.models.recompute import latents_by_passes
 from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.models.sources import SourceTap
-from grpo_latent.recorded import field
+from grpo_latent.recorded_fields import field
 from grpo_latent.trajectory import PositionKind
 from grpo_latent.verl_plugin.worker.micro_batch import MicroBatch
 

@@ -11,14 +11,7 @@ import pytest
 from vllm_cases import build_vllm_case
 
 from grpo_latent.errors import CheckpointError, ConfigError, PluginError
-from grpo_latent.rollout.vllm import compat, contract, frontend, symbols
-from grpo_latent.rollout.vllm.compat import (
-    RUNNER_VARIABLE,
-    check_builds,
-    check_version,
-    installed_vllm,
-    pin_runner,
-)
+from grpo_latent.rollout.vllm import contract, frontend, supported, symbols
 from grpo_latent.rollout.vllm.contract import check_symbol
 from grpo_latent.rollout.vllm.frontend import FrontEnd
 from grpo_latent.rollout.vllm.skeleton import (
@@ -26,6 +19,13 @@ from grpo_latent.rollout.vllm.skeleton import (
     check_pixels,
     read_skeleton,
     worker_options,
+)
+from grpo_latent.rollout.vllm.supported import (
+    RUNNER_VARIABLE,
+    check_builds,
+    check_version,
+    installed_vllm,
+    pin_runner,
 )
 from grpo_latent.rollout.vllm.symbols import Symbol
 
@@ -80,7 +80,7 @@ def test_the_platform_is_read_from_the_distribution(installed, expected, monkeyp
     ],
 )
 def test_the_runner_is_pinned(version, platform, pinned, monkeypatch):
-    monkeypatch.setattr(compat, "installed_vllm", lambda: (version, platform))
+    monkeypatch.setattr(supported, "installed_vllm", lambda: (version, platform))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setenv(RUNNER_VARIABLE, "")
     monkeypatch.delenv(RUNNER_VARIABLE)
@@ -286,7 +286,7 @@ def test_only_the_cpu_worker_imports_vllms_cpu_modules():
 
     And pinned memory.
     """
-    package = Path(compat.__file__).parent
+    package = Path(supported.__file__).parent
     texts = {path.name: path.read_text() for path in package.glob("*.py")}
     assert [
         name
@@ -314,7 +314,7 @@ def test_vllm_is_told_that_pixels_are_whitened(release, tmp_path, monkeypatch):
     arguments = FrontEnd(tmp_path, None, 128).engine_arguments(is_cpu=True, is_async=False)
     assert arguments.get("mm_device_do_normalize") is (None if release < (0, 28) else False)
     with pytest.raises(ConfigError, match="vllm.mm_device_do_normalize: .*got True"):
-        compat.check_options({"mm_device_do_normalize": True})
+        supported.check_options({"mm_device_do_normalize": True})
 
 
 def test_a_worker_refuses_to_whiten_pixels_twice():
@@ -349,15 +349,17 @@ def test_features_that_latents_do_not_go_through_are_refused(name):
     with pytest.raises(
         ConfigError, match=f"vllm.{name}: .*got {re.escape(str(REFUSED[name]))}; expected"
     ):
-        compat.check_options({"enforce_eager": True, name: REFUSED[name]})
-    compat.check_options({"enforce_eager": True, "tensor_parallel_size": 2, "enable_lora": False})
+        supported.check_options({"enforce_eager": True, name: REFUSED[name]})
+    supported.check_options(
+        {"enforce_eager": True, "tensor_parallel_size": 2, "enable_lora": False}
+    )
 
 
 def vllm_config(**changes):
     """As vLLM's, with what `check_vllm_config` reads."""
-    parallel = {name: expected for name, (expected, _) in compat._PARALLEL.items()}
-    whole = {name: expected for name, (expected, _) in compat._WHOLE.items()}
-    scheduler = {"async_scheduling": False, "scheduler_cls": compat.SCHEDULER_CLASSES[False]}
+    parallel = {name: expected for name, (expected, _) in supported._PARALLEL.items()}
+    whole = {name: expected for name, (expected, _) in supported._WHOLE.items()}
+    scheduler = {"async_scheduling": False, "scheduler_cls": supported.SCHEDULER_CLASSES[False]}
     for values in (parallel, whole, scheduler):
         values |= {name: changes[name] for name in set(values) & set(changes)}
     namespace = types.SimpleNamespace
@@ -378,9 +380,9 @@ def vllm_config(**changes):
 )
 def test_the_worker_refuses_them_too(changes):
     """Where vLLM was started without our engine, nothing else looks at the options."""
-    compat.check_vllm_config(vllm_config())
+    supported.check_vllm_config(vllm_config())
     with pytest.raises(ConfigError):
-        compat.check_vllm_config(vllm_config(**changes))
+        supported.check_vllm_config(vllm_config(**changes))
 
 
 @pytest.mark.vllm

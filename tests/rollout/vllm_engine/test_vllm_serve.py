@@ -27,7 +27,7 @@ from grpo_latent import serve
 from grpo_latent.errors import PluginError
 from grpo_latent.rollout.llm import LatentLLM
 from grpo_latent.rollout.protocol import SamplingParams
-from grpo_latent.rollout.vllm import compat
+from grpo_latent.rollout.vllm import supported
 from grpo_latent.rollout.vllm.middleware import LatentRequests
 
 ROOT = Path(__file__).parents[3]
@@ -323,20 +323,20 @@ def value_of(command, flag):
 def test_the_command_names_worker_and_scheduler(folder):
     command = arguments(folder, "cpu", "--port", "1")
     assert command[:2] == ["serve", str(folder)] and command[-2:] == ["--port", "1"]
-    assert value_of(command, "--worker-cls") == compat.WORKER_CLASSES["cpu"]
-    assert value_of(command, "--scheduler-cls") == compat.SCHEDULER_CLASSES[False]
+    assert value_of(command, "--worker-cls") == supported.WORKER_CLASSES["cpu"]
+    assert value_of(command, "--scheduler-cls") == supported.SCHEDULER_CLASSES[False]
     assert value_of(command, "--host") == "127.0.0.1" and "--no-async-scheduling" in command
     command = arguments(folder, "cuda", "--host", "0.0.0.0")
-    assert value_of(command, "--scheduler-cls") == compat.SCHEDULER_CLASSES[True]
+    assert value_of(command, "--scheduler-cls") == supported.SCHEDULER_CLASSES[True]
     assert command.count("--host") == 1 and "--additional-config" not in command
     assert (
         value_of(arguments(folder, "cuda", "--no-async-scheduling"), "--scheduler-cls")
-        == compat.SCHEDULER_CLASSES[False]
+        == supported.SCHEDULER_CLASSES[False]
     )
 
 
 def test_the_command_can_be_printed(folder, capsys, monkeypatch):
-    monkeypatch.setattr(compat, "installed_vllm", lambda: ("0.27.1", "cpu"))
+    monkeypatch.setattr(supported, "installed_vllm", lambda: ("0.27.1", "cpu"))
     monkeypatch.setattr(serve, "pin_runner", lambda: False)
     assert (
         serve.main(
@@ -356,7 +356,7 @@ def test_what_cannot_be_served_is_said_before_vllm_starts(folder, tmp_path, caps
     def nothing(*args):
         raise PluginError("vLLM is not installed", where="engine vllm")
 
-    monkeypatch.setattr(compat, "installed_vllm", lambda: ("0.27.1", "cpu"))
+    monkeypatch.setattr(supported, "installed_vllm", lambda: ("0.27.1", "cpu"))
     monkeypatch.setattr(serve, "pin_runner", lambda: False)
     monkeypatch.setattr(serve.os, "execv", lambda *args: None)  # would make this process a server
     assert serve.main([str(folder), "--steps", "4", "--additional-config", "{}"]) == 2
@@ -370,9 +370,9 @@ def test_what_cannot_be_served_is_said_before_vllm_starts(folder, tmp_path, caps
         assert serve.main([str(folder), "--steps", "4", "--max-latents", room]) == 2
         assert message in capsys.readouterr().err
     assert serve.main([str(tmp_path / "nowhere")]) == 2
-    monkeypatch.setattr(compat, "installed_vllm", nothing)
+    monkeypatch.setattr(supported, "installed_vllm", nothing)
     assert serve.main([str(folder)]) == 2
-    monkeypatch.setattr(compat, "installed_vllm", lambda: ("0.23.0", "cpu"))
+    monkeypatch.setattr(supported, "installed_vllm", lambda: ("0.23.0", "cpu"))
     assert serve.main([str(folder)]) == 2
     errors = capsys.readouterr().err
     assert (

@@ -155,15 +155,15 @@ def test_without_our_scheduler_they_would_be(tmp_path, monkeypatch):
 
     The control of the test above.
     """
-    from grpo_latent.rollout.vllm import compat, worker
+    from grpo_latent.rollout.vllm import supported, worker
 
     case = build_vllm_case("qwen2", tmp_path)
     stock = {False: "vllm.v1.core.sched.scheduler.Scheduler"}
     monkeypatch.setattr("grpo_latent.rollout.vllm.frontend.SCHEDULER_CLASSES", stock)
     with pytest.raises(ConfigError, match="latents need their own scheduler"):
         case.vllm_engine(block_size=32)
-    monkeypatch.setattr(compat, "SCHEDULER_CLASSES", stock)
-    monkeypatch.setattr(worker, "check_vllm_config", compat.check_vllm_config)
+    monkeypatch.setattr(supported, "SCHEDULER_CLASSES", stock)
+    monkeypatch.setattr(worker, "check_vllm_config", supported.check_vllm_config)
     engine = case.vllm_engine(block_size=32)
     try:
         request, first_latent = continuation(case, engine)

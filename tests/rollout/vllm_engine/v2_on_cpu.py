@@ -27,7 +27,7 @@ def pretend_triton_runs_here() -> None:
     """
     import triton.backends
 
-    from grpo_latent.rollout.vllm.compat import name_the_cpu_build
+    from grpo_latent.rollout.vllm.supported import name_the_cpu_build
 
     name_the_cpu_build()
     triton.backends.backends["cpu"] = types.SimpleNamespace(

@@ -22,7 +22,7 @@ from grpo_latent.models import tiny
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.replay import replay
 from grpo_latent.models.sequences import collate
-from grpo_latent.recorded import NOT_SELECTED
+from grpo_latent.recorded_fields import NOT_SELECTED
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.worker.choice_forward import ChoiceForward

@@ -9,7 +9,7 @@ Every wire derives its columns and names from this table:
 A mechanism or a treatment that records one thing more declares it beside its class, so that every
 process that loads the class knows the field:
 
-    recorded.register(Field("gate", torch.float32, "MA", wires=ALL, is_optional=True))
+    recorded_fields.register(Field("gate", torch.float32, "MA", wires=ALL, is_optional=True))
 
 and hands the values to `Trajectory.extra["gate"]`; no other module has to know.
 

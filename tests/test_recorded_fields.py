@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grpo_latent import recorded
+from grpo_latent import recorded_fields
 from grpo_latent.errors import ConfigError, LatentMismatchError
 from grpo_latent.eval.dumps import read_step
 from grpo_latent.eval.journal import pack, unpack
 from grpo_latent.inspect.payload import GroupData, group_block
-from grpo_latent.recorded import ALL, Field, Wire
+from grpo_latent.recorded_fields import ALL, Field, Wire
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.trajectory import Trajectory
 
@@ -52,10 +52,10 @@ OWN_FIELDS = (OWN, OWN_T, OWN_NUMBER)
 def own_fields():
     """Fields that no module names, as a mechanism's class would declare them."""
     for field in OWN_FIELDS:
-        recorded.register(field)
+        recorded_fields.register(field)
     yield
     for field in OWN_FIELDS:
-        del recorded._FIELDS[field.name]
+        del recorded_fields._FIELDS[field.name]
 
 
 def make_trajectories(with_aux=True) -> list[Trajectory]:
@@ -136,7 +136,7 @@ def rows_in_queue(trajectories):
 
 
 def check_equal(found: list[Trajectory], expected: list[Trajectory], wire: Wire) -> None:
-    fields = recorded.of_trajectory(wire)
+    fields = recorded_fields.of_trajectory(wire)
     for a, b in zip(found, expected, strict=True):
         for field in fields:
             left, right = a.value(field), b.value(field)
@@ -165,8 +165,10 @@ def test_a_journal_of_which_some_trajectories_lack_a_field(own_fields):
 
 def test_a_journal_of_an_older_release_loads(monkeypatch):
     before = make_trajectories(with_aux=False)
-    older = {name: field for name, field in recorded._FIELDS.items() if name != "latent_aux"}
-    monkeypatch.setattr(recorded, "_FIELDS", older)
+    older = {
+        name: field for name, field in recorded_fields._FIELDS.items() if name != "latent_aux"
+    }
+    monkeypatch.setattr(recorded_fields, "_FIELDS", older)
     content = pack(before)
     monkeypatch.undo()
     check_equal(unpack(content), before, Wire.JOURNAL)
@@ -185,13 +187,14 @@ def test_worker(own_fields, with_aux):
     from grpo_latent.verl_plugin.worker.micro_batch import MicroBatch
 
     fetched = [
-        {name: row[name] for name in recorded.columns(Wire.WORKER) if name in row} for row in rows
+        {name: row[name] for name in recorded_fields.columns(Wire.WORKER) if name in row}
+        for row in rows
     ]
     batch = MicroBatch.of(list_of_dict_to_tensordict(fetched))
     assert torch.equal(
         batch.kinds_L, torch.cat([torch.cat([PROMPT_KINDS, t.kinds]) for t in trajectories])
     )
-    for field in recorded.of_trajectory(Wire.WORKER):
+    for field in recorded_fields.of_trajectory(Wire.WORKER):
         values = [t.value(field) for t in trajectories]
         found = batch.recorded(field.name)
         if any(value is None for value in values):
@@ -273,7 +276,7 @@ def test_dump_and_inspector(own_fields, with_aux, tmp_path, monkeypatch):
         ]
         for name in ("latent_aux", OWN.name) if with_aux else ():
             own = [s[name] for s, kind in zip(shown, kinds, strict=True) if kind != K.SELECTED]
-            rows = t.value(recorded.field(name)).tolist()
+            rows = t.value(recorded_fields.field(name)).tolist()
             assert [[pytest.approx(v, rel=1e-4) for v in row] for row in rows] == own
             assert not any(
                 name in s for s, kind in zip(shown, kinds, strict=True) if kind == K.SELECTED
@@ -316,14 +319,14 @@ def test_a_number_has_no_dimensions(own_fields, value):
 
 
 def test_names_are_taken_once(own_fields):
-    recorded.register(OWN)  # a class that is loaded twice
+    recorded_fields.register(OWN)  # a class that is loaded twice
     for clash in (
         dict(name="gate_values"),
         dict(name="x", column="latent_embeds"),
         dict(name="x", dump="advantages"),
     ):
         with pytest.raises(ConfigError, match="declared twice"):
-            recorded.register(Field(**{"dtype": torch.float32, "dims": "M", **clash}))
+            recorded_fields.register(Field(**{"dtype": torch.float32, "dims": "M", **clash}))
     with pytest.raises(ConfigError, match="not a recorded field"):
         Field("x", torch.float32, "Z")
 
@@ -333,16 +336,18 @@ def test_the_wires_of_today():
 
     To files goes all of it.
     """
-    assert all({Wire.DUMP, Wire.JOURNAL} <= field.wires for field in recorded.of_trajectory())
+    assert all(
+        {Wire.DUMP, Wire.JOURNAL} <= field.wires for field in recorded_fields.of_trajectory()
+    )
     made = {field.name for field in dataclasses.fields(Trajectory)} - {
-        field.name for field in recorded.of_trajectory()
+        field.name for field in recorded_fields.of_trajectory()
     }
     assert made == {"stop_reason", "group_id", "seed", "policy_version", "extra"}
-    assert sorted(recorded.columns(Wire.WORKER)) == sorted(
+    assert sorted(recorded_fields.columns(Wire.WORKER)) == sorted(
         "input_ids position_ids multi_modal_inputs position_kinds latent_embeds latent_aux selected_idx ref_latent_means "
         "prompts responses response_mask loss_mask old_log_probs ref_log_prob advantages rollout_is_weights".split()
     )
-    assert {f.column: f.dump for f in recorded.on(Wire.DUMP) if f.column != f.dump} == {
+    assert {f.column: f.dump for f in recorded_fields.on(Wire.DUMP) if f.column != f.dump} == {
         "prompts": "prompt_ids",
         "responses": "token_ids",
         "position_kinds": "kinds",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grpo_latent.backbones.images import to_rgb
+from grpo_latent.common.pictures import to_rgb
 from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.errors import DataError
 from grpo_latent.inspect.payload import image_entry
