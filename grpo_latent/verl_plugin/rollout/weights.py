@@ -1,11 +1,12 @@
 """Weights of a training worker to the engine-hf server beside it, through memory that both map.
 
-    worker   weights ──▶ buffer: a file in /dev/shm, or memory of the device that both use
+    worker   weights ──▶ buffer: a file without a name, or memory of the device that both use
              ──take_bucket(names, places)──▶ server: copies out of the buffer, and answers
     server   load_weights_beside: one call of the engine, which reads the buckets as they come
 
-No weight passes Ray's object store. The file has no name any more once the server has mapped it, so
-that nothing stays behind a process that dies. CUDA's half (`DeviceBuffer`) has not run on a card.
+No weight passes Ray's object store. The file is in memory and goes with the processes that have it
+open, however they end; nor does it take room of /dev/shm, of which a container has 64 MB. CUDA's half
+(`DeviceBuffer`) has not run on a card.
 """
 
 from __future__ import annotations
@@ -13,11 +14,9 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
-import tempfile
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from torch import Tensor
 
 from grpo_latent.errors import RolloutError
 
-SHARED_MEMORY = Path("/dev/shm")
 _ALIGNMENT = 64
 
 
@@ -58,16 +56,16 @@ class Bucket:
 
 
 class FileBuffer:
-    """Bytes of a file that another process of this machine maps, too."""
+    """Bytes of a file in memory that another process of this machine maps, too."""
 
     def __init__(self, num_bytes: int):
-        folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
-        self._descriptor, self._path = tempfile.mkstemp(prefix="grpo_latent_weights_", dir=folder)
-        self.handle = (self._path, num_bytes)
-        self.bytes = torch.from_file(self._path, shared=True, size=num_bytes, dtype=torch.uint8)
+        self._descriptor = os.memfd_create("grpo_latent_weights", os.MFD_CLOEXEC)
+        path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
+        self.handle = (path, num_bytes)
+        self.bytes = torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
 
     def reserve(self, offset: int, num_bytes: int) -> None:
-        """Makes the file as long as it is used; a page that cannot be had would kill the process.
+        """Takes the memory that is used next; a page that cannot be had would kill the process.
 
         Raises:
             RolloutError: no room.
@@ -77,19 +75,14 @@ class FileBuffer:
         except OSError as error:
             raise RolloutError(
                 "no room for weights",
-                where=str(Path(self._path).parent),
+                where="training worker",
                 got=str(error),
-                expected=f"{offset + num_bytes} bytes free",
+                expected=f"{offset + num_bytes} bytes of memory free",
                 fix="Lower actor_rollout_ref.rollout.checkpoint_engine."
-                "update_weights_bucket_megabytes, or give the machine more shared memory.",
+                "update_weights_bucket_megabytes, or give the machine more memory.",
             ) from error
 
-    def is_mapped(self) -> None:
-        """To be called when the other process has mapped it: the file needs its name no more."""
-        Path(self._path).unlink(missing_ok=True)
-
     def close(self) -> None:
-        self.is_mapped()
         os.close(self._descriptor)
 
 
@@ -105,18 +98,28 @@ class DeviceBuffer:
     def reserve(self, offset: int, num_bytes: int) -> None:
         """Nothing: the device's memory is there."""
 
-    def is_mapped(self) -> None:
-        """Nothing: it has no name."""
-
     def close(self) -> None:
         """Nothing: it goes with the last tensor."""
 
 
 def map_buffer(handle: Any, device: torch.device) -> Tensor:
-    """uint8, the bytes of a `FileBuffer` or a `DeviceBuffer` of another process."""
+    """uint8, the bytes of a `FileBuffer` or a `DeviceBuffer` of another process.
+
+    Raises:
+        RolloutError: the file cannot be opened from here.
+    """
     first, second = handle
     if isinstance(first, str):
-        return torch.from_file(first, shared=True, size=second, dtype=torch.uint8)
+        try:
+            return torch.from_file(first, shared=True, size=second, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise RolloutError(
+                "the training worker's weights cannot be read",
+                where="rollout server",
+                got=str(error).partition("\n")[0],
+                expected=f"{first}, a file of a process of the same user and process namespace",
+                fix="Run both in one container.",
+            ) from error
     arguments = list(second)
     # the same device may have another number here: each process sees devices of its own
     arguments[6] = device.index or 0
@@ -189,8 +192,6 @@ class WeightSender:
             torch.cuda.synchronize()  # the other process reads what this one's stream has written
         handle = None if self._is_known else self._buffer.handle
         await self._take(Bucket(handle, self._places))
-        if not self._is_known:
-            self._buffer.is_mapped()
         self._is_known = True
         self._places, self._used = [], 0
 

@@ -4,9 +4,11 @@ Not covered: CUDA IPC; Ray's calls (test_ray_jobs.py and the training tests go t
 """
 
 import asyncio
+import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,10 +23,15 @@ from grpo_latent.verl_plugin.rollout.weights import FileBuffer, WeightInbox, Wei
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def shared_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "SHARED_MEMORY", tmp_path)
-    return tmp_path
+def left_open():
+    """Buffers that this process has not closed."""
+    links = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        try:
+            links.append(os.readlink(descriptor))
+        except FileNotFoundError:  # the listing's own
+            continue
+    return [link for link in links if "grpo_latent_weights" in link]
 
 
 def named(generator=None):
@@ -62,7 +69,7 @@ def send(server, sent, megabytes=1, dtype="float32"):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("limit", [64, 700, 1 << 20])
-def test_what_arrives_is_what_was_sent(limit, dtype, shared_memory):
+def test_what_arrives_is_what_was_sent(limit, dtype):
     """In one bucket or many, of which one is larger than the limit."""
     got, sent = {}, named()
     inbox = WeightInbox(CPU, 30.0)
@@ -86,7 +93,7 @@ def test_what_arrives_is_what_was_sent(limit, dtype, shared_memory):
         assert got[name].dtype == expected.dtype and torch.equal(got[name], expected)
     assert sender.num_bytes == sum(t.numel() * t.element_size() for t in got.values())
     assert (len(buckets) > 3) == (limit < 1 << 20)
-    assert not list(shared_memory.iterdir())
+    assert not left_open()
 
 
 def test_a_generator_may_take_back_what_it_gave():
@@ -121,7 +128,7 @@ def test_a_model_is_loaded_whole_or_not_at_all():
 
 
 @pytest.mark.parametrize("megabytes", [1, 64])
-def test_an_error_of_the_server_reaches_the_sender(megabytes, shared_memory):
+def test_an_error_of_the_server_reaches_the_sender(megabytes):
     """At the first weight, whatever of it is still to come."""
 
     def load(found):
@@ -131,7 +138,7 @@ def test_an_error_of_the_server_reaches_the_sender(megabytes, shared_memory):
     sent = {str(i): torch.zeros(1 << 18) for i in range(4)}
     with pytest.raises(CheckpointError, match="no"):
         send(Calls(load), sent.items(), megabytes)
-    assert not list(shared_memory.iterdir())
+    assert not left_open()
 
 
 def test_a_sender_that_dies_leaves_no_server_waiting():
@@ -147,6 +154,23 @@ def test_no_room_is_said(monkeypatch):
     buffer = FileBuffer(1000)
     with pytest.raises(RolloutError, match="update_weights_bucket_megabytes"):
         buffer.reserve(0, 10)
+    buffer.close()
+
+
+def test_a_sender_out_of_reach_is_named():
+    with pytest.raises(RolloutError, match="same user and process namespace"):
+        weights.map_buffer(("/proc/1/fd/999999", 8), CPU)
+
+
+def test_a_buffer_has_no_name_that_could_stay_behind():
+    """Killed between making it and sending it, a worker left a file in /dev/shm."""
+    before = set(os.listdir("/dev/shm"))
+    buffer = FileBuffer(1000)
+    buffer.reserve(0, 1000)
+    assert not [name for name in set(os.listdir("/dev/shm")) - before if "grpo_latent" in name]
+    assert len(left_open()) == 1 and "deleted" in left_open()[0]
+    buffer.close()
+    assert not left_open()
 
 
 def test_another_process_maps_the_same_bytes():

@@ -1,7 +1,7 @@
 """A rollback and the best checkpoint in real training on Ray, with the tiniest model. Slow.
 
-    A  steps 1-6 of one run: the best validation at 2, an alarm at 4, back to 3; what a kill leaves
-       inside that rollback, and in step 5
+    A  steps 1-6 of one run: the best validation at 2, an alarm at 4, back to 3; the end, at 6, on the
+       way down, back to 5; what a kill leaves inside the first rollback, and in step 5
     B  the latter resumed: from the checkpoint that the rollback has saved
     C  the former resumed: from the good one, so it goes back once more
 
@@ -17,11 +17,11 @@ from grpo_latent.common.best_checkpoint import STATE_FILE, read_best
 from grpo_latent.verl_plugin.trainer import checkpoint
 
 pytestmark = pytest.mark.slow
-SCORES = {0: 0.5, 2: 0.7, 4: 0.6, 6: 0.65}
+SCORES = {0: 0.5, 2: 0.7, 4: 0.69, 6: 0.45}
 RATE = 1e-3
 ALARM = (
     "latent.alarm.rollback=true",
-    "latent.alarm.rollback_on=[reward]",
+    "latent.alarm.rollback_on=[reward,held_out]",
     "latent.alarm.patience=1",
     "latent.alarm.start_steps=1",
 )
@@ -29,7 +29,7 @@ ALARM = (
 
 def make_up(trainer):
     """Sampled rewards and held-out scores as the guards see them."""
-    judge, validate = trainer.guards.after_step, trainer._validate
+    judge, measure = trainer.guards.after_step, trainer._val_metrics_update
 
     def judging(metrics):
         real = metrics["critic/score/mean"]
@@ -38,18 +38,18 @@ def make_up(trainer):
         metrics["critic/score/mean"] = real
         return lines
 
-    def validating():
-        metrics = validate()
+    def measuring(*columns, **counts):
+        metrics = measure(*columns, **counts)
         (name,) = (name for name in metrics if name.startswith("val-core/") and "/mean@" in name)
-        return metrics | {name: SCORES[trainer.global_steps]}
+        return metrics | {name: SCORES[trainer.global_steps], "val-aux/standard_error": 0.01}
 
-    trainer.guards.after_step, trainer._validate = judging, validating
+    trainer.guards.after_step, trainer._val_metrics_update = judging, measuring
 
 
 def test_a_rollback_and_the_best_checkpoint(local_ray, tmp_path, monkeypatch):
     inputs = tiny_run.write_inputs(tmp_path)
     outputs = {name: tmp_path / name for name in ("a", "in_step_5", "in_rollback")}
-    changes = ("trainer.test_freq=2", "trainer.max_actor_ckpt_to_keep=1", "latent.alarm.z=5")
+    changes = ("trainer.test_freq=2", "trainer.max_actor_ckpt_to_keep=1", "latent.alarm.z=50")
 
     def train(name, before_fit):
         config = tiny_run.make_config(inputs, outputs[name], *ALARM, *changes)
@@ -88,11 +88,16 @@ def test_a_rollback_and_the_best_checkpoint(local_ray, tmp_path, monkeypatch):
 def check_rollback(outputs):
     """What run A has logged and left, and what its checkpoints hold before and after it."""
     metrics = tiny_run.metrics_of(outputs["a"])
-    assert {step for step in metrics if "latent/rolled_back_to" in metrics[step]} == {4}
-    assert metrics[4]["latent/rolled_back_to"] == 3 and metrics[4]["latent/alarm_reward"] == 1
-    assert metrics[5]["latent/alarm_reward"] == 0
+    rolled_back_to = {
+        step: metrics[step]["latent/rolled_back_to"]
+        for step in metrics
+        if "latent/rolled_back_to" in metrics[step]
+    }
+    assert rolled_back_to == {4: 3, 6: 5}
+    alarms = [metrics[step]["latent/alarm_reward"] for step in range(1, 7)]
+    assert alarms == [0, 0, 0, 1, 0, 0]
     factors = [metrics[step]["latent/lr_factor"] for step in range(1, 7)]
-    assert factors == [1, 1, 1, 0.5, 0.5, 0.5]
+    assert factors == [1, 1, 1, 0.5, 0.5, 0.25]
     rates = [metrics[step]["actor/lr"] for step in range(1, 7)]
     assert rates == pytest.approx([RATE] * 4 + [RATE / 2] * 2)
 
