@@ -150,7 +150,13 @@ def _processes(mark: str) -> list[str]:
 
 
 def _is_mapped(name: str) -> bool:
-    """Whether a living process has this shared memory, as one of another run may."""
+    """Whether a living process has this shared memory, as one of another run may.
+
+    joblib's semaphores name who made them; they are mapped under a name that they had before.
+    """
+    made_by = re.match(r"sem\.loky-(\d+)-", name)
+    if made_by:
+        return Path("/proc", made_by[1]).exists()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:
             if f"/dev/shm/{name}" in maps.read_text():
