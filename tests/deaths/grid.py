@@ -80,7 +80,7 @@ class Cell:
             "its node": "node 127.0.0.1," in self.message,
             "the last step": bool(re.search(r"last step \d|before the first step", self.message)),
             "a log that exists": self._log_exists(),
-            "exit code 2": self.exit_code == 2,
+            f"exit code 2 (but {self.exit_code})": self.exit_code == 2,
             f"an end within {LIMIT_S:.0f} s": self.seconds <= LIMIT_S,
         }
         return [f"not {what}" for what, holds in wanted.items() if not holds] + self.left
@@ -112,7 +112,8 @@ def run_cell(actor: str, phase: str, inputs: Path, folder: Path) -> Cell:
             command, env=env, cwd=folder, capture_output=True, text=True, timeout=RUN_LIMIT_S
         )
         cell.exit_code = done.returncode
-        cell.message = (done.stderr.strip().splitlines() or [""])[-1]
+        said = done.stderr.strip() or done.stdout.strip()  # an error is in the former
+        cell.message = (said.splitlines() or [""])[-1]
     except subprocess.TimeoutExpired:
         cell.message = f"the command still ran after {RUN_LIMIT_S:.0f} s"
     ended = time.time()
