@@ -3,8 +3,6 @@
 A file in this folder registers itself.
 """
 
-import importlib
-import pkgutil
+from grpo_latent.common.registry import import_folder
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+import_folder(__name__, __path__)

@@ -1,8 +1,10 @@
-"""Which family a config, a model or a processor belongs to; an unknown one is an error."""
+"""Backbones by model type; `common.registry` says how all registries work.
+
+Beside it, which family a config, a model or a processor belongs to; an unknown one is an error.
+"""
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
 
@@ -11,31 +13,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from grpo_latent.backbones.protocol import Backbone
 from grpo_latent.backbones.text import TextBackbone
+from grpo_latent.common.registry import Registry, subclass_of
 from grpo_latent.errors import ConfigError
 
 # comma-separated `package.module:Class`; an environment variable, as it must reach every process:
 # torchrun's, Ray's, vLLM's
 VARIABLE = "GRPO_LATENT_BACKBONES"
 
-_BY_MODEL_TYPE: dict[str, type[Backbone]] = {}
-
-
-def register(cls: type[Backbone]) -> type[Backbone]:
-    """Class decorator: the class serves the models and processors that it names.
-
-    Raises:
-        ConfigError: another class has one of its model types already.
-    """
-    for model_type in cls.model_types:
-        known = _BY_MODEL_TYPE.setdefault(model_type, cls)
-        if known is not cls:
-            raise ConfigError(
-                "two backbones for one model type",
-                where=f"{cls.__module__}.{cls.__name__}.model_types",
-                got=model_type,
-                expected=f"a type that {known.__module__}.{known.__name__} does not have",
-            )
-    return cls
+# by the `model_type` of config.json
+BACKBONES: Registry[type[Backbone]] = Registry(
+    "backbone", subclass_of(Backbone), lambda cls: cls.model_types
+)
+register = BACKBONES.register
 
 
 def load_named_backbones() -> None:
@@ -45,25 +34,13 @@ def load_named_backbones() -> None:
         ConfigError: a name that is not `package.module:Class` of a `Backbone`.
     """
     for name in filter(None, os.environ.get(VARIABLE, "").split(",")):
-        module_name, _, class_name = name.strip().partition(":")
-        try:
-            cls = getattr(importlib.import_module(module_name), class_name)
-        except (ImportError, AttributeError, ValueError) as error:
-            cls = error
-        if not (isinstance(cls, type) and issubclass(cls, Backbone)):
-            raise ConfigError(
-                "not a backbone",
-                where=VARIABLE,
-                got=f"{name}: {cls}",
-                expected="package.module:Class of a Backbone",
-            )
-        register(cls)
+        register(BACKBONES.imported(name.strip(), VARIABLE))
 
 
 def known_model_types() -> list[str]:
     """All registered values of `model_type`, sorted."""
     load_named_backbones()
-    return sorted(_BY_MODEL_TYPE)
+    return sorted(BACKBONES)
 
 
 def find_backbone(hf_config: PreTrainedConfig, where: str = "model") -> type[Backbone]:
@@ -76,7 +53,7 @@ def find_backbone(hf_config: PreTrainedConfig, where: str = "model") -> type[Bac
         ConfigError: no family has this model type.
     """
     load_named_backbones()
-    cls = _BY_MODEL_TYPE.get(hf_config.model_type)
+    cls = BACKBONES.get(hf_config.model_type)
     if cls is not None:
         return cls
     if is_text_model(hf_config):
@@ -137,10 +114,10 @@ def backbone_of_processor(processor: ProcessorMixin) -> type[Backbone]:
     """
     load_named_backbones()
     names = [cls.__name__ for cls in type(processor).__mro__]
-    for cls in _BY_MODEL_TYPE.values():
+    for cls in BACKBONES.values():
         if not set(names).isdisjoint(cls.processor_names):
             return cls
-    known = sorted({name for cls in _BY_MODEL_TYPE.values() for name in cls.processor_names})
+    known = sorted({name for cls in BACKBONES.values() for name in cls.processor_names})
     raise ConfigError(
         "no backbone for this processor",
         where="processor",

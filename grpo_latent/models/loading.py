@@ -270,8 +270,8 @@ def find_mechanism(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> Me
         return None
     fields = json.loads(config_path.read_text())
     refuse_look_alikes(folder, fields, tokenizer.get_vocab())
-    for mechanism_class in MECHANISMS.values():
-        found = mechanism_class.official_layout(fields, tokenizer, where=str(config_path))
+    for cls in MECHANISMS.values():
+        found = cls.official_layout(fields, tokenizer, where=str(config_path))
         if found is not None:
             return found
     return published_mechanism(fields, tokenizer, where=str(config_path))

@@ -24,7 +24,7 @@ from transformers import (
 from grpo_latent.backbones.registry import read_backbone
 from grpo_latent.common.manifest import check_whole
 from grpo_latent.errors import CheckpointError, ConfigError
-from grpo_latent.latent.mechanisms import Mechanism, mechanism_class
+from grpo_latent.latent.mechanisms import MECHANISMS, Mechanism
 from grpo_latent.models.loading import find_mechanism, reading, save_latent_model
 from grpo_latent.models.tokens import add_latent_tokens
 
@@ -117,7 +117,9 @@ def add_latents(
             got=str(output),
             expected="a new or an empty folder",
         )
-    cls = mechanism_class(mechanism) if isinstance(mechanism, str) else mechanism
+    cls = (
+        MECHANISMS.find(mechanism, "latent.mechanism") if isinstance(mechanism, str) else mechanism
+    )
     plain = load_plain(path, dtype)
     found = find_mechanism(path, plain.tokenizer) if Path(path).is_dir() else None
     if found is not None:

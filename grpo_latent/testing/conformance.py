@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from grpo_latent.errors import ConfigError, ConformanceError
-from grpo_latent.latent.mechanisms import Mechanism, mechanism_class
+from grpo_latent.latent.mechanisms import MECHANISMS, Mechanism
 from grpo_latent.testing import decoding, learning
 from grpo_latent.testing.cases import BACKBONES, Case, build_case
 
@@ -59,7 +59,7 @@ def check_mechanism(
         ConformanceError: a promise is broken; `where` is check, backbone and mechanism.
         ConfigError: an unknown check, backbone or setting.
     """
-    cls = mechanism_class(cls) if isinstance(cls, str) else cls
+    cls = MECHANISMS.find(cls, "latent.mechanism") if isinstance(cls, str) else cls
     unknown = sorted(set(checks) - set(CHECKS))
     if unknown:
         raise ConfigError(

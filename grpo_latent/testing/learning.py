@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from grpo_latent.latent.mechanisms import load_mechanism
+from grpo_latent.latent.mechanisms import Mechanism, load_mechanism
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import load_latent_model, save_latent_model
 from grpo_latent.models.replay import replay_hidden
@@ -43,13 +43,7 @@ def check_saves(case: Case) -> str | None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         mechanism.save(folder)
-        found = load_mechanism(folder)
-        require(
-            found == mechanism,
-            "latent_config.json comes back otherwise",
-            got=found,
-            expected=repr(mechanism),
-        )
+        _require_settings(load_mechanism(folder), mechanism, "latent_config.json")
     head = case.model.get_output_embeddings()
     bias_V = head.bias
     head.bias = None  # what makes spans frequent; no published model has it, so none would load it
@@ -63,11 +57,7 @@ def check_saves(case: Case) -> str | None:
                 "loading a folder changes it",
                 expected="an untouched folder",
             )
-            require(
-                again.mechanism == mechanism,
-                "the folder gives another mechanism",
-                got=again.mechanism,
-            )
+            _require_settings(again.mechanism, mechanism, "the mechanism of a saved model")
             own, other = case.model.state_dict(), again.model.state_dict()
             differ = [
                 n
@@ -89,6 +79,10 @@ def check_saves(case: Case) -> str | None:
     finally:
         head.bias = bias_V
     return None
+
+
+def _require_settings(found: Mechanism, saved: Mechanism, what: str) -> None:
+    require(found == saved, f"{what} comes back otherwise", got=found, expected=repr(saved))
 
 
 def _digests(folder: Path) -> dict[str, str]:

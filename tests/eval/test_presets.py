@@ -129,7 +129,7 @@ def test_a_users_own_class_and_preset_by_their_paths(tmp_path, monkeypatch):
     assert [prompt_of(item) for item in items] == ["Say: How many?"] * 2
     assert items[1].published.grade("2, I think", items[1])
     assert isinstance(find_preset("own_preset:MINE"), Preset)
-    with pytest.raises(ConfigError, match="not a data.benchmark.preset.*Sums"):
+    with pytest.raises(ConfigError, match="data.benchmark.preset: not a preset.*Sums"):
         find_preset("own_preset:Sums")
 
 

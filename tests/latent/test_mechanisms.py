@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from grpo_latent.errors import ConfigError
-from grpo_latent.latent.mechanisms import MECHANISMS, load_mechanism, mechanism_class
+from grpo_latent.latent.mechanisms import MECHANISMS, load_mechanism
 from grpo_latent.trajectory import PositionKind as K
 
 
@@ -20,7 +20,7 @@ def published(mechanism, **changes):
 
 
 def test_published_settings(tmp_path):
-    assert tuple(MECHANISMS) == ("lvr", "ilvr", "ivt_lr", "coconut", "hybrid_gate", "own_slots")
+    assert set(MECHANISMS) == {"lvr", "ilvr", "ivt_lr", "coconut", "hybrid_gate", "own_slots"}
     seen = {}
     for name in MECHANISMS:
         found = published(name)
@@ -60,15 +60,17 @@ def test_changes_override_and_unknown_ones_are_errors():
     with pytest.raises(ConfigError, match="unknown field"):
         published("lvr", slots=3)
     with pytest.raises(ConfigError, match="unknown mechanism; got monet"):
-        mechanism_class("monet")
+        MECHANISMS.find("monet", "latent.mechanism")
     with pytest.raises(ConfigError, match="without an id.*add_latent_tokens"):
         MECHANISMS["ilvr"].from_tokens(ids("lvr"))
 
 
 def test_a_class_is_found_by_its_path_and_must_be_a_mechanism():
-    assert mechanism_class("grpo_latent.latent.mechanisms.lvr:LVR") is MECHANISMS["lvr"]
+    where = "latent.mechanism"
+    path = "grpo_latent.latent.mechanisms.lvr:LVR"
+    assert MECHANISMS.find(path, where) is MECHANISMS["lvr"]
     with pytest.raises(ConfigError, match="not a mechanism; got grpo_latent.errors:DataError"):
-        mechanism_class("grpo_latent.errors:DataError")
+        MECHANISMS.find("grpo_latent.errors:DataError", where)
 
 
 @pytest.mark.parametrize(

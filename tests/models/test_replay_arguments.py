@@ -5,7 +5,7 @@ import torch
 from latent_cases import build_case, sampling
 
 from grpo_latent.errors import ConfigError
-from grpo_latent.latent.mechanisms import mechanism_config
+from grpo_latent.latent.mechanisms import HybridGate
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.replay import collate, replay
 from grpo_latent.testing.cases import build_case as build_mechanism_case
@@ -28,7 +28,7 @@ def test_recorded_vectors_are_replayed_without_a_mechanism_and_under_another_vis
 
 def test_composed_tokens_need_the_mechanism():
     ids = {"<answer>": 5}
-    mechanism = mechanism_config("hybrid_gate", ids, answer_token="<answer>")
+    mechanism = HybridGate.from_tokens(ids, answer_token="<answer>")
     c = build_mechanism_case(type(mechanism), "qwen3", {"answer_token": "<answer>"})
     alone = ModelAdapter(c.model)
     batch = collate(c.recorded.trajectories, c.recorded.images, alone)

@@ -240,7 +240,7 @@ def test_a_class_that_nobody_can_import_cannot_be_saved():
     class Local(Scaled):
         pass
 
-    with pytest.raises(ConformanceError, match="check 'saves'.*unknown mechanism"):
+    with pytest.raises(ConformanceError, match="check 'saves'.*cannot import the mechanism"):
         check_mechanism(Local, checks=["saves"], backbones=["qwen3"], steps=3)
 
 

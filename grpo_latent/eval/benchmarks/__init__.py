@@ -22,9 +22,7 @@ anywhere that Python can import a `Benchmark`, or a class of it without argument
 `data.benchmark.name=package.module:NAME`. `presets.py` asks them as papers do.
 """
 
-import importlib
-import pkgutil
-
+from grpo_latent.common.registry import import_folder
 from grpo_latent.eval.benchmarks.loading import (
     LABELS,
     check_max_rows,
@@ -51,5 +49,4 @@ __all__ = [
     "register",
 ]
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+import_folder(__name__, __path__)

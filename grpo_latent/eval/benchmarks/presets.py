@@ -17,10 +17,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from grpo_latent.common.registry import Registry, instance_of
 from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.eval.benchmarks.choices import INSTRUCTION
 from grpo_latent.eval.benchmarks.protocol import BenchmarkItem, PublishedGrade
-from grpo_latent.eval.benchmarks.registry import imported
 from grpo_latent.eval.graders import LETTERS
 
 PUBLISHED = "published_accuracy"
@@ -102,25 +102,6 @@ def _asked(item: BenchmarkItem, form: Form) -> BenchmarkItem:
     if form.image_size is not None:
         images = tuple(replace(image, size=form.image_size) for image in images)
     return replace(item, messages=(message,), images=images, published=form.grade)
-
-
-def find_preset(name: str) -> Preset:
-    """Finds the preset of a name, or a user's own of package.module:NAME.
-
-    Raises:
-        ConfigError: unknown, not importable, or no `Preset`.
-    """
-    if name in PRESETS:
-        return PRESETS[name]
-    where = "data.benchmark.preset"
-    if not isinstance(name, str) or ":" not in name:
-        raise ConfigError(
-            "unknown preset",
-            where=where,
-            got=name,
-            expected=f"one of {sorted(PRESETS)}, or package.module:NAME",
-        )
-    return imported(name, Preset, where)
 
 
 # ---- LVR: the first character behind the last <answer>, of the text with all special tokens
@@ -279,4 +260,15 @@ IVT_LR = Preset(
     max_new_tokens=512,
 )
 
-PRESETS = {preset.name: preset for preset in (LVR, ILVR, IVT_LR)}
+PRESETS: Registry[Preset] = Registry("preset", instance_of(Preset), lambda preset: (preset.name,))
+for _preset in (LVR, ILVR, IVT_LR):
+    PRESETS.register(_preset)
+
+
+def find_preset(name: str) -> Preset:
+    """Finds the preset of a name, or a user's own of package.module:NAME.
+
+    Raises:
+        ConfigError: unknown, not importable, or no `Preset`.
+    """
+    return PRESETS.find(name, "data.benchmark.preset")

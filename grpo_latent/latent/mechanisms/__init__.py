@@ -9,10 +9,12 @@
                                        its distribution
     own_slots    slots of the prompt   a learned embedding          n slots            2310.02226
 
-A mechanism of your own is a subclass of `Mechanism`, `SpanMechanism` or `SlotMechanism` in any
-module that all processes can import; wherever a name stands, package.module:Class may stand.
+One file here under `@register` adds a mechanism. One of your own is a subclass of `Mechanism`,
+`SpanMechanism` or `SlotMechanism` in any module that all processes can import; wherever a name
+stands, package.module:Class may stand.
 """
 
+from grpo_latent.common.registry import import_folder
 from grpo_latent.latent.mechanisms.coconut import Coconut
 from grpo_latent.latent.mechanisms.hybrid_gate import HybridGate
 from grpo_latent.latent.mechanisms.ilvr import ILVR
@@ -28,7 +30,7 @@ from grpo_latent.latent.mechanisms.protocol import (
     Mechanism,
     Refusal,
 )
-from grpo_latent.latent.mechanisms.registry import MECHANISMS, mechanism_class, mechanism_config
+from grpo_latent.latent.mechanisms.registry import MECHANISMS, register
 from grpo_latent.latent.mechanisms.row_states import RowStates
 from grpo_latent.latent.mechanisms.slots import SlotMechanism
 from grpo_latent.latent.mechanisms.spans import SpanMechanism
@@ -54,6 +56,7 @@ __all__ = [
     "SpanMechanism",
     "from_dict",
     "load_mechanism",
-    "mechanism_class",
-    "mechanism_config",
+    "register",
 ]
+
+import_folder(__name__, __path__)

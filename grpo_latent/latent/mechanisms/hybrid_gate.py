@@ -42,6 +42,7 @@ from transformers import PretrainedConfig
 
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.mechanisms.protocol import HiddenSource, Mechanism
+from grpo_latent.latent.mechanisms.registry import register
 from grpo_latent.latent.mechanisms.row_states import RowStates
 from grpo_latent.trajectory import PositionKind
 
@@ -78,6 +79,7 @@ class Gate(nn.Module):
         return fed_MH.to(embeds_MH.dtype)
 
 
+@register
 @dataclass(frozen=True)
 class HybridGate(Mechanism):
     """Tokens mixed with what they were drawn from, until a delimiter.

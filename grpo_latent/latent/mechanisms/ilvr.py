@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.mechanisms.protocol import Mechanism, Refusal
+from grpo_latent.latent.mechanisms.registry import register
 from grpo_latent.latent.mechanisms.spans import END_TOKEN, SpanMechanism, span_refusals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@register
 @dataclass(frozen=True)
 class ILVR(SpanMechanism):
     """Spans repeat, and end at the end token or after `steps`."""

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from grpo_latent.latent.mechanisms.fed_back import check_choice, check_count
+from grpo_latent.latent.mechanisms.registry import register
 from grpo_latent.latent.mechanisms.slots import SlotMechanism
 
 SELECTION_ORDERS = ("index", "attention")
 
 
+@register
 @dataclass(frozen=True)
 class IVTLR(SlotMechanism):
     """`steps` slots, `top_k_image` chosen image embeddings before each.

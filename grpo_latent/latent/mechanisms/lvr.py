@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.mechanisms.fed_back import HEAD_ATTRIBUTE, check_switch
 from grpo_latent.latent.mechanisms.protocol import OF_CHECKPOINT, Mechanism, Refusal
+from grpo_latent.latent.mechanisms.registry import register
 from grpo_latent.latent.mechanisms.spans import (
     END_TOKEN,
     LATENT_END,
@@ -36,6 +37,7 @@ _OFFICIAL_IDS = {
 _OFFICIAL_HEADS = {"simple": "mlp", "glu": "glu"}
 
 
+@register
 @dataclass(frozen=True)
 class LVR(SpanMechanism):
     """Spans end after `steps`, near a learned end vector, or at the end token.

@@ -28,11 +28,13 @@ from transformers import PretrainedConfig
 
 from grpo_latent.errors import CheckpointError
 from grpo_latent.latent.mechanisms.protocol import HiddenSource
+from grpo_latent.latent.mechanisms.registry import register
 from grpo_latent.latent.mechanisms.slots import SlotMechanism
 
 SLOT_ATTRIBUTE = "own_slot"
 
 
+@register
 @dataclass(frozen=True)
 class OwnSlots(SlotMechanism):
     """`steps` slots of a learned embedding, through the head if there is one."""

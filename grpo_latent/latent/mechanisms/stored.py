@@ -17,7 +17,7 @@ from typing import Any
 from grpo_latent.common.settings import build
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.mechanisms.protocol import LATENT_CONFIG_FILE, VERSION, Mechanism
-from grpo_latent.latent.mechanisms.registry import mechanism_class
+from grpo_latent.latent.mechanisms.registry import MECHANISMS
 
 # keys of version 1 that are no setting of some mechanism, with the only value that it may have
 # there: see `_fixed`
@@ -80,7 +80,8 @@ def from_dict(values: Any, where: str) -> Mechanism:
     }
     try:
         # the first files of version 1 knew LVR only and did not say so
-        cls = mechanism_class(values.get("mechanism", "lvr" if version == 1 else None))
+        name = values.get("mechanism", "lvr" if version == 1 else None)
+        cls = MECHANISMS.find(name, "latent.mechanism")
         settings = _of_version_1(cls, settings) if version == 1 else settings
         return build(
             cls,

@@ -14,15 +14,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.treatments.protocol import LatentSource, Treatment
+from grpo_latent.latent.treatments.registry import register
 from grpo_latent.latent.treatments.values import at_least_float, is_number
 
 
+@register
 @dataclass(frozen=True)
 class Gaussian(Treatment):
     """Draws z around mu with a fixed width, and scores it by a Gaussian density.
@@ -36,6 +39,7 @@ class Gaussian(Treatment):
     per_dimension: divide the log-density by H.
     """
 
+    name: ClassVar[str] = "gaussian"
     sigma: float = 1.0
     sigma_rollout: float | None = None
     per_dimension: bool = False

@@ -19,13 +19,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.treatments.protocol import PARAMETERS_ATTRIBUTE, LatentSource, Treatment
+from grpo_latent.latent.treatments.registry import register
 from grpo_latent.latent.treatments.values import at_least_float, is_number
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class LogWidth(nn.Module):
         return self.linear(normed_MH)
 
 
+@register
 @dataclass(frozen=True)
 class GaussianHead(Treatment):
     """Draws z around mu with a width that h decides, and scores it by that density.
@@ -56,6 +58,7 @@ class GaussianHead(Treatment):
     per_dimension: divide the log-density by H, so that ratios stay near 1 at any H.
     """
 
+    name: ClassVar[str] = "gaussian_head"
     sigma: float = 1.0
     sigma_range: float = 10.0
     per_dimension: bool = False

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,9 +25,11 @@ from grpo_latent.algo.selection import gumbel_noise
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.latent.treatments.protocol import LatentSource, Treatment
+from grpo_latent.latent.treatments.registry import register
 from grpo_latent.latent.treatments.values import at_least_float, is_number
 
 
+@register
 @dataclass(frozen=True)
 class GumbelSoft(Treatment):
     """Draws a weighting of the k likeliest tokens, and scores it by the Gumbel density.
@@ -40,6 +43,7 @@ class GumbelSoft(Treatment):
         joint: sum over k instead of the mean.
     """
 
+    name: ClassVar[str] = "gumbel_soft"
     top_k: int = 5
     tau: float = 0.1
     clamp: tuple[float, float] | None = (-1.5, 3.0)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from grpo_latent.latent.treatments.protocol import Treatment
+from grpo_latent.latent.treatments.registry import register
 
 
+@register
 @dataclass(frozen=True)
 class Mask(Treatment):
     """Feeds h as it is, replays it as recorded, gives it no density: the protocol's defaults.
@@ -14,3 +17,5 @@ class Mask(Treatment):
     Trajectories of a group with the same tokens before a latent then share it: they explore text
     alone, and RL can reward a right answer that was read off a wrong latent.
     """
+
+    name: ClassVar[str] = "mask"

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
@@ -70,6 +70,7 @@ class Treatment:
     reference.
 
     Attributes:
+        name: in the registry; a class of a user's own has none.
         is_action: whether the policy acts at latents; then `log_density` enters a loss of its own.
         gradient: how the current model's latents enter the training forward: `cut`, `one_hop` or
             `bptt` (see `models.recompute`). None: the recorded vectors do.
@@ -77,6 +78,7 @@ class Treatment:
         aux_size: A.
     """
 
+    name: ClassVar[str] = ""
     is_action = False
     reads_logits = False
 

@@ -10,11 +10,14 @@ row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from grpo_latent.common.settings import check_choice
 from grpo_latent.latent.treatments.protocol import GRADIENTS, Treatment
+from grpo_latent.latent.treatments.registry import register
 
 
+@register
 @dataclass(frozen=True)
 class Recompute(Treatment):
     """Makes the latents anew in the update's forward; rollouts are those of `mask`.
@@ -23,6 +26,7 @@ class Recompute(Treatment):
     gradient: `cut`, `one_hop` or `bptt`, what flows from the text into the making of its latents.
     """
 
+    name: ClassVar[str] = "recompute"
     gradient: str = "cut"
 
     def __post_init__(self) -> None:

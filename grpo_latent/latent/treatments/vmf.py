@@ -25,6 +25,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ from grpo_latent.latent.treatments.loss_components import (
     clipped_ratio,
 )
 from grpo_latent.latent.treatments.protocol import LatentSource, Treatment
+from grpo_latent.latent.treatments.registry import register
 from grpo_latent.latent.treatments.terms import LatentTerms
 from grpo_latent.latent.treatments.values import at_least_float, is_number
 
@@ -45,6 +47,7 @@ _NODES = 2**16
 _HALF_WIDTHS = 30
 
 
+@register
 @dataclass(frozen=True)
 class VonMisesFisher(Treatment):
     """Turns h at random, keeping its length, and scores the direction by a vMF density.
@@ -53,6 +56,7 @@ class VonMisesFisher(Treatment):
     kappa: concentration; 0 < kappa <= 1e6.
     """
 
+    name: ClassVar[str] = "vmf"
     kappa: float = 1000.0
     is_action = True
 

@@ -19,6 +19,7 @@ from grpo_latent.backbones.registry import read_backbone
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.mechanisms import LVR, Mechanism, from_dict  # noqa: F401  (LVR: doctest)
 from grpo_latent.latent.treatments import Mask, Treatment, parse_treatment, to_dict
+from grpo_latent.latent.treatments.registry import names_without_parameters
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.loading import check_tokens, find_eos_ids, read_mechanism, reading
 from grpo_latent.rollout.vllm.supported import ENGINE_HF, NORMALIZES_PIXELS
@@ -151,7 +152,7 @@ def check_treatment(treatment: Treatment, mechanism: Mechanism) -> None:
             "engine vllm keeps no parameters of a treatment",
             where="latent.treatment.name",
             got=type(treatment).__name__,
-            expected="one without parameters (mask, recompute, gaussian, gumbel_soft, vmf)",
+            expected=f"one without parameters ({names_without_parameters()})",
             fix=f"Use {ENGINE_HF}.",
         )
 

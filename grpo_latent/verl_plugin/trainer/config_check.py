@@ -15,6 +15,7 @@ from grpo_latent.common.settings import build
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.eval.usage import UsageSettings
 from grpo_latent.latent.mechanisms import Mechanism
+from grpo_latent.latent.treatments.registry import names_without_parameters
 from grpo_latent.rollout.vllm.skeleton import check_mechanism
 from grpo_latent.verl_plugin.boot.layout import (
     check_layout,
@@ -379,7 +380,7 @@ def _check_vllm(config: DictConfig, options: LatentOptions) -> None:
             "latent.treatment.name",
             treatment.has_parameters,
             type(treatment).__name__,
-            "one without parameters of its own (mask, recompute, gaussian, gumbel_soft, vmf)",
+            f"one without parameters of its own ({names_without_parameters()})",
         ),
         (
             "actor_rollout_ref.rollout.data_parallel_size",
