@@ -103,7 +103,7 @@ _EVERYWHERE_BUT_PAGE = FILES | _WORKER
 _LOG_PROBS = frozenset({Wire.DUMP, Wire.INSPECTOR})
 
 # made by the rollout
-_OF_TRAJECTORY = (
+_TRAJECTORY_FIELDS = (
     Field("prompt_ids", torch.int64, "P", _EVERYWHERE_BUT_PAGE, column="prompts", is_verls=True),
     Field("token_ids", torch.int64, "T", ALL, column="responses", is_verls=True),
     # the column has the prompt's kinds in front
@@ -115,7 +115,7 @@ _OF_TRAJECTORY = (
     Field("sampling_log_probs", torch.float32, "T", FILES | _LOG_PROBS),
 )
 # made by verl, its agent loop and its training: columns only
-_OF_TRAINING = (
+_TRAINING_FIELDS = (
     Field("response_mask", torch.int64, "T", _WORKER | {Wire.DUMP, Wire.INSPECTOR}, is_verls=True),
     Field("advantages", torch.float32, "T", _WORKER | {Wire.DUMP, Wire.INSPECTOR}, is_verls=True),
     Field("old_log_probs", torch.float32, "T", _WORKER | _LOG_PROBS, is_verls=True),
@@ -136,8 +136,10 @@ _OF_TRAINING = (
     Field("multi_modal_inputs", None, "P", _WORKER, is_verls=True),
     Field("ref_latent_means", torch.float32, "MH", _WORKER, is_verls=True),
 )
-_FIELDS: dict[str, Field] = {field.name: field for field in (*_OF_TRAJECTORY, *_OF_TRAINING)}
-_TRAINING_NAMES = frozenset(field.name for field in _OF_TRAINING)
+_FIELDS: dict[str, Field] = {
+    field.name: field for field in (*_TRAJECTORY_FIELDS, *_TRAINING_FIELDS)
+}
+_TRAINING_NAMES = frozenset(field.name for field in _TRAINING_FIELDS)
 
 
 def register(field: Field) -> None:

@@ -39,7 +39,7 @@ ALLOWED = [
 ]
 # what `.metadata` of torch.distributed.checkpoint consists of, which torch reads by plain pickle
 _DCP = "torch.distributed.checkpoint"
-_OF_METADATA = {
+_METADATA_GLOBALS = {
     ("pathlib", "PosixPath"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
@@ -125,7 +125,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or (module, name) in _OF_METADATA:
+        if is_dtype or (module, name) in _METADATA_GLOBALS:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name} is not allowed")
 

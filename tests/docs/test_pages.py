@@ -33,7 +33,7 @@ CODE = re.compile(r"`([^`\n]+)`")
 FILE = re.compile(r"^[\w.{},*/-]+/[\w.{},*-]+\.(?:py|sh|yaml|md|txt|json|jsonl|png|svg|cff)$")
 KEY = re.compile(r"^\+?((?:latent|actor_rollout_ref|algorithm|trainer|data|loss|model)\.[\w.]+)=")
 # pages write a placeholder in their place: files of a user, of a run, of a checkpoint
-OF_USERS = re.compile(r"^(my_|outputs/|checkpoints/|sft/|results/)|global_step|<")
+USERS_OWN = re.compile(r"^(my_|outputs/|checkpoints/|sft/|results/)|global_step|<")
 
 
 @pytest.fixture(params=PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))
@@ -85,7 +85,7 @@ def test_named_files_exist(page):
     roots = (REPOSITORY, REPOSITORY / "grpo_latent", REPOSITORY / "docs", page.parent)
     for text in CODE.findall(prose(page.read_text())):
         name = text.split(":")[0].split(" ")[0]
-        if not FILE.match(name) or OF_USERS.search(name):
+        if not FILE.match(name) or USERS_OWN.search(name):
             continue
         for each in expand(name):
             assert any(list(root.glob(each)) for root in roots), text

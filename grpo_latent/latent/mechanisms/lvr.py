@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.mechanisms.fed_back import HEAD_ATTRIBUTE, check_switch
-from grpo_latent.latent.mechanisms.protocol import OF_CHECKPOINT, Mechanism, Refusal
+from grpo_latent.latent.mechanisms.protocol import CHECKPOINT_ONLY, Mechanism, Refusal
 from grpo_latent.latent.mechanisms.registry import register
 from grpo_latent.latent.mechanisms.spans import (
     END_TOKEN,
@@ -54,7 +54,7 @@ class LVR(SpanMechanism):
     latent_end_token: str | None = None
     latent_end_id: int | None = None
     latent_end_threshold: float = 0.02
-    end_vector: bool | None = field(default=None, metadata=OF_CHECKPOINT)
+    end_vector: bool | None = field(default=None, metadata=CHECKPOINT_ONLY)
 
     name: ClassVar[str] = "lvr"
     published_tokens: ClassVar[Mapping[str, str]] = {

@@ -38,7 +38,7 @@ POSITIONS = ("text_style", "1d")
 UNBOUNDED = 2**62  # spans of a row without a bound
 LATENT_CONFIG_FILE = "latent_config.json"
 VERSION = 2  # of that file: see `stored`
-OF_CHECKPOINT = {"of_checkpoint": True}  # metadata of a field that no section of a config sets
+CHECKPOINT_ONLY = {"checkpoint_only": True}  # metadata of a field that no section of a config sets
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.mechanisms.fed_back import FedBack, check_choice, check_count, check_switch
 from grpo_latent.latent.mechanisms.protocol import (
-    OF_CHECKPOINT,
+    CHECKPOINT_ONLY,
     UNBOUNDED,
     VISIBILITIES,
     Refusal,
@@ -73,8 +73,8 @@ class SpanMechanism(FedBack):
     visibility: str = "full"
     start_is_action: bool = True
     span_end: str = FORCED_END
-    start: str = field(default=EMITTED_START, metadata=OF_CHECKPOINT)
-    first_latent: str = field(default=AFTER_START, metadata=OF_CHECKPOINT)
+    start: str = field(default=EMITTED_START, metadata=CHECKPOINT_ONLY)
+    first_latent: str = field(default=AFTER_START, metadata=CHECKPOINT_ONLY)
     end_is_action: bool = True
 
     exits: ClassVar[tuple[str, ...]] = (STEPS, END_TOKEN)

@@ -81,7 +81,7 @@ def latent_settings(mechanism: type[Mechanism]) -> type[LatentSettings]:
             published.get(field.name, field.default),
         )
         for field in dataclasses.fields(mechanism)
-        if field.name not in ids and not field.metadata.get("of_checkpoint")
+        if field.name not in ids and not field.metadata.get("checkpoint_only")
     ]
     return dataclasses.make_dataclass(
         f"{mechanism.__name__}Latents",

@@ -29,7 +29,10 @@ from grpo_latent.verl_plugin.boot.remote_errors import unwrapped
 POLL_S = 2.0
 GRACE_S = 5.0  # for a run to end by itself at an actor's death, so that its log says how it saw it
 KILLED_GRACE_S = 20.0  # verl kills TransferQueue's actors when a run is over, and closes then
-OF_RAY = ("gcs_server", "raylet")  # processes of a Ray of our own without which it does nothing
+RAY_PROCESSES = (
+    "gcs_server",
+    "raylet",
+)  # processes of a Ray of our own without which it does nothing
 ROLES = {
     "TaskRunnerV1": "trainer",
     "WorkerDict": "training worker",  # verl's class around those that share a process
@@ -218,7 +221,7 @@ def _fallen_ray() -> DeadActor | None:
     if node is None or not node.is_head():
         return None
     for kind, process in node.dead_processes():
-        if kind in OF_RAY:
+        if kind in RAY_PROCESSES:
             log = Path(node.get_logs_dir_path()) / f"{kind}.out"
             detail = f"ended with {process.returncode}"
             return DeadActor(

@@ -50,7 +50,7 @@ UNUSED_HELPS = (
     "What helps: a task that needs them, or latent.visibility=latents_only from SFT on, under "
     "which text after a span does not see the image"
 )
-OF_STEPS: tuple[type[Alarm], ...] = (
+STEP_ALARMS: tuple[type[Alarm], ...] = (
     LatentsVanish,
     RewardBelowStart,
     SilentGroups,
@@ -68,8 +68,8 @@ class Alarms:
         self.settings = settings
         self.held_out = HeldOutBelowStart(settings)
         self.silent = SilentGroups(settings)
-        self.of_steps = [
-            self.silent if kind is SilentGroups else kind(settings) for kind in OF_STEPS
+        self.step_alarms = [
+            self.silent if kind is SilentGroups else kind(settings) for kind in STEP_ALARMS
         ]
         self.counts = dict.fromkeys((*FAULTS, SOLVED), 0)
 
@@ -77,7 +77,9 @@ class Alarms:
 
     def after_step(self, metrics: dict[str, Any]) -> list[Line]:
         """Lines of a training step; adds `latent/alarm_<kind>` and `actor/silent_steps`."""
-        lines = [self._count(alarm.kind, alarm.judge(metrics), alarm) for alarm in self.of_steps]
+        lines = [
+            self._count(alarm.kind, alarm.judge(metrics), alarm) for alarm in self.step_alarms
+        ]
         solved = (
             "every group has equal rewards, nearly all the largest of the run: nothing is left"
         )
@@ -130,7 +132,7 @@ class Alarms:
 
         What is bad, be it for the first time; a reward below its start, a validation below the best.
         """
-        doubtful = {a.kind for a in (*self.of_steps, self.held_out) if a.is_doubtful}
+        doubtful = {a.kind for a in (*self.step_alarms, self.held_out) if a.is_doubtful}
         return [
             kind
             for kind in self.settings.rollback_on
@@ -141,7 +143,7 @@ class Alarms:
 
     def state(self) -> dict[str, Any]:
         """As JSON."""
-        memories = {alarm.kind: alarm.memory for alarm in (*self.of_steps, self.held_out)}
+        memories = {alarm.kind: alarm.memory for alarm in (*self.step_alarms, self.held_out)}
         return copy.deepcopy({"bad_in_a_row": self.counts, "memory": memories})
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -153,6 +155,6 @@ class Alarms:
         counts, memories = state["bad_in_a_row"], state["memory"]
         if set(counts) != set(self.counts) or not all(is_like(0, n) for n in counts.values()):
             raise ValueError(f"counters {counts}")
-        for alarm in (*self.of_steps, self.held_out):
+        for alarm in (*self.step_alarms, self.held_out):
             alarm.restore(memories[alarm.kind])
         self.counts = dict(counts)

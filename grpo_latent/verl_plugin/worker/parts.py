@@ -22,7 +22,7 @@ from grpo_latent.common.manifest import (
 )
 from grpo_latent.errors import CheckpointError
 
-_OF_RANK = re.compile(r"_rank_(\d+)\.pt$")
+_RANK_FILE = re.compile(r"_rank_(\d+)\.pt$")
 HF_FOLDER = "huggingface"
 RANKS_FILE = "fsdp_config.json"
 
@@ -33,7 +33,7 @@ def rank_of(name: str) -> int:
     >>> rank_of("optim_world_size_2_rank_1.pt"), rank_of("fsdp_config.json")
     (1, 0)
     """
-    found = _OF_RANK.search(name)
+    found = _RANK_FILE.search(name)
     return int(found[1]) if found else 0
 
 
