@@ -16,6 +16,7 @@ stands, package.module:Class may stand.
 
 from grpo_latent.common.registry import import_folder
 from grpo_latent.latent.mechanisms.coconut import Coconut
+from grpo_latent.latent.mechanisms.hidden_source import HiddenSource
 from grpo_latent.latent.mechanisms.hybrid_gate import HybridGate
 from grpo_latent.latent.mechanisms.ilvr import ILVR
 from grpo_latent.latent.mechanisms.ivt_lr import IVTLR
@@ -26,7 +27,6 @@ from grpo_latent.latent.mechanisms.protocol import (
     POSITIONS,
     UNBOUNDED,
     VISIBILITIES,
-    HiddenSource,
     Mechanism,
     Refusal,
 )

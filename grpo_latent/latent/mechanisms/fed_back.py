@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from grpo_latent.errors import ConfigError
-from grpo_latent.latent.mechanisms.protocol import HiddenSource, Mechanism
+from grpo_latent.latent.mechanisms.hidden_source import HiddenSource
+from grpo_latent.latent.mechanisms.protocol import Mechanism
 from grpo_latent.trajectory import PositionKind
 
 if TYPE_CHECKING:

@@ -41,7 +41,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from grpo_latent.errors import CheckpointError, ConfigError
-from grpo_latent.latent.mechanisms.protocol import HiddenSource, Mechanism
+from grpo_latent.latent.mechanisms.hidden_source import HiddenSource
+from grpo_latent.latent.mechanisms.protocol import Mechanism
 from grpo_latent.latent.mechanisms.registry import register
 from grpo_latent.latent.mechanisms.row_states import RowStates
 from grpo_latent.trajectory import PositionKind

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from grpo_latent.errors import CheckpointError
-from grpo_latent.latent.mechanisms.protocol import HiddenSource
+from grpo_latent.latent.mechanisms.hidden_source import HiddenSource
 from grpo_latent.latent.mechanisms.registry import register
 from grpo_latent.latent.mechanisms.slots import SlotMechanism
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from grpo_latent.common.files import write_text
 from grpo_latent.errors import ConfigError
+from grpo_latent.latent.mechanisms.hidden_source import HiddenSource
 from grpo_latent.latent.mechanisms.row_states import RowStates
 from grpo_latent.trajectory import PositionKind, made_mask
 
@@ -39,30 +40,6 @@ UNBOUNDED = 2**62  # spans of a row without a bound
 LATENT_CONFIG_FILE = "latent_config.json"
 VERSION = 2  # of that file: see `stored`
 CHECKPOINT_ONLY = {"checkpoint_only": True}  # metadata of a field that no section of a config sets
-
-
-@dataclass(frozen=True)
-class HiddenSource:
-    """What a recorded vector is made of: the hidden state of the position before it.
-
-    Attributes:
-        hidden_MH: last hidden states after the final norm; leading dimensions may be any.
-        logits: makes the logits [M, V] of the same hidden states, nothing masked, temperature 1.
-        embed: token embeddings of ids of any shape.
-    """
-
-    hidden_MH: Tensor
-    logits: Callable[[], Tensor]
-    embed: Callable[[Tensor], Tensor]
-
-    def mix(self, weights_MV: Tensor) -> Tensor:
-        """Sum of the embeddings of all V tokens with these weights, [M, H].
-
-        The embedding module is asked for its rows, not for its weight, of which FSDP may hold
-        shards.
-        """
-        embeds_VH = self.embed(torch.arange(weights_MV.shape[-1], device=weights_MV.device))
-        return weights_MV.to(embeds_VH.dtype) @ embeds_VH
 
 
 @dataclass(frozen=True)
