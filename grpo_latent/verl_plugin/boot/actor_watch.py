@@ -145,6 +145,9 @@ class ActorWatch:
         if now < self._next_poll:
             return
         self._next_poll = now + POLL_S
+        fallen = _fallen_ray()
+        if fallen is not None:  # no grace: a short run would end meanwhile as if all were well
+            raise fallen.error(self.position)
         dead = self.first_death()
         if dead is None:
             return

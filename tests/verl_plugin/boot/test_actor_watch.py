@@ -140,7 +140,7 @@ def test_a_fallen_ray_is_named_without_asking_it(table, monkeypatch, tmp_path):
         get_logs_dir_path=lambda: str(tmp_path),
         dead_processes=lambda: dead,
     )
-    watch = ActorWatch(grace_s=0.0)
+    watch = ActorWatch(grace_s=60.0)  # which it does not get
     monkeypatch.setattr(actor_watch.ray_worker, "_global_node", node)
     assert watch.first_death() is None  # of no consequence to a run
     dead.append(("gcs_server", SimpleNamespace(pid=7, returncode=-9)))
