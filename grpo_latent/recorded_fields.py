@@ -133,7 +133,8 @@ _TRAINING_FIELDS = (
     Field("loss_mask", torch.int64, "T", _WORKER, is_verls=True),
     Field("input_ids", torch.int64, "L", _WORKER, is_verls=True),
     Field("position_ids", torch.int64, "L", _WORKER, is_verls=True),
-    Field("multi_modal_inputs", None, "P", _WORKER, is_verls=True),
+    # of a group's first trajectory; workers fetch them once a step, by `worker.group_images`
+    Field("multi_modal_inputs", None, "P", frozenset(), is_verls=True),
     Field("ref_latent_means", torch.float32, "MH", _WORKER, is_verls=True),
 )
 _FIELDS: dict[str, Field] = {

@@ -344,7 +344,7 @@ def test_the_wires_of_today():
     }
     assert made == {"stop_reason", "group_id", "seed", "policy_version", "extra"}
     assert sorted(recorded_fields.columns(Wire.WORKER)) == sorted(
-        "input_ids position_ids multi_modal_inputs position_kinds latent_embeds latent_aux selected_idx ref_latent_means "
+        "input_ids position_ids position_kinds latent_embeds latent_aux selected_idx ref_latent_means "
         "prompts responses response_mask loss_mask old_log_probs ref_log_prob advantages rollout_is_weights".split()
     )
     assert {f.column: f.dump for f in recorded_fields.on(Wire.DUMP) if f.column != f.dump} == {

@@ -26,6 +26,7 @@ from tensordict import NonTensorStack, TensorDict
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils.profiler import simple_timer
 
+from grpo_latent import recorded_fields
 from grpo_latent.errors import GrpoLatentError, RolloutError
 from grpo_latent.rollout.protocol import SamplingParams
 from grpo_latent.rollout.sampling import trajectory_seed
@@ -33,6 +34,7 @@ from grpo_latent.verl_plugin.boot import compat
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import verify
 from grpo_latent.verl_plugin.boot.remote_errors import portable
+from grpo_latent.verl_plugin.boot.row_keys import trajectory_key
 from grpo_latent.verl_plugin.rollout.group_rows import (
     check_finite,
     parts_of,
@@ -48,6 +50,7 @@ from grpo_latent.verl_plugin.rollout.waves import Ticket
 from grpo_latent.verl_plugin.rollout.writes import Writer
 
 TICKET = "latent_ticket"
+IMAGES = recorded_fields.field("multi_modal_inputs").column
 TELL_TIMEOUT_S = 10.0
 # columns of the data row that verl, the dumps or the metrics read after the rollout; each costs
 # time for every trajectory
@@ -90,7 +93,10 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ign
             await self._mark(uid, partition_id, "running")
             outputs, pixels = await self._run_group(prompt, sampling_params, trajectory, ticket)
             await self._score(outputs, prompt)
-            await self._store(outputs, pixels, prompt, partition_id)
+            # nobody trains on validation
+            await self._store(
+                outputs, {} if trajectory["validate"] else pixels, prompt, partition_id
+            )
             await self._mark(uid, partition_id, "finished")
         except BaseException as error:  # a SystemExit would end the loop of all other prompts
             traceback.print_exc()
@@ -174,9 +180,9 @@ class LatentAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ign
                 **output.as_dict(),
                 **row,
                 "session_id": session_id,
-                "multi_modal_inputs": pixels,
+                IMAGES: pixels if session_id == 0 else {},  # of the whole group: `group_images`
             }
-            key = f"{prompt['uid']}_{session_id}_0"
+            key = trajectory_key(prompt["uid"], session_id)
             check_finite(output.recorded, output.reward_score, key, prompt["global_steps"])
             fields.append(field)
             keys.append(key)

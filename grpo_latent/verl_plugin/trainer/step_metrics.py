@@ -11,9 +11,10 @@ from transfer_queue import KVBatchMeta
 from grpo_latent import recorded_fields
 from grpo_latent.errors import RewardError
 from grpo_latent.eval.geometry import geometry
+from grpo_latent.verl_plugin.boot.row_keys import group_of
 from grpo_latent.verl_plugin.trainer.dropped import is_dropped
 from grpo_latent.verl_plugin.trainer.spread import reward_spread
-from grpo_latent.verl_plugin.trainer.step_rows import StepRows, group_of
+from grpo_latent.verl_plugin.trainer.step_rows import StepRows
 
 # of reward_extra_info: bookkeeping, no reward terms
 NOT_REWARD_TERMS = ("score", "acc", "dropped")

@@ -14,7 +14,15 @@ from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_
 from grpo_latent import recorded_fields
 from grpo_latent.models.groups import number_groups
 from grpo_latent.recorded_fields import Wire
-from grpo_latent.verl_plugin.worker.finite import GROUPS, KEYS, NUMBERS, SEPARATOR, STEP
+from grpo_latent.verl_plugin.boot.row_keys import group_of
+from grpo_latent.verl_plugin.worker.finite import (
+    GROUPS,
+    KEYS,
+    NUMBERS,
+    PARTITION,
+    SEPARATOR,
+    STEP,
+)
 
 
 class StepRows:
@@ -45,13 +53,8 @@ class StepRows:
 
     @property
     def group_ids(self) -> list[str]:
-        """Of each trajectory, whose key is `<group>_<session>_<output>`."""
+        """Of each trajectory."""
         return [group_of(key) for key in self.keys]
-
-
-def group_of(key: str) -> str:
-    """The group of a trajectory's key."""
-    return key.rsplit("_", 2)[0]
 
 
 def number_rows(batch: KVBatchMeta) -> None:
@@ -90,5 +93,6 @@ def for_workers(batch: KVBatchMeta, step: int) -> KVBatchMeta:
     what verl does, took most of an update of a small model.
     """
     batch.fields = [*recorded_fields.columns(Wire.WORKER), NUMBERS, GROUPS]
-    batch.extra_info.update({STEP: step, KEYS: SEPARATOR.join(batch.keys)})
+    names = {STEP: step, KEYS: SEPARATOR.join(batch.keys), PARTITION: batch.partition_id}
+    batch.extra_info.update(names)
     return batch

@@ -48,6 +48,7 @@ from grpo_latent.verl_plugin.boot.registration import NAME
 from grpo_latent.verl_plugin.worker.choice_forward import ChoiceForward
 from grpo_latent.verl_plugin.worker.finite import SkippedUpdates, check_rows
 from grpo_latent.verl_plugin.worker.gradients import InputGradients
+from grpo_latent.verl_plugin.worker.group_images import GroupImages
 from grpo_latent.verl_plugin.worker.latent_loss import NUM_ACTS, NUM_LATENTS, LatentLoss
 from grpo_latent.verl_plugin.worker.micro_batch import MicroBatch, engine_sequences
 from grpo_latent.verl_plugin.worker.scored_head import ScoredHead, Wanted
@@ -66,8 +67,14 @@ class LatentFSDPEngine(WeightsEngine):
     batch: MicroBatch | None = None
     sequences: LatentSequences | None = None
 
-    def configure(self, options: LatentOptions, freeze_vision: bool = False) -> None:
-        """To be called before `initialize`."""
+    def configure(
+        self,
+        options: LatentOptions,
+        freeze_vision: bool = False,
+        group_images: GroupImages | None = None,
+    ) -> None:
+        """To be called before `initialize`; without `group_images`, batches bring their images."""
+        self.group_images = group_images
         self.options = options
         self.freeze_vision = freeze_vision
         self.skipped = SkippedUpdates(options.max_skipped_updates)
@@ -134,6 +141,8 @@ class LatentFSDPEngine(WeightsEngine):
     # ---- forward --------------------------------------------------------------------------------
 
     def forward_backward_batch(self, data: TensorDict, loss_function, forward_only=False):
+        if self.group_images is not None and self.backbone.has_vision:
+            self.group_images.add_to(data)
         if isinstance(loss_function, LatentLoss) and not forward_only:
             # before verl cuts the mini-batch: every micro-batch divides by the counts of all of
             # them

@@ -27,7 +27,7 @@ from verl.utils import tensordict_utils as tu
 from grpo_latent.errors import TrainingError
 
 # what the trainer adds to a batch: non-tensors, and columns
-STEP, KEYS = "latent_step", "trajectory_keys"
+STEP, KEYS, PARTITION = "latent_step", "trajectory_keys", "trajectory_partition"
 NUMBERS, GROUPS = "trajectory_numbers", "group_numbers"
 SEPARATOR = " "
 MAX_SHOWN = 8
@@ -40,17 +40,24 @@ def step_of(data: TensorDict) -> str:
     return "an update" if step is None else f"step {step}"
 
 
+def keys_of(data: TensorDict) -> list[str] | None:
+    """The key of each row in TransferQueue; None where the trainer has not said them."""
+    keys = tu.get_non_tensor_data(data, KEYS, None)
+    if keys is None or NUMBERS not in data.keys():
+        return None
+    all_keys = keys.split(SEPARATOR)
+    return [all_keys[int(number)] for number in data[NUMBERS].unbind()]
+
+
 def rows_of(data: TensorDict, is_bad_B: Tensor | None = None) -> str:
     """The trajectories of a micro-batch, or the bad ones, by their keys or by their numbers."""
     num_rows = len(data["input_ids"].offsets()) - 1
     bad = range(num_rows) if is_bad_B is None else is_bad_B.nonzero()[:, 0].tolist()
-    keys = tu.get_non_tensor_data(data, KEYS, None)
-    if keys is None or NUMBERS not in data.keys():
+    keys = keys_of(data)
+    if keys is None:
         names = [f"row {row} of the micro-batch" for row in bad]
     else:
-        numbers = [int(number) for number in data[NUMBERS].unbind()]
-        all_keys = keys.split(SEPARATOR)
-        names = [f"trajectory {all_keys[numbers[row]]}" for row in bad]
+        names = [f"trajectory {keys[row]}" for row in bad]
     more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
     return f"{', '.join(names[:MAX_SHOWN])}{more}"
 

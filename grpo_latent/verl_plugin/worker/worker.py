@@ -19,6 +19,7 @@ from grpo_latent.verl_plugin.boot import compat
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import NAME, verify
 from grpo_latent.verl_plugin.worker.engine import LatentFSDPEngine
+from grpo_latent.verl_plugin.worker.group_images import GroupImages
 from grpo_latent.verl_plugin.worker.latent_loss import LatentLoss
 from grpo_latent.verl_plugin.worker.learning_rate import scale_learning_rate
 from grpo_latent.verl_plugin.worker.parts import share_of
@@ -56,7 +57,13 @@ def seed_process(seed: int, rank: int) -> None:
 class LatentTrainingWorker(TrainingWorker):
     """One model of one role on one rank."""
 
-    def __init__(self, config, options: LatentOptions | None = None, freeze_vision: bool = False):
+    def __init__(
+        self,
+        config,
+        options: LatentOptions | None = None,
+        freeze_vision: bool = False,
+        group_images: GroupImages | None = None,
+    ):
         verify(f"training worker, rank {os.environ.get('RANK', 0)}")
         options = options or LatentOptions()
         prepare_process(options)
@@ -69,7 +76,7 @@ class LatentTrainingWorker(TrainingWorker):
                 expected=f"{LatentFSDPEngine.__name__}, as VERL_ENGINE_VENDOR={NAME} chooses it",
                 fix="Set actor_rollout_ref.actor.strategy=fsdp2, and the reference's.",
             )
-        self.engine.configure(options, freeze_vision)
+        self.engine.configure(options, freeze_vision, group_images)
 
 
 class LatentActorRolloutRefWorker(ActorRolloutRefWorker):
@@ -83,7 +90,12 @@ class LatentActorRolloutRefWorker(ActorRolloutRefWorker):
         # verl 0.9.1 has `freeze_vision_tower` in its config and reads it nowhere; the merger is
         # frozen with the tower
         freeze_vision = bool(config.actor.get("freeze_vision_tower", False))
-        make = partial(LatentTrainingWorker, options=options, freeze_vision=freeze_vision)
+        make = partial(
+            LatentTrainingWorker,
+            options=options,
+            freeze_vision=freeze_vision,
+            group_images=GroupImages(),  # one for actor and reference
+        )
         # verl calls them and asks nothing else of them: a class is not needed
         self.actor_worker_cls = make  # type: ignore[assignment]
         self.ref_worker_cls = make  # type: ignore[assignment]

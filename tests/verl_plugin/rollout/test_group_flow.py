@@ -36,12 +36,15 @@ class FakeQueue:
     """What the worker does with TransferQueue."""
 
     def __init__(self):
-        self.tags, self.rows = {}, {}
+        self.tags, self.rows, self.images = {}, {}, {}
 
     async def async_kv_put(self, key, partition_id, tag):
         self.tags.setdefault(key, []).append(tag["status"])
 
     async def async_kv_batch_put(self, keys, fields, tags, partition_id):
+        if fields is not None:
+            images = [getattr(each, "data", each) for each in fields["multi_modal_inputs"]]
+            self.images |= zip(keys, images, strict=True)
         for key, tag in zip(keys, tags, strict=True):
             if fields is None:
                 await self.async_kv_put(key, partition_id, tag)
@@ -79,7 +82,7 @@ def make_worker(loaded, server, score=lambda index: 1.0):
     return worker
 
 
-def run_wave(parts, monkeypatch, rows, **kwargs):
+def run_wave(parts, monkeypatch, rows, validate=False, **kwargs):
     queue = FakeQueue()
     use_queue(monkeypatch, queue)
     monkeypatch.setattr(
@@ -98,7 +101,7 @@ def run_wave(parts, monkeypatch, rows, **kwargs):
             prompt[TICKET] = Ticket(wave_id, prompt[TICKET].row, indices, 0)
         sampling = {"temperature": 1.0, "top_k": -1, "top_p": 1.0}
         await asyncio.gather(
-            *(worker._run_prompt(p, sampling, {"validate": False, "step": 1}) for p in prompts)
+            *(worker._run_prompt(p, sampling, {"validate": validate, "step": 1}) for p in prompts)
         )
         return worker
 
@@ -115,6 +118,18 @@ def test_a_wave_ends_in_finished_groups(parts, monkeypatch):
         tag["status"] == "success" and tag["seq_len"] > tag["prompt_len"]
         for tag in queue.rows.values()
     )
+
+
+@pytest.mark.parametrize("validate", [False, True])
+def test_pixels_are_stored_once_a_group(parts, monkeypatch, validate):
+    """Nobody trains on validation rows: theirs are not stored at all."""
+    rows = [prompt_row(i, parts[0]) for i in range(3)]
+    _, queue = run_wave(parts, monkeypatch, rows, validate)
+    assert len(queue.images) == (3 if validate else 6)
+    with_images = {key for key, inputs in queue.images.items() if inputs}
+    assert with_images == (set() if validate else {f"uid{i}_0_0" for i in range(3)})
+    for key in with_images:
+        assert sorted(queue.images[key]) == ["image_grid_thw", "pixel_values"]
 
 
 def test_a_bad_prompt_ends_the_whole_wave_at_once(parts, monkeypatch):
