@@ -37,9 +37,13 @@ TREATMENTS = {
     "vmf": {"name": "vmf", "vmf": {"kappa": 50.0}, "kl_coef": 0.2},
 }
 WITHOUT_LATENTS = (4, 5)  # with two ranks, the whole first micro-batch of the second
+# groups of two that the ranks have in part: 0 0 1 2 | 1 2 3 3
+TORN = (0, 1, 2, 4, 3, 5, 6, 7)
 
 
-def rank_batch(folder, rank, world_size, treatment=None, without_latents=()):
+def rank_batch(
+    folder, rank, world_size, treatment=None, without_latents=(), order=range(NUM_ROWS)
+):
     """This rank's rows of the global batch, with old log-probs and advantages."""
     treatment = parse_treatment(treatment)[0]
     rolled = helpers.roll_out(folder, treatment=treatment, num_prompts=4, group_size=2)
@@ -50,7 +54,7 @@ def rank_batch(folder, rank, world_size, treatment=None, without_latents=()):
         )
     # whole groups on each rank, as the trainer gives them: each micro-batch is a shared prompt
     share = NUM_ROWS // world_size
-    rows = list(range(rank * share, (rank + 1) * share))
+    rows = list(order[rank * share : (rank + 1) * share])
     pick = lambda values: [values[i] for i in rows]  # noqa: E731
     batch = helpers.make_batch(
         pick(trajectories),
@@ -171,6 +175,73 @@ def treated_gradients(rank, world_size, store, folder, out):
     if rank == 0:
         torch.save(results, f"{out}/treated{world_size}.pt")
     torch.distributed.destroy_process_group()
+
+
+def shared_and_alone(rank, world_size, store, folder, out):
+    """Scores and gradients of an update with each row's own prompt, and with prompts shared."""
+    sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))
+    torch.set_num_threads(1)
+    helpers.start_process_group(rank, world_size, store)
+    treatments = {"mask": {"name": "mask"}, "bptt": TREATMENTS["bptt"]}
+    cases = [(name, order) for name in treatments for order in (tuple(range(NUM_ROWS)), TORN)]
+    # before verl patches transformers
+    made = [
+        [rank_batch(folder, rank, world_size, treatments[name], order=order) for _ in range(2)]
+        for name, order in cases
+    ]
+    results = {}
+    for (name, order), batches in zip(cases, made, strict=True):
+        for shares, batch in zip((False, True), batches, strict=True):
+            helpers.lay_out(batch, micro=NUM_ROWS // world_size)
+            mask = batch["response_mask"].unbind()
+            rows = [row * (i != rank) for i, row in enumerate(mask)]  # one of each rank is dropped
+            dropped = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+            batch["response_mask"], batch["loss_mask"] = dropped, dropped.clone()
+            engine = helpers.make_engine(
+                folder, micro=NUM_ROWS, treatment=treatments[name], share_prompt=shares
+            )
+            text_loss, scores, num_rows = actor_loss(), {}, []
+            engine.backbone.decoder.layers[0].register_forward_pre_hook(
+                lambda _, args, found=num_rows: found.append(len(args[0]))
+            )
+
+            def loss(model_output, data, dp_group=None, kept=scores, text_loss=text_loss):
+                kept |= {n: model_output[n].values().detach() for n in ("log_probs", "entropy")}
+                return text_loss(model_output=model_output, data=data, dp_group=dp_group)
+
+            with engine.train_mode(disable_auto_offload=True):
+                engine.optimizer_zero_grad()
+                engine.forward_backward_batch(batch, loss)
+                named = engine.module.named_parameters()
+                grads = {n: p.grad.full_tensor().clone() for n, p in named if p.grad is not None}
+            assert set(num_rows) == {1 if shares else NUM_ROWS // world_size}
+            results[name, order == TORN, shares] = scores, grads
+    torch.save(results, f"{out}/shared{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_shared_prompt_on_two_ranks_trains_as_one_a_row(tmp_path):
+    """With whole groups on each rank and with torn ones, rows of several lengths, dropped ones."""
+    folder = helpers.make_checkpoint(tmp_path / "model", head="mlp", max_spans=3)
+    arguments = (2, str(tmp_path / "store"), folder, str(tmp_path))
+    mp.spawn(shared_and_alone, arguments, nprocs=2)
+    for rank in range(2):
+        results = torch.load(tmp_path / f"shared{rank}.pt")
+        for name, is_torn, shares in results:
+            if shares:
+                continue
+            (own, grads), (shared, shared_grads) = (
+                results[name, is_torn, each] for each in (False, True)
+            )
+            for key, values in own.items():
+                torch.testing.assert_close(shared[key], values, rtol=0, atol=1e-5)
+            assert grads.keys() == shared_grads.keys() and len(grads) > 20
+            for parameter, grad in grads.items():
+                torch.testing.assert_close(
+                    shared_grads[parameter], grad, rtol=0, atol=1e-5, msg=f"{name} {parameter}"
+                )
+            assert max(grad.abs().max() for grad in grads.values()) > 1e-2  # the tolerance is one
 
 
 @pytest.mark.slow
