@@ -35,13 +35,6 @@ from grpo_latent.common.best_checkpoint import BEST_FILE  # noqa: E402
 from grpo_latent.common.pickles import without_code  # noqa: E402
 from grpo_latent.common.step_folders import read_tracker  # noqa: E402
 
-REWARD = """
-def compute_score(data_source, solution_str, ground_truth, extra_info):
-    words = solution_str.split()
-    digits = sum(word.isdigit() for word in words) / max(1, len(words))
-    score = digits + 0.1 * extra_info["latent"]["num_spans"]
-    return {"score": score, "accuracy": float(ground_truth in words)}
-"""
 TEST_EVERY = 2
 # in the order of a step; those of a start come first, where nothing is committed yet
 START = (
@@ -136,7 +129,7 @@ def run(inputs: Path, output: Path, num_steps: int, **environment: str) -> int:
 def write_inputs(folder: Path) -> None:
     config_check.write_inputs(folder)
     shutil.rmtree(folder / "run")
-    (folder / "reward.py").write_text(REWARD)
+    shutil.copy(Path(__file__).parent / "tiny_reward.py", folder / "reward.py")
 
 
 # ---- comparison ---------------------------------------------------------------------------------

@@ -56,13 +56,7 @@ class Seam:
             for attribute in path.split("."):
                 value = getattr(value, attribute)
         except (ImportError, AttributeError) as error:
-            raise PluginError(
-                f"{self.package} changed under {self.name}",
-                where=self.symbol,
-                got=str(error),
-                expected=self.why,
-                fix=FIXES[self.package],
-            ) from error
+            raise self._changed(str(error), self.why) from error
         return value
 
     def check(self) -> None:
@@ -71,12 +65,9 @@ class Seam:
         if self.abstract is not None:
             found_methods = frozenset(getattr(value, "__abstractmethods__", ()))
             if found_methods != self.abstract:
-                raise PluginError(
-                    f"{self.package} changed under {self.name}",
-                    where=self.symbol,
-                    got=f"abstract methods {sorted(found_methods)}",
-                    expected=f"{sorted(self.abstract)} ({self.why})",
-                    fix=FIXES[self.package],
+                raise self._changed(
+                    f"abstract methods {sorted(found_methods)}",
+                    f"{sorted(self.abstract)} ({self.why})",
                 )
         if self.parameters is None:
             return
@@ -84,10 +75,13 @@ class Seam:
         names = inspect.signature(value).parameters if callable(value) else ()
         found = tuple(name for name in names if name != "_ray_trace_ctx")
         if found != self.parameters:
-            raise PluginError(
-                f"{self.package} changed under {self.name}",
-                where=self.symbol,
-                got=f"parameters {found}",
-                expected=f"{self.parameters} ({self.why})",
-                fix=FIXES[self.package],
-            )
+            raise self._changed(f"parameters {found}", f"{self.parameters} ({self.why})")
+
+    def _changed(self, got: str, expected: str) -> PluginError:
+        return PluginError(
+            f"{self.package} changed under {self.name}",
+            where=self.symbol,
+            got=got,
+            expected=expected,
+            fix=FIXES[self.package],
+        )

@@ -10,13 +10,15 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
 from grpo_latent.common.dtypes import parse_dtype
-from grpo_latent.errors import ConfigError
+from grpo_latent.data.image_refs import ImageRef
+from grpo_latent.errors import ConfigError, DataError
 from grpo_latent.rollout.llm import LatentLLM
 from grpo_latent.rollout.protocol import SamplingParams
 
@@ -36,6 +38,48 @@ class Question:
 
     messages: tuple[dict, ...]
     images: tuple[Image.Image, ...]
+
+
+def read_content(
+    parts: Sequence[dict], where: str, text_key: str, image_key: str
+) -> tuple[list[dict], list[Image.Image]]:
+    """Reads a harness's texts and images, in order, as a `Question` has them.
+
+    Args:
+        where: names the question in messages.
+        text_key, image_key: of a part, what holds its text, its picture or an image's file.
+
+    Raises:
+        DataError: video, audio, or an image that is not here.
+    """
+    content, images = [], []
+    for part in parts:
+        if part["type"] == "text":
+            content.append({"type": "text", "text": part[text_key]})
+        elif part["type"] == "image":
+            content.append({"type": "image"})
+            images.append(_picture(part[image_key], where))
+        else:
+            raise DataError(
+                "a question that a latent checkpoint cannot be asked",
+                where=where,
+                got=part["type"],
+                expected="text and images",
+            )
+    return content, images
+
+
+def _picture(image: object, where: str) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, str | Path):
+        return ImageRef(where, path=Path(image)).open()
+    raise DataError(
+        "not an image",
+        where=where,
+        got=type(image).__name__,
+        expected="a picture or a file's path",
+    )
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
-from PIL import Image
 
-from grpo_latent.data.image_refs import ImageRef
-from grpo_latent.errors import ConfigError, DataError
-from grpo_latent.harnesses.answers import Answerer, Question
+from grpo_latent.errors import ConfigError
+from grpo_latent.harnesses.answers import Answerer, Question, read_content
 
 # of a task that sets no bound, as lmms-eval's chat models have it
 DEFAULT_NEW_TOKENS = 4096
@@ -133,32 +130,7 @@ def question_of(messages: Sequence[dict], where: str) -> Question:
     """
     ours, images = [], []
     for message in messages:
-        parts = []
-        for part in message["content"]:
-            if part["type"] == "text":
-                parts.append({"type": "text", "text": part["text"]})
-            elif part["type"] == "image":
-                parts.append({"type": "image"})
-                images.append(_picture(part["url"], where))
-            else:
-                raise DataError(
-                    "a question that a latent checkpoint cannot be asked",
-                    where=where,
-                    got=part["type"],
-                    expected="text and images",
-                )
-        ours.append({"role": message["role"], "content": parts})
+        content, seen = read_content(message["content"], where, "text", "url")
+        ours.append({"role": message["role"], "content": content})
+        images += seen
     return Question(tuple(ours), tuple(images))
-
-
-def _picture(image: object, where: str) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, str | Path):
-        return ImageRef(where, path=Path(image)).open()
-    raise DataError(
-        "not an image",
-        where=where,
-        got=type(image).__name__,
-        expected="a picture or a file's path",
-    )

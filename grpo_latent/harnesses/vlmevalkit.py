@@ -14,7 +14,6 @@ Both give answers without tags, which VLMEvalKit cannot parse.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import vlmeval.api
@@ -22,9 +21,14 @@ import vlmeval.vlm
 from vlmeval.api import LMDeployAPI
 from vlmeval.vlm.base import BaseModel
 
-from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.errors import DataError
-from grpo_latent.harnesses.answers import MIN_NEW_TOKENS, Answerer, Question, bare_answer
+from grpo_latent.harnesses.answers import (
+    MIN_NEW_TOKENS,
+    Answerer,
+    Question,
+    bare_answer,
+    read_content,
+)
 
 
 class GrpoLatent(BaseModel):
@@ -88,21 +92,8 @@ def question_of(message: list[dict], where: str) -> Question:
     Raises:
         DataError: video, or an image that is not here.
     """
-    parts, images = [], []
-    for part in message:
-        if part["type"] == "text":
-            parts.append({"type": "text", "text": part["value"]})
-        elif part["type"] == "image":
-            parts.append({"type": "image"})
-            images.append(ImageRef(where, path=Path(part["value"])).open())
-        else:
-            raise DataError(
-                "a question that a latent checkpoint cannot be asked",
-                where=where,
-                got=part["type"],
-                expected="text and images",
-            )
-    return Question(({"role": "user", "content": parts},), tuple(images))
+    content, images = read_content(message, where, "value", "value")
+    return Question(({"role": "user", "content": content},), tuple(images))
 
 
 def register() -> None:

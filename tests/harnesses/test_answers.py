@@ -3,11 +3,18 @@
 import pytest
 import torch
 from harness_cases import NEW_TOKENS, make_questions
+from PIL import Image
 
 from grpo_latent.data.embedded import digits
 from grpo_latent.data.image_refs import ImageRef
 from grpo_latent.errors import ConfigError, DataError
-from grpo_latent.harnesses.answers import MIN_NEW_TOKENS, Answerer, Question, bare_answer
+from grpo_latent.harnesses.answers import (
+    MIN_NEW_TOKENS,
+    Answerer,
+    Question,
+    bare_answer,
+    read_content,
+)
 from grpo_latent.latent.mechanisms import ILVR
 from grpo_latent.models import tiny
 from grpo_latent.models.loading import save_latent_model
@@ -102,3 +109,23 @@ def test_a_question_without_its_image_is_refused(questions):
     answerer = Answerer(str(questions.folder / "model"), min_new_tokens=NEW_TOKENS)
     with pytest.raises(DataError, match="images do not match the prompt"):
         answerer([Question(asked(questions)[0].messages, ())], 1)
+
+
+def test_content_of_a_harness_in_its_order(tmp_path):
+    picture = Image.new("RGB", (2, 3), "red")
+    picture.save(tmp_path / "a.png")
+    parts = [
+        {"type": "image", "url": picture},
+        {"type": "text", "text": "and"},
+        {"type": "image", "url": str(tmp_path / "a.png")},
+    ]
+    content, images = read_content(parts, "mmvp row 1", "text", "url")
+    assert [part["type"] for part in content] == ["image", "text", "image"]
+    assert content[1]["text"] == "and"
+    assert images[0] is picture and images[1].tobytes() == picture.tobytes()
+    for wrong, what in (
+        ({"type": "video", "url": "a"}, "video"),
+        ({"type": "image", "url": 3}, "int"),
+    ):
+        with pytest.raises(DataError, match=f"mmvp row 1.*got {what}"):
+            read_content([wrong], "mmvp row 1", "text", "url")

@@ -16,13 +16,7 @@ from safetensors.torch import load_file
 import grpo_latent.train  # noqa: F401  (lets hydra find verl's configs)
 from grpo_latent.verl_plugin.boot.registration import verify
 
-REWARD = """
-def compute_score(data_source, solution_str, ground_truth, extra_info):
-    words = solution_str.split()
-    digits = sum(word.isdigit() for word in words) / max(1, len(words))
-    score = digits + 0.1 * extra_info["latent"]["num_spans"]
-    return {"score": score, "accuracy": float(ground_truth in words)}
-"""
+REWARD = (Path(__file__).parents[2] / "benchmarks" / "tiny_reward.py").read_text()
 
 
 def write_inputs(folder: Path, **checkpoint) -> Path:
