@@ -131,6 +131,7 @@ class LatentInjector:
             )
         self._num_uses += 1
         mask_BT = self._mask_BT.to(output.device)
+        # mixed precision embeds in another dtype than was recorded
         fed_NH = self._latents_NH.to(output.device, output.dtype)
         if self._compose is not None:
             fed_NH = self._compose(output[mask_BT], fed_NH).to(output.dtype)

@@ -250,6 +250,7 @@ def save_latent_model(
     # after the processor, which writes a tokenizer of its own that may lack the latent tokens
     tokenizer.save_pretrained(folder)
     mechanism.save(folder)
+    # last, when all that it lists is there
     write_manifest(folder, digests(folder, model_files(folder)))
 
 

@@ -89,6 +89,7 @@ class SharedPrompt:
         if self._sequences is None:
             return None
         embeds_BTH = kwargs.get("inputs_embeds")
+        # a text model's decoder is its base, which gets the ids
         if embeds_BTH is None:
             embeds_BTH = module.get_input_embeddings()(kwargs["input_ids"])
         rows = self._rows_of(embeds_BTH.shape[1])
@@ -117,6 +118,7 @@ class SharedPrompt:
 
     def _rows_of(self, length: int) -> SharedRows:
         assert self._sequences is not None
+        # recompute also runs the first columns only
         if length not in self._rows:
             self._rows[length] = SharedRows(self._sequences.first_columns(length))
         return self._rows[length]

@@ -126,6 +126,7 @@ def prefill_with_slots(
     with caching_layers(adapter.model), recording as recorder:
         with nullcontext() if images is None else encoding_once(adapter.backbone):
             embeddings_MH = None if images is None else adapter.encode_images(images)
+            # padded on the left: the last column is each prompt's last position
             hidden_BH = adapter.forward_hidden(
                 prompts.input_ids_BT, bias, prompts.position_ids, prompts.images, cache
             )[:, -1]
@@ -235,6 +236,7 @@ class _SlotFeeder:
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
+        # columns that a row does not use count no positions
         self.rows.next_position_B = self.rows.next_position_B + is_used_BL.sum(-1)
         self.rows.hidden_BH = torch.where(
             active_B[:, None], hidden_BLH[:, -1], self.rows.hidden_BH

@@ -327,6 +327,7 @@ class Mechanism:
     @classmethod
     def key(cls) -> str:
         """How `latent_config.json` and configs name this class."""
+        # its own, not a parent's: a user's subclass of LVR is no `lvr`
         return vars(cls).get("name") or f"{cls.__module__}:{cls.__qualname__}"
 
     def to_dict(self) -> dict[str, Any]:

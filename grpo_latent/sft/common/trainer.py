@@ -176,6 +176,7 @@ class LatentSFTTrainer(Trainer):
         sums = model(**{SFT_KEYWORD: inputs, "count_hits": count_hits})
         own_counts = self.count(inputs)
         counts = own_counts if num_items_in_batch is None else num_items_in_batch
+        # a step may have no latents: its sums are 0 then, and 0 / 0 would be NaN
         num_labels, num_latents = counts.clamp(min=1).tolist()
         loss = sums["ce"] / num_labels
         terms = [weight * sums[name] for name, weight in self.term_weights().items()]

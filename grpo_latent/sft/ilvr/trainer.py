@@ -131,6 +131,7 @@ class ILVRStage1Trainer(KeepsTeacher, ILVRTrainer):
         self.teacher = MomentumTeacher(latent.model, loss_config.decay)
         callbacks = [MomentumCallback(self.teacher), *callbacks]
         super().__init__(latent, args, dataset, loss_config, callbacks=callbacks, **kwargs)
+        # where the Trainer has put the student by now
         self.teacher.to(self.adapter.device)
         self.teacher_adapter = ModelAdapter(self.teacher.model, latent.mechanism)
 

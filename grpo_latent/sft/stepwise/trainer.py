@@ -91,6 +91,7 @@ class StepwiseTrainer(LatentSFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            # the Trainer counts a step before it logs it
             logs["stage"] = self.curriculum.stage_of(self.state.global_step - 1)
         super().log(logs, start_time)
 

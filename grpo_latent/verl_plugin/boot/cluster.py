@@ -122,9 +122,11 @@ def ask_nodes(
     Raises:
         PreflightError: a node does not answer in time.
     """
+    # a node whose CPUs are all taken answers, too
     task = ray.remote(num_cpus=0)(function)
     pending = {}
     for node in alive_nodes():
+        # not soft: another node would answer in its place
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         address = node["NodeManagerAddress"]
         pending[address] = task.options(scheduling_strategy=there).remote(request)

@@ -68,6 +68,7 @@ def reward_input(outputs: Sequence[AgentLoopOutput], prompt: dict) -> DataProto:
         torch.ones(prompts.shape[1] + len(response), dtype=torch.long) for response in responses
     ]
     padded = pad(responses, batch_first=True)
+    # verl's data set adds the dummy, for batches that would have no tensor
     columns = {name: value for name, value in prompt.items() if name != "dummy_tensor"}
     per_output: dict[str, list] = {
         "tool_extra_fields": [output.extra_fields for output in outputs],

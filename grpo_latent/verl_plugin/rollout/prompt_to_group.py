@@ -157,6 +157,7 @@ class LatentAgentLoop(AgentLoopBase):
                 "stop_reason": trajectory.stop_reason,
                 "min_global_steps": trajectory.policy_version,
                 "max_global_steps": trajectory.policy_version,
+                # empty, as verl's single-turn loop has both
                 "turn_scores": [],
                 "tool_rewards": [],
             },

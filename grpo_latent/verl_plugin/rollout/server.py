@@ -172,6 +172,7 @@ class LatentRolloutServer:
         await self.inbox.take(bucket)
 
     def _load_weights(self, weights: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
+        # the trainer sends while the server sleeps, its engine on the CPU
         self.engine.move_to(self.device)
         self.engine.load_weights(weights, policy_version)
 

@@ -78,6 +78,7 @@ class CommittingTrainer(PPOTrainerSync):
         checkpoint.make_room(root, step, self.resumed_from)
         folder = root / f"{checkpoint.STEP_PREFIX}{step}"
         remote = trainer.default_hdfs_dir and f"{trainer.default_hdfs_dir}/{folder.name}/actor"
+        # verl keeps all of them: old ones go once this one is committed (`prune`)
         self.actor_rollout_wg.save_checkpoint(
             str(folder / "actor"), remote, step, max_ckpt_to_keep=None
         )

@@ -180,6 +180,7 @@ class Guards:
         """Removes checkpoints that were there for their score, which is no longer the best."""
         for step in self.extras:
             if step not in {newest, *self.pinned}:
+                # a resumed run does this again, and may find it done
                 shutil.rmtree(self._own_folder(step), ignore_errors=True)
         self.extras = [step for step in self.extras if self._own_folder(step).is_dir()]
 

@@ -42,6 +42,7 @@ class LatentReplayBuffer(ReplayBuffer):
                 got=type(buffer).__name__,
                 expected="path and name null",
             )
+        # not made anew: verl works the arguments out within the method that makes it
         adopted = cls.__new__(cls)
         adopted.__dict__.update(buffer.__dict__)
         adopted.poll_interval = POLL_S

@@ -77,6 +77,7 @@ def whole_groups(keys: list[str], lengths: list[int], num_ranks: int) -> list[li
     for row, key in enumerate(keys):
         rows_of_group.setdefault(group_of(key), []).append(row)
     groups = list(rows_of_group.values())
+    # verl gives each rank equally many rows
     if len(groups) % num_ranks or len({len(rows) for rows in groups}) > 1:
         return None
     work = calculate_workload(torch.tensor(lengths))

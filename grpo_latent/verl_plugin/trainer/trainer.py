@@ -228,6 +228,7 @@ class LatentPPOTrainer(CommittingTrainer):
         assert step is not None, "good checkpoints are named after steps"
         check_checkpoint(folder, self.actor_rollout_wg, self.options)
         self.checkpoint_manager.sleep_replicas()
+        # not deleted: a later alarm may go back to it, too
         self.actor_rollout_wg.load_checkpoint(
             local_path=str(folder / "actor"), del_local_after_load=False
         )
