@@ -51,6 +51,7 @@ class Backbone:
         model_types: values of `model_type` in config.json that this class serves.
         processor_names: class names of the processors whose output `image_inputs` reads.
         auto_class: loads and builds the model.
+        base_name: attribute of the model that is the model without its head.
         has_vision: whether the model takes images.
         has_mrope: whether position ids have three components, [3, B, T].
         caches_tower: whether the tower's forward is `tower(pixel_values, grid_thw)`, as
@@ -75,6 +76,7 @@ class Backbone:
     model_types: ClassVar[tuple[str, ...]] = ()
     processor_names: ClassVar[tuple[str, ...]] = ()
     auto_class: ClassVar[type[_BaseAutoModelClass]] = AutoModelForImageTextToText
+    base_name: ClassVar[str] = "model"
     has_vision: ClassVar[bool] = True
     has_mrope: ClassVar[bool] = False
     caches_tower: ClassVar[bool] = False
@@ -82,7 +84,7 @@ class Backbone:
     image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
 
     def __init__(self, model: PreTrainedModel):
-        base = getattr(model, "model", None)
+        base = getattr(model, self.base_name, None)
         if base is None or model.get_output_embeddings() is None:
             raise ConfigError(
                 "not a causal language model or image-text-to-text model",
@@ -109,6 +111,11 @@ class Backbone:
         self.image_token_id: int | None = None
         self.vision_ids: frozenset[int] = frozenset()
         self.unpredicted_ids: list[int] = []
+
+    @property
+    def num_positions(self) -> int | None:
+        """Positions that the model has embeddings for; None where positions are computed."""
+        return None
 
     def is_image_token(self, input_ids: Tensor) -> Tensor:
         """bool, same shape: placeholders of image embeddings; nowhere without vision."""

@@ -120,6 +120,21 @@ class ModelAdapter:
                 fix="Expand placeholders with the model's own processor.",
             )
 
+    def check_room(self, num_positions: int, where: str) -> None:
+        """Raises `RolloutError` where a sequence has more positions than the model knows.
+
+        An embedding of positions would raise an index, or on CUDA end the process.
+        """
+        bound = self.backbone.num_positions
+        if bound is not None and num_positions > bound:
+            raise RolloutError(
+                "more positions than the model has",
+                where=where,
+                got=num_positions,
+                expected=f"<= {bound}, the position embeddings of {type(self.model).__name__}",
+                fix="Shorten the prompt, or lower the length of responses.",
+            )
+
     def num_image_tokens(self, images: ImageInputs) -> Tensor:
         """int64 [images], placeholders of each."""
         return self.backbone.num_image_tokens(images)
@@ -156,8 +171,10 @@ class ModelAdapter:
             attention_mask: additive bias [B, 1, T, T_total], or bool/int validity [B, T].
 
         Raises:
-            RolloutError: images for a text-only model.
+            RolloutError: images for a text-only model, or positions that it does not know.
         """
+        if self.backbone.num_positions is not None:
+            self.check_room(int(position_ids.max()) + 1, type(self.model).__name__)
         inputs: dict[str, Tensor] = {}
         if images is not None:
             if not self.has_vision:  # a text model would ignore the pixels without a word

@@ -21,7 +21,7 @@ spans whose start is forced. Neither has a chat template; the question alone is 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.pytorch_utils import Conv1D
 
 from grpo_latent.backbones.registry import read_backbone
 from grpo_latent.errors import CheckpointError
@@ -113,8 +114,15 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def merged(state: Mapping[str, Tensor], alpha: float = PUBLISHED_ALPHA) -> dict[str, Tensor]:
+def merged(
+    state: Mapping[str, Tensor],
+    alpha: float = PUBLISHED_ALPHA,
+    transposed: Container[str] = frozenset(),
+) -> dict[str, Tensor]:
     """The base model's weights, adapters added; sums are made in float32.
+
+    Args:
+        transposed: names of layers whose weight is [in, out] (GPT-2's `Conv1D`).
 
     Raises:
         CheckpointError: an adapter without its layer or its other half.
@@ -140,6 +148,7 @@ def merged(state: Mapping[str, Tensor], alpha: float = PUBLISHED_ALPHA) -> dict[
             )
         if name.endswith(_A):
             change_OI = alpha / a_RI.shape[0] * (b_OR.float() @ a_RI.float())
+            change_OI = change_OI.T if layer in transposed else change_OI
             found[f"{layer}.weight"] = (weight_OI.float() + change_OI).to(weight_OI.dtype)
     return found
 
@@ -229,11 +238,12 @@ def _load_codi(
             "CODI's tokens stand behind the model's vocabulary, where this tokenizer has none",
             where=str(base),
             got=f"{size} embeddings, {len(tokenizer)} tokens",
-            expected="as many of both, as Llama 3.2 has",
+            expected="as many of both, as Llama 3.2 and GPT-2 have",
         )
     ids = add_latent_tokens(model, tokenizer, list(_CODI_TOKENS.values()))
     model.resize_token_embeddings(len(tokenizer))
-    weights = merged(state, CODI_ALPHA)
+    transposed = {name for name, part in model.named_modules() if isinstance(part, Conv1D)}
+    weights = merged(state, CODI_ALPHA, transposed)
     head = {name: weights.pop(name) for name in list(weights) if name.startswith("prj.")}
     fill(model, weights, str(path))
     _ask_plainly(tokenizer, "")

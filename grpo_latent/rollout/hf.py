@@ -132,9 +132,10 @@ class HFRolloutEngine:
                 fix="Model and latent_config.json must come from the same checkpoint.",
             )
 
-    def _check_request(self, request: RolloutRequest) -> None:
+    def _check_request(self, request: RolloutRequest, sampling: SamplingParams) -> None:
         where = f"request of group {request.group_id!r}"
         self.adapter.check_prompt(request.prompt_ids, request.images, where)
+        self.adapter.check_room(len(request.prompt_ids) + sampling.max_new_tokens, where)
         if request.latent_override is not None:
             shape = tuple(request.latent_override.vectors.shape)
             hidden_size = self.adapter.hidden_size
@@ -150,7 +151,7 @@ class HFRolloutEngine:
     ) -> list[list[Trajectory]]:
         """One list of trajectories a request, in the order of its seeds."""
         for request in requests:
-            self._check_request(request)
+            self._check_request(request, sampling)
         was_training = self.model.training
         self.model.eval()
         try:

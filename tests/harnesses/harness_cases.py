@@ -3,7 +3,12 @@
 import base64
 import csv
 import os
+import socket
 import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +72,35 @@ def run(command, folder, **variables):
     return done.stdout
 
 
+@contextmanager
+def served(model, folder, *flags):
+    """The address of `grpo_latent.serve`, by this Python; it is stopped by a SIGTERM."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "grpo_latent.serve", str(model), "--port", str(port), *flags]
+    variables = {"PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+    path = folder / "server.log"
+    with open(path, "w") as log:
+        process = subprocess.Popen(
+            command, env=os.environ | variables, stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        for _ in range(1200):
+            assert process.poll() is None, path.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.5)
+        else:
+            raise AssertionError(path.read_text()[-3000:])
+        yield f"http://127.0.0.1:{port}/v1/chat/completions"
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
 @dataclass(frozen=True)
 class Questions:
     """What all evaluations ask.
@@ -110,7 +144,13 @@ def write_model(folder):
     save_latent_model(folder, model, tokenizer, processor, mechanism)
 
 
-def make_questions(folder):
+def make_questions(folder, asked=str, seen=bytes):
+    """Questions to which the model's answers differ.
+
+    Args:
+        asked: from a question's text to what a harness makes of it.
+        seen: from an image's file to the one that the model gets.
+    """
     write_model(folder / "model")
     rows = digits.to_rows(
         digits.generate(18, stream="heldout", seed=0, kinds=("read",)), "heldout"
@@ -118,15 +158,15 @@ def make_questions(folder):
     texts = [row["prompt"][0]["content"].replace("<image>", "").strip() for row in rows]
     images = [row["images"][0]["bytes"] for row in rows]
     llm = LatentLLM(folder / "model")
-    pictures = [[ImageRef("", data=image).open()] for image in images]
-    groups = llm.generate(
-        [f"<image>{text}" for text in texts], pictures, SamplingParams(NEW_TOKENS, 0.0)
-    )
+    pictures = [[ImageRef("", data=seen(image)).open()] for image in images]
+    prompts = [f"<image>{asked(text)}" for text in texts]
+    groups = llm.generate(prompts, pictures, SamplingParams(NEW_TOKENS, 0.0))
     said = [llm.text(group[0]).strip() for group in groups]
     # every third label is another digit, so that accuracy is neither 0 nor 1
     truths = [str((int(answer) + (number % 3 == 0)) % 10) for number, answer in enumerate(said)]
-    for row, text, truth in zip(rows, texts, truths, strict=True):
-        row["prompt"] = [{"role": "user", "content": f"<image>{text}"}]
+    for row, prompt, image, truth in zip(rows, prompts, images, truths, strict=True):
+        row["prompt"] = [{"role": "user", "content": prompt}]
+        row["images"] = [{"bytes": seen(image)}]
         row["reward_model"] = row["reward_model"] | {"ground_truth": truth}
     write_verl_parquet(folder / "rows.parquet", rows)
     return Questions(folder, texts, images, truths, said)

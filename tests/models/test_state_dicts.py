@@ -1,23 +1,17 @@
 """Files of weights of IVT-LR, Coconut and CODI: read weights-only, adapters merged, written as a folder."""
 
-import copy
 import importlib
 import json
 
 import pytest
 import torch
 from latent_cases import WORDS
-from safetensors.torch import save_file
 
 from grpo_latent.common.command import DONE, REFUSED
 from grpo_latent.errors import CheckpointError
 from grpo_latent.models import tiny
 from grpo_latent.models.loading import load_latent_model
-from grpo_latent.models.prompts import encode_prompt
-from grpo_latent.models.state_dicts import load_weights_file, merged, read_state_dict
-from grpo_latent.rollout.hf import HFRolloutEngine
-from grpo_latent.rollout.protocol import RolloutRequest, SamplingParams
-from grpo_latent.trajectory import PositionKind as K
+from grpo_latent.models.state_dicts import merged, read_state_dict
 
 main = importlib.import_module("grpo_latent.import").main
 
@@ -159,138 +153,3 @@ def test_a_folder_is_described(tmp_path, capsys):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"slvr_id": 3}))
     assert main([str(tmp_path)]) == REFUSED
     assert "S-LVR" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def text_base(tmp_path_factory):
-    """A text model and its folder, as Llama 3.2 has them: as many embeddings as tokens."""
-    folder = tmp_path_factory.mktemp("text") / "base"
-    model, tokenizer, _ = tiny.tiny_qwen3(WORDS, latent_tokens=())
-    model.resize_token_embeddings(len(tokenizer))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder, model, tokenizer
-
-
-def grown(model, tokenizer):
-    """The base with three tokens more, its numbers large enough to matter."""
-    model = copy.deepcopy(model)
-    model.resize_token_embeddings(len(tokenizer) + 3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(40.0 if "embed" in name or "lm_head" in name else 6.0)
-    return model.eval()
-
-
-@torch.no_grad()
-def published_decoding(model, ids, start, end, project, num_tokens):
-    """As both papers' code does, without a cache: question, start, six times h, end, then text."""
-    table = model.get_input_embeddings().weight
-    vectors = [*table[torch.tensor(ids)], table[start]]
-
-    def forward():
-        out = model(inputs_embeds=torch.stack(vectors)[None], output_hidden_states=True)
-        return out.logits[0, -1], out.hidden_states[-1][0, -1]
-
-    for _ in range(6):
-        vectors.append(project(forward()[1]))
-    vectors.append(table[end])
-    said = []
-    for _ in range(num_tokens):
-        logits, _ = forward()
-        logits[len(table) - 3 :] = -torch.inf  # the tokens of latents are never said here
-        said.append(int(logits.argmax()))
-        vectors.append(table[said[-1]])
-    return said
-
-
-def decoded(loaded, question, num_tokens):
-    prompt = encode_prompt(
-        loaded.tokenizer,
-        None,
-        [{"role": "user", "content": [{"type": "text", "text": question}]}],
-        [],
-        "here",
-    )
-    engine = HFRolloutEngine(loaded.model, loaded.mechanism, loaded.eos_ids)
-    ((trajectory,),) = engine.generate(
-        [RolloutRequest(prompt.ids, [0])], SamplingParams(8 + num_tokens, temperature=0.0)
-    )
-    return prompt.ids.tolist(), trajectory
-
-
-@pytest.mark.parametrize("system", ["Coconut", "CODI"])
-def test_text_files_decode_as_published(system, text_base, tmp_path, capsys):
-    """Through the folder that is written, against an uncached loop over the file's own weights."""
-    base, model, tokenizer = text_base
-    model = grown(model, tokenizer)
-    size, hidden_size = len(tokenizer), model.config.hidden_size
-    if system == "Coconut":
-        start, end = size, size + 1
-        state = {f"base_causallm.{name}": value for name, value in model.state_dict().items()}
-        state["embedding.weight"] = model.get_input_embeddings().weight.detach()
-        path, tail, project = tmp_path / "checkpoint_30", "\n", lambda hidden: hidden
-        torch.save(state, path)
-    else:
-        start, end = size + 1, size + 2
-        head = torch.nn.Sequential(
-            torch.nn.Dropout(0.0),
-            torch.nn.Linear(hidden_size, hidden_size),
-            torch.nn.GELU(),
-            torch.nn.Linear(hidden_size, hidden_size),
-        )
-        head.add_module("ln", torch.nn.LayerNorm(hidden_size))
-        state = {f"codi.base_model.model.{n}": v.clone() for n, v in model.state_dict().items()}
-        key = "codi.base_model.model.model.layers.0.self_attn.q_proj"
-        weight_OI = state.pop(f"{key}.weight")
-        a_RI, b_OR = torch.randn(2, hidden_size), torch.randn(weight_OI.shape[0], 2)
-        state |= {f"{key}.base_layer.weight": weight_OI, f"{key}.lora_A.default.weight": a_RI}
-        state[f"{key}.lora_B.default.weight"] = b_OR
-        with torch.no_grad():  # alpha 32 over a rank of 2
-            model.model.layers[0].self_attn.q_proj.weight += 16 * b_OR @ a_RI
-        state |= {f"prj.{name}": value for name, value in head.state_dict().items()}
-        path, tail, project = tmp_path / "model.safetensors", "", head
-        save_file({name: value.contiguous().clone() for name, value in state.items()}, path)
-    out = tmp_path / "out"
-    assert main([str(path), "--base", str(base), "--dtype", "float32", "--out", str(out)]) == DONE
-    assert "forced" in capsys.readouterr().out
-    loaded = load_latent_model(out)
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(loaded.model.state_dict()[name], value, rtol=0, atol=1e-4)
-    chat = [{"role": "user", "content": "read red ?"}]
-    assert loaded.tokenizer.apply_chat_template(chat, tokenize=False) == f"read red ?{tail}"
-    for question in ("read red ?", "green ?"):
-        ids, trajectory = decoded(loaded, question, 6)
-        assert ids == tokenizer(question + tail).input_ids
-        kinds = [K.START, *[K.LATENT] * 6, K.FORCED]
-        assert trajectory.kinds.tolist()[:8] == [int(kind) for kind in kinds]
-        assert trajectory.token_ids[[0, 7]].tolist() == [start, end]
-        said = published_decoding(model, ids, start, end, project, 6)
-        num_said = len(trajectory.token_ids) - 8  # it ends at EOS, which the loop does not
-        assert num_said >= 2 and trajectory.token_ids[8:].tolist() == said[:num_said]
-
-
-@pytest.mark.parametrize(
-    ("state", "message"),
-    [
-        ({"model.embed_tokens.weight": torch.zeros(1)}, "weights of no system that is known"),
-        ({"base_causallm.lm_head.weight": torch.zeros(1)}, "weights do not match"),
-        ({"codi.base_model.model.lm_head.weight": torch.zeros(1)}, "weights do not match"),
-    ],
-)
-def test_files_of_no_system_or_of_another_base(state, message, text_base, tmp_path):
-    torch.save(state, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=message):
-        load_weights_file(tmp_path / "a.pth", text_base[0], torch.float32)
-
-
-def test_a_projection_of_another_shape_is_named(text_base, tmp_path):
-    base, model, tokenizer = text_base
-    model = grown(model, tokenizer)
-    state = {f"codi.base_model.model.{n}": v.clone() for n, v in model.state_dict().items()}
-    torch.save(state | {"prj.1.weight": torch.zeros(3, 2)}, tmp_path / "a.bin")
-    with pytest.raises(CheckpointError, match="another projection.*prj.1.weight.*prj_dim"):
-        load_weights_file(tmp_path / "a.bin", base, torch.float32)
-    torch.save(state, tmp_path / "b.bin")
-    assert load_weights_file(tmp_path / "b.bin", base, torch.float32).mechanism.head == "none"

@@ -204,14 +204,13 @@ class VllmRolloutEngine:
 
     def _under_embedding_name(self, weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
         """Tied weights under the name that vLLM loads: it skips `lm_head.weight` there."""
-        own = dict(self.adapter.model.named_parameters())
         model = self.adapter.model
-        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        if not tied or any(
-            name in own and name.endswith("embed_tokens.weight") for name, _ in weights
-        ):
+        weight = model.get_input_embeddings().weight
+        if model.get_output_embeddings().weight is not weight:
             return weights
-        embedding = next(name for name in own if name.endswith("embed_tokens.weight"))
+        embedding = next(name for name, own in model.named_parameters() if own is weight)
+        if any(name == embedding for name, _ in weights):
+            return weights
         return [
             (embedding if name == "lm_head.weight" else name, tensor) for name, tensor in weights
         ]
