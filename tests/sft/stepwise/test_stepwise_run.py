@@ -8,6 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from run_cases import compose_sft, settings_from
 from sft_cases import png
+from text_file_cases import write_base
+from transformers import AutoTokenizer
 
 from grpo_latent.data.formats.stepwise import main, read_stepwise_rows
 from grpo_latent.data.rows import read_verl_parquet, verl_row, write_verl_parquet
@@ -123,6 +125,20 @@ def test_coconut_on_a_text_model(inputs, tmp_path):
     ] == [0, 1]
     with pytest.raises(CheckpointError, match="needs a vision tower"):
         run(tmp_path / "other", "ivt_lr", inputs / "text", inputs / "rows.parquet")
+
+
+def test_coconut_on_gpt2(inputs, tmp_path):
+    """As its authors train it; a base model's folder has no template for chats, so one is given."""
+    write_base(tmp_path / "gpt2", "gpt2")
+    with pytest.raises(CheckpointError, match="no chat template"):
+        run(tmp_path / "no", "coconut", tmp_path / "gpt2", inputs / "rows.parquet")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    result = run(tmp_path / "out", "coconut", tmp_path / "gpt2", inputs / "rows.parquet")
+    loaded = load_latent_model(result.model_path)
+    assert result.steps == 3 and loaded.model.config.model_type == "gpt2"
+    assert loaded.mechanism.key() == "coconut"
 
 
 def test_rows_for_rl_keep_prompt_answer_and_steps(inputs, tmp_path):
