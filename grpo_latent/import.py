@@ -5,6 +5,9 @@
     python -m grpo_latent.import model.pth --base Qwen2-VL-7B-Instruct --out ivt_lr
                                                               IVT-LR's file, as a folder; so are
                                                               Coconut's and CODI's
+    python -m grpo_latent.import Mull-7B --as-text --prefill "<think>…" --out mull
+                                                              a system whose latents are tokens, as
+                                                              a policy of text
 
 Nothing is needed before SFT, RL, evaluation or serving: these read published folders themselves,
 by the same table (docs/checkpoints.md). The folder is only read.
@@ -34,6 +37,7 @@ from grpo_latent.models.loading import (
     reading,
     save_latent_model,
 )
+from grpo_latent.models.plain import write_as_text
 from grpo_latent.models.state_dicts import load_weights_file
 
 
@@ -64,16 +68,21 @@ def show(folder: Path, mechanism: Mechanism) -> None:
     Console().print(table)
 
 
+def check_is_new(out: Path) -> None:
+    """Raises `ConfigError` where files would be replaced."""
+    if out.exists():
+        raise ConfigError(
+            "the folder exists", where="--out", got=str(out), expected="a folder of its own"
+        )
+
+
 def convert(source: Path, out: Path, dtype: torch.dtype, base: Path | None = None) -> None:
     """Writes the checkpoint in our layout. Raises `ConfigError` where it would replace files.
 
     Args:
         base: of a file of weights alone, the folder of the model that it was trained from.
     """
-    if out.exists():
-        raise ConfigError(
-            "the folder exists", where="--out", got=str(out), expected="a folder of its own"
-        )
+    check_is_new(out)
     loaded = (
         load_latent_model(source, dtype)
         if base is None
@@ -94,6 +103,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--base", type=Path, help="what a file was trained from")
     parser.add_argument("--out", type=Path, help="a new folder in our layout")
+    parser.add_argument(
+        "--as-text",
+        action="store_true",
+        help="latents are tokens of the prompt or of the text, and nothing is fed back",
+    )
+    parser.add_argument(
+        "--prefill", default="", help="with --as-text: what stands behind every prompt"
+    )
     parser.add_argument("--dtype", default="bfloat16", help="of what --out writes")
     options = parser.parse_args(arguments)
     if options.folder.is_file() and (options.base is None or options.out is None):
@@ -103,11 +120,22 @@ def main(arguments: list[str] | None = None) -> None:
             got=f"--base {options.base} --out {options.out}",
             expected="the folder of the model that it was trained from, and where to write",
         )
+    if options.prefill and not options.as_text or options.as_text and options.out is None:
+        raise ConfigError(
+            "only what is written as text gets a prefill",
+            where="--as-text",
+            got=f"--as-text {options.as_text} --prefill {options.prefill!r} --out {options.out}",
+            expected="--as-text --out NEW_FOLDER, with or without --prefill",
+        )
     described = options.folder
     if options.out is not None:
         dtype = parse_dtype(options.dtype, "--dtype")
-        base = options.base if options.folder.is_file() else None
-        convert(options.folder, options.out, dtype, base)
+        if options.as_text:
+            check_is_new(options.out)
+            write_as_text(options.folder, options.out, options.prefill, dtype)
+        else:
+            base = options.base if options.folder.is_file() else None
+            convert(options.folder, options.out, dtype, base)
         described = options.out
     show(described, describe(described))
 

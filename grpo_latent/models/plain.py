@@ -2,13 +2,15 @@
 
     plain folder ──load_plain──▶ model, tokenizer, processor
                  ──add_latents──▶ a folder that RL can start from
+                 ──write_as_text──▶ a folder that opens no span, its prompts with a prefill
 
 Systems that learn their latents in RL alone (HRPO's gate), and baselines of an untrained
-mechanism, begin so.
+mechanism, begin so. So do systems whose latents are tokens: nothing is fed back to be recorded.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +27,13 @@ from grpo_latent.backbones.registry import read_backbone
 from grpo_latent.common.manifest import check_whole
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.latent.mechanisms import MECHANISMS, Mechanism
-from grpo_latent.models.loading import find_mechanism, reading, save_latent_model
+from grpo_latent.latent.mechanisms.published import find_look_alike
+from grpo_latent.models.loading import (
+    find_mechanism,
+    load_latent_model,
+    reading,
+    save_latent_model,
+)
 from grpo_latent.models.tokens import add_latent_tokens
 
 
@@ -139,3 +147,43 @@ def add_latents(
         plain.processor.tokenizer = plain.tokenizer
     save_latent_model(output, plain.model, plain.tokenizer, plain.processor, made)
     return made
+
+
+def write_as_text(
+    path: str | Path, output: str | Path, prefill: str = "", dtype: torch.dtype = torch.float32
+) -> Mechanism:
+    """Writes a model whose latents are ordinary tokens as a policy of text.
+
+    Slots with embeddings of their own, which a prefill of the answer holds (Mull-Tokens) or the
+    model's own template writes (LaViT), are then prompt: no action, nothing to record or replay.
+
+    Args:
+        path: a folder without fed-back latents; only read.
+        output: a folder that is not there yet.
+        prefill: what stands behind every prompt, where the template asks for an answer.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+        ConfigError: its latents are fed back.
+    """
+    folder = Path(path)
+    loaded = load_latent_model(folder, dtype, plain=True)
+    fields = json.loads((folder / "config.json").read_text())
+    look_alike = find_look_alike(folder, fields, loaded.tokenizer.get_vocab())
+    if look_alike is None or not look_alike.is_text:
+        found = find_mechanism(folder, loaded.tokenizer)  # raises for other look-alikes
+        if found is not None:
+            raise ConfigError(
+                "latents that are fed back are no text",
+                where=str(folder),
+                got=found.key(),
+                expected="a model whose latents are tokens, or that has none",
+                fix="Leave --as-text out.",
+            )
+    if prefill:
+        suffix = f"{{% if add_generation_prompt %}}{{{{ {json.dumps(prefill)} }}}}{{% endif %}}"
+        for owner in (loaded.tokenizer, loaded.processor):
+            if owner is not None and owner.chat_template:
+                owner.chat_template += suffix
+    save_latent_model(output, loaded.model, loaded.tokenizer, loaded.processor, loaded.mechanism)
+    return loaded.mechanism

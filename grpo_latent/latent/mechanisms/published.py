@@ -141,12 +141,14 @@ class LookAlike:
 
     Attributes:
         is_it: asked of a folder, its config.json ({} without one) and its vocabulary.
+        is_text: its latents are tokens with embeddings of their own.
     """
 
     system: str
     is_it: Callable[[Path, Mapping[str, Any], Mapping[str, int]], bool]
     why: str
     fix: str = ""
+    is_text: bool = False
 
     def error(self, folder: Path) -> CheckpointError:
         """What is raised."""
@@ -171,7 +173,11 @@ def _has_file(*names: str) -> Callable[[Path, Mapping[str, Any], Mapping[str, in
     return lambda folder, fields, vocab: all((folder / name).exists() for name in names)
 
 
-_AS_TEXT = "It decodes as a plain model (model.plain=true): nothing is fed back."
+_AS_TEXT = (
+    "Nothing is fed back: evaluate it as a plain model (model.plain=true), or write it as a policy "
+    "of text by python -m grpo_latent.import FOLDER --as-text --out NEW_FOLDER, with its slots as "
+    "--prefill if a prefill of the answer holds them."
+)
 
 LOOK_ALIKES = (
     LookAlike(
@@ -189,18 +195,21 @@ LOOK_ALIKES = (
         _has_field("imagelatent_token_id"),
         "slots that an assistant prefill holds, with the placeholder's own embedding",
         _AS_TEXT,
+        is_text=True,
     ),
     LookAlike(
         "CoVT",
         _has_token("<|anchor_start|>", "<|sam_pad|>"),
         "anchors that are ordinary tokens, whose hidden states frozen experts decode",
         _AS_TEXT,
+        is_text=True,
     ),
     LookAlike(
         "LaViT",
         _has_field("v_top_dim", "use_trajectory_supervision"),
         "slots with own embeddings at the end of the prompt, which its own template writes",
         _AS_TEXT,
+        is_text=True,
     ),
     LookAlike(
         "VisMem",
@@ -221,16 +230,23 @@ LOOK_ALIKES = (
 )
 
 
-def refuse_look_alikes(folder: Path, fields: Mapping[str, Any], vocab: Mapping[str, int]) -> None:
-    """Raises `CheckpointError` for a folder of a system that is not ours to load.
+def find_look_alike(
+    folder: Path, fields: Mapping[str, Any], vocab: Mapping[str, int]
+) -> LookAlike | None:
+    """The system that is not ours to load, or None.
 
     Args:
         fields: of config.json, {} without one.
         vocab: token -> id, {} where nobody has read it.
     """
-    for look_alike in LOOK_ALIKES:
-        if look_alike.is_it(folder, fields, vocab):
-            raise look_alike.error(folder)
+    return next((each for each in LOOK_ALIKES if each.is_it(folder, fields, vocab)), None)
+
+
+def refuse_look_alikes(folder: Path, fields: Mapping[str, Any], vocab: Mapping[str, int]) -> None:
+    """Raises `CheckpointError` for a folder of such a system; arguments as `find_look_alike`."""
+    look_alike = find_look_alike(folder, fields, vocab)
+    if look_alike is not None:
+        raise look_alike.error(folder)
 
 
 def published_mechanism(

@@ -89,13 +89,19 @@ LAYOUTS = {
 }
 
 
-def write(folder, system, tokens=None, keys=None, fields=None):
-    """The folder of a system, and the same model with a bias that makes spans frequent."""
+def write(folder, system, tokens=None, keys=None, fields=None, change=None, **tiny_arguments):
+    """The folder of a system.
+
+    Args:
+        change: called with the model and its vocabulary before they are saved.
+    """
     backbone, class_name, own_tokens, own_keys, own_fields, _ = LAYOUTS[system]
     tokens = own_tokens if tokens is None else tokens
     keys = own_keys if keys is None else keys
-    built = getattr(tiny, f"tiny_{backbone}")(WORDS, latent_tokens=tokens)
-    model, tokenizer, processor = built
+    build = getattr(tiny, f"tiny_{backbone}")
+    model, tokenizer, processor = build(WORDS, latent_tokens=tokens, **tiny_arguments)
+    if change is not None:
+        change(model, tokenizer.get_vocab())
     model.save_pretrained(folder)
     (processor or tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
