@@ -11,6 +11,7 @@ mechanism, begin so. So do systems whose latents are tokens: nothing is fed back
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,9 +182,24 @@ def write_as_text(
                 fix="Leave --as-text out.",
             )
     if prefill:
-        suffix = f"{{% if add_generation_prompt %}}{{{{ {json.dumps(prefill)} }}}}{{% endif %}}"
-        for owner in (loaded.tokenizer, loaded.processor):
-            if owner is not None and owner.chat_template:
-                owner.chat_template += suffix
+        _add_prefill([loaded.processor, loaded.tokenizer], prefill, str(folder))
     save_latent_model(output, loaded.model, loaded.tokenizer, loaded.processor, loaded.mechanism)
     return loaded.mechanism
+
+
+def _add_prefill(
+    owners: Sequence[ProcessorMixin | PreTrainedTokenizerBase | None], prefill: str, where: str
+) -> None:
+    """Writes the prefill into all chat templates, behind the prompt."""
+    templates = [None if owner is None else owner.chat_template for owner in owners]
+    if not any(templates) or any(isinstance(template, dict) for template in templates):
+        raise CheckpointError(
+            "a prefill needs one chat template",
+            where=where,
+            got="none" if not any(templates) else "several by name",
+            expected="chat_template.jinja, or chat_template in tokenizer_config.json",
+        )
+    suffix = f"{{% if add_generation_prompt %}}{{{{ {json.dumps(prefill)} }}}}{{% endif %}}"
+    for owner, template in zip(owners, templates, strict=True):
+        if owner is not None and isinstance(template, str):
+            owner.chat_template = template + suffix
