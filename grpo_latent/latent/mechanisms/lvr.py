@@ -43,12 +43,12 @@ class LVR(SpanMechanism):
     """Spans end after `steps`, near a learned end vector, or at the end token.
 
     Attributes:
-    latent_end_token, latent_end_id: token that stands for the learned end vector of exit
-        `latent_end`; with a sampled end the one that is written before `end`. None without
-        either.
-    end_vector: whether there is a learned end vector; None: wherever there is that token.
-        Published models have the token in their data and seldom the vector.
-    latent_end_threshold: mean squared distance within which a fed vector is the end vector.
+        latent_end_token, latent_end_id: token that stands for the learned end vector of exit
+            `latent_end`; with a sampled end the one that is written before `end`. None without
+            either.
+        end_vector: whether there is a learned end vector; None: wherever there is that token.
+            Published models have the token in their data and seldom the vector.
+        latent_end_threshold: mean squared distance within which a fed vector is the end vector.
     """
 
     latent_end_token: str | None = None

@@ -31,12 +31,13 @@ class Gaussian(Treatment):
     """Draws z around mu with a fixed width, and scores it by a Gaussian density.
 
     Attributes:
-    sigma: of the density, in units of a latent's components; inf switches the latent term off.
-    sigma_rollout: of the noise; None takes `sigma`. 0 feeds the mean: the first update after a
-        rollout then has no latent gradient (z = mu), later ones pull mu back towards the z of
-        rewarded trajectories. Another value than `sigma` makes the ratio that of the density, not
-        of the sampler.
-    per_dimension: divide the log-density by H.
+        sigma: of the density, in units of a latent's components; inf switches the latent term
+            off.
+        sigma_rollout: of the noise; None takes `sigma`. 0 feeds the mean: the first update after a
+            rollout then has no latent gradient (z = mu), later ones pull mu back towards the z of
+            rewarded trajectories. Another value than `sigma` makes the ratio that of the density,
+            not of the sampler.
+        per_dimension: divide the log-density by H.
     """
 
     name: ClassVar[str] = "gaussian"

@@ -53,9 +53,9 @@ class GaussianHead(Treatment):
     """Draws z around mu with a width that h decides, and scores it by that density.
 
     Attributes:
-    sigma: of the start, in units of a latent's components.
-    sigma_range: factor > 1 by which the learned width may leave it, up or down.
-    per_dimension: divide the log-density by H, so that ratios stay near 1 at any H.
+        sigma: of the start, in units of a latent's components.
+        sigma_range: factor > 1 by which the learned width may leave it, up or down.
+        per_dimension: divide the log-density by H, so that ratios stay near 1 at any H.
     """
 
     name: ClassVar[str] = "gaussian_head"

@@ -23,7 +23,8 @@ class Recompute(Treatment):
     """Makes the latents anew in the update's forward; rollouts are those of `mask`.
 
     Attributes:
-    gradient: `cut`, `one_hop` or `bptt`, what flows from the text into the making of its latents.
+        gradient: `cut`, `one_hop` or `bptt`, what flows from the text into the making of its
+            latents.
     """
 
     name: ClassVar[str] = "recompute"

@@ -53,7 +53,7 @@ class VonMisesFisher(Treatment):
     """Turns h at random, keeping its length, and scores the direction by a vMF density.
 
     Attributes:
-    kappa: concentration; 0 < kappa <= 1e6.
+        kappa: concentration; 0 < kappa <= 1e6.
     """
 
     name: ClassVar[str] = "vmf"

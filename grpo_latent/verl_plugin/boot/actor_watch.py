@@ -29,10 +29,8 @@ from grpo_latent.verl_plugin.boot.remote_errors import unwrapped
 POLL_S = 2.0
 GRACE_S = 5.0  # for a run to end by itself at an actor's death, so that its log says how it saw it
 KILLED_GRACE_S = 20.0  # verl kills TransferQueue's actors when a run is over, and closes then
-RAY_PROCESSES = (
-    "gcs_server",
-    "raylet",
-)  # processes of a Ray of our own without which it does nothing
+# processes of a Ray of our own without which it does nothing
+RAY_PROCESSES = ("gcs_server", "raylet")
 ROLES = {
     "TaskRunnerV1": "trainer",
     "WorkerDict": "training worker",  # verl's class around those that share a process
