@@ -129,7 +129,8 @@ def show(parts: dict[str, list[Found]], problems: list[str], console: Console) -
     console.print(
         f"grpo_latent {installed('grpo_latent')}, Python {sys.version.split()[0]}\n"
         f"{host['processor']}, {host['usable_cores']} cores, "
-        f"{(host['memory_bytes'] or 0) / 2**30:.0f} GiB, {host['kernels']['cpu_capability']}; {devices}"
+        f"{(host['memory_bytes'] or 0) / 2**30:.0f} GiB, {host['kernels']['cpu_capability']}; "
+        f"{devices}"
     )
     shown = [name for name in SHOWN if installed(name)]
     console.print(", ".join(f"{name} {installed(name)}" for name in shown))

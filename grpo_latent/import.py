@@ -1,7 +1,7 @@
-"""`python -m grpo_latent.import FOLDER` says what a checkpoint's latents are; `--out` writes them down.
+"""`python -m grpo_latent.import FOLDER` says what a checkpoint's latents are, `--out` writes it.
 
     python -m grpo_latent.import SkiLa-7B                     what it is, or why it is refused
-    python -m grpo_latent.import SkiLa-7B --out skila         the same folder with latent_config.json
+    python -m grpo_latent.import SkiLa-7B --out skila       the same folder with latent_config.json
     python -m grpo_latent.import model.pth --base Qwen2-VL-7B-Instruct --out ivt_lr
                                                               IVT-LR's file, as a folder; so are
                                                               Coconut's and CODI's

@@ -3,9 +3,9 @@
     grpo-latent init quickstart my_work
     bash my_work/recipes/quickstart/run.sh
 
-The folder gets `recipes/` and `reward/`; scripts run in it, wherever they are started from, and write
-to its `outputs/`. Nothing in it is overwritten: a file that is there and differs ends the copying
-before it has begun.
+The folder gets `recipes/` and `reward/`; scripts run in it, wherever they are started from, and
+write to its `outputs/`. Nothing in it is overwritten: a file that is there and differs ends the
+copying before it has begun.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Every wire derives its columns and names from this table:
 
-    rollout ─ Trajectory ─┬─ agent loop ─ TransferQueue ─┬─ worker      `MicroBatch`, of columns that workers fetch
-                          │                              └─ dump        rollouts/step_<n>.{jsonl,safetensors} ─ inspector
-                          └─ journal                                    batches of an unfinished evaluation
+    rollout ─ Trajectory ─┬─ agent loop ─ TransferQueue ─┬─ worker   `MicroBatch`, of columns
+                          │                              └─ dump     rollouts/step_<n> ─ inspector
+                          └─ journal                                 batches of an evaluation
 
 A mechanism or a treatment that records one thing more declares it beside its class, so that every
 process that loads the class knows the field:
@@ -15,8 +15,8 @@ and hands the values to `Trajectory.extra["gate"]`; no other module has to know.
 
 Legend of `dims`; the first letter says what a row of the field stands for: P prompt positions, T
 completion positions, L both, N positions with a recorded vector, M those of them that a hidden
-state made (LATENT, MIXED, FED_START), S SELECTED positions; further ones are sizes: H hidden, A aux.
-No letter at all: one number a trajectory, a tensor without dimensions.
+state made (LATENT, MIXED, FED_START), S SELECTED positions; further ones are sizes: H hidden, A
+aux. No letter at all: one number a trajectory, a tensor without dimensions.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class Field:
                 "not a recorded field",
                 where=f"field {self.name!r}",
                 got=f"dims {self.dims!r}",
-                expected="a name, and dims that begin with one of P, T, L, N, M, S, or none (and then "
+                expected="a name, and dims that begin with one of P, T, L, N, M, S, or none (and "
+                "then "
                 "no column_fill)",
             )
         object.__setattr__(self, "column", self.column or self.name)

@@ -53,7 +53,7 @@ Plugins.instance().register(VerlConfigs)
 
 
 def check_only(config: DictConfig) -> None:
-    """Checks all that `train` checks before Ray starts, and the checkpoint to resume; writes nothing.
+    """Checks what `train` does before Ray starts, and the checkpoint to resume; writes nothing.
 
     Raises:
         GrpoLatentError: as `train`.
@@ -358,7 +358,11 @@ def _run(config: DictConfig, console, log_path: Path) -> None:
         transfer_queue = start_transfer_queue(config)
         # beside the driver: one node less whose loss ends the run at once, and outputs of both in
         # one place
-        runner = TaskRunnerV1.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]  # ray.remote decorates it
+        # ray.remote, which decorates it, hides from type checkers that it has options
+        placed = TaskRunnerV1.options(  # type: ignore[attr-defined]
+            scheduling_strategy=on_this_node()
+        )
+        runner = placed.remote()
         run_ref = runner.run.remote(config)
         with StepPrinter(console) as on_report:
 

@@ -45,7 +45,7 @@ class PositionKind(IntEnum):
     LATENT = 4  # latent step: the input is a recorded vector
     FORCED = 5  # token that the mechanism appended, such as the end of a span
     SELECTED = 6  # latent step whose vector is an image embedding that attention chose (IVT-LR)
-    MIXED = 7  # sampled token whose input is composed of its embedding and a recorded vector (HRPO's gate)
+    MIXED = 7  # sampled token, fed as a mix of its embedding and a recorded vector (HRPO's gate)
     END = 8  # sampled token that closes a latent span, fed as its embedding (published LVR)
     FED_START = (
         9  # sampled token that opens a latent span, fed as that span's first latent (Monet)
@@ -79,9 +79,9 @@ class Trajectory:
     """One completion with all that replaying it needs.
 
     P prompt positions, T completion positions, N of them with a recorded vector, M of these made
-    by a hidden state, H hidden size, A aux. `grpo_latent.recorded_fields` says what each field is aligned
-    to and where it travels; a field declared there that is no attribute here is an entry of
-    `extra`.
+    by a hidden state, H hidden size, A aux. `grpo_latent.recorded_fields` says what each field is
+    aligned to and where it travels; a field declared there that is no attribute here is an entry
+    of `extra`.
 
     Attributes:
         prompt_ids: int64 [P].
@@ -174,7 +174,8 @@ class Trajectory:
         if values is None or values.ndim != len(dims) or list(values.shape[:1]) != count:
             expected = ", ".join([*map(str, count), *(_SIZES.get(d, d) for d in dims[1:])])
             raise LatentMismatchError(
-                f"recorded {field_.name} does not match the {_POSITIONS_OF.get(dims[:1], 'prompt')}",
+                f"recorded {field_.name} does not match the "
+                f"{_POSITIONS_OF.get(dims[:1], 'prompt')}",
                 where=f"trajectory of group {self.group_id!r}",
                 got="nothing"
                 if values is None
@@ -372,7 +373,7 @@ def latent_spans(kinds: Tensor) -> list[LatentSpan]:
 
 
 def prompt_kinds(input_ids: Tensor, vision_ids: frozenset[int] | set[int]) -> Tensor:
-    """int64, same shape: `VISION` at image placeholders and their delimiters, `PROMPT` elsewhere."""
+    """int64, same shape: `VISION` at image placeholders and delimiters, `PROMPT` elsewhere."""
     is_vision = torch.isin(
         input_ids, torch.tensor(sorted(vision_ids), dtype=input_ids.dtype, device=input_ids.device)
     )

@@ -144,7 +144,8 @@ def _refuse_not_finite(
         ),
         got=rewards_N[bad[0]].item(),
         expected="a finite float",
-        fix="Correct the reward function, or set latent.reward.on_error=drop to leave such trajectories out.",
+        fix="Correct the reward function, or set latent.reward.on_error=drop to leave such "
+        "trajectories out.",
     )
 
 
@@ -161,7 +162,8 @@ def _refuse_groups_of_one(valid_N: Tensor, group_N: Tensor, ids_M: list[str]) ->
         where=_some([f"group {g!r}" for g in lone[: NUM_NAMED + 1]], len(lone)),
         got=f"{len(lone)} of {len(ids_M)} groups with 1 trajectory",
         expected=">= 2 trajectories a group",
-        fix="Set actor_rollout_ref.rollout.n >= 2, and look in the log for trajectories that failed.",
+        fix="Set actor_rollout_ref.rollout.n >= 2, and look in the log for trajectories that "
+        "failed.",
     )
 
 

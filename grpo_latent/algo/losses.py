@@ -68,9 +68,12 @@ def aggregate(
 ) -> Tensor:
     """Reduces per-token values to the scalar that is summed over micro-batches.
 
-        grpo:        sum_b [ mean over the actions of b ] / num_trajectories        verl: seq-mean-token-mean
-        token_mean:  sum over all actions / num_tokens     (TRL and LVR: bnpo)      verl: token-mean
-        dr_grpo:     sum over all actions / (num_trajectories · max_len)            verl: seq-mean-token-sum-norm
+        grpo        sum_b [ mean over the actions of b ] / num_trajectories
+                    verl: seq-mean-token-mean
+        token_mean  sum over all actions / num_tokens
+                    verl: token-mean; TRL and LVR: bnpo
+        dr_grpo     sum over all actions / (num_trajectories · max_len)
+                    verl: seq-mean-token-sum-norm
 
     Args:
         values_BT: float; anything at all where the mask is False.
@@ -80,7 +83,8 @@ def aggregate(
         float scalar; 0 where the mask is all False.
 
     >>> mask = torch.tensor([[True, True, False], [True, False, False]])
-    >>> aggregate(torch.tensor([[1.0, 3.0, torch.nan], [8.0, 0.0, 0.0]]), mask, "grpo", Denominators.of(mask))
+    >>> values = torch.tensor([[1.0, 3.0, torch.nan], [8.0, 0.0, 0.0]])
+    >>> aggregate(values, mask, "grpo", Denominators.of(mask))
     tensor(5.)
     """
     mask_BT = _bool_mask(response_mask_BT, values_BT)
@@ -243,8 +247,8 @@ def clipped_losses(
     """PPO's loss of each action, whatever is an action: a token, a latent, a choice.
 
         rho = exp(log_prob - old_log_prob)
-        L   = max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high))       = -min(rho A, clip(rho) A)
-        L   = min(L, -A clip_ratio_c)                    where A < 0       (dual clip, if clip_ratio_c is given)
+        L   = max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high))     = -min(rho A, clip(rho) A)
+        L   = min(L, -A clip_ratio_c)                    where A < 0     (dual clip, where given)
 
     Sources: PPO (arXiv 1707.06347), clip-higher of DAPO (2503.14476), dual clip (1912.09729).
 
@@ -286,7 +290,8 @@ def check_latents_do_not_act(response_mask_BT: Tensor, latent_mask_BT: Tensor) -
             where=f"trajectory {b}, position {t}",
             got=f"{int(both_BT.sum())} such positions",
             expected="response_mask & latent_mask all False",
-            fix="Build response_mask from position kinds, as grpo_latent.trajectory.response_mask does.",
+            fix="Build response_mask from position kinds, as "
+            "grpo_latent.trajectory.response_mask does.",
         )
 
 

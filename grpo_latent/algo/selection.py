@@ -1,7 +1,7 @@
 """Choosing K image positions by their attention: by IVT-LR's rule, or at random (Plackett–Luce).
 
-    scores, candidates ──top_k_candidates──▶ the K best, best first           (2510.12603 section 3)
-    log-weights + Gumbel noise ──same rule──▶ K draws without replacement     (Plackett–Luce; Kool et al. 2019)
+    scores, candidates ──top_k_candidates──▶ the K best, best first       (2510.12603 section 3)
+    log-weights + Gumbel noise ──same rule──▶ K draws without replacement (Kool et al. 2019)
 
 Random selection makes the choice an action: its log-probability is a pure function of log-weights
 and chosen indices, so that a replay under other weights can score the recorded choice.
@@ -33,7 +33,8 @@ def top_k_candidates(scores_BS: Tensor, candidates_BS: Tensor, num: int) -> Tens
         int64 [B, K], K = `num`, or less where no row has as many candidates.
 
     >>> scores = torch.tensor([[0.1, 0.3, 0.3, 0.2], [0.1, 0.3, 0.3, 0.2]])
-    >>> top_k_candidates(scores, torch.tensor([[True] * 4, [False, False, True, False]]), 2).tolist()
+    >>> may_be = torch.tensor([[True] * 4, [False, False, True, False]])
+    >>> top_k_candidates(scores, may_be, 2).tolist()
     [[1, 2], [2, -1]]
     """
     counts_B = candidates_BS.sum(-1).clamp(max=num)
@@ -89,7 +90,8 @@ def selection_log_probs(
         LatentMismatchError: a chosen position is no candidate, or is chosen twice.
 
     >>> candidates = torch.ones(1, 3, dtype=torch.bool)
-    >>> selection_log_probs(torch.tensor([[1.0, 2.0, 3.0]]).log(), candidates, torch.tensor([[2, 0]])).exp()  # 3/6, 1/3
+    >>> weights, chosen = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[2, 0]])
+    >>> selection_log_probs(weights.log(), candidates, chosen).exp()  # 3/6, 1/3
     tensor([[0.5000, 0.3333]])
     """
     is_chosen_BK = chosen_BK != NOT_CHOSEN

@@ -6,7 +6,7 @@
     reading.py  read               text -> one value and the words beside it, or mere text
     compare.py  same_answer        equal as text, as quantities, or by the caller's algebra
 
-Rewards and evaluation's graders both ask here, so that a policy is trained on what it is graded by.
+Rewards and evaluation's graders both ask here: a policy is trained on what it is graded by.
 """
 
 from grpo_latent.answers.compare import same_answer

@@ -53,11 +53,13 @@ _LIST = re.compile(r"[-+\d.\s]+(?:[,;][-+\d.\s]+)+")
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _SCALES["trillion"] = 10**12
 _FILLERS = frozenset(
-    "the a an is are was it of about approximately approx around roughly exactly equals total".split()
+    "the a an is are was it of about approximately approx around roughly exactly equals "
+    "total".split()
 )
 # what turns a number into another statement: never left out on one side
 QUALIFIERS = frozenset(
-    "not no never non without except neither nor cannot isn't aren't wasn't false wrong incorrect or "
+    "not no never non without except neither nor cannot isn't aren't wasn't false wrong "
+    "incorrect or "
     "more less fewer greater least most than over under above below between up at".split()
 )
 _NAMES = r"(?P<names>(?:[^\W\d_][^\W\d_'.-]*[:,.]?\s+)*)"

@@ -1,4 +1,4 @@
-r"""Numbers as answers write them: `1,200`, `1e5`, `007`, `3/4`, `1 1/2`, `\frac{1}{2}`, `2\times10^3`."""
+r"""Numbers as answers write them: `1,200`, `1e5`, `3/4`, `1 1/2`, `\frac{1}{2}`, `2\times10^3`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from fractions import Fraction
 
 MAX_DIGITS = 400  # of a number, and of a power of ten
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+|\d+\.(?!\d)"
-_POWER = r"(?:[eE]([-+]?\d{1,4})|\s*(?:\\times|\\cdot|[x*\u00d7\u00b7])\s*10\s*\^\s*\{?([-+]?\d{1,4})\}?)"
+_POWER = (
+    r"(?:[eE]([-+]?\d{1,4})"
+    r"|\s*(?:\\times|\\cdot|[x*\u00d7\u00b7])\s*10\s*\^\s*\{?([-+]?\d{1,4})\}?)"
+)
 _FRACTION = r"(\d+)\s*/\s*(\d+)|\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}"
 _NUMBER = re.compile(
     rf"(?P<sign>[-+]?)\s*(?:(?P<whole>\d+)(?:\s+(?=\d)|\s*(?=\\)))?(?:{_FRACTION})"

@@ -1,4 +1,4 @@
-"""Images as models take them: pixels, as a family's processor lays them out (`common.pictures` comes first)."""
+"""Images as models take them: pixels, as a family's processor lays them out."""
 
 from __future__ import annotations
 

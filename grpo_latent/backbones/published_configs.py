@@ -1,4 +1,4 @@
-"""Configs as transformers 4.5x and the authors of published models wrote them, read as 5 means them.
+"""Configs as transformers 4.5x and authors of published models wrote them, read as 5 means them.
 
 Whether logits share the embeddings:
 
@@ -36,7 +36,8 @@ def with_outer_flag(config_dict: dict[str, Any]) -> dict[str, Any]:
 
     >>> with_outer_flag({"text_config": {"tie_word_embeddings": True}})["tie_word_embeddings"]
     True
-    >>> with_outer_flag({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}})["tie_word_embeddings"]
+    >>> config = {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}
+    >>> with_outer_flag(config)["tie_word_embeddings"]
     False
     """
     inner = config_dict.get("text_config")

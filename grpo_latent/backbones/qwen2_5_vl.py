@@ -19,7 +19,7 @@ class Qwen2_5VL(QwenVL):  # noqa: N801  (the family's name)
     processor_names = ("Qwen2_5_VLProcessor",)
 
 
-class Qwen2_5_VLProcessor(QwenImagesOnly, StockQwen2_5_VLProcessor):  # noqa: N801  (the stock class's name)
+class Qwen2_5_VLProcessor(QwenImagesOnly, StockQwen2_5_VLProcessor):  # noqa: N801
     """Images-only `Qwen2_5_VLProcessor`."""
 
 

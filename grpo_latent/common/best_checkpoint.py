@@ -1,4 +1,4 @@
-"""Which checkpoint of a training had the best held-out score, in a file beside the last one's name.
+"""Which checkpoint of a training had the best held-out score, in a file beside the tracker.
 
 The file is for people and shell scripts: what counts is the same record in the state of the newest
 checkpoint, which its manifest vouches for, and which is there first when a run is killed.

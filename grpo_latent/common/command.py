@@ -2,12 +2,14 @@
 
     0    done
     1    something broke that is no fault of what was given: a traceback of ours
-    2    what was given cannot be used: command line, config, data, checkpoint, reward, cluster; or the run stopped on a
-         typed error. stderr has `ErrorType: message`, with what, where, got, expected and the fix
+    2    what was given cannot be used: command line, config, data, checkpoint, reward, cluster; or
+         the run stopped on a typed error. stderr has `ErrorType: message`, with what, where, got,
+         expected and the fix
     130  interrupted from the keyboard (128 + SIGINT, as shells count)
 
-2 is also what argparse ends with where a command line does not parse. With `--check` a command that has a config
-finds out which of 0 and 2 it would be, says what it would do, and writes nothing.
+2 is also what argparse ends with where a command line does not parse. With `--check` a command
+that has a config finds out which of 0 and 2 it would be, says what it would do, and writes
+nothing.
 """
 
 from __future__ import annotations

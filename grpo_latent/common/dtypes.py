@@ -1,4 +1,4 @@
-"""Names of the dtypes and devices that weights can have, as configs and command lines write them."""
+"""Names of the dtypes and devices of weights, as configs and command lines write them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """What a path in a config may be: one rule for all commands.
 
 ~/rows.parquet, rows.parquet    a file of this machine
-s3://…, hdfs://…, any x://      somewhere else: whoever reads it fetches it, so nothing can be checked before
-pkg://package.module            a Python module, verl's way to name one; also nothing to look for on the disk
+s3://…, hdfs://…, any x://      somewhere else: who reads it fetches it; nothing to check before
+pkg://package.module            a Python module, as verl names one: no file either
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pictures as every model is given them: RGB, upright, on white; one rule for all that read images."""
+"""Pictures as every model is given them: RGB, upright, on white; one rule for all readers."""
 
 from __future__ import annotations
 

@@ -61,7 +61,8 @@ def provenance(seed: int | None) -> dict[str, Any]:
 def provenance_line(record: Mapping[str, Any] | None) -> str:
     """Says in one line what tells machines apart.
 
-    >>> provenance_line({"processor": "Xeon", "cores": 2, "threads": 1, "versions": {"torch": "2.13.0"}})
+    >>> versions = {"torch": "2.13.0"}
+    >>> provenance_line({"processor": "Xeon", "cores": 2, "threads": 1, "versions": versions})
     'Xeon, 2 cores, 1 thread, torch 2.13.0'
     >>> provenance_line(None)
     'not recorded'
@@ -182,7 +183,7 @@ def accelerators() -> list[str]:
 
 
 def versions(packages: Iterable[str] | None = None) -> dict[str, str]:
-    """Lists versions of Python and of `packages` (None: those that numbers depend on), if installed."""
+    """Lists versions of Python and of installed `packages` (None: those that numbers need)."""
     found = {"python": platform.python_version()}
     for package in PACKAGES if packages is None else packages:
         try:

@@ -51,7 +51,7 @@ class Registry(dict[str, Thing], Generic[Thing]):
         """Makes a thing known by its names, and returns it; idempotent; a decorator of classes.
 
         Raises:
-            ConfigError: it has no name, or another one has it, whose meaning would silently change.
+            ConfigError: it has no name, or another one has it, which would change its meaning.
         """
         for name in self._names_of(thing) or ("",):
             if not name:

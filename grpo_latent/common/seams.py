@@ -1,4 +1,4 @@
-"""What this package uses of a library beyond its public names, as rows that are compared with the installed one.
+"""What this package uses of libraries beyond their public names, compared with what is installed.
 
 Each library has its table, beside what uses it: `models/seams.py` (transformers),
 `verl_plugin/boot/seams.py` (verl, Ray), `rollout/vllm/contract.py` (vLLM, in a form of its own). A

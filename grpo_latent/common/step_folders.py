@@ -13,8 +13,8 @@ from grpo_latent.common.manifest import MANIFEST_FILE
 from grpo_latent.errors import CheckpointError
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
-# in the tracker before the first complete checkpoint, so that a lost tracker is told from none yet;
-# verl reads it as a number, finds no such folder and starts anew
+# in the tracker before the first complete checkpoint, so that a lost tracker is told from none
+# yet; verl reads it as a number, finds no such folder and starts anew
 NO_STEP = "-1"
 STEP_PREFIX = "global_step_"
 

@@ -2,10 +2,11 @@
 
 It finds what one of them would break later, and what verl's filter would drop without a word.
 
-    file ──digest──▶ known? ──no──▶ rows ▸ structure ▸ images decoded (threads) ▸ prompt length ──▶ CheckedFile
+    file ──digest──▶ known? ──no──▶ rows ▸ structure ▸ images decoded (threads) ▸ prompt length
+                                                                                ──▶ CheckedFile
 
-A file that has passed is not read again: its verdict is kept under the digest of its bytes, of what
-counts its prompts, and of this code. Image files beside it count by size and time.
+A file that has passed is not read again: its verdict is kept under the digest of its bytes, of
+what counts its prompts, and of this code. Image files beside it count by size and time.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 What columns are called and how a cell is spelled ends here.
 
-    file ──iter_verl_rows──▶ ({"data_source", "prompt", "images", "reward_model", "extra_info", …}, "file row 7")
+    file ──iter_verl_rows──▶ ({"data_source", "prompt", "images", "reward_model", …}, "file row 7")
 
 JSON is read by Python's own reader, so that "007", "1e5" and "2026-11-28" stay the texts that they
 are: `datasets` guesses types by column and gives back dates.
@@ -169,7 +169,7 @@ def _parquet_records(path: str | Path, keys: RowKeys, rows_per_batch: int) -> It
 
 
 def _json_records(path: str | Path) -> Iterator[dict]:
-    """Records of a JSON list or of JSON lines, whatever the suffix says, as `datasets` takes them."""
+    """Records of a JSON list or of JSON lines, whatever the suffix says, as in `datasets`."""
     try:
         with open(path, encoding="utf-8") as file:
             start = file.read(1)

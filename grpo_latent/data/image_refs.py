@@ -1,4 +1,4 @@
-"""`ImageRef`: an image of a row, decoded when it is wanted and told of by file and row where it is damaged."""
+"""`ImageRef`: an image of a row, decoded when it is wanted; file and row name a damaged one."""
 
 from __future__ import annotations
 

@@ -79,8 +79,8 @@ def committed_answer(completion: str) -> str | None:
 def parse_option(answer: str | None, options: Sequence[str]) -> str | None:
     """Finds the letter that an answer names, or None.
 
-    It may be `B`, `(b)`, `B.`, `option B`, `(B) its text`, or what `same_answer` takes for the text
-    of one option alone (`50%` and `0.5`, `1 m` and `100 cm`).
+    It may be `B`, `(b)`, `B.`, `option B`, `(B) its text`, or what `same_answer` takes for the
+    text of one option alone (`50%` and `0.5`, `1 m` and `100 cm`).
 
     >>> options = ["Open", "Closed"]
     >>> parse_option("(b) Closed", options), parse_option("(a) Closed", options)

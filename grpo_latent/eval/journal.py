@@ -133,7 +133,7 @@ class Journal:
             ) from error
 
     def _identity(self, phase: str, batch_idx: int) -> dict:
-        """What a batch's digest holds beside its content: a part of elsewhere is no part of this."""
+        """What a batch's digest holds beside its content: what is elsewhere is no part of this."""
         return {"phase": phase, "batch": batch_idx, "evaluation": self.owner}
 
     def save(self, phase: str, batch_idx: int, batch: PhaseBatch) -> None:

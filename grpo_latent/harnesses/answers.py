@@ -1,7 +1,7 @@
 """Answers the questions of an evaluation harness with a latent checkpoint.
 
-What a harness gets of a completion is text that its parsers read: no latent position and no special
-token is in it, and where the model commits to an answer by tags, the answer alone.
+What a harness gets of a completion is text that its parsers read: no latent position and no
+special token is in it, and where the model commits to an answer by tags, the answer alone.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class Answerer:
         engine: `hf` or `vllm`.
         device: of engine hf; None takes a GPU where there is one.
         steps: latent steps a span, None for the checkpoint's.
-        min_new_tokens: positions that a completion has at least, whatever the task's bound: latents
-            count, and a bound for a bare letter would cut them off.
+        min_new_tokens: positions that a completion has at least, whatever the task's bound:
+            latents count, and a bound for a bare letter would cut them off.
         answer_only: whether text around `<answer>…</answer>` is left out.
         engine_options: further arguments of the engine's class.
 

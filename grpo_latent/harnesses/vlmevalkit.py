@@ -1,6 +1,6 @@
 """A latent checkpoint as a model of VLMEvalKit, whose own run.py this becomes.
 
-    python -m grpo_latent.harnesses.vlmevalkit --config mine.json [arguments of VLMEvalKit's run.py]
+    python -m grpo_latent.harnesses.vlmevalkit --config mine.json [arguments of run.py]
 
 mine.json names one of two classes, which are registered before run.py starts:
 

@@ -106,8 +106,8 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(SHARED_SDPA, ALL_MASK_ATTENTION_FUNCTIONS[
 def chosen_kernels(device: torch.device) -> AbstractContextManager[None]:
     """Within the block `folded_sdpa` runs on kernels that need no plan for each number of keys.
 
-    With a mask, torch 2.11 gives the work on an H100 to cuDNN, which makes a new plan for every new
-    length: 640 us of CPU time a call.
+    With a mask, torch 2.11 gives the work on an H100 to cuDNN, which makes a new plan for every
+    new length: 640 us of CPU time a call.
     """
     if device.type != "cuda":
         return nullcontext()

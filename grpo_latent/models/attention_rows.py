@@ -176,7 +176,7 @@ def recording_last_row(
 def recording_rows(
     text_config: PreTrainedConfig, rows_BN: Tensor, allowed_BNS: Tensor
 ) -> Iterator[RecordedAttention]:
-    """Within the block, each forward without cache records the attention of `rows_BN`, with gradient.
+    """In the block, each forward without cache records the attention of `rows_BN`, with gradient.
 
     Args:
         rows_BN: int64, queries.

@@ -83,8 +83,8 @@ def load_latent_model(
             names and sizes.
 
     Raises:
-        CheckpointError: a file is damaged, weights are missing or unknown, or tokenizer and `latent_config.json`
-            disagree.
+        CheckpointError: a file is damaged, weights are missing or unknown, or tokenizer and
+            `latent_config.json` disagree.
         ConfigError: a family that no backbone serves.
     """
     folder = Path(folder)

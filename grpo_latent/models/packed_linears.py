@@ -39,9 +39,9 @@ def packs(weight: Tensor) -> bool:
 def packed_linears(modules: Iterable[nn.Module]) -> Iterator[int]:
     """Within the block every `nn.Linear` in `modules` multiplies with a packed copy of its weight.
 
-    Yields their number. Not for subclasses of `nn.Linear`, weights that `packs` refuses, or a forward of somebody
-    else's: those stay as they are. No gradient passes a packed layer, and weights must not change
-    within the block.
+    Yields their number. Not for subclasses of `nn.Linear`, weights that `packs` refuses, or a
+    forward of somebody else's: those stay as they are. No gradient passes a packed layer, and
+    weights must not change within the block.
     """
     found = {
         id(m): m

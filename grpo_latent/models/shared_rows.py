@@ -1,8 +1,8 @@
 """Rows of groups laid out with each group's prompt once, and attention over that layout.
 
-    rows [B, T]      prompt 0 | completion 0      packed [S]    prompt 0 | prompt 1 | completion 0 | … 3
+    rows [B, T]      prompt 0 | completion 0   packed [S]   prompt 0 | prompt 1 | completion 0 … 3
                      prompt 0 | completion 1      ──pack──▶
-                     prompt 1 | completion 2      ◀─spread─     S = 2 prompts + 4 completions, no padding
+                     prompt 1 | completion 2      ◀─spread─     S = 2 prompts + 4 completions
                      prompt 1 | completion 3
 
 Linear layers see S positions. Attention sees two blocks, each one call whatever the number of

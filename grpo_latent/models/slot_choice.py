@@ -1,4 +1,4 @@
-"""Which image positions stand before a slot: those of most attention, drawn ones, or recorded ones.
+"""Which image positions stand before a slot: those of most attention, drawn or recorded ones.
 
 Chosen positions are left out from then on, so that a prompt's slots look at ever more of its image
 (IVT-LR 2510.12603 section 3).

@@ -5,7 +5,7 @@ IVT-LR's is a `torch.save` of a state dict, of a model with adapters in it.
     base_causallm.base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight   W
                                                …q_proj.lora_A.default.weight           A [r, in]
                                                …q_proj.lora_B.default.weight           B [out, r]
-    embedding.weight                                                                   the same again
+    embedding.weight                                                                 the same again
 
 It is read weights-only, each adapter is added to its layer (W + alpha / r · B A, published with
 alpha 16 at any r), and names become those of the base model's class.
@@ -56,7 +56,7 @@ _CODI_HEAD = {"prj.1.": "mlp.0.", "prj.3.": "mlp.2.", "prj.ln.": "ln."}
 
 
 def load_weights_file(path: str | Path, base: str | Path, dtype: torch.dtype) -> LatentModel:
-    """A published file of weights on the model that it was trained from; the file says whose it is.
+    """A published file of weights on the model that it was trained from, which the file names.
 
     Args:
         path: IVT-LR's, Coconut's or CODI's file.

@@ -193,7 +193,7 @@ class PackedVisibility:
     @property
     def mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """Whether a query's position may look at a key's, as FlexAttention asks it."""
-        # tensors of its own: with those of an object it failed (torch 2.13; the cause was not found)
+        # tensors of its own: with those of an object it failed (torch 2.13; cause not found)
         prompt_S, row_S, is_prompt_S = self.prompt_S, self.row_S, self.is_prompt_S
         column_S, sighted_S, is_image_side_S = self.column_S, self.sighted_S, self.is_image_side_S
 

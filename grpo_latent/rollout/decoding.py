@@ -294,7 +294,7 @@ class DecodingBatch:
         return made.rows.put(embeds_NH, fed_MH)
 
     def _drop_stopped_rows(self, embeds_NH: Tensor) -> Tensor:
-        """Goes on with fewer rows where half have stopped: the input vectors of those that stay."""
+        """Goes on with fewer rows where half have stopped: input vectors of those that stay."""
         keep_M = self.progress.rows_to_keep()
         if keep_M is None:
             return embeds_NH

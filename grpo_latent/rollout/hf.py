@@ -5,8 +5,8 @@
 
 An image is encoded once, a prompt prefilled once, beside prompts of about its length; keys and
 values are written in place; rows that have stopped are dropped when they are half of the batch; on
-CPU linear layers multiply with packed weights, on CUDA a step is one captured graph. A row's result
-depends on weights, prompt, seed and sampling; the batch that it shares moves its numbers by
+CPU linear layers multiply with packed weights, on CUDA a step is one captured graph. A row's
+result depends on weights, prompt, seed and sampling; the batch that it shares moves its numbers by
 rounding only.
 """
 
@@ -53,10 +53,10 @@ class HFRolloutEngine:
             call of `generate` and dropped after it, where `models.packed_linears.packs` them (CPU,
             float32 or bfloat16; elsewhere the layers run as they are). Moves numbers by rounding
             only, and takes the memory of the decoder's weights once more.
-        decoding: how steps are run, one of `steps.DECODINGS`. `growing`: keys and values grow, and rows
-            are picked by index. `static`: fixed shapes, and the host reads a step late. `graphs`:
-            that, each shape captured as a CUDA graph. None: `graphs` on CUDA, else `growing`.
-            Engines of one model share its graphs.
+        decoding: how steps are run, one of `steps.DECODINGS`. `growing`: keys and values grow, and
+            rows are picked by index. `static`: fixed shapes, and the host reads a step late.
+            `graphs`: that, each shape captured as a CUDA graph. None: `graphs` on CUDA, else
+            `growing`. Engines of one model share its graphs.
     """
 
     def __init__(

@@ -136,7 +136,8 @@ def check_sft(settings: SFTSettings) -> list[str]:
         f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     )
     return [
-        f"model    {settings.model.path}: {latent.model.config.model_type}, {trained:,} parameters trained",
+        f"model    {settings.model.path}: {latent.model.config.model_type}, "
+        f"{trained:,} parameters trained",
         f"rows     {len(dataset):,}; {bad_boxes.report() or 'no box was out of place'}",
         f"method   {settings.method}, batches of {batch}, {length}, "
         f"learning rate {args.learning_rate:g}",
@@ -157,7 +158,7 @@ def check_save_path(save_path: Path, settings: SFTSettings, output_dir: Path) ->
 
 
 def load_model(settings: SFTSettings) -> LatentModel:
-    """Loads `settings.model`, with the image sizes and the trained parameters that are asked for."""
+    """Loads `settings.model`, with the image sizes and trained parameters that are asked for."""
     latent = load_for_sft(
         settings.model,
         settings.latent,

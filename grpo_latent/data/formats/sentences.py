@@ -15,7 +15,8 @@ _MARKER = re.compile(
     r"(?:[-*\u2022\u2013]\s*)?(?:(?:Step|Stage|Part|Case|Point)\s+)?\(?(?:\d{1,2}|[A-Za-z])"
 )
 _ABBREVIATIONS = frozenset(
-    "e.g i.e cf vs viz fig figs eq eqs nos vol pp approx ca dr mr mrs ms prof st mt gen rev al".split()
+    "e.g i.e cf vs viz fig figs eq eqs nos vol pp approx ca dr mr mrs ms prof st mt gen rev "
+    "al".split()
 )
 # these may close a sentence: they do before a capital
 _CLOSING_ABBREVIATIONS = frozenset("etc inc ltd co corp jr sr u.s u.k a.m p.m b.c a.d".split())

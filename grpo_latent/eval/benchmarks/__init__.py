@@ -18,8 +18,8 @@ Each row becomes a `BenchmarkItem`; graders see its options and answer. A missin
 raises `DataError` with the file, where it comes from and the expected columns.
 
 To add one, write a file here that ends in `NAME = register(Benchmark(…))`, as `vstar.py` does; or
-anywhere that Python can import a `Benchmark`, or a class of it without arguments, and evaluate with
-`data.benchmark.name=package.module:NAME`. `presets.py` asks them as papers do.
+anywhere that Python can import a `Benchmark`, or a class of it without arguments, and evaluate
+with `data.benchmark.name=package.module:NAME`. `presets.py` asks them as papers do.
 """
 
 from grpo_latent.common.registry import import_folder

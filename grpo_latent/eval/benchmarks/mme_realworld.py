@@ -22,8 +22,8 @@ from grpo_latent.eval.benchmarks.registry import register
 OPTIONS = "multi-choice options"
 INTRODUCTION = "The choices are listed below:"
 INSTRUCTION = (
-    "Select the best answer to the above multiple-choice question based on the image. Respond with "
-    "only the letter (A, B, C, D, or E) of the correct option.\nThe best answer is:"
+    "Select the best answer to the above multiple-choice question based on the image. Respond "
+    "with only the letter (A, B, C, D, or E) of the correct option.\nThe best answer is:"
 )
 _OPTION = re.compile(r"\(([A-Z])\)\s*(.*)", re.DOTALL)
 

@@ -76,8 +76,8 @@ class Benchmark:
         files: globs below its folder, the first that finds something counts.
         columns: which each row must have.
         spellings: other published names of columns -> the one of `columns`.
-        parse: (row, where, file) -> item, of a row of a .parquet, .json, .jsonl, .csv or .tsv file; what
-            it raises at a value of another type is reported as a malformed row.
+        parse: (row, where, file) -> item, of a row of a .parquet, .json, .jsonl, .csv or .tsv
+            file; what it raises at a value of another type is reported as a malformed row.
         read: file -> items, for files whose reader checks them itself.
         corrections: row's id -> letter, where a published label is known to be wrong; for
             `data.benchmark.labels=corrected`.

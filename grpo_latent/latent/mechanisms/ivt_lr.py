@@ -25,7 +25,8 @@ class IVTLR(SlotMechanism):
     Attributes:
         top_k_image: image embeddings inserted before each slot; a row takes what is left.
         selection_order: how they stand there: `index`, in the order of the image, or `attention`,
-            best first. Drawn and recorded ones keep the order in which they were drawn or recorded.
+            best first. Drawn and recorded ones keep the order in which they were drawn or
+            recorded.
     """
 
     top_k_image: int = 32

@@ -207,7 +207,7 @@ class Mechanism:
         return RowStates(steps_N)
 
     def begin_at_prompt(self, model: nn.Module, steps_N: Tensor) -> RowStates:
-        """The state of N rows right behind their prompts, whose slots (if any) are to be decoded."""
+        """The state of N rows right behind their prompts, with any slots still to be decoded."""
         return self.begin(model, steps_N)
 
     def make(self, model: nn.Module, source: HiddenSource) -> Tensor:

@@ -1,7 +1,7 @@
 """What the field's checkpoints say about their latents, as one table of aliases.
 
-A published folder is a Hugging Face folder whose config.json has fields of its system's own: ids of
-tokens, a length, a head. A `Layout` names them, and what they are here; `official_layout` of a
+A published folder is a Hugging Face folder whose config.json has fields of its system's own: ids
+of tokens, a length, a head. A `Layout` names them, and what they are here; `official_layout` of a
 mechanism does the same where a table does not reach (LVR's head and end vector). Folders of a
 system that works otherwise, or that only looks like one of these, are refused by name.
 
@@ -13,7 +13,7 @@ system that works otherwise, or that only looks like one of these, are refused b
     SkiLa     sketch_start_id, skila_id, sketch_end_id           twice sketch_token_num, or …
     HyLaR     canvas_start_id, canvas_id, canvas_end_id          canvas_token_num, or …
     SwimBird  latent_start_id, latent_id, latent_end_id          twice max_latent_token, or …
-    Laser     laser_start_id, laser_id, laser_end_id             16, or …; `start` comes first, unasked
+    Laser     laser_start_id, laser_id, laser_end_id             16, or …; `start` comes unasked
 
 The sources of each are in docs/checkpoints.md.
 """

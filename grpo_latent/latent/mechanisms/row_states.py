@@ -1,4 +1,4 @@
-"""`RowStates`: where the rows of a batch stand while they are decoded; a mechanism's `begin` makes it.
+"""`RowStates`: where the rows of a batch stand while they are decoded; made by `Mechanism.begin`.
 
     plan ─▶ kinds ─▶ the engine puts a token or a vector there ─▶ advance ─▶ plan …
 

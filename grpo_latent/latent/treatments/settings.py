@@ -1,4 +1,4 @@
-"""A treatment out of the config group `latent.treatment`, and back into one for another process."""
+"""A treatment out of the config group `latent.treatment`, and back for another process."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What `table` keeps of each seat, on the CPU and on the device.
 
-Legend: S seats, L positions, C latents of a seat, H hidden, A numbers of aux a latent, D columns of
-state.
+Legend: S seats, L positions, C latents of a seat, H hidden, A numbers of aux a latent, D columns
+of state.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from grpo_latent.errors import ConfigError, PluginError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# 0.24.0 is verl 0.9.1's own CUDA pin; 0.32 wants a transformers that verl 0.9.1 refuses. docs/vllm.md
+# 0.24.0 is verl 0.9.1's own CUDA pin; 0.32 wants a transformers that verl refuses. docs/vllm.md
 # says which releases have run, and of which `symbols` alone were compared
 SUPPORTED_VERSIONS = ">=0.24.0,<0.32"
 # what error messages advise

@@ -106,7 +106,7 @@ def registered_names() -> dict[str, set[str]]:
     }
 
 
-# ---- classes that verl's methods name ------------------------------------------------------------
+# ---- classes that verl's methods name -----------------------------------------------------------
 
 
 @contextmanager
@@ -241,7 +241,7 @@ def fix_position_ids(position_ids: Tensor) -> Tensor:
     if int(offsets[-1]) == values.shape[0] and set(offsets.diff().tolist()) == {num_components}:
         rows = values.reshape(num_rows, num_components, -1)
         return tu.nested_tensor_from_tensor_list(list(rows), ragged_idx=2)
-    position_ids._ragged_idx = 2  # type: ignore[attr-defined]  # as verl does it: torch's own, private
+    position_ids._ragged_idx = 2  # type: ignore[attr-defined]  # torch's own, as verl sets it
     return position_ids
 
 
@@ -354,7 +354,7 @@ def _patch_file_logger() -> None:
 
 
 def _patch_reward_tokenizers() -> None:
-    """verl's reward worker runs code out of a model's folder to load a tokenizer; here it cannot."""
+    """verl's reward worker would run a folder's code for a tokenizer; here it cannot."""
     from verl.experimental.reward_loop import reward_loop
 
     original = reward_loop.hf_tokenizer

@@ -1,8 +1,8 @@
 """Which nodes of a cluster are lost: Ray has given them up, or they answer nobody.
 
 Ray declares a node dead after several health checks in vain, with its own defaults after more than
-a minute where the machine is cut off without a word. A run that waits for such a node waits all the
-while. So whoever watches a run also knocks at the port of each node's raylet.
+a minute where the machine is cut off without a word. A run that waits for such a node waits all
+the while. So whoever watches a run also knocks at the port of each node's raylet.
 """
 
 from __future__ import annotations

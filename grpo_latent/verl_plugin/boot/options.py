@@ -44,8 +44,8 @@ class LatentOptions:
         dump_dir: where; `rollouts` beside the checkpoints by default.
         cpu_threads: torch threads of each process on CPU. More than one is slower as soon as
             processes share cores.
-        placement: of rollout servers: `beside` the training workers, one each, or `apart`, on nodes
-            of their own (`rollout.apart`).
+        placement: of rollout servers: `beside` the training workers, one each, or `apart`, on
+            nodes of their own (`rollout.apart`).
         max_batch_rows: trajectories that engine `hf` decodes together.
         max_latents: room for latent steps of a completion in engine `vllm`; None takes what
             `max_spans` allows, or 256.

@@ -38,7 +38,7 @@ def get(reference: ray.ObjectRef, what: str, log: object) -> Any:
 
 
 def unwrapped(error: BaseException) -> BaseException:
-    """What was raised in the first place, under one wrapper of Ray for each actor that it came through.
+    """What was raised in the first place, under a wrapper of Ray for each actor that it passed.
 
     A wrapper is an instance of its cause's class, too, but says a traceback and has no `what`.
     """

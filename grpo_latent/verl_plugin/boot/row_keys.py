@@ -1,4 +1,4 @@
-"""How TransferQueue names the trajectories of a group: `<group>_<session>_<output>`, as verl does."""
+"""Names of a group's trajectories in TransferQueue: `<group>_<session>_<output>`, as in verl."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reward functions, loaded and called by the driver before Ray starts, as the reward workers will be."""
+"""Reward functions, loaded and called by the driver before Ray starts, as reward workers do it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from grpo_latent.verl_plugin.rewards.manager import reward_settings
 
 
 def check_rewards(config: DictConfig) -> list[str]:
-    """Loads the functions of `latent.reward` in a process of their own, and calls them on the first row.
+    """Loads the functions of `latent.reward` in a process of their own and calls them on a row.
 
     They get its true answer in `<answer>` tags: what fails on that, fails on every trajectory.
 

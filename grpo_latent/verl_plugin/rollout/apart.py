@@ -1,11 +1,12 @@
 """Rollout servers on nodes of their own (`latent.placement=apart`), as verl's standalone replicas.
 
-    beside   trainer rank 0 + server 0 │ trainer rank 1 + server 1        a server a rank, its device
+    beside   trainer rank 0 + server 0 │ trainer rank 1 + server 1      a server a rank, its device
     apart    trainer rank 0            │ trainer rank 1            │ server 0, server 1, …
 
 How many there are, `rollout.nnodes` and `rollout.n_gpus_per_node` say, verl's own keys. A step
-stays synchronous: each waits while the other works, so `apart` is for models that do not fit beside
-their optimizer. verl's own trainer for such replicas is asynchronous, and sends weights by NCCL.
+stays synchronous: each waits while the other works, so `apart` is for models that do not fit
+beside their optimizer. verl's own trainer for such replicas is asynchronous, and sends weights by
+NCCL.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Agent loop `latent_agent`: a prompt row becomes one request, and its answer a group in verl's rows.
+"""Agent loop `latent_agent`: a prompt row becomes one request, its answer a group in verl's rows.
 
 prompt row ──tokens, pixels──▶ request ──▶ server ──▶ G trajectories ──▶ G rows with kinds,
                                                         latents, positions and masks

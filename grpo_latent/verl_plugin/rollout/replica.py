@@ -108,7 +108,7 @@ def local_folder(model_config) -> str:
 
 
 class LatentServerAdapter(BaseRollout):
-    """Lives in a training worker and sends its weights to the server of the same rank, beside it."""
+    """Lives in a training worker and sends its weights to the server of the same rank."""
 
     def __init__(self, config, model_config, device_mesh, replica_rank: int = -1, **kwargs):
         super().__init__(config, model_config, device_mesh)

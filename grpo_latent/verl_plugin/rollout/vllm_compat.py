@@ -108,7 +108,9 @@ torchvision_ops.install()
 name_the_cpu_build()  # verl asks for the version of `vllm`
 
 from verl.workers.rollout.vllm_rollout import ServerAdapter  # noqa: E402
-from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver  # noqa: E402
+from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import (  # noqa: E402
+    BucketedWeightReceiver,
+)
 from verl.workers.rollout.vllm_rollout.utils import (  # noqa: E402
     patch_vllm_moe_model_weight_loader,
     vLLMColocateWorkerExtension,

@@ -36,7 +36,7 @@ from grpo_latent.rollout.vllm.supported import check_options, check_version, pin
 from grpo_latent.rollout.vllm.wire import agreed
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import VLLM_ROLLOUT_NAME, verify
-from grpo_latent.verl_plugin.rollout import vllm_compat  # noqa: F401  (before verl's own modules, which ask for a `vllm`)
+from grpo_latent.verl_plugin.rollout import vllm_compat  # noqa: F401  (before verl's)
 from grpo_latent.verl_plugin.rollout.server import GroupResult, group_result, whereabouts
 from grpo_latent.verl_plugin.rollout.waves import MAX_CALLS, Ticket, Waves
 

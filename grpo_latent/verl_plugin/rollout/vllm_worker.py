@@ -41,7 +41,11 @@ class LatentWorkerExtension(vLLMColocateWorkerExtension):
         """Takes all weights from the training worker of this rank."""
         if self.device.type != "cpu":
             # verl's annotation leaves out the None that is its own default
-            super().update_weights_from_ipc(peft_config, base_sync_done, use_shm)  # type: ignore[arg-type]
+            super().update_weights_from_ipc(
+                peft_config,  # type: ignore[arg-type]
+                base_sync_done,
+                use_shm,
+            )
             return
         # vLLM's CPU linears are packed after loading and keep no parameter to load into: only a
         # reload of all works

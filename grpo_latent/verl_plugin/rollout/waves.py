@@ -20,8 +20,8 @@ from grpo_latent.errors import RolloutError
 from grpo_latent.verl_plugin.boot.threads import in_thread
 
 NUM_NAMED = 8  # rows that a message lists
-# of a server at a time. Every request of a wave is a call that waits at the barrier: with Ray's own
-# limit of 1000 a larger wave, such as the rows of a validation, would never become complete
+# of a server at a time. Every request of a wave is a call that waits at the barrier: with Ray's
+# own limit of 1000 a larger wave, such as the rows of a validation, would never become complete
 MAX_CALLS = 1_000_000
 
 

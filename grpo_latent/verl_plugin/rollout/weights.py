@@ -5,8 +5,8 @@
     server   load_weights_beside: one call of the engine, which reads the buckets as they come
 
 No weight passes Ray's object store. The file is in memory and goes with the processes that have it
-open, however they end; nor does it take room of /dev/shm, of which a container has 64 MB. CUDA's half
-(`DeviceBuffer`) has not run on a card.
+open, however they end; nor does it take room of /dev/shm, of which a container has 64 MB. CUDA's
+half (`DeviceBuffer`) has not run on a card.
 """
 
 from __future__ import annotations

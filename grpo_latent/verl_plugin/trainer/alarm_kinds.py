@@ -230,8 +230,9 @@ class SilentGroups(Alarm):
         if self.is_solved:
             return ""
         return (
-            f"every group has equal rewards, which teach nothing: {self.memory['steps']} such steps "
-            f"so far (rewards {low:.3f} to {high:.3f}, largest of the run {highest:.3f})"
+            "every group has equal rewards, which teach nothing: "
+            f"{self.memory['steps']} such steps so far (rewards {low:.3f} to "
+            f"{high:.3f}, largest of the run {highest:.3f})"
         )
 
 

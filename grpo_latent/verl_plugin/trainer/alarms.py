@@ -130,7 +130,8 @@ class Alarms:
     def doubts(self) -> list[str]:
         """Kinds of `rollback_on` that speak against going back to a checkpoint of now.
 
-        What is bad, be it for the first time; a reward below its start, a validation below the best.
+        What is bad, be it for the first time; a reward below its start, a validation below the
+        best.
         """
         doubtful = {a.kind for a in (*self.step_alarms, self.held_out) if a.is_doubtful}
         return [

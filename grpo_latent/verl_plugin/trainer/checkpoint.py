@@ -1,8 +1,8 @@
 """Checkpoints in verl's layout that survive being killed half-way, and that load as latent models.
 
 <default_local_dir>/
-  latest_checkpointed_iteration.txt   written last, atomically: the newest *complete* checkpoint; -1
-                                      before there is one
+  latest_checkpointed_iteration.txt   written last, atomically: the newest *complete* checkpoint;
+                                      -1 before there is one
   best_checkpoint.json                the one with the best held-out score
   global_step_N/
     manifest.json                     size and digest of each of the other files
@@ -79,7 +79,7 @@ def make_room(root: str | Path, step: int, resumed_from: int) -> None:
 
 
 def prune(root: str | Path, keep: int | None, pinned: Collection[int] = ()) -> None:
-    """Removes the oldest checkpoints but for the newest `keep`, `pinned` steps and the tracker's."""
+    """Removes old checkpoints but for the newest `keep`, `pinned` steps and the tracker's."""
     if not keep or keep < 1:
         return
     latest = read_tracker(root)

@@ -1,7 +1,7 @@
-"""The commit point of a step: the tracker names its checkpoint once all that the step leaves is on disk.
+"""The commit point of a step: the tracker names its checkpoint once all else is on disk.
 
     saved ▸ validated ▸ judged ▸ rollouts dumped ▸ logged ─▶ guards.json ▸ manifest ▸ tracker
-                                                             ▸ best named ▸ old ones removed ▸ callbacks
+                                                  ▸ best named ▸ old ones removed ▸ callbacks
 
 Killed before the tracker, a run takes the step again and writes the same files and lines under the
 same names. What comes after it is done again on resume.

@@ -1,4 +1,4 @@
-"""verl's synchronous trainer, with steps that are all or nothing: saved, then committed, then resumed.
+"""verl's synchronous trainer, with steps that are all or nothing: saved, committed, resumed.
 
 Which order that is, `commit` draws; what lies on disk, `checkpoint`.
 """
@@ -52,7 +52,7 @@ class CommittingTrainer(PPOTrainerSync):
 
     @property  # type: ignore[override]  # the base class sets it, and calls `log`
     def logger(self) -> CommittingLogger:
-        """verl's loggers, which `fit` of the base class makes; a step's log is followed by its commit."""
+        """verl's loggers, which verl's `fit` makes; a step's log is followed by its commit."""
         return self._logger
 
     @logger.setter
@@ -103,7 +103,7 @@ class CommittingTrainer(PPOTrainerSync):
         self._follow_commit(folder)
 
     def _follow_commit(self, folder: Path) -> None:
-        """Does what comes after the tracker; again on resume, since a kill may have come before it."""
+        """Does what comes after the tracker; again on resume: a kill may have come before it."""
         step = step_of(folder)
         assert step is not None, "checkpoints are named after steps"
         self.guards.name_best()

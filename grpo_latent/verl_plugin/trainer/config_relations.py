@@ -51,7 +51,7 @@ def check_relations(config: DictConfig) -> None:
 
 
 def check_room(config: DictConfig, latent: Mechanism) -> None:
-    """Raises `ConfigError` where the latents of one span, or the slots, fill the whole response."""
+    """Raises `ConfigError` where latents of one span, or the slots, fill the whole response."""
     length = config.data.max_response_length
     num_positions = latent.num_slots(None) * (1 + latent.top_k_image) or latent.steps
     if num_positions < length:

@@ -162,8 +162,8 @@ def check_lora(config: DictConfig, options: LatentOptions) -> None:
         (
             f"{checkpoint}.save_lora_only",
             has_lora and bool(get(f"{checkpoint}.save_lora_only")) and trains_more,
-            "False, or nothing that trains beside the adapters (latent.lora_trains=[], a treatment "
-            "without parameters): it would not be saved",
+            "False, or nothing that trains beside the adapters (latent.lora_trains=[], a "
+            "treatment without parameters): it would not be saved",
         ),
     )
     for where, is_refused, expected in refused:

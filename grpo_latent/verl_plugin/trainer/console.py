@@ -83,7 +83,8 @@ class StepPrinter:
             return
         self._next_wait_s = max(seconds, self._next_wait_s) + WAIT_S
         self.console.print(
-            f"{seconds:.0f} s: workers start, then the first validation runs; the log has what they say"
+            f"{seconds:.0f} s: workers start, then the first validation runs; the log has "
+            "what they say"
         )
 
     def __call__(self, report: Report) -> None:

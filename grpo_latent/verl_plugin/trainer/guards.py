@@ -1,6 +1,6 @@
 """What guards a run beside its steps: alarms, the way back, the best checkpoint.
 
-    step ▸ saved ▸ validated ▸ judged ─┬─ an alarm of `rollback_on`: back to the last good checkpoint
+    step ▸ saved ▸ validated ▸ judged ─┬─ an alarm of `rollback_on`: back to a good checkpoint
                                        ├─ the best held-out score so far: kept
                                        └─ an alarm of `stop_on`: the end
          ▸ state written into the step's checkpoint, if it has one, before that is committed
@@ -208,7 +208,7 @@ class Guards:
         self.name_best()
 
     def load(self, checkpoint: Path) -> list[str]:
-        """Takes the state of a checkpoint that a run resumes from; what the user should know of it.
+        """Takes the state of a checkpoint that a run resumes from; what the user should know.
 
         Raises:
             CheckpointError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""What a run would do, for `python -m grpo_latent.train --check`: read from its config and files alone."""
+"""What a run would do, for `python -m grpo_latent.train --check`, of config and files alone."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class StepRows:
 
 
 def number_rows(batch: KVBatchMeta) -> None:
-    """Gives each trajectory its number in the batch, so that a worker can name it, and its group's."""
+    """Gives each trajectory its number in the batch, for workers to name it, and its group's."""
     groups = number_groups([group_of(key) for key in batch.keys])
     columns = {NUMBERS: torch.arange(len(batch.keys)), GROUPS: torch.tensor(groups)}
     numbers = TensorDict(columns, batch_size=len(batch.keys))

@@ -1,4 +1,4 @@
-"""The checkpoint that is to be trained, loaded once and tried on a few prompts before anything is trained."""
+"""The checkpoint that is to be trained, loaded and tried on a few prompts before that."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run of wandb that a training logs into: one id from its start on, kept in its output folder."""
+"""The run of wandb that a training logs into: one id from its start on, in its output folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA in the latent engine: what is adapted, what trains beside it, weights with adapters merged in.
+"""LoRA in the latent engine: what is adapted, what trains beside it, weights with adapters merged.
 
     decoder's linear layers   adapters A, B; W frozen
     `latent.lora_trains`      the mechanism's parameters, lm_head: trained whole, or frozen
@@ -38,7 +38,7 @@ _ADAPTER = "default"  # peft's name of the first one
 def add_adapters(
     model: PreTrainedModel, model_config, mechanism: Mechanism, options: LatentOptions
 ) -> PeftModel:
-    """Puts adapters into the decoder and freezes what shall not train; before FSDP wraps the model.
+    """Puts adapters into the decoder, freezes what shall not train; before FSDP wraps the model.
 
     As verl does it, but for the vision tower and the latent head, which `all-linear` would adapt,
     too. Torch's generator stays where it was.
@@ -162,7 +162,7 @@ class StartValues:
             self._put(trained)
 
     def _reshard(self) -> None:
-        """Drops gathered weights, which `reshard_after_forward=False` keeps for the next forward."""
+        """Drops gathered weights, which `reshard_after_forward=False` keeps for later forwards."""
         for part in self._module.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()

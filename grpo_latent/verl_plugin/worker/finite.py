@@ -1,8 +1,8 @@
 """Numbers stay finite: what is asked before a value can reach weights, a checkpoint or a server.
 
     recorded latents ─▶ log-probs, advantages ─▶ loss ─▶ gradient ─▶ norm ─▶ weights
-          (inputs)          (at actions)      (a micro-batch)  (elements)  │      (before a save, a send)
-                                                                           └ overflow: the update is skipped
+         (inputs)          (at actions)      (a micro-batch) (elements) │  (before a save, a send)
+                                                                        └ overflow: skipped
 
 Each raises `TrainingError` before the optimizer has stepped, so that parameters and the last
 checkpoint are what they were. A norm that overflows over finite elements changes nothing either:
@@ -78,8 +78,8 @@ def check_at(data: TensorDict, values: Mapping[str, Tensor], mask_BT: Tensor) ->
         where=f"{step_of(data)}, {rows_of(data, bad_BT.any(-1))}",
         got=f"{got[:MAX_SHOWN]} at {len(got)} of {int(mask_BT.sum())} positions",
         expected="finite numbers",
-        fix=f"{KEPT} Weights or recorded vectors have overflowed, or a term of the loss has: lower "
-        "actor_rollout_ref.actor.optim.lr, or train in another dtype.",
+        fix=f"{KEPT} Weights or recorded vectors have overflowed, or a term of the loss has: "
+        "lower actor_rollout_ref.actor.optim.lr, or train in another dtype.",
     )
 
 

@@ -10,7 +10,8 @@ response_mask is False, so the two cannot touch. Each component is reduced as th
 is (`loss_agg_mode`), over the whole mini-batch. With weight `by_count` both share one mean over
 all positions that act, as if latents were tokens:
 
-    (sum over text + sum over latents) / (N + A)  =  N / (N + A) mean of text + A / (N + A) mean of latents
+    (sum over text + sum over latents) / (N + A)
+        = N / (N + A) mean of text + A / (N + A) mean of latents
 
 Legend: B trajectories, T positions of completions, A acts, M latents, S statistics.
 """

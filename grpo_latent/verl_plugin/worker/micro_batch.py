@@ -2,8 +2,8 @@
 
     TensorDict, ragged rows ──MicroBatch.of──▶ engine, TreatedForward, ChoiceForward, LatentLoss
 
-Nothing else in the worker says the name of a column: `grpo_latent.recorded_fields` has ours, verl's are
-read here.
+Nothing else in the worker says the name of a column: `grpo_latent.recorded_fields` has ours,
+verl's are read here.
 
 Legend: B rows, L prompt and completion of all rows end to end, T completion columns, N latent
 positions, S SELECTED and M LATENT positions, all in order of row and position; H hidden size, A
@@ -137,7 +137,8 @@ class MicroBatch:
         if aux_MA is None or tuple(aux_MA.shape) != expected:
             raise LatentMismatchError(
                 "recorded aux does not fit the latents",
-                where=f"latent engine, {recorded_fields.field('latent_aux').column} of the micro-batch",
+                where="latent engine, "
+                f"{recorded_fields.field('latent_aux').column} of the micro-batch",
                 got=(0, 0) if aux_MA is None else tuple(aux_MA.shape),
                 expected=str(expected),
                 fix="Rollout and training must run the same latent.treatment.",

@@ -1,4 +1,4 @@
-"""A rank's files of a checkpoint: digested where they were written, compared where they are loaded.
+"""A rank's files of a checkpoint: digested where they are written, compared where loaded.
 
 Ranks of several nodes may each see their own files only, and together they read faster than one.
 """

@@ -211,7 +211,7 @@ def _load_optimizer(optimizer: Optimizer, saved: list[dict], where: Path) -> Non
 
 
 def _room(value: Any, parameter: Tensor) -> Any:
-    """What a saved value is copied into: where it was sharded, laid out as its parameter is now."""
+    """What a saved value is copied into; if it was sharded, laid out as its parameter is now."""
     if isinstance(value, DTensor):
         return torch.empty_like(parameter.detach(), dtype=value.dtype)
     return value.clone() if isinstance(value, Tensor) else value

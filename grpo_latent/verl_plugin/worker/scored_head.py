@@ -86,7 +86,7 @@ class ScoredHead:
                 where="latent.score_in_head",
                 got="no call of lm_head" if scores_BT2 is None else tuple(logits.shape),
                 expected="the head's own output as `logits`",
-                fix="Set latent.score_in_head=false: verl then scores the logits of all positions.",
+                fix="Set latent.score_in_head=false: verl then scores logits of all positions.",
             )
         return scores_BT2
 

@@ -1,4 +1,4 @@
-"""How weights leave the latent engine and come back: to rollouts, into checkpoints, out of them."""
+"""How weights leave the latent engine and come back: to rollouts, to and from checkpoints."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class WeightsEngine(FiniteEngine):
     # ---- to rollouts
 
     def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
-        """All weights in full precision under the plain module's own names, head and end vector too.
+        """All weights in full precision under the plain module's own names, our own ones too.
 
         verl's own version renames to checkpoint names and sends merged LoRA weights as bf16, which
         would put the rollout's policy beside the trained one. A collective: every rank must
