@@ -111,6 +111,7 @@ class LatentActorRolloutRefWorker(ActorRolloutRefWorker):
         if torch.distributed.get_rank() == 0:
             await send_weights(servers, weights, self.config.rollout, policy_version)
         else:
+            # each weight is gathered by all ranks together, for the one that sends it
             for _ in weights:
                 pass
 
