@@ -17,7 +17,7 @@ What a new family writes (a family without images writes nothing, see `text.py`)
     image_token_id, vision_ids
     num_pixel_rows, num_image_tokens, box_view
     encode_images, forward_inputs
-    check_vllm, check_verl where an engine cannot run it
+    check_vllm, check_verl, vllm_cannot_build where an engine cannot run it
 
 The defaults below are those of a model whose `base` has `get_image_features(pixel_values)` and a
 `language_model`.
@@ -60,6 +60,7 @@ class Backbone:
             nothing for rows of text, so that the collectives of its shards are called equally
             often on all ranks.
         image_arguments: fields of `ImageInputs` that the model's own forward takes.
+        vllm_cannot_build: (major, minor) of supported releases of vLLM whose own code fails on it.
         config, text_config: of the model, and of its decoder.
         embedding: the token embeddings.
         base: the model without its head.
@@ -82,6 +83,7 @@ class Backbone:
     caches_tower: ClassVar[bool] = False
     runs_tower_without_images: ClassVar[bool] = False
     image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
+    vllm_cannot_build: ClassVar[tuple[tuple[int, int], ...]] = ()
 
     def __init__(self, model: PreTrainedModel):
         base = getattr(model, self.base_name, None)

@@ -19,6 +19,9 @@ class Qwen3VL(QwenVL):
 
     model_types = ("qwen3_vl",)
     processor_names = ("Qwen3VLProcessor",)
+    # they ask its text config, which names no class beside transformers 5.10, for the first of its
+    # classes
+    vllm_cannot_build = ((0, 28), (0, 29))
 
     @classmethod
     def check_vllm(cls, hf_config: PreTrainedConfig, where: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from packaging.specifiers import SpecifierSet
@@ -66,18 +66,15 @@ def check_version(version: str) -> None:
         )
 
 
-# model type -> releases whose own code fails on it: they ask its text config, which names no class
-# beside transformers 5.10, for the first of its classes
-_CANNOT_BUILD = {"qwen3_vl": ((0, 28), (0, 29))}
-
-
-def check_builds(model_type: str, version: str) -> None:
+def check_builds(model_type: str, releases: Sequence[tuple[int, int]], version: str) -> None:
     """Raises `PluginError` where a vLLM cannot build a model that others can.
 
-    >>> check_builds("qwen3_vl", "0.27.1")
+    Args:
+        releases: `Backbone.vllm_cannot_build`.
+
+    >>> check_builds("qwen3_vl", [(0, 28)], "0.27.1")
     """
     parsed = Version(version)
-    releases = _CANNOT_BUILD.get(model_type, ())
     if (parsed.major, parsed.minor) in releases:
         names = " and ".join(f"{major}.{minor}" for major, minor in releases)
         raise PluginError(

@@ -8,6 +8,8 @@ import torch
 import vllm
 from vllm.v1.worker.gpu_worker import Worker
 
+from grpo_latent.backbones.protocol import Backbone
+from grpo_latent.backbones.registry import BACKBONES
 from grpo_latent.common.listeners import bind_stores
 from grpo_latent.errors import PluginError
 from grpo_latent.rollout.vllm.contract import check_symbols
@@ -32,7 +34,9 @@ class LatentWorker(Worker):
         is_v2 = self.use_v2_model_runner
         check_version(vllm.__version__)
         check_symbols(is_v2)
-        check_builds(self.vllm_config.model_config.hf_config.model_type, vllm.__version__)
+        model_type = self.vllm_config.model_config.hf_config.model_type
+        backbone = BACKBONES.get(model_type, Backbone)
+        check_builds(model_type, backbone.vllm_cannot_build, vllm.__version__)
         check_vllm_config(self.vllm_config)
         check_pixels(self.vllm_config)
         model_config = self.vllm_config.model_config

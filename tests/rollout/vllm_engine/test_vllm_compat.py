@@ -8,8 +8,11 @@ import types
 from pathlib import Path
 
 import pytest
+from transformers import Qwen3VLConfig
 from vllm_cases import build_vllm_case
 
+from grpo_latent.backbones.registry import find_backbone
+from grpo_latent.backbones.text import TextBackbone
 from grpo_latent.errors import CheckpointError, ConfigError, PluginError
 from grpo_latent.rollout.vllm import contract, frontend, supported, symbols
 from grpo_latent.rollout.vllm.contract import check_symbol
@@ -42,11 +45,12 @@ def test_other_versions_are_refused_with_the_supported_ones(version):
 
 
 def test_a_model_that_a_release_cannot_build_is_named():
+    releases = find_backbone(Qwen3VLConfig()).vllm_cannot_build
     for version in ("0.27.1", "0.30.0"):
-        check_builds("qwen3_vl", version)
-    check_builds("qwen3", "0.28.0")
+        check_builds("qwen3_vl", releases, version)
+    check_builds("qwen3", TextBackbone.vllm_cannot_build, "0.28.0")
     with pytest.raises(PluginError, match="model_type qwen3_vl: .*got vLLM 0.29.0; expected"):
-        check_builds("qwen3_vl", "0.29.0")
+        check_builds("qwen3_vl", releases, "0.29.0")
 
 
 @pytest.mark.parametrize(
