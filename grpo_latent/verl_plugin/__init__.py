@@ -17,8 +17,10 @@ from grpo_latent.verl_plugin.boot import platform  # noqa: F401
 
 if __name__ in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(","):
     from grpo_latent.common.collector import forget_imports
+    from grpo_latent.common.lean_imports import import_generation
     from grpo_latent.verl_plugin.boot.registration import register_all
 
+    import_generation()
     register_all()
     # nearly all that this process will import
     forget_imports()

@@ -58,24 +58,37 @@ async def launch_server(
     name: str, worker, rollout_config, model_config, replica_rank: int = 0
 ) -> ray.actor.ActorHandle:
     """A server with engine hf beside a training worker, on its node and, on GPUs, its device."""
-    node_id, visible = await worker.__ray_call__.remote(whereabouts)
+    place = beside(*await worker.__ray_call__.remote(whereabouts))
+    return await start_server(name, place, rollout_config, model_config, replica_rank)
+
+
+def beside(node_id: str, visible: str | None) -> dict[str, Any]:
+    """Options of an actor on a training worker's node, with the devices that the worker sees."""
     env_vars = {"CUDA_VISIBLE_DEVICES": visible} if visible is not None else {}
     if visible is not None:
         # the server shares the worker's device and must not have Ray hide it from an actor with
         # num_gpus=0
         env_vars |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-    beside = {
+    return {
         "num_cpus": 0,
         "runtime_env": {"env_vars": env_vars},
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),
     }
-    return await start_server(name, beside, rollout_config, model_config, replica_rank)
 
 
 async def start_server(
     name: str, where: dict[str, Any], rollout_config, model_config, replica_rank: int
 ) -> ray.actor.ActorHandle:
-    """A server with engine hf that is ready.
+    """A server with engine hf that is ready; see `make_server`."""
+    server = make_server(name, where, rollout_config, model_config, replica_rank)
+    await server.wake_up.remote()
+    return server
+
+
+def make_server(
+    name: str, where: dict[str, Any], rollout_config, model_config, replica_rank: int
+) -> ray.actor.ActorHandle:
+    """A server with engine hf that loads its model; the one of this name, where there is one.
 
     Args:
         where: options of its actor that say where it runs.
@@ -86,7 +99,7 @@ async def start_server(
     )
     server = (
         ray.remote(LatentRolloutServer)
-        .options(name=name, max_concurrency=MAX_CALLS, **where)
+        .options(name=name, get_if_exists=True, max_concurrency=MAX_CALLS, **where)
         .remote(
             local_folder(model_config),
             OmegaConf.to_container(OmegaConf.create(dict(rollout_config)), resolve=True),
@@ -97,7 +110,6 @@ async def start_server(
     )
     # ray's annotation adds the class itself, for editors
     assert isinstance(server, ray.actor.ActorHandle)
-    await server.wake_up.remote()
     return server
 
 

@@ -96,7 +96,7 @@ class LatentPPOTrainer(CommittingTrainer):
             self.resource_pool_manager = compat.cpu_pool_manager(self.resource_pool_manager)
 
     def _setup(self) -> None:
-        with helpers_first(self.config) as self._agent_loop_workers:
+        with helpers_first(self.config) as self._helpers:
             super()._setup()
         if not self._enable_hybrid_replicas:
             ApartServers(self.config, self.actor_rollout_wg).serve(self)

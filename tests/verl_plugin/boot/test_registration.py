@@ -38,14 +38,18 @@ print(get_device_name(), "grpo_latent.verl_plugin.trainer.trainer" in sys.module
 
 
 def test_verl_loads_everything_by_environment():
+    """But scikit-learn and scipy, which transformers would bring, and which are there to be used."""
     code = """
-import verl
+import sys, verl
 from verl.trainer.ppo.v1 import get_trainer_cls
 from grpo_latent.verl_plugin.boot import compat
 print(get_trainer_cls("latent_sync").__name__, sorted(compat.registered_names()["rollout replica"]))
+print({"sklearn", "scipy"} & set(sys.modules))
+import sklearn.metrics
+from transformers import AutoModelForCausalLM, Trainer
 """
     out = run(code, VERL_USE_EXTERNAL_MODULES="grpo_latent.verl_plugin")
-    assert "LatentPPOTrainer" in out and "hf_latent" in out
+    assert "LatentPPOTrainer" in out and "hf_latent" in out and "set()" in out
 
 
 @pytest.mark.parametrize(
