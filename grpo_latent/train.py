@@ -100,7 +100,6 @@ def train(config: DictConfig) -> None:
     set_environment(config, output_dir)
     # after the environment: this imports verl
     from grpo_latent.verl_plugin.trainer.console import output_to_file
-    from grpo_latent.verl_plugin.trainer.trial import report_trial, try_checkpoint
     from grpo_latent.verl_plugin.trainer.wandb_run import continue_run
 
     with output_to_file(output_dir / LOG_FILE) as console:
@@ -109,8 +108,6 @@ def train(config: DictConfig) -> None:
         append_provenance(output_dir, config.latent.seed)
         continue_run(config, output_dir)
         console.print(f"output {output_dir}  log {LOG_FILE}")
-        if config.trainer.device == "cpu":
-            report_trial(try_checkpoint(config), console)
         _run(config, console, output_dir / LOG_FILE)
         console.print(f"done: {config.trainer.default_local_dir}")
 
@@ -355,7 +352,6 @@ def _run(config: DictConfig, console, log_path: Path) -> None:
             report_trial(report, console)
         board = start_report_queue()
         watch = ActorWatch()
-        transfer_queue = start_transfer_queue(config)
         # beside the driver: one node less whose loss ends the run at once, and outputs of both in
         # one place
         # ray.remote, which decorates it, hides from type checkers that it has options
@@ -363,6 +359,9 @@ def _run(config: DictConfig, console, log_path: Path) -> None:
             scheduling_strategy=on_this_node()
         )
         runner = placed.remote()
+        if config.trainer.device == "cpu":  # while the runner's process imports
+            report_trial(try_checkpoint(config), console)
+        transfer_queue = start_transfer_queue(config)
         run_ref = runner.run.remote(config)
         with StepPrinter(console) as on_report:
 

@@ -20,7 +20,6 @@ from grpo_latent.train import check, environment, ray_arguments, resolve_paths, 
 from grpo_latent.verl_plugin.boot import remote_errors, renamed
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.boot.registration import MANAGER_PATH
-from grpo_latent.verl_plugin.trainer import trial
 from grpo_latent.verl_plugin.trainer.config_check import check_config, check_folder
 
 
@@ -176,7 +175,6 @@ def test_each_start_of_a_run_says_where_it_was(tmp_path, monkeypatch):
     """A resumed run may be on another machine than it was begun on."""
     for name in ("set_environment", "_check_all", "_run"):
         monkeypatch.setattr(train, name, lambda *args: None)
-    monkeypatch.setattr(trial, "try_checkpoint", lambda config: None)
     config = make_config(tmp_path, tmp_path / "out")
     for seed in (3, 4):
         config.latent.seed = seed
