@@ -295,6 +295,16 @@ def stay_on_loopback() -> None:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
+def start_no_spare_workers() -> None:
+    """Keeps a Ray of our own from starting workers, one a core, that no actor of a run will take.
+
+    To be called before Ray starts. Those have not the run's environment, which all of its actors
+    ask for, so that Ray starts a process for each actor whether or not some are idle.
+    """
+    if not is_attached():
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+
+
 def ray_arguments(config: DictConfig) -> dict:
     """Arguments of `ray.init`. On a running cluster its resources are not ours to state."""
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
@@ -379,4 +389,5 @@ def _run(config: DictConfig, console, log_path: Path) -> None:
 if __name__ == "__main__":
     collect_rarely()
     stay_on_loopback()
+    start_no_spare_workers()
     sys.exit(main())

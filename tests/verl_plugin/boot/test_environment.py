@@ -163,6 +163,19 @@ def test_the_users_platform_stays(tmp_path, clean, device, given, expected):
     )
 
 
+@pytest.mark.parametrize("address", [None, "127.0.0.1:6379"])
+def test_only_a_ray_of_our_own_starts_no_spare_workers(clean, address):
+    """That Ray heeds the variable, the release that is installed says by its name."""
+    name = "RAY_prestart_worker_first_driver"
+    clean.delenv(name, raising=False)
+    if address:
+        clean.setenv("RAY_ADDRESS", address)
+    train.start_no_spare_workers()
+    assert os.environ.pop(name, None) == (None if address else "0")
+    raylet = Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet"
+    assert b"prestart_worker_first_driver" in raylet.read_bytes()
+
+
 @pytest.mark.parametrize(("device", "given"), [("cpu", "nvidia"), ("cuda", "cpu")])
 def test_a_platform_of_another_device_is_refused(tmp_path, clean, device, given):
     clean.setenv("VERL_PLATFORM", given)

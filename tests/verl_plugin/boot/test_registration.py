@@ -38,13 +38,13 @@ print(get_device_name(), "grpo_latent.verl_plugin.trainer.trainer" in sys.module
 
 
 def test_verl_loads_everything_by_environment():
-    """But scikit-learn and scipy, which transformers would bring, and which are there to be used."""
+    """But scikit-learn, which transformers would bring, and which is there for whoever uses it."""
     code = """
 import sys, verl
 from verl.trainer.ppo.v1 import get_trainer_cls
 from grpo_latent.verl_plugin.boot import compat
 print(get_trainer_cls("latent_sync").__name__, sorted(compat.registered_names()["rollout replica"]))
-print({"sklearn", "scipy"} & set(sys.modules))
+print({"sklearn", "scipy.stats", "joblib"} & set(sys.modules))
 import sklearn.metrics
 from transformers import AutoModelForCausalLM, Trainer
 """
