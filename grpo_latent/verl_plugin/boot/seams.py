@@ -170,8 +170,20 @@ SEAMS = (
     Seam(
         "batch over ranks",
         f"{_TRAINER}._balance_batch",
-        "groups are put together again after it, by the number of ranks in `_dispatch_info`",
+        "replaced where ranks can have whole groups, their number in `_dispatch_info`",
         ("self", "batch", "metrics", "logging_prefix", "keep_minibatch"),
+    ),
+    Seam(
+        "rows of a batch",
+        f"{_TRAINER}._get_required_batch_multiple",
+        "a batch of another size is left to verl, which fills it up",
+        ("self", "dp_size"),
+    ),
+    Seam(
+        "number of ranks",
+        "verl.single_controller.base.worker:Worker._query_dispatch_info",
+        "asked before verl would",
+        ("self", "mesh_name"),
     ),
     Seam(
         "metadata poll",

@@ -131,16 +131,18 @@ class LatentPPOTrainer(CommittingTrainer):
     def _balance_batch(
         self, batch: KVBatchMeta, metrics, logging_prefix="global_seqlen", keep_minibatch=False
     ) -> KVBatchMeta:
-        batch = super()._balance_batch(batch, metrics, logging_prefix, keep_minibatch)
-        if not self.options.share_prompt:
-            return batch
-        num_ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
-        lengths = [tag["seq_len"] for tag in batch.tags]
+        workers, lengths = self.actor_rollout_wg, [tag["seq_len"] for tag in batch.tags]
+        if "actor" not in workers._dispatch_info:  # asked once, as by verl
+            workers._dispatch_info["actor"] = workers._query_dispatch_info("actor")
+        num_ranks = max(workers._dispatch_info["actor"]) + 1
+        is_full = len(batch) % self._get_required_batch_multiple(num_ranks) == 0
         # verl tears groups apart between ranks: they would share their prompt only in part
-        parts = whole_groups(batch.keys, lengths, num_ranks)
-        if parts is not None:
-            batch.reorder([row for part in parts for row in part])
-            metrics.update(log_seqlen_unbalance(lengths, parts, logging_prefix))
+        shares = self.options.share_prompt and is_full
+        parts = whole_groups(batch.keys, lengths, num_ranks) if shares else None
+        if parts is None:
+            return super()._balance_batch(batch, metrics, logging_prefix, keep_minibatch)
+        batch.reorder([row for part in parts for row in part])
+        metrics.update(log_seqlen_unbalance(lengths, parts, logging_prefix))
         return batch
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:

@@ -1,11 +1,16 @@
 """Groups on their way to ranks, and what the console says of prompts that are not shared."""
 
+from types import SimpleNamespace
+
 import pytest
 from omegaconf import OmegaConf
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from grpo_latent.verl_plugin.boot.layout import sharing_notes
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.trainer.step_rows import whole_groups
+from grpo_latent.verl_plugin.trainer.trainer import LatentPPOTrainer
 
 
 def keys(*groups):
@@ -32,6 +37,51 @@ def test_one_rank_keeps_the_order_of_groups():
 @pytest.mark.parametrize("groups", ["aabbcc", "aab"])
 def test_ranks_that_cannot_have_equally_many_whole_groups_keep_verls_rows(groups):
     assert whole_groups(keys(*groups), [1] * len(groups), 2) is None
+
+
+@pytest.mark.parametrize(
+    ("shares", "mini_batch", "asks_verl"),
+    [(True, 6, False), (False, 6, True), (True, 4, True)],
+    ids=["whole groups", "not shared", "to be filled up"],
+)
+def test_verl_orders_a_batch_only_where_groups_cannot_stay_whole(
+    monkeypatch, shares, mini_batch, asks_verl
+):
+    asked = []
+
+    def by_verl(self, batch, metrics, *more):
+        asked.append(list(batch.keys))
+        return batch
+
+    monkeypatch.setattr(PPOTrainerSync, "_balance_batch", by_verl)
+    trainer = object.__new__(LatentPPOTrainer)
+    trainer.options = LatentOptions(share_prompt=shares)
+    trainer.use_critic, trainer.global_steps = False, 1
+    trainer.config = OmegaConf.create(
+        {
+            "trainer": {"critic_warmup": 0},
+            "actor_rollout_ref": {
+                "actor": {"ppo_mini_batch_size": mini_batch // 2},
+                "rollout": {"n": 2},
+            },
+        }
+    )
+    trainer.actor_rollout_wg = SimpleNamespace(
+        _dispatch_info={}, _query_dispatch_info=lambda mesh: [0, 1, 1] if mesh == "actor" else []
+    )
+    names = keys(*"aabbccddeeff" if mini_batch == 6 else "aabbcc")
+    lengths = [{"a": 90}.get(key[2], 10) for key in names]
+    batch = KVBatchMeta(
+        keys=list(names), tags=[{"seq_len": n} for n in lengths], partition_id="train"
+    )
+    metrics = {}
+    ordered = trainer._balance_batch(batch, metrics)
+    assert asked == ([names] if asks_verl else [])
+    if not asks_verl:
+        ranks = ordered.keys[:6], ordered.keys[6:]
+        assert sorted(ordered.keys) == names
+        assert all(len({key[2] for key in rank}) == 3 for rank in ranks)
+        assert metrics["global_seqlen/max"] == 220 and metrics["global_seqlen/min"] == 60
 
 
 @pytest.mark.parametrize(
