@@ -26,7 +26,7 @@ from grpo_latent.eval.scoring import Outcome
 from grpo_latent.latent.mechanisms import LVR
 from grpo_latent.models import tiny
 from grpo_latent.models.loading import load_latent_model, save_latent_model
-from grpo_latent.sft.run import checked
+from grpo_latent.sft.resuming import checked
 from grpo_latent.trajectory import PositionKind, Trajectory
 from grpo_latent.verl_plugin.boot.options import LatentOptions
 from grpo_latent.verl_plugin.trainer import checkpoint

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +24,13 @@ from grpo_latent.sft.common.parameters import add_lora, freeze_vision
 from grpo_latent.sft.settings import SFTSettings
 from grpo_latent.verl_plugin.trainer.config_check import check_config
 
+sys.path.append(str(Path(__file__).parent))  # recipes are scripts, not a package
+import memory  # noqa: E402
+
+# of a row: what a count assumes beside the longest length
+LABELS_OF_ROW = 1024
+SPANS_OF_ROW = 2
+WEIGHTS = ("sharded", "adapters")
 GRPO_PLACEHOLDERS = [
     "data.train_files=train.parquet",
     "data.val_files=val.parquet",
@@ -43,9 +51,9 @@ def check_grpo(folder: Path, name: str, overrides: list[str]):
     return config
 
 
-def check_sft(folder: Path, name: str) -> SFTSettings:
+def check_sft(folder: Path, name: str, overrides: Sequence[str] = ()) -> SFTSettings:
     """The settings of an SFT stage. Raises `ConfigError`."""
-    config = compose_config(folder, name, SFT_PLACEHOLDERS)
+    config = compose_config(folder, name, [*SFT_PLACEHOLDERS, *overrides])
     return SFTSettings.from_dict(section(config, name))
 
 
@@ -86,7 +94,8 @@ def validate_curriculum(
         f"{name}_sft and {name}_grpo: valid ({grpo.trainer.n_gpus_per_node} GPUs a node), "
         f"slots by stage {slots}"
     )
-    show_memory(f"{name}_sft of {model_json.stem}", check_memory(model_json, sft))
+    show_sft_memory(folder, f"{name}_sft", model_json, num_gpus_of(grpo))
+    show_grpo_memory(f"{name}_grpo", model_json, grpo)
     length = grpo.data.max_response_length
     show_shapes(
         model_json.stem,
@@ -103,69 +112,103 @@ def meta_model(model_json: Path, dtype: torch.dtype):
         return backbone.auto_class.from_config(hf_config, attn_implementation="sdpa", dtype=dtype)
 
 
-def check_memory(model_json: Path, settings: SFTSettings, gpu_gb: float = 80) -> dict[str, float]:
-    """GB that a rank of DistributedDataParallel needs for SFT of a row of the longest length.
+def sft_memory(model_json: Path, settings: SFTSettings, num_gpus: int = 8) -> dict[str, float]:
+    """Bytes that a GPU needs for SFT of rows of the longest length, by part (`memory.py`).
 
-    Counted on the meta device: weights, and of those that train: gradients, DDP's copy of them, AdamW's two moments,
-    autocast's bfloat16 copies of float32 linear layers (kept until the forward ends), and ILVR's
-    teacher. Activations are those that a decoder layer keeps for its backward (a rough count:
-    norms, projections, MLP), or its input alone with gradient checkpointing, beside one layer that
-    runs again. Left out: logits, kernels' scratch space, fragmentation.
-
-    Raises:
-        ConfigError: more than 90 % of `gpu_gb`.
+    Shapes are those of the meta device.
     """
     model = meta_model(model_json, parse_dtype(settings.model.dtype))
     if settings.model.lora.enabled:
         add_lora(model, settings.model.lora, new_token_ids=[0])
     freeze_vision(model, settings.model.freeze_vision, settings.model.freeze_merger)
-    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
-    trained = sum(size for size, trains in sizes if trains)
-    linear = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    copied = [
-        weight.numel()
-        for weight in linear
-        if weight.requires_grad and weight.dtype == torch.float32
-    ]
-    text = model.config.get_text_config()
-    # float32 residuals (the embeddings train), bfloat16 inside: two norms, attention and its
-    # projections, four of the MLP's
-    kept = 30 * text.hidden_size + 8 * text.intermediate_size
-    is_checkpointed = bool(settings.trainer.get("gradient_checkpointing"))
-    per_token = (
-        4 * text.hidden_size * text.num_hidden_layers + kept
-        if is_checkpointed
-        else kept * text.num_hidden_layers
+    load = sft_load(settings)
+    num_teachers = int(settings.method == "ilvr_stage1")
+    if settings.trainer.get("fsdp"):
+        return memory.sharded_bytes(memory.Shapes.of(model), load, num_gpus, num_teachers)
+    return memory.replicated_bytes(model, load, num_teachers)
+
+
+def sft_load(settings: SFTSettings) -> memory.Load:
+    """What a micro-batch of the longest rows is."""
+    rows, length = settings.trainer["per_device_train_batch_size"], settings.data.max_length
+    assert length is not None, "paper-scale configs have a longest row"
+    positions = length * rows
+    steps = settings.latent.rules["steps"]
+    gradient = getattr(settings.loss, "gradient", None)
+    num_replays, num_decoded = 1, 0
+    if settings.method == "ilvr_stage2":
+        # once to make the latents, where a gradient goes through them, and once more over them
+        num_replays = 2 if gradient == "one_hop" else 1
+        num_decoded = SPANS_OF_ROW * (steps + 1) if gradient == "bptt" else 0
+    elif settings.method in ("ivt_lr", "coconut"):
+        num_replays = 0
+        num_decoded = steps + 1  # the text after the slots, too
+    return memory.Load(
+        positions=num_replays * positions,
+        labels=min(LABELS_OF_ROW, length) * rows,
+        num_bytes=2 if settings.trainer.get("bf16") else 4,
+        is_checkpointed=bool(settings.trainer.get("gradient_checkpointing")),
+        cached=positions if num_decoded else 0,
+        looked_back=num_decoded * positions,
     )
-    rows = settings.trainer["per_device_train_batch_size"]
-    parts = {
-        "weights": sum(size for size, _ in sizes),
-        "gradients": 2 * trained,
-        "optimizer": 2 * trained,
-        "autocast": 2 * sum(copied) if settings.trainer.get("bf16") else 0,
-        "teacher": trained if settings.method == "ilvr_stage1" else 0,
-        "activations": per_token * settings.data.max_length * rows,
-    }
-    parts = {name: size / 1e9 for name, size in parts.items()} | {
-        "total": sum(parts.values()) / 1e9
-    }
-    if parts["total"] > 0.9 * gpu_gb:
-        raise ConfigError(
-            "does not fit the GPU",
-            where=f"{settings.method} of {model_json.stem}",
-            got=", ".join(f"{name} {size:.0f} GB" for name, size in parts.items()),
-            expected=f"at most {0.9 * gpu_gb:.0f} GB",
-            fix="Train adapters (model.lora.enabled=true, model.dtype=bfloat16, "
-            "trainer.bf16=true), checkpoint activations, "
-            "or lower data.max_length.",
-        )
-    return parts
+
+
+def show_sft_memory(folder: Path, name: str, model_json: Path, num_gpus: int) -> None:
+    """Shows the count of each choice of `weights`."""
+    for weights in WEIGHTS:
+        settings = check_sft(folder, name, [f"weights={weights}"])
+        title = f"{name} of {model_json.stem}, weights={weights}, {num_gpus} GPUs"
+        show_memory(title, sft_memory(model_json, settings, num_gpus))
+
+
+def show_grpo_memory(name: str, model_json: Path, grpo) -> None:
+    """Shows the count of an RL stage."""
+    title = f"{name} of {model_json.stem}, {num_gpus_of(grpo)} GPUs"
+    show_memory(title, grpo_memory(model_json, grpo))
+
+
+def num_gpus_of(grpo) -> int:
+    return grpo.trainer.nnodes * grpo.trainer.n_gpus_per_node
+
+
+def grpo_memory(model_json: Path, grpo) -> dict[str, float]:
+    """Bytes that a GPU needs for RL, all completions of the longest length (`memory.py`)."""
+    model = meta_model(model_json, torch.float32)
+    freeze_vision(model)
+    actor, rollout = grpo.actor_rollout_ref.actor, grpo.actor_rollout_ref.rollout
+    rows, response = actor.ppo_micro_batch_size_per_gpu, grpo.data.max_response_length
+    length = grpo.data.max_prompt_length + response
+    load = memory.Load(
+        positions=rows * length,
+        labels=rows * response,
+        num_bytes=2,
+        is_checkpointed=grpo.actor_rollout_ref.model.enable_gradient_checkpointing,
+    )
+    copy = 2 * sum(p.numel() for p in model.parameters())
+    decoding = copy + grpo.latent.max_batch_rows * length * keys_and_values(model)
+    measured = grpo.latent.usage.prompts_per_batch if grpo.latent.usage.num_prompts else 0
+    guest = copy + measured * length * keys_and_values(model)
+    is_vllm = rollout.name == "vllm_latent"
+    return memory.grpo_bytes(
+        memory.Shapes.of(model),
+        load,
+        num_gpus_of(grpo),
+        engine=rollout.gpu_memory_utilization * 80e9 if is_vllm else decoding,
+        guest=guest if is_vllm and measured else 0,
+    )
+
+
+def keys_and_values(model) -> int:
+    """Bytes of a position in a cache of bfloat16."""
+    text = model.config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * 2 * text.num_key_value_heads * head * text.num_hidden_layers
 
 
 def show_memory(name: str, parts: dict[str, float]) -> None:
-    print(
-        f"{name}: " + ", ".join(f"{part} {size:.1f}" for part, size in parts.items()) + " GB a GPU"
-    )
+    """Shows a count; of a GPU's 80 GB it may be 90 %."""
+    sizes = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items())
+    print(f"{name}: {sizes} GB a GPU" + ("" if parts["total"] <= 72e9 else ", TOO MUCH for 80 GB"))
 
 
 def check_shapes(

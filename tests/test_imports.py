@@ -59,6 +59,7 @@ ROOMS = {
         ("lvr", "ilvr", "stepwise"),
         ("methods",),
         ("settings",),
+        ("resuming",),
         ("run",),
         ("__main__",),
     ),

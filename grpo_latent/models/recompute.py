@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,13 +35,20 @@ from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.latent.treatments import GRADIENTS
 from grpo_latent.models.adapter import ModelAdapter
 from grpo_latent.models.kv_cache import caching_layers
+from grpo_latent.models.positions import with_components
 from grpo_latent.models.replay import replay_hidden
 from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.trajectory import PositionKind, made_mask
 
+# of the ranks' numbers the largest; all of them call it
+MostOfRanks: TypeAlias = Callable[[int, torch.device], int]
+
 
 def recompute_latents(
-    adapter: ModelAdapter, sequences: LatentSequences, gradient: str = "cut"
+    adapter: ModelAdapter,
+    sequences: LatentSequences,
+    gradient: str = "cut",
+    most_of_ranks: MostOfRanks | None = None,
 ) -> Tensor:
     """Latents [N, H] as the current model makes them for the recorded tokens.
 
@@ -50,6 +58,8 @@ def recompute_latents(
         sequences: completions aligned to one column (`padding_side='both'`), or no image behind
             the first latent.
         gradient: `cut`, `one_hop` or `bptt`.
+        most_of_ranks: of a model that ranks share (`sft.common.sharding`): one whose chain is
+            shorter runs idle forwards of its decoder after it.
     """
 
     def made_from(latents_NH: Tensor) -> Tensor:
@@ -58,7 +68,16 @@ def recompute_latents(
             sequences, latents_NH, adapter.make(hidden_BTH[sequences.sources(adapter.mechanism)])
         )
 
-    return _with_gradient(gradient, lambda: _chain_over_cache(adapter, sequences), made_from)
+    def chain() -> Tensor:
+        num_idle = 0
+        if most_of_ranks is not None:  # asked before the chain, within which ranks meet elsewhere
+            num_own = num_chain_forwards(sequences)
+            num_idle = most_of_ranks(num_own, adapter.device) - num_own
+        latents_NH = _chain_over_cache(adapter, sequences)
+        _idle(adapter, num_idle)
+        return latents_NH
+
+    return _with_gradient(gradient, chain, made_from)
 
 
 def latents_by_passes(
@@ -133,6 +152,32 @@ def _num_needed_columns(sequences: LatentSequences, columns_M: Tensor) -> int:
         return sequences.kinds_BT.shape[1]
     images = (sequences.kinds_BT == PositionKind.VISION).any(0).nonzero()
     return max(int(columns_M.max()), int(images.max()) if images.numel() else 0) + 1
+
+
+def num_chain_forwards(sequences: LatentSequences) -> int:
+    """Counts the decoder's forwards of a chain over a cache: what is before it, and its pieces."""
+    columns = sequences.recorded_mask_BT.any(0).nonzero()[:, 0].tolist()
+    if not columns:
+        return 0
+    is_made_BT = made_mask(sequences.kinds_BT) & sequences.valid_BT
+    made = is_made_BT[:, : columns[-1] + 1].any(0).tolist()
+    return 1 + len(_decoding_pieces(made, columns[0]))
+
+
+def _idle(adapter: ModelAdapter, num_forwards: int) -> None:
+    """Runs forwards of the decoder that nothing reads, each of one position."""
+    position = torch.zeros(1, 1, dtype=torch.long, device=adapter.device)
+    with caching_layers(adapter.model):
+        for _ in range(num_forwards):
+            embeds_11H = torch.zeros(
+                1, 1, adapter.hidden_size, dtype=adapter.dtype, device=adapter.device
+            )
+            adapter.decoder(
+                inputs_embeds=embeds_11H,
+                attention_mask=embeds_11H.new_zeros(1, 1, 1, 1),
+                position_ids=with_components(position, adapter.has_mrope),
+                use_cache=False,
+            )
 
 
 def _chain_over_cache(adapter: ModelAdapter, sequences: LatentSequences) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -21,11 +20,8 @@ import transformers
 from transformers import TrainingArguments, set_seed
 
 from grpo_latent.common.files import write_json
-from grpo_latent.common.manifest import DCP_INDEX, check_whole
-from grpo_latent.common.pickles import check_metadata, check_pickles
 from grpo_latent.common.provenance import provenance
 from grpo_latent.common.sockets import keep_socket_paths_short
-from grpo_latent.common.step_folders import step_folders, step_of
 from grpo_latent.data.boxes import BadBoxes
 from grpo_latent.errors import ConfigError
 from grpo_latent.models.injection import LatentInjector
@@ -36,18 +32,11 @@ from grpo_latent.sft.common.images import set_image_tokens
 from grpo_latent.sft.common.loading import load_for_sft
 from grpo_latent.sft.common.parameters import add_lora, freeze_vision, merge_lora
 from grpo_latent.sft.common.saving import save_for_rl
+from grpo_latent.sft.common.sharding import check_sharding, gathered_weights
 from grpo_latent.sft.common.trainer import LatentSFTTrainer
+from grpo_latent.sft.resuming import as_dict, find_checkpoint
 from grpo_latent.sft.settings import SFTSettings
 
-# a resumed run may differ in these: how long it goes on, and what it writes
-_FREE_ON_RESUME = {
-    "max_steps",
-    "num_train_epochs",
-    "save_steps",
-    "save_strategy",
-    "save_total_limit",
-    "output_dir",
-}
 _SUMMARISED = ("ce", "latent_loss", "latent_hit", "end_loss")
 
 
@@ -73,11 +62,11 @@ def run_sft(settings: SFTSettings) -> SFTResult:
     assert args.output_dir is not None, "`training_arguments` asks for it"
     output_dir = Path(args.output_dir)
     save_path = Path(settings.model.save_path)
-    check_sharding(args, settings.model.lora.enabled)
+    check_sharding(args, settings.trainer, settings.model)
     check_precision(settings, args)
     check_save_path(save_path, settings, output_dir)
     log_to_file(output_dir / "sft.log", args.should_save)
-    checkpoint = find_checkpoint(settings, output_dir)
+    checkpoint = find_checkpoint(settings, output_dir, args.world_size)
     set_seed(args.seed)  # before loading, which draws new embeddings and modules
     latent = load_model(settings)
     bad_boxes = BadBoxes(settings.data.on_bad_box)
@@ -85,14 +74,12 @@ def run_sft(settings: SFTSettings) -> SFTResult:
     record = None
     if args.should_save:
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(output_dir / "settings.json", as_dict(settings))
+        write_json(output_dir / "settings.json", as_dict(settings, args.world_size))
         record = provenance(args.seed)  # of the code that trains, not of what it is at the end
     trainer = train(latent, settings, args, dataset, checkpoint)
     # gathering shards is a collective: every process takes part
     state_dict = (
-        trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        if trainer.is_fsdp_enabled
-        else None
+        gathered_weights(latent.model, args.should_save) if trainer.is_fsdp_enabled else None
     )
     if args.should_save:
         merge_lora(latent.model)
@@ -121,10 +108,10 @@ def check_sft(settings: SFTSettings) -> list[str]:
     args = settings.training_arguments()
     assert args.output_dir is not None, "`training_arguments` asks for it"
     output_dir, save_path = Path(args.output_dir), Path(settings.model.save_path)
-    check_sharding(args, settings.model.lora.enabled)
+    check_sharding(args, settings.trainer, settings.model)
     check_precision(settings, args)
     check_save_path(save_path, settings, output_dir)
-    checkpoint = find_checkpoint(settings, output_dir)
+    checkpoint = find_checkpoint(settings, output_dir, args.world_size)
     latent = load_model(settings)
     bad_boxes = BadBoxes(settings.data.on_bad_box)
     dataset = build_dataset(latent, settings, bad_boxes)
@@ -224,24 +211,6 @@ def last_metrics(log_history: Sequence[Mapping[str, float]]) -> dict[str, float]
     return metrics
 
 
-def check_sharding(args: TrainingArguments, has_lora: bool) -> None:
-    """Refuses what would train something else than asked, or could not be saved."""
-    refused = {
-        "DeepSpeed": bool(args.deepspeed),
-        "FSDP with LoRA": bool(args.fsdp) and has_lora,
-        # accelerate falls back to plain data parallelism
-        "FSDP on the CPU": bool(args.fsdp) and args.use_cpu,
-    }
-    for got, is_asked in refused.items():
-        if is_asked:
-            raise ConfigError(
-                "not supported",
-                where="trainer.deepspeed, trainer.fsdp, model.lora",
-                got=got,
-                expected="one process, data parallelism, or FSDP on GPUs without LoRA",
-            )
-
-
 def check_precision(settings: SFTSettings, args: TrainingArguments) -> None:
     """Raises `ConfigError` where float32 adapters meet a half-precision base without a cast."""
     if settings.model.lora.enabled and settings.model.dtype == "bfloat16" and not args.bf16:
@@ -280,102 +249,6 @@ def build_dataset(
     )
     encoder = method.make_encoder(latent, settings.loss, data.max_length)
     return SFTDataset(list(itertools.islice(examples, data.max_rows)), encoder, data.cache_bytes)
-
-
-def find_checkpoint(settings: SFTSettings, output_dir: Path) -> Path | None:
-    """Finds the checkpoint to resume.
-
-    `auto` takes the last complete one of `output_dir`, a path that folder, null none.
-
-    Raises:
-        ConfigError: the run in `output_dir` had other settings, or the path is no complete
-            checkpoint.
-        CheckpointError: it is damaged, or loading it would run code.
-    """
-    if settings.resume is None:
-        return None
-    if settings.resume != "auto":
-        checkpoint = Path(settings.resume)
-        if not is_complete(checkpoint):
-            raise ConfigError(
-                "not a complete checkpoint",
-                where="trainer.resume_from_checkpoint",
-                got=settings.resume,
-                expected="auto, null, or a folder checkpoint-N",
-            )
-        return checked(checkpoint, settings.model.verify_digests)
-    checkpoints = [
-        folder
-        for folder in step_folders(output_dir, "checkpoint-").values()
-        if is_complete(folder)
-    ]
-    if not checkpoints:
-        return None
-    check_same_run(settings, output_dir)
-    return checked(checkpoints[-1], settings.model.verify_digests)
-
-
-def checked(checkpoint: Path, verify_digests: bool) -> Path:
-    """Returns a checkpoint whose files are whole, and need no code of theirs to be loaded.
-
-    Raises:
-        CheckpointError: names the file that is missing, changed or more than tensors and values.
-    """
-    check_whole(checkpoint, verify_digests)
-    # transformers loads them weights-only in any case, and then says less
-    pickles = sorted(path for end in ("*.pt", "*.pth") for path in checkpoint.glob(end))
-    check_pickles(pickles, is_trusted=False, switch=None)
-    for index in checkpoint.rglob(DCP_INDEX):
-        check_metadata(index)
-    return checkpoint
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Says whether saving it ended: the Trainer writes its state after everything else."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        return False
-    return step_of(checkpoint, "checkpoint-") is not None
-
-
-def check_same_run(settings: SFTSettings, output_dir: Path) -> None:
-    """Raises `ConfigError` if `output_dir` holds a run whose settings may not change now."""
-    path = output_dir / "settings.json"
-    try:
-        before = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        before = {}
-    now = as_dict(settings)
-    changed = sorted(
-        name for name in before.keys() | now.keys() if before.get(name) != now.get(name)
-    )
-    changed = [name for name in changed if name.removeprefix("trainer.") not in _FREE_ON_RESUME]
-    changed = [name for name in changed if name not in ("resume", "model.save_path")]
-    if changed:
-        raise ConfigError(
-            "the run to resume had other settings",
-            where=str(path),
-            got={name: (before.get(name), now.get(name)) for name in changed[:5]},
-            expected="the same settings",
-            fix="Set trainer.resume_from_checkpoint=null to begin anew, or another "
-            "trainer.output_dir.",
-        )
-
-
-def as_dict(settings: SFTSettings) -> dict:
-    """Flattens the settings to what JSON holds: {"model.path": …}."""
-
-    def flatten(value: object, prefix: str) -> dict:
-        if isinstance(value, dict) and value:
-            items = (
-                flatten(item, f"{prefix}.{name}" if prefix else name)
-                for name, item in value.items()
-            )
-            return {name: item for below in items for name, item in below.items()}
-        return {prefix: list(value) if isinstance(value, tuple) else value}
-
-    return flatten(json.loads(json.dumps(dataclasses.asdict(settings))), "")
 
 
 def log_to_file(path: Path, is_main: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -76,10 +77,25 @@ class SFTSettings:
         """Raises `ConfigError` where transformers refuses an argument."""
         known = {item.name for item in dataclasses.fields(TrainingArguments)}
         check_keys(self.trainer, known, "trainer", required=["output_dir"])
-        check_types(TrainingArguments, self.trainer, "trainer")
-        values = {"report_to": [], "use_cpu": not torch.cuda.is_available(), **self.trainer}
+        if not isinstance(self.trainer.get("fsdp") or False, bool):
+            raise ConfigError(
+                "wrong type",
+                where="trainer.fsdp",
+                got=self.trainer["fsdp"],
+                expected="true or false",
+            )
+        # whose annotation of `fsdp` is older than its own reading of it
+        typed = {name: value for name, value in self.trainer.items() if name != "fsdp"}
+        check_types(TrainingArguments, typed, "trainer")
+        # a copy: transformers writes its own defaults into `fsdp_config`
+        asked = copy.deepcopy(dict(self.trainer))
+        values = {"report_to": [], "use_cpu": not torch.cuda.is_available(), **asked}
         # our own bar replaces the Trainer's, and a loss that is not finite stops the run
         values |= {"disable_tqdm": True, "logging_nan_inf_filter": False}
+        if values.get("fsdp"):
+            # gradients that wait for the last micro-batch are those of all weights on every rank
+            accumulation = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+            values.setdefault("accelerator_config", accumulation)
         try:
             return TrainingArguments(**values)
         except (TypeError, ValueError, ImportError) as error:

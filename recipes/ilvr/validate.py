@@ -36,9 +36,8 @@ def main(overrides: list[str]) -> None:
         f"({grpo.trainer.n_gpus_per_node} GPUs a node)"
     )
     for stage in stages:
-        paper_scale.show_memory(
-            f"{stage.method} of {MODEL_JSON.stem}", paper_scale.check_memory(MODEL_JSON, stage)
-        )
+        paper_scale.show_sft_memory(HERE, stage.method, MODEL_JSON, paper_scale.num_gpus_of(grpo))
+    paper_scale.show_grpo_memory("ilvr_grpo", MODEL_JSON, grpo)
     length = grpo.data.max_response_length
     latents = stages[0].latent
     shapes = paper_scale.check_shapes(

@@ -44,16 +44,15 @@ def main(overrides: list[str]) -> None:
         grpo = paper_scale.check_grpo(HERE, f"lvr_{published}grpo", overrides)
         check_latents(grpo, mechanism)
         paper_scale.check_sft(HERE, f"lvr_{published}sft")
-    sft = paper_scale.check_sft(HERE, "lvr_sft")
     engine = grpo.actor_rollout_ref.rollout.name
     print(
         f"lvr_grpo and lvr_sft, published or not: valid ({grpo.trainer.n_gpus_per_node} GPUs a node, "
         f"rollouts by {engine})"
     )
     for model_name in ("qwen2_5_vl_3b", "qwen2_5_vl_7b"):
-        paper_scale.show_memory(
-            f"lvr_sft of {model_name}", paper_scale.check_memory(model_json(model_name), sft)
-        )
+        num_gpus = paper_scale.num_gpus_of(grpo)
+        paper_scale.show_sft_memory(HERE, "lvr_sft", model_json(model_name), num_gpus)
+        paper_scale.show_grpo_memory("lvr_grpo", model_json(model_name), grpo)
         paper_scale.show_shapes(
             model_name, check_shapes(model_name, grpo.data.max_response_length)
         )

@@ -17,9 +17,9 @@ from grpo_latent.common.best_checkpoint import Best, write_best
 from grpo_latent.common.provenance import append_provenance
 from grpo_latent.common.step_folders import TRACKER_FILE
 from grpo_latent.errors import ConfigError
-from grpo_latent.sft.common.parameters import LoraSettings
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+MODEL_7B = RECIPES / "lvr" / "models" / "qwen2_5_vl_7b.json"
 FIRST_FREE_ID = 151665  # the size of Qwen2.5-VL's tokenizer before the latent tokens
 
 
@@ -46,7 +46,8 @@ def test_lvr_validates_on_the_real_configs(lvr, capsys):
     )
     assert "7b: patch [1176], visual token [32, 3584]" in out and "logits [1, 152064]" in out
     assert "3b: patch [1176], visual token [32, 2048]" in out and "logits [1, 151936]" in out
-    assert out.count(" GB a GPU") == 2
+    assert out.count("lvr_sft of") == 4 and out.count("lvr_grpo of") == 2
+    assert out.count(" GB a GPU\n") == 6, "all of them fit"
 
 
 def test_lvr_as_published_sets_all_of_it():
@@ -79,48 +80,79 @@ def test_ilvr_validates_its_three_stages_at_paper_scale(capsys):
     assert (
         "qwen2_5_vl_7b: patch [1176], visual token [32, 3584]" in out and "latent [1, 3584]" in out
     )
-    assert out.count(" GB a GPU") == 2
+    for name in (
+        "stage1 of qwen2_5_vl_7b, weights=sharded",
+        "stage2 of qwen2_5_vl_7b, weights=sharded",
+    ):
+        assert f"ilvr_{name}, 8 GPUs: weights 6.5, gradients 3.8, optimizer 7.6" in out
+    assert out.count(" GB a GPU\n") == 5, "all of them fit"
     with pytest.raises(ConfigError, match="rollout.n: a group of one"):
         ilvr.main(["actor_rollout_ref.rollout.n=1"])
 
 
-def test_memory_by_hand():
-    """Qwen2.5-VL-7B has 8.29e9 weights, 0.68e9 of them in the frozen vision part.
-
-    Full SFT in float32 needs 4 + 16 bytes.
-    """
+def test_memory_of_adapters_by_hand():
+    """Qwen2.5-VL-7B has 8.29e9 weights; adapters and, for new tokens, both embeddings train."""
     shared = load(RECIPES / "paper_scale.py")
-    ilvr = load(RECIPES / "ilvr" / "validate.py")
-    stage = shared.check_sft(RECIPES / "ilvr", "ilvr_stage2")
-    parts = shared.check_memory(ilvr.MODEL_JSON, stage)
+    stage = shared.check_sft(RECIPES / "ilvr", "ilvr_stage1", ["weights=adapters"])
+    parts = shared.sft_memory(MODEL_7B, stage)
     adapters = 64 * 28 * (2 * (2 * 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
     trained = adapters + 2 * 152064 * 3584
     assert parts["weights"] == pytest.approx(
-        (2 * (8.2922e9 - 2 * 152064 * 3584) + 4 * trained) / 1e9, rel=1e-3
+        2 * (8.2922e9 - 2 * 152064 * 3584) + 4 * trained, rel=1e-3
     )
-    assert parts["gradients"] == parts["optimizer"] == pytest.approx(8 * trained / 1e9, rel=1e-6)
-    assert parts["autocast"] == pytest.approx(2 * (adapters + 152064 * 3584) / 1e9, rel=1e-6)
-    full = dataclasses.replace(
-        stage, model=dataclasses.replace(stage.model, dtype="float32", lora=LoraSettings())
-    )
-    with pytest.raises(
-        ConfigError,
-        match="does not fit the GPU; .*weights 33 GB, gradients 61 GB, optimizer 61 GB",
-    ):
-        shared.check_memory(ilvr.MODEL_JSON, full)
-    lvr = shared.check_sft(RECIPES / "lvr", "lvr_sft")
-    checkpointed = (
-        4 * 28 * 3584 + 30 * 3584 + 8 * 18944
-    )  # bytes a position: the layers' inputs, and one layer again
-    assert shared.check_memory(ilvr.MODEL_JSON, lvr)["activations"] == pytest.approx(
-        checkpointed * 16384 / 1e9
-    )
-    full = dataclasses.replace(
-        lvr, model=dataclasses.replace(lvr.model, dtype="float32", lora=LoraSettings())
-    )
-    for size in ("3b", "7b"):
-        with pytest.raises(ConfigError, match=f"lvr of qwen2_5_vl_{size}: does not fit the GPU"):
-            shared.check_memory(RECIPES / "lvr" / "models" / f"qwen2_5_vl_{size}.json", full)
+    assert parts["gradients"] == parts["optimizer"] == 8 * trained
+    assert parts["teacher"] == 4 * trained
+    assert parts["autocast"] == 2 * (adapters + 152064 * 3584)
+    # bytes a position: the layers' inputs in float32, one layer again, two gradients in its MLP
+    again = 2 * (9 * 3584 + 4 * 18944) + 8 * 3584
+    assert parts["step"] == 16384 * (4 * 28 * 3584 + again + 4 * 18944)
+
+
+def test_memory_of_shards_by_hand():
+    """7.62e9 weights train, 0.68e9 of the frozen tower are whole on every GPU."""
+    shared = load(RECIPES / "paper_scale.py")
+    stage = shared.check_sft(RECIPES / "ilvr", "ilvr_stage1")
+    layer = 4 * 3584 + 2 * 3584 * 3584 + 2 * 3584 * 512 + 2 * 512 + 3 * 3584 * 18944 - 3584
+    head = 152064 * 3584
+    trained = 28 * layer + 2 * head + 3584
+    for num_gpus in (8, 16):
+        parts = shared.sft_memory(MODEL_7B, stage, num_gpus)
+        assert parts["weights"] == pytest.approx(4 * trained / num_gpus + 4 * 0.6766e9, rel=1e-3)
+        assert parts["gradients"] == parts["teacher"] == 4 * trained / num_gpus
+        assert parts["optimizer"] == 8 * trained / num_gpus
+        assert parts["gathered"] == 2 * (2 * head + 3584)
+        again = 2 * (9 * 3584 + 4 * 18944) + 8 * 3584
+        running = 16384 * (27 * 2 * 3584 + again + 4 * 18944)
+        # two layers in bfloat16, the gradients of a third in float32, the head's
+        assert parts["step"] == running + 8 * layer + 2 * head
+
+
+def test_what_does_not_fit_is_said(capsys):
+    shared = load(RECIPES / "paper_scale.py")
+    whole = shared.check_sft(RECIPES / "lvr", "lvr_sft", ["weights=whole", "trainer.bf16=true"])
+    parts = shared.sft_memory(MODEL_7B, whole)
+    shared.show_memory("whole", parts)
+    out = capsys.readouterr().out
+    assert out.startswith("whole: weights 33.2, gradients 60.9, optimizer 60.9")
+    assert out.endswith(" GB a GPU, TOO MUCH for 80 GB\n")
+    shared.show_memory("whole", parts | {"total": 72e9})
+    assert capsys.readouterr().out.endswith(" GB a GPU\n")
+
+
+def test_memory_of_rl_by_hand():
+    """The actor's shards beside vLLM's share and, on the first GPU, engine hf's bfloat16 copy."""
+    shared = load(RECIPES / "paper_scale.py")
+    for num_nodes in (1, 4):
+        grpo = shared.check_grpo(RECIPES / "lvr", "lvr_grpo", [f"trainer.nnodes={num_nodes}"])
+        parts = shared.grpo_memory(MODEL_7B, grpo)
+        shares = 8 * num_nodes
+        assert parts["weights"] == pytest.approx(4 * 8.2922e9 / shares, rel=1e-3)
+        keys_and_values = 2 * 2 * 512 * 28
+        measured = 2 * 8.2922e9 + 16 * 6656 * keys_and_values
+        assert parts["engine"] == pytest.approx(0.45 * 80e9 + measured, rel=1e-3)
+        awake = parts["weights"] + parts["optimizer"] + parts["engine"]
+        asleep = parts["weights"] + parts["optimizer"] + parts["gradients"] + parts["step"]
+        assert parts["total"] == max(awake, asleep)
 
 
 def test_treatments_validate_at_paper_scale(capsys):

@@ -1,6 +1,6 @@
 """Two processes on the CPU (gloo) make the updates of one process that accumulates their batches.
 
-Not covered: FSDP and DeepSpeed, which need accelerators.
+Shards: test_sft_sharded.py. Not covered: DeepSpeed, which is refused.
 """
 
 import json

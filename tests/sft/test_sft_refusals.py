@@ -126,7 +126,15 @@ def test_a_text_model_has_no_visual_targets(inputs, tmp_path):
         ({"data.labelled_per_batch": 4}, ConfigError, "labelled_per_batch"),
         ({"data.max_length": 5}, DataError, "row too long"),
         ({"model.freeze_merger": False}, ConfigError, "frozen"),
-        ({"trainer.use_cpu": True, "trainer.fsdp": "full_shard"}, ConfigError, "FSDP on the CPU"),
+        ({"trainer.use_cpu": True, "trainer.fsdp": True}, ConfigError, "shards need a launcher"),
+        ({"trainer.fsdp": "full_shard"}, ConfigError, "trainer.fsdp: wrong type"),
+        ({"trainer.fsdp": True, "model.lora.enabled": True}, ConfigError, "FSDP with LoRA"),
+        ({"trainer.fsdp": True, "model.dtype": "bfloat16"}, ConfigError, "FSDP with model.dtype"),
+        (
+            {"trainer.fsdp": True, "trainer.fsdp_config": {"version": 1}},
+            ConfigError,
+            r"fsdp_config \['version'\]",
+        ),
     ],
 )
 def test_malformed_configs(inputs, tmp_path, overrides, error, message):

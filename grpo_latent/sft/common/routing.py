@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 SFT_KEYWORD = "sft_batch"
 
 
-def route_sft_batches(
-    model: nn.Module, compute: Callable[..., dict[str, Tensor]]
-) -> Callable[[], None]:
+def route_sft_batches(model: nn.Module, compute: Callable[..., Any]) -> Callable[[], None]:
     """Makes `model(sft_batch=...)` call `compute(...)`, and returns what undoes it.
 
     Other calls go to the model as before.

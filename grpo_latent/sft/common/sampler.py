@@ -21,6 +21,7 @@ class SeededBatchSampler(Sampler[list[int]]):
 
     Args:
         has_answer: one truth value per row.
+        multiple_of: an epoch's batches are cut to a multiple of this.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class SeededBatchSampler(Sampler[list[int]]):
         batch_size: int,
         seed: int = 0,
         labelled_per_batch: int | None = None,
+        multiple_of: int = 1,
     ):
         rows = np.arange(len(has_answer))
         labelled = np.asarray(has_answer, dtype=bool)
@@ -46,7 +48,15 @@ class SeededBatchSampler(Sampler[list[int]]):
         for pool, share in self._pools:
             self._check(pool, share, labelled_per_batch)
         pool, share = self._pools[0]
-        self._num_batches = len(pool) // share
+        self._num_batches = len(pool) // share // multiple_of * multiple_of
+        if self._num_batches == 0:
+            raise ConfigError(
+                "not enough rows for one step",
+                where="trainer.gradient_accumulation_steps",
+                got=f"{len(pool) // share} batches",
+                expected=f"{multiple_of}: those of all processes and their accumulation",
+                fix="Lower trainer.gradient_accumulation_steps, or start fewer processes.",
+            )
 
     def _check(self, pool: np.ndarray, share: int, labelled_per_batch: int | None) -> None:
         if share >= 1 and len(pool) >= (share if pool is self._pools[0][0] else 1):

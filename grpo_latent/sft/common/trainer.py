@@ -15,12 +15,14 @@ takes (`check`), how rows become a batch (`collate_rows`), what a batch's losses
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedConfig,
@@ -29,9 +31,10 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from grpo_latent.common.manifest import write_manifest
+from grpo_latent.common.manifest import say_once, write_manifest
 from grpo_latent.common.pickles import without_code
 from grpo_latent.errors import TrainingError
 from grpo_latent.models.adapter import ModelAdapter
@@ -41,6 +44,15 @@ from grpo_latent.sft.common.dataset import SFTDataset
 from grpo_latent.sft.common.parameters import NO_DECAY, has_lora
 from grpo_latent.sft.common.routing import SFT_KEYWORD, route_sft_batches
 from grpo_latent.sft.common.sampler import SeededBatchSampler
+from grpo_latent.sft.common.sharding import JoinedForwards, embeddings_in_the_root, plugin_values
+from grpo_latent.sft.common.shards import (
+    named,
+    optimizer_tensors,
+    read_optimizer,
+    read_shards,
+    saved_world_size,
+    write_shards,
+)
 
 
 class LatentSFTTrainer(Trainer):
@@ -91,7 +103,10 @@ class LatentSFTTrainer(Trainer):
         # our loss is divided by counts of the whole step: the Trainer must not divide again
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)  # the callbacks given here show the metrics
-        self._undo_routing = route_sft_batches(latent.model, self.loss_sums)
+        compute = self.loss_sums
+        if self.is_fsdp_enabled:
+            compute = JoinedForwards(self.adapter).around(compute)
+        self._undo_routing = route_sft_batches(latent.model, compute)
         self._totals: dict[str, Tensor] = {}
 
     # what a method says
@@ -139,11 +154,14 @@ class LatentSFTTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
+        batches_of_step = args.world_size * args.gradient_accumulation_steps
         sampler = SeededBatchSampler(
             self.dataset.has_answer,
             args.per_device_train_batch_size,
             seed,
             self.labelled_per_batch,
+            # so that an epoch has the same steps at any number of processes
+            multiple_of=batches_of_step if self.is_fsdp_enabled else 1,
         )
         self._epoch.sampler = sampler
         loader = DataLoader(
@@ -166,6 +184,28 @@ class LatentSFTTrainer(Trainer):
             counts = self.accelerator.reduce(counts, "sum")
         return batches, counts
 
+    # shards
+
+    def create_accelerator_and_postprocess(self) -> None:
+        args = self.args
+        if args.fsdp:
+            args.fsdp_plugin_args |= plugin_values(self.adapter, args)
+        super().create_accelerator_and_postprocess()
+        if args.fsdp and args.use_cpu:
+            # accelerate would fall back to whole copies on every process
+            state = self.accelerator.state
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader]:
+        with embeddings_in_the_root(self.latent.model) if self.is_fsdp_enabled else nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
+
+    def shards(self) -> dict[str, Tensor]:
+        """Names what a sharded checkpoint holds beside the optimizer's."""
+        return named("model", self.latent.model.state_dict())
+
     # loss
 
     def compute_loss(
@@ -173,7 +213,9 @@ class LatentSFTTrainer(Trainer):
     ):
         # hits are for the log alone, and cost a distance to each visual token
         count_hits = (self.state.global_step + 1) % max(int(self.state.logging_steps or 1), 1) == 0
-        sums = model(**{SFT_KEYWORD: inputs, "count_hits": count_hits})
+        # accelerate has autocast in a model that it wraps itself, not in one that FSDP2 shards
+        with self.accelerator.autocast():
+            sums = model(**{SFT_KEYWORD: inputs, "count_hits": count_hits})
         own_counts = self.count(inputs)
         counts = own_counts if num_items_in_batch is None else num_items_in_batch
         # a step may have no latents: its sums are 0 then, and 0 / 0 would be NaN
@@ -256,19 +298,46 @@ class LatentSFTTrainer(Trainer):
             if folder.is_dir():  # a limit on their number may have removed it at once
                 write_manifest(folder)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        optimizer, schedule = self._optimizer_and_schedule()
+        write_shards(output_dir, self.shards() | optimizer_tensors(self.latent.model, optimizer))
+        if self.args.should_save:
+            torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         if self.is_fsdp_enabled:
-            with without_code():  # sharded weights' plain values
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            read_shards(resume_from_checkpoint, self.shards())
         else:
             weights = read_tensors(resume_from_checkpoint, ("",))
             copy_weights(self.latent.model, weights, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with without_code():  # as above, of a sharded optimizer
-            super()._load_optimizer_and_scheduler(checkpoint)
+        with without_code():
+            if not self.is_fsdp_enabled or checkpoint is None:
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            optimizer, schedule = self._optimizer_and_schedule()
+            read_optimizer(checkpoint, self.latent.model, optimizer)
+            schedule.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME))
+        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    def _optimizer_and_schedule(self) -> tuple[torch.optim.Optimizer, LRScheduler]:
+        """The optimizer without accelerate's wrapper."""
+        assert self.optimizer is not None and self.lr_scheduler is not None, "made to train"
+        return getattr(self.optimizer, "optimizer", self.optimizer), self.lr_scheduler
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and saved_world_size(checkpoint) != self.args.world_size:
+            if self.args.should_save:
+                say_once([_moved(saved_world_size(checkpoint), self.args.world_size)])
+            return
+        super()._load_rng_state(checkpoint)
 
 
 class _TellEpoch(TrainerCallback):
@@ -278,6 +347,13 @@ class _TellEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.sampler.set_epoch(int(state.epoch or 0))
+
+
+def _moved(before: int, now: int) -> str:
+    return (
+        f"resumed by {now} processes what {before} wrote: weights, optimizer, teacher, schedule and "
+        "data position go on; each process's random generators (noise, dropout) begin anew"
+    )
 
 
 @contextmanager

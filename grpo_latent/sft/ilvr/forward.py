@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.models.adapter import ModelAdapter
-from grpo_latent.models.recompute import recompute_latents
+from grpo_latent.models.recompute import MostOfRanks, recompute_latents
 from grpo_latent.models.replay import replay_hidden
 from grpo_latent.models.sequences import LatentSequences
 from grpo_latent.models.vision_cache import encoding_once
@@ -41,12 +41,17 @@ def stage1_loss_sums(
 
 
 def stage2_loss_sums(
-    adapter: ModelAdapter, batch: dict[str, Tensor], mechanism: Mechanism, gradient: str = "bptt"
+    adapter: ModelAdapter,
+    batch: dict[str, Tensor],
+    mechanism: Mechanism,
+    gradient: str = "bptt",
+    most_of_ranks: MostOfRanks | None = None,
 ) -> dict[str, Tensor]:
     """Sums CE over labels (`ce`) of a batch, all latents fed by the model itself.
 
     Args:
         gradient: through the latents, see `models.recompute`; the published stage 2 is `bptt`.
+        most_of_ranks: of a sharded model, whose ranks need one number of forwards.
     """
     num_latents = int(((batch["kinds"] == PositionKind.LATENT) & batch["valid"]).sum())
     nothing_NH = torch.zeros(
@@ -55,7 +60,7 @@ def stage2_loss_sums(
     sequences = _sequences(adapter, batch, nothing_NH, mechanism.visibility)
     # the forwards over one batch show the same images
     with encoding_once(adapter.backbone):
-        latents_NH = recompute_latents(adapter, sequences, gradient)
+        latents_NH = recompute_latents(adapter, sequences, gradient, most_of_ranks)
         hidden_BTH = replay_hidden(adapter, sequences.with_latents(latents_NH))
     return {"ce": labels_cross_entropy(adapter, hidden_BTH, batch["labels"])}
 

@@ -10,12 +10,14 @@ train on where a resumed run lost some.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from grpo_latent.backbones.registry import backbone_of
@@ -48,7 +50,8 @@ class MomentumTeacher(Generic[Model]):
             )
         self.student = student
         self.decay = decay
-        self.num_updates = 0
+        # a tensor, which a sharded checkpoint keeps with the others
+        self._num_updates = torch.zeros((), dtype=torch.long)
         trained = {
             name: parameter
             for name, parameter in student.named_parameters()
@@ -71,10 +74,9 @@ class MomentumTeacher(Generic[Model]):
                 shared.append(module)
         # what the memo of deepcopy names already is taken as it is
         self.model: Model = copy.deepcopy(student, {id(kept): kept for kept in shared}).eval()
-        own = dict(self.model.named_parameters())
-        for name in trained:
-            own[name].requires_grad_(False)
-        self._followed = {name: own[name] for name in trained}
+        self._trained = set(trained)
+        for parameter in self._followed.values():
+            parameter.requires_grad_(False)
         # half precision would round the small updates away: beside such weights a float32 average
         self._wide = {
             name: parameter.data.float()
@@ -83,10 +85,21 @@ class MomentumTeacher(Generic[Model]):
         }
 
     @property
+    def num_updates(self) -> int:
+        """How often the average has followed the student."""
+        return int(self._num_updates)
+
+    @property
+    def _followed(self) -> dict[str, nn.Parameter]:
+        """Looked up anew at each use: sharding a model replaces its parameters."""
+        own = self.model.named_parameters()
+        return {name: parameter for name, parameter in own if name in self._trained}
+
+    @property
     def _averages(self) -> dict[str, Tensor]:
-        """Looked up anew at each use: moving a module replaces the tensors of its parameters."""
+        """Looked up anew, too: moving a module replaces the tensors of its parameters."""
         return {
-            name: self._wide.get(name, parameter.data)
+            name: self._wide.get(name, parameter.detach())
             for name, parameter in self._followed.items()
         }
 
@@ -94,17 +107,36 @@ class MomentumTeacher(Generic[Model]):
         self.model.to(device)
         self._wide = {name: average.to(device) for name, average in self._wide.items()}
 
+    def shard(self, shard_copy: Callable[[Model, set[nn.Parameter]], None]) -> None:
+        """Shards the teacher as its student is sharded, before or after.
+
+        Args:
+            shard_copy: shards a model in place, less the parameters that are given: they are the
+                student's as well.
+        """
+        followed = {id(parameter) for parameter in self._followed.values()}
+        shared = {kept for kept in self.model.parameters() if id(kept) not in followed}
+        shard_copy(self.model, shared)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What a sharded checkpoint holds of the teacher; filling them restores it."""
+        return {**self._averages, _NUM_UPDATES: self._num_updates}
+
     @torch.no_grad()
     def update(self) -> None:
         student = dict(self.student.named_parameters())
         for name, average in self._averages.items():
-            average.lerp_(student[name].detach().to(average.dtype), 1 - self.decay)
-            self._publish(name)
-        self.num_updates += 1
+            # each rank moves its own parts
+            followed = _local(student[name].detach())
+            _local(average).lerp_(followed.to(average.dtype), 1 - self.decay)
+        self._publish()
+        self._num_updates += 1
 
-    def _publish(self, name: str) -> None:
-        if name in self._wide:
-            self._followed[name].data.copy_(self._wide[name])
+    def _publish(self) -> None:
+        followed = self._followed
+        for name, average in self._wide.items():
+            followed[name].data.copy_(average)
 
     def save(self, checkpoint: str | Path) -> None:
         """Writes the average below a checkpoint folder."""
@@ -133,7 +165,7 @@ class MomentumTeacher(Generic[Model]):
             )
         with safe_open(path, framework="pt") as file:
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}
-            self.num_updates = int(file.metadata()[_NUM_UPDATES])
+            self._num_updates.fill_(int(file.metadata()[_NUM_UPDATES]))
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         own_shapes = {name: tuple(average.shape) for name, average in self._averages.items()}
         if shapes != own_shapes:
@@ -148,7 +180,11 @@ class MomentumTeacher(Generic[Model]):
             )
         for name, average in self._averages.items():
             average.copy_(tensors[name])
-            self._publish(name)
+        self._publish()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class MomentumCallback(TrainerCallback):
@@ -186,4 +222,5 @@ class KeepsTeacher(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.teacher.load(resume_from_checkpoint)
+        if not self.is_fsdp_enabled:  # else it comes with the shards
+            self.teacher.load(resume_from_checkpoint)

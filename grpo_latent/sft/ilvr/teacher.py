@@ -45,12 +45,15 @@ def teacher_targets(
     visibility: str,
     top_k: int = 8,
     top_p: float = 0.9,
+    reads_always: bool = False,
 ) -> list[Tensor]:
     """Chooses the targets [K*, H] of each span of a batch, in row-major order, best first.
 
     Args:
         teacher: adapter of the teacher's model.
         batch: of `collate_rows`.
+        reads_always: runs the forward of a batch without spans, too: other ranks' may have some,
+            whose teacher's shards meet in it.
 
     Raises:
         LatentMismatchError: helper images and spans differ in number.
@@ -65,7 +68,7 @@ def teacher_targets(
             got=len(candidates),
             expected=str(num_spans),
         )
-    if num_spans == 0:
+    if num_spans == 0 and not reads_always:
         return []
     images = batch_images(batch)
     input_ids_BT, kinds_BT, valid_BT = batch["input_ids"], batch["kinds"], batch["valid"]

@@ -3,7 +3,7 @@
     stage 1   batch ──teacher, one forward──▶ targets ──▶ CE + weight · (1 - cos), teacher ← EMA
     stage 2   batch ──own latents, gradient through them──▶ CE
 
-Single process or DistributedDataParallel; a teacher of FSDP shards is not supported and refused.
+Under FSDP the teacher is sharded like the student, and ranks agree on the number of forwards.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from grpo_latent.models.loading import LatentModel
 from grpo_latent.models.recompute import GRADIENTS
 from grpo_latent.sft.common.dataset import SFTDataset
 from grpo_latent.sft.common.families import check_family
+from grpo_latent.sft.common.routing import SFT_KEYWORD, route_sft_batches
 from grpo_latent.sft.common.rows import IGNORED
+from grpo_latent.sft.common.sharding import most_of_ranks, shard_frozen_copy
+from grpo_latent.sft.common.shards import named
 from grpo_latent.sft.common.trainer import LatentSFTTrainer
 from grpo_latent.sft.ilvr.forward import stage1_loss_sums, stage2_loss_sums
 from grpo_latent.sft.ilvr.momentum import KeepsTeacher, MomentumCallback, MomentumTeacher
@@ -119,21 +122,18 @@ class ILVRStage1Trainer(KeepsTeacher, ILVRTrainer):
         callbacks: Sequence = (),
         **kwargs: Any,
     ):
-        if args.fsdp or args.deepspeed:
-            raise ConfigError(
-                "a momentum teacher of sharded weights",
-                where="trainer.fsdp, trainer.deepspeed",
-                got=args.fsdp or args.deepspeed,
-                expected="one process, or DistributedDataParallel",
-            )
         loss_config = loss_config or TeacherConfig()
         # before anything wraps the model: the teacher is a copy of it
         self.teacher = MomentumTeacher(latent.model, loss_config.decay)
         callbacks = [MomentumCallback(self.teacher), *callbacks]
         super().__init__(latent, args, dataset, loss_config, callbacks=callbacks, **kwargs)
-        # where the Trainer has put the student by now
-        self.teacher.to(self.adapter.device)
         self.teacher_adapter = ModelAdapter(self.teacher.model, latent.mechanism)
+        # before it is sharded: within its forward alone its weights are whole
+        self._undo_teacher = route_sft_batches(self.teacher.model, self._targets)
+        if self.is_fsdp_enabled:
+            self.teacher.shard(lambda model, whole: shard_frozen_copy(model, args, whole))
+        else:  # where the Trainer has put the student by now
+            self.teacher.to(self.adapter.device)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """As the base's, with the teacher's targets, whose number the loss is divided by."""
@@ -142,13 +142,27 @@ class ILVRStage1Trainer(KeepsTeacher, ILVRTrainer):
         )
 
     def _with_targets(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        config = self.loss_config
-        visibility = self.latent.mechanism.visibility
-        with self.accelerator.autocast():  # as the student's forward
-            targets = teacher_targets(
-                self.teacher_adapter, batch, visibility, config.top_k, config.top_p
-            )
+        with torch.no_grad(), self.accelerator.autocast():  # as the student's forward
+            targets = self.teacher.model(**{SFT_KEYWORD: batch})
         return with_targets(batch, targets, self.teacher_adapter.hidden_size)
+
+    def _targets(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        config = self.loss_config
+        return teacher_targets(
+            self.teacher_adapter,
+            batch,
+            self.latent.mechanism.visibility,
+            config.top_k,
+            config.top_p,
+            reads_always=self.is_fsdp_enabled,
+        )
+
+    def shards(self) -> dict[str, Tensor]:
+        return super().shards() | named("teacher", self.teacher.tensors)
+
+    def release(self) -> None:
+        super().release()
+        self._undo_teacher()
 
     def loss_sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
         return stage1_loss_sums(
@@ -176,5 +190,9 @@ class ILVRStage2Trainer(ILVRTrainer):
 
     def loss_sums(self, batch: dict[str, Tensor], count_hits: bool) -> dict[str, Tensor]:
         return stage2_loss_sums(
-            self.adapter, batch, self.latent.mechanism, self.loss_config.gradient
+            self.adapter,
+            batch,
+            self.latent.mechanism,
+            self.loss_config.gradient,
+            most_of_ranks if self.is_fsdp_enabled else None,
         )

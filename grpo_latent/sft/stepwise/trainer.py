@@ -20,6 +20,7 @@ from grpo_latent.sft.common.dataset import SFTDataset
 from grpo_latent.sft.common.families import check_family
 from grpo_latent.sft.common.parameters import has_lora
 from grpo_latent.sft.common.saving import save_for_rl
+from grpo_latent.sft.common.sharding import gathered_weights
 from grpo_latent.sft.common.trainer import LatentSFTTrainer
 from grpo_latent.sft.stepwise.curriculum import Curriculum, CurriculumConfig
 from grpo_latent.sft.stepwise.forward import loss_sums
@@ -41,12 +42,12 @@ class StepwiseTrainer(LatentSFTTrainer):
         **kwargs: Any,
     ):
         config = loss_config or CurriculumConfig()
-        if config.save_stages and (args.fsdp or has_lora(latent.model)):
+        if config.save_stages and has_lora(latent.model):
             raise ConfigError(
                 "stages are saved of whole models",
                 where="loss.save_stages",
-                got="FSDP or LoRA",
-                expected="false, or neither of them",
+                got="LoRA",
+                expected="false, or no adapters",
             )
         self.stages = config.stages(latent.mechanism.steps)
         self.curriculum = Curriculum(
@@ -97,10 +98,13 @@ class StepwiseTrainer(LatentSFTTrainer):
 
     def _save_stage(self, stage: int) -> None:
         """Writes a folder that RL and evaluation start from, with the slots of the stage."""
+        weights = None
+        if self.is_fsdp_enabled:  # every process takes part
+            weights = gathered_weights(self.latent.model, self.args.should_save)
         if not self.args.should_save:
             return
         assert self.args.output_dir is not None, "a Trainer that saves has an output_dir"
         folder = Path(self.args.output_dir) / f"stage_{stage}"
         mechanism = self.latent.mechanism.replace(steps=self.stages[stage].num_slots)
         # whole or not at all: a resumed run does not come by here again
-        save_for_rl(folder, self.latent, mechanism=mechanism)
+        save_for_rl(folder, self.latent, weights, mechanism)

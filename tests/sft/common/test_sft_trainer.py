@@ -3,7 +3,7 @@
 Also gradient accumulation.
 
 Accumulation and checkpointing compare with plain autograd on one batch. Not covered here: several
-processes (see test_sft_distributed.py), FSDP, DeepSpeed.
+processes (see test_sft_distributed.py and test_sft_sharded.py), DeepSpeed.
 """
 
 import copy

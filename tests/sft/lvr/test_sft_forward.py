@@ -1,7 +1,7 @@
 """Targets align with h at t - 1; teacher-forced inputs are what a rollout feeds.
 
 The reference forward below is written with Hugging Face alone: inputs_embeds put together by hand,
-one row at a time. Not covered: videos; FSDP.
+one row at a time. Not covered: videos.
 """
 
 import pytest
