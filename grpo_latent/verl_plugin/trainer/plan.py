@@ -56,11 +56,21 @@ def plan(config: DictConfig) -> list[str]:
         f"step     {batch} prompts x {rollout.n} trajectories of at most "
         f"{config.data.max_response_length} positions; updates of "
         f"{actor.ppo_mini_batch_size} prompts, learning rate {actor.optim.lr:g}",
+        f"KL       {_reference(config)}",
         f"latents  treatment {treatment}; engine {rollout.name}, device {config.trainer.device}",
         f"reward   {functions}",
         f"run      {_steps(config, rows)}",
         f"output   {config.latent.output_dir}",
     ]
+
+
+def _reference(config: DictConfig) -> str:
+    actor = config.actor_rollout_ref.actor
+    if actor.use_kl_loss:
+        return f"{actor.kl_loss_coef:g} x {actor.kl_loss_type} to the reference"
+    if config.algorithm.use_kl_in_reward:
+        return "to the reference, in the rewards"
+    return "none: nothing holds the policy at its start (actor.use_kl_loss)"
 
 
 def _count(config: DictConfig, key: str, limit_key: str) -> int | None:

@@ -86,7 +86,7 @@ class Reporter:
 
 SHORT_NAMES = {
     "reward": ("critic/score/mean",),
-    "kl": ("actor/kl_loss", "actor/ppo_kl"),
+    "kl": ("actor/kl_loss",),  # to the reference: without one there is none
     "entropy": ("actor/entropy",),
     "latent": ("latent/steps_mean",),
     "used": ("latent/usage_gap/shuffle",),
