@@ -15,6 +15,7 @@ import dataclasses
 import faulthandler
 import functools
 import inspect
+import io
 import os
 import pickle
 import sys
@@ -35,6 +36,9 @@ def main(fd: int) -> None:
     os.set_inheritable(fd, False)
     # what functions print must not be lost in a closed pipe or pretend to be the parent's output
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    # a line at a time: the parent ends this process by SIGKILL
+    assert isinstance(sys.stdout, io.TextIOWrapper), "of a process of its own"
+    sys.stdout.reconfigure(line_buffering=True)
     try:
         specs, timeout_s = pickle.loads(connection.recv_bytes())
         functions = [load_function(spec) for spec in specs]

@@ -110,9 +110,11 @@ def _asked(item: BenchmarkItem, form: Form) -> BenchmarkItem:
 def lvr_options(question: str, options: Sequence[str], between: str, end: str) -> str:
     """Writes a question as LVR's evaluation does.
 
-    >>> lvr_options("Open?", ["Open", "Closed"], " ", "")
-    "Open?\\nOptions:\\nA. Open B. Closed\\nAnswer with the option's letter "
-    "from the given choices directly."
+    >>> print(lvr_options("Open?", ["Open", "Closed"], " ", ""))
+    Open?
+    Options:
+    A. Open B. Closed
+    Answer with the option's letter from the given choices directly.
     """
     lettered = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
     return f"{question}\nOptions:\n{between.join(lettered)}{end}\n{INSTRUCTION}"
