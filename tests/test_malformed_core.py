@@ -63,7 +63,11 @@ def test_latent_config(changes, where, got):
         ("{}", None, "1 or 2"),
         ('{"version": 99}', "99", "1 or 2"),
         ('{"version": 2, "steps": 3}', "None", "one of ['coconut'"),
-        ('{"version": 2, "mechanism": "os:path"}', "os:path", "package.module:NAME of a mechanism"),
+        (
+            '{"version": 2, "mechanism": "os:path"}',
+            "os:path",
+            "package.module:NAME of a mechanism",
+        ),
         ('{"version": 1, "steps": 3}', "start_token", "a value"),
         (json.dumps(BASE.to_dict() | {"stepz": 1}), "stepz", "of mechanism lvr"),
         (json.dumps(BASE.to_dict() | {"top_k_image": 1}), "top_k_image", "of mechanism lvr"),

@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from grpo_latent.verl_plugin.trainer.reports import Report, short_line
+from grpo_latent.verl_plugin.trainer.console_line import Report, short_line
 
 
 @contextmanager

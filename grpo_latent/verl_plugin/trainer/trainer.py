@@ -37,12 +37,12 @@ from grpo_latent.verl_plugin.trainer.alarms import Line
 from grpo_latent.verl_plugin.trainer.commit import check_checkpoint
 from grpo_latent.verl_plugin.trainer.committing_trainer import CommittingTrainer
 from grpo_latent.verl_plugin.trainer.config_check import check_config
+from grpo_latent.verl_plugin.trainer.console_line import held_out, held_out_names
 from grpo_latent.verl_plugin.trainer.dropped import mask_dropped, without_dropped
 from grpo_latent.verl_plugin.trainer.helpers import helpers_first
 from grpo_latent.verl_plugin.trainer.latent_watch import LatentWatch, as_metrics
 from grpo_latent.verl_plugin.trainer.replay_buffer import LatentReplayBuffer
 from grpo_latent.verl_plugin.trainer.replay_gap import check_replay, replay_columns
-from grpo_latent.verl_plugin.trainer.reports import held_out, held_out_names
 from grpo_latent.verl_plugin.trainer.rollout_dump import dump_step
 from grpo_latent.verl_plugin.trainer.spread import held_out_error
 from grpo_latent.verl_plugin.trainer.step_metrics import step_metrics

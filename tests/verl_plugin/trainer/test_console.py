@@ -6,12 +6,12 @@ import sys
 from rich.console import Console
 
 from grpo_latent.verl_plugin.trainer.console import StepPrinter
-from grpo_latent.verl_plugin.trainer.reports import Report, short_line
+from grpo_latent.verl_plugin.trainer.console_line import Report, short_line
 
 CODE = """
 import os, sys
 from grpo_latent.verl_plugin.trainer.console import StepPrinter, output_to_file
-from grpo_latent.verl_plugin.trainer.reports import Report
+from grpo_latent.verl_plugin.trainer.console_line import Report
 from pathlib import Path
 with output_to_file(Path(sys.argv[1])) as console:
     print("from print"); os.system("echo from a child"); os.write(2, b"from C\\n")

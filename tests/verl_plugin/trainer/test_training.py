@@ -26,7 +26,8 @@ from grpo_latent.verl_plugin.boot import remote_errors
 from grpo_latent.verl_plugin.boot.actor_watch import ActorWatch
 from grpo_latent.verl_plugin.trainer import checkpoint
 from grpo_latent.verl_plugin.trainer.alarms import Alarms, Line
-from grpo_latent.verl_plugin.trainer.reports import Reporter, drain, short_line, start_report_queue
+from grpo_latent.verl_plugin.trainer.console_line import short_line
+from grpo_latent.verl_plugin.trainer.reports import Reporter, drain, start_report_queue
 
 pytestmark = pytest.mark.slow
 TWO_RANKS = "trainer.n_gpus_per_node=2"
