@@ -138,7 +138,8 @@ def test_steps_over_nodes_are_those_on_one_and_a_lost_node_ends_the_run(
     assert job.wait(LIMIT_S) != 0
     print(f"unplugged: {time.monotonic() - cut:.1f} s")
     lost = job.loss()
-    assert "node 10.77.0.3, last step 4/6: " in lost
+    # a step's metrics are on disk a moment before the driver has heard of it
+    assert re.search(r"node 10\.77\.0\.3, last step [34]/6: ", lost), lost
     assert "rollout server, training worker" in lost
     check_equal_runs(one, job.output, range(1, 5), checkpoint=3)
 
