@@ -84,10 +84,11 @@ def prune(root: str | Path, keep: int | None, pinned: Collection[int] = ()) -> N
         return
     latest = read_tracker(root)
     folders = step_folders(root)
-    # a later step than the tracker's is no older branch: it is what a kill left of a save
-    removable = [step for step in folders if latest is None or step < latest]
-    for step in removable[: max(0, len(folders) - keep)]:
-        if step not in pinned:
+    # a later step than the tracker's is no older branch: it is what a kill left of a save, and
+    # counts for nothing
+    whole = [step for step in folders if latest is None or step <= latest]
+    for step in whole[: max(0, len(whole) - keep)]:
+        if step not in pinned and step != latest:
             shutil.rmtree(folders[step])
 
 
