@@ -189,14 +189,22 @@ class OneProcess:
         started = time.monotonic()
         rows = endless(train)
         record.held_out.append((0, self.validate(held_out, scorer)))
+        self.end_step(0, is_last=False)
         for step in range(1, num_steps + 1):
             record.steps.append(self.step(step, rows, scorer))
-            if step % validate_every == 0 or step == num_steps:
+            is_last = step == num_steps
+            is_validated = step % validate_every == 0 or is_last
+            if is_validated:
                 record.held_out.append((step, self.validate(held_out, scorer)))
-                if stop(record):
-                    break
+            ends = self.end_step(step, is_last)
+            if ends or (is_validated and stop(record)):
+                break
         record.seconds = time.monotonic() - started
         return record
+
+    def end_step(self, step: int, is_last: bool) -> bool:
+        """Whether the run ends behind a step and its validation; step 0 is before training."""
+        return False
 
     def validate(self, prompts: Sequence[EvalPrompt], scorer: RewardScorer) -> float:
         """Greedy accuracy."""

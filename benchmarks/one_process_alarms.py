@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from one_process import OneProcess, Record, StepLog, endless
+from one_process import OneProcess, StepLog
 from one_process_inputs import Batch
 
 from grpo_latent.eval.prompts import EvalPrompt
@@ -88,30 +87,7 @@ class GuardedProcess(AlarmedProcess):
         self.lr_factor = 1.0
         self._good: Good | None = None
 
-    def run(
-        self,
-        train: Sequence[EvalPrompt],
-        held_out: Sequence[EvalPrompt],
-        scorer: RewardScorer,
-        num_steps: int,
-        validate_every: int,
-        stop: Any = None,
-    ) -> Record:
-        assert stop is None, "the alarms' settings say when a run ends"
-        record, started, rows = Record(), time.monotonic(), endless(train)
-        record.held_out.append((0, self.validate(held_out, scorer)))
-        self._keep(0)
-        for step in range(1, num_steps + 1):
-            record.steps.append(self.step(step, rows, scorer))
-            if step % validate_every == 0 or step == num_steps:
-                record.held_out.append((step, self.validate(held_out, scorer)))
-            self._guard(step, step == num_steps)
-            if len(self.rollbacks) > self.alarms.settings.max_rollbacks:
-                break
-        record.seconds = time.monotonic() - started
-        return record
-
-    def _guard(self, step: int, is_last: bool) -> None:
+    def end_step(self, step: int, is_last: bool) -> bool:
         """What `Guards` and the trainer do at the end of a step."""
         alarms = self.alarms
         is_bad = any(alarms.counts[kind] for kind in ("reward", "held_out"))
@@ -120,8 +96,9 @@ class GuardedProcess(AlarmedProcess):
         if alarms.sounding(alarms.settings.rollback_on) or (is_last and alarms.doubts):
             self._go_back(step)
             self._keep(step)
-        elif step % self.config.trainer.save_freq == 0 and not alarms.doubts:
+        elif step == 0 or (step % self.config.trainer.save_freq == 0 and not alarms.doubts):
             self._keep(step)
+        return len(self.rollbacks) > alarms.settings.max_rollbacks
 
     def _keep(self, step: int) -> None:
         self._good = Good(

@@ -175,18 +175,23 @@ def loop_of(config, loaded):
     from one_process_alarms import GuardedProcess
 
     from grpo_latent.common.settings import build
+    from grpo_latent.verl_plugin.boot.options import LatentOptions
     from grpo_latent.verl_plugin.trainer.alarm_settings import AlarmSettings
     from grpo_latent.verl_plugin.trainer.alarms import Alarms
+    from grpo_latent.verl_plugin.trainer.guards import check_guards
 
     if not config.latent.alarm.rollback:
         return loop.OneProcess(config, loaded)
+    check_guards(config, LatentOptions.from_rollout(config.actor_rollout_ref.rollout))
     settings = build(AlarmSettings, config.latent.alarm, "latent.alarm")
     return GuardedProcess(Alarms(settings), config, loaded)
 
 
 def said_by_alarms(training) -> dict:
     """Of a guarded run: what was said, when, and where it went back; nothing of another."""
-    if not hasattr(training, "rollbacks"):
+    from one_process_alarms import GuardedProcess
+
+    if not isinstance(training, GuardedProcess):
         return {}
     return {
         "rollbacks": training.rollbacks,
