@@ -14,7 +14,7 @@ class GrpoLatentError(Exception):
     Args:
         what: one clause that names the problem.
         where: file, row, field, config key, process or step.
-        got: the offending value; kept as a short `repr`.
+        got: the offending value; kept as a short text of one line.
         expected: what would have been right, in words.
         fix: what the user can do now.
     """
@@ -53,7 +53,9 @@ class GrpoLatentError(Exception):
 
 
 def _short(value: object, limit: int) -> str:
-    text = value if isinstance(value, str) and value else repr(value)
+    text = value if isinstance(value, str) and value.strip() else repr(value)
+    # a command's error is one line, whatever a library has to say
+    text = " ".join(line.strip() for line in text.splitlines())
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 

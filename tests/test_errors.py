@@ -56,6 +56,11 @@ def test_long_values_are_cut():
     )
 
 
+def test_a_message_is_one_line_whatever_a_library_says():
+    assert str(ConfigError("bad", got="first\n   second\n")) == "bad; got first second."
+    assert "\n" not in str(ConfigError("bad", got="\n"))
+
+
 @pytest.mark.parametrize("kind", RewardError.KINDS)
 def test_reward_errors_keep_their_kind(kind):
     copy = pickle.loads(pickle.dumps(RewardError("bad", kind=kind, where="group 1")))

@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from grpo_latent.common.kinds import Kind, is_list, kind_of, shown
+from grpo_latent.common.references import at_their_source
 from grpo_latent.common.settings import MISSING
 from grpo_latent.errors import ConfigError
 
@@ -40,9 +41,15 @@ class Schema:
     free: frozenset[str] = frozenset()
     classes: frozenset[str] = frozenset()
 
-    def check(self, config: Mapping[str, Any]) -> None:
-        """Raises `ConfigError` at the first mistake; its fix names the keys of others."""
-        problems = list(self.problems(config))
+    def check(self, config: Mapping[str, Any], taken: Mapping[str, str] | None = None) -> None:
+        """Raises `ConfigError` at the first mistake; its fix names the keys of others.
+
+        Args:
+            taken: keys that take their value from another (`common.references`): what is wrong
+                with one is told of the other, which is what a user has written.
+        """
+        found = [(_key_of(problem), problem) for problem in self.problems(config)]
+        problems = at_their_source(found, taken or {})
         if not problems:
             return
         first, others = problems[0], [_key_of(error) for error in problems[1:]]
@@ -57,6 +64,17 @@ class Schema:
                 fix=f"{first.fix or ''} {also}".strip(),
             )
         raise first
+
+    def check_sections(self, config: Mapping[str, Any]) -> None:
+        """Raises `ConfigError` where a value stands for a whole section at the top.
+
+        To be asked before references are followed, which would lead nowhere then.
+        """
+        for name, value in config.items():
+            below = self.reference.get(name)
+            if isinstance(below, Mapping) and below and value is not None:
+                for problem in _not_a_section(name, value, below):
+                    raise problem
 
     def problems(self, config: Mapping[str, Any]) -> Iterator[ConfigError]:
         """All mistakes, in the config's order."""

@@ -133,13 +133,12 @@ def check_function(
 def _verdict(one: Outcome, two: Outcome) -> str:
     failed = one if not one.is_ok else two
     if not failed.is_ok:
-        said = failed.detail.splitlines()[0] if failed.detail else ""
         what = {
             "exception": "raised an exception",
             "timeout": "did not return",
             "type": "wrong type",
         }
-        return f"{what.get(failed.kind, f'returned {failed.kind}')}: {said}".rstrip(": ")
+        return f"{what.get(failed.kind, f'returned {failed.kind}')}: {failed.detail}".rstrip(": ")
     if (one.score, one.extras) != (two.score, two.extras):
         return f"not deterministic: {one.score} {one.extras}, then {two.score} {two.extras}"
     return "changed its extra_info" if one.mutated or two.mutated else ""

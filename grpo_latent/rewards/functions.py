@@ -14,6 +14,7 @@ from pathlib import Path
 
 from grpo_latent.common.settings import build
 from grpo_latent.errors import ConfigError
+from grpo_latent.rewards.exceptions import in_one_line
 
 DEFAULT_NAME = "compute_score"
 PACKAGE_PREFIX = "pkg://"  # verl's way to name a module of an installed package
@@ -156,10 +157,7 @@ def source_digest(spec: FunctionSpec) -> str:
     Raises:
         ConfigError: a module without a file, such as one that is built in.
     """
-    file: str | None = spec.path
-    if spec.path.startswith(PACKAGE_PREFIX):
-        module_spec = importlib.util.find_spec(_module_name(spec.path))
-        file = module_spec.origin if module_spec is not None and module_spec.has_location else None
+    file = source_file(spec)
     if file is None:
         raise ConfigError(
             "a reward function without a file",
@@ -167,7 +165,15 @@ def source_digest(spec: FunctionSpec) -> str:
             got="a module that comes from no file",
             expected="a Python file, or a module of a package that is one",
         )
-    return hashlib.blake2b(Path(file).expanduser().read_bytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
+
+
+def source_file(spec: FunctionSpec) -> str | None:
+    """The file that a function lies in; None of a module that comes from no file."""
+    if not spec.path.startswith(PACKAGE_PREFIX):
+        return str(Path(spec.path).expanduser())
+    module_spec = importlib.util.find_spec(_module_name(spec.path))
+    return module_spec.origin if module_spec is not None and module_spec.has_location else None
 
 
 def _module_name(path: str) -> str:
@@ -203,7 +209,7 @@ def _load_module(path: str):
         raise ConfigError(
             "the reward file fails to import",
             where=path,
-            got=f"{type(error).__name__}: {error}",
+            got=in_one_line(error, None if path.startswith(PACKAGE_PREFIX) else str(file)),
             expected="a file that imports",
             fix="Run it with python to see the whole traceback.",
         ) from error

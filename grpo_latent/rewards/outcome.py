@@ -24,7 +24,7 @@ class Outcome:
         kind: `ok`, or one of `RewardError.KINDS` (exception, nan, inf, type, timeout).
         score: the finite score, None unless `ok`.
         extras: what a dict result carried beside `score`: floats, texts, None.
-        detail: for failures, what happened: the offending value, or the traceback's end.
+        detail: for failures, what happened: the offending value, or the exception in one line.
         seconds: how long the call took.
         mutated: the call changed its `extra_info`; looked at only when the checker asks.
     """

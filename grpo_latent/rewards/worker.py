@@ -20,15 +20,14 @@ import os
 import pickle
 import sys
 import time
-import traceback
 from multiprocessing.connection import Connection
 
 from grpo_latent.errors import GrpoLatentError
-from grpo_latent.rewards.functions import load_function
+from grpo_latent.rewards.exceptions import in_one_line
+from grpo_latent.rewards.functions import FunctionSpec, load_function, source_file
 from grpo_latent.rewards.outcome import Outcome, normalise
 
 ORPHAN_GRACE_S = 5
-MAX_TRACEBACK_CHARS = 2000
 
 
 def main(fd: int) -> None:
@@ -55,28 +54,26 @@ def main(fd: int) -> None:
             # The parent kills at `timeout_s`. If it has died itself, this C thread ends the
             # process, GIL or not.
             faulthandler.dump_traceback_later(timeout_s + ORPHAN_GRACE_S, exit=True)
-            outcome = call(functions[function_idx], arguments, specs[function_idx].kwargs, probe)
+            outcome = call(functions[function_idx], arguments, specs[function_idx], probe)
             faulthandler.cancel_dump_traceback_later()
             connection.send_bytes(pickle.dumps(outcome))
 
 
-def call(function, arguments: dict, kwargs: dict, probe: bool = False) -> Outcome:
+def call(function, arguments: dict, spec: FunctionSpec, probe: bool = False) -> Outcome:
     """Calls a function on its own copy of the arguments; whatever happens becomes an `Outcome`."""
     # several functions see the same row: none may edit it for the next
     arguments = copy.deepcopy(arguments)
     before = pickle.dumps(arguments["extra_info"]) if probe else b""
     start = time.perf_counter()
     try:
-        result = function(**arguments, **kwargs)
+        result = function(**arguments, **spec.kwargs)
         if inspect.isawaitable(result):
             result = _event_loop().run(_await(result))
         outcome = normalise(result, time.perf_counter() - start)
     # foreign code may raise anything, SystemExit too; none of it may end the worker
-    except BaseException:
-        detail = traceback.format_exc()[-MAX_TRACEBACK_CHARS:]
-        return Outcome(
-            "exception", detail=_last_line_first(detail), seconds=time.perf_counter() - start
-        )
+    except BaseException as error:
+        detail = in_one_line(error, source_file(spec))
+        return Outcome("exception", detail=detail, seconds=time.perf_counter() - start)
     if probe:
         mutated = pickle.dumps(arguments["extra_info"]) != before
         outcome = dataclasses.replace(outcome, mutated=mutated)
@@ -94,12 +91,6 @@ def _event_loop() -> asyncio.Runner:
 
 async def _await(awaitable):
     return await awaitable
-
-
-def _last_line_first(text: str) -> str:
-    """Puts the exception before its traceback: error messages are cut at their end."""
-    lines = text.strip().splitlines()
-    return f"{lines[-1]}\n" + "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,22 @@ def test_problems(tmp_path, body, header, problem):
     assert any(problem in p for p in report.problems), report.problems
 
 
+def test_an_exception_is_told_in_one_line_with_the_users_line(tmp_path):
+    (tmp_path / "beside.py").write_text("def parse(text):\n    return int(text, base=10)\n")
+    report = check(tmp_path, "    return parse('a\\nb' * 500)\n", "from beside import parse\n")
+    name, said = report.problems[0].split(": raised an exception: ")
+    assert said.startswith("ValueError: invalid literal for int() with base 10: ")
+    assert said.endswith(f"({tmp_path / 'beside.py'}:2)")
+    assert "\n" not in said and len(said) < 200 + len(str(tmp_path))
+
+
+def test_a_file_that_fails_to_import_is_told_in_one_line(tmp_path):
+    report = check(tmp_path, "    return 1.0\n", "import json\njson.loads('[1,\\n2')\n")
+    (problem,) = report.problems
+    assert "got JSONDecodeError: Expecting ',' delimiter" in problem and "\n" not in problem
+    assert f"({tmp_path / 'mine.py'}:2); expected a file that imports" in problem
+
+
 def test_a_function_that_does_not_return_is_a_problem(tmp_path):
     body = "    time.sleep(90 if len(solution_str) > 9999 else 0)\n    return len(solution_str)\n"
     report = check(tmp_path, body, "import time\n", timeout_s=1.0)

@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from grpo_latent.common.references import references
 from grpo_latent.common.schema import Schema, resolved
 from grpo_latent.errors import ConfigError, PluginError
 from grpo_latent.verl_plugin.boot.seams import FIX
@@ -31,9 +32,11 @@ LEGACY = {
 
 def check_schema(config: DictConfig) -> None:
     """Raises `ConfigError` at an unknown key, or a value of another type, range or name."""
+    written: Any = OmegaConf.to_container(config, resolve=False)
+    schema().check_sections(written)
     values = _plain(config)
     _check_legacy(values)
-    schema().check(values)
+    schema().check(values, references(config))
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf, open_dict
 
 import grpo_latent.train  # noqa: F401  (lets hydra find verl's configs)
 from grpo_latent.common.kinds import kind_of
+from grpo_latent.common.references import references
 from grpo_latent.errors import ConfigError
 from grpo_latent.evaluate import check_values
 from grpo_latent.sft.settings import SFTSettings
@@ -284,6 +285,22 @@ def test_a_reference_that_leads_nowhere_is_named(grpo):
     config = with_mistake(grpo, "trainer.experiment_name=${latent.sed}")
     with pytest.raises(ConfigError, match="experiment_name: does not resolve"):
         check_schema(config)
+
+
+def test_a_value_that_others_take_over_is_told_of_the_key_that_was_typed(grpo):
+    """Of each key that verl's config or ours refers to."""
+    sources = sorted(set(references(grpo).values()) - set(references(grpo)))
+    assert len(sources) > 20
+    told = {}
+    for key in sources:
+        config = with_mistake(grpo, f"{key}=four_words")
+        try:
+            check_schema(config)
+        except ConfigError as error:
+            told[key] = error.where
+    # others are texts that may be any
+    assert {"actor_rollout_ref.rollout.n", "data.max_prompt_length"} < set(told)
+    assert {key: where for key, where in told.items() if where != key} == {}
 
 
 def test_stock_verls_config_is_read_where_it_has_the_options(grpo):
