@@ -119,6 +119,11 @@ def seal(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def write_model_manifest(folder: str | Path) -> None:
+    """Writes the manifest of a model's folder; called last, when all that it lists is there."""
+    write_manifest(folder, digests(folder, model_files(folder)))
+
+
 def read_manifest(folder: str | Path) -> Entries | None:
     """Reads a folder's manifest, None without one.
 

@@ -28,7 +28,7 @@ from transformers import (
 from grpo_latent.backbones.protocol import Backbone
 from grpo_latent.backbones.registry import read_backbone
 from grpo_latent.common.dtypes import parse_device
-from grpo_latent.common.manifest import check_whole, digests, model_files, write_manifest
+from grpo_latent.common.manifest import check_whole, write_model_manifest
 from grpo_latent.errors import CheckpointError, ConfigError, GrpoLatentError
 from grpo_latent.latent.mechanisms import (
     LATENT_CONFIG_FILE,
@@ -250,8 +250,7 @@ def save_latent_model(
     # after the processor, which writes a tokenizer of its own that may lack the latent tokens
     tokenizer.save_pretrained(folder)
     mechanism.save(folder)
-    # last, when all that it lists is there
-    write_manifest(folder, digests(folder, model_files(folder)))
+    write_model_manifest(folder)
 
 
 def read_mechanism(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> Mechanism:

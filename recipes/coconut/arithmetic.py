@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from grpo_latent.common.manifest import write_model_manifest
 from grpo_latent.data.rows import verl_row, write_verl_parquet
 from grpo_latent.models.tiny import TinySizes, tiny_qwen3
 
@@ -116,6 +117,7 @@ def write_model(folder: Path, seed: int) -> None:
         model.model.norm.weight.fill_(scale)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_model_manifest(folder)
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ from transformers import ProcessorMixin
 
 from grpo_latent.common.command import command
 from grpo_latent.common.files import write_json
+from grpo_latent.common.manifest import write_model_manifest
 from grpo_latent.common.provenance import provenance
 from grpo_latent.data.embedded import digits
 from grpo_latent.models.tiny import EXPERIMENT_SIZES, TinyModel, TinySizes, tiny_qwen2_5_vl
@@ -213,6 +214,7 @@ def write_experiment_model(
     write_json(
         Path(folder) / REPORT_FILE, dataclasses.asdict(report) | {"provenance": provenance(seed)}
     )
+    write_model_manifest(folder)
     return report
 
 

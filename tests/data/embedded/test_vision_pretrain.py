@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from grpo_latent.common.manifest import read_manifest
 from grpo_latent.data.embedded import digits
 from grpo_latent.data.embedded.vision_pretrain import (
     CellProbes,
@@ -159,6 +160,7 @@ def test_the_written_folder_loads(tmp_path, capsys):
         assert torch.equal(loaded.state_dict()[name], value), name
     assert processor.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
     assert processor.image_processor.patch_size == 7
+    assert "model.safetensors" in read_manifest(tmp_path), "SFT can tell whether it is whole"
 
 
 def test_a_temporary_folder_with_a_long_name(tmp_path):
