@@ -10,13 +10,11 @@ read, or owner/name of a model on the hub.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from typing import Any
 
+from grpo_latent.common.arguments import add_settings, read_settings
 from grpo_latent.common.command import command
 from grpo_latent.common.dtypes import parse_dtype
-from grpo_latent.errors import ConfigError
 from grpo_latent.latent.mechanisms import MECHANISMS
 from grpo_latent.models.plain import add_latents
 
@@ -33,13 +31,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         required=True,
         help=f"{names}, or a class of your own as package.module:Class",
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SETTING=VALUE",
-        help="of the mechanism, such as steps=4",
-    )
+    add_settings(parser)
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -49,25 +41,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def parse_setting(text: str) -> tuple[str, Any]:
-    """Name and value, read as JSON where it is that, else as it stands.
-
-    >>> parse_setting("steps=4"), parse_setting("answer_token=####")
-    (('steps', 4), ('answer_token', '####'))
-    """
-    name, has_value, value = text.partition("=")
-    if not has_value:
-        raise ConfigError("not a setting", where="--set", got=text, expected="SETTING=VALUE")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    settings = dict(map(parse_setting, args.set))
+    settings = read_settings(args)
     dtype = args.dtype if args.dtype == "auto" else parse_dtype(args.dtype, "--dtype")
     mechanism = add_latents(args.model, args.output, args.mechanism, settings, args.seed, dtype)
     print(f"{args.output}: {mechanism.key()}, latent tokens {mechanism.token_ids}")

@@ -8,6 +8,7 @@ Exit codes are those of `grpo_latent.common.command`.
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 
@@ -27,12 +28,13 @@ COMMANDS = {
     "import": ("grpo_latent.import", "says what a published checkpoint is, or converts it"),
     "add-latents": ("grpo_latent.add_latents", "gives a plain model latents, without SFT"),
     "check-reward": ("grpo_latent.check_reward", "runs a reward function on odd completions"),
+    "check-mechanism": ("grpo_latent.check_mechanism", "says which promises a mechanism keeps"),
     "check-cluster": ("grpo_latent.check_cluster", "asks each node of a cluster if it is ready"),
 }
 
 
 def usage() -> str:
-    rows = [f"  {name:14} {what}" for name, (_, what) in COMMANDS.items()]
+    rows = [f"  {name:16} {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(["usage: grpo-latent COMMAND [ARGUMENT …]", "", *rows, ""])
 
 
@@ -48,7 +50,9 @@ def main(argv: list[str] | None = None) -> None:
             "no such command", where="grpo-latent", got=name, expected=f"one of {list(COMMANDS)}"
         )
     sys.argv = [f"grpo-latent {name}", *rest]
-    # as `python -m` does it: what a module does before its `main`, it does here, too
+    # as `python -m` does it: modules in the current folder are found, and what a module does before
+    # its `main`, it does here, too
+    sys.path.insert(0, os.getcwd())
     runpy.run_module(COMMANDS[name][0], run_name="__main__")
 
 

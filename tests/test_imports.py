@@ -42,7 +42,7 @@ ALLOWED = {
     "verl_plugin": _MODELS | {"data", "rewards", "rollout", "eval", "inspect", "torchvision_ops"},
     "config": set(),
     "entry": _MODELS
-    | {"data", "rewards", "rollout", "sft", "eval", "inspect", "verl_plugin", "config"},
+    | {"data", "rewards", "rollout", "sft", "eval", "inspect", "verl_plugin", "config", "testing"},
 }
 # package -> its rooms in order; a module imports its own room and earlier ones, rooms in one pair
 # of brackets not each other

@@ -1,11 +1,15 @@
-"""Ranges of command-line arguments, in the kinds and with the messages of a config's keys.
+"""What commands without a config share: ranges of arguments, settings of a mechanism.
+
+Ranges are in the kinds and with the messages of a config's keys.
 
 `argparse` tells of types; its `type` cannot tell of a range with what was got and expected.
 """
 
 from __future__ import annotations
 
-from argparse import Namespace
+import json
+from argparse import ArgumentParser, Namespace
+from typing import Any
 
 from grpo_latent.common.kinds import Kind
 from grpo_latent.errors import ConfigError
@@ -31,3 +35,34 @@ def check_arguments(args: Namespace, **kinds: Kind) -> None:
                 got=value,
                 expected=kind.words(),
             )
+
+
+def add_settings(parser: ArgumentParser) -> None:
+    """Adds `--set`, which gives a mechanism its settings."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUE",
+        help="of the mechanism, such as steps=4",
+    )
+
+
+def read_settings(args: Namespace) -> dict[str, Any]:
+    """What `--set` was given."""
+    return dict(map(parse_setting, args.set))
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Name and value, read as JSON where it is that, else as it stands.
+
+    >>> parse_setting("steps=4"), parse_setting("answer_token=####")
+    (('steps', 4), ('answer_token', '####'))
+    """
+    name, has_value, value = text.partition("=")
+    if not has_value:
+        raise ConfigError("not a setting", where="--set", got=text, expected="SETTING=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value

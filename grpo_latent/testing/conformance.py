@@ -1,12 +1,15 @@
 """`check_mechanism` says whether a mechanism keeps what rollout, replay and training rely on.
 
 class, settings ──build_case──▶ a tiny model with it ──CHECKS──▶ outcomes, or `ConformanceError`
+
+`python -m grpo_latent.check_mechanism` goes on where one fails, and prints a line a check.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from grpo_latent.errors import ConfigError, ConformanceError
 from grpo_latent.latent.mechanisms import MECHANISMS, Mechanism
@@ -32,11 +35,40 @@ CHECKS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """A check that passed on a backbone; `skipped` says why there was nothing to check."""
+    """What a check came to on a backbone.
+
+    Attributes:
+        skipped: why there was nothing to check; None where it ran.
+        failure: the promise that is broken; None where all hold.
+    """
 
     check: str
     backbone: str
     skipped: str | None = None
+    failure: ConformanceError | None = None
+
+
+class Outcomes(list[Outcome]):
+    """Outcomes that print as a line a check, with details of what fails."""
+
+    def __repr__(self) -> str:
+        names = list(dict.fromkeys(outcome.check for outcome in self))
+        width = max(map(len, names), default=0)
+        lines = [f"{name:{width}}  {self._line(name)}" for name in names]
+        lines += [str(outcome.failure) for outcome in self if outcome.failure]
+        num_failed = len({outcome.check for outcome in self if outcome.failure})
+        end = f"{num_failed} failed" if num_failed else "none failed"
+        return "\n".join([*lines, f"{len(names)} checks, {end}"])
+
+    def _line(self, name: str) -> str:
+        """What one check came to on all backbones: `ok on qwen3; skipped on …: no parameters`."""
+        backbones: dict[str, list[str]] = {}
+        for outcome in self:
+            if outcome.check == name:
+                said = "FAILED" if outcome.failure else "skipped" if outcome.skipped else "ok"
+                why = f": {outcome.skipped}" if outcome.skipped else ""
+                backbones.setdefault(f"{said} on {{}}{why}", []).append(outcome.backbone)
+        return "; ".join(said.format(", ".join(names)) for said, names in backbones.items())
 
 
 def check_mechanism(
@@ -45,8 +77,8 @@ def check_mechanism(
     checks: Iterable[str] = tuple(CHECKS),
     backbones: Iterable[str] = tuple(BACKBONES),
     **settings,
-) -> list[Outcome]:
-    """Runs the checks on tiny models that are built here; about ten seconds.
+) -> Outcomes:
+    """Runs the checks on tiny models that are built here, to the first that fails; some seconds.
 
     Args:
         cls: the class, its name in the registry, or package.module:Class.
@@ -59,36 +91,57 @@ def check_mechanism(
         ConformanceError: a promise is broken; `where` is check, backbone and mechanism.
         ConfigError: an unknown check, backbone or setting.
     """
+    outcomes = Outcomes()
+    for outcome in run_checks(cls, checks, backbones, settings):
+        if outcome.failure is not None:
+            raise outcome.failure
+        outcomes.append(outcome)
+    return outcomes
+
+
+def run_checks(
+    cls: type[Mechanism] | str,
+    checks: Iterable[str],
+    backbones: Iterable[str],
+    settings: dict[str, Any],
+) -> Iterator[Outcome]:
+    """Runs the checks in order; those behind one that fails run when they are asked for.
+
+    Raises:
+        ConfigError: as `check_mechanism`.
+    """
     cls = MECHANISMS.find(cls, "latent.mechanism") if isinstance(cls, str) else cls
+    checks = list(checks)
     unknown = sorted(set(checks) - set(CHECKS))
     if unknown:
         raise ConfigError(
             "unknown checks", where="checks", got=unknown, expected=f"some of {tuple(CHECKS)}"
         )
-    outcomes = []
     for backbone in backbones:
         case = build_case(cls, backbone, dict(settings))
-        if case.mechanism.top_k_image and not case.adapter.has_vision:
-            outcomes += [
-                Outcome(name, backbone, "no image embeddings to insert") for name in checks
-            ]
-            continue
-        outcomes += [Outcome(name, backbone, _run(name, case)) for name in checks]
-    return outcomes
+        has_nothing_to_insert = case.mechanism.top_k_image and not case.adapter.has_vision
+        for name in checks:
+            if has_nothing_to_insert:
+                yield Outcome(name, backbone, "no image embeddings to insert")
+            else:
+                yield _run(name, case)
 
 
-def _run(name: str, case: Case) -> str | None:
+def _run(name: str, case: Case) -> Outcome:
     where = f"check {name!r} of {case.mechanism.key()} on {case.backbone}"
     try:
-        return CHECKS[name](case)
+        return Outcome(name, case.backbone, CHECKS[name](case))
     except ConformanceError as error:
-        raise ConformanceError(
+        failure = ConformanceError(
             error.what, where=where, got=error.got, expected=error.expected, fix=error.fix
-        ) from error
+        )
+        failure.__cause__ = error
     except Exception as error:
-        raise ConformanceError(
+        failure = ConformanceError(
             "the check could not run to its end",
             where=where,
             got=f"{type(error).__name__}: {error}",
             expected="no error",
-        ) from error
+        )
+        failure.__cause__ = error
+    return Outcome(name, case.backbone, failure=failure)

@@ -7,7 +7,8 @@ import torch
 from folder_cases import digests
 from safetensors.torch import load_file
 
-from grpo_latent.add_latents import main, parse_setting
+from grpo_latent.add_latents import main
+from grpo_latent.common.arguments import parse_setting
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.models import tiny
 from grpo_latent.models.loading import load_latent_model

@@ -7,8 +7,13 @@ Not covered: engines other than `hf`, several ranks, bf16.
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -18,6 +23,7 @@ from grpo_latent.errors import ConfigError, ConformanceError
 from grpo_latent.latent.mechanisms import LVR, MECHANISMS, Mechanism, Refusal, SpanMechanism
 from grpo_latent.latent.mechanisms.spans import SpanRows
 from grpo_latent.testing import CHECKS, check_mechanism
+from grpo_latent.testing.conformance import run_checks
 
 SETTINGS = {
     "lvr": dict(steps=3),
@@ -45,6 +51,29 @@ VARIANTS = {
     ),
     "coconut head": ("coconut", dict(steps=2, head="mlp")),
 }
+
+
+# of a user's own, in a folder from which a command is called; the second feeds the same vector
+# whatever was recorded
+OWN = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from grpo_latent.latent.mechanisms import SpanMechanism
+
+
+@dataclass(frozen=True)
+class Sound(SpanMechanism):
+    published_tokens = {"start": "<latent>", "latent": "<step>", "end": "</latent>"}
+
+
+@dataclass(frozen=True)
+class Stray(Sound):
+    def compose(self, model, embeds_MH, recorded_MH):
+        return torch.ones_like(recorded_MH)
+"""
 
 
 def test_every_registered_mechanism_has_settings_here():
@@ -217,6 +246,41 @@ def test_a_fault_is_caught_by_its_check(cls):
         check_mechanism(cls, backbones=["qwen3"], steps=3)
     assert caught.value.where == f"check {FAULTS[cls]!r} of {__name__}:{cls.__name__} on qwen3"
     assert caught.value.got is not None or caught.value.expected is not None
+
+
+def test_outcomes_print_as_a_line_a_check():
+    outcomes = check_mechanism("coconut", steps=2)
+    *lines, end = repr(outcomes).splitlines()
+    said = dict(re.split(r"  +", line) for line in lines)
+    assert list(said) == list(CHECKS) and end == "13 checks, none failed"
+    nothing = "skipped on qwen3, qwen2_5_vl: the mechanism has no parameters"
+    assert said.pop("gradients") == nothing
+    assert set(said.values()) == {"ok on qwen3, qwen2_5_vl"}
+
+
+def test_the_command_tells_all_that_fails_and_nothing_else_at_length(tmp_path, capfd, monkeypatch):
+    """By `grpo-latent`, from a folder with a module of the user's own."""
+    monkeypatch.chdir(tmp_path)
+    Path("own_mechanisms.py").write_text(OWN)
+    program = "import sys; from grpo_latent.cli import main; sys.exit(main())"
+    checked = [sys.executable, "-P", "-c", program, "check-mechanism"]
+    environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2]))
+
+    def run(*arguments):
+        return subprocess.run([*checked, *arguments], env=environment).returncode
+
+    assert run("own_mechanisms:Sound", "--set", "steps=3") == 0
+    assert "13 checks, none failed" in capfd.readouterr().out
+    assert run("own_mechanisms:Stray", "--set", "steps=3") == 2
+    lines = capfd.readouterr().out.splitlines()
+    assert "ablations          FAILED on qwen3, qwen2_5_vl" in lines
+    assert len([line for line in lines if line.startswith("check 'ablations' of")]) == 2
+    assert lines[-1] == "13 checks, 1 failed" and len(lines) == 16
+
+
+def test_checks_that_are_left_are_run_behind_one_that_fails():
+    outcomes = list(run_checks(Broken, ["rollout_is_replay", "refusals"], ["qwen3"], {"steps": 3}))
+    assert [bool(outcome.failure) for outcome in outcomes] == [True, False]
 
 
 def test_an_error_of_the_mechanism_is_told_with_the_check():
