@@ -96,7 +96,7 @@ VERSIONS ?= .venv-versions
 versions: $(STAMP)
 	bash requirements/versions/run.sh $(BIN)/python $(VERSIONS)
 
-# two processes: the slow tests, which mostly wait for Ray, and all others (tests/conftest.py)
+# two processes: the tests that mostly wait for Ray, and all others (tests/conftest.py)
 test: $(STAMP) browser
 	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 

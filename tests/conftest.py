@@ -32,7 +32,7 @@ def has_vllm() -> bool:
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: not is_slow(item.path))  # stable
+    items.sort(key=lambda item: not starts_ray(item.path))  # stable
     if has_vllm():
         return
     for item in items:
@@ -41,16 +41,16 @@ def pytest_collection_modifyitems(items):
 
 
 @cache
-def is_slow(path: Path) -> bool:
-    """Whether a file has tests that are marked slow."""
-    return path.suffix == ".py" and "pytest.mark.slow" in path.read_text()
+def starts_ray(path: Path) -> bool:
+    """Whether a file has tests that are marked ray."""
+    return path.suffix == ".py" and "pytest.mark.ray" in path.read_text()
 
 
 @pytest.hookimpl(optionalhook=True)  # there is none without pytest-xdist
 def pytest_xdist_make_scheduler(config, log):
-    """Gives all slow files to one process, of other files a folder at a time.
+    """Gives all files that start Ray to one process, of other files a folder at a time.
 
-    Slow tests mostly wait for workers that start: side by side they would wait for each other. Not
+    Such tests mostly wait for workers that start: side by side they would wait for each other. Not
     by `--dist loadgroup`: with pytest 9.2 it ignores the groups (pytest-dev/pytest-xdist#1386).
     """
     from xdist.scheduler import LoadScopeScheduling
@@ -58,6 +58,6 @@ def pytest_xdist_make_scheduler(config, log):
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "slow" if is_slow(ROOT / file) else "/".join(file.split("/")[:2])
+            return "ray" if starts_ray(ROOT / file) else "/".join(file.split("/")[:2])
 
     return Scheduling(config, log)

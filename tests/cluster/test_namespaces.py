@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT / "recipes" / "cluster"), str(ROOT / "tests" / "verl_pl
 import namespaces  # noqa: E402
 import tiny_run  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 LIMIT_S = 60.0  # from a cut to the end of the command
 RUN_LIMIT_S = 600.0

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import grid  # noqa: E402
 import tiny_run  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 # whoever has run more of the grid adds them here and to docs/faults.md
 HELD = [("reward worker", "reward")]
 

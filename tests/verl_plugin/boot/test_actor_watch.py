@@ -150,6 +150,7 @@ def test_a_fallen_ray_is_named_without_asking_it(table, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_real_deaths(local_ray):
     """Each way to end an actor, and what the watch says of it."""
 

@@ -13,6 +13,7 @@ NUM_ROWS = 1200
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_a_wave_beyond_rays_own_limit_becomes_complete(local_ray):
     class Server:  # in here: Ray sends it by value, for a worker cannot import this file
         """What a rollout server does at its barrier."""

@@ -13,7 +13,7 @@ import torch
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.verl_plugin.trainer import checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 OPTIONS = (
     "actor_rollout_ref.model.lora_rank=4",

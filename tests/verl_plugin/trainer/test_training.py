@@ -29,7 +29,7 @@ from grpo_latent.verl_plugin.trainer.alarms import Alarms, Line
 from grpo_latent.verl_plugin.trainer.console_line import short_line
 from grpo_latent.verl_plugin.trainer.reports import Reporter, drain, start_report_queue
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 TWO_RANKS = "trainer.n_gpus_per_node=2"
 
 

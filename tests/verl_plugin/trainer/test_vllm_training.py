@@ -18,7 +18,7 @@ from grpo_latent.models import tiny
 from grpo_latent.trajectory import PositionKind as K
 from grpo_latent.verl_plugin.trainer import checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.vllm]
 
 SIZES = tiny.TinySizes(hidden=64)  # vLLM's CPU attention wants heads of 32
 OPTIONS = (
