@@ -138,6 +138,7 @@ class OneProcess:
         self.treatment, self.terms = parse_treatment(group)
         self.advantages = advantages or self._config_advantages
         self.keeps = keeps
+        self.entropy_coeff = self.actor.entropy_coeff
         self.engine = HFRolloutEngine(
             loaded.model,
             loaded.mechanism,
@@ -224,8 +225,7 @@ class OneProcess:
         if loss.requires_grad:
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.actor.optim.clip_grad)
-        if torch.isfinite(norm):  # as verl's engine: the step is left out, the schedule goes on
-            self.optimizer.step()
+        self.update(norm)
         self.schedule.step()
         groups_PG = batch.rewards_B.view(-1, self.rollout.n)
         return StepLog(
@@ -237,6 +237,11 @@ class OneProcess:
             length=fmean(len(t.token_ids) for t in batch.trajectories),
             **grad_log,
         )
+
+    def update(self, norm: Tensor) -> None:
+        """The optimizer's step on clipped gradients; none, as in verl, if `norm` is not finite."""
+        if torch.isfinite(norm):
+            self.optimizer.step()
 
     def _sample(self, step: int, rows: Iterator[EvalPrompt], scorer: RewardScorer) -> Batch:
         """`train_batch_size` groups; with `keeps`, of as many rows as three draws take."""
@@ -255,11 +260,10 @@ class OneProcess:
             requests = [self._request(step, prompt) for prompt in prompts]
             drawn = self.engine.generate(requests, sampling)
             scored = score_groups(prompts, drawn, scorer)
-            is_last = draw == 2
             groups += [
                 group
                 for group in scored
-                if self.keeps is None or is_last or self.keeps(group.rewards_G)
+                if self.keeps is None or draw == 2 or self.keeps(group.rewards_G)
             ]
         return Batch(groups)
 
@@ -302,7 +306,7 @@ class OneProcess:
             aggregation=aggregation,
         ).loss
         entropy = aggregate(forward.entropies_BT, mask_BT, aggregation, denominators)
-        loss = loss - actor.entropy_coeff * entropy
+        loss = loss - self.entropy_coeff * entropy
         kl = torch.zeros(())
         if actor.use_kl_loss and reference is not None:
             kl_BT = text_kl(forward.log_probs_BT, reference.log_probs_BT, actor.kl_loss_type)

@@ -14,6 +14,7 @@ commands of the recipe. `--grpo-defaults` takes grpo.yaml's algorithm and optimi
 recipe's. Training is `one_process.py`'s: the product's rollouts, losses and rewards,
 no Ray, so that a run takes a minute of one core. `--set key=value` changes the config of all runs;
 with latent.alarm.rollback=true they go back at alarms as training does, and the result says when.
+`--remedy NAME` adds one of one_process_remedies.py's, which no config has.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ from statistics import fmean, stdev
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from robustness_recipes import ALGORITHM_KEYS, RECIPES, Recipe  # noqa: E402
+from robustness_recipes import ALGORITHM_KEYS, RECIPES, REMEDY_NAMES, Recipe  # noqa: E402
 
 from grpo_latent.common.provenance import provenance  # noqa: E402
+from grpo_latent.errors import ConfigError  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TRACK_ROWS = 128  # of dev.parquet, while it trains
@@ -118,6 +120,7 @@ class Job:
     perturbation: Perturbation
     overrides: tuple[str, ...]
     has_grpo_defaults: bool = False
+    remedy: str | None = None
 
 
 def run_job(job: Job) -> dict:
@@ -151,7 +154,7 @@ def run_job(job: Job) -> dict:
         )
     )
     with loop.rewards_of(config, loaded) as scorer:
-        training = loop_of(config, loaded)
+        training = loop_of(config, loaded, job.remedy)
         start = loop.OneProcess.validate(training, held_out, scorer)
         rows = loop.in_training_order(train, config.data.seed, change.order)
         every = config.trainer.test_freq if config.latent.alarm.rollback else TRACK_EVERY
@@ -169,10 +172,11 @@ def run_job(job: Job) -> dict:
     } | said_by_alarms(training)
 
 
-def loop_of(config, loaded):
-    """The loop, with alarms and their way back where the config asks for it."""
+def loop_of(config, loaded, remedy: str | None = None):
+    """The loop, with alarms and their way back where the config asks for it, or with a remedy."""
     import one_process as loop
     from one_process_alarms import GuardedProcess
+    from one_process_remedies import REMEDIES
 
     from grpo_latent.common.settings import build
     from grpo_latent.verl_plugin.boot.options import LatentOptions
@@ -180,8 +184,15 @@ def loop_of(config, loaded):
     from grpo_latent.verl_plugin.trainer.alarms import Alarms
     from grpo_latent.verl_plugin.trainer.guards import check_guards
 
+    if remedy is not None and config.latent.alarm.rollback:
+        raise ConfigError(
+            "a remedy is measured without the way back",
+            where="latent.alarm.rollback",
+            got=f"true, with --remedy {remedy}",
+            expected="one of them",
+        )
     if not config.latent.alarm.rollback:
-        return loop.OneProcess(config, loaded)
+        return (loop.OneProcess if remedy is None else REMEDIES[remedy])(config, loaded)
     check_guards(config, LatentOptions.from_rollout(config.actor_rollout_ref.rollout))
     settings = build(AlarmSettings, config.latent.alarm, "latent.alarm")
     return GuardedProcess(Alarms(settings), config, loaded)
@@ -313,6 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--grpo-defaults", action="store_true", help="grpo.yaml's algorithm and optimizer"
     )
+    parser.add_argument("--remedy", choices=REMEDY_NAMES, help="one_process_remedies.py")
     parser.add_argument("--json", type=Path, help="default: <outputs>/<recipe>.json")
     arguments = parser.parse_args(argv)
     unknown = set(arguments.recipes) - set(RECIPES)
@@ -329,6 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 PERTURBATIONS[i],
                 tuple(arguments.overrides),
                 arguments.grpo_defaults,
+                arguments.remedy,
             )
             for seed in arguments.seeds
             for i in arguments.perturbations
@@ -352,6 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "recipe": name,
                     "overrides": arguments.overrides,
                     "has_grpo_defaults": arguments.grpo_defaults,
+                    "remedy": arguments.remedy,
                     "seconds": time.monotonic() - started,
                     "provenance": provenance(None),
                     **summary,

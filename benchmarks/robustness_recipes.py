@@ -70,6 +70,15 @@ ALGORITHM_KEYS = (
     "actor_rollout_ref.rollout.temperature",
     "data.train_batch_size",
 )
+# of one_process_remedies.py, which loads torch
+REMEDY_NAMES = (
+    "dynamic_sampling",
+    "deviation_floor",
+    "entropy_target",
+    "spikes_skipped",
+    "spikes_damped",
+    "latents_damped",
+)
 GAUSSIAN = "latent.treatment.gaussian"
 HEAD = "latent.treatment.gaussian_head"
 RECIPES = {
