@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -147,14 +148,18 @@ def _key(record_id: str, field: Field) -> str:
     return record_id if field.name == "latents" else f"{record_id}/{field.dump}"
 
 
-def read_dump(folder: str | Path) -> Dump:
+def read_dump(
+    folder: str | Path, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Dump:
     """Reads all steps of a folder, in order.
 
     A file that cannot be read becomes a problem that names it; the others still come.
     """
     trajectories: list[DumpedTrajectory] = []
     problems: list[GrpoLatentError] = []
-    for path in dump_files(folder):
+    paths = dump_files(folder)
+    for done, path in enumerate(paths):
+        progress(done, len(paths))
         try:
             trajectories += read_step(path)
         except DataError as error:

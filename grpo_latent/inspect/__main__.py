@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from grpo_latent.common.arguments import check_arguments
@@ -18,7 +26,7 @@ from grpo_latent.common.files import write_text
 from grpo_latent.common.kinds import null_or, number, text, whole
 from grpo_latent.inspect.page import render
 from grpo_latent.inspect.report import Limits, Report, build_report
-from grpo_latent.inspect.run import Run, read_run, run_folders
+from grpo_latent.inspect.run import OnProgress, Run, read_run, run_folders
 from grpo_latent.inspect.wandb_log import log_report
 
 
@@ -26,29 +34,20 @@ from grpo_latent.inspect.wandb_log import log_report
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     disable_progress_bar()  # transformers', for reading weights
-    console = Console(stderr=True)
     dtype = parse_dtype(options.dtype, "--dtype")
-    runs = [
-        read_run(folder, options.checkpoint, options.data)
-        for given in options.runs
-        for folder in run_folders(given)
-    ]
     limits = Limits(
         options.trajectories, options.probe, int(options.megabytes * 1e6), options.verify_digests
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("heat maps", total=None)
-        report = build_report(
-            runs,
-            limits,
-            options.device,
-            dtype,
-            lambda done, total: bar.update(task, completed=done, total=total),
-        )
     path = options.out or options.runs[0] / "report.html"
-    html = render(report, title_of(runs, report))
-    write_text(path, html)
+    with progress_bar() as progress:
+        runs = [
+            read_run(folder, options.checkpoint, options.data, progress)
+            for given in options.runs
+            for folder in run_folders(given)
+        ]
+        report = build_report(runs, limits, options.device, dtype, progress)
+        html = render(report, title_of(runs, report))
+        write_text(path, html)
     if options.wandb:
         import wandb
 
@@ -58,6 +57,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for problem in run.problems:
             print_error(problem)
     print(f"{path}  {path.stat().st_size / 1e6:.1f} MB, {len(report.blocks)} groups")
+
+
+@contextmanager
+def progress_bar() -> Iterator[OnProgress]:
+    """A line on stderr that says what is being read or made, and how much of it; then it goes.
+
+    Only where that is a terminal.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True)
+    off = not console.is_terminal
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, disable=off
+    ) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(
+            task, description=escape(what), completed=done, total=total or None
+        )
 
 
 def title_of(runs: Sequence[Run], report: Report) -> str:

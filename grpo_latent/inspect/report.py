@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from grpo_latent.common.provenance import versions
 from grpo_latent.errors import ConfigError, DataError, GrpoLatentError
 from grpo_latent.inspect.payload import GroupData, group_block, overview
 from grpo_latent.inspect.probes import Prober, draws, find_rows
-from grpo_latent.inspect.run import Run, label_runs, lookup
+from grpo_latent.inspect.run import OnProgress, Run, label_runs, lookup, no_progress
 from grpo_latent.latent.treatments import Treatment, parse_treatment
 from grpo_latent.models.loading import LatentModel, load_latent_model
 
@@ -57,7 +57,7 @@ def build_report(
     limits: Limits,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: OnProgress = no_progress,
 ) -> Report:
     """Probes and packs; what fails for one run is written on the page, the others go on."""
     notes: list[str] = []
@@ -74,6 +74,8 @@ def build_report(
         chosen = spread(shown, limits.probed_groups // share)
         try:
             treatment = treatment_of(run)
+            if shown:
+                progress(f"{name}: loading {run.checkpoint}", 0, 0)
             loaded = load_shown(run, shown, device, dtype, treatment, limits.verify_digests)
             if loaded is not None:
                 probe_groups(run, loaded, shown, chosen, progress, treatment)
@@ -83,6 +85,7 @@ def build_report(
         except (GrpoLatentError, OSError) as error:
             run.problems.append(error)
         groups += shown
+    progress("writing the page", 0, 0)
     blocks, left_out = pack(groups, limits.block_bytes)
     if left_out:
         notes.append(
@@ -184,7 +187,7 @@ def probe_groups(
     loaded: LatentModel,
     shown: list[GroupData],
     chosen: list[GroupData],
-    progress: Callable[[int, int], None],
+    progress: OnProgress,
     treatment: Treatment | None,
 ) -> None:
     """Fills tokens of `shown`, and rows and probes of `chosen`.
@@ -192,11 +195,13 @@ def probe_groups(
     Raises:
         GrpoLatentError: the data cannot be read.
     """
-    for group in shown:
+    for done, group in enumerate(shown):
+        progress(f"{run.name}: texts of tokens, by group", done, len(shown))
         group.tokens = [
             token_texts(loaded, dumped.trajectory.token_ids.tolist())
             for dumped in group.trajectories
         ]
+    progress(f"{run.name}: reading prompts", 0, 0)
     rows = find_rows(run.data_files, {group.group_id for group in shown}, run.keys)
     for group in shown:
         group.row = rows.get(group.group_id)
@@ -208,10 +213,10 @@ def probe_groups(
         )
     prober = Prober(loaded, float(temperature), treatment)
     missing = sorted({group.group_id for group in shown} - set(rows))
-    for done, group in enumerate(chosen, 1):
+    for done, group in enumerate(chosen):
+        progress(f"{run.name}: heat maps, by group", done, len(chosen))
         if group.row is not None:
             group.probe = prober.probe(group.row, group.trajectories)
-        progress(done, len(chosen))
     if missing:
         raise DataError(
             "prompts of dumped groups are not in the data, so they have no image",

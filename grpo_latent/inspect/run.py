@@ -26,7 +26,13 @@ CONFIG_FILE, METRICS_FILE, DUMP_FOLDER = "config.yaml", "metrics.jsonl", "rollou
 NO_MATTER = ("seed", "val_", "test_freq", "save_freq", "dump", "logger", "resume")
 
 Metrics = dict[str, tuple[list[int], list[float]]]  # name -> (steps, values)
+# what is being done, how many of it are, and of how many; 0 of 0 where that is not known
+OnProgress = Callable[[str, int, int], None]
 Read = TypeVar("Read")
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Says nothing."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,10 @@ def is_run(folder: Path) -> bool:
 
 
 def read_run(
-    folder: str | Path, checkpoint: Path | None = None, data_files: list[Path] | None = None
+    folder: str | Path,
+    checkpoint: Path | None = None,
+    data_files: list[Path] | None = None,
+    progress: OnProgress = no_progress,
 ) -> Run:
     """Reads what there is of a run.
 
@@ -150,7 +159,10 @@ def read_run(
     # a run that was moved keeps its dumps beside its config, not where the config says
     configured = lookup(config, "latent.dump_dir")
     own = folder / DUMP_FOLDER
-    dump = read_dump(Path(str(configured)) if configured and not own.is_dir() else own)
+    dump = read_dump(
+        Path(str(configured)) if configured and not own.is_dir() else own,
+        lambda done, total: progress(f"{folder}: reading rollouts of steps", done, total),
+    )
     start = lookup(config, "actor_rollout_ref.model.path")
     evaluations = read_evaluations(folder, problems, Path(str(start)) if start else None)
     if not (config or metrics or dump.trajectories or dump.problems or evaluations):

@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 from grpo_latent.errors import DataError
 from grpo_latent.eval.dumps import read_dump
 from grpo_latent.eval.geometry import geometry
-from grpo_latent.inspect.__main__ import main
+from grpo_latent.inspect.__main__ import main, progress_bar
 from grpo_latent.inspect.evaluation import ablation_rows
 from grpo_latent.inspect.payload import flatten, thin
 from grpo_latent.inspect.probes import find_rows
@@ -38,6 +38,35 @@ def report(folder):
 
 def opened(report, index):
     return json.loads(report.blocks[index])
+
+
+def test_it_says_what_it_does_and_how_much(folder):
+    told = []
+    read_and_built = read_run(folder, progress=lambda *what: told.append(what))
+    build_report([read_and_built], Limits(), progress=lambda *what: told.append(what))
+    steps = len(list((folder / "rollouts").glob("*.jsonl")))
+    assert told[0] == (f"{folder}: reading rollouts of steps", 0, steps)
+    assert told.count(("lvr_seed3: heat maps, by group", 5, 6)) == 1
+    whats = list(dict.fromkeys(what for what, _, _ in told))
+    assert [what.split(": ")[-1].split(" ")[0] for what in whats] == [
+        "reading",
+        "loading",
+        "texts",
+        "reading",
+        "heat",
+        "writing",
+    ]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_line_is_for_terminals(is_terminal, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR" if is_terminal else "NO_COLOR", "1")
+    with progress_bar() as progress:
+        progress("reading [a]", 3, 8)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert ("reading [a]" in captured.err and "3/8" in captured.err) == is_terminal
+    assert is_terminal or captured.err == ""
 
 
 def test_nothing_is_missing(report):
