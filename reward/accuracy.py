@@ -124,6 +124,8 @@ def equal_as_maths(gold: str, answer: str) -> bool:
     for text, found in zip(texts, parsed, strict=True):
         if not found or _digits(str(found[-1])) != _digits(text):
             return False
+        if not _variables(text) <= set(str(found[-1]).lower()):
+            return False
     # which of the two is the truth matters to it for relations and sets, not here
     return verify(*parsed, timeout_seconds=timeout_s) or verify(
         *reversed(parsed), timeout_seconds=timeout_s
@@ -142,6 +144,13 @@ def _has_huge_power(text: str) -> bool:
     is_of_bracket = re.search(r"[)}\]]\s*(?:\^|\*\*)", text) is not None
     sizes = [max(int(number), 1) for number in digits]
     return (math.prod(sizes) if is_of_bracket else max(sizes, default=1)) > MAX_EXPONENT
+
+
+def _variables(text: str) -> set[str]:
+    """Letters that stand alone: math-verify takes some, as d in 5d, for units that it leaves out."""
+    value = re.split(r"=|\\in(?![A-Za-z])", text)[-1]
+    alone = re.findall(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])", value)
+    return {letter.lower() for letter in alone}
 
 
 def _digits(text: str) -> str:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import re
 
+# what a keyboard for Chinese or Japanese writes for ASCII's signs, digits and letters, and what
+# takes no room or a space's
+PLAIN_SIGNS = {0xFF01 + idx: chr(0x21 + idx) for idx in range(94)}
+PLAIN_SIGNS |= {0x200B: "", 0x200C: "", 0x200D: "", 0x2060: "", 0xFEFF: "", 0x3000: " "}
 MAX_CHARS = 2000  # no published answer is longer; a longer one keeps its marks
 _COMMAND = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt|bb|cal)|mbox|boxed|fbox|emph|bm"
     r"|boldsymbol|operatorname|underline|displaystyle)\s*(?=\{)"
 )
-_LETTER = re.compile(r"[(\[]\s*([A-Za-z])\s*[)\]]|([A-Za-z])\s*[)\]]")
-_CLOSING_STOP = re.compile(r"(?<!\.)\.{1,2}\Z")  # an ellipsis is no full stop
+_LETTER = re.compile(
+    r"(?:(?i:option|choice)\s+)?[(\[]\s*([A-Za-z])\s*[)\]]|([A-Za-z])\s*[)\]]"
+    r"|(?i:option|choice)\s+([A-Za-z])"
+)
+# an ellipsis is no full stop; a call ends a word, a factorial a number or one letter
+_CLOSING_STOP = re.compile(r"(?<!\.)\.{1,2}\Z|(?<=[^\W\d_]{2})!+\Z")
 # opening, closing, what must not stand between them (two formulas are not one)
 _PAIRS = (
     ("$$", "$$", "$"),
@@ -37,7 +45,7 @@ def peel(text: str) -> str:
     >>> [peel(text) for text in (r"$\boxed{\text{B}}$.", "**(B).**", "`left`", "2 apples...")]
     ['B', 'B', 'left', '2 apples...']
     """
-    text = text.strip()
+    text = text.translate(PLAIN_SIGNS).strip()
     while len(text) <= MAX_CHARS:
         peeled = _peel_once(text)
         if peeled == text:
@@ -52,7 +60,7 @@ def unmark(line: str) -> str:
     >>> unmark("### **Answer:** B"), unmark("2**3 and 4**5")
     ('Answer: B', '2**3 and 4**5')
     """
-    line = _HEADING.sub("", line)
+    line = _HEADING.sub("", line.translate(PLAIN_SIGNS))
     return line if len(line) > MAX_CHARS else _EMPHASIS.sub(r"\2", _BOLD.sub("", line))
 
 
@@ -67,7 +75,7 @@ def _peel_once(text: str) -> str:
             return inner.strip()
     letter = _LETTER.fullmatch(text)
     if letter is not None:
-        return letter[1] or letter[2]
+        return letter[1] or letter[2] or letter[3]
     command = _COMMAND.match(text)
     start = command.end() if command else 0
     # bare braces group; with a comma they hold a set

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from grpo_latent.answers.marks import PLAIN_SIGNS
 from grpo_latent.answers.units import Unit, parse_unit
 from grpo_latent.answers.values import Number, read_value
 
@@ -19,37 +21,54 @@ _SIGNS = str.maketrans(
     | {
         "\u2260": " not ",
         "\u2248": " about ",
-        "\uff05": "%",
         "\u2103": "\u00b0C",
         "\u2109": "\u00b0F",
         "\u03bc": "\u00b5",
         "\u2126": "\u03a9",
     }
 )
+_PRICE = r"[$\u00a3\u00a5\u20ac\u20b9]\s?[\d.,]*\d"
 # pattern -> replacement, in this order
 _CLEANING = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"\\(?:text\w*|math(?:rm|bf|it|sf)|mbox|boxed|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+        (
+            r"\\(?:text\w*|math(?:rm|bf|it|sf)|mbox|boxed|operatorname)\s*"
+            r"\{((?:[^{}]|\{[^{}]*\})*)\}",
+            r" \1 ",
+        ),
         # a formula inside a sentence; "$5 or $6" are prices
         (r"(?<![\\$])\$(?=\S)([^$]*[^$\s\\])\$(?![\d$])|\\[([](.*?)\\[)\]]", r"\1\2"),
         (r"\\(?:left|right|displaystyle)(?![A-Za-z])", ""),
         (r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])|\u00b0)\s*", "\u00b0 "),
         (r"\u00b0 ([CFcf])(?![A-Za-z])", "\u00b0\\1"),
-        (r"\\neq?(?![A-Za-z])", " not "),
-        (r"\\approx(?![A-Za-z])|^~", " about "),
+        (r"\\(?:neq?|neg|lnot)(?![A-Za-z])|\\not\s*=|!=|\u00ac", " not "),
+        (r"\\(?:approx|sim)(?![A-Za-z])|^~", " about "),
+        (r"(?<=\d)\s*(?:~|\bto\b)\s*(?=\d)", "-"),
         (r"\s+(?=\^)", ""),
         (r"\\([%$])", r"\1"),
-        (r"\\[,;:! ]|~", " "),
+        (r"(?<!\\)\\[,;:! ]|~", " "),
+        (r"(?<=\d)\s*_\s*\{(\d+)\}", r"_\1"),
         (r"(?i)(?<![a-z])([ap])\.\s?m\b\.?", r"\1m"),
         (r"(?i)\b(?:minus|negative)\s+(?=[\d.$])", "-"),
         (r"(?<=\d)\s*([-:/])\s*(?=\d)", r"\1"),
         (r"(?<=\d)(?=(?:st|nd|rd|th)\b)", " "),
         (r"(?<=\d)[kK](?![A-Za-z])", " thousand"),
+        (r"\bUS\$", "$"),
+        (rf"({_PRICE})\s?[Mm](?:n|ln)?(?![A-Za-z])", r"\1 million"),
+        (rf"({_PRICE})\s?[Bb]n?(?![A-Za-z])", r"\1 billion"),
+        (r"(?:#|\b[Nn]o\.)\s*(?=\d+\Z)", ""),
+        # between letters a comma ends an item, however it is spaced; between digits it may not
+        (r"(?<=[^\W\d_])\s*([,;])\s*|\s*([,;])\s*(?=[^\W\d_])", r"\1\2 "),
     )
 )
 _CODES = frozenset("usd eur gbp jpy cny inr".split())
-_LIST = re.compile(r"[-+\d.\s]+(?:[,;][-+\d.\s]+)+")
+_LIST = re.compile(r"[-+\d.\s]+(?:(?:[,;](?:\s*and\b)?|and\b)[-+\d.\s]+)+")
+_SEPARATOR = re.compile(r"[,;](?:\s*and\b)?|and\b")
+_DECADE = re.compile(r"(?:.*\s)?\d{3}0s", re.DOTALL)
+_OPEN_END = re.compile(r"[-+*/^_=<>&|]\s*\Z|\A\s*[*/^_=&|]")
+# commands that math-verify passes over say something all the same
+_PASSED_OVER = re.compile(r"\\(?:\w*(?:arrow|dots)|to|lnot|neg|parallel|perp)(?![A-Za-z])|\d\s*_")
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _SCALES["trillion"] = 10**12
 _FILLERS = frozenset(
@@ -59,7 +78,7 @@ _FILLERS = frozenset(
 # what turns a number into another statement: never left out on one side
 QUALIFIERS = frozenset(
     "not no never non without except neither nor cannot isn't aren't wasn't false wrong "
-    "incorrect or "
+    "incorrect or but besides excluding instead hardly barely scarcely almost nearly unless "
     "more less fewer greater least most than over under above below between up at".split()
 )
 _NAMES = r"(?P<names>(?:[^\W\d_][^\W\d_'.-]*[:,.]?\s+)*)"
@@ -70,7 +89,7 @@ _VALUE = (
     r"|[^\W\d_]+[-.]?\d[\w.:/-]*)"
 )
 _AFTER = (
-    r"(?P<after>(?:[^\W\d_]|[\u00b0%$\u00a2-\u00a5\u20ac\u20b9\u00b7/.,'\s-]"
+    r"(?P<after>(?:[^\W\d_]|[\u00b0%\u2030$\u00a2-\u00a5\u20ac\u20b9\u00b7/.,'\s-]"
     r"|(?<=[^\W\d_])\^\{?-?\d\}?|(?<=[A-Za-z])[23](?!\w))*)"
 )
 _ONE_VALUE = re.compile(
@@ -118,6 +137,7 @@ def clean(text: str) -> str:
     >>> clean(r"$12\,000$ \text{cm}"), clean(r"90^\circ"), clean("5 p.m.")
     ('12000 cm', '90°', '5 pm')
     """
+    text = unicodedata.normalize("NFC", text).translate(PLAIN_SIGNS)
     text = _THOUSANDS.sub("", text).translate(_SIGNS)
     for pattern, replacement in _CLEANING:
         text = pattern.sub(replacement, text)
@@ -152,6 +172,10 @@ def read_unassigned(text: str) -> Reading:
 
 
 def _one_value(found: re.Match[str]) -> Reading | None:
+    if _DECADE.fullmatch(found[0]):  # no seconds
+        return Reading("identifier", found["value"] + "s", before=tuple(_words(found["names"])))
+    if found["after"].strip()[-1:] in ("-", "/"):  # 5-: something is left out
+        return None
     after = [word.strip(",.") for word in found["after"].split()]
     words = _words(found["names"])
     core = found["value"].strip()
@@ -189,7 +213,10 @@ def _unit_and_rest(words: list[str]) -> tuple[Unit | None, list[str]]:
 def _words(text: str) -> list[str]:
     words = [word.strip(",.:;'").lower() for word in text.split()]
     # plural and singular are one word
-    words = [word[:-1] if len(word) > 3 and word.endswith("s") else word for word in words]
+    words = [
+        word[:-1] if len(word) > 3 and word.endswith("s") and word not in QUALIFIERS else word
+        for word in words
+    ]
     return [word for word in words if word and word not in _FILLERS]
 
 
@@ -215,7 +242,7 @@ def _compound(text: str) -> Reading | None:
 
 def _list(text: str) -> Reading | None:
     """Takes numbers with commas between them for what stands there, in this order."""
-    items = [item.strip() for item in re.split("[,;]", text)] if _LIST.fullmatch(text) else []
+    items = [item.strip() for item in _SEPARATOR.split(text)] if _LIST.fullmatch(text) else []
     numbers = [number for number in map(read_value, items) if number is not None]
     if not items or len(numbers) != len(items):
         return None
@@ -230,10 +257,13 @@ def _formula(text: str) -> Reading | None:
             text, unit = " ".join(words[:-length]), found
     if unit is None and text.endswith(("%", "\u00b0")):
         text, unit = text[:-1].strip(), parse_unit([text[-1]])
-    runs = re.findall(r"[^\W\d_]+", re.sub(r"\\[A-Za-z]+", " ", text))
+    bare = re.sub(r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+", " ", text)
+    runs = re.findall(r"[^\W\d_]+", bare)
     is_formula = all(
         run.isascii() and (len(run) == 1 or run.lower() in _FUNCTIONS) for run in runs
     )
     if not is_formula or re.search(r"[\d+*/^=<>\\]", text) is None:
+        return None
+    if _OPEN_END.search(text) or _PASSED_OVER.search(text):
         return None
     return Reading("maths", text, None, unit)

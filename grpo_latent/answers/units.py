@@ -28,6 +28,7 @@ _SI = {
     "Hz": ("hertz", {"s": -1}, "1"),
     "cal": ("calorie", {"kg": 1, "m": 2, "s": -2}, "4.184"),
     "eV": ("electronvolt", {"eV": 1}, "1"),
+    "Wh": ("watthour", {"kg": 1, "m": 2, "s": -2}, "3600"),
     "bit": ("bit", {"bit": 1}, "1"),
     "B": ("byte", {"bit": 1}, "8"),
 }
@@ -65,8 +66,16 @@ _OTHERS = {
     "yuan rmb cny": ({"cny": 1}, "1"),
     "\u20b9 rupee inr": ({"inr": 1}, "1"),
     "% percent pct": ({"percent": 1}, "1"),
+    "\u2030": ({"percent": 1}, "1/10"),
+    "kb Kb": ({"bit": 1}, "1000"),
+    "Mb": ({"bit": 1}, "1000000"),
+    "Gb": ({"bit": 1}, "1000000000"),
+    "KB": ({"bit": 1}, "8000"),
+    "TB": ({"bit": 1}, "8000000000000"),
 }
-_ITEM = re.compile(r"(\$|%|[^\W\d_]+|\u00b0[CFcf]?|[\u00a2-\u00a5\u20ac\u20b9])\^?\{?(-?\d)?\}?")
+_ITEM = re.compile(
+    r"(\$|%|\u2030|[^\W\d_]+|\u00b0[CFcf]?|[\u00a2-\u00a5\u20ac\u20b9])\^?\{?(-?\d)?\}?"
+)
 _SUPERSCRIPTS = str.maketrans("\u00b2\u00b3\u207b\u00b9\u03bc\u2126", "23-1\u00b5\u03a9")
 
 

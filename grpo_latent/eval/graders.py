@@ -23,14 +23,21 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 _STATED = re.compile(
-    r"(?:\A|(?<=[.!?;,:]))[ \t]*(?:(?:so|thus|therefore|hence)[ \t]*,?[ \t]*)?"
-    r"(?:the |my )?(?:final |correct )?"
-    r"(?:answer|option|choice)(?: is:?[ \t]+|[ \t]*:[ \t]*)(?P<answer>\S.*)\Z",
+    r"(?:\A|(?<=[.!?;,:]))[ \t]*(?:[>+\u2022-][ \t]+)*"
+    r"(?:(?:so|thus|therefore|hence)[ \t]*,?[ \t]*)?"
+    r"(?:the |my )?(?:final |correct |right |best )?"
+    r"(?:answer|option|choice)(?: is(?:[ \t]*:[ \t]*|\s+)|[ \t]*:[ \t]*)(?P<answer>\S.*)\Z",
     re.IGNORECASE,
 )
+# a line that only announces the next one
+_ANNOUNCED = re.compile(
+    r"^([^\n]{0,60}\b(?:answer|option|choice)(?: is)?[ \t]*:?)[ \t]*\n\s*([^\n]+)\Z",
+    re.IGNORECASE | re.MULTILINE,
+)
+_SPECIAL = re.compile(r"<\|[^|>]*\|>|</?s>|<(?:eos|pad|end_of_turn)>")
 _LETTER = re.compile(r"(?:(?:option|choice)\s+)?[(\[]?([A-Za-z])[)\]]?[.:]?", re.IGNORECASE)
 _LETTER_AND_TEXT = re.compile(r"[(\[]?([A-Za-z])(?:[)\]][.:]?|[.:])\s+(.+)", re.DOTALL)
-_NUMBER = re.compile(r"-?[0-9]{1,18}")
+_NUMBER = re.compile(r"[-+]?(?:[0-9]{1,18}|[0-9]{1,3}(?:,[0-9]{3}){1,5})")
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ def committed_answer(completion: str) -> str | None:
     >>> [committed_answer(completion) for completion in completions]
     ['B', 'B', 'A B']
     """
-    text = re.sub(r"<\|[^|>]*\|>", " ", completion).strip()
+    text = _SPECIAL.sub(" ", completion).strip()
     if "<answer>" in text or "</answer>" in text:
         # counted first: the regular expression is quadratic in repeated opening tags
         pair = (
@@ -71,7 +78,9 @@ def committed_answer(completion: str) -> str | None:
     boxed = {_tidy(found) for found in _BOXED.findall(text)}
     if boxed:
         return boxed.pop() if len(boxed) == 1 else None
-    last_line = unmark(peel(text.rsplit("\n", 1)[-1]))
+    announced = _ANNOUNCED.search(text[-MAX_LINE_CHARS:])
+    last_line = " ".join(map(unmark, announced.groups())) if announced else text
+    last_line = unmark(peel(last_line.rsplit("\n", 1)[-1]))
     stated = _STATED.search(last_line) if len(last_line) <= MAX_LINE_CHARS else None
     return _tidy(stated["answer"] if stated else text)
 
@@ -140,9 +149,8 @@ def grade_number(completion: str, truth: str) -> Grade:
     answer = None if answer is None else answer.replace("\u2212", "-")  # typographic
     if answer is None or _NUMBER.fullmatch(answer) is None:
         return Grade(False, None, "unparsed: the completion commits to no single number")
-    return Grade(
-        int(answer) == int(truth), str(int(answer)), f"answered {int(answer)}, truth {int(truth)}"
-    )
+    said, right = (int(number.replace(",", "")) for number in (answer, str(truth)))
+    return Grade(said == right, str(said), f"answered {said}, truth {right}")
 
 
 def grade(completion: str, options: Sequence[str], truth: str) -> Grade:
