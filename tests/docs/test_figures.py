@@ -1,4 +1,4 @@
-"""Every figure of docs/results.md and docs/latent_use.md that names its result files stands in them.
+"""Every figure of docs/results.md, docs/latent_use.md and README's table stands in its result files.
 
 A block is the table or paragraph behind a line "Result files: …"; numbers with decimals count, and are
 compared at the digits that are shown.
@@ -77,6 +77,16 @@ def test_figures_stand_in_their_files(line, block):
     assert figures, "nothing to check"
     wrong = [figure for figure in figures if not stands(figure, known)]
     assert not wrong, f"{wrong} are in none of {files_of(line)}"
+
+
+def test_readmes_figures_stand_in_the_file_that_it_names():
+    """Of its only table of figures, and of the line before it."""
+    parts = re.split(r"\n\n+", (DOCS.parent / "README.md").read_text())
+    (index,) = [i for i, part in enumerate(parts) if part.startswith("| after SFT |")]
+    (name,) = re.findall(r"`docs/(results/[\w.]+\.json)`", parts[index - 1])
+    known = list(numbers(json.loads((DOCS / name).read_text())))
+    figures = FIGURE.findall(parts[index])
+    assert len(figures) == 6 and [figure for figure in figures if not stands(figure, known)] == []
 
 
 def test_a_wrong_figure_is_found():

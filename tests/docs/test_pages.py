@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 import grpo_latent.train  # noqa: F401  lets hydra find verl's configs
+from grpo_latent import errors
 from grpo_latent.cli import COMMANDS
 from grpo_latent.data.files import iter_verl_rows
 from grpo_latent.data.rows import check_prompt
@@ -155,6 +156,15 @@ def test_named_config_keys_exist(page):
 def test_a_misspelt_key_is_found():
     assert has_key("latent.alarm.stop") and not has_key("latent.alarm.stopp")
     assert has_key("loss.steps_per_stage") and has_key("latent.treatment.options.mine")
+
+
+def test_each_error_is_found_by_its_name_with_a_remedy():
+    text = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    helped = {name for row in rows if len(row) == 3 for name in re.findall(r"`(\w+)", row[0])}
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    raised = {kind.__name__ for kind in kinds if issubclass(kind, errors.GrpoLatentError)}
+    assert raised - helped == {"GrpoLatentError"}, "the base, which is not raised itself"
 
 
 def test_python_blocks_compile(page):
