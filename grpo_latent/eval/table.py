@@ -61,8 +61,10 @@ def _accuracies(report: dict, title: str) -> Table:
 
 
 def _ablations(report: dict) -> Table:
+    # 0 is also the default, and right for few tasks
+    unsaid = "" if report["chance"] else " (verdict.chance)"
     table = Table(
-        title=f"latents fed, chance {report['chance']:.3g}; gap over the changed prompts"
+        title=f"latents fed, chance {report['chance']:.3g}{unsaid}; gap over the changed prompts"
     )
     table.add_column("ablation", no_wrap=True)
     for name in ("accuracy", "changed", "gap", "p"):

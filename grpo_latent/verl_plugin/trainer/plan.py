@@ -59,6 +59,7 @@ def plan(config: DictConfig) -> list[str]:
         f"KL       {_reference(config)}",
         f"latents  treatment {treatment}; engine {rollout.name}, device {config.trainer.device}",
         f"reward   {functions}",
+        f"use      {_usage(config)}",
         f"run      {_steps(config, rows)}",
         f"output   {config.latent.output_dir}",
     ]
@@ -71,6 +72,16 @@ def _reference(config: DictConfig) -> str:
     if config.algorithm.use_kl_in_reward:
         return "to the reference, in the rewards"
     return "none: nothing holds the policy at its start (actor.use_kl_loss)"
+
+
+def _usage(config: DictConfig) -> str:
+    usage = config.latent.usage
+    if not usage.num_prompts or not usage.ablations:
+        return "of latents is not measured (latent.usage.num_prompts)"
+    return (
+        f"of latents at each validation, on {usage.num_prompts} rows: {usage.ablations[0]} decides, "
+        f"with an accuracy of guessing of {usage.chance:g} (latent.usage.chance)"
+    )
 
 
 def _count(config: DictConfig, key: str, limit_key: str) -> int | None:

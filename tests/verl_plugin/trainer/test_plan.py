@@ -58,12 +58,13 @@ def test_a_usable_config_is_told_and_nothing_is_written(commanded, tmp_path):
     assert "10 to train on, 3 held out" in said and "6 steps, from the model on" in said
     assert "4 prompts x 4 trajectories" in said and "nothing was started" in said
     assert "reward.py:compute_score" in said
+    assert "shuffle decides, with an accuracy of guessing of 0 (latent.usage.chance)" in said
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.train_batch_size=0", "Also wrong: data.train_batch_size"),
+        ("data.train_batch_size=0", "ConfigError: data.train_batch_size: out of range; got 0"),
         ("actor_rollout_ref.model.path=/nowhere", "CheckpointError: /nowhere"),
         ("data.train_batch_size=64", "a batch larger than the data"),
         ("latent.output_dir=/dev/null/x", "a file is where a folder should be"),
