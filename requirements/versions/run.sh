@@ -18,6 +18,7 @@ tests_of() { # name of a file without its end
     transformers-* | torch-*) echo tests/models tests/rollout tests/backbones tests/sft tests/latent tests/algo tests/testing ;;
     ray-*) echo tests/verl_plugin/boot tests/verl_plugin/trainer/test_follow.py ;;
     hydra-*) echo tests/common tests/verl_plugin/trainer/test_training_config.py tests/verl_plugin/trainer/test_plan.py ;;
+    numpy-*) echo tests/data tests/rewards tests/algo tests/eval ;;
     plotly-*) echo tests/inspect ;;
     *) echo "no tests for $1" >&2; return 1 ;;
   esac
