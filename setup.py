@@ -52,11 +52,12 @@ setup(
         "grpo_latent.config": ["*.yaml", "*/*.yaml"],
         "grpo_latent.inspect": ["assets/*"],
     },
-    # requirements/ pins whole sets for CPU (what the tests run on) and CUDA. `make versions` tests each
-    # bound here that the CPU set does not have; of verl 0.9 there is 0.9.1 alone. What has no bound is
-    # tested at the pinned version only. Python: the tests run on 3.11. The upper bound of torch is exact so that an installed or local CPU build of 2.13.0
-    # satisfies it and pip fetches no CUDA build. verl 0.9.1 wants transformers < 5.11;
-    # from 5.13 on engine hf's cache lacks an abstract method.
+    # requirements/ pins whole sets for CPU (the tests run on it, with Python 3.11) and CUDA. `make
+    # versions` tests each bound here that the CPU set does not have; of verl 0.9 there is 0.9.1
+    # alone. What has no bound is tested at the pinned version only. The upper bound of torch is
+    # exact so that an installed or local CPU build of 2.13.0 satisfies it and pip fetches no CUDA
+    # build. verl 0.9.1 wants transformers < 5.11; from 5.13 on engine hf's cache lacks an abstract
+    # method.
     install_requires=[
         "torch>=2.11,<=2.13.0",
         "transformers>=5.9,<5.11",
