@@ -77,19 +77,31 @@ def number(
     return Kind(f"{expected}, or inf" if or_inf else expected, is_number, holds, why=why)
 
 
-def whole(at_least: int | None = None, why: str = "", also: int | None = None) -> Kind:
+def whole(
+    at_least: int | None = None,
+    why: str = "",
+    also: int | None = None,
+    at_most: float = math.inf,
+) -> Kind:
     """A whole number of at least `at_least`, or `also`, such as -1 for never.
 
     >>> whole(1, also=-1).words()
     'a whole number >= 1, or -1'
     """
     expected = "a whole number" if at_least is None else f"a whole number >= {at_least}"
+    expected += "" if at_most == math.inf else f" and <= {at_most}"
     expected = expected if also is None else f"{expected}, or {also}"
 
     def holds(value: Any) -> bool:
-        return at_least is None or value >= at_least or value == also
+        is_within = (at_least is None or value >= at_least) and value <= at_most
+        return is_within or value == also
 
     return Kind(expected, is_whole, holds, why=why)
+
+
+def seed() -> Kind:
+    """A seed that numpy takes, too."""
+    return whole(0, at_most=2**32 - 1)
 
 
 def share(why: str = "") -> Kind:

@@ -11,7 +11,7 @@ are: `datasets` guesses types by column and gives back dates.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,16 @@ class RowKeys:
                     "not a column", where=f"data.{key}", got=name, expected="a column's name"
                 )
             names[field] = name
+        taken = set(names.values()) & {*REQUIRED_COLUMNS, "extra_info"} - {"prompt"}
+        if taken or names["prompt"] == names["images"]:
+            key = "prompt_key" if names["prompt"] in taken else "image_key"
+            raise ConfigError(
+                "a column that holds something else",
+                where=f"data.{key}",
+                got=data.get(key),
+                expected="a column of its own",
+                fix=f"Leave data.{key} out, or name the column.",
+            )
         return cls(**names)
 
     @property
@@ -143,7 +153,7 @@ def _parquet_records(path: str | Path, keys: RowKeys, rows_per_batch: int) -> It
 
     file = _open_parquet(path)
     names = file.schema_arrow.names
-    missing = [name for name in keys.required if name not in names]
+    missing = _missing_names(names, keys)
     if missing:
         got = f"columns {names}, {file.metadata.num_rows} rows"
         raise _missing(missing, keys, str(path), got)
@@ -221,9 +231,17 @@ def _record(record: object, where: str) -> dict:
 
 
 def _check_columns(record: dict, keys: RowKeys, where: str) -> None:
-    missing = [name for name in keys.required if name not in record]
+    missing = _missing_names(record, keys)
     if missing:
         raise _missing(missing, keys, where, f"columns {list(record)}")
+
+
+def _missing_names(names: Collection[str], keys: RowKeys) -> list[str]:
+    """What must be there; images need not, but no others must stand where they are looked for."""
+    required = [*keys.required]
+    if "images" in names:
+        required.append(keys.images)
+    return [name for name in required if name not in names]
 
 
 def _missing(missing: list[str], keys: RowKeys, where: str, got: str) -> DataError:

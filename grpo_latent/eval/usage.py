@@ -62,6 +62,14 @@ class UsageSettings:
             parse_name(name)
         for name in self.ablations[:1]:
             check_decides(name, "latent.usage.ablations")
+        if self.num_prompts and not self.ablations:
+            raise ConfigError(
+                "nothing to measure use by",
+                where="latent.usage.ablations",
+                got="[]",
+                expected="shuffle or image_swap, and others beside it",
+                fix="latent.usage.num_prompts=0 leaves the measurement out.",
+            )
         size = self.prompts_per_batch
         if not isinstance(size, int) or size < 1:
             raise ConfigError(

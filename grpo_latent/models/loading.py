@@ -332,6 +332,13 @@ def read_tensors(folder: str | Path, prefixes: tuple[str, ...]) -> Iterable[tupl
                     yield name, file.get_tensor(name)
 
 
+def tensor_names(folder: str | Path) -> Iterator[str]:
+    """Names of the tensors in the folder's safetensors files."""
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            yield from file.keys()
+
+
 def fitting_weights(
     model: nn.Module, weights: Iterable[tuple[str, Tensor]], where: str
 ) -> Iterator[tuple[str, Tensor]]:

@@ -5,6 +5,7 @@ verl would only find them out an hour in, or never.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from grpo_latent.common.settings import build
 from grpo_latent.errors import CheckpointError, ConfigError
 from grpo_latent.eval.usage import UsageSettings
 from grpo_latent.latent.mechanisms import Mechanism
+from grpo_latent.models.loading import tensor_names
 from grpo_latent.rollout.vllm.skeleton import check_mechanism
 from grpo_latent.verl_plugin.boot.layout import (
     check_layout,
@@ -95,6 +97,27 @@ def check_folder(config: DictConfig, options: LatentOptions) -> None:
     options.treatment.check(latent)
     check_model(hf_config)
     check_latents(config, latent)
+    _check_adapted(config)
+
+
+def _check_adapted(config: DictConfig) -> None:
+    """Raises `ConfigError` where adapters are asked for on modules that the folder has not."""
+    model = config.actor_rollout_ref.model
+    asked = model.target_modules
+    if not model.lora_rank or asked == "all-linear":
+        return
+    modules = sorted({name.rpartition(".")[0] for name in tensor_names(model.path)})
+    for name in [asked] if isinstance(asked, str) else asked:
+        # peft takes a text for a pattern of whole names, and a list for names' ends
+        pattern = name if isinstance(asked, str) else rf"(?:.*\.)?{re.escape(name)}"
+        if modules and not any(re.fullmatch(pattern, module) for module in modules):
+            ends = sorted({module.rpartition(".")[2] for module in modules})
+            raise ConfigError(
+                "no such module in the model",
+                where="actor_rollout_ref.model.target_modules",
+                got=name,
+                expected=f"all-linear, or among {[end for end in ends if not end.isdigit()]}",
+            )
 
 
 def _read(folder: str, what: str, read: Callable[[str], Any]) -> Any:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from grpo_latent.common.paths import check_output_folder
+from grpo_latent.common.paths import check_output_folder, is_remote
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.mechanisms import Mechanism
 from grpo_latent.verl_plugin.trainer.checkpoint import resume_folder
@@ -70,6 +71,12 @@ def _check_paths(config: DictConfig) -> None:
         path = OmegaConf.select(config, key)
         if path is not None:
             check_output_folder(path, key)
+    for key in ("data.custom_cls.path", "actor_rollout_ref.rollout.agent.agent_loop_config_path"):
+        path = OmegaConf.select(config, key)
+        if path is not None and not is_remote(path) and not Path(path).expanduser().is_file():
+            raise ConfigError(
+                "no such file", where=key, got=path, expected="a file", fix="Check the path."
+            )
 
 
 def _check_names(config: DictConfig) -> None:
@@ -191,6 +198,15 @@ def _check_lengths(config: DictConfig) -> None:
                 expected=f"{data_key}={expected}",
                 fix=f"Set {data_key} only.",
             )
+    num_positions = config.data.max_prompt_length + config.data.max_response_length
+    if rollout.max_model_len is not None and rollout.max_model_len < num_positions:
+        raise ConfigError(
+            "shorter than a prompt and its response",
+            where="actor_rollout_ref.rollout.max_model_len",
+            got=rollout.max_model_len,
+            expected=f">= data.max_prompt_length + data.max_response_length = {num_positions}",
+            fix="Leave it out.",
+        )
     steps, length = OmegaConf.select(config, "latent.steps"), config.data.max_response_length
     if steps is not None and steps >= length:
         raise ConfigError(
@@ -216,10 +232,13 @@ def _check_resume(config: DictConfig) -> None:
         resume_folder(trainer)
 
 
+def as_list(value: str | Sequence[str]) -> Sequence[str]:
+    return [value] if isinstance(value, str) else value
+
+
 def _check_packages(config: DictConfig) -> None:
     """What a name asks for is installed, and runs on this device."""
-    logger = config.trainer.logger
-    for name in [logger] if isinstance(logger, str) else logger:
+    for name in as_list(config.trainer.logger):
         _check_installed("trainer.logger", name, LOGGER_PACKAGES.get(name))
     key = "actor_rollout_ref.model.override_config.attn_implementation"
     attention = OmegaConf.select(config, key)
@@ -233,6 +252,9 @@ def _check_packages(config: DictConfig) -> None:
             fix=f"Set {key}=sdpa.",
         )
     _check_installed(key, attention, package)
+    key = "actor_rollout_ref.model.external_lib"
+    for name in as_list(OmegaConf.select(config, key) or []):
+        _check_installed(key, name, name.partition(".")[0])
 
 
 def _check_installed(key: str, name: str, package: str | None) -> None:

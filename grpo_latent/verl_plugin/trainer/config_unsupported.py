@@ -107,6 +107,9 @@ UNSUPPORTED = {
     "distillation.enabled": "a teacher would score the placeholders of latents",
     "data.apply_chat_template_kwargs": "prompts are made as SFT makes them",
     "data.mm_processor_kwargs": "prompts are made as SFT makes them",
+    "actor_rollout_ref.model.custom_chat_template": "prompts are made as SFT makes them, by the "
+    "template in the model's folder",
+    "actor_rollout_ref.model.tokenizer_path": "the tokenizer is the one in the model's folder",
 }
 
 

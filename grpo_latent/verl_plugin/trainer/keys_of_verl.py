@@ -20,6 +20,7 @@ from grpo_latent.common.kinds import (
     number,
     one_or_some,
     only,
+    seed,
     share,
     some,
     text,
@@ -72,7 +73,7 @@ _THRESHOLD = Kind(
 PATH = text("a path")
 _FILES = one_or_some(text("a path of a file"))
 _NAME = Kind("a name", lambda value: isinstance(value, str | int) and not isinstance(value, bool))
-SEED = whole(0)
+SEED = seed()
 _STEPS = whole(1, also=-1, why="-1: never")
 _SPLIT = "rows a forward"
 _BIG = number(above=0, why="a larger number than any norm clips nothing")
