@@ -159,8 +159,11 @@ def test_drift_is_from_the_start_over_resumes(loaded, prompts, tmp_path):
 
 
 def test_the_first_ablation_is_one_that_can_decide():
-    for allowed in ((), ("shuffle", "zero"), ("image_swap@span0", "oracle")):
+    for allowed in (("shuffle", "zero"), ("image_swap@span0", "oracle")):
         UsageSettings(ablations=allowed)
+    UsageSettings(num_prompts=0, ablations=())
+    with pytest.raises(ConfigError, match="nothing to measure use by"):
+        UsageSettings(ablations=())
     with pytest.raises(
         ConfigError,
         match="latent.usage.ablations: a loss under this.*got zero; expected shuffle or",
