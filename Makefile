@@ -131,7 +131,7 @@ format: $(STAMP)
 
 # the documentation as a site, in outputs/site; links are checked, nothing is fetched while it is built
 docs: $(STAMP)
-	$(BIN)/python -c 'import material' 2> /dev/null || \
+	$(BIN)/python -c 'import material, mkdocstrings' 2> /dev/null || \
 	  $(BIN)/pip install --quiet --disable-pip-version-check -r requirements/docs.txt
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 

@@ -99,6 +99,7 @@ setup(
             "selenium",
             "pre-commit",
             "mkdocs-material==9.8.1",
+            "mkdocstrings-python==2.0.11",
         ],
     },
     entry_points={
