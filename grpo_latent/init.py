@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_latent.common.command import command
+from grpo_latent.common.paths import check_output_folder
 from grpo_latent.errors import ConfigError, DataError
 
 PACKAGE = Path(__file__).parent
@@ -64,7 +65,7 @@ def copy_recipe(recipe: str, folder: Path) -> list[Path]:
     """Copies it; the files written, relative to the folder.
 
     Raises:
-        ConfigError: no such recipe.
+        ConfigError: no such recipe, or a file where the folder should be.
         DataError: a file of that name is there, with other contents.
     """
     source = shipped()
@@ -72,6 +73,7 @@ def copy_recipe(recipe: str, folder: Path) -> list[Path]:
         raise ConfigError(
             "no such recipe", where="grpo-latent init", got=recipe, expected=f"{recipes(source)}"
         )
+    check_output_folder(str(folder), "folder")
     paths = files_of(source, recipe)
     for path in paths:
         there = folder / path

@@ -15,6 +15,7 @@ nothing.
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import os
 import re
@@ -31,6 +32,18 @@ if TYPE_CHECKING:
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 CHECK = "--check"
 _HYDRA_RAISES = "HYDRA_FULL_ERROR"
+# what the operating system says of a place that was given, which no code of ours can mend
+_OF_A_PLACE = {
+    errno.ENOTDIR: "a file is where a folder should be",
+    errno.EISDIR: "a folder is where a file should be",
+    errno.EEXIST: "something else of that name is there",
+    errno.EACCES: "no permission",
+    errno.EPERM: "no permission",
+    errno.EROFS: "the file system is read-only",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of the disk is used up",
+}
 _NO_KEY = re.compile(r"Could not override '([^']+)'")
 
 Args = ParamSpec("Args")
@@ -39,8 +52,8 @@ Args = ParamSpec("Args")
 def command(main: Callable[Args, int | None]) -> Callable[Args, int]:
     """Wraps the `main` of an entry point: it then returns the exit code.
 
-    That is 0 where `main` returns nothing. What is no error of this package, of hydra or of
-    omegaconf leaves as it came: Python prints the traceback and ends with 1.
+    That is 0 where `main` returns nothing. What is no error of this package, of hydra, of omegaconf
+    or of a place on disk leaves as it came: Python prints the traceback and ends with 1.
 
         @command
         def main(argv=None): ...
@@ -59,6 +72,11 @@ def command(main: Callable[Args, int | None]) -> Callable[Args, int]:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return INTERRUPTED
+        except OSError as error:
+            if error.errno not in _OF_A_PLACE:
+                raise
+            print_error(_as_place_error(error))
+            return REFUSED
         except Exception as error:
             if not _is_of_config_library(error):
                 raise
@@ -196,6 +214,18 @@ def print_error(error: GrpoLatentError | OSError) -> None:
 def _is_of_config_library(error: Exception) -> bool:
     # by name: commands without a config import neither
     return type(error).__module__.split(".")[0] in ("hydra", "omegaconf")
+
+
+def _as_place_error(error: OSError) -> ConfigError:
+    """An error of the operating system as one of ours."""
+    assert error.errno is not None, "it was looked up"
+    return ConfigError(
+        _OF_A_PLACE[error.errno],
+        where="the disk" if error.filename is None else str(error.filename),
+        got=error.strerror,
+        expected="a place that can be written",
+        fix="Choose another one, or make room there.",
+    )
 
 
 def _as_config_error(error: Exception) -> ConfigError:

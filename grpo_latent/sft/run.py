@@ -20,6 +20,7 @@ import transformers
 from transformers import TrainingArguments, set_seed
 
 from grpo_latent.common.files import write_json
+from grpo_latent.common.paths import check_output_folder
 from grpo_latent.common.provenance import provenance
 from grpo_latent.common.sockets import keep_socket_paths_short
 from grpo_latent.data.boxes import BadBoxes
@@ -64,7 +65,7 @@ def run_sft(settings: SFTSettings) -> SFTResult:
     save_path = Path(settings.model.save_path)
     check_sharding(args, settings.trainer, settings.model)
     check_precision(settings, args)
-    check_save_path(save_path, settings, output_dir)
+    check_output_folders(save_path, settings, output_dir)
     log_to_file(output_dir / "sft.log", args.should_save)
     checkpoint = find_checkpoint(settings, output_dir, args.world_size)
     set_seed(args.seed)  # before loading, which draws new embeddings and modules
@@ -110,7 +111,7 @@ def check_sft(settings: SFTSettings) -> list[str]:
     output_dir, save_path = Path(args.output_dir), Path(settings.model.save_path)
     check_sharding(args, settings.trainer, settings.model)
     check_precision(settings, args)
-    check_save_path(save_path, settings, output_dir)
+    check_output_folders(save_path, settings, output_dir)
     checkpoint = find_checkpoint(settings, output_dir, args.world_size)
     latent = load_model(settings)
     bad_boxes = BadBoxes(settings.data.on_bad_box)
@@ -133,8 +134,10 @@ def check_sft(settings: SFTSettings) -> list[str]:
     ]
 
 
-def check_save_path(save_path: Path, settings: SFTSettings, output_dir: Path) -> None:
-    """Refuses to write a model over the one that is trained."""
+def check_output_folders(save_path: Path, settings: SFTSettings, output_dir: Path) -> None:
+    """Refuses a file in the place of a folder, and to write a model over the one that is trained."""
+    check_output_folder(str(output_dir), "trainer.output_dir")
+    check_output_folder(str(save_path), "model.save_path")
     if Path(settings.model.path).resolve() in (save_path.resolve(), output_dir.resolve()):
         raise ConfigError(
             "the input checkpoint would be overwritten",

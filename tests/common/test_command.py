@@ -52,6 +52,21 @@ def test_codes_of_what_is_no_typed_error(capsys):
         ours()
 
 
+def test_a_place_that_cannot_be_written_is_told_in_a_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+
+    @command
+    def main(path):
+        path.mkdir()
+
+    for path in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("long" * 100)):
+        assert main(path) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"ConfigError: {path}: ") and error.count("\n") == 1, error
+    with pytest.raises(FileNotFoundError):  # a folder that we should have made
+        main(tmp_path / "absent" / "below")
+
+
 @pytest.mark.parametrize("before", [None, "0"])
 def test_the_environment_of_what_runs_is_the_users_afterwards(monkeypatch, before):
     if before is None:

@@ -53,6 +53,13 @@ def test_output_over_the_input_is_refused(inputs, tmp_path):
             run(inputs, tmp_path, **{key: str(inputs / "base")})
 
 
+def test_a_file_in_the_place_of_a_folder_is_refused(inputs, tmp_path):
+    (tmp_path / "file").touch()
+    for key in ("trainer.output_dir", "model.save_path"):
+        with pytest.raises(ConfigError, match=f"{key}: a file is where a folder should be"):
+            run(inputs, tmp_path / "run", **{key: str(tmp_path / "file" / "below")})
+
+
 def remove(name):
     def change(folder):
         (folder / name).unlink()
