@@ -65,8 +65,9 @@ _CLEANING = tuple(
 _CODES = frozenset("usd eur gbp jpy cny inr".split())
 _LIST = re.compile(r"[-+\d.\s]+(?:(?:[,;](?:\s*and\b)?|and\b)[-+\d.\s]+)+")
 _SEPARATOR = re.compile(r"[,;](?:\s*and\b)?|and\b")
-_DECADE = re.compile(r"(?:.*\s)?\d{3}0s", re.DOTALL)
-_OPEN_END = re.compile(r"[-+*/^_=<>&|]\s*\Z|\A\s*[*/^_=&|]")
+# "3600s" are seconds, as are "1800s" where no "the" says otherwise
+_DECADE = re.compile(r"(?:.*\s)?(?:(?<=the )1[5-9]|19|20)\d0s", re.DOTALL | re.IGNORECASE)
+_OPEN_END = re.compile(r"[-+*/^_=<>&]\s*\Z|\A\s*[*/^_&]")  # "= 5" is whole
 # commands that math-verify passes over say something all the same
 _PASSED_OVER = re.compile(r"\\(?:\w*(?:arrow|dots)|to|lnot|neg|parallel|perp)(?![A-Za-z])|\d\s*_")
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
@@ -265,5 +266,7 @@ def _formula(text: str) -> Reading | None:
     if not is_formula or re.search(r"[\d+*/^=<>\\]", text) is None:
         return None
     if _OPEN_END.search(text) or _PASSED_OVER.search(text):
+        return None
+    if text.count("|") % 2 and "|" in (text[0], text[-1]):  # a bar that nothing closes
         return None
     return Reading("maths", text, None, unit)

@@ -5,7 +5,6 @@ verl would only find them out an hour in, or never.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -101,22 +100,23 @@ def check_folder(config: DictConfig, options: LatentOptions) -> None:
 
 
 def _check_adapted(config: DictConfig) -> None:
-    """Raises `ConfigError` where adapters are asked for on modules that the folder has not."""
+    """Raises `ConfigError` where adapters are asked for on modules that the folder has not.
+
+    Only last names are compared: a file's names in front of them differ from the modules'. A text
+    is a pattern of the modules' whole names, which the worker looks for.
+    """
     model = config.actor_rollout_ref.model
-    asked = model.target_modules
-    if not model.lora_rank or asked == "all-linear":
+    if not model.lora_rank or isinstance(model.target_modules, str):
         return
-    modules = sorted({name.rpartition(".")[0] for name in tensor_names(model.path)})
-    for name in [asked] if isinstance(asked, str) else asked:
-        # peft takes a text for a pattern of whole names, and a list for names' ends
-        pattern = name if isinstance(asked, str) else rf"(?:.*\.)?{re.escape(name)}"
-        if modules and not any(re.fullmatch(pattern, module) for module in modules):
-            ends = sorted({module.rpartition(".")[2] for module in modules})
+    modules = {name.rpartition(".")[0] for name in tensor_names(model.path)}
+    ends = {module.rpartition(".")[2] for module in modules}
+    for name in model.target_modules:
+        if ends and name.rpartition(".")[2] not in ends:
             raise ConfigError(
                 "no such module in the model",
                 where="actor_rollout_ref.model.target_modules",
                 got=name,
-                expected=f"all-linear, or among {[end for end in ends if not end.isdigit()]}",
+                expected=f"all-linear, or among {sorted(e for e in ends if not e.isdigit())}",
             )
 
 

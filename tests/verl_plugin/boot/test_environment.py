@@ -106,6 +106,24 @@ def test_a_damaged_folder_is_an_error_of_the_checkpoint(tmp_path, change, messag
         check_folder(config, LatentOptions())
 
 
+def test_modules_of_adapters_are_known_by_last_names(tmp_path):
+    """Files say model.layers where the model says model.language_model.layers."""
+    make_checkpoint(tmp_path / "model")
+    config = make_config(tmp_path, tmp_path)
+    model = config.actor_rollout_ref.model
+    model.lora_rank = 4
+    for asked in (
+        ["q_proj"],
+        ["language_model.layers.0.self_attn.q_proj"],
+        r".*language_model\.layers\.\d+\.self_attn\.q_proj",
+    ):
+        model.target_modules = asked
+        check_folder(config, LatentOptions())
+    model.target_modules = ["q_proj", "nothing_such"]
+    with pytest.raises(ConfigError, match="no such module in the model; got nothing_such"):
+        check_folder(config, LatentOptions())
+
+
 def test_no_secret_enters_rays_runtime_environment(tmp_path, clean):
     """Dashboards and logs show it."""
     for name in (
