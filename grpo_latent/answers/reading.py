@@ -265,8 +265,8 @@ def _formula(text: str) -> Reading | None:
     )
     if not is_formula or re.search(r"[\d+*/^=<>\\]", text) is None:
         return None
-    if _OPEN_END.search(text) or _PASSED_OVER.search(text):
-        return None
-    if text.count("|") % 2 and "|" in (text[0], text[-1]):  # a bar that nothing closes
-        return None
+    # a bar at an end that nothing closes
+    is_open = text.count("|") % 2 == 1 and "|" in (text[0], text[-1])
+    if is_open or _OPEN_END.search(text) or _PASSED_OVER.search(text):
+        return Reading("identifier", "".join(text.split()))  # as written, however it is spaced
     return Reading("maths", text, None, unit)

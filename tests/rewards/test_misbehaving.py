@@ -33,5 +33,5 @@ def test_its_call_ends(runners, name):
     assert result.dropped == isinstance(expected, str)
 
 
-def test_there_are_more_than_55():
-    assert len(CASES) >= 75
+def test_there_are_as_many_as_the_docs_say():
+    assert len(CASES) == 80
