@@ -11,6 +11,7 @@ import os
 import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,19 @@ def _check_pickle(path: Path, switch: str | None) -> None:
         ) from error
 
 
+def _member(kind: object, name: object) -> Enum:
+    """A member of an enumeration, which Python up to 3.11.3 pickles as getattr of its class."""
+    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
+        return kind[str(name)]
+    raise pickle.UnpicklingError("GLOBAL builtins.getattr is not allowed but for enumerations")
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Makes what a sharded checkpoint's index consists of, and calls nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in _METADATA_GLOBALS:
             return super().find_class(module, name)

@@ -94,6 +94,14 @@ def test_the_index_of_a_sharded_checkpoint_is_read_without_code(tmp_path, marker
         index.write_bytes(pickle.dumps(foreign))
         with pytest.raises(CheckpointError, match="metadata: .*without running code; got .*mkdir"):
             check_metadata(index)
+    # what Python up to 3.11.3 makes of an enumeration's member; of anything else it stays refused
+    of_class = b"\x80\x04cbuiltins\ngetattr\nctorch.distributed.checkpoint.metadata\n"
+    getattr_of = of_class + b"%s\nV%s\n\x86R."
+    index.write_bytes(getattr_of % (b"_MEM_FORMAT_ENCODING", b"TORCH_CONTIGUOUS_FORMAT"))
+    check_metadata(index)
+    index.write_bytes(getattr_of % (b"TensorProperties", b"__init__"))
+    with pytest.raises(CheckpointError, match="getattr is not allowed"):
+        check_metadata(index)
     # a dotted name walks from an allowed module to anywhere
     index.write_bytes(b"\x80\x04\x8c\x05torch\x8c\x09os.getcwd\x93)R.")
     with pytest.raises(CheckpointError, match="torch.os.getcwd"):
