@@ -344,14 +344,14 @@ def _run(config: DictConfig, console, log_path: Path) -> None:
 
     from grpo_latent.verl_plugin.boot import remote_errors
     from grpo_latent.verl_plugin.boot.actor_watch import ActorWatch
-    from grpo_latent.verl_plugin.boot.cluster import check_files
+    from grpo_latent.verl_plugin.boot.cluster import check_files, join
     from grpo_latent.verl_plugin.boot.cluster_resources import check_resources
     from grpo_latent.verl_plugin.boot.start_queue import start_transfer_queue
     from grpo_latent.verl_plugin.trainer.console import StepPrinter
     from grpo_latent.verl_plugin.trainer.reports import follow, on_this_node, start_report_queue
     from grpo_latent.verl_plugin.trainer.trial import report_trial, try_checkpoint
 
-    ray.init(**ray_arguments(config))
+    join(**ray_arguments(config))
     try:
         check_resources(config)
         check_files(config)

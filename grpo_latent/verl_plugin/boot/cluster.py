@@ -9,6 +9,7 @@ each node import the plug-in and find it registered.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from grpo_latent.errors import PreflightError
 from grpo_latent.verl_plugin.boot.cluster_resources import alive_nodes
 
 TIMEOUT_S = 300.0
+CONNECT_S = 10.0
 FIX = (
     "Mount data, model and outputs at the same path on every node; ship grpo_latent and reward "
     "files by --working-dir, pip or image."
@@ -57,6 +59,39 @@ def inspect_node(request: FileRequest) -> NodeReport:
     )
 
 
+def join(**arguments: Any) -> None:
+    """`ray.init`, but for a head that does not answer, which Ray itself asks for minutes.
+
+    Raises:
+        PreflightError: nothing answers at RAY_ADDRESS, or no Ray is found.
+    """
+    host, _, port = _address().removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+        except OSError as error:
+            raise _no_answer(error) from error
+    try:
+        ray.init(**arguments)
+    except ConnectionError as error:
+        raise _no_answer(error) from error
+
+
+def _address() -> str:
+    return os.environ.get("RAY_ADDRESS", "")
+
+
+def _no_answer(error: OSError) -> PreflightError:
+    return PreflightError(
+        "no Ray cluster answers",
+        where=f"RAY_ADDRESS={_address()}" if _address() else "Ray",
+        got=f"{type(error).__name__}: {error}",
+        expected="a head that runs, at an address that is reached from here",
+        fix="Start it (`bash recipes/cluster/start.sh`), or unset RAY_ADDRESS for a Ray of the "
+        "run's own.",
+    )
+
+
 def check_cluster(
     required_files: list[str], output_dir: str | None = None, timeout_s: float = TIMEOUT_S
 ) -> list[NodeReport]:
@@ -68,10 +103,10 @@ def check_cluster(
         output_dir: of the job.
 
     Raises:
-        PreflightError: a node reports a problem, or does not answer in time.
+        PreflightError: no cluster answers; a node reports a problem, or does not answer in time.
     """
     if not ray.is_initialized():
-        ray.init(address="auto", log_to_driver=False)
+        join(address="auto", log_to_driver=False)
     written = [] if output_dir is None else [output_dir]
     with marked(required_files, written, shared=len(alive_nodes()) > 1) as request:
         reports = ask_nodes(inspect_node, request, timeout_s)

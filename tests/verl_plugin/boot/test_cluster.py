@@ -3,6 +3,7 @@
 No Ray is started here.
 """
 
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -214,3 +215,24 @@ def test_variables_of_the_submitted_job_are_not_set_again(tmp_path, monkeypatch)
         "OMP_NUM_THREADS" not in env_vars
         and env_vars["VERL_USE_EXTERNAL_MODULES"] == "grpo_latent.verl_plugin"
     )
+
+
+def test_a_head_that_does_not_answer_is_named_at_once(monkeypatch):
+    """Ray would ask it again and again."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"  # nobody listens
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: pytest.fail("Ray was asked"))
+    with pytest.raises(PreflightError, match=f"^RAY_ADDRESS={address}: no Ray cluster answers"):
+        cluster.join(address="auto")
+
+
+def test_no_ray_at_all_is_named(monkeypatch):
+    def refuse(**_):
+        raise ConnectionError("could not find any running Ray instance")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster.ray, "init", refuse)
+    with pytest.raises(PreflightError, match="^Ray: no Ray cluster answers.*running Ray instance"):
+        cluster.join(address="auto")
