@@ -41,6 +41,8 @@ _OF_A_PLACE = {
     errno.EPERM: "no permission",
     errno.EROFS: "the file system is read-only",
     errno.ENAMETOOLONG: "the name is too long",
+}
+_OF_THE_DISK = {  # a write that fails names no file
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota of the disk is used up",
 }
@@ -72,15 +74,11 @@ def command(main: Callable[Args, int | None]) -> Callable[Args, int]:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return INTERRUPTED
-        except OSError as error:
-            if error.errno not in _OF_A_PLACE:
-                raise
-            print_error(_as_place_error(error))
-            return REFUSED
         except Exception as error:
-            if not _is_of_config_library(error):
+            told = _as_ours(error)
+            if told is None:
                 raise
-            print_error(_as_config_error(error))
+            print_error(told)
             return REFUSED
 
     return run
@@ -216,14 +214,23 @@ def _is_of_config_library(error: Exception) -> bool:
     return type(error).__module__.split(".")[0] in ("hydra", "omegaconf")
 
 
-def _as_place_error(error: OSError) -> ConfigError:
-    """An error of the operating system as one of ours."""
-    assert error.errno is not None, "it was looked up"
+def _as_ours(error: Exception) -> ConfigError | None:
+    """What another library or the system says of what was given; None of all else."""
+    if _is_of_config_library(error):  # first: hydra's of a config that is not there is an OSError
+        return _as_config_error(error)
+    return _as_place_error(error) if isinstance(error, OSError) else None
+
+
+def _as_place_error(error: OSError) -> ConfigError | None:
+    """What the operating system says of a place on disk as an error of ours; None of all else."""
+    known = _OF_THE_DISK if error.filename is None else _OF_A_PLACE | _OF_THE_DISK
+    if error.errno not in known:  # a socket or a process that may not be touched, say
+        return None
     return ConfigError(
-        _OF_A_PLACE[error.errno],
+        known[error.errno],
         where="the disk" if error.filename is None else str(error.filename),
         got=error.strerror,
-        expected="a place that can be written",
+        expected="a place that can be used",
         fix="Choose another one, or make room there.",
     )
 

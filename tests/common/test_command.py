@@ -4,6 +4,7 @@ That every entry point is wrapped, the last test reads from their source.
 """
 
 import ast
+import errno
 import os
 import re
 import subprocess
@@ -65,6 +66,20 @@ def test_a_place_that_cannot_be_written_is_told_in_a_line(tmp_path, capsys):
         assert error.startswith(f"ConfigError: {path}: ") and error.count("\n") == 1, error
     with pytest.raises(FileNotFoundError):  # a folder that we should have made
         main(tmp_path / "absent" / "below")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPERM])
+def test_of_errors_without_a_file_a_full_disk_is_told_in_a_line(number, capsys):
+    @command
+    def main():
+        raise OSError(number, os.strerror(number))
+
+    if number == errno.ENOSPC:
+        assert main() == 2
+        assert capsys.readouterr().err.startswith("ConfigError: the disk: the disk is full")
+    else:  # of a process or a socket
+        with pytest.raises(PermissionError):
+            main()
 
 
 @pytest.mark.parametrize("before", [None, "0"])
