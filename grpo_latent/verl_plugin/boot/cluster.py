@@ -74,6 +74,8 @@ def join(**arguments: Any) -> None:
     try:
         ray.init(**arguments)
     except ConnectionError as error:
+        if arguments.get("address") == "local":  # no cluster was asked for
+            raise
         raise _no_answer(error) from error
 
 

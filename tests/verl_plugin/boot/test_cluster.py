@@ -236,3 +236,5 @@ def test_no_ray_at_all_is_named(monkeypatch):
     monkeypatch.setattr(cluster.ray, "init", refuse)
     with pytest.raises(PreflightError, match="^Ray: no Ray cluster answers.*running Ray instance"):
         cluster.join(address="auto")
+    with pytest.raises(ConnectionError, match="^could not find"):  # what a Ray of our own says
+        cluster.join(address="local")
