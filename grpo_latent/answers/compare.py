@@ -61,10 +61,10 @@ def _same_reading(
         return False
     if bool(_RELATION.search(gold.core)) != bool(_RELATION.search(answer.core)):
         return False
-    return equal_as_maths is not None and equal_as_maths(_formula(gold), _formula(answer))
+    return equal_as_maths is not None and equal_as_maths(_for_maths(gold), _for_maths(answer))
 
 
-def _formula(reading: Reading) -> str:
+def _for_maths(reading: Reading) -> str:
     """The core, with something to stand in relation where it begins with one; 1e3 as 1000."""
     if reading.number is not None and "e" in reading.core.lower():
         return str(reading.number.value)

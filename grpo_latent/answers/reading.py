@@ -106,7 +106,8 @@ class Reading:
     """What an answer says.
 
     Attributes:
-        kind: `number`, `identifier` (date, time, score, phone number, version), `maths` or `text`.
+        kind: `number`, `identifier` (date, time, score, phone number, version, decade, list of
+            numbers, formula that is compared as written), `maths` or `text`.
         core: the value as written; the whole text for `text`.
         number: for kind `number`, else None.
         unit: None if none is written.

@@ -186,6 +186,11 @@ def is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
+def as_list(value: str | Sequence[str]) -> list[str]:
+    """One text or several, as a list: `trainer.logger`, `data.train_files`."""
+    return [value] if isinstance(value, str) else list(value)
+
+
 def _bounds(
     above: float | None, at_least: float | None, below: float | None, at_most: float | None
 ) -> list[tuple[str, Callable[[float], bool]]]:

@@ -12,11 +12,8 @@ from grpo_latent.errors import ConfigError
 _REFERENCE = re.compile(r"\$\{(?:oc\.select:\s*)?(\.*)([\w.]+)\s*(?:,.*)?\}", re.DOTALL)
 
 
-def references(config: Any) -> dict[str, str]:
-    """Keys of an OmegaConf config whose value is that of another key, and which one that is."""
-    from omegaconf import OmegaConf  # here: commands without a config need no OmegaConf
-
-    values: Any = OmegaConf.to_container(config, resolve=False)
+def references(values: Mapping[str, Any]) -> dict[str, str]:
+    """Keys of a config as it is written whose value is that of another key, and which one that is."""
     found = _found(values, "")
     return {key: other for key, other in found.items() if _is_there(values, other)}
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from grpo_latent.common.kinds import as_list
 from grpo_latent.common.paths import check_output_folder, is_remote
 from grpo_latent.errors import ConfigError
 from grpo_latent.latent.mechanisms import Mechanism
@@ -230,10 +231,6 @@ def _check_resume(config: DictConfig) -> None:
         )
     if trainer.resume_mode == "resume_path":
         resume_folder(trainer)
-
-
-def as_list(value: str | Sequence[str]) -> Sequence[str]:
-    return [value] if isinstance(value, str) else value
 
 
 def _check_packages(config: DictConfig) -> None:

@@ -36,7 +36,7 @@ def check_schema(config: DictConfig) -> None:
     schema().check_sections(written)
     values = _plain(config)
     _check_legacy(values)
-    schema().check(values, references(config))
+    schema().check(values, references(written))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoProcessor, AutoTokenizer
 
 from grpo_latent.backbones.registry import read_backbone
+from grpo_latent.common.kinds import as_list
 from grpo_latent.common.paths import is_remote
 from grpo_latent.common.step_folders import step_of
 from grpo_latent.data.checks import CheckedFile, check_files
@@ -38,7 +39,7 @@ def check_data(config: DictConfig, console: Console | None = None) -> list[str]:
         ConfigError: fewer rows than a batch, or steps that are all taken.
     """
     folder = config.actor_rollout_ref.model.path
-    files = {key: _paths(config.data[key]) for key in GROUPS}
+    files = {key: as_list(config.data[key]) for key in GROUPS}
     if is_remote(folder) or any(map(is_remote, [*files["train_files"], *files["val_files"]])):
         return []
     length, keys = prompt_length(folder), RowKeys.of(config.data)
@@ -66,10 +67,6 @@ def prompt_length(folder: str) -> PromptLength:
     with reading("processor", folder):
         processor = AutoProcessor.from_pretrained(folder) if backbone.has_vision else None
     return PromptLength(tokenizer, processor)
-
-
-def _paths(files) -> list[str]:
-    return [files] if isinstance(files, str) else list(files)
 
 
 def _fitting(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from omegaconf import DictConfig, OmegaConf
 
 from grpo_latent.common import manifest
+from grpo_latent.common.kinds import as_list
 from grpo_latent.common.paths import is_remote
 from grpo_latent.common.pickles import check_pickles
 from grpo_latent.common.step_folders import step_of
@@ -76,7 +77,7 @@ def _reference(config: DictConfig) -> str:
 
 def _usage(config: DictConfig) -> str:
     usage = config.latent.usage
-    if not usage.num_prompts or not usage.ablations:
+    if not usage.num_prompts:
         return "of latents is not measured (latent.usage.num_prompts)"
     return (
         f"of latents at each validation, on {usage.num_prompts} rows: {usage.ablations[0]} decides, "
@@ -86,8 +87,7 @@ def _usage(config: DictConfig) -> str:
 
 def _count(config: DictConfig, key: str, limit_key: str) -> int | None:
     """The number of rows that are read of a run's files; None where they lie elsewhere."""
-    files = config.data[key]
-    paths: Sequence[str] = [files] if isinstance(files, str) else list(files)
+    paths = as_list(config.data[key])
     if any(map(is_remote, paths)):
         return None
     keys = RowKeys.of(config.data)

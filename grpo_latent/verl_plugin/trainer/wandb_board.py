@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from grpo_latent.common.provenance import provenance
 from grpo_latent.errors import TrainingError
 from grpo_latent.verl_plugin.boot.options import LatentOptions
+from grpo_latent.verl_plugin.trainer.wandb_run import logs_to_wandb
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
@@ -146,11 +147,6 @@ def _warning_only(consequence: str) -> Iterator[None]:
         yield
     except Exception as error:
         logger.warning("%s: %s; %s", type(error).__name__, error, consequence)
-
-
-def logs_to_wandb(config: DictConfig) -> bool:
-    loggers = config.trainer.logger
-    return "wandb" in ([loggers] if isinstance(loggers, str) else loggers)
 
 
 def check_board(config: DictConfig) -> None:

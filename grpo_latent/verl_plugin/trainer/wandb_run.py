@@ -9,9 +9,14 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from grpo_latent.common.files import write_text
+from grpo_latent.common.kinds import as_list
 from grpo_latent.verl_plugin.trainer.checkpoint import resume_folder
 
 ID_FILE = "wandb_run_id"
+
+
+def logs_to_wandb(config: DictConfig) -> bool:
+    return "wandb" in as_list(config.trainer.logger)
 
 
 def continue_run(config: DictConfig, output_dir: Path) -> None:
@@ -21,8 +26,7 @@ def continue_run(config: DictConfig, output_dir: Path) -> None:
     A training that leaves an older step (`resume_path`) is another run: wandb takes steps in order
     only, and would drop those that are taken again.
     """
-    logger = config.trainer.logger
-    if "wandb" not in ([logger] if isinstance(logger, str) else logger):
+    if not logs_to_wandb(config):
         return
     if os.environ.get("WANDB_RUN_ID"):
         return
