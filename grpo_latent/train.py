@@ -32,6 +32,7 @@ from grpo_latent.common.paths import (
 )
 from grpo_latent.common.provenance import append_provenance
 from grpo_latent.common.settings import section
+from grpo_latent.common.sockets import check_ray_folder
 from grpo_latent.errors import ConfigError, DataError
 
 LOG_FILE, METRICS_FILE, CONFIG_FILE = "train.log", "metrics.jsonl", "config.yaml"
@@ -117,6 +118,8 @@ def _check_all(config: DictConfig, console: Console) -> None:
     from grpo_latent.verl_plugin.rewards.start_check import check_rewards
     from grpo_latent.verl_plugin.trainer.data_check import check_data
 
+    if not is_attached():
+        check_ray_folder(OmegaConf.select(config, "ray_kwargs.ray_init._temp_dir"))
     notes = [*check(config), *check_data(config, console), *check_rewards(config)]
     for note in notes:
         console.print(f"warning: {note}")

@@ -20,6 +20,9 @@ settings.load_profile("no deadline")
 _cache = tempfile.TemporaryDirectory(prefix="grpo_latent_cache_")  # goes with the process
 os.environ["XDG_CACHE_HOME"] = _cache.name
 
+# a socket's path has 107 bytes, and Ray's begin in TMPDIR, which may be long
+os.environ.setdefault("RAY_TMPDIR", "/tmp")
+
 # Ray's own is 15: beside the other tests' process such workers would starve
 os.environ.setdefault("RAY_worker_niceness", "0")
 
