@@ -96,10 +96,7 @@ def run_cell(actor: str, phase: str, inputs: Path, folder: Path) -> Cell:
     mark, shared = folder / "mark.json", set(os.listdir("/dev/shm"))
     validates = f"trainer.val_before_train={str(phase == 'validation').lower()}"
     arguments = tiny_run.overrides(inputs, folder / "run", *SETTINGS, validates)
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("VERL_", "RAY_"))}
-    env = kept | {
-        "RAY_worker_niceness": "0",  # Ray's own is 15: on a busy machine such workers starve
-        "OMP_NUM_THREADS": "1",
+    env = tiny_run.clean_environment() | {
         "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
         "VERL_USE_EXTERNAL_MODULES": "killer",
         "GRPO_LATENT_DEATH_CELL": f"{actor}|{phase}",

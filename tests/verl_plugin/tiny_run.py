@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,17 @@ import grpo_latent.train  # noqa: F401  (lets hydra find verl's configs)
 from grpo_latent.verl_plugin.boot.registration import verify
 
 REWARD = (Path(__file__).parents[2] / "benchmarks" / "tiny_reward.py").read_text()
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's, without what names a plug-in or a Ray; where a Ray's files lie stays."""
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("VERL_", "RAY_")) or name == "RAY_TMPDIR"
+    }
+    # Ray's own niceness is 15: on a busy machine such workers starve
+    return clean | {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
 
 
 def write_inputs(folder: Path, **checkpoint) -> Path:

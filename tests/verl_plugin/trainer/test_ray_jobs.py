@@ -33,15 +33,8 @@ def inputs(tmp_path_factory):
     return tiny_run.write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def clean_environment() -> dict[str, str]:
-    clean = {
-        name: value for name, value in os.environ.items() if not name.startswith(("VERL_", "RAY_"))
-    }
-    return {**clean, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
-
-
 def run_command(command, cwd, **env):
-    env = {**clean_environment(), **env}
+    env = {**tiny_run.clean_environment(), **env}
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -52,7 +45,7 @@ def run_observed(command, cwd) -> tuple[str, set[tuple[str, str]]]:
     listening = set()
     with open(cwd / "out.txt", "w+") as out:
         process = psutil.Popen(
-            command, cwd=cwd, env=clean_environment(), stdout=out, stderr=subprocess.STDOUT
+            command, cwd=cwd, env=tiny_run.clean_environment(), stdout=out, stderr=subprocess.STDOUT
         )
         while process.poll() is None:
             for member in [process, *process.children(recursive=True)]:
@@ -118,7 +111,7 @@ class RayHead:
             ]
             + [f"--dashboard-agent-listen-port={agent}"],
             cwd=folder,
-            env={**clean_environment(), **self.auth},
+            env={**tiny_run.clean_environment(), **self.auth},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
