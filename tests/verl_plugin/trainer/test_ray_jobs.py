@@ -45,7 +45,11 @@ def run_observed(command, cwd) -> tuple[str, set[tuple[str, str]]]:
     listening = set()
     with open(cwd / "out.txt", "w+") as out:
         process = psutil.Popen(
-            command, cwd=cwd, env=tiny_run.clean_environment(), stdout=out, stderr=subprocess.STDOUT
+            command,
+            cwd=cwd,
+            env=tiny_run.clean_environment(),
+            stdout=out,
+            stderr=subprocess.STDOUT,
         )
         while process.poll() is None:
             for member in [process, *process.children(recursive=True)]:
