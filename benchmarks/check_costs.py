@@ -12,7 +12,6 @@ whole command, and what the checks are of them.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -28,9 +27,8 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from result_file import write_result  # noqa: E402
 from step import SAMPLED_EVERY_S, Processes  # noqa: E402
-
-from grpo_latent.common.provenance import provenance  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # appended to modules of the copy
@@ -119,13 +117,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name, checkout in checkouts.items():
                 turns[name].append(run(checkout, args))
                 print(f"{name}: {turns[name][-1][0]:.1f} s, {turns[name][-1][1]:.1f} CPU-s")
+    found: dict[str, dict[str, float]] = {}
     for index, unit in enumerate(("s", "CPU-s")):
         medians = [statistics.median(turn[index] for turn in turns[name]) for name in turns]
         share = medians[0] / medians[1] - 1
+        found[unit] = {"with": medians[0], "without": medians[1], "percent": 100 * share}
         print(f"with {medians[0]:.1f} {unit}, without {medians[1]:.1f} {unit}: {share:+.1%}")
-    if args.json:
-        values = {"provenance": provenance(seed=None), "arguments": vars(args), "turns": turns}
-        args.json.write_text(json.dumps(values, indent=1, default=str) + "\n")
+    write_result(args.json, {"medians": found, "turns": turns})
 
 
 if __name__ == "__main__":

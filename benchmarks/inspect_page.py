@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 
 from headless import headless, open_page
+from result_file import write_result
 
-from grpo_latent.common.provenance import provenance
 from grpo_latent.eval.dumps import dump_files
 
 
@@ -87,15 +87,13 @@ def main() -> None:
         opened_s = time_opening(page, options.repeats)
         result = {
             "trajectories": num_dumped,
-            "provenance": provenance(None),
             "page_megabytes": round(page.stat().st_size / 1e6, 2),
             "made_s": round(made_s, 2),
             "open_median_s": round(statistics.median(opened_s), 3),
             "open_max_s": round(max(opened_s), 3),
         }
     print(json.dumps(result, indent=2))
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options.json, result)
 
 
 if __name__ == "__main__":

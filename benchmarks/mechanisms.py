@@ -30,8 +30,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from result_file import write_result  # noqa: E402
 from rich.console import Console  # noqa: E402
-from rollout import Contender, measure, report_results, show  # noqa: E402
+from rollout import Contender, measure, show  # noqa: E402
 from tiny_setting import Setting, naive_trajectory, tiny_model  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
@@ -248,8 +249,8 @@ def main() -> None:
     for name in options.sections:
         title, paths = SECTIONS[name]()
         report[name] = measure(paths, options.repeats)
-        show(console, title, report[name], paths[0].name)
-    report_results(report, options.json)
+        show(console, title, report[name])
+    write_result(options.json, report, seed=0)
 
 
 if __name__ == "__main__":

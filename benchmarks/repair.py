@@ -31,6 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import one_process as loop  # noqa: E402
 import torch  # noqa: E402
+from result_file import write_result  # noqa: E402
 from scipy import stats  # noqa: E402
 
 from grpo_latent.common.files import write_json  # noqa: E402
@@ -265,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             print(f"seed {seed} {name}: {shares}  {runs[-1]['cpu_s']:.0f} s", flush=True)
     summary = summarize(runs)
-    write_json(outputs / "summary.json", {"provenance": provenance(None), "treatments": summary})
+    write_result(outputs / "summary.json", {"treatments": summary})
     print(markdown(summary))
     return 0
 

@@ -20,7 +20,6 @@ with latent.alarm.rollback=true they go back at alarms as training does, and the
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -39,9 +38,9 @@ from statistics import fmean, stdev
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parent))
 
+from result_file import write_result  # noqa: E402
 from robustness_recipes import ALGORITHM_KEYS, RECIPES, REMEDY_NAMES, Recipe  # noqa: E402
 
-from grpo_latent.common.provenance import provenance  # noqa: E402
 from grpo_latent.errors import ConfigError  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -358,23 +357,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         summary = summarize(runs)
         show(name, summary)
         path = arguments.json or arguments.outputs / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            json.dumps(
-                {
-                    "recipe": name,
-                    "overrides": arguments.overrides,
-                    "has_grpo_defaults": arguments.grpo_defaults,
-                    "remedy": arguments.remedy,
-                    "seconds": time.monotonic() - started,
-                    "provenance": provenance(None),
-                    **summary,
-                    "each": runs,
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+        found = {
+            "recipe": name,
+            "overrides": arguments.overrides,
+            "has_grpo_defaults": arguments.grpo_defaults,
+            "remedy": arguments.remedy,
+            "seconds": time.monotonic() - started,
+        }
+        write_result(path, {**found, **summary, "each": runs})
     return 0
 
 

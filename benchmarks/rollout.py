@@ -23,7 +23,6 @@ compiled and eager; engine `hf` against engine `vllm`.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -36,13 +35,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import text_models  # noqa: E402
 import torch  # noqa: E402
+from result_file import write_result  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from tiny_setting import Setting, naive_trajectory, tiny_model  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from grpo_latent.backbones.images import ImageInputs  # noqa: E402
-from grpo_latent.common.provenance import provenance  # noqa: E402
 from grpo_latent.data.embedded import digits  # noqa: E402
 from grpo_latent.latent.mechanisms import LVR, SpanMechanism  # noqa: E402
 from grpo_latent.models import tiny  # noqa: E402
@@ -149,7 +148,10 @@ def naive_path(setting: Setting, new_tokens: int) -> Contender:
 
 
 def measure(paths: list[Contender], repeats: int) -> dict[str, dict]:
-    """Median CPU-seconds and positions a CPU-second of each path: one warm-up, then turns."""
+    """Median CPU-seconds and positions a CPU-second of each path: one warm-up, then turns.
+
+    `first_is_faster_by`: how many times as many positions a CPU-second the first path makes.
+    """
     for path in paths:
         path.run()
     seconds: dict[str, list[float]] = {path.name: [] for path in paths}
@@ -160,23 +162,26 @@ def measure(paths: list[Contender], repeats: int) -> dict[str, dict]:
             positions[path.name] = path.run()
             seconds[path.name].append(time.process_time() - started)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rates = {name: positions[name] / median for name, median in medians.items()}
     return {
         name: {
             "cpu_s": median,
             "positions": positions[name],
-            "positions_per_cpu_s": positions[name] / median,
+            "positions_per_cpu_s": rates[name],
+            "first_is_faster_by": rates[paths[0].name] / rates[name],
         }
         for name, median in medians.items()
     }
 
 
-def show(console: Console, title: str, results: dict[str, dict], base: str) -> None:
-    """Prints what `measure` found, and how many times as fast as each path `base` is."""
+def show(console: Console, title: str, results: dict[str, dict]) -> None:
+    """Prints what `measure` found."""
     table = Table(title=title)
+    base = next(iter(results))
     for column in ("path", "CPU s", "positions", "positions / CPU s", f"{base} is faster by"):
         table.add_column(column, justify="left" if column == "path" else "right")
     for name, result in results.items():
-        ratio = results[base]["positions_per_cpu_s"] / result["positions_per_cpu_s"]
+        ratio = result["first_is_faster_by"]
         rate = f"{result['positions_per_cpu_s']:,.0f}"
         table.add_row(
             name, f"{result['cpu_s']:.3f}", str(result["positions"]), rate, f"{ratio:.2f} x"
@@ -278,7 +283,6 @@ def main() -> None:
             console,
             f"{NUM_PROMPTS} prompts x {GROUP_SIZE}, {new_tokens} new positions",
             results,
-            engines[0].name,
         )
         report[str(new_tokens)] = results
     if "text" in options.sections:
@@ -286,15 +290,7 @@ def main() -> None:
         report["text"] = text_report(
             console, options.sizes, options.text_positions, options.repeats, folder
         )
-    report_results(report, options.json)
-
-
-def report_results(report: dict[str, dict], path: Path | None) -> None:
-    """Prints what was measured with the machine that it was measured on, and writes it."""
-    text = json.dumps(report | {"provenance": provenance(None)}, indent=2)
-    print(text)
-    if path is not None:
-        path.write_text(text + "\n")
+    write_result(options.json, report, seed=0)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ boundary may do, and how far the log-probs are from it.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -21,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from result_file import write_result
 from torch import Tensor
 
-from grpo_latent.common.provenance import provenance
 from grpo_latent.rollout.sampling import Bans, sample
 
 NUM_BANNED = 23
@@ -106,10 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{row['draws']} draws are not float64's, log-probs off by at most "
                 f"{row[name]['log_prob_gap']:.1e}"
             )
-    if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"provenance": provenance(None), "device": str(device), "sampling": found})
-        )
+    write_result(arguments.json, {"device": str(device), "sampling": found}, seed=0)
     return 0
 
 

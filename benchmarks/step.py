@@ -32,11 +32,11 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
 import psutil
-
-from grpo_latent.common.provenance import provenance
+from result_file import write_result
 
 SAMPLED_EVERY_S = 0.2
 RUN_LIMIT_S = 900
@@ -213,16 +213,24 @@ def follow(
     return seen
 
 
+def medians(results: dict[str, list[Turn]]) -> dict[str, list[float]]:
+    """Of the turns of each checkout, in their order."""
+    columns = {
+        "to step 1, s": attrgetter("start_s"),
+        "to step 1, CPU-s": attrgetter("start_cpu_s"),
+        "a step, s": attrgetter("step_s"),
+        "a step, CPU-s": attrgetter("step_cpu_s"),
+    }
+    return {
+        title: [statistics.median(map(of, turns)) for turns in results.values()]
+        for title, of in columns.items()
+    }
+
+
 def table(results: dict[str, list[Turn]]) -> str:
     names = list(results)
     rows = [("", *names, *(f"{name} / {names[-1]}" for name in names[:-1]))]
-    for title, of in (
-        ("to step 1, s", lambda turn: turn.start_s),
-        ("to step 1, CPU-s", lambda turn: turn.start_cpu_s),
-        ("a step, s", lambda turn: turn.step_s),
-        ("a step, CPU-s", lambda turn: turn.step_cpu_s),
-    ):
-        values = [statistics.median(map(of, results[name])) for name in names]
+    for title, values in medians(results).items():
         ratios = [f"{value / values[-1]:.2f}" for value in values[:-1]]
         rows.append((title, *(f"{value:.2f}" for value in values), *ratios))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -249,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--json")
+    parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", default=[])
     args = parser.parse_args(arguments)
     if args.steps < 3:
@@ -262,10 +270,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results[checkout.name].append(turn)
             print(json.dumps({checkout.name: vars(turn)}), file=sys.stderr)
     print(table(results))
-    if args.json:
-        found = {name: [vars(turn) for turn in turns] for name, turns in results.items()}
-        values = {"provenance": provenance(seed=None), "arguments": vars(args), "turns": found}
-        Path(args.json).write_text(json.dumps(values, indent=1))
+    found = {name: [vars(turn) for turn in turns] for name, turns in results.items()}
+    ratios = {
+        title: [value / values[-1] for value in values]
+        for title, values in medians(results).items()
+    }
+    heads = {"checkouts": list(results), "medians": medians(results), "to_the_last": ratios}
+    write_result(args.json, {**heads, "turns": found})
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
+from result_file import write_result  # noqa: E402
 from training_batches import engine_batch, images_of, trajectories, write_checkpoint  # noqa: E402
 
-from grpo_latent.common.provenance import provenance  # noqa: E402
 from grpo_latent.models.adapter import ModelAdapter  # noqa: E402
 from grpo_latent.models.loading import load_latent_model  # noqa: E402
 from grpo_latent.models.replay import replay  # noqa: E402
@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     text=True,
                 )
                 turns[way].append(json.loads(done.stdout.splitlines()[-1]))
-    found = {
+    found: dict[str, dict[str, dict[str, Any]]] = {
         phase: {
             way: {
                 key: statistics.median(turn[phase][key] for turn in turns[way])
@@ -239,13 +239,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for phase, of_way in found.items():
         last = of_way[ways[-1]]
         for way, ours in of_way.items():
+            ours["to_the_last"] = [ours[key] / last[key] for key in ("seconds", "gib")]
+            ratio, gib_ratio = ours["to_the_last"]
             print(
                 f"{phase}, {way}: {ours['seconds']:.1f} s and {ours['gib']:.2f} GiB; ratios "
-                f"{ours['seconds'] / last['seconds']:.3f} and {ours['gib'] / last['gib']:.3f}"
+                f"{ratio:.3f} and {gib_ratio:.3f}"
             )
-    if arguments.json:
-        report = {"provenance": provenance(None), "sizes": vars(arguments), "passes": found}
-        arguments.json.write_text(json.dumps(report, default=str, indent=1) + "\n")
+    sizes = {name: getattr(arguments, name) for name in SIZES}
+    write_result(arguments.json, {"sizes": sizes, "passes": found})
     return 0
 
 
