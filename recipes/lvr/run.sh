@@ -20,7 +20,7 @@ fi
 GPUS=${GPUS:-8}
 python recipes/lvr/validate.py trainer.n_gpus_per_node="$GPUS" "$@"
 # the config's default engine
-python -c "from grpo_latent.rollout.vllm.compat import check_installed; check_installed()"
+python -c "from grpo_latent.rollout.vllm.supported import check_installed; check_installed()"
 
 torchrun --nproc_per_node "$GPUS" -m grpo_latent.sft --config-dir recipes/lvr --config-name "$SFT" \
   model.path="$MODEL" data.train_files="$SFT_JSON" data.image_folder="$IMAGES" trainer.output_dir="$OUT/sft"

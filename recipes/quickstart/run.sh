@@ -19,7 +19,7 @@ source recipes/common.sh
 case $ROLLOUT in
   hf) SFT_OVERRIDES=() GRPO_OVERRIDES=() ;;
   vllm) SFT_OVERRIDES=(latent.visibility=full) GRPO_OVERRIDES=(actor_rollout_ref.rollout.name=vllm_latent)
-    python -c "from grpo_latent.rollout.vllm.compat import check_installed; check_installed()" ;;
+    python -c "from grpo_latent.rollout.vllm.supported import check_installed; check_installed()" ;;
   *) echo "ROLLOUT=$ROLLOUT: expected hf or vllm" >&2; exit 2 ;;
 esac
 
