@@ -96,7 +96,7 @@ VERSIONS ?= .venv-versions
 versions: $(STAMP)
 	bash requirements/versions/run.sh $(BIN)/python $(VERSIONS)
 
-# two processes: the tests that mostly wait for Ray, and all others (tests/conftest.py)
+# two processes: the first begins with the tests that mostly wait for Ray, the other with all others (tests/conftest.py)
 test: $(STAMP) browser
 	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 

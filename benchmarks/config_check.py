@@ -7,6 +7,7 @@ has the key. Prints those that are not, the figure, and what the checks cost on 
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
@@ -21,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 sys.path.insert(0, str(Path(__file__).parent))
 
 from config_mistakes import MISTAKES, WITH_FILES, is_named  # noqa: E402
+from result_file import write_result  # noqa: E402
 
 from grpo_latent.common.paths import check_output_folder  # noqa: E402
 from grpo_latent.data.embedded import digits  # noqa: E402
@@ -119,6 +121,9 @@ def verdict(checks: Callable[[DictConfig], None], config: DictConfig, mistake: s
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_inputs(folder)
@@ -144,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for mistake, said in missed.items():
         print(f"{mistake}: {said}")
     print(f"{len(found) - len(missed)} of {len(found)} mistakes named")
+    write_result(options.json, {"mistakes": len(found), "named": len(found) - len(missed)})
     print(f"the check of a config in order: {cost:.2f} CPU s, {first:.2f} the first time")
     return 1 if missed else 0
 

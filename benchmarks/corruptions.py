@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from corruption_cases import CASES, STEPS, Case  # noqa: E402
 from kills import differences  # noqa: E402
+from result_file import write_result  # noqa: E402
 
 from grpo_latent.common import manifest  # noqa: E402
 from grpo_latent.errors import GrpoLatentError  # noqa: E402
@@ -180,6 +181,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num", type=int, help="of all, drawn at random")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = grid(Path(folder), options.seed, options.num)
@@ -193,6 +195,8 @@ def main() -> int:
     by_case = Counter(damage.case for damage, _ in found)
     print(f"{len(found)} corruptions: {dict(counts)}; {dict(by_case)}")
     print(f"digests: {num_bytes / 1e6:.0f} MB in {seconds:.2f} s")
+    result = {"corruptions": len(found), "found": counts, "by_case": by_case}
+    write_result(options.json, result, options.seed)
     return 1 if counts["missed"] else 0
 
 

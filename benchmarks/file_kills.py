@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from result_file import write_result
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import RandomSampler
 from transfer_queue import KVBatchMeta
@@ -286,6 +287,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--num", type=int, help="operations drawn at random; all if left out")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = grid(Path(folder), options.seed, options.num)
@@ -294,6 +296,7 @@ def main() -> int:
             print(f"operation {number}: {names}")
     good = sum(not names for _, names in found)
     print(f"{good} of {len(found)} kills before a file operation: the same files to the byte")
+    write_result(options.json, {"same": good, "kills": len(found)}, options.seed)
     return 0 if good == len(found) else 1
 
 

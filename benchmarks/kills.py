@@ -30,6 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import config_check  # noqa: E402
+from result_file import write_result  # noqa: E402
 
 from grpo_latent.common.best_checkpoint import BEST_FILE  # noqa: E402
 from grpo_latent.common.pickles import without_code  # noqa: E402
@@ -271,12 +272,15 @@ def main() -> int:
     parser.add_argument("--points", type=int, help="of a step, drawn at random; all if left out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("outputs/kills"))
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.folder.exists():
         shutil.rmtree(options.folder)
     points = choose(options.points, options.seed)
     kills = grid(options.folder.absolute(), points, lambda text: print(text, flush=True))
     print(figure(kills))
+    good = sum(kill.is_verified and not kill.differences for kill in kills)
+    write_result(options.json, {"identical": good, "kills": len(kills)}, options.seed)
     return 0 if all(kill.is_verified and not kill.differences for kill in kills) else 1
 
 

@@ -51,16 +51,24 @@ def starts_ray(path: Path) -> bool:
 
 @pytest.hookimpl(optionalhook=True)  # there is none without pytest-xdist
 def pytest_xdist_make_scheduler(config, log):
-    """Gives all files that start Ray to one process, of other files a folder at a time.
+    """Files that start Ray go to the first process one by one, folders of the others to the rest.
 
-    Such tests mostly wait for workers that start: side by side they would wait for each other. Not
-    by `--dist loadgroup`: with pytest 9.2 it ignores the groups (pytest-dev/pytest-xdist#1386).
+    Such files mostly wait for workers that start, so one at a time goes beside computing. Who has
+    done his own kind takes from the other. Not by `--dist loadgroup`: with pytest 9.2 it ignores
+    the groups (pytest-dev/pytest-xdist#1386).
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "ray" if starts_ray(ROOT / file) else "/".join(file.split("/")[:2])
+            return f"ray {file}" if starts_ray(ROOT / file) else "/".join(file.split("/")[:2])
+
+        def _assign_work_unit(self, node) -> None:
+            wants_ray = node is self.nodes[0]
+            own = (scope for scope in self.workqueue if scope.startswith("ray ") == wants_ray)
+            if scope := next(own, None):
+                self.workqueue.move_to_end(scope, last=False)
+            super()._assign_work_unit(node)
 
     return Scheduling(config, log)

@@ -15,7 +15,9 @@ from grpo_latent.testing.cases import TEMPERATURE, Case
 from grpo_latent.trajectory import PositionKind, Trajectory
 
 REPLAY_BOUND = 1e-4  # nats: one forward over a whole sequence against one a token
-ROW_BOUND = 1e-5  # nats: the same row beside other rows
+# nats: the same row beside other rows. 1e-5 held with AVX-512 kernels and not with the AVX2 ones of an
+# AMD EPYC, where rounding alone exceeds it
+ROW_BOUND = 1e-4
 
 
 def require(

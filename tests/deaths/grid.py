@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "verl_plugin"))
+sys.path[:0] = [str(HERE.parent / "verl_plugin"), str(HERE.parents[1] / "benchmarks")]
 
 import tiny_run  # noqa: E402
+from result_file import write_result  # noqa: E402
 
 LIMIT_S = 30.0  # from the kill to the end of the command
 RUN_LIMIT_S = 300.0
@@ -168,21 +169,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--actor", default="")
     parser.add_argument("--phase", default="")
+    parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     cells = [(a, p) for a, p in CELLS if asked.actor in a and asked.phase in p]
     bad = 0
+    taken: list[float] = []
     with tempfile.TemporaryDirectory(prefix="deaths_") as root:
         inputs = tiny_run.write_inputs(Path(root))
         for number, (actor, phase) in enumerate(cells):
             cell = run_cell(actor, phase, inputs, Path(root) / f"cell{number}")
             problems = cell.problems()
             bad += bool(problems)
+            taken += [] if cell.seconds is None else [cell.seconds]
             seconds = "none" if cell.seconds is None else f"{cell.seconds:4.1f} s"
             verdict = "; ".join(problems) or "ok"
             print(f"{actor:36} {phase:11} {seconds:>7}  {verdict}", flush=True)
             if problems:
                 print(f"    {cell.message}", flush=True)
     print(f"{len(cells) - bad}/{len(cells)} cells ended in time and typed")
+    times = {"least_s": min(taken, default=None), "most_s": max(taken, default=None)}
+    write_result(asked.json, {"cells": len(cells), "ended": len(cells) - bad, **times})
     return int(bad > 0)
 
 
