@@ -113,8 +113,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    server = ray.remote(Receiver).remote()
-    sender = ray.remote(Sender).remote(server, options.megabytes, options.tensors)
+    server: Any = ray.remote(Receiver).remote()
+    sender: Any = ray.remote(Sender).remote(server, options.megabytes, options.tensors)
     turns: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
     for turn in range(options.repeats + 1):  # the first one of each is to warm up
         for way in WAYS:

@@ -288,7 +288,7 @@ def test_packed_linears_move_log_probs_by_rounding_only(name):
     _, plain = rollouts(c, "full", pack_linears=False)
     for group, other in zip(packed, plain, strict=True):
         for a, b in zip(group, other, strict=True):
-            assert_same(a, b, atol=1e-5)
+            assert_same(a, b, atol=1e-4)
 
 
 def test_trajectories_are_ordinary_tensors():

@@ -88,11 +88,13 @@ def test_fixed_shapes_decode_what_growing_ones_do(monkeypatch, name, temperature
     """Over several rooms, while rows stop and are dropped."""
     monkeypatch.setattr(kv_rooms, "MIN_ROOM", 16)
     c, treatment = case_of(name)
+    if (
+        name == "gumbel_soft"
+    ):  # at temperature 0.1 a mixture has ten times its logits' rounding, a position
+        c.model.double()
     fixed = engine_of(c, treatment).generate(c.requests, sampling(temperature=temperature))
     growing = engine_of(c, treatment, "growing")
-    # a mixture at temperature 0.1 carries a rounding of its logits ten times over
-    atol = 1e-2 if name == "gumbel_soft" else 1e-4
-    assert_equal(fixed, growing.generate(c.requests, sampling(temperature=temperature)), atol)
+    assert_equal(fixed, growing.generate(c.requests, sampling(temperature=temperature)), 1e-4)
     assert sum(len(t.latents) for group in fixed for t in group) > 10, "latents, or no test"
 
 
