@@ -17,6 +17,7 @@ $(STAMP): requirements/torch-cpu.txt requirements/cpu.txt setup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/cpu.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
+	@echo 'installed; before commands of your own: . $(VENV)/bin/activate'
 
 # the CUDA set in the same .venv, in the place of the CPU one (docs/gpu.md: not run here)
 install-cuda:

@@ -8,6 +8,7 @@ Exit codes are those of `grpo_latent.common.command`.
 
 from __future__ import annotations
 
+import difflib
 import os
 import runpy
 import sys
@@ -46,8 +47,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     name, *rest = arguments
     if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
         raise ConfigError(
-            "no such command", where="grpo-latent", got=name, expected=f"one of {list(COMMANDS)}"
+            "no such command",
+            where="grpo-latent",
+            got=name,
+            expected=f"one of {list(COMMANDS)}",
+            fix=f"Write grpo-latent {near[0]}, the nearest spelling." if near else None,
         )
     sys.argv = [f"grpo-latent {name}", *rest]
     # as `python -m` does it: modules in the current folder are found, and what a module does before

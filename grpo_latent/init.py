@@ -11,6 +11,7 @@ copying before it has begun.
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import shutil
 import sys
@@ -70,8 +71,13 @@ def copy_recipe(recipe: str, folder: Path) -> list[Path]:
     """
     source = shipped()
     if recipe not in recipes(source):
+        near = difflib.get_close_matches(recipe, recipes(source), 1)
         raise ConfigError(
-            "no such recipe", where="grpo-latent init", got=recipe, expected=f"{recipes(source)}"
+            "no such recipe",
+            where="grpo-latent init",
+            got=recipe,
+            expected=f"one of {recipes(source)}",
+            fix=f"Write {near[0]}, the nearest spelling." if near else None,
         )
     check_output_folder(str(folder), "folder")
     paths = files_of(source, recipe)

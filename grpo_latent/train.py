@@ -72,13 +72,15 @@ def check_only(config: DictConfig) -> None:
         _check_all(config, console)
         for note in check_resume(config):
             console.print(f"warning: {note}")
-        if config.trainer.device == "cpu" or torch.cuda.is_available():
+        can_run = config.trainer.device == "cpu" or torch.cuda.is_available()
+        if can_run:
             report_trial(try_checkpoint(config), console)
         else:
             console.print("warning: no GPU here: the checkpoint was not loaded (latent.preflight)")
         for line in plan(config):
             console.print(line)
-        console.print("nothing is wrong; nothing was started or written")
+        found = "nothing is wrong" if can_run else "nothing else is wrong; it cannot run here"
+        console.print(f"{found}; nothing was started or written")
 
 
 @config_command("grpo", check_only)

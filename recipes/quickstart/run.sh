@@ -40,3 +40,4 @@ grpo digits_grpo "$OUT/sft/model" "${GRPO_OVERRIDES[@]}" "$@"
 join
 evaluate_rl digits_evaluate
 summarize
+echo "next: grpo-latent inspect $OUT    # one page of what it did, made in a minute or two"

@@ -38,8 +38,17 @@ def num_apart(config: DictConfig) -> int:
 
 def check_resources(config: DictConfig) -> None:
     """Raises `ConfigError` if the cluster cannot hold the actors: Ray would wait in silence."""
+    trainer, resources = config.trainer, ray.cluster_resources()
+    if trainer.device != "cpu" and not resources.get("GPU"):
+        raise ConfigError(
+            "no node has a GPU",
+            where="trainer.device",
+            got=trainer.device,
+            expected=f"{trainer.nnodes} nodes with {trainer.n_gpus_per_node} GPUs that Ray sees",
+            fix="Set device=cpu, or see `grpo-latent doctor` and nvidia-smi on the nodes.",
+        )
     needed = cpus_needed(config)
-    available = ray.cluster_resources().get("CPU", 0)
+    available = resources.get("CPU", 0)
     if available < needed:
         raise ConfigError(
             "the Ray cluster has too few CPUs",
@@ -49,7 +58,6 @@ def check_resources(config: DictConfig) -> None:
             fix="On your own machine start it with more logical CPUs than cores, e.g. ray "
             "start --head --num-cpus=16.",
         )
-    trainer = config.trainer
     if trainer.device != "cpu":
         training_nodes(trainer.nnodes, trainer.n_gpus_per_node, "GPU")
         return

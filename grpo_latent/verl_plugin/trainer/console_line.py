@@ -25,7 +25,7 @@ SHORT_NAMES = {
     "entropy": ("actor/entropy",),
     "latent": ("latent/steps_mean",),
     "used": ("latent/usage_gap/shuffle",),
-    "silent": ("actor/silent_steps",),
+    "silent": ("frac_reward_zero_std",),
     "gap": ("latent/replay_logp_gap_max",),
 }
 
@@ -62,12 +62,12 @@ def short_line(report: Report, seconds: float | None = None) -> str:
         "entropy": "{:.3f}",
         "latent": "{:.1f}",
         "used": "{:+.2f}",
-        "silent": "{:.0f}",
+        "silent": "{:.2f}",
         "gap": "{:.1e}",
     }
     for name, keys in SHORT_NAMES.items():
         value = next((metrics[key] for key in keys if key in metrics), None)
-        if value is not None and (value or name != "silent"):  # no step without signal: no news
+        if value is not None and (value or name != "silent"):  # each group has a signal: no news
             columns.append(f"{name} {formats[name].format(value)}")
         if name == "reward" and held_out(metrics) is not None:
             columns.append(f"held-out {held_out(metrics):.3f}")

@@ -148,6 +148,13 @@ def test_too_few_logical_cpus_are_named(nodes, tmp_path, monkeypatch):
         check_resources(config)
 
 
+def test_without_a_gpu_that_is_what_is_said(nodes, tmp_path, monkeypatch):
+    config = make_config(tmp_path, tmp_path, "trainer.device=cuda", "trainer.n_gpus_per_node=2")
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})  # too few of these as well
+    with pytest.raises(ConfigError, match="^trainer.device: no node has a GPU; got cuda"):
+        check_resources(config)
+
+
 def test_training_workers_have_nodes_of_their_own_and_the_driver_has_its_last(nodes):
     nodes.listed.append(nodes.node("b", "10.0.0.3"))
     assert training_nodes(2, 4, "CPU") == ["b", "c"]

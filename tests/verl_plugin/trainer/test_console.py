@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from rich.console import Console
 
 from grpo_latent.verl_plugin.trainer.console import StepPrinter
@@ -64,3 +65,11 @@ def test_the_line_of_a_step():
     assert line == (
         "step 7/60  reward 0.750  held-out 0.750  kl 0.0123  entropy 1.500  latent 2.0  gap 2.0e-06  3.2 s"
     )
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"), [(0.0, ""), (0.25, "  silent 0.25"), (1.0, "  silent 1.00")]
+)
+def test_silent_is_the_share_of_groups_without_signal_in_this_step(share, shown):
+    metrics = {"critic/score/mean": 0.5, "frac_reward_zero_std": share, "actor/silent_steps": 3.0}
+    assert short_line(Report("step", 7, 60, metrics)) == f"step 7/60  reward 0.500{shown}"
