@@ -34,6 +34,12 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     author="grpo_latent authors",
+    project_urls={  # the repository itself has no public address yet
+        "LVR": "https://arxiv.org/abs/2509.24251",
+        "ILVR": "https://arxiv.org/abs/2512.05665",
+        "IVT-LR": "https://arxiv.org/abs/2510.12603",
+        "verl": "https://github.com/volcengine/verl",
+    },
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
     classifiers=[

@@ -15,6 +15,7 @@ nothing.
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import functools
 import os
@@ -22,6 +23,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 from grpo_latent.errors import ConfigError, GrpoLatentError
@@ -235,8 +237,29 @@ def _as_place_error(error: OSError) -> ConfigError | None:
     )
 
 
+def _no_such_config(name: str) -> ConfigError:
+    """Of a `--config-name`, whose folder hydra does not name."""
+    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    asked.add_argument("--config-dir", "-cd", type=Path)
+    folder = asked.parse_known_args()[0].config_dir
+    names = sorted(path.stem for path in folder.glob("*.yaml")) if folder else []
+    near = difflib.get_close_matches(name, names, 1)
+    return ConfigError(
+        "no such config",
+        where="--config-name",
+        got=name,
+        expected=f"one of {names}, of {folder}" if folder else "a config of the package",
+        fix=f"Write {near[0]}, the nearest spelling."
+        if near
+        else "Name its folder: --config-dir.",
+    )
+
+
 def _as_config_error(error: Exception) -> ConfigError:
     """An error of hydra or omegaconf as one of ours."""
+    name = getattr(error, "missing_cfg_file", None)
+    if name is not None and "primary config" in str(error):
+        return _no_such_config(str(name))
     # their messages take several lines, the first of which says most
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     what = lines[0].rstrip(".;") if lines else type(error).__name__

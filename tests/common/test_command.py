@@ -140,11 +140,21 @@ sys.exit(main())
         ),
         ("pass", ["method=no_such_method"], 2, "^ConfigError: config: .*method/no_such_method"),
         ("config.model.path", [], 2, "^ConfigError: config: Missing mandatory value: model.path"),
+        (
+            "pass",
+            ["--config-dir", "mine", "--config-name", "my_sfft"],
+            2,
+            r"^ConfigError: --config-name: no such config; got my_sfft; expected one of "
+            r"\['my_sft'\], of mine\. Write my_sft, the nearest spelling\.\n$",
+        ),
+        ("pass", ["--config-name", "my_sft"], 2, "^ConfigError: .*Name its folder: --config-dir"),
     ],
 )
 def test_commands_with_a_hydra_config(tmp_path, body, arguments, code, message):
     script = tmp_path / "script.py"
     script.write_text(HYDRA.format(body=body))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "my_sft.yaml").write_text("defaults: [sft]")
     done = subprocess.run(
         [sys.executable, str(script), *arguments],
         capture_output=True,
