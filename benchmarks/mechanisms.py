@@ -123,7 +123,9 @@ def ivt_lr() -> tuple[str, list[Contender]]:
         if "q_proj.weight" in name or "k_proj.weight" in name:
             parameter.mul_(SHARPER)
     ids = tokenizer.get_vocab()
-    mechanism = IVTLR.from_tokens(ids, steps=SLOTS, top_k_image=TOP_K)
+    mechanism = IVTLR.from_tokens(
+        ids, steps=SLOTS, top_k_image=TOP_K, selection_order="attention"
+    )  # as published, and as `recomputed_slots` does
     rng = np.random.default_rng(0)
     requests = []
     for request in requests_of(processor, SLOT_ROWS, ("max",)):
@@ -143,6 +145,7 @@ def ivt_lr() -> tuple[str, list[Contender]]:
                 images=ImageInputs(batch["pixel_values"], batch["image_grid_thw"]),
             )
         )
+    model.double()  # for the comparison below: at a near tie float32's rounding chooses
     engine = HFRolloutEngine(model, mechanism, [eos_id])
     sampling = SamplingParams(SLOTS * (TOP_K + 1) + TEXT_TOKENS, temperature=0)
 
@@ -163,6 +166,8 @@ def ivt_lr() -> tuple[str, list[Contender]]:
     assert decode([requests]) == decode(one_by_one) == published(True) == published(False), (
         "the paths must choose and draw the same"
     )
+    model.float()
+    engine = HFRolloutEngine(model, mechanism, [eos_id])
     num = sampling.max_new_tokens * SLOT_ROWS
     return (
         f"IVT-LR, {SLOT_ROWS} rows, {SLOTS} slots of {TOP_K} image embeddings, "
