@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -23,8 +22,9 @@ from pathlib import Path
 
 from headless import headless, open_page
 from result_file import write_result
+from safetensors.torch import load_file
 
-from grpo_latent.eval.dumps import dump_files
+from grpo_latent.eval.dumps import dump_files, write_step
 
 
 def repeat_dumps(run: Path, target: Path, num_trajectories: int) -> int:
@@ -43,9 +43,8 @@ def repeat_dumps(run: Path, target: Path, num_trajectories: int) -> int:
         source = steps[step % len(steps)]
         step += 1
         records = [json.loads(line) | {"step": step} for line in source.read_text().splitlines()]
-        target_file = target / "rollouts" / f"step_{step}.jsonl"
-        target_file.write_text("".join(json.dumps(record) + "\n" for record in records))
-        shutil.copy(source.with_suffix(".safetensors"), target_file.with_suffix(".safetensors"))
+        tensors = load_file(source.with_suffix(".safetensors"))
+        write_step(target / "rollouts", step, records, tensors)
         total += len(records)
     return total
 
@@ -80,9 +79,15 @@ def main() -> None:
         num_dumped = repeat_dumps(options.run, run, options.trajectories)
         start = time.perf_counter()
         command = [sys.executable, "-m", "grpo_latent.inspect", run, "--out", page]
-        subprocess.run(
-            [*command, "--trajectories", str(num_dumped)], check=True, stdout=subprocess.DEVNULL
+        made = subprocess.run(
+            [*command, "--trajectories", str(num_dumped)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
+        if "Error: " in made.stderr:  # the page is made without what cannot be read
+            sys.exit(made.stderr)
         made_s = time.perf_counter() - start
         opened_s = time_opening(page, options.repeats)
         result = {
