@@ -64,7 +64,12 @@ NO_RESULTS = {
         "1e-6": "relative noise on weights, a setting",
         "95": "% of an interval",
     },
-    "speed.md": {"3.1": "million parameters", "0.17": "billion parameters"},
+    "speed.md": {
+        "11": "positions, a setting",
+        "64": "positions, a setting",
+        "3.1": "million parameters",
+        "0.17": "billion parameters",
+    },
     "vllm.md": {
         **dict.fromkeys(("0.25", "0.28", "0.29", "0.30", "0.31", "0.32"), RELEASE),
     },
@@ -190,7 +195,7 @@ def seeds(result):
 
 
 # of times and counts: nothing in them is drawn
-WITHOUT_SEED = {"sizing", "config_mistakes"}
+WITHOUT_SEED = {"sizing", "config_mistakes", "inspect_page"}
 
 
 def test_result_files_say_where_they_come_from_and_name_no_path():
