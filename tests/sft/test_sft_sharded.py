@@ -129,10 +129,15 @@ def test_bfloat16_computes_and_float32_sums(runs):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MEASURED)
 def test_bytes_are_as_many_as_counted(runs, name):
-    """Within 15 % of the profiler's sum over the allocator's events, gloo's copies left out."""
+    """Within 15 % of the profiler's sum over the allocator's events, gloo's copies left out.
+
+    Of the process that had less: who is ahead keeps what gloo has not sent, since the other one is
+    not there yet (a device's streams would make it wait).
+    """
     folder, _ = runs
     case, overrides = MEASURED[name]
-    measured = json.loads((folder / name / "memory-0.json").read_text())
+    ranks = [json.loads(path.read_text()) for path in (folder / name).glob("memory-*.json")]
+    measured = min(ranks, key=lambda rank: rank["most"])
     load = memory.Load(
         num_bytes=2 if overrides.get("trainer.bf16") else 4,
         is_checkpointed=overrides.get("trainer.gradient_checkpointing", case == "lvr"),
@@ -150,7 +155,7 @@ def test_bytes_are_as_many_as_counted(runs, name):
         counted = memory.sharded_bytes(
             memory.Shapes.of(model), load, world_size=2, num_teachers=int(name == "teacher")
         )
-    assert counted["total"] == pytest.approx(measured["most"], rel=0.15), (measured, counted)
+    assert counted["total"] == pytest.approx(measured["most"], rel=0.15), (ranks, counted)
 
 
 @pytest.mark.slow
