@@ -18,6 +18,7 @@ import asyncio
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,12 +35,9 @@ BUCKET_MEGABYTES = 2048  # verl's default
 TIMEOUT_S = 120.0
 
 
-def digests(model: dict[str, Tensor]) -> dict[str, float]:
-    """A number a tensor, of its values and their places."""
-    return {
-        name: float(tensor @ torch.arange(len(tensor), dtype=tensor.dtype))
-        for name, tensor in model.items()
-    }
+def digests(model: dict[str, Tensor]) -> dict[str, str]:
+    """Of each tensor's bytes: a sum would be rounded, and may be so differently in each process."""
+    return {name: sha256(tensor.numpy().data).hexdigest() for name, tensor in model.items()}
 
 
 class Receiver:
@@ -65,7 +63,7 @@ class Receiver:
     async def load(self, weights: dict[str, Tensor]) -> None:
         await asyncio.to_thread(self._load, iter(weights.items()))
 
-    async def digests(self) -> dict[str, float]:
+    async def digests(self) -> dict[str, str]:
         return digests(self.model)
 
     async def cpu_s(self) -> float:
