@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # 1 thread a process: OpenMP threads that spin on shared cores made runs ten times slower
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install install-cuda vllm test-vllm vllm-contract vllm-v2 harnesses browser quickstart controls robustness test test-fast test-kill test-deaths test-cluster lint types format docs screenshots versions clean
+.PHONY: install install-cuda vllm test-vllm vllm-contract vllm-v2 harnesses browser quickstart controls robustness test test-long test-fast test-kill test-deaths test-cluster lint types format docs screenshots versions clean
 
 install: $(STAMP)
 
@@ -99,7 +99,11 @@ versions: $(STAMP)
 
 # two processes: the first begins with the tests that mostly wait for Ray, the other with all others (tests/conftest.py)
 test: $(STAMP) browser
-	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder -m "not long"
+
+# the long tests that `make test` leaves out, a quarter of an hour of two cores
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder -m long
 
 test-fast: $(STAMP) browser
 	$(BIN)/python -m pytest -m "not slow"

@@ -38,6 +38,7 @@ def test_a_script_outside_is_named_without_its_folder(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.long
 def test_weights_arrive_both_ways(tmp_path):
     """The benchmark compares what arrived with what was sent."""
     script = [sys.executable, "benchmarks/weights.py", "--megabytes=4", "--repeats=1"]

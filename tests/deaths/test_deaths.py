@@ -24,6 +24,7 @@ def test_the_cells_are_of_the_grid():
     assert set(HELD) <= set(grid.CELLS)
 
 
+@pytest.mark.long
 def test_a_death_ends_the_run_in_time_and_typed(tmp_path):
     seed = int(os.environ.get("GRPO_LATENT_SEED", random.randrange(2**32)))
     actor, phase = random.Random(seed).choice(HELD)

@@ -42,6 +42,7 @@ def test_log_probs_are_those_of_rollout_and_replay(folder, visibility, gloo):
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.long
 def test_grpo_steps_train(local_ray, tmp_path, monkeypatch):
     """Two steps on verl's trainer; in the first, policy and reference do not differ yet."""
     inputs, output = tiny_run.write_inputs(tmp_path, build=tiny_internvl), tmp_path / "out"

@@ -33,6 +33,8 @@ def weights(tiny):
     return {name: value.clone() for name, value in tiny.model.state_dict().items()}
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_tower_learns_to_read_digits():
     """60 of the recipe's 400 steps; untrained probes are at chance."""
     tiny = model(sizes=EXPERIMENT_SIZES)

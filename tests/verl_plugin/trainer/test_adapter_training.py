@@ -4,6 +4,7 @@ first   world size 2, steps 1-4, saves at 2 and 4
 second  what a kill after step 2 leaves, at world size 1, steps 3-4
 """
 
+import json
 import shutil
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from grpo_latent.models.loading import load_latent_model
 from grpo_latent.verl_plugin.trainer import checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.long]
 
 OPTIONS = (
     "actor_rollout_ref.model.lora_rank=4",
@@ -70,6 +71,4 @@ def test_adapters_train_and_go_on_at_another_number_of_ranks(
 
 
 def tokens_of(text):
-    import json
-
     return [json.loads(line)["token_ids"] for line in text.splitlines()]

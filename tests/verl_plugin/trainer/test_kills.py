@@ -32,6 +32,7 @@ def test_a_plan_lets_each_continuation_commit():
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.long
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     seed = random.randrange(10**6)
     found = kills.grid(tmp_path / "kills", kills.choose(1, seed))

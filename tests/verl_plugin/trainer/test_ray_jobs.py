@@ -25,7 +25,7 @@ from engine_helpers import free_port
 from grpo_latent.common.provenance import read_provenance
 from grpo_latent.verl_plugin.trainer import checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

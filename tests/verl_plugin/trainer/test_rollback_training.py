@@ -16,7 +16,7 @@ import tiny_run
 from grpo_latent.common.best_checkpoint import STATE_FILE, read_best
 from grpo_latent.verl_plugin.trainer import checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.long]
 SCORES = {0: 0.5, 2: 0.7, 4: 0.69, 6: 0.45}
 RATE = 1e-3
 ALARM = (

@@ -71,6 +71,7 @@ def test_reports_and_alarms_reach_the_driver(local_ray):
     ]
 
 
+@pytest.mark.long
 def test_a_killed_save_and_resume_at_world_size_2(local_ray, inputs, tmp_path, monkeypatch):
     first, second = tmp_path / "a", tmp_path / "b"
 
@@ -204,9 +205,9 @@ def check_dropped_rows(output: Path, metrics: dict[int, dict]) -> None:
     "treatment",
     [
         "latent.treatment.gaussian.sigma=0.5",
-        "latent.treatment.gumbel_soft.top_k=4",
+        pytest.param("latent.treatment.gumbel_soft.top_k=4", marks=pytest.mark.long),
         # its density keeps H log sigma: below -1 for certain at a width above 1 only
-        "latent.treatment.gaussian_head.sigma=3",
+        pytest.param("latent.treatment.gaussian_head.sigma=3", marks=pytest.mark.long),
     ],
     ids=["gaussian", "gumbel_soft", "gaussian_head"],
 )

@@ -113,6 +113,7 @@ def test_gradients_are_finite_differences_and_an_update_moves_the_gate(
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.long
 def test_grpo_steps_train_the_gate(local_ray, tmp_path, monkeypatch):
     """Two steps on verl's trainer, from a plain model without any SFT."""
     inputs, output = tiny_run.write_inputs(tmp_path), tmp_path / "out"

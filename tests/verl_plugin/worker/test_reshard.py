@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from grpo_latent.errors import CheckpointError
 from grpo_latent.verl_plugin.worker.adapters import full_tensor
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 STEPS = 2  # before the save, and after it
 LORA = dict(lora=dict(lora_rank=4), lora_trains=["latents", "lm_head"])
 BPTT = {"name": "recompute", "recompute": {"gradient": "bptt"}}

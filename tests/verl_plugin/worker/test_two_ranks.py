@@ -245,6 +245,7 @@ def test_a_shared_prompt_on_two_ranks_trains_as_one_a_row(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_treatments_on_two_ranks_are_those_on_one(tmp_path):
     """Recomputed latents run the same forwards on every rank, one without any latent included.
 
@@ -284,8 +285,10 @@ def gate_folder(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "prefix", "trains"),
-    [(lvr_folder, "lvr_head.", False), (gate_folder, "hybrid_gate.", True)],
-    ids=["lvr", "hybrid_gate"],
+    [
+        pytest.param(lvr_folder, "lvr_head.", False, id="lvr"),
+        pytest.param(gate_folder, "hybrid_gate.", True, id="hybrid_gate", marks=pytest.mark.long),
+    ],
 )
 def test_two_ranks_train_as_one(make, prefix, trains, tmp_path):
     """Recorded latents give LVR's head no gradient; the gate's parameters get one each."""
