@@ -8,12 +8,12 @@ Exit codes are those of `grpo_latent.common.command`.
 
 from __future__ import annotations
 
-import difflib
 import os
 import runpy
 import sys
 
 from grpo_latent.common.command import command
+from grpo_latent.common.spelling import nearest_fix
 from grpo_latent.errors import ConfigError
 
 # name -> module, and what it does
@@ -47,13 +47,12 @@ def main(argv: list[str] | None = None) -> None:
         return
     name, *rest = arguments
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
         raise ConfigError(
             "no such command",
             where="grpo-latent",
             got=name,
             expected=f"one of {list(COMMANDS)}",
-            fix=f"Write grpo-latent {near[0]}, the nearest spelling." if near else None,
+            fix=nearest_fix("Write grpo-latent {}", name, COMMANDS),
         )
     sys.argv = [f"grpo-latent {name}", *rest]
     # as `python -m` does it: modules in the current folder are found, and what a module does before

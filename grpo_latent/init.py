@@ -11,7 +11,6 @@ copying before it has begun.
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import shutil
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from grpo_latent.common.command import command
 from grpo_latent.common.paths import check_output_folder
+from grpo_latent.common.spelling import nearest_fix
 from grpo_latent.errors import ConfigError, DataError
 
 PACKAGE = Path(__file__).parent
@@ -71,13 +71,12 @@ def copy_recipe(recipe: str, folder: Path) -> list[Path]:
     """
     source = shipped()
     if recipe not in recipes(source):
-        near = difflib.get_close_matches(recipe, recipes(source), 1)
         raise ConfigError(
             "no such recipe",
             where="grpo-latent init",
             got=recipe,
             expected=f"one of {recipes(source)}",
-            fix=f"Write {near[0]}, the nearest spelling." if near else None,
+            fix=nearest_fix("Write {}", recipe, recipes(source)),
         )
     check_output_folder(str(folder), "folder")
     paths = files_of(source, recipe)

@@ -15,7 +15,6 @@ nothing.
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import functools
 import os
@@ -26,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
+from grpo_latent.common.spelling import nearest_fix
 from grpo_latent.errors import ConfigError, GrpoLatentError
 
 if TYPE_CHECKING:
@@ -243,15 +243,12 @@ def _no_such_config(name: str) -> ConfigError:
     asked.add_argument("--config-dir", "-cd", type=Path)
     folder = asked.parse_known_args()[0].config_dir
     names = sorted(path.stem for path in folder.glob("*.yaml")) if folder else []
-    near = difflib.get_close_matches(name, names, 1)
     return ConfigError(
         "no such config",
         where="--config-name",
         got=name,
         expected=f"one of {names}, of {folder}" if folder else "a config of the package",
-        fix=f"Write {near[0]}, the nearest spelling."
-        if near
-        else "Name its folder: --config-dir.",
+        fix=nearest_fix("Write {}", name, names) or "Name its folder: --config-dir.",
     )
 
 

@@ -15,6 +15,7 @@ import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from grpo_latent.common.spelling import nearest_fix
 from grpo_latent.errors import ConfigError, GrpoLatentError
 
 if TYPE_CHECKING:
@@ -152,13 +153,12 @@ def section(node: object, where: str) -> dict[str, Any]:
 def check_choice(value: object, allowed: Collection[str], where: str, note: str = "") -> None:
     """Raises `ConfigError` where `value` is none of `allowed`."""
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, 1)
         raise ConfigError(
             "unknown value",
             where=where,
             got=value,
             expected=f"one of {tuple(allowed)}{note}",
-            fix=f"Set {where}={near[0]}, the nearest spelling." if near else None,
+            fix=nearest_fix(f"Set {where}={{}}", value, allowed),
         )
 
 
