@@ -14,4 +14,4 @@ def nearest_fix(line: str, name: object, names: Iterable[str]) -> str | None:
     >>> nearest_fix("Set mode={}", 3, ["fast", "slow"])
     """
     near = difflib.get_close_matches(str(name), list(names), 1)
-    return f"{line.replace("{}", near[0])}, the nearest spelling." if near else None
+    return line.replace("{}", near[0]) + ", the nearest spelling." if near else None

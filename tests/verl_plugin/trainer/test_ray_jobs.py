@@ -21,6 +21,7 @@ import pytest
 import ray
 import tiny_run
 from engine_helpers import free_port
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from grpo_latent.common.provenance import read_provenance
 from grpo_latent.verl_plugin.trainer import checkpoint
@@ -144,55 +145,70 @@ def ray_head(tmp_path, local_ray):
 
 
 def test_jobs_stock_trainer_and_own_ray_continue_each_other(ray_head, inputs, tmp_path):
-    script, dashboard, auth = ray_head.script, ray_head.dashboard, ray_head.auth
-    job, own = tmp_path / "job", tmp_path / "own"
-    (tmp_path / "cwd").mkdir()
+    job, own, cwd = tmp_path / "job", tmp_path / "own", tmp_path / "cwd"
+    cwd.mkdir()
     # the gap bound then also says that rollout and replay have the same attention
     masked = "latent.visibility=latents_only"
-    logger = "trainer.logger=[file,wandb]"
-    arguments = tiny_run.overrides(inputs, job, masked, "trainer.total_training_steps=3", logger)
-    submit = [
-        script,
-        "job",
-        "submit",
-        "--address",
-        dashboard,
-        "--",
-        sys.executable,
-        "-m",
-        "grpo_latent.train",
-    ]
+    arguments = tiny_run.overrides(
+        inputs, job, masked, "trainer.total_training_steps=3", "trainer.logger=[file,wandb]"
+    )
+    check_a_job_without_the_token_is_denied(ray_head, arguments)
+    out = run_command(
+        [*submit(ray_head, WANDB_MODE="offline", OMP_NUM_THREADS="1"), *arguments],
+        cwd,
+        **ray_head.auth,
+    )
+    assert "succeeded" in out and out.count("step 3/3") == 1 and "TaskRunner" not in out
+    check_board(job)
+    assert checkpoint.read_tracker(job / "checkpoints") == 3
+    assert (job / "train.log").stat().st_size > 1000
+    assert len(read_provenance(job)) == 1
+
+    go_on_by_the_stock_trainer(ray_head, tiny_run.make_config(inputs, job, masked), job, cwd)
+    ray_head.stop()
+
+    own_args = tiny_run.overrides(inputs, own, masked)
+    out, listening = run_observed([sys.executable, "-m", "grpo_latent.train", *own_args], cwd)
+    # Ray's processes, TransferQueue's actors, torch's store of the training worker
+    assert len(listening) > 5 and {host for _, host in listening} == {"127.0.0.1"}, listening
+    lines = [line for line in out.splitlines() if line.startswith("step") and "ALARM" not in line]
+    assert [line.split()[1] for line in lines] == [f"{s}/6" for s in range(7)]
+    tiny_run.assert_equal_runs(own, job, range(1, 7), checkpoint=6)
+    shutil.rmtree(own)
+
+
+def submit(head: RayHead, **env_vars: str) -> list[str]:
+    """`ray job submit` of `grpo_latent.train`, without its arguments."""
+    command = [head.script, "job", "submit", "--address", head.dashboard]
+    if env_vars:
+        command += ["--runtime-env-json", json.dumps({"env_vars": env_vars})]
+    return [*command, "--", sys.executable, "-m", "grpo_latent.train"]
+
+
+def check_a_job_without_the_token_is_denied(head: RayHead, arguments: list[str]) -> None:
     denied = subprocess.run(
-        [*submit, *arguments],
+        [*submit(head), *arguments],
         env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "beef" * 16},
         capture_output=True,
         text=True,
     )
-    assert (
-        denied.returncode != 0 and "uth" in denied.stdout + denied.stderr
-    )  # 401/403, whatever ray calls it
-    runtime_env = json.dumps({"env_vars": {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}})
-    submit[submit.index("--") : submit.index("--")] = ["--runtime-env-json", runtime_env]
-    out = run_command([*submit, *arguments], tmp_path / "cwd", **auth)
-    assert "succeeded" in out and out.count("step 3/3") == 1 and "TaskRunner" not in out
+    # 401/403, whatever ray calls it
+    assert denied.returncode != 0 and "uth" in denied.stdout + denied.stderr
+
+
+def check_board(job: Path) -> None:
     (board,) = (job / "wandb").glob("offline-run-*")
     logged = [
         path.relative_to(board / "files" / "media").parts[:3]
         for path in board.rglob("media/**/*.*")
     ]
     for kind, name in (("table", "rollouts"), ("table", "groups"), ("html", "inspector")):
-        assert any(parts[0] == kind and name in str(parts) for parts in logged), (
-            kind,
-            name,
-            logged,
-        )
-    assert checkpoint.read_tracker(job / "checkpoints") == 3
-    assert (job / "train.log").stat().st_size > 1000
-    assert len(read_provenance(job)) == 1
+        found = [parts for parts in logged if parts[0] == kind and name in str(parts)]
+        assert found, (kind, name, logged)
 
-    config = tiny_run.make_config(inputs, job, masked)
-    from omegaconf import OmegaConf, open_dict
 
+def go_on_by_the_stock_trainer(head: RayHead, config: DictConfig, job: Path, cwd: Path) -> None:
+    """`python -m verl.trainer.main_ppo` on the config that the job had."""
     env = {
         "VERL_USE_EXTERNAL_MODULES": "grpo_latent.verl_plugin",
         "VERL_PLATFORM": "cpu",
@@ -200,28 +216,9 @@ def test_jobs_stock_trainer_and_own_ray_continue_each_other(ray_head, inputs, tm
     }
     with open_dict(config):
         config.ray_kwargs.ray_init = {
-            "address": ray_head.address,
+            "address": head.address,
             "runtime_env": {"env_vars": dict(env)},
         }
-    OmegaConf.save(config, tmp_path / "cwd" / "stock.yaml")
-    stock = [
-        sys.executable,
-        "-m",
-        "verl.trainer.main_ppo",
-        "--config-dir",
-        ".",
-        "--config-name",
-        "stock",
-    ]
-    run_command(stock, tmp_path / "cwd", **env, **auth)
-    ray_head.stop()
-
-    own_args = tiny_run.overrides(inputs, own, masked)
-    command = [sys.executable, "-m", "grpo_latent.train", *own_args]
-    out, listening = run_observed(command, tmp_path / "cwd")
-    # Ray's processes, TransferQueue's actors, torch's store of the training worker
-    assert len(listening) > 5 and {host for _, host in listening} == {"127.0.0.1"}, listening
-    lines = [line for line in out.splitlines() if line.startswith("step") and "ALARM" not in line]
-    assert [line.split()[1] for line in lines] == [f"{s}/6" for s in range(7)]
-    tiny_run.assert_equal_runs(own, job, range(1, 7), checkpoint=6)
-    shutil.rmtree(own)
+    OmegaConf.save(config, cwd / "stock.yaml")
+    stock = ["-m", "verl.trainer.main_ppo", "--config-dir", ".", "--config-name", "stock"]
+    run_command([sys.executable, *stock], cwd, **env, **head.auth)
