@@ -51,7 +51,7 @@ def starts_ray(path: Path) -> bool:
 
 @pytest.hookimpl(optionalhook=True)  # there is none without pytest-xdist
 def pytest_xdist_make_scheduler(config, log):
-    """Files that start Ray go to the first process one by one, folders of the others to the rest.
+    """Files that start Ray go to the first process, the others to the rest, one at a time.
 
     Such files mostly wait for workers that start, so one at a time goes beside computing. Who has
     done his own kind takes from the other. Not by `--dist loadgroup`: with pytest 9.2 it ignores
@@ -62,7 +62,7 @@ def pytest_xdist_make_scheduler(config, log):
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return f"ray {file}" if starts_ray(ROOT / file) else "/".join(file.split("/")[:2])
+            return f"ray {file}" if starts_ray(ROOT / file) else file
 
         def _assign_work_unit(self, node) -> None:
             wants_ray = node is self.nodes[0]
