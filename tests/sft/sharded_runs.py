@@ -67,7 +67,6 @@ class RecordsMemory(ProgressBar):
         self.load = dict.fromkeys(("positions", "labels", "cached", "looked_back"), 0)
         ModelAdapter(model).decoder.register_forward_pre_hook(self.count, with_kwargs=True)
         model.get_output_embeddings().register_forward_pre_hook(self.count_labels)
-        keep_in_step()
         activities = [torch.profiler.ProfilerActivity.CPU]
         self.profile = torch.profiler.profile(activities=activities, profile_memory=True)
         self.profile.__enter__()
@@ -89,27 +88,6 @@ class RecordsMemory(ProgressBar):
         most = self.before + most_allocated(self.profile.profiler.kineto_results)
         path = Path(args.output_dir) / f"memory-{args.process_index}.json"
         path.write_text(json.dumps({"most": most, "load": self.load}))
-
-
-def keep_in_step():
-    """Who is ahead would keep what gloo has not sent, as much as the other one is slow.
-
-    torch 2.13 has other names for the collectives of FSDP2 than before.
-    """
-
-    def waiting(collective):
-        def then_wait(*args, **kwargs):
-            work = collective(*args, **kwargs)
-            dist.barrier()
-            return work
-
-        then_wait.waits = True
-        return then_wait
-
-    for name in ("reduce_scatter_single", "reduce_scatter_tensor", "all_reduce"):
-        collective = getattr(dist, name, None)
-        if collective and not hasattr(collective, "waits"):
-            setattr(dist, name, waiting(collective))
 
 
 def most_allocated(results):
