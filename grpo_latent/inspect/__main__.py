@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for run in runs:
         for problem in run.problems:
             print_error(problem)
-    print(f"{path}  {path.stat().st_size / 1e6:.1f} MB, {len(report.blocks)} groups")
+    shown = f"{len(report.blocks)} groups" if report.blocks else "no trajectories in it so far"
+    print(f"{path}  {path.stat().st_size / 1e6:.1f} MB, {shown}")
 
 
 @contextmanager

@@ -16,12 +16,18 @@ LONG_CHARS = 100_000
 
 @dataclass(frozen=True)
 class Case:
-    """A completion to try. `spans` are the characters at which latent spans stood."""
+    """A completion to try.
+
+    Attributes:
+        spans: the characters at which latent spans stood.
+        slow_fix: what helps a function that does not return on it.
+    """
 
     name: str
     solution_str: str
     spans: Sequence[int] = (0,)
     stop_reason: str = "eos"
+    slow_fix: str = ""
 
     @property
     def latent(self) -> dict:
@@ -71,7 +77,12 @@ def completions(ground_truth: str, wrong_answer: str) -> list[Case]:
             f"<html><script>alert(1)</script>&lt;answer&gt;{ground_truth}&lt;/answer&gt;</html>",
         ),
         Case("100k characters", "<answer>" + "4 " * (LONG_CHARS // 2)),
-        Case("100k opened tags", "<answer>" * (LONG_CHARS // 8)),
+        Case(
+            "100k opened tags",
+            "<answer>" * (LONG_CHARS // 8),
+            slow_fix="a pattern such as <answer>(.*?)</answer> reads to the end from every opened "
+            "tag: look for the closing one first",
+        ),
         Case("unicode", "<answer> ４²⅓ 七 \U0001f600 \u202e \ufffd \x00 </answer>"),
         Case("huge number", "<answer> 9**9**9 </answer>"),
         Case("LaTeX", r"<answer> \frac{1}{\boxed{ $ \left( </answer>"),
@@ -125,7 +136,10 @@ def check_function(
         verdict = _verdict(one, two)
         report.rows.append((case, one, verdict))
         if verdict:
-            report.problems.append(f"{case.name}: {verdict}")
+            fix = (
+                f"; {case.slow_fix}" if case.slow_fix and "timeout" in (one.kind, two.kind) else ""
+            )
+            report.problems.append(f"{case.name}: {verdict}{fix}")
     _warn(report, dict(zip([c.name for c in cases], first, strict=True)), without_truth)
     return report
 
@@ -146,7 +160,8 @@ def _verdict(one: Outcome, two: Outcome) -> str:
 
 def _warn(report: CheckReport, outcomes: dict[str, Outcome], without_truth: Outcome) -> None:
     scores = {outcome.score for outcome in outcomes.values() if outcome.is_ok}
-    if len(scores) == 1:
+    # where calls failed, that is the problem
+    if len(scores) == 1 and all(outcome.is_ok for outcome in outcomes.values()):
         report.warnings.append(f"always {scores.pop()}: a group of equal rewards teaches nothing")
     right = outcomes["correct"].score
     wrong = outcomes["wrong"].score

@@ -85,6 +85,13 @@ def test_a_function_that_does_not_return_is_a_problem(tmp_path):
     body = "    time.sleep(90 if len(solution_str) > 9999 else 0)\n    return len(solution_str)\n"
     report = check(tmp_path, body, "import time\n", timeout_s=1.0)
     assert any("100k characters: did not return" in p for p in report.problems), report.problems
+    (opened,) = (p for p in report.problems if p.startswith("100k opened tags: did not return"))
+    assert opened.endswith("look for the closing one first")
+
+
+def test_equal_scores_are_no_news_where_calls_failed(tmp_path):
+    report = check(tmp_path, "    return 1.0 if solution_str else len(None)\n")
+    assert report.problems and not any("always" in w for w in report.warnings)
 
 
 @pytest.mark.parametrize(

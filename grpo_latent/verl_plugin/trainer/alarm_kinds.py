@@ -29,7 +29,8 @@ Metrics = Mapping[str, Any]
 HELD_OUT = "held_out"
 HELD_OUT_ERROR = "held_out_error"
 SMALLER_STEP = (
-    "a smaller actor.optim.lr, a KL to the reference (actor.use_kl_loss), latent.alarm.rollback"
+    "a smaller actor.optim.lr, a KL to the reference (actor.use_kl_loss) or a larger one "
+    "(actor.kl_loss_coef), latent.alarm.rollback"
 )
 
 
