@@ -101,7 +101,7 @@ versions: $(STAMP)
 test: $(STAMP) browser
 	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder -m "not long"
 
-# the long tests that `make test` leaves out, a quarter of an hour of two cores
+# the long tests that `make test` leaves out, some twenty minutes of two cores
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder -m long
 
