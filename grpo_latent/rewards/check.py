@@ -136,9 +136,8 @@ def check_function(
         verdict = _verdict(one, two)
         report.rows.append((case, one, verdict))
         if verdict:
-            fix = (
-                f"; {case.slow_fix}" if case.slow_fix and "timeout" in (one.kind, two.kind) else ""
-            )
+            is_slow = "timeout" in (one.kind, two.kind)
+            fix = f"; {case.slow_fix}" if is_slow and case.slow_fix else ""
             report.problems.append(f"{case.name}: {verdict}{fix}")
     _warn(report, dict(zip([c.name for c in cases], first, strict=True)), without_truth)
     return report

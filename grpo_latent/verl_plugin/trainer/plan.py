@@ -59,7 +59,8 @@ def plan(config: DictConfig) -> list[str]:
         f"{actor.ppo_mini_batch_size} prompts, learning rate {actor.optim.lr:g}",
         f"KL       {_reference(config)}",
         f"latents  treatment {treatment}; engine {rollout.name}, device {config.trainer.device}",
-        f"reward   {functions} (called on one right answer before the start; odd ones: grpo-latent check-reward)",
+        f"reward   {functions} (called on one right answer before the start; odd ones: "
+        "grpo-latent check-reward)",
         f"use      {_usage(config)}",
         f"run      {_steps(config, rows)}",
         f"output   {config.latent.output_dir}",
