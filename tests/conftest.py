@@ -27,6 +27,19 @@ os.environ.setdefault("RAY_TMPDIR", "/tmp")
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _own_environment():
+    """What a file sets, such as torch.distributed's RANK, is not there for the next one.
+
+    Which file is next depends on which process is free first.
+    """
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 def has_vllm() -> bool:
     distributions = (
         name.lower() for d in importlib.metadata.distributions() if (name := d.metadata["Name"])
