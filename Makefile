@@ -13,8 +13,9 @@ install: $(STAMP)
 $(STAMP): requirements/torch-cpu.txt requirements/cpu.txt setup.py
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else f"Python 3.11 is needed, this is {v}: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --retries 1 -r requirements/torch-cpu.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/cpu.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --retries 1 -r requirements/torch-cpu.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -r requirements/cpu.txt
+	-$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib  # pip compiles on one core; some of torch's files are Python 3.12's
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 	@echo 'installed; before commands of your own: . $(VENV)/bin/activate'
@@ -104,6 +105,7 @@ test: $(STAMP) browser
 # the long tests that `make test` leaves out, some twenty minutes of two cores
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder -m long
+	GRPO_LATENT_CLUSTER=1 $(BIN)/python -m pytest tests/cluster -m long -rs
 
 test-fast: $(STAMP) browser
 	$(BIN)/python -m pytest -m "not slow"
@@ -118,9 +120,10 @@ test-kill: $(STAMP)
 test-deaths: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" python tests/deaths/grid.py
 
-# RL over the nodes of a Ray cluster: network namespaces, so it is skipped without root; some minutes of two cores
+# a job over two nodes of a Ray cluster: network namespaces, so it is skipped without root; some minutes of two cores. `make test-long`
+# has the rest of it
 test-cluster: $(STAMP)
-	GRPO_LATENT_CLUSTER=1 $(BIN)/python -m pytest tests/cluster -rs
+	GRPO_LATENT_CLUSTER=1 $(BIN)/python -m pytest tests/cluster -m "not long" -rs
 
 CODE := grpo_latent recipes reward benchmarks tests setup.py conftest.py
 lint: $(STAMP) types

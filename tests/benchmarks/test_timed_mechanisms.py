@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import mechanisms  # noqa: E402
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("section", mechanisms.SECTIONS)
 def test_paths_decode_the_same(monkeypatch, section):
     monkeypatch.setattr(mechanisms, "SLOT_ROWS", 2)

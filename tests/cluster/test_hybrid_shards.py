@@ -15,7 +15,7 @@ sys.path[:0] = [str(PLUGIN_TESTS), str(PLUGIN_TESTS / "worker")]
 
 import test_two_ranks as ranks  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def test_four_ranks_in_hybrid_shards_train_as_one(tmp_path):

@@ -1,7 +1,7 @@
 """RL over the nodes of a Ray cluster: network namespaces of this machine. `make test-cluster`.
 
-Each node has an address, a raylet, an object store and CPUs of its own. Of one config, without any
-validation:
+That runs `many` alone; `make test-long` all, and compares them. Each node has an address, a raylet,
+an object store and CPUs of its own. Of one config, without any validation:
 
     one    a Ray of its own on one node, two ranks: steps 1-6
     many   by `ray job submit`: rank 0 on node 1, rank 1 on node 2, each with its rollout server;
@@ -55,7 +55,7 @@ def can_be_made():
         pytest.skip(f"no cluster of namespaces: {reason}")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster():
     with namespaces.NamespaceCluster(CPUS) as nodes:
         yield nodes
@@ -68,7 +68,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(inputs, tmp_path_factory):
-    """The run on one node, before the cluster is up."""
+    """The run on one node, before a cluster is up: whatever needs it stands first."""
     folder = tmp_path_factory.mktemp("one")
     arguments = tiny_run.overrides(inputs, folder, *SETTINGS, "trainer.n_gpus_per_node=2")
     command = [sys.executable, "-m", "grpo_latent.train", *arguments]
@@ -126,10 +126,11 @@ class Job:
         return self._log.read_text()
 
 
-def test_steps_over_nodes_are_those_on_one_and_a_lost_node_ends_the_run(
-    one, cluster, shipped, inputs, tmp_path
-):
-    job = Job(cluster, shipped, inputs, tmp_path / "many", "trainer.nnodes=2")
+@pytest.fixture(scope="module")
+def many(cluster, shipped, inputs, tmp_path_factory):
+    """The run over two nodes, one of which is lost."""
+    output = tmp_path_factory.mktemp("of_many") / "many"
+    job = Job(cluster, shipped, inputs, output, "trainer.nnodes=2")
     job.wait_for_step(2)
     check_who_listens_where(cluster)
     job.wait_for_step(4)
@@ -137,18 +138,10 @@ def test_steps_over_nodes_are_those_on_one_and_a_lost_node_ends_the_run(
     cluster.unplug(2)
     assert job.wait(LIMIT_S) != 0
     print(f"unplugged: {time.monotonic() - cut:.1f} s")
-    lost = job.loss()
-    # a step's metrics are on disk a moment before the driver has heard of it
-    assert re.search(r"node 10\.77\.0\.3, last step [34]/6: ", lost), lost
-    assert "rollout server, training worker" in lost
-    check_equal_runs(one, job.output, range(1, 5), checkpoint=3)
-
-    left = ("trainer.nnodes=1", "trainer.n_gpus_per_node=2")
-    rest = Job(cluster, shipped, inputs, tmp_path / "many", *left)
-    assert rest.wait() == 0, rest.text[-3000:]
-    check_equal_runs(one, rest.output, range(1, 7), checkpoint=6)
+    return job
 
 
+@pytest.mark.long
 def test_servers_apart_and_a_killed_node(one, shipped, inputs, tmp_path):
     """The other cut: a machine without power, whose kernel no longer answers for its sockets."""
     left = ("trainer.nnodes=1", "trainer.n_gpus_per_node=2", "latent.placement=apart")
@@ -166,6 +159,28 @@ def test_servers_apart_and_a_killed_node(one, shipped, inputs, tmp_path):
     assert re.search(r"node 10\.77\.0\.3, last step [34]/6: ", lost), lost
     assert "rollout server" in lost and "training worker" not in lost
     check_equal_runs(one, job.output, range(1, 5), checkpoint=3)
+
+
+@pytest.mark.long
+def test_steps_over_nodes_are_those_on_one_and_go_on_without_the_lost_one(
+    one, many, cluster, shipped, inputs
+):
+    check_equal_runs(one, many.output, range(1, 5), checkpoint=3)
+    left = ("trainer.nnodes=1", "trainer.n_gpus_per_node=2")
+    rest = Job(cluster, shipped, inputs, many.output, *left)
+    assert rest.wait() == 0, rest.text[-3000:]
+    check_equal_runs(one, rest.output, range(1, 7), checkpoint=6)
+
+
+def test_a_job_trains_on_two_nodes_until_one_is_lost(many):
+    lost = many.loss()
+    # a step's metrics are on disk a moment before the driver has heard of it
+    assert re.search(r"node 10\.77\.0\.3, last step [34]/6: ", lost), lost
+    assert "rollout server, training worker" in lost
+    metrics = tiny_run.metrics_of(many.output)
+    assert all(metrics[step]["latent/replay_logp_gap_max"] < 1e-4 for step in range(1, 5))
+    parts = {name for name in tiny_run.states_of(many.output, 3) if name.startswith("model_")}
+    assert parts == {f"model_world_size_2_rank_{rank}.pt" for rank in (0, 1)}
 
 
 ASK = """

@@ -10,7 +10,7 @@ sys.path.append(str(SFT_TESTS))
 
 import sharded_cases as cases  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

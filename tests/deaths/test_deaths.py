@@ -3,12 +3,11 @@
 GRPO_LATENT_SEED repeats a run's choice.
 """
 
-import os
-import random
 import sys
 from pathlib import Path
 
 import pytest
+from drawn import REPEAT, draws
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -26,9 +25,8 @@ def test_the_cells_are_of_the_grid():
 
 @pytest.mark.long
 def test_a_death_ends_the_run_in_time_and_typed(tmp_path):
-    seed = int(os.environ.get("GRPO_LATENT_SEED", random.randrange(2**32)))
-    actor, phase = random.Random(seed).choice(HELD)
+    actor, phase = draws().choice(HELD)
     inputs = tmp_path / "inputs"
     inputs.mkdir()
     cell = grid.run_cell(actor, phase, tiny_run.write_inputs(inputs), tmp_path / "cell")
-    assert cell.problems() == [], f"GRPO_LATENT_SEED={seed}: {actor} in {phase}: {cell.message}"
+    assert cell.problems() == [], f"{REPEAT}: {actor} in {phase}: {cell.message}"

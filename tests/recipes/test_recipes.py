@@ -155,6 +155,7 @@ def test_memory_of_rl_by_hand():
         assert parts["total"] == max(awake, asleep)
 
 
+@pytest.mark.long
 def test_treatments_validate_at_paper_scale(capsys):
     """Monet's VLPO, with the note that its first update needs, and every other treatment."""
     treatments = load(RECIPES / "treatments" / "validate.py")
@@ -189,6 +190,7 @@ def test_the_treatments_table(tmp_path):
     json.dumps(summary)
 
 
+@pytest.mark.long
 def test_ivt_lr_validates_its_curriculum_and_rl_at_paper_scale(capsys):
     """Qwen2-VL-7B on the meta device."""
     ivt_lr = load(RECIPES / "ivt_lr" / "validate.py")

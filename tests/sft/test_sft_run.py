@@ -32,8 +32,12 @@ LORA = {"model.lora.enabled": True, "model.lora.r": 2, "model.lora.dropout": 0.3
 
 @pytest.mark.parametrize(
     "options",
-    [{}, LORA, {"data.labelled_per_batch": 1, "trainer.gradient_accumulation_steps": 2}],
-    ids=["full", "lora-dropout", "labelled-accumulated"],
+    [
+        {"data.labelled_per_batch": 1, "trainer.gradient_accumulation_steps": 2},
+        pytest.param({}, marks=pytest.mark.long),
+        pytest.param(LORA, marks=pytest.mark.long),
+    ],
+    ids=["labelled-accumulated", "full", "lora-dropout"],
 )
 def test_three_steps_and_three_more_are_six(inputs, tmp_path, options):
     whole, halves = tmp_path / "whole", tmp_path / "halves"

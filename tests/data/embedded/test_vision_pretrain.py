@@ -165,6 +165,7 @@ def test_the_written_folder_loads(tmp_path, capsys):
     assert "model.safetensors" in read_manifest(tmp_path), "SFT can tell whether it is whole"
 
 
+@pytest.mark.long
 def test_a_temporary_folder_with_a_long_name(tmp_path):
     """A socket's path has 107 bytes at most: images that came by one never came."""
     folder = tmp_path / ("long" * 30)

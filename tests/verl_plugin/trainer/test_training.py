@@ -201,13 +201,14 @@ def check_dropped_rows(output: Path, metrics: dict[int, dict]) -> None:
     assert metrics[3]["val-aux/dropped_frac"] == pytest.approx(1 / 3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "treatment",
     [
         "latent.treatment.gaussian.sigma=0.5",
-        pytest.param("latent.treatment.gumbel_soft.top_k=4", marks=pytest.mark.long),
+        "latent.treatment.gumbel_soft.top_k=4",
         # its density keeps H log sigma: below -1 for certain at a width above 1 only
-        pytest.param("latent.treatment.gaussian_head.sigma=3", marks=pytest.mark.long),
+        "latent.treatment.gaussian_head.sigma=3",
     ],
     ids=["gaussian", "gumbel_soft", "gaussian_head"],
 )

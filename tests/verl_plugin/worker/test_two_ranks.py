@@ -283,11 +283,12 @@ def gate_folder(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("make", "prefix", "trains"),
     [
         pytest.param(lvr_folder, "lvr_head.", False, id="lvr"),
-        pytest.param(gate_folder, "hybrid_gate.", True, id="hybrid_gate", marks=pytest.mark.long),
+        pytest.param(gate_folder, "hybrid_gate.", True, id="hybrid_gate"),
     ],
 )
 def test_two_ranks_train_as_one(make, prefix, trains, tmp_path):
