@@ -6,6 +6,7 @@
          the run stopped on a typed error. stderr has `ErrorType: message`, with what, where, got,
          expected and the fix
     130  interrupted from the keyboard (128 + SIGINT, as shells count)
+    141  whoever read its output is gone, such as `head` (128 + SIGPIPE)
 
 2 is also what argparse ends with where a command line does not parse. With `--check` a command
 that has a config finds out which of 0 and 2 it would be, says what it would do, and writes
@@ -19,6 +20,7 @@ import errno
 import functools
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +33,7 @@ from grpo_latent.errors import ConfigError, GrpoLatentError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, REFUSED, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
 CHECK = "--check"
 _HYDRA_RAISES = "HYDRA_FULL_ERROR"
 # what the operating system says of a place that was given, which no code of ours can mend
@@ -66,8 +68,7 @@ def command(main: Callable[Args, int | None]) -> Callable[Args, int]:
             sys.exit(main())
     """
 
-    @functools.wraps(main)
-    def run(*args: Args.args, **kwargs: Args.kwargs) -> int:
+    def ended(*args: Args.args, **kwargs: Args.kwargs) -> int:
         try:
             return main(*args, **kwargs) or DONE
         except GrpoLatentError as error:
@@ -83,7 +84,27 @@ def command(main: Callable[Args, int | None]) -> Callable[Args, int]:
             print_error(told)
             return REFUSED
 
+    @functools.wraps(main)
+    def run(*args: Args.args, **kwargs: Args.kwargs) -> int:
+        try:
+            try:
+                return ended(*args, **kwargs)
+            finally:
+                sys.stdout.flush()  # what is left would fail when Python ends, for all to see
+        except BrokenPipeError:
+            if not _reader_is_gone():  # a pipe of ours, to a worker say
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return UNREAD
+
     return run
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads our output any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # a broken pipe is told unasked
+    return bool(poll.poll(0))
 
 
 def add_verify_digests(parser: argparse.ArgumentParser) -> None:

@@ -53,6 +53,31 @@ def test_codes_of_what_is_no_typed_error(capsys):
         ours()
 
 
+@pytest.mark.parametrize(
+    ("asked", "unbuffered"),
+    [(["--help"], ""), (["--help"], "1"), (["init", "--help"], "")],  # argparse, unbuffered: 0
+)
+def test_a_reader_that_is_gone_ends_a_command_in_silence(asked, unbuffered):
+    command = subprocess.Popen(
+        [sys.executable, "-m", "grpo_latent.cli", *asked],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    )
+    command.stdout.close()
+    assert command.stderr.read() == b"" and command.wait(60) == 141
+
+
+def test_a_pipe_of_ours_that_breaks_is_no_reader_that_is_gone(tmp_path, monkeypatch):
+    @command
+    def main():
+        raise BrokenPipeError
+
+    with (tmp_path / "out").open("w") as out, pytest.raises(BrokenPipeError):
+        monkeypatch.setattr(sys, "stdout", out)
+        main()
+
+
 def test_a_place_that_cannot_be_written_is_told_in_a_line(tmp_path, capsys):
     (tmp_path / "file").touch()
 
