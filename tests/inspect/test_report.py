@@ -341,6 +341,12 @@ def test_no_run_is_an_error(name, tmp_path, capsys):
     assert "DataError" in capsys.readouterr().err
 
 
+def test_a_run_that_has_only_begun_has_a_page(folder, tmp_path, capsys):
+    begun = copy_without(folder, tmp_path, "rollouts", "checkpoints")
+    assert main([str(begun)]) == 0
+    assert capsys.readouterr().out.endswith(" MB, no trajectories in it so far\n")
+
+
 def copy_without(folder, target, *names):
     import shutil
 

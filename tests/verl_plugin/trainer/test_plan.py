@@ -57,7 +57,7 @@ def test_a_usable_config_is_told_and_nothing_is_written(commanded, tmp_path):
     assert code == 0 and list(tmp_path.iterdir()) == []
     assert "10 to train on, 3 held out" in said and "6 steps, from the model on" in said
     assert "4 prompts x 4 trajectories" in said and "nothing was started" in said
-    assert "reward.py:compute_score" in said
+    assert "reward.py:compute_score (called on one right answer before the start; odd" in said
     assert "shuffle decides, with an accuracy of guessing of 0 (latent.usage.chance)" in said
 
 
