@@ -48,7 +48,8 @@ def has_vllm() -> bool:
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: not starts_ray(item.path))  # stable
+    # the slow files first: at the end no process waits long for the other
+    items.sort(key=lambda item: (not has_mark(item.path, "ray"), not has_mark(item.path, "slow")))
     if has_vllm():
         return
     for item in items:
@@ -57,9 +58,9 @@ def pytest_collection_modifyitems(items):
 
 
 @cache
-def starts_ray(path: Path) -> bool:
-    """Whether a file has tests that are marked ray."""
-    return path.suffix == ".py" and "pytest.mark.ray" in path.read_text()
+def has_mark(path: Path, name: str) -> bool:
+    """Whether a file has tests that are so marked."""
+    return path.suffix == ".py" and f"pytest.mark.{name}" in path.read_text()
 
 
 @pytest.hookimpl(optionalhook=True)  # there is none without pytest-xdist
@@ -75,7 +76,7 @@ def pytest_xdist_make_scheduler(config, log):
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return f"ray {file}" if starts_ray(ROOT / file) else file
+            return f"ray {file}" if has_mark(ROOT / file, "ray") else file
 
         def _assign_work_unit(self, node) -> None:
             wants_ray = node is self.nodes[0]

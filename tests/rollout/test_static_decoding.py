@@ -180,7 +180,10 @@ def waits_of_steps(monkeypatch):
     return counts, late
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in MECHANISMS else pytest.param(name, marks=pytest.mark.long) for name in CASES],
+)
 def test_a_step_waits_for_nothing_but_one_late_read(waits_of_steps, name):
     counts, late = waits_of_steps
     c, treatment = case_of(name)

@@ -21,6 +21,7 @@ from grpo_latent import __version__
 from grpo_latent.cli import COMMANDS
 
 REPOSITORY = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
