@@ -15,7 +15,7 @@ $(STAMP): requirements/torch-cpu.txt requirements/cpu.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --retries 1 -r requirements/torch-cpu.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -r requirements/cpu.txt
-	$(BIN)/python -m compileall -qq -j 0 -x /tests/ $(VENV)/lib || true  # pip has one core for it; torch has a file of Python 3.12's
+	$(BIN)/python -m compileall -qq -j 0 -x /tests/ $(VENV)/lib || true  # as pip does, on all cores; what is no Python 3.11 stays
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 	@echo 'installed; before commands of your own: . $(VENV)/bin/activate'
@@ -102,13 +102,13 @@ versions: $(STAMP)
 test: $(STAMP) browser
 	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder -m "not long"
 
-# the long tests that `make test` leaves out, some twenty minutes of two cores
+# the long tests that `make test` leaves out, MINUTES of two cores; those of a cluster, at the end, need root
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder -m long
 	GRPO_LATENT_CLUSTER=1 $(BIN)/python -m pytest tests/cluster -m long -rs
 
 test-fast: $(STAMP) browser
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not long"
 
 # every kill and every corruption (docs/faults.md), of which `make test` takes samples; an hour of two cores
 test-kill: $(STAMP)

@@ -67,7 +67,7 @@ def usable(folder: Path) -> DictConfig:
         return compose("grpo", overrides=list(overrides))
 
 
-def with_mistake(config: DictConfig, mistake: str, folder: Path | None = None) -> DictConfig:
+def with_overrides(config: DictConfig, mistake: str, folder: Path | None = None) -> DictConfig:
     """A copy of the config with the overrides of a row, applied as hydra does."""
     changed = deepcopy(config)
     text = mistake.partition(" => ")[0].replace("{folder}", str(folder))
@@ -137,12 +137,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cost = time.process_time() - start
         check_start(deepcopy(config))
         found = {
-            mistake: verdict(check_values, with_mistake(config, mistake), mistake)
+            mistake: verdict(check_values, with_overrides(config, mistake), mistake)
             for mistakes in MISTAKES.values()
             for mistake in mistakes
         }
         found |= {
-            mistake: verdict(check_start, with_mistake(config, mistake, folder), mistake)
+            mistake: verdict(check_start, with_overrides(config, mistake, folder), mistake)
             for mistake in WITH_FILES
         }
     missed = {mistake: said for mistake, said in found.items() if said}

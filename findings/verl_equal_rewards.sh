@@ -5,10 +5,10 @@
 #        has 0 above.
 # Seen:  the float32 mean of G equal numbers need not be that number, and both the difference and the std are as large as the
 #        error of it, beside which 1e-6 is little. Eight rewards of 0.7 get +0.056 each, of 10.1 +0.47, of 100.1 +0.83 (AVX2). All
-#        members have the same sign, that of the rounding. Numbers that float32 adds exactly, such as 0, 1 or 0.5, get 0.
+#        members have the same sign, that of the rounding. Numbers that float32 adds exactly, such as 0, 7 or 0.5, get 0.
 #
-# Means: a run whose reward is a length, a score of ten or a sum with a format bonus of 0.1 is pushed by groups that should
-#        be silent, and a count of advantages that are not 0 does not see that they are. grpo_latent/algo/advantages.py takes
+# Means: a run whose reward has a part that is no binary fraction (a format bonus of 0.1, a length over its limit, a mean of
+#        three terms) is pushed by groups that should be silent, and a count of advantages that are not 0 does not see that they are. grpo_latent/algo/advantages.py takes
 #        the group's maximum off before anything is rounded: exactly 0 (tests/algo/test_advantages.py).
 set -euo pipefail
 folder=$(mktemp -d)
@@ -32,7 +32,7 @@ function.decorator_list = []
 names = {"torch": torch, "np": np, "defaultdict": defaultdict, "Optional": Optional, "AlgoConfig": Any}
 exec(compile(ast.Module([function], []), "core_algos", "exec"), names)
 changed = False
-for reward, least in ((1.0, 0.0), (0.5, 0.0), (0.7, 0.05), (10.1, 0.4), (100.1, 0.8)):
+for reward, least in ((7.0, 0.0), (0.5, 0.0), (0.7, 0.05), (10.1, 0.4), (100.1, 0.8)):
     most = 0.0
     for size in range(2, 17):  # in which of them the mean is exact depends on the order of its sum, so on the processor
         rewards = torch.full((size, 1), reward)  # completions of one token

@@ -1,4 +1,4 @@
-"""Samples that each run draws anew, for tests whose whole table takes minutes."""
+"""What each run draws anew, for tests whose whole table takes minutes."""
 
 import os
 import random
@@ -8,5 +8,5 @@ _SEED = int(os.environ.get("GRPO_LATENT_SEED", random.randrange(2**32)))
 REPEAT = f"GRPO_LATENT_SEED={_SEED}"
 
 
-def draws() -> random.Random:
+def drawing() -> random.Random:
     return random.Random(_SEED)

@@ -6,7 +6,8 @@
          the run stopped on a typed error. stderr has `ErrorType: message`, with what, where, got,
          expected and the fix
     130  interrupted from the keyboard (128 + SIGINT, as shells count)
-    141  whoever read its output is gone, such as `head` (128 + SIGPIPE)
+    141  whoever reads its output is gone, such as `head` behind `--help` (128 + SIGPIPE); what
+         rich prints ends with rich's own code, 1
 
 2 is also what argparse ends with where a command line does not parse. With `--check` a command
 that has a config finds out which of 0 and 2 it would be, says what it would do, and writes
@@ -68,9 +69,16 @@ def command(main: Callable[Args, int | None]) -> Callable[Args, int]:
             sys.exit(main())
     """
 
-    def ended(*args: Args.args, **kwargs: Args.kwargs) -> int:
+    @functools.wraps(main)
+    def run(*args: Args.args, **kwargs: Args.kwargs) -> int:
         try:
-            return main(*args, **kwargs) or DONE
+            try:
+                code = main(*args, **kwargs) or DONE
+            except SystemExit:  # argparse's, behind --help
+                _flush()
+                raise
+            _flush()
+            return code
         except GrpoLatentError as error:
             print_error(error)
             return REFUSED
@@ -78,30 +86,28 @@ def command(main: Callable[Args, int | None]) -> Callable[Args, int]:
             print("interrupted", file=sys.stderr)
             return INTERRUPTED
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and _reader_is_gone():
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return UNREAD
             told = _as_ours(error)
             if told is None:
                 raise
             print_error(told)
             return REFUSED
 
-    @functools.wraps(main)
-    def run(*args: Args.args, **kwargs: Args.kwargs) -> int:
-        try:
-            try:
-                return ended(*args, **kwargs)
-            finally:
-                sys.stdout.flush()  # what is left would fail when Python ends, for all to see
-        except BrokenPipeError:
-            if not _reader_is_gone():  # a pipe of ours, to a worker say
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return UNREAD
-
     return run
 
 
+def _flush() -> None:
+    """Writes what is left of the output: where that fails when Python ends, nobody can say why."""
+    if sys.stdout is not None:  # it was closed by whoever started us
+        sys.stdout.flush()
+
+
 def _reader_is_gone() -> bool:
-    """Whether nobody reads our output any more."""
+    """Whether nobody reads our output any more; else a pipe that broke is one to a worker, say."""
+    if sys.stdout is None:
+        return False
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)  # a broken pipe is told unasked
     return bool(poll.poll(0))

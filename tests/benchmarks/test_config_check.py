@@ -9,7 +9,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
-from drawn import REPEAT, draws
+from drawn import REPEAT, drawing
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -44,7 +44,7 @@ def test_mistakes_are_named(usable, kind):
 
 
 def test_some_mistakes_of_each_kind_are_named(usable):
-    drawn = draws()
+    drawn = drawing()
     some = [
         mistake
         for mistakes in MISTAKES.values()
@@ -57,7 +57,7 @@ def not_named(usable, mistakes):
     """What is said of each mistake that is not named."""
     said = {
         mistake: config_check.verdict(
-            config_check.check_values, config_check.with_mistake(usable, mistake), mistake
+            config_check.check_values, config_check.with_overrides(usable, mistake), mistake
         )
         for mistake in mistakes
     }
@@ -68,7 +68,7 @@ def test_what_files_decide_is_named(usable, folder):
     config_check.check_start(deepcopy(usable))
     said = {
         mistake: config_check.verdict(
-            config_check.check_start, config_check.with_mistake(usable, mistake, folder), mistake
+            config_check.check_start, config_check.with_overrides(usable, mistake, folder), mistake
         )
         for mistake in WITH_FILES
     }

@@ -1,4 +1,4 @@
-"""Cluster tests are left out unless asked for (`make test-cluster`): they take minutes."""
+"""Cluster tests are left out unless asked for: they take minutes."""
 
 import os
 
@@ -10,4 +10,6 @@ def pytest_collection_modifyitems(items):
         return
     for item in items:
         if item.path.parent.name == "cluster":
-            item.add_marker(pytest.mark.skip(reason="a cluster of namespaces: make test-cluster"))
+            item.add_marker(
+                pytest.mark.skip(reason="of a cluster: make test-cluster, make test-long")
+            )

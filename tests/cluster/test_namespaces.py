@@ -68,7 +68,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(inputs, tmp_path_factory):
-    """The run on one node, before a cluster is up: whatever needs it stands first."""
+    """The run on one node, before a cluster is up."""
     folder = tmp_path_factory.mktemp("one")
     arguments = tiny_run.overrides(inputs, folder, *SETTINGS, "trainer.n_gpus_per_node=2")
     command = [sys.executable, "-m", "grpo_latent.train", *arguments]
@@ -129,6 +129,7 @@ class Job:
 @pytest.fixture(scope="module")
 def many(cluster, shipped, inputs, tmp_path_factory):
     """The run over two nodes, one of which is lost."""
+    check_refusals(cluster, inputs)
     output = tmp_path_factory.mktemp("of_many") / "many"
     job = Job(cluster, shipped, inputs, output, "trainer.nnodes=2")
     job.wait_for_step(2)
@@ -146,8 +147,8 @@ def test_servers_apart_and_a_killed_node(one, shipped, inputs, tmp_path):
     """The other cut: a machine without power, whose kernel no longer answers for its sockets."""
     left = ("trainer.nnodes=1", "trainer.n_gpus_per_node=2", "latent.placement=apart")
     pool = ("actor_rollout_ref.rollout.nnodes=1", "actor_rollout_ref.rollout.n_gpus_per_node=1")
+    # in front of the other tests: two clusters of one process would have the same names
     with namespaces.NamespaceCluster(CPUS) as cluster:
-        check_refusals(cluster, inputs)
         job = Job(cluster, shipped, inputs, tmp_path / "apart", *left, *pool)
         job.wait_for_step(4)
         cluster.kill(2)
@@ -161,17 +162,6 @@ def test_servers_apart_and_a_killed_node(one, shipped, inputs, tmp_path):
     check_equal_runs(one, job.output, range(1, 5), checkpoint=3)
 
 
-@pytest.mark.long
-def test_steps_over_nodes_are_those_on_one_and_go_on_without_the_lost_one(
-    one, many, cluster, shipped, inputs
-):
-    check_equal_runs(one, many.output, range(1, 5), checkpoint=3)
-    left = ("trainer.nnodes=1", "trainer.n_gpus_per_node=2")
-    rest = Job(cluster, shipped, inputs, many.output, *left)
-    assert rest.wait() == 0, rest.text[-3000:]
-    check_equal_runs(one, rest.output, range(1, 7), checkpoint=6)
-
-
 def test_a_job_trains_on_two_nodes_until_one_is_lost(many):
     lost = many.loss()
     # a step's metrics are on disk a moment before the driver has heard of it
@@ -181,6 +171,17 @@ def test_a_job_trains_on_two_nodes_until_one_is_lost(many):
     assert all(metrics[step]["latent/replay_logp_gap_max"] < 1e-4 for step in range(1, 5))
     parts = {name for name in tiny_run.states_of(many.output, 3) if name.startswith("model_")}
     assert parts == {f"model_world_size_2_rank_{rank}.pt" for rank in (0, 1)}
+
+
+@pytest.mark.long
+def test_steps_over_nodes_are_those_on_one_and_go_on_without_the_lost_one(
+    one, many, cluster, shipped, inputs
+):
+    check_equal_runs(one, many.output, range(1, 5), checkpoint=3)
+    left = ("trainer.nnodes=1", "trainer.n_gpus_per_node=2")
+    rest = Job(cluster, shipped, inputs, many.output, *left)
+    assert rest.wait() == 0, rest.text[-3000:]
+    check_equal_runs(one, rest.output, range(1, 7), checkpoint=6)
 
 
 ASK = """

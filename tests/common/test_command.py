@@ -4,6 +4,7 @@ That every entry point is wrapped, the last test reads from their source.
 """
 
 import ast
+import contextlib
 import errno
 import os
 import re
@@ -57,15 +58,45 @@ def test_codes_of_what_is_no_typed_error(capsys):
     ("asked", "unbuffered"),
     [(["--help"], ""), (["--help"], "1"), (["init", "--help"], "")],  # argparse, unbuffered: 0
 )
-def test_a_reader_that_is_gone_ends_a_command_in_silence(asked, unbuffered):
-    command = subprocess.Popen(
-        [sys.executable, "-m", "grpo_latent.cli", *asked],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+def test_a_reader_that_is_gone_ends_a_command_in_silence(tmp_path, asked, unbuffered):
+    arguments = ["-m", "grpo_latent.cli", *asked]
+    assert unread(tmp_path, arguments, PYTHONUNBUFFERED=unbuffered) == (141, "")
+
+
+def test_a_reader_that_is_gone_hides_no_fault_of_ours(tmp_path):
+    code = (
+        "import sys; from grpo_latent.common.command import command\n"
+        "@command\ndef main():\n    print('a line')\n    1 / 0\nsys.exit(main())"
     )
-    command.stdout.close()
-    assert command.stderr.read() == b"" and command.wait(60) == 141
+    _, said = unread(tmp_path, ["-c", code], PYTHONUNBUFFERED="")
+    assert "Traceback" in said and "ZeroDivisionError" in said
+
+
+def unread(folder, arguments, **environment):
+    """Code and stderr of a Python whose output nobody reads."""
+    with (folder / "stderr").open("w+") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env=os.environ | environment,
+        )
+        process.stdout.close()
+        code = process.wait(60)
+        stderr.seek(0)
+        return code, stderr.read()
+
+
+def test_an_output_that_is_closed_or_full_is_no_fault_of_ours(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert command(lambda: None)() == 0
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert command(lambda: full.write("a line") and None)() == 2
+        monkeypatch.undo()
+        assert "the disk is full" in capsys.readouterr().err
+        with contextlib.suppress(OSError):  # the line that is left
+            full.close()
 
 
 def test_a_pipe_of_ours_that_breaks_is_no_reader_that_is_gone(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from drawn import REPEAT, draws
+from drawn import REPEAT, drawing
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -25,7 +25,7 @@ def test_the_cells_are_of_the_grid():
 
 @pytest.mark.long
 def test_a_death_ends_the_run_in_time_and_typed(tmp_path):
-    actor, phase = draws().choice(HELD)
+    actor, phase = drawing().choice(HELD)
     inputs = tmp_path / "inputs"
     inputs.mkdir()
     cell = grid.run_cell(actor, phase, tiny_run.write_inputs(inputs), tmp_path / "cell")

@@ -19,6 +19,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+from grpo_latent import check_mechanism as command
 from grpo_latent.errors import ConfigError, ConformanceError
 from grpo_latent.latent.mechanisms import LVR, MECHANISMS, Mechanism, Refusal, SpanMechanism
 from grpo_latent.latent.mechanisms.spans import SpanRows
@@ -53,8 +54,8 @@ VARIANTS = {
 }
 
 
-# of a user's own, in a folder from which a command is called; the second feeds the same vector
-# whatever was recorded
+# of a user's own, in a folder from which a command is called: it feeds the same vector whatever
+# was recorded
 OWN = """
 from dataclasses import dataclass
 from typing import ClassVar
@@ -65,12 +66,9 @@ from grpo_latent.latent.mechanisms import SpanMechanism
 
 
 @dataclass(frozen=True)
-class Sound(SpanMechanism):
+class Stray(SpanMechanism):
     published_tokens = {"start": "<latent>", "latent": "<step>", "end": "</latent>"}
 
-
-@dataclass(frozen=True)
-class Stray(Sound):
     def compose(self, model, embeds_MH, recorded_MH):
         return torch.ones_like(recorded_MH)
 """
@@ -272,6 +270,13 @@ def test_the_command_tells_all_that_fails_and_nothing_else_at_length(tmp_path, c
     assert "ablations          FAILED on qwen3, qwen2_5_vl" in lines
     assert len([line for line in lines if line.startswith("check 'ablations' of")]) == 2
     assert lines[-1] == "13 checks, 1 failed" and len(lines) == 16
+
+
+def test_the_command_ends_with_0_where_nothing_fails(capsys, monkeypatch):
+    monkeypatch.setattr(command, "CHECKS", ["declares", "refusals"])
+    monkeypatch.setattr(command, "BACKBONES", ["qwen3"])
+    assert command.main(["lvr", "--set", "steps=3"]) == 0
+    assert "2 checks, none failed" in capsys.readouterr().out
 
 
 def test_checks_that_are_left_are_run_behind_one_that_fails():

@@ -197,11 +197,11 @@ def start_process_group(rank=0, world_size=1, store=None):
         store: path of a file that is not there yet; None for one rank. A port would have to be
             chosen before the ranks have imported torch, and may be another's by then.
     """
-    if dist.is_initialized():
-        return
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1"
     )
+    if dist.is_initialized():
+        return
     meeting = dist.HashStore() if store is None else dist.FileStore(store, world_size)
     dist.init_process_group("cpu:gloo", store=meeting, rank=rank, world_size=world_size)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from drawn import REPEAT, draws
+from drawn import REPEAT, drawing
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.utils import get_class
 from omegaconf import OmegaConf, open_dict
@@ -31,7 +31,7 @@ from grpo_latent.verl_plugin.trainer.config_schema import check_schema, schema
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from config_check import with_mistake  # noqa: E402
+from config_check import with_overrides  # noqa: E402
 
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 # verl fills them in while it runs, or they are other engines' than FSDP's
@@ -248,7 +248,7 @@ def test_mistakes_of_sft_are_named(sft, mistake):
     check_sft(sft)
     key = mistake.split("=")[0].lstrip("+")
     with pytest.raises(ConfigError, match=key.rpartition(".")[2]):
-        check_sft(with_mistake(sft, mistake))
+        check_sft(with_overrides(sft, mistake))
 
 
 @pytest.mark.parametrize(
@@ -279,11 +279,11 @@ def test_mistakes_of_sft_are_named(sft, mistake):
 def test_mistakes_of_evaluation_are_named(evaluation, mistake):
     check_values(evaluation)
     with pytest.raises(ConfigError, match=mistake.split("=")[0].lstrip("+")):
-        check_values(with_mistake(evaluation, mistake))
+        check_values(with_overrides(evaluation, mistake))
 
 
 def test_a_reference_that_leads_nowhere_is_named(grpo):
-    config = with_mistake(grpo, "trainer.experiment_name=${latent.sed}")
+    config = with_overrides(grpo, "trainer.experiment_name=${latent.sed}")
     with pytest.raises(ConfigError, match="experiment_name: does not resolve"):
         check_schema(config)
 
@@ -296,21 +296,21 @@ def test_a_value_that_others_take_over_is_told_of_the_key_that_was_typed(grpo, c
     certain = {"actor_rollout_ref.rollout.n", "data.max_prompt_length"}
     assert len(sources) > 20 and certain < set(sources)
     if count is not None:
-        sources = sorted({*draws().sample(sources, count), *certain})
+        sources = sorted({*drawing().sample(sources, count), *certain})
     told = {}
     for key in sources:
-        config = with_mistake(grpo, f"{key}=four_words")
+        config = with_overrides(grpo, f"{key}=four_words")
         try:
             check_schema(config)
         except ConfigError as error:
             told[key] = error.where
     # others are texts that may be any
     assert certain <= set(told)
-    assert {key: where for key, where in told.items() if where != key} == {}, REPEAT
+    assert {key: where for key, where in told.items() if where != key} == {}, count and REPEAT
 
 
 def test_stock_verls_config_is_read_where_it_has_the_options(grpo):
-    config = with_mistake(grpo, "latent.cpu_threads=0")
+    config = with_overrides(grpo, "latent.cpu_threads=0")
     stock = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     del stock["latent"]
     with pytest.raises(ConfigError, match="latent.cpu_threads"):

@@ -27,7 +27,7 @@ from grpo_latent.verl_plugin.trainer.config_check import check_config, check_lat
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 
-from config_check import with_mistake  # noqa: E402
+from config_check import with_overrides  # noqa: E402
 
 BASE = (
     "actor_rollout_ref.model.path=/model",
@@ -37,7 +37,7 @@ BASE = (
 
 @functools.cache
 def shipped(*groups):
-    """hydra reads 33 files for it, which takes longer than all that is tested here."""
+    """hydra reads dozens of files for it, which takes longer than all that is tested here."""
     with initialize_config_module("grpo_latent.config", version_base=None):
         return compose("grpo", overrides=[*groups, *BASE])
 
@@ -46,7 +46,10 @@ def composed(*overrides):
     groups = [override for override in overrides if override.startswith("device=")]
     values = [override for override in overrides if override not in groups]
     config = shipped(*groups)
-    config = with_mistake(config, " ".join(values)) if values else deepcopy(config)
+    for key in re.findall(r"(?:^| )([\w.]+)=", " ".join(values)):  # others have a +, as in hydra
+        section, _, name = key.rpartition(".")
+        assert name in (OmegaConf.select(config, section) if section else config), key
+    config = with_overrides(config, " ".join(values)) if values else deepcopy(config)
     OmegaConf.resolve(config)
     return config
 
