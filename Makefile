@@ -102,7 +102,7 @@ versions: $(STAMP)
 test: $(STAMP) browser
 	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder -m "not long"
 
-# the long tests that `make test` leaves out, MINUTES of two cores; those of a cluster, at the end, need root
+# the long tests that `make test` leaves out, half an hour and more of two cores; those of a cluster, at the end, need root
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder -m long
 	GRPO_LATENT_CLUSTER=1 $(BIN)/python -m pytest tests/cluster -m long -rs
