@@ -82,7 +82,7 @@ def unread(folder, arguments, **environment):
             env=os.environ | environment,
         )
         process.stdout.close()
-        code = process.wait(60)
+        code = process.wait(600)  # against a deadlock only
         stderr.seek(0)
         return code, stderr.read()
 
